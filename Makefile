@@ -1,0 +1,125 @@
+# `make demo` shows the program at work, `make test` tests it. Both set up .venv by themselves, once.
+#
+#   PYTHON        the Python to build .venv with (3.10 or newer)
+#   PIP_ARGS      more arguments for pip install; see constraints.txt for torch without CUDA
+#   PYTEST_ARGS   more arguments for pytest: make test PYTEST_ARGS="-x tests/kernels"
+#   NATIVE        the C++ kernels: auto (build them if a compiler is there), required, off
+#   NATIVE_PYTHON build them for another Python, which has nanobind: make native NATIVE_PYTHON=/path/to/python
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+NATIVE ?= auto
+NATIVE_PYTHON ?= $(VENV)/bin/python
+
+BIN := $(VENV)/bin
+# -qq: pip's errors are shown, its warnings about indexes and the PATH are not.
+PIP_INSTALL = $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# The extension is built by `native` below, into pymllm/: the editable install is then two lines on sys.path, which
+# no renamed file can make stale, and a change of a kernel rebuilds that kernel only.
+EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL) --no-build-isolation
+
+NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
+NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
+
+.PHONY: help demo test lint format native clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    complete a line of Python with the shipped model, and say how fast'
+	@echo 'make test    run the tests'
+	@echo 'make lint    ruff, mypy, import-linter'
+	@echo 'make format  let ruff format the code and fix what it can'
+	@echo 'make native  build the C++ CPU kernels, and stop if that fails'
+	@echo 'make clean   remove what was built; make distclean removes .venv as well'
+
+demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
+	@$(BIN)/pymllm run --stats "def read_lines(path):"
+
+# Two workers share the cores, so each gets one torch thread, unless you say otherwise.
+test: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-lint
+	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy lint-imports; do \
+	  echo "*** $$check"; $(BIN)/$$check || status=1; done; exit $$status
+
+format: $(VENV)/.stamp-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'pymllm needs Python 3.10 or newer: make PYTHON=/path/to/python3.x'; exit 1; }
+	@echo '*** setting up $(VENV) (once; torch is large, see constraints.txt for the version without CUDA)'
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo 'no virtual environment could be made: on Debian and Ubuntu, install python3-venv'; exit 1; }
+	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) 'pip>=23'
+	@touch $@
+
+$(VENV)/.stamp-build: $(VENV)/.stamp-venv constraints.txt
+	@$(PIP_INSTALL) scikit-build-core nanobind
+	@touch $@
+
+$(VENV)/.stamp-core: $(VENV)/.stamp-build pyproject.toml
+	@echo '*** installing pymllm into $(VENV)'
+	@$(EDITABLE) -e .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-core
+	@echo '*** installing what the tests need into $(VENV)'
+	@$(EDITABLE) -e '.[test]'
+	@touch $@
+
+$(VENV)/.stamp-lint: $(VENV)/.stamp-core
+	@echo '*** installing ruff, mypy and import-linter into $(VENV)'
+	@$(EDITABLE) -e '.[lint]'
+	@touch $@
+
+# What `demo` and `test` depend on. Without a compiler they go on: pymllm works, slower, and says so itself.
+$(VENV)/.stamp-native-off: $(VENV)/.stamp-build
+	@rm -f pymllm/_native*.so $(VENV)/.stamp-native-*
+	@touch $@
+
+$(VENV)/.stamp-native-required: $(VENV)/.stamp-build $(NATIVE_SOURCES)
+	@$(BUILD_NATIVE)
+	@rm -f $(VENV)/.stamp-native-*; touch $@
+
+$(VENV)/.stamp-native-auto: $(VENV)/.stamp-build $(NATIVE_SOURCES)
+	@mkdir -p build; \
+	if ( $(BUILD_NATIVE) ) > build/native.log 2>&1; then \
+	  echo '*** built the native CPU kernels'; \
+	else \
+	  rm -f pymllm/_native*.so; \
+	  echo '*** the native CPU kernels were not built: pymllm works without them, more slowly on the CPU.'; \
+	  echo '    Why: build/native.log. To try again, for instance after installing g++: make native'; \
+	fi
+	@rm -f $(VENV)/.stamp-native-*; touch $@
+
+native: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-build)
+	@$(BUILD_NATIVE)
+
+# CMake comes from the system or, where that has none, from the package index; make is here, so no Ninja is needed.
+# One chain of &&: inside an if, `set -e` would not stop at the first failure.
+define BUILD_NATIVE
+unset MAKEFLAGS MFLAGS MAKELEVEL; found=; \
+for compiler in "$${CXX:-}" c++ g++ clang++; do \
+  if [ -n "$$compiler" ] && command -v $${compiler%% *} >/dev/null; then found=yes; break; fi; done; \
+[ -n "$$found" ] || { echo 'no C++ compiler found (c++, g++, clang++ or $$CXX)'; exit 1; }; \
+cmake=$$(command -v cmake || echo $(BIN)/cmake) && \
+{ [ -x "$$cmake" ] || $(PIP_INSTALL) cmake; } && \
+python=$$($(NATIVE_PYTHON) -c 'import sys; print(sys.executable)') && \
+build=build/native-$$($(NATIVE_PYTHON) -c 'import sys; print(sys.implementation.cache_tag)') && \
+"$$cmake" -S . -B $$build -G 'Unix Makefiles' -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$$python" && \
+"$$cmake" --build $$build --parallel 2 && \
+"$$cmake" --install $$build --prefix .
+endef
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -f pymllm/_native*.so $(VENV)/.stamp-native-*
+	find pymllm tests examples benchmarks quantization -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)

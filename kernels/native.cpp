@@ -1,0 +1,45 @@
+// The Python face of the native CPU kernels: the module pymllm._native. Conversions only; the work is in the other files.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdlib>
+
+#include "cpu_probe.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict probe() {
+  const pymllm::CpuProbe cpu = pymllm::probe_cpu();
+  const char *forced = std::getenv("PYMLLM_CPU_ISA");
+
+  nb::dict features;
+  for (const auto &[name, present] : cpu.features) features[name.c_str()] = present;
+  nb::list runnable_paths;
+  for (const auto &path : cpu.runnable_paths) runnable_paths.append(path);
+
+  nb::dict result;
+  result["arch"] = cpu.arch;
+  result["vendor"] = cpu.vendor;
+  result["brand"] = cpu.brand;
+  result["features"] = features;
+  result["runnable_paths"] = runnable_paths;
+  result["best_path"] = pymllm::choose_path(cpu, forced == nullptr ? "" : forced);
+  result["logical_cpus"] = cpu.logical_cpus;
+  result["physical_cores"] = cpu.physical_cores;
+  result["l1d_bytes"] = cpu.l1d_bytes;
+  result["l2_bytes"] = cpu.l2_bytes;
+  result["l3_bytes"] = cpu.l3_bytes;
+  result["transparent_huge_pages"] = cpu.transparent_huge_pages;
+  return result;
+}
+
+} // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native CPU kernels of pymllm. Use them through pymllm.kernels.cpu.";
+  // std::invalid_argument becomes ValueError.
+  m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
+}

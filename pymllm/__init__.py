@@ -1,0 +1,47 @@
+"""pymllm: every weight of a language model through the method that fits it.
+
+import pymllm
+
+llm = pymllm.LLM("path/to/model", quant={"**.mlp.**": "fp8"})
+print(llm.plan)
+print(llm.generate("def read_lines(path):")[0].text)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# The front door, loaded on first use: `import pymllm` alone imports no torch.
+_HOMES = {
+    "LLM": "pymllm.api",
+    "load_model": "pymllm.loading",
+    "plan": "pymllm.planning",
+    "verify": "pymllm.verification",
+    "SamplingParams": "pymllm.engine.sampling",
+    "Parallel": "pymllm.parallel",
+    "PymllmError": "pymllm.errors",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from pymllm.api import LLM
+    from pymllm.engine.sampling import SamplingParams
+    from pymllm.errors import PymllmError
+    from pymllm.loading import load_model
+    from pymllm.parallel import Parallel
+    from pymllm.planning import plan
+    from pymllm.verification import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pymllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,22 @@
+"""The boundary between a strategy's attention metadata and the attention kernels."""
+
+from pymllm.attention.attention import Attention, store_kv
+from pymllm.attention.metadata import (
+    AttnMetaDataBase,
+    fetch_attn_metadata,
+    is_warming_up,
+    reset_warming_up,
+    set_fetch_fn_for_attn_metadata,
+    set_warming_up,
+)
+
+__all__ = [
+    "Attention",
+    "AttnMetaDataBase",
+    "fetch_attn_metadata",
+    "is_warming_up",
+    "reset_warming_up",
+    "set_fetch_fn_for_attn_metadata",
+    "set_warming_up",
+    "store_kv",
+]

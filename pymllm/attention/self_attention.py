@@ -1,0 +1,81 @@
+"""The self-attention block that most decoders have: q, k, v in one matmul, rotary positions, attention, output."""
+
+# T tokens, H query heads, Hkv key heads, D head size
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pymllm.attention.attention import Attention
+from pymllm.config import ModelConfig
+from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.linear import QKVParallelLinear, RowParallelLinear
+from pymllm.layers.rotary_embedding import get_rope
+from pymllm.quantization.base import QuantizationConfig
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention.
+
+    qkv_bias, output_bias: whether the projections have one.  qk_norm: normalise each head of q and k (Qwen3).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        prefix: str,
+        quant_config: QuantizationConfig | None,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
+        self.head_dim = head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.size("hidden_size"),
+            head_dim,
+            num_heads,
+            config.num_key_value_heads,
+            qkv_bias,
+            part_names=("q_proj", "k_proj", "v_proj"),
+            prefix=f"{prefix}.qkv_proj",
+            quant_config=quant_config,
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * head_dim,
+            config.size("hidden_size"),
+            output_bias,
+            prefix=f"{prefix}.o_proj",
+            quant_config=quant_config,
+        )
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
+        rope = config.rope_parameters
+        self.rotary = get_rope(
+            head_dim,
+            int(head_dim * rope.partial_rotary_factor),
+            config.size("max_position_embeddings"),
+            rope.theta,
+            rope.scaling,
+            rope.rope_type,
+        )
+        self.attn = Attention(
+            self.qkv_proj.num_heads_local,
+            head_dim,
+            head_dim**-0.5,
+            self.qkv_proj.num_kv_heads_local,
+            sliding_window=config.sliding_window_of(layer),
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """positions: [T]; hidden: [T, hidden_size].  Returns [T, hidden_size]."""
+        q, k, v = self.qkv_proj(hidden).split([span.size for span in self.qkv_proj.shape.outputs], dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q, k = self.rotary(positions, q.contiguous(), k.contiguous())
+        return self.o_proj(self.attn(q, k, v.contiguous()))

@@ -1,0 +1,88 @@
+"""Every error that pymllm raises on purpose.
+
+Each one says what is wrong (`code`), where (`file`, `tensor`), what was expected, what was found and what to do.
+The command line prints `str(error)`, one paragraph, without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PymllmError(Exception):
+    """Base of all errors raised on purpose.
+
+    code: a stable short name, e.g. "truncated".  file, tensor, expected, found, fix: optional parts of the message.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        file: str | None = None,
+        tensor: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.message, self.code, self.file, self.tensor = message, code, file, tensor
+        self.expected, self.found, self.fix = expected, found, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        where = ", ".join(str(part) for part in (self.file, self.tensor) if part and str(part) not in self.message)
+        text = f"{where}: {self.message}" if where else self.message
+        text = text.rstrip(".")
+        if self.expected is not None:
+            text += f"; expected {self.expected}"
+        if self.found is not None:
+            text += f"{', ' if self.expected is not None else '; '}found {self.found}"
+        text += "." if not text.endswith((".", "?", "!")) else ""
+        return f"{text} {self.fix}" if self.fix else text
+
+
+class CheckpointError(PymllmError, ValueError):
+    """A checkpoint that cannot be loaded exactly as it is."""
+
+
+class ConfigError(PymllmError, ValueError):
+    """A setting, a model config or a quantisation config that we cannot honour."""
+
+
+class RuleError(ConfigError):
+    """A quantisation rule that matches nothing, can never apply, or cannot be read."""
+
+
+class ShardingError(ConfigError):
+    """A layer that cannot be divided over this many tensor-parallel ranks."""
+
+
+class KernelError(PymllmError, RuntimeError):
+    """No kernel can run a problem, or the one asked for cannot."""
+
+
+class RequestError(PymllmError, ValueError):
+    """A generation request whose parameters are out of range.  `tensor` holds the parameter's name."""
+
+    @property
+    def param(self) -> str | None:
+        return self.tensor
+
+
+class MissingExtraError(PymllmError, ImportError):
+    """An optional package is needed; the message names the extra which brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed",
+            code="missing-extra",
+            fix=f"Install it with: pip install 'pymllm[{extra}]'.",
+        )
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """A hint such as "Nearest: a, b." naming the candidates most like `name`; empty when none is like it."""
+    close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.6)
+    return f"Nearest: {', '.join(close)}." if close else ""

@@ -1,0 +1,245 @@
+"""The canonical layouts: what every format is converted to, and every kernel packs from.
+
+One dataclass a family.  All have outputs first, `[O, I]`, and `dequantize(dtype)`.  `type` is what a kernel needs to
+know of a weight before it sees one: a plan makes the same objects on the meta device, so that it asks the same kernels.
+"""
+
+# O out_features, I in_features, G group_size, P parts of a fused layer
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
+
+Activations = Literal["float", "token", "tensor", "static", "group"]
+
+
+@dataclass(frozen=True)
+class DenseType:
+    """Plain floats."""
+
+    dtype: torch.dtype
+    family: str = "dense"
+
+    def __str__(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class IntType:
+    """Integer codes with a scale for every group of inputs; symmetric: the zero point is the middle code."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    family: str = "int"
+
+    def __str__(self) -> str:
+        return f"int{self.bits} g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True)
+class Fp8Type:
+    """float8_e4m3 with a scale for every block of (outputs, inputs); 0: the whole axis.
+
+    activations: how the checkpoint wants activations quantised ("float": not at all).
+    """
+
+    block: tuple[int, int]
+    activations: Activations
+    family: str = "fp8"
+
+    def __str__(self) -> str:
+        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(self.block, f"block {self.block[0]}x{self.block[1]}")
+        return f"fp8 e4m3 per {granularity}, activations {self.activations}"
+
+
+WeightType = DenseType | IntType | Fp8Type
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """weight: [O, I] in a float dtype."""
+
+    weight: Tensor
+
+    @property
+    def type(self) -> DenseType:
+        return DenseType(self.weight.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+
+@dataclass(frozen=True)
+class IntWeight:
+    """w = (code - zero) * scale.
+
+    codes: [O, I] uint8, 0..2**bits-1.  scales: [O, I/G] float.
+    zeros: [O, I/G] uint8, or None: 2**(bits-1) everywhere.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def type(self) -> IntType:
+        return IntType(self.bits, self.group_size, self.zeros is None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[O, I]; the product is taken in `dtype`, at least in float32."""
+        compute = torch.promote_types(dtype, torch.float32)
+        out_features, in_features = self.shape
+        grouped = self.codes.view(out_features, -1, self.group_size).to(compute)
+        offset = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.unsqueeze(-1).to(compute)
+        weight = (grouped - offset) * self.scales.unsqueeze(-1).to(compute)
+        return weight.view(out_features, in_features).to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        zeros = {} if self.zeros is None else {"zeros": self.zeros}
+        return {"codes": self.codes, "scales": self.scales, **zeros}
+
+    @classmethod
+    def from_float(cls, weight: Tensor, *, bits: int, group_size: int, symmetric: bool) -> IntWeight:
+        """Round to nearest.  weight: [O, I]; group_size divides I (0 or less: one group a row).
+
+        Asymmetric groups span minimum to maximum and always hold zero exactly.  Scales are float16, the dtype that
+        the formats of this family store; codes are chosen against the rounded scale.
+        """
+        out_features, in_features = weight.shape
+        group_size = group_size if group_size > 0 else in_features
+        groups = weight.float().view(out_features, in_features // group_size, group_size)
+        top = 2**bits - 1
+        smallest = torch.finfo(torch.float16).smallest_normal
+        if symmetric:
+            middle = 2 ** (bits - 1)
+            peak = groups.abs().amax(-1)
+            scales = (peak / (middle - 0.5)).clamp(smallest, torch.finfo(torch.float16).max).half()
+            offset: Tensor | int = middle
+            zeros = None
+        else:
+            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+            scales = ((high - low) / top).clamp(smallest, torch.finfo(torch.float16).max).half()
+            zeros = (-low / scales.float()).round().clamp(0, top).to(torch.uint8)
+            offset = zeros.unsqueeze(-1).float()
+        codes = (groups / scales.float().unsqueeze(-1)).round().add(offset).clamp(0, top).to(torch.uint8)
+        return cls(codes.view(out_features, in_features), scales, zeros, bits, group_size)
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """w = weight * scale of its block.
+
+    weight: [O, I] float8_e4m3fn.  scales: [ceil(O/block_out), ceil(I/block_in)] float32; a block side of 0 is the axis.
+    input_scales: [P] float32, one for each part, where activations are "static"; part_sizes: the outputs of each part.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+    activations: Activations = "float"
+    input_scales: Tensor | None = None
+    part_sizes: tuple[int, ...] = ()
+
+    @property
+    def type(self) -> Fp8Type:
+        return Fp8Type(self.block, self.activations)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[O, I]; the product is taken in `dtype`, at least in float32."""
+        compute = torch.promote_types(dtype, torch.float32)
+        return (self.weight.to(compute) * self.expanded_scales().to(compute)).to(dtype)
+
+    def expanded_scales(self) -> Tensor:
+        """The scales, broadcastable to [O, I]."""
+        scales = self.scales
+        for axis, side in enumerate(self.block):
+            if side > 1:
+                scales = scales.repeat_interleave(side, dim=axis).narrow(axis, 0, self.shape[axis])
+        return scales
+
+    def tensors(self) -> dict[str, Tensor]:
+        static = {} if self.input_scales is None else {"input_scales": self.input_scales}
+        return {"weight": self.weight, "scales": self.scales, **static}
+
+    @classmethod
+    def from_parts(
+        cls,
+        weight: Tensor,
+        scales: Tensor,
+        block: tuple[int, int],
+        part_sizes: Sequence[int],
+        activations: Activations,
+        input_scales: Tensor | None,
+    ) -> Fp8Weight:
+        """Parts side by side, each with scales of its own, under one block size.
+
+        scales: one for each part ([P]), or each part's grid of blocks, one above the other. Where parts do not end on
+        a block, or have one scale each, the rows get their scales one by one; no value changes.
+        """
+        sizes = tuple(part_sizes)
+        side = block[0]
+        if scales.ndim == 1:
+            scales = scales.unsqueeze(1)
+        if len(sizes) > 1 and (side == 0 or any(size % side for size in sizes[:-1])):
+            counts = [1 if side == 0 else -(-size // side) for size in sizes]
+            pieces = [
+                piece.repeat_interleave(side or size, dim=0)[:size]
+                for piece, size in zip(scales.split(counts), sizes, strict=True)
+            ]
+            scales, block = torch.cat(pieces), (1, block[1])
+        sides = (block[0], 0 if block[1] >= weight.shape[1] else block[1])
+        return cls(weight, scales, sides, activations, input_scales, sizes)
+
+    @classmethod
+    def from_float(cls, weight: Tensor, *, block: tuple[int, int], activations: Activations) -> Fp8Weight:
+        """Scale each block's largest magnitude to 448 and round to nearest.  weight: [O, I]."""
+        out_features, in_features = weight.shape
+        side_out, side_in = block[0] or out_features, block[1] or in_features
+        rows, columns = -(-out_features // side_out), -(-in_features // side_in)
+        padded = torch.nn.functional.pad(
+            weight.float(), (0, columns * side_in - in_features, 0, rows * side_out - out_features)
+        )
+        blocks = padded.view(rows, side_out, columns, side_in)
+        scales = (blocks.abs().amax(dim=(1, 3)) / E4M3_MAX).clamp(min=torch.finfo(torch.float32).smallest_normal)
+        codes = (blocks / scales[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        codes = codes.view(rows * side_out, columns * side_in)[:out_features, :in_features].contiguous()
+        return cls(codes, scales, block, activations)
+
+
+CanonicalWeight = DenseWeight | IntWeight | Fp8Weight
+
+
+def on_meta(weight: CanonicalWeight) -> CanonicalWeight:
+    """The same weight without data, for counting what a kernel's packing would take."""
+    tensors = {
+        field.name: value.to("meta") if isinstance(value, Tensor) else value
+        for field in dataclasses.fields(weight)
+        for value in (getattr(weight, field.name),)
+    }
+    return type(weight)(**tensors)

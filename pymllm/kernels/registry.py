@@ -1,0 +1,174 @@
+"""Which kernel runs a problem, and why not the others.
+
+A kernel is a class with a `name`, `why_not(problem) -> str | None`, and what its operation needs (below). Adding one is
+a file and one line in `KERNELS`, whose order is the order of preference; the reference is always last and runs
+everything. `select` walks it once, when a layer is packed (or planned), and keeps every refusal with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import KernelError, nearest
+from pymllm.kernels.canonical import CanonicalWeight, WeightType
+from pymllm.kernels.hardware import Device
+
+Operation = Literal["linear", "embedding", "attention"]
+Compute = Literal["auto", "exact", "checkpoint"]
+
+KERNELS: dict[Operation, tuple[str, ...]] = {
+    "linear": (
+        "pymllm.kernels.torch_linear:TorchLinear",
+        "pymllm.kernels.torch_scaled_mm:TorchScaledMM",
+        "pymllm.kernels.torch_int4pack:TorchInt4Pack",
+        "pymllm.kernels.reference:ReferenceLinear",
+    ),
+    "embedding": (
+        "pymllm.kernels.torch_linear:TorchEmbedding",
+        "pymllm.kernels.reference:ReferenceEmbedding",
+    ),
+    "attention": (
+        "pymllm.kernels.torch_attention:TorchAttention",
+        "pymllm.kernels.reference:ReferenceAttention",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One rank's linear layer (or embedding table), as a kernel sees it.
+
+    compute: "auto" lets a kernel quantise activations where the checkpoint asks for it and speed is gained;
+    "exact" forbids it; "checkpoint" demands it.
+    """
+
+    weight: WeightType
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: Device
+    compute: Compute = "auto"
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One rank's attention layer, as a kernel sees it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: Device
+    sliding_window: int | None = None
+
+
+Packed = Mapping[str, Tensor]
+
+
+class Kernel(Protocol):
+    """What every kernel has."""
+
+    name: str
+
+    def why_not(self, problem: Any) -> str | None:
+        """None if it can run `problem`, else the reason in a few words."""
+
+
+class LinearKernel(Kernel, Protocol):
+    """`x @ weight.T + bias` over packed weights.  `layout` names what `pack` makes: equal names, equal bytes."""
+
+    layout: str
+
+    def numerics(self, problem: LinearProblem) -> str:
+        """How results differ from exact arithmetic over the stored weights, for a plan to show."""
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        """Weights in this kernel's own order.  Also runs on meta tensors: a plan counts its bytes."""
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        """What `pack` was given, bit for bit."""
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [*, I] in the problem's dtype.  Returns [*, O]."""
+
+
+class EmbeddingKernel(Kernel, Protocol):
+    """Rows of a packed table; `pack` and `layout` as for a linear layer, so that a tied head can share them."""
+
+    layout: str
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed: ...
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight: ...
+
+    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
+        """ids: any shape, within the table.  Returns [*ids.shape, I] in the problem's dtype."""
+
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A kernel that was asked before the chosen one, and why it could not."""
+
+    kernel: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Selection(Generic[K]):
+    """The chosen kernel and the refusals before it.  forced: the user named it."""
+
+    kernel: K
+    refused: tuple[Refusal, ...]
+    forced: bool = False
+
+
+@functools.cache
+def kernels_for(operation: Operation) -> tuple[Any, ...]:
+    """The kernels of an operation, in order of preference."""
+    found = []
+    for path in KERNELS[operation]:
+        module, _, name = path.partition(":")
+        found.append(getattr(importlib.import_module(module), name)())
+    return tuple(found)
+
+
+@functools.cache
+def select(operation: Operation, problem: Any, forced: str | None = None) -> Selection[Any]:
+    """The first kernel of `operation` that can run `problem`; or the one named `forced`.
+
+    KernelError with all reasons if none can, or if the forced one cannot.
+    """
+    kernels = kernels_for(operation)
+    if forced is not None:
+        kernels = tuple(kernel for kernel in kernels if kernel.name == forced)
+        if not kernels:
+            names = [kernel.name for kernel in kernels_for(operation)]
+            raise KernelError(
+                f"there is no {operation} kernel {forced!r}",
+                code="kernel-unknown",
+                expected=" or ".join(names),
+                found=forced,
+                fix=nearest(forced, names),
+            )
+    refused: list[Refusal] = []
+    for kernel in kernels:
+        why = kernel.why_not(problem)
+        if why is None:
+            return Selection(kernel, tuple(refused), forced is not None)
+        refused.append(Refusal(kernel.name, why))
+    raise KernelError(
+        f"no {operation} kernel can run this layer: " + "; ".join(f"{r.kernel}: {r.why}" for r in refused),
+        code="kernel-refused",
+        expected=f"a {operation} kernel for {problem}",
+        fix="Force another kernel or choose another method for this layer.",
+    )

@@ -1,0 +1,121 @@
+"""Vocabulary-parallel embedding and LM head, quantised or not."""
+
+# T tokens, V vocabulary, H hidden size
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pymllm.layers.linear import WeightedLayer
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, bind_layer, bound_weight
+from pymllm.weights.spec import Span
+
+
+class VocabParallelEmbedding(WeightedLayer):
+    """A table of `num_embeddings` rows, divided over ranks; the last rank's share is padded where it must be.
+
+    Ids outside a rank's share contribute zero there, and the ranks' rows are summed.
+    """
+
+    kind: ClassVar[str] = "embedding"
+    operation: ClassVar[str] = "embedding"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        quant_method: LinearMethodBase | None = None,
+        *,
+        prefix: str = "",
+        quant_config: QuantizationConfig | None = None,
+        params_dtype: torch.dtype | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(prefix, params_dtype)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._setup(self.stored_names(), quant_method, quant_config, bias)
+        share = self.shape.outputs[0]
+        self.vocab_start_index, self.vocab_end_index = share.start, share.stop
+
+    def stored_names(self) -> list[str]:
+        """The checkpoint name under which the table stands."""
+        return [self.prefix]
+
+    def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
+        total = self.num_embeddings
+        share = -(-total // size)
+        start, stop = min(rank * share, total), min((rank + 1) * share, total)
+        return Span.full(self.embedding_dim), (Span(start, stop, total, share - (stop - start)),)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: any shape, 0..V-1.  Returns [*ids.shape, H]."""
+        if self.tp_size == 1:
+            return self.quant_method.embed(self, ids)
+        mine = (ids >= self.vocab_start_index) & (ids < self.vocab_end_index)
+        local = torch.where(mine, ids - self.vocab_start_index, 0)
+        rows = self.quant_method.embed(self, local) * mine.unsqueeze(-1)
+        return self.parallel.all_reduce(rows)
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """Hidden states to logits, over the same division of the vocabulary.
+
+    tied_to: the embedding whose table this head shares. The checkpoint then holds the table once, under the
+    embedding's name; a head with a method of its own keeps its own copy, converted from the same tensor.
+    fp32_logits: answer in float32.
+    """
+
+    kind: ClassVar[str] = "lm_head"
+    operation: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bias: bool = False,
+        quant_method: LinearMethodBase | None = None,
+        *,
+        tied_to: VocabParallelEmbedding | None = None,
+        fp32_logits: bool = True,
+        prefix: str = "",
+        quant_config: QuantizationConfig | None = None,
+        params_dtype: torch.dtype | None = None,
+    ) -> None:
+        object.__setattr__(self, "tied_to", tied_to)  # not a child: the embedding has its own place in the model
+        self.fp32_logits = fp32_logits
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            quant_method,
+            prefix=prefix,
+            quant_config=quant_config,
+            params_dtype=params_dtype,
+            bias=bias,
+        )
+
+    def stored_names(self) -> list[str]:
+        return [self.prefix if self.tied_to is None else self.tied_to.prefix]
+
+    def _setup(self, *args: Any, **options: Any) -> None:
+        super()._setup(*args, **options)
+        self.shares_table = self.tied_to is not None and self.quant_method == self.tied_to.quant_method
+        if self.shares_table:
+            for name in [name for name in self._parameters if name != "bias"]:
+                delattr(self, name)
+
+    def pack_tied(self) -> None:
+        """Bind the embedding's packed table for this head's matmul; once the embedding is packed."""
+        bound = bound_weight(self.tied_to)
+        assert bound is not None
+        bind_layer(self, bound.canonical())
+
+    def forward(self, x: Tensor, gather_all: bool = False) -> Tensor | None:  # type: ignore[override]
+        """x: [*, H].  Returns logits [*, V] on rank 0 and None elsewhere; gather_all: on every rank."""
+        logits = self.quant_method.logits(self, x, self.bias)
+        if self.fp32_logits:
+            logits = logits.float()
+        gathered = self.parallel.all_gather(logits) if gather_all else self.parallel.gather(logits)
+        return None if gathered is None else gathered[..., : self.num_embeddings]

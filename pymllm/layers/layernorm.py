@@ -1,0 +1,33 @@
+"""RMSNorm, with the residual sum fused in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.config import current_execution
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), times a weight.  Float32 maths, then the input's dtype, then the weight."""
+
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-6, has_weight: bool = True, *, params_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        execution = current_execution()
+        if params_dtype is None and execution is not None:
+            params_dtype = execution.dtype
+        weight = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype), requires_grad=False)
+        self.register_parameter("weight", weight if has_weight else None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual)."""
+        if residual is not None:
+            x = x + residual
+        values = x.float()
+        normed = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        if self.weight is not None:
+            normed = normed * self.weight
+        return normed if residual is None else (normed, x)

@@ -1,0 +1,58 @@
+"""The gated MLP that most decoders have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError
+from pymllm.layers.activation import GeluAndMul, SiluAndMul
+from pymllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from pymllm.quantization.base import QuantizationConfig
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": SiluAndMul,
+    "gelu_pytorch_tanh": GeluAndMul,
+    "gelu_tanh": GeluAndMul,
+}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); gate and up in one matmul."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        *,
+        bias: bool = False,
+        prefix: str = "",
+        quant_config: QuantizationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"unknown activation {activation!r}",
+                code="config-value",
+                file="config.json",
+                tensor="hidden_act",
+                expected=" or ".join(ACTIVATIONS),
+                found=activation,
+            )
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size, intermediate_size],
+            bias,
+            gather_output=False,
+            part_names=("gate_proj", "up_proj"),
+            prefix=f"{prefix}.gate_up_proj",
+            quant_config=quant_config,
+        )
+        self.act = ACTIVATIONS[activation]()
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, bias, prefix=f"{prefix}.down_proj", quant_config=quant_config
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, hidden_size].  Returns the same shape."""
+        return self.down_proj(self.act(self.gate_up_proj(x)))

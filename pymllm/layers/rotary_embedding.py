@@ -1,0 +1,234 @@
+"""Rotary position embeddings, with the scalings that checkpoints use.
+
+Tables hold the cosines and sines of every position up to the largest asked for; layers with equal settings share one
+module. The scalings equal transformers' (`modeling_rope_utils`), which the tests compare with.
+"""
+
+# T tokens, D head size, R rotary size (the part of a head that is rotated)
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates whole heads, halves paired (the NeoX style).
+
+    inverse_frequencies: [R/2].  attention_scaling multiplies cosines and sines (yarn).
+    """
+
+    def __init__(self, head_size: int, rotary_dim: int, max_position: int, inverse_frequencies: Tensor, scale: float):
+        super().__init__()
+        self.head_size, self.rotary_dim, self.max_position = head_size, rotary_dim, max_position
+        self.inverse_frequencies, self.attention_scaling = inverse_frequencies, scale
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _frequencies(self, length: int) -> Tensor:
+        """The frequencies to use for sequences of `length`; one set for all, but for dynamic scaling."""
+        return self.inverse_frequencies
+
+    def _table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [>= length, R/2], float32."""
+        table = self._tables.get(device)
+        if table is None or table[0].shape[0] < length:
+            rows = self.max_position if device.type != "cpu" else min(self.max_position, 2 ** (length - 1).bit_length())
+            angles = torch.outer(torch.arange(max(rows, length)).float(), self._frequencies(length))
+            table = tuple((f(angles) * self.attention_scaling).to(device) for f in (torch.cos, torch.sin))  # type: ignore[assignment]
+            self._tables[device] = table  # type: ignore[assignment]
+        return table  # type: ignore[return-value]
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [T].  Returns cosines and sines [T, R/2], float32."""
+        # On a GPU the table covers max_position from the start, so that no step waits for a maximum.
+        on_cpu = positions.device.type == "cpu"
+        length = int(positions.max()) + 1 if on_cpu and positions.numel() else 1
+        cos, sin = self._table(length, positions.device)
+        return cos[positions], sin[positions]
+
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [T]; query, key: [T, heads * D] or [T, heads, D].  Returns both rotated, in their shapes."""
+        cos, sin = self.cos_sin(positions)
+        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = x.view(*positions_shape(x, self.head_size))
+        return rotate_halves(heads, cos, sin).view(x.shape)
+
+
+class PartialRotaryEmbedding(RotaryEmbedding):
+    """Rotates the first `rotary_dim` elements of each head; the rest pass bit for bit."""
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = x.view(*positions_shape(x, self.head_size))
+        head, tail = heads[..., : self.rotary_dim], heads[..., self.rotary_dim :]
+        return torch.cat((rotate_halves(head, cos, sin), tail), dim=-1).view(x.shape)
+
+
+class DynamicNTKRotaryEmbedding(RotaryEmbedding):
+    """The base grows with the longest sequence of a call, once that is past the trained length."""
+
+    def __init__(self, head_size: int, rotary_dim: int, max_position: int, base: float, factor: float):
+        super().__init__(head_size, rotary_dim, max_position, default_frequencies(rotary_dim, base), 1.0)
+        self.base, self.factor = base, factor
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        length = int(positions.max()) + 1 if positions.numel() else 1
+        angles = positions.float()[:, None] * self._frequencies(length).to(positions.device)
+        return angles.cos(), angles.sin()
+
+    def _frequencies(self, length: int) -> Tensor:
+        if length <= self.max_position:
+            return self.inverse_frequencies
+        growth = self.factor * length / self.max_position - (self.factor - 1)
+        return default_frequencies(self.rotary_dim, self.base * growth ** (self.rotary_dim / (self.rotary_dim - 2)))
+
+
+class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
+    """Rotates part of a head as if the frequencies were spread over all of it.
+
+    The exponent's denominator is the head size; the pairs past `rotary_dim` have frequency zero, so pass unchanged.
+    """
+
+    def __init__(self, head_size: int, rotary_dim: int, max_position: int, base: float):
+        exponents = torch.arange(0, rotary_dim, 2).float() / head_size
+        rotated = 1.0 / base**exponents
+        padded = torch.cat((rotated, torch.zeros((head_size - rotary_dim) // 2)))
+        super().__init__(head_size, head_size, max_position, padded, 1.0)
+
+
+def positions_shape(x: Tensor, head_size: int) -> tuple[int, int, int]:
+    """[T, heads, D] for a tensor that may have its heads flattened."""
+    return x.shape[0], x.numel() // max(x.shape[0] * head_size, 1) if x.shape[0] else -1, head_size
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [T, heads, R]; cos, sin: [T, R/2].  The maths is float32; the result has x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def default_frequencies(rotary_dim: int, base: float) -> Tensor:
+    """base^(-2i/R), [R/2]."""
+    return 1.0 / base ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
+
+
+def llama3_frequencies(rotary_dim: int, base: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    frequencies = default_frequencies(rotary_dim, base)
+    factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (trained / wavelengths - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    stretched = torch.where(wavelengths > trained / low, frequencies / factor, frequencies)
+    is_between = (wavelengths <= trained / low) & (wavelengths >= trained / high)
+    return torch.where(is_between, between, stretched)
+
+
+def yarn_frequencies(
+    rotary_dim: int, base: float, max_position: int, scaling: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """Yarn's blend of interpolated and kept frequencies, and its factor on cosines and sines."""
+    trained = scaling.get("original_max_position_embeddings") or max_position
+    factor = scaling.get("factor") or max_position / trained
+
+    def magnitude(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        mscale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention = magnitude(factor, mscale) / magnitude(factor, all_dims) if mscale and all_dims else magnitude(factor)
+
+    def dimension_of(rotations: float) -> float:
+        return rotary_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = dimension_of(scaling.get("beta_fast") or 32)
+    high = dimension_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    ramp = ((torch.arange(rotary_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    kept = default_frequencies(rotary_dim, base)
+    return kept / factor * ramp + kept * (1 - ramp), float(attention)
+
+
+def get_rope(
+    head_size: int,
+    rotary_dim: int,
+    max_position: int,
+    base: float,
+    rope_scaling: Mapping[str, Any] | None = None,
+    rope_type: str = "default",
+) -> RotaryEmbedding:
+    """The rotary module for these settings; equal settings share one.
+
+    rope_type: default, linear, dynamic, llama3 or yarn; rope_scaling: that type's settings, named as in config.json.
+    ConfigError for a type we do not have, a missing setting, or an odd or too large rotary_dim.
+    """
+    settings = json.dumps(dict(rope_scaling or {}), sort_keys=True, default=str)
+    with torch.device("cpu"):  # models are built on the meta device; these few numbers are real from the start
+        return _get_rope(head_size, rotary_dim, max_position, float(base), settings, rope_type)
+
+
+@functools.lru_cache(maxsize=64)
+def _get_rope(
+    head_size: int, rotary_dim: int, max_position: int, base: float, settings: str, rope_type: str
+) -> RotaryEmbedding:
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
+        raise ConfigError(
+            "the rotated part of a head must be even and no larger than the head",
+            code="rope-dim",
+            expected=f"an even number up to {head_size}",
+            found=str(rotary_dim),
+        )
+    scaling = json.loads(settings)
+    scale = 1.0
+    try:
+        if rope_type == "dynamic":
+            trained = scaling.get("original_max_position_embeddings") or max_position
+            return DynamicNTKRotaryEmbedding(head_size, rotary_dim, trained, base, scaling["factor"])
+        if rope_type in ("default", "linear"):
+            frequencies = default_frequencies(rotary_dim, base)
+            if rope_type == "linear":
+                frequencies = frequencies / scaling["factor"]
+        elif rope_type == "llama3":
+            frequencies = llama3_frequencies(rotary_dim, base, scaling)
+        elif rope_type == "yarn":
+            frequencies, scale = yarn_frequencies(rotary_dim, base, max_position, scaling)
+        else:
+            raise ConfigError(
+                f"unknown rotary scaling {rope_type!r}",
+                code="rope-type",
+                expected="default, linear, dynamic, llama3 or yarn",
+                found=rope_type,
+            )
+    except KeyError as missing:
+        raise ConfigError(
+            f"rotary scaling {rope_type!r} needs the setting {missing}",
+            code="config-missing-setting",
+            file="config.json",
+            tensor="rope_parameters",
+            found=", ".join(scaling),
+        ) from None
+    cls = RotaryEmbedding if rotary_dim == head_size else PartialRotaryEmbedding
+    return cls(head_size, rotary_dim, max_position, frequencies, scale)
+
+
+@functools.lru_cache(maxsize=16)
+def get_gemma4_proportional_rope(
+    head_size: int, rotary_dim: int, max_position: int, base: float
+) -> Gemma4ProportionalRotaryEmbedding:
+    """The cached factory of Gemma's proportional rotary embedding."""
+    with torch.device("cpu"):
+        return Gemma4ProportionalRotaryEmbedding(head_size, rotary_dim, max_position, base)

@@ -1,0 +1,486 @@
+"""From a checkpoint folder to a model whose weights are packed: `prepare` reads headers, `load_model` the tensors.
+
+`prepare` decides everything: it builds the model on the meta device, gives every layer its method, and matches every
+checkpoint tensor with its place. A plan shows just that; loading executes just that, a layer at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.config import Execution, ModelConfig, parse_dtype
+from pymllm.errors import CheckpointError, ConfigError, ShardingError, nearest
+from pymllm.kernels.hardware import probe_device
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.linear import SplitLinearMethod, WeightedLayer
+from pymllm.models import build_model, read_model_config
+from pymllm.models.causal_lm import CausalLM
+from pymllm.parallel import Parallel, current_parallel
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    bound_weight,
+    get_quantization_config,
+    list_quantization_methods,
+)
+from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
+from pymllm.weights.checkpoint import Checkpoint, TensorInfo, resolve_model_path
+from pymllm.weights.loader import Slot, Written, place, same_shape, write
+from pymllm.weights.report import LoadReport, Problem, TensorRecord, raise_problems
+from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec, whole
+
+logger = logging.getLogger("pymllm")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One checkpoint tensor and the parameter that it fills a part of."""
+
+    module: nn.Module
+    param: str
+    slot: Slot
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is loaded and packed together: a layer with a quant_method, or a module with plain parameters."""
+
+    name: str
+    module: nn.Module
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything decided, nothing read but headers."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    quant: RuledConfig
+    execution: Execution
+    parallel: Parallel
+    model: CausalLM
+    units: tuple[Unit, ...]
+    records: tuple[TensorRecord, ...]  # of tensors that are tied or skipped
+
+
+def prepare(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    revision: str | None = None,
+) -> Prepared:
+    """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
+
+    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `load_model` for the arguments.
+    """
+    checkpoint = Checkpoint.open(resolve_model_path(path, revision))
+    config = read_model_config(checkpoint.config)
+    _check_layer_count(config, checkpoint)
+    stored = read_quantization_config(checkpoint)
+    stored.see_checkpoint(checkpoint.tensors)
+    execution = choose_execution(config, stored, device, dtype, compute, kernels)
+    if execution.dtype not in stored.get_supported_act_dtypes():
+        raise ConfigError(
+            f"{stored.get_name()} cannot run with {execution.dtype} activations",
+            code="dtype-unsupported",
+            expected=" or ".join(map(str, stored.get_supported_act_dtypes())),
+        )
+    rules = RuledConfig(stored, read_rules(quant))
+    parallel = current_parallel()
+    try:
+        model = build_on_meta(config, rules, execution, parallel)
+    except ShardingError as error:
+        if parallel.size == 1:
+            raise
+        error.fix = f"Sizes that work for this model: {', '.join(map(str, legal_tp_sizes(config, rules, execution)))}."
+        error.args = (str(error),)
+        raise
+    rules.lint()
+    units, records = match(model, rules, checkpoint)
+    return Prepared(checkpoint, config, rules, execution, parallel, model, units, records)
+
+
+def build_on_meta(config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel) -> CausalLM:
+    """The model without data, every layer with its method."""
+    with execution, parallel, torch.device("meta"):
+        return build_model(config, rules)
+
+
+def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
+    """The checkpoint's own quantisation: from config.json, or from the file that its format writes beside it."""
+    settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    if settings is None:
+        settings = _read_side_file(checkpoint.path)
+    if settings is None:
+        return get_quantization_config("none").from_config({})
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            "quantization_config must be an object", code="quantization-config", file="config.json", found=repr(settings)
+        )
+    name = settings.get("quant_method")
+    if name is None:
+        raise ConfigError(
+            "quantization_config does not name its quant_method",
+            code="unknown-method",
+            file="config.json",
+            tensor="quantization_config.quant_method",
+            expected=" or ".join(list_quantization_methods()),
+        )
+    try:
+        return get_quantization_config(str(name).lower().replace("_", "-")).from_config(settings)
+    except ConfigError as error:
+        error.file = error.file or str(checkpoint.path / "config.json")
+        error.args = (str(error),)
+        raise
+
+
+def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
+    for name in list_quantization_methods():
+        for file in get_quantization_config(name).get_config_filenames():
+            if (folder / file).is_file():
+                try:
+                    settings = json.loads((folder / file).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    raise ConfigError(
+                        f"the file cannot be read: {error}", code="quantization-config", file=str(folder / file)
+                    ) from None
+                return {"quant_method": name, **settings}
+    return None
+
+
+def choose_execution(
+    config: ModelConfig,
+    stored: QuantizationConfig,
+    device: str,
+    dtype: str | torch.dtype,
+    compute: str,
+    kernels: Mapping[str, str] | None,
+) -> Execution:
+    """Where and in which activation dtype to run.
+
+    dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
+    either way, and whose CPU arithmetic is fastest and most exact in float32.
+    """
+    if compute not in ("auto", "exact", "checkpoint"):
+        raise ConfigError("unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute)
+    where = probe_device(device)
+    if dtype != "auto":
+        chosen = parse_dtype(dtype)
+    elif where.type == "cpu" and stored.get_name() != "none":
+        chosen = torch.float32
+    else:
+        chosen = config.dtype or torch.float32
+    return Execution(where.type, chosen, compute, tuple((kernels or {}).items()))
+
+
+def _check_layer_count(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    layers = config.size("num_hidden_layers")
+    if layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            "config.json claims more layers than the checkpoint has tensors",
+            code="config-value",
+            file=str(checkpoint.path / "config.json"),
+            tensor="num_hidden_layers",
+            expected=f"at most {len(checkpoint.tensors)}",
+            found=str(layers),
+        )
+
+
+def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
+    """The layers that hold a quant_method, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, WeightedLayer):
+            yield module
+
+
+def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShape, nn.Module]]:
+    """The layer's packed weights: one, or one for each part where their methods differ."""
+    if isinstance(layer.quant_method, SplitLinearMethod):
+        holders = layer.quant_method.holders(layer)
+        return [(holder.quant_method, holder.shape, holder) for holder in holders]
+    return [(layer.quant_method, layer.shape, layer)]
+
+
+def legal_tp_sizes(config: ModelConfig, rules: RuledConfig, execution: Execution) -> list[int]:
+    """The tensor-parallel sizes that every layer of the model can be divided over."""
+    model = build_on_meta(config, rules, execution, Parallel())
+    heads = config.size("num_attention_heads")
+    distinct = {(type(layer), layer.quant_method, layer.shape): layer for layer in _unnamed(model)}
+    return [size for size in range(1, heads + 1) if heads % size == 0 and _all_shard(distinct.values(), size)]
+
+
+def _unnamed(model: nn.Module) -> Iterator[WeightedLayer]:
+    """All layers; their shapes lose their names, so that equal layers compare equal."""
+    for layer in weighted_layers(model):
+        layer.shape = replace(layer.shape, parts=tuple("" for _ in layer.shape.parts))
+        yield layer
+
+
+def _all_shard(layers: Any, size: int) -> bool:
+    try:
+        for layer in layers:
+            for rank in range(size):
+                shape = layer.shape_for(rank, size, layer.shape.parts)
+                methods = getattr(layer.quant_method, "methods", (layer.quant_method,))
+                for index, method in enumerate(methods):
+                    for spec in method.weight_specs(shape.part(index) if len(methods) > 1 else shape):
+                        place(spec, shape.part(index) if len(methods) > 1 else shape)
+    except ShardingError:
+        return False
+    return True
+
+
+def match(
+    model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint
+) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...]]:
+    """Find every parameter's tensors, and account for every tensor.  ONE CheckpointError lists all that is wrong."""
+    problems: list[Problem] = []
+    units: list[Unit] = []
+    used: set[str] = set()
+    for name, module in _units(model):
+        placements = []
+        for holder, param_name, slot in _slots(name, module):
+            tensor = next((checkpoint.tensors[n] for n in slot.names if n in checkpoint.tensors), None)
+            if tensor is None:
+                problems.append(_missing(slot, checkpoint))
+                continue
+            used.add(tensor.name)
+            problem = _mismatch(slot, tensor)
+            if problem is not None:
+                problems.append(problem)
+            placements.append(Placement(holder, param_name, slot, tensor))
+        units.append(Unit(name, module, tuple(placements)))
+    records = []
+    for tensor_name in checkpoint.tensors:
+        if tensor_name in used:
+            continue
+        reason = _skip_reason(tensor_name, model, rules)
+        if reason is None:
+            known = [slot_name for _, module in _units(model) for _, _, s in _slots(_, module) for slot_name in s.names]
+            hint = nearest(tensor_name, known) if len(problems) < 20 else ""
+            problems.append(Problem("unexpected", tensor_name, f"unexpected, no layer asks for it. {hint}".strip()))
+        else:
+            records.append(TensorRecord(tensor_name, "skipped", 0, reason))
+    raise_problems(str(checkpoint.path), problems)
+    return tuple(units), tuple(records)
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        holds_plain = any(not hasattr(param, "slots") for param in module._parameters.values() if param is not None)
+        if isinstance(module, WeightedLayer) or holds_plain:
+            yield name, module
+
+
+def _slots(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str, Slot]]:
+    """Every slot of a unit, with the module and parameter it fills."""
+    if not isinstance(module, WeightedLayer):
+        for param_name, param in module._parameters.items():
+            if param is not None:
+                spec = WeightSpec(param_name, param.dtype, tuple(map(whole, param.shape)), accepts=FLOATS)
+                shape = LinearShape(Span.full(1), (Span.full(1),), (name,), param.dtype)
+                yield module, param_name, place(spec, shape)[1][0]
+        return
+    for holder in module.modules():
+        for param_name, param in holder._parameters.items():
+            for slot in getattr(param, "slots", ()):
+                yield holder, param_name, slot
+
+
+def _missing(slot: Slot, checkpoint: Checkpoint) -> Problem:
+    wanted = f"{str(slot.spec.dtype).removeprefix('torch.')} {list(slot.source_shape)}"
+    siblings = [name for name in checkpoint.tensors if name.startswith(slot.prefix.rpartition(".")[0])]
+    hint = nearest(slot.tensor, [name for name in siblings if name not in slot.names])
+    return Problem("missing", slot.tensor, f"missing; the layer needs it as {wanted}. {hint}".strip())
+
+
+def _mismatch(slot: Slot, tensor: TensorInfo) -> Problem | None:
+    if tensor.dtype is not slot.spec.dtype and tensor.dtype not in slot.spec.accepts:
+        allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        found = str(tensor.dtype).removeprefix("torch.")
+        return Problem("dtype", tensor.name, f"wrong dtype; expected {expected}, found {found}")
+    if not same_shape(tensor.shape, slot.source_shape):
+        expected, found = str(list(slot.source_shape)), str(list(tensor.shape))
+        return Problem("shape", tensor.name, f"wrong shape; expected {expected}, found {found}")
+    return None
+
+
+def _skip_reason(name: str, model: CausalLM, rules: RuledConfig) -> str | None:
+    head = model.lm_head
+    if head.tied_to is not None and name.startswith(f"{head.prefix}."):
+        return f"the head is tied to {head.tied_to.prefix}"
+    for pattern, reason in model.skipped_tensors.items():
+        if re.fullmatch(pattern, name):
+            return reason
+    return rules.skip_reason(name)
+
+
+def load_model(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    progress: bool | None = None,
+) -> CausalLM:
+    """Load a checkpoint into a model whose every weight is packed for the best kernel.
+
+    path: a folder, or a hub id.  quant: rules over the checkpoint's own config (see `pymllm.quantization.rules`).
+    device: auto, cpu or cuda.  dtype: of activations; auto: see `choose_execution`.
+    compute: "auto" lets kernels quantise activations where the checkpoint asks for it and speed is gained, "exact"
+    forbids it, "checkpoint" demands it.  kernels: an operation's kernel by name, {"linear": "reference"} say.
+    progress: a bar while loading; None: on a terminal.
+    The current `Parallel` decides this rank's share.  The model carries `load_report`.
+    Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read.
+    """
+    prepared = prepare(
+        path, quant, device=device, dtype=dtype, compute=compute, kernels=kernels, revision=revision
+    )
+    return load_prepared(prepared, progress=progress)
+
+
+def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> CausalLM:
+    """Read, slice and pack what `prepare` has decided, a layer at a time."""
+    report = LoadReport(tensors=list(prepared.records))
+    started = time.perf_counter()
+    with prepared.checkpoint, _progress_bar(prepared, progress) as advance:
+        for unit in prepared.units:
+            _load_unit(unit, prepared, report)
+            advance(sum(placement.tensor.nbytes for placement in unit.placements))
+    report.seconds = time.perf_counter() - started
+    model = prepared.model
+    model.requires_grad_(False)
+    model.eval()
+    model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
+    logger.info(report.summary())
+    return model
+
+
+def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
+    device = torch.device(prepared.execution.device)
+    params = {(id(p.module), p.param): p.module for p in unit.placements}
+    for (_, name), module in params.items():
+        _materialise(module, name, device)
+    for placement in unit.placements:
+        nbytes = _read(placement)
+        report.bytes_read += nbytes
+        tied = placement.tensor.name in {record.name for record in report.tensors if record.status == "loaded"}
+        reason = f"also read for {unit.name}, which is tied to it" if tied else ""
+        report.tensors.append(TensorRecord(placement.tensor.name, "tied" if tied else "loaded", nbytes, reason))
+    for (_, name), module in params.items():
+        _check_all_written(module, name)
+    module = unit.module
+    if isinstance(module, ParallelLMHead) and module.shares_table:
+        module.pack_tied()
+        assert module.tied_to is not None
+        report.tensors.append(TensorRecord(f"{module.tied_to.prefix}.weight", "tied", 0, f"shared with {unit.name}"))
+    elif isinstance(module, WeightedLayer):
+        module.quant_method.process_weights_after_loading(module)
+        for method, _, holder in layer_parts(module):
+            bound = bound_weight(holder)
+            assert bound is not None
+            report.methods[method.describe()] += 1
+            report.final_bytes += bound.nbytes
+    report.final_bytes += sum(p.nbytes for p in module._parameters.values() if p is not None)
+
+
+def _materialise(module: nn.Module, name: str, device: torch.device) -> None:
+    """Give a meta parameter its memory: zeros where a share is padded, else unset until it is written."""
+    meta = getattr(module, name)
+    param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
+    slots = getattr(meta, "slots", None)
+    if slots is not None and sum(slot.elements for slot in slots) != meta.numel():
+        param.data.zero_()
+    param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
+    if hasattr(meta, "weight_loader"):
+        param.weight_loader = meta.weight_loader  # type: ignore[attr-defined]
+    setattr(module, name, param)
+
+
+def _read(placement: Placement) -> int:
+    """Read this rank's slice into its parameter.  Returns the bytes read."""
+    slot, tensor = placement.slot, placement.tensor
+    param = getattr(placement.module, placement.param)
+    target = param.data[slot.target] if slot.target else param.data
+    index = slot.source if len(tensor.shape) == len(slot.source) else None
+    if tensor.dtype is param.dtype and target.device.type == "cpu" and target.is_contiguous() and index is not None:
+        tensor.read(index, out=target.view(slot.local_shape))
+        param.written.add(slot.target, tensor.name)
+        local = target
+    else:
+        local = tensor.read(index)
+        write(param.data, slot, local.to(param.device), param.written)
+    if slot.spec.scale:
+        _check_scale(tensor, local)
+    return slot.elements * tensor.nbytes // max(_numel(tensor.shape), 1)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _check_scale(tensor: TensorInfo, scale: Tensor) -> None:
+    values = scale.float()
+    bad = int((~torch.isfinite(values)).sum()) + int((values == 0).sum())
+    if bad:
+        raise CheckpointError(
+            "a quantisation scale is not a usable number",
+            code="bad-scale",
+            file=str(tensor.file.path),
+            tensor=tensor.name,
+            expected="finite values other than zero",
+            found=f"{bad} of {values.numel()} that are NaN, infinite or zero",
+            fix="The checkpoint is damaged or was written wrongly; quantise it again.",
+        )
+
+
+def _check_all_written(module: nn.Module, name: str) -> None:
+    param = getattr(module, name)
+    if param.slots is not None and param.written.elements != sum(slot.elements for slot in param.slots):
+        raise CheckpointError(
+            "part of the parameter was not written",
+            code="half-written",
+            tensor=param.slots[0].tensor,
+            expected=f"{sum(slot.elements for slot in param.slots)} elements",
+            found=str(param.written.elements),
+        )
+
+
+@contextlib.contextmanager
+def _progress_bar(prepared: Prepared, progress: bool | None) -> Iterator[Any]:
+    """A bar on a terminal; nothing elsewhere."""
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if not progress or prepared.parallel.rank:
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", leave=False) as bar:
+        yield bar.update

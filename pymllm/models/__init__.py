@@ -1,0 +1,48 @@
+"""Model definitions: one file a family, named by Hugging Face's `model_type`, without any loading code.
+
+A file defines `Model` (built from a `ModelConfig`), and `DEFAULTS`, the settings that a config.json may leave out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from pymllm.config import ModelConfig
+from pymllm.errors import ConfigError, nearest
+from pymllm.models.causal_lm import CausalLM
+from pymllm.quantization.base import QuantizationConfig
+
+SHARED = ("causal_lm",)  # modules here that are no family
+
+
+def list_model_types() -> list[str]:
+    """The model types that there is a file for."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
+
+
+def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """A config.json with its family's defaults.  ConfigError for a model type that we have no definition for."""
+    return ModelConfig(raw, _family(raw.get("model_type")).DEFAULTS)
+
+
+def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> CausalLM:
+    """The model's modules, with weights as the current default device has them (meta, usually)."""
+    return _family(config.raw.get("model_type")).Model(config, quant_config)
+
+
+def _family(model_type: Any) -> Any:
+    known = list_model_types()
+    if model_type not in known:
+        raise ConfigError(
+            f"there is no definition for the model type {model_type!r}",
+            code="model-type",
+            file="config.json",
+            tensor="model_type",
+            expected=" or ".join(known),
+            found=repr(model_type),
+            fix=nearest(str(model_type), known) or "Code that a checkpoint brings along is never run.",
+        )
+    return importlib.import_module(f"{__name__}.{model_type}")

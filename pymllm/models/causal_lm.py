@@ -1,0 +1,97 @@
+"""The skeleton of a pre-norm decoder: embedding, blocks of attention and MLP, final norm, head.
+
+A family supplies its attention and MLP; module names are the checkpoint's, but for what is fused.
+"""
+
+# T tokens, H hidden size, V vocabulary
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from pymllm.config import ModelConfig
+from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from pymllm.layers.layernorm import RMSNorm
+from pymllm.quantization.base import QuantizationConfig
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the sums travel along as `residual`."""
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = self_attn, mlp
+        self.input_layernorm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
+
+    def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """positions: [T]; hidden, residual: [T, H].  Returns this layer's output and the sum before it."""
+        if residual is None:
+            residual, hidden = hidden, self.input_layernorm(hidden)
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(positions, hidden)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Decoder(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: ModelConfig, layers: list[nn.Module], quant_config: QuantizationConfig | None) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.size("vocab_size"), config.size("hidden_size"), prefix="model.embed_tokens", quant_config=quant_config
+        )
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids, positions: [T].  Returns normed hidden states [T, H]."""
+        hidden, residual = self.embed_tokens(ids), None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        normed, _ = self.norm(hidden, residual)
+        return normed
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head.  Families define `make_attention` and `make_mlp`, given the layer's index and prefix."""
+
+    config: ModelConfig
+    skipped_tensors: ClassVar[dict[str, str]] = {
+        r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config",
+    }
+
+    def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = []
+        for index in range(config.size("num_hidden_layers")):
+            prefix = f"model.layers.{index}"
+            attention = self.make_attention(index, f"{prefix}.self_attn", quant_config)
+            layers.append(DecoderLayer(config, attention, self.make_mlp(index, f"{prefix}.mlp", quant_config)))
+        self.model = Decoder(config, layers, quant_config)
+        self.lm_head = ParallelLMHead(
+            config.size("vocab_size"),
+            config.size("hidden_size"),
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            prefix="lm_head",
+            quant_config=quant_config,
+        )
+
+    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        raise NotImplementedError
+
+    def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""
+        return self.model(ids, positions)
+
+    def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
+        """hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
+        return self.lm_head(hidden, gather_all=gather_all)

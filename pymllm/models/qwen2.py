@@ -1,0 +1,24 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pymllm.attention.self_attention import SelfAttention
+from pymllm.models import llama
+from pymllm.quantization.base import QuantizationConfig
+
+DEFAULTS = {
+    **llama.DEFAULTS,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+
+class Model(llama.Model):
+    """Qwen2ForCausalLM."""
+
+    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        return SelfAttention(self.config, index, prefix=prefix, quant_config=quant_config, qkv_bias=True)

@@ -1,0 +1,184 @@
+"""Tensor parallelism as a value: which rank of how many this process is, and the collectives between them.
+
+    with Parallel.from_environment() as parallel:   # one process a rank, started by torchrun
+        model = load_model(path)
+
+A `Parallel` is current for a `with` block while a model is built; every layer keeps the one it was built under.
+`Parallel(rank, size)` alone is enough to shard and load weights; running a sharded model needs a group, which
+`Parallel.from_environment` (torch.distributed) or `simulate` (threads of one process, for tests) gives.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import ConfigError, ShardingError
+
+R = TypeVar("R")
+
+
+class Group(Protocol):
+    """What a set of ranks can do together.  Every rank must make every call, in the same order."""
+
+    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
+        """All ranks' tensors of one shape, in rank order."""
+
+    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
+        """The sum over ranks."""
+
+    def broadcast_object(self, rank: int, value: Any) -> Any:
+        """Rank 0's Python value."""
+
+
+class ProcessGroup:
+    """torch.distributed's default group (Gloo on a CPU, NCCL on a GPU)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, value.contiguous())
+        return parts
+
+    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def broadcast_object(self, rank: int, value: Any) -> Any:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+class ThreadGroup:
+    """Ranks as threads of one process: each posts its value, all wait, all read."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.posted: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def _share(self, rank: int, value: Any) -> list[Any]:
+        self.posted[rank] = value
+        self.barrier.wait()
+        everyone = list(self.posted)
+        self.barrier.wait()
+        return everyone
+
+    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
+        return self._share(rank, value)
+
+    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
+        return torch.stack(self._share(rank, value)).sum(0)
+
+    def broadcast_object(self, rank: int, value: Any) -> Any:
+        return self._share(rank, value)[0]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process is `rank` of `size` tensor-parallel ranks, joined by `group` (None: weights only)."""
+
+    rank: int = 0
+    size: int = 1
+    group: Group | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.rank < self.size:
+            raise ShardingError(
+                "a tensor-parallel rank must lie in 0..size-1",
+                code="parallel-rank",
+                expected=f"0 <= rank < {self.size}",
+                found=f"rank {self.rank} of {self.size}",
+            )
+
+    @classmethod
+    def from_environment(cls, backend: str | None = None) -> Parallel:
+        """The rank that torchrun's RANK and WORLD_SIZE name, joined to its group; one rank without them."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+        return cls(torch.distributed.get_rank(), size, ProcessGroup(size))
+
+    def _group(self) -> Group:
+        if self.group is None:
+            raise ConfigError(
+                f"rank {self.rank} of {self.size} has no group to talk to the other ranks",
+                code="parallel-group",
+                fix="Start one process a rank with torchrun, or use pymllm.parallel.simulate in a test.",
+            )
+        return self.group
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of x over ranks."""
+        return x if self.size == 1 else self._group().all_reduce(self.rank, x)
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """x of all ranks, concatenated along `dim` in rank order."""
+        return x if self.size == 1 else torch.cat(self._group().exchange(self.rank, x), dim=dim)
+
+    def gather(self, x: Tensor, dim: int = -1) -> Tensor | None:
+        """What all_gather gives, on rank 0; None on every other rank."""
+        gathered = self.all_gather(x, dim)
+        return gathered if self.rank == 0 else None
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return value if self.size == 1 else self._group().broadcast_object(self.rank, value)
+
+    def __enter__(self) -> Parallel:
+        _stack.set((*_stack.get(), self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _stack.set(_stack.get()[:-1])
+
+
+_stack: ContextVar[tuple[Parallel, ...]] = ContextVar("parallel", default=())
+
+
+def current_parallel() -> Parallel:
+    """The innermost `with Parallel(...)`, or a single rank."""
+    stack = _stack.get()
+    return stack[-1] if stack else Parallel()
+
+
+def simulate(size: int, work: Callable[[Parallel], R]) -> list[R]:
+    """Run `work` once a rank, in `size` threads that are joined by a group; the results in rank order.
+
+    An exception in one rank ends all of them and is raised here.
+    """
+    group = ThreadGroup(size)
+    results: list[Any] = [None] * size
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            with Parallel(rank, size, group) as parallel:
+                results[rank] = work(parallel)
+        except threading.BrokenBarrierError:
+            pass  # another rank failed; its exception is the one to report
+        except BaseException as failure:
+            failures.append(failure)
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return results

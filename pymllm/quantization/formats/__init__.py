@@ -1,0 +1,14 @@
+"""The formats, one file each.  Every module of this package is a format: adding a file adds it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+
+@functools.cache
+def load_formats() -> None:
+    """Import every format file; each registers itself."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

@@ -1,0 +1,159 @@
+"""AWQ int4, as AutoAWQ's GEMM layout stores it.
+
+    qweight int32   [I, O/8]     eight 4-bit codes a word, in the order of NIBBLE_COLUMNS
+    qzeros  int32   [I/G, O/8]   zero points, packed the same way
+    scales  float16 [I/G, O]
+
+w = (code - zero) * scale. The page with the layout: quantization/awq/README.md.
+"""
+
+# I in_features, O out_features, G group_size
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, parse_options, register_quantization
+from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
+
+NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word, from the low end, holds this column of its eight
+PER_WORD = 8
+
+
+@dataclass(frozen=True)
+class AWQLinearMethod(LinearMethodBase):
+    """group_size: inputs that share a scale; 0 or less: the whole row.  zero_point: whether `quantize` makes zeros."""
+
+    group_size: int = 128
+    zero_point: bool = True
+    name: ClassVar[str] = "awq"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        groups = IN.every(self.group_size)
+        return (
+            WeightSpec("qweight", torch.int32, (IN, OUT.every(PER_WORD))),
+            WeightSpec("qzeros", torch.int32, (groups, OUT.every(PER_WORD))),
+            WeightSpec("scales", torch.float16, (groups, OUT), accepts=FLOATS, scale=True),
+        )
+
+    def check(self, shape: LinearShape) -> None:
+        if self.group_size > 0 and shape.in_features % self.group_size:
+            raise ConfigError(
+                f"groups of {self.group_size} do not divide the {shape.in_features} inputs",
+                code="group-size",
+                tensor=shape.name,
+                expected=f"a multiple of {self.group_size}",
+                found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
+                fix="Use a group size that divides every layer's inputs, or -1 for whole rows.",
+            )
+        for part, span in zip(shape.parts, shape.outputs, strict=True):
+            if span.total % PER_WORD:
+                raise ConfigError(
+                    f"AWQ packs {PER_WORD} outputs a word, which does not divide {span.total}",
+                    code="packing",
+                    tensor=part,
+                    expected=f"a multiple of {PER_WORD} outputs",
+                    found=str(span.total),
+                )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        codes = unpack_words(tensors["qweight"])
+        scales = tensors["scales"].t().contiguous()
+        # A rank that holds part of one group has that one group: its size is what the rank holds.
+        return IntWeight(codes, scales, unpack_words(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1])
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
+        return IntWeight.from_float(weight, bits=4, group_size=group_size, symmetric=not self.zero_point)
+
+    def describe(self) -> str:
+        groups = f"g{self.group_size}" if self.group_size > 0 else "whole rows"
+        return f"awq int4 {groups}{'' if self.zero_point else ' sym'}"
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """[N, O/8] int32 words → [O, N] uint8 codes 0..15 in column order.
+
+    Works on bytes, so that the largest temporary is half the result.
+    """
+    rows, columns = words.shape
+    octets = words.contiguous().view(torch.uint8).view(rows, columns, 4)
+    codes = torch.empty((columns * PER_WORD, rows), dtype=torch.uint8, device=words.device)
+    for byte in range(4):
+        low, high = NIBBLE_COLUMNS[2 * byte], NIBBLE_COLUMNS[2 * byte + 1]
+        codes[low::PER_WORD] = (octets[:, :, byte] & 15).t()
+        codes[high::PER_WORD] = (octets[:, :, byte] >> 4).t()
+    return codes
+
+
+def pack_words(codes: Tensor) -> Tensor:
+    """The inverse of `unpack_words`: [O, N] uint8 codes → [N, O/8] int32 words."""
+    columns = codes.t().reshape(codes.shape[1], -1, PER_WORD)[:, :, list(NIBBLE_COLUMNS)]
+    octets = columns[:, :, 0::2] | (columns[:, :, 1::2] << 4)
+    return octets.contiguous().view(torch.int32).squeeze(-1)
+
+
+@register_quantization("awq")
+class AWQConfig(QuantizationConfig):
+    """`quantization_config` of AutoAWQ: bits, group_size, zero_point, version, modules_to_not_convert."""
+
+    def __init__(
+        self, *, group_size: int, zero_point: bool = True, modules_to_not_convert: tuple[str, ...] = ()
+    ) -> None:
+        self.method = AWQLinearMethod(group_size, zero_point)
+        self.modules_to_not_convert = modules_to_not_convert
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "awq"
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        return ["quant_config.json", "quantize_config.json"]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AWQConfig:
+        bits = config.get("bits", config.get("w_bit"))
+        if bits != 4:
+            raise _unsupported("bits", bits, "4")
+        version = str(config.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise _unsupported("version", version, "gemm")
+        group_size = config.get("group_size", config.get("q_group_size"))
+        if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size == 0 or group_size < -1:
+            raise _unsupported("group_size", group_size, "-1 (whole rows) or a positive integer")
+        return cls(
+            group_size=group_size,
+            zero_point=bool(config.get("zero_point", True)),
+            modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        values = parse_options("awq", options, {"group_size": int, "zero_point": lambda text: text.lower() == "true"})
+        return AWQLinearMethod(**values)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        # AutoAWQ converts the linear layers of decoder blocks whose name contains none of the strings.
+        skipped = any(part in prefix for part in self.modules_to_not_convert)
+        if getattr(layer, "kind", "linear") != "linear":
+            skipped = f"{prefix}.qweight" not in self.stored
+        return None if skipped or self.stored_as_float(prefix) else self.method
+
+
+def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
+    return ConfigError(
+        f"AWQ with {field} {value!r} cannot be read",
+        code="quantization-config",
+        file="config.json",
+        tensor=f"quantization_config.{field}",
+        expected=supported,
+        found=repr(value),
+    )

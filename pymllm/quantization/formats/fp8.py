@@ -1,0 +1,157 @@
+"""FP8 e4m3 under `quant_method: fp8`: DeepSeek's and transformers' block scales, and a scale a tensor or channel.
+
+    weight            float8_e4m3fn [O, I]
+    weight_scale_inv  float32 [ceil(O/128), ceil(I/128)]     with weight_block_size (it multiplies, despite its name)
+    weight_scale      float32 [1] or [O, 1]                  without
+    input_scale       float32 [1]                            with activation_scheme static
+
+w = weight * scale. The page with the layouts: quantization/fp8/README.md.
+"""
+
+# I in_features, O out_features
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, one_of, parse_options, register_quantization
+from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+
+SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Fp8LinearMethod(LinearMethodBase):
+    """block: the (outputs, inputs) that share a scale; 0: the whole axis, so (0, 0) is a tensor and (1, 0) a channel."""
+
+    block: tuple[int, int] = (1, 0)
+    activations: Activations = "token"
+    name: ClassVar[str] = "fp8"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        weight = WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN))
+        if self.activations == "static":
+            static = (
+                WeightSpec(
+                    "input_scale", torch.float32, (PART,), accepts=FLOATS, aliases=("activation_scale",), scale=True
+                ),
+            )
+        else:
+            static = ()
+        names = ("weight_scale_inv", "weight_scale")
+        dims: tuple[Dim, ...] = (OUT.every(self.block[0]), IN.every(self.block[1]))
+        if self.block == (0, 0):
+            names, dims = names[::-1], (PART,)
+        elif self.block == (1, 0):
+            names = names[::-1]
+        scale = WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True)
+        return (weight, scale, *static)
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+        assert scales is not None
+        return Fp8Weight.from_parts(
+            tensors["weight"],
+            scales,
+            self.block,
+            [span.size for span in shape.outputs],
+            self.activations,
+            tensors.get("input_scale"),
+        )
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        return Fp8Weight.from_float(weight, block=self.block, activations=self.activations)
+
+    def describe(self) -> str:
+        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(self.block, f"block {self.block[0]}x{self.block[1]}")
+        return f"fp8 e4m3 per {granularity}, activations {self.activations}"
+
+
+@register_quantization("fp8")
+class Fp8Config(QuantizationConfig):
+    """`quantization_config` with quant_method fp8: weight_block_size, activation_scheme, modules_to_not_convert."""
+
+    def __init__(
+        self,
+        *,
+        block: tuple[int, int] | None,
+        activation_scheme: str = "dynamic",
+        modules_to_not_convert: tuple[str, ...] = (),
+    ) -> None:
+        self.block, self.activation_scheme = block, activation_scheme
+        self.modules_to_not_convert = modules_to_not_convert
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "fp8"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Fp8Config:
+        scheme = config.get("activation_scheme", "dynamic")
+        if scheme not in ("dynamic", "static"):
+            raise _unsupported("activation_scheme", scheme, "dynamic or static")
+        block = config.get("weight_block_size")
+        if block is not None and not (
+            isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
+        ):
+            raise _unsupported("weight_block_size", block, "null or two positive integers")
+        ignored = (*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ()))
+        return cls(
+            block=None if block is None else (block[0], block[1]),
+            activation_scheme=scheme,
+            modules_to_not_convert=ignored,
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        values = parse_options(
+            "fp8",
+            options,
+            {
+                "granularity": one_of("tensor", "channel", "block"),
+                "activations": one_of("float", "token", "tensor", "group"),
+            },
+        )
+        granularity = values.get("granularity", "channel")
+        block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128)}[granularity]
+        return Fp8LinearMethod(block, values.get("activations", "group" if granularity == "block" else "token"))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        is_linear = getattr(layer, "kind", "linear") == "linear"
+        has_scale = any(f"{prefix}.{name}" in self.stored for name in ("weight_scale_inv", "weight_scale"))
+        if not (is_linear or has_scale) or self._is_ignored(prefix) or self.stored_as_float(prefix):
+            return None
+        static = self.activation_scheme == "static"
+        if self.block is not None:
+            return Fp8LinearMethod(self.block, "static" if static else "group")
+        stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
+        per_channel = stored is not None and math.prod(stored.shape) > 1
+        return Fp8LinearMethod((1, 0) if per_channel else (0, 0), "static" if static else "token")
+
+    def _is_ignored(self, prefix: str) -> bool:
+        """As transformers reads the list: a pattern from the start to a segment's end, or a suffix."""
+        boundary = r"(?:(?<=\.)|(?=\.|$))"
+        return any(
+            re.match(rf"(?:{pattern}){boundary}", prefix) or prefix.endswith(pattern)
+            for pattern in self.modules_to_not_convert
+        )
+
+
+def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
+    return ConfigError(
+        f"FP8 with {field} {value!r} cannot be read",
+        code="quantization-config",
+        file="config.json",
+        tensor=f"quantization_config.{field}",
+        expected=supported,
+        found=repr(value),
+    )

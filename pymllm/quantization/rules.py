@@ -1,0 +1,221 @@
+"""Which method every layer has, and why: the user's rules over the checkpoint's own config.
+
+A rule is `pattern=method[:key=value,...]`. Rules are ordered and the first match wins. A pattern is a checkpoint name,
+unfused and whole: exact, a glob over dotted segments (`*` within one, `**` any number of them), or `re:` with a regular
+expression for the whole name.
+
+    **.mlp.**=fp8
+    model.layers.0.**=none
+    lm_head=fp8:granularity=block
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pymllm.errors import RuleError, nearest
+from pymllm.quantization.base import (
+    ConvertedLinearMethod,
+    LinearMethodBase,
+    QuantizationConfig,
+    UnquantizedLinearMethod,
+    get_quantization_config,
+)
+
+RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
+RuleSource = str | Path | Mapping[str, str] | Iterable[str] | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the user's rules."""
+
+    pattern: str
+    method: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.pattern}={self.method}" + (f":{options}" if options else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Read `pattern=method[:key=value,...]`.  RuleError if it is not of that form."""
+        found = RULE.fullmatch(text.strip())
+        if found is None:
+            raise RuleError(
+                f"the rule {text!r} cannot be read",
+                code="rule-syntax",
+                expected="PATTERN=METHOD or PATTERN=METHOD:key=value,...",
+                found=text,
+                fix="For example: --quant '**.mlp.**=fp8'.",
+            )
+        options = []
+        for option in filter(None, (found["options"] or "").split(",")):
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise RuleError(
+                    f"the option {option!r} of the rule {text!r} has no value",
+                    code="rule-syntax",
+                    expected="key=value",
+                    found=option,
+                )
+            options.append((key.strip(), value.strip()))
+        rule = cls(found["pattern"], found["method"], tuple(options))
+        _compile(rule.pattern)
+        return rule
+
+    def matches(self, name: str) -> bool:
+        return _compile(self.pattern).fullmatch(name) is not None
+
+    def build(self) -> LinearMethodBase:
+        """The method it asks for.  ConfigError for an unknown method or option."""
+        return get_quantization_config(self.method).from_options(dict(self.options))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression over the whole name."""
+    if pattern.startswith("re:"):
+        try:
+            return re.compile(pattern[3:])
+        except re.error as error:
+            raise RuleError(
+                f"the pattern {pattern!r} is not a regular expression: {error}", code="rule-syntax", found=pattern
+            ) from None
+    any_segments = r"(?:[^.]+\.)*"
+    *heads, last = pattern.split(".")
+    expression = "".join(any_segments if head == "**" else _segment(head) + r"\." for head in heads)
+    if last != "**":
+        return re.compile(expression + _segment(last))
+    # A closing "**" also takes nothing: "a.**" names "a" itself.
+    return re.compile(expression.removesuffix(r"\.") + r"(?:\.[^.]+)*" if heads else ".*")
+
+
+def _segment(glob: str) -> str:
+    return re.escape(glob).replace(r"\*", "[^.]*").replace(r"\?", "[^.]")
+
+
+def read_rules(source: RuleSource) -> tuple[Rule, ...]:
+    """Rules from a mapping, a list of lines, one line, or a file of them (a Path, or "@FILE"; # starts a comment)."""
+    if source is None:
+        return ()
+    if isinstance(source, str) and not source.startswith("@"):
+        return (Rule.parse(source),)
+    if isinstance(source, (str, Path)):
+        path = Path(str(source).removeprefix("@"))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RuleError(f"the rules cannot be read: {error}", code="rule-file", file=str(path)) from None
+        return tuple(Rule.parse(line) for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if isinstance(source, Mapping):
+        return tuple(Rule.parse(f"{pattern}={method}") for pattern, method in source.items())
+    rules: list[Rule] = []
+    for line in source:
+        rules.extend(read_rules(line))
+    return tuple(rules)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Why a layer has its method.
+
+    rule: the user's rule, or None.  source: "rule", or what of the checkpoint decided.
+    """
+
+    prefix: str
+    method: LinearMethodBase
+    source: str
+    rule: Rule | None = None
+
+
+class RuledConfig(QuantizationConfig):
+    """The checkpoint's config with the user's rules over it.  Remembers every decision.
+
+    decisions: by checkpoint name, in the order in which layers were made.
+    """
+
+    def __init__(self, checkpoint_config: QuantizationConfig, rules: Iterable[Rule] = ()) -> None:
+        self.checkpoint_config = checkpoint_config
+        self.rules = tuple(rules)
+        self.targets = {rule: rule.build() for rule in self.rules}
+        self.decisions: dict[str, Decision] = {}
+        self.fused: list[tuple[str, ...]] = []
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "rules"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> RuledConfig:
+        raise TypeError("rules come from the user, not from a config file")
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The method of the layer named `prefix`; a tied head reads its table under the embedding's name."""
+        name = getattr(layer, "prefix", prefix) if getattr(layer, "kind", "linear") == "lm_head" else prefix
+        config = self.checkpoint_config
+        stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod()
+        decision = Decision(name, stored, self._checkpoint_source(stored, prefix))
+        rule = next((rule for rule in self.rules if rule.matches(name)), None)
+        if rule is not None:
+            decision = Decision(name, self._convert(stored, rule), "rule", rule)
+        self.decisions[name] = decision
+        return decision.method
+
+    def _convert(self, stored: LinearMethodBase, rule: Rule) -> LinearMethodBase:
+        target = self.targets[rule]
+        already = target == stored or (target.name == stored.name and not rule.options)
+        return stored if already else ConvertedLinearMethod(stored, target)
+
+    def _checkpoint_source(self, stored: LinearMethodBase, prefix: str) -> str:
+        if not isinstance(stored, UnquantizedLinearMethod):
+            return "quantization_config"
+        unquantised = self.checkpoint_config.get_name() == "none"
+        return "checkpoint is not quantised" if unquantised else "quantization_config leaves it out"
+
+    def skip_reason(self, tensor: str) -> str | None:
+        return self.checkpoint_config.skip_reason(tensor)
+
+    def lint(self) -> None:
+        """Once every layer is made: a rule that matches nothing, or is always preceded by another, is a RuleError."""
+        names = list(self.decisions)
+        problems = []
+        for index, rule in enumerate(self.rules):
+            matched = [name for name in names if rule.matches(name)]
+            if not matched:
+                hint = self._hint(rule, names)
+                problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
+            elif not any(self.decisions[name].rule == rule for name in matched):
+                earlier = next(other for other in self.rules[:index] if other.matches(matched[0]))
+                problems.append(f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all its layers.")
+        if problems:
+            raise RuleError(
+                "; ".join(problems).rstrip("."),
+                code="rule-unmatched" if "matches no layer" in problems[0] else "rule-shadowed",
+                fix=f"Layers are named like {names[0]}; see `pymllm plan`." if names else None,
+            )
+
+
+    @staticmethod
+    def _hint(rule: Rule, names: list[str]) -> str:
+        if any(name.startswith(rule.pattern + ".") for name in names):
+            return f"A pattern is a whole name: write {rule.pattern + '.**'!r} for everything below it."
+        plain = rule.pattern.replace("**.", "").replace(".**", "").replace("*", "0")
+        return nearest(rule.pattern, names) or nearest(plain, _suffixes(names))
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    """Every dotted tail of every name, without repetition."""
+    tails: dict[str, None] = {}
+    for name in names:
+        segments = name.split(".")
+        tails |= dict.fromkeys(".".join(segments[start:]) for start in range(len(segments)))
+    return list(tails)

@@ -1,0 +1,184 @@
+"""The one loader: cuts any tensor for any rank and part, from its `WeightSpec` alone.
+
+`Slot` says where one checkpoint tensor (or one rank's slice of it) goes in a parameter.  `place` makes the slots of a
+layer's parameter, `copy_full_tensor` serves `weight_loader(param, tensor, shard_id)`, and `Written` proves that every
+element of a parameter is written exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import CheckpointError
+from pymllm.weights.spec import Axis, LinearShape, Span, WeightSpec
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One part's tensor: `source` cuts it in the checkpoint, `target` is where that lands in the parameter.
+
+    prefix: the part's checkpoint name.  part: which part of a fused layer.
+    source_shape: its full shape in the checkpoint.
+    """
+
+    prefix: str
+    spec: WeightSpec
+    part: int
+    source_shape: tuple[int, ...]
+    source: Index
+    target: Index
+
+    @property
+    def tensor(self) -> str:
+        """Its checkpoint name."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its checkpoint name, then the other spellings that the format knows."""
+        suffixes = (self.spec.name, *self.spec.aliases)
+        return tuple(f"{self.prefix}.{suffix}" if self.prefix else suffix for suffix in suffixes)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's slice, as cut from the checkpoint."""
+        return tuple(cut.stop - cut.start for cut in self.source)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.local_shape)
+
+
+def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[Slot]]:
+    """The shape of this rank's parameter for `spec`, and one slot for each part.
+
+    Parts lie side by side along OUT and PART dimensions.  Raises ShardingError where the rank's edges split a granule.
+    """
+    slots: list[Slot] = []
+    local = [0] * len(spec.dims)
+    for part, (outputs, prefix) in enumerate(zip(shape.outputs, shape.parts, strict=True)):
+        name = f"{prefix}.{spec.name}" if prefix else spec.name
+        source: list[slice] = []
+        target: list[slice] = []
+        for axis_index, dim in enumerate(spec.dims):
+            if dim.axis is Axis.PART:
+                target.append(slice(part, part + 1))
+                local[axis_index] = len(shape.outputs)
+                continue
+            if dim.axis is Axis.WHOLE:
+                span = Span.full(dim.size)
+            else:
+                span = (outputs if dim.axis is Axis.OUT else shape.inputs).stored(dim, name)
+            source.append(slice(span.start, span.stop))
+            offset = local[axis_index] if dim.axis is Axis.OUT else 0
+            target.append(slice(offset, offset + span.stop - span.start))
+            local[axis_index] = offset + span.size
+        full = spec.source_shape(shape.in_features, outputs.total)
+        slots.append(Slot(prefix, spec, part, full, tuple(source), tuple(target)))
+    return tuple(local), slots
+
+
+class Written:
+    """Which regions of a parameter have been written; a second write to an element is an error."""
+
+    def __init__(self) -> None:
+        self.regions: list[Index] = []
+
+    def add(self, region: Index, tensor: str) -> None:
+        for other in self.regions:
+            if all(a.start < b.stop and b.start < a.stop for a, b in zip(region, other, strict=True)):
+                raise CheckpointError(
+                    "its place in the layer has been written already",
+                    code="written-twice",
+                    tensor=tensor,
+                    expected="every element written exactly once",
+                    found=f"a second write to {_show(region)}",
+                )
+        self.regions.append(region)
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(cut.stop - cut.start for cut in region) for region in self.regions)
+
+    def clear(self) -> None:
+        self.regions.clear()
+
+
+def _show(region: Index) -> str:
+    return "[" + ", ".join(f"{cut.start}:{cut.stop}" for cut in region) + "]"
+
+
+def same_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal shapes; a scalar may also be written with any number of dimensions of one element."""
+    return found == expected or (math.prod(expected) == 1 and len(expected) <= 1 and math.prod(found) == 1)
+
+
+def write(param: Tensor, slot: Slot, local: Tensor, written: Written) -> None:
+    """Copy this rank's slice `local` to its place in `param`, once."""
+    written.add(slot.target, slot.tensor)
+    view = param[slot.target] if slot.target else param
+    view.copy_(local.reshape(view.shape))
+
+
+def copy_full_tensor(
+    param: Tensor, slots: list[Slot], loaded: Tensor, written: Written, part: int | None, layer: str
+) -> None:
+    """Cut full checkpoint tensors for this rank and write them to `param`.
+
+    part: which part `loaded` is; None: the layer's only one, or all parts side by side along their output axis.
+    Raises CheckpointError naming layer, tensor, expected and found where the shape does not fit.
+    """
+    if part is None and len(slots) > 1:
+        for slot, piece in zip(slots, _split_parts(slots, loaded, layer), strict=True):
+            copy_full_tensor(param, [slot], piece, written, 0, layer)
+        return
+    slot = slots[part or 0]
+    if not same_shape(tuple(loaded.shape), slot.source_shape):
+        raise CheckpointError(
+            "the shape does not fit the layer",
+            code="shape",
+            file=layer or None,
+            tensor=slot.tensor,
+            expected=str(list(slot.source_shape)),
+            found=str(list(loaded.shape)),
+        )
+    if loaded.dtype is not slot.spec.dtype and loaded.dtype not in slot.spec.accepts:
+        raise wrong_dtype(slot, loaded.dtype)
+    write(param, slot, loaded.reshape(slot.source_shape)[slot.source], written)
+
+
+def _split_parts(slots: list[Slot], loaded: Tensor, layer: str) -> list[Tensor]:
+    spec = slots[0].spec
+    if spec.dims[0].axis is Axis.PART and len(spec.dims) == 1:
+        axis, sizes = 0, [1] * len(slots)
+    else:
+        axis = next((i for i, dim in enumerate(spec.dims) if dim.axis is Axis.OUT), 0)
+        sizes = [slot.source_shape[axis] for slot in slots]
+    if loaded.ndim <= axis or loaded.shape[axis] != sum(sizes):
+        raise CheckpointError(
+            "the fused tensor does not divide into the layer's parts",
+            code="shape",
+            file=layer or None,
+            tensor=spec.name,
+            expected=f"{' + '.join(map(str, sizes))} along dimension {axis}",
+            found=str(list(loaded.shape)),
+        )
+    return list(loaded.split(sizes, dim=axis))
+
+
+def wrong_dtype(slot: Slot, found: torch.dtype | None) -> CheckpointError:
+    """The error for a tensor whose dtype its spec does not take."""
+    allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
+    return CheckpointError(
+        "the dtype is not one that this layer's format stores",
+        code="dtype",
+        tensor=slot.tensor,
+        expected=" or ".join(str(dtype).removeprefix("torch.") for dtype in allowed),
+        found=str(found).removeprefix("torch."),
+    )

@@ -1,0 +1,184 @@
+"""Tensors as data: which logical axis each stored dimension follows, and how coarse it is.
+
+A format says what it stores with `WeightSpec`s; everything about sharding follows from them. AWQ with groups of G is
+
+    WeightSpec("qweight", torch.int32, (IN, OUT.every(8)))        # [I, O/8]
+    WeightSpec("qzeros", torch.int32, (IN.every(G), OUT.every(8)))  # [I/G, O/8]
+    WeightSpec("scales", torch.float16, (IN.every(G), OUT))       # [I/G, O]
+
+and a scale for each tensor is `(PART,)`: one element for each of the checkpoint's tensors that a layer fuses.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+import torch
+
+from pymllm.errors import ShardingError
+
+
+class Axis(enum.Enum):
+    """What a stored dimension counts."""
+
+    OUT = "output features"
+    IN = "input features"
+    PART = "parts of a fused layer"  # absent in the checkpoint, where every part has a tensor of its own
+    WHOLE = "elements that are never divided"
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One stored dimension: an element covers `granule` logical elements of `axis` (0: all of them).
+
+    size: the stored size of a WHOLE dimension, which no layer shape determines.
+    """
+
+    axis: Axis
+    granule: int = 1
+    size: int = 0
+
+    def every(self, granule: int) -> Dim:
+        """The same axis with one stored element for `granule` logical ones; 0 or less: one for all."""
+        return replace(self, granule=max(granule, 0))
+
+    def stored(self, logical: int) -> int:
+        """How many stored elements cover `logical` ones."""
+        return 1 if self.granule == 0 else -(-logical // self.granule)
+
+
+OUT, IN, PART = Dim(Axis.OUT), Dim(Axis.IN), Dim(Axis.PART)
+
+
+def whole(size: int) -> Dim:
+    """A dimension of `size` elements that every rank holds in full."""
+    return Dim(Axis.WHOLE, size=size)
+
+
+# What a float parameter may be read from: a conversion between these is what `dtype=` asks for.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One tensor of a layer, as the checkpoint stores it.
+
+    name: its suffix after the layer's name.  dtype: what the parameter holds.
+    accepts: further dtypes that the checkpoint may have, converted on reading.
+    aliases: other suffixes that checkpoints of the format use for it.
+    scale: a scale, which must be finite and not zero.
+    """
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[Dim, ...]
+    accepts: tuple[torch.dtype, ...] = ()
+    aliases: tuple[str, ...] = ()
+    scale: bool = False
+
+    def source_shape(self, in_features: int, out_features: int) -> tuple[int, ...]:
+        """The full shape of one part's tensor in the checkpoint."""
+        sizes = {Axis.OUT: out_features, Axis.IN: in_features}
+        return tuple(
+            dim.size if dim.axis is Axis.WHOLE else dim.stored(sizes[dim.axis])
+            for dim in self.dims
+            if dim.axis is not Axis.PART
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """A rank's share of an axis: elements start..stop of total, then `padding` that the checkpoint lacks."""
+
+    start: int
+    stop: int
+    total: int
+    padding: int = 0
+
+    @classmethod
+    def full(cls, total: int) -> Span:
+        return cls(0, total, total)
+
+    @classmethod
+    def even(cls, total: int, rank: int, size: int, what: str) -> Span:
+        """Share `rank` of `size` equal ones.  ShardingError names the sizes that do divide `total`."""
+        if total % size:
+            legal = [s for s in range(1, total + 1) if total % s == 0 and s <= 4 * size]
+            raise ShardingError(
+                f"{what}: {total} cannot be divided over {size} tensor-parallel ranks",
+                code="tp-size",
+                expected="a tensor-parallel size that divides it",
+                found=str(size),
+                fix=f"Sizes that do: {', '.join(map(str, legal))}.",
+            )
+        share = total // size
+        return cls(rank * share, (rank + 1) * share, total)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start + self.padding
+
+    def stored(self, dim: Dim, what: str) -> Span:
+        """The same share counted in stored elements.
+
+        An edge lies on a granule, or is the axis' end, or the whole span lies within one granule, which is then
+        held by every rank that needs it.  Anything else is a ShardingError.
+        """
+        granule = dim.granule or self.total
+        total = dim.stored(self.total)
+        if self.start == self.stop:
+            return Span(0, 0, total, -(-self.padding // granule))
+        if self.start % granule == 0 and (self.stop % granule == 0 or self.stop == self.total):
+            start, stop = self.start // granule, -(-self.stop // granule)
+            return Span(start, stop, total, -(-self.padding // granule))
+        if self.start // granule == (self.stop - 1) // granule and not self.padding:
+            return Span(self.start // granule, self.start // granule + 1, total)
+        raise ShardingError(
+            f"{what}: this rank would take {dim.axis.value} {self.start}:{self.stop}, which splits a group of {granule}",
+            code="tp-granule",
+            expected=f"edges at multiples of {granule}",
+            found=f"{self.start}:{self.stop} of {self.total}",
+        )
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """The logical shape of a linear layer and this rank's share of it.
+
+    inputs: the share of the input features.  outputs: for each fused part, the share of its output features.
+    parts: the checkpoint names of the parts, one for a layer that fuses nothing.
+    dtype: what plain float weights are kept in.
+    """
+
+    inputs: Span
+    outputs: tuple[Span, ...]
+    parts: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The layer's name, for messages."""
+        return " + ".join(self.parts)
+
+    @property
+    def in_features(self) -> int:
+        """Input features of the whole layer."""
+        return self.inputs.total
+
+    @property
+    def in_features_local(self) -> int:
+        return self.inputs.size
+
+    @property
+    def out_features(self) -> int:
+        """Output features of the whole layer, all parts."""
+        return sum(span.total for span in self.outputs)
+
+    @property
+    def out_features_local(self) -> int:
+        return sum(span.size for span in self.outputs)
+
+    def part(self, index: int) -> LinearShape:
+        """One part alone."""
+        return replace(self, outputs=(self.outputs[index],), parts=(self.parts[index],))
