@@ -1,0 +1,160 @@
+"""How the next token is chosen."""
+
+# V vocabulary
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import RequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """One request's settings; a value out of range is a RequestError that names the parameter.
+
+    max_tokens: new tokens at most; None: up to the model's length.  temperature: 0 is greedy.
+    top_k: 0 is all.  repetition_penalty: above 1 discourages what the text has already; frequency_penalty and
+    presence_penalty: subtracted for each, or any, earlier occurrence in the answer.
+    stop: strings that end the answer and are left out of it.  seed: for equal answers to equal requests.
+    """
+
+    max_tokens: int | None = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        _integer("max_tokens", self.max_tokens, 1, 2**31, optional=True)
+        _number("temperature", self.temperature, 0, 100)
+        _number("top_p", self.top_p, 0, 1, above=True)
+        _integer("top_k", self.top_k, 0, 2**31)
+        _number("min_p", self.min_p, 0, 1)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _integer("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
+        _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        if len(stop) > MAX_STOP_STRINGS or any(not s or len(s) > MAX_STOP_LENGTH for s in stop):
+            raise RequestError(
+                "stop is out of range",
+                code="parameter",
+                tensor="stop",
+                expected=f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters",
+                found=f"{len(stop)} strings",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (above and value == low):
+        raise RequestError(
+            f"{name} is out of range",
+            code="parameter",
+            tensor=name,
+            expected=f"a number {'above' if above else 'from'} {low} to {high}",
+            found=repr(value),
+        )
+
+
+def _integer(name: str, value: Any, low: int, high: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(
+            f"{name} is out of range",
+            code="parameter",
+            tensor=name,
+            expected=f"an integer from {low} to {high}",
+            found=repr(value),
+        )
+
+
+@dataclass
+class SamplerState:
+    """What a request's sampling carries from token to token."""
+
+    params: SamplingParams
+    prompt: list[int]
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not self.params.greedy:
+            self.generator = torch.Generator()
+            if self.params.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(self.params.seed % 2**63)
+
+
+def sample(logits: Tensor, state: SamplerState, answer: list[int]) -> tuple[int, Tensor | None]:
+    """The next token of one request, and its log-probabilities [V] if they were asked for.
+
+    logits: [V] float32.  Log-probabilities are of the model, before temperature and cuts.
+    """
+    params = state.params
+    logits = logits.detach().to("cpu", torch.float32)
+    logprobs = logits.log_softmax(-1) if params.logprobs is not None else None
+    logits = _penalise(logits, params, state.prompt, answer)
+    if params.greedy:
+        return int(logits.argmax()), logprobs
+    logits = _cut(logits / params.temperature, params)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=state.generator)), logprobs
+
+
+def _penalise(logits: Tensor, params: SamplingParams, prompt: list[int], answer: list[int]) -> Tensor:
+    if params.logit_bias:
+        logits = logits.clone()
+        for token, bias in params.logit_bias:
+            logits[token] += bias
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *answer}))
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits = logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    if answer and (params.frequency_penalty or params.presence_penalty):
+        counts = torch.bincount(torch.tensor(answer), minlength=logits.numel()).float()
+        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0).float()
+    return logits
+
+
+def _cut(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Drop what top_k, min_p and top_p exclude; the likeliest token always stays."""
+    if 0 < params.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
+    if params.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.index_fill(0, order[before >= params.top_p], -math.inf)
+    return logits

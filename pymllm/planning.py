@@ -1,0 +1,276 @@
+"""The plan: what would run, with which kernel, why, and what it takes; from config and headers alone.
+
+`pymllm plan DIR --json` prints `Plan.to_dict()`, a stable schema (docs/plan-schema.md). Loading executes the same
+`Prepared` that the plan shows, so what runs is what was planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymllm.attention import Attention
+from pymllm.kernels.registry import LinearProblem
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.linear import WeightedLayer
+from pymllm.loading import Prepared, layer_parts, legal_tp_sizes, prepare
+from pymllm.quantization.base import BoundWeight, ConvertedLinearMethod, LinearMethodBase, bind
+from pymllm.quantization.rules import RuleSource
+from pymllm.weights.spec import LinearShape
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer under its checkpoint name (the parts of a fused layer stand alone).
+
+    kind: linear, embedding, lm_head or attention.  rule: the user's rule that decided, or None.  source: what decided.
+    method: what runs; source_method: what the checkpoint holds.  refused: kernels asked before the chosen one.
+    shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
+    fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
+    """
+
+    prefix: str
+    kind: str
+    rule: str | None
+    source: str
+    method: str
+    method_detail: str
+    source_method: str
+    kernel: str
+    numerics: str
+    refused: list[dict[str, str]]
+    shape: list[int]
+    shape_local: list[int]
+    bytes: int
+    fused_with: list[str] = field(default_factory=list)
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module; `to_dict` is the JSON, `str` a summary for people."""
+
+    model: str
+    model_type: str
+    device: str
+    dtype: str
+    compute: str
+    tensor_parallel: dict[str, Any]
+    layers: list[PlannedLayer]
+    totals: dict[str, int]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def layer(self, prefix: str) -> PlannedLayer:
+        """The layer of this checkpoint name.  KeyError without one."""
+        return next(layer for layer in self.layers if layer.prefix == prefix)
+
+    def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
+        """Layers that differ in nothing but name and shape, together: (the first one, all their names)."""
+        grouped: dict[Any, list[PlannedLayer]] = {}
+        for layer in self.layers:
+            key = (layer.kind, layer.method_detail, layer.kernel, layer.source, layer.rule)
+            grouped.setdefault(key, []).append(layer)
+        return [(group[0], [layer.prefix for layer in group]) for group in grouped.values()]
+
+    def __str__(self) -> str:
+        size = self.tensor_parallel
+        lines = [
+            f"{self.model} ({self.model_type}) on {self.device}, {self.dtype} activations, "
+            f"rank {size['rank']} of {size['size']} (sizes that work: {', '.join(map(str, size['legal_sizes']))})"
+        ]
+        for first, names in self.groups():
+            weight = sum(layer.bytes for layer in self.layers if layer.prefix in set(names))
+            why = f"rule {first.rule}" if first.rule else first.source
+            lines.append(
+                f"  {len(names):4d} x {first.kind:<9} {first.method_detail} -> {first.kernel} "
+                f"({first.numerics}); {weight / 1e6:.1f} MB; {why}"
+            )
+        lines.append(
+            f"  weights {self.totals['weight_bytes'] / 1e6:.1f} MB, at most "
+            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, "
+            f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token"
+        )
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def plan(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    revision: str | None = None,
+) -> Plan:
+    """What `load_model` with the same arguments would do, from config and headers alone; no tensor is read.
+
+    Raises whatever loading would raise over the same headers.
+    """
+    prepared = prepare(
+        path, quant, device=device, dtype=dtype, compute=compute, kernels=kernels, revision=revision
+    )
+    with prepared.checkpoint:
+        return make_plan(prepared)
+
+
+def make_plan(prepared: Prepared) -> Plan:
+    """The plan of a prepared model."""
+    binder = _Binder(prepared)
+    layers: list[PlannedLayer] = []
+    weight_bytes = transient = 0
+    for unit in prepared.units:
+        module = unit.module
+        stored = sum(placement.tensor.nbytes * _share(placement.slot) for placement in unit.placements)
+        if isinstance(module, WeightedLayer):
+            rows, packed = _plan_weighted(module, binder, prepared)
+            layers += rows
+            elements = module.shape.in_features_local * module.shape.out_features_local
+            converts = any(isinstance(method, ConvertedLinearMethod) for method, _, _ in layer_parts(module))
+            # The stored tensors, the canonical codes, and the floats between two formats (twice: one being rounded).
+            transient = max(transient, int(stored) + elements * (9 if converts else 1))
+        else:
+            packed = sum(p.nbytes for p in module._parameters.values() if p is not None)
+        weight_bytes += packed
+    modules = dict(prepared.model.named_modules())
+    layers += [_plan_attention(m, prepared) for m in modules.values() if isinstance(m, Attention)]
+    totals = {
+        "weight_bytes": weight_bytes,
+        "peak_load_bytes": weight_bytes + transient,
+        "checkpoint_bytes": sum(tensor.nbytes for tensor in prepared.checkpoint.tensors.values()),
+        "kv_cache_bytes_per_token": _kv_bytes(modules.values(), prepared.execution.dtype),
+    }
+    parallel = prepared.parallel
+    return Plan(
+        model=str(prepared.checkpoint.path),
+        model_type=str(prepared.config.raw.get("model_type")),
+        device=prepared.execution.device,
+        dtype=str(prepared.execution.dtype).removeprefix("torch."),
+        compute=prepared.execution.compute,
+        tensor_parallel={
+            "rank": parallel.rank,
+            "size": parallel.size,
+            "legal_sizes": legal_tp_sizes(prepared.config, prepared.quant, prepared.execution),
+        },
+        layers=layers,
+        totals=totals,
+        notes=_notes(prepared, layers),
+    )
+
+
+class _Binder:
+    """Binds meta weights, once for each distinct (method, shape): a deep model repeats a few."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.execution = prepared.execution
+        self.known: dict[Any, BoundWeight] = {}
+
+    def __call__(self, method: LinearMethodBase, shape: LinearShape, operation: Any) -> BoundWeight:
+        key = (method, operation, shape.inputs, shape.outputs)
+        if key not in self.known:
+            self.known[key] = bind(method.planned(shape), self.execution, operation)
+        return self.known[key]
+
+
+def _plan_weighted(
+    module: WeightedLayer, binder: _Binder, prepared: Prepared
+) -> tuple[list[PlannedLayer], int]:
+    """The rows of one layer, and its packed bytes on this rank (its bias included)."""
+    rows: list[PlannedLayer] = []
+    total = 0 if module.bias is None else module.bias.nbytes
+    head = module if isinstance(module, ParallelLMHead) else None
+    tied_to = head.tied_to.prefix if head is not None and head.shares_table and head.tied_to is not None else None
+    for method, shape, _ in layer_parts(module):
+        bound = binder(method, shape, module.operation)
+        shared = tied_to is not None and bound.selection.kernel.layout in ("dense", "reference")
+        total += 0 if shared else bound.nbytes
+        for index, part in enumerate(shape.parts):
+            name = module.prefix if head is not None else part
+            alone = shape.part(index)
+            part_bytes = bound.nbytes * alone.out_features_local // max(shape.out_features_local, 1)
+            decision = prepared.quant.decisions[name]
+            rows.append(
+                PlannedLayer(
+                    prefix=name,
+                    kind=module.kind,
+                    rule=None if decision.rule is None else str(decision.rule),
+                    source=decision.source,
+                    method=decision.method.name,
+                    method_detail=decision.method.describe(),
+                    source_method=decision.method.source_method().name,
+                    kernel=bound.selection.kernel.name,
+                    numerics=_numerics(bound),
+                    refused=[asdict(refusal) for refusal in bound.selection.refused],
+                    shape=[alone.out_features, alone.in_features],
+                    shape_local=[alone.out_features_local, alone.in_features_local],
+                    bytes=0 if shared else part_bytes,
+                    fused_with=[other for other in shape.parts if other != part],
+                    tied_to=tied_to,
+                )
+            )
+    return rows, total
+
+
+def _numerics(bound: BoundWeight) -> str:
+    kernel: Any = bound.selection.kernel
+    return kernel.numerics(bound.problem) if isinstance(bound.problem, LinearProblem) else "exact"
+
+
+def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:
+    shape = [module.num_heads, module.num_kv_heads, module.head_dim]
+    config = prepared.config
+    dtype = str(prepared.execution.dtype).removeprefix("torch.")
+    return PlannedLayer(
+        prefix=module.prefix,
+        kind="attention",
+        rule=None,
+        source="default",
+        method="none",
+        method_detail=f"KV cache in {dtype}",
+        source_method="none",
+        kernel=module.selection.kernel.name,
+        numerics="float32 accumulation",
+        refused=[asdict(refusal) for refusal in module.selection.refused],
+        shape=[config.size("num_attention_heads"), config.num_key_value_heads, config.head_dim],
+        shape_local=shape,
+        bytes=0,
+    )
+
+
+def _share(slot: Any) -> float:
+    """The part of a tensor that this rank reads."""
+    return slot.elements / max(math.prod(slot.source_shape), 1)
+
+
+def _kv_bytes(modules: Any, dtype: torch.dtype) -> int:
+    layers = [module for module in modules if isinstance(module, Attention)]
+    return sum(2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize for layer in layers)
+
+
+def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:
+    """What a user should know besides: fused layers that rules split, slow kernels, skipped tensors."""
+    notes = []
+    split = [
+        module.prefix
+        for module in prepared.model.modules()
+        if isinstance(module, WeightedLayer) and len(layer_parts(module)) > 1
+    ]
+    if split:
+        notes.append(f"{len(split)} fused layers keep separate weights, as their parts have different methods: {split[0]}")
+    references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
+    for method, count in references.items():
+        notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
+    for reason, count in Counter(record.reason for record in prepared.records).items():
+        notes.append(f"{count} checkpoint tensors are not needed: {reason}")
+    return notes

@@ -1,0 +1,207 @@
+"""Does what runs compute what the checkpoint says?  Every layer's kernel against float64 over the file's own tensors.
+
+The reference reads each layer's tensors from the file again, decodes them with the format alone and multiplies in
+float64; the packed weights, the kernel and its activation dtype are what is under test.
+"""
+
+# N test rows, O out_features, I in_features
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.linear import WeightedLayer
+from pymllm.loading import Placement, Prepared, layer_parts, load_prepared, prepare
+from pymllm.quantization.base import BoundWeight, ConvertedLinearMethod, LinearMethodBase, bound_weight
+from pymllm.quantization.rules import RuleSource
+from pymllm.weights.loader import Written, place, write
+from pymllm.weights.spec import LinearShape
+
+ROWS = 5
+MAGNITUDES = {"ordinary": 1.0, "large": 200.0}  # f16 sums stay below 65504 for the layers that models have
+# Relative error (Frobenius) that rounding alone explains, measured up to I = 28672: inputs and outputs are rounded to
+# the activation dtype, sums are float32.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer (or one part of it).
+
+    errors: relative error to float64 by magnitude of the inputs.  tolerance: what its dtype and numerics explain.
+    packed_exact: whether the packed weight decodes to the very values of the format.
+    quantisation_error: relative distance of the weight that runs to the one stored, where a rule converts; else 0.
+    """
+
+    prefix: str
+    kind: str
+    method: str
+    kernel: str
+    numerics: str
+    errors: dict[str, float]
+    tolerance: float
+    packed_exact: bool
+    quantisation_error: float
+
+    @property
+    def worst(self) -> float:
+        """The largest error, in units of the tolerance; NaN counts as infinite."""
+        ratios = [error / self.tolerance for error in self.errors.values()]
+        return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
+
+    @property
+    def ok(self) -> bool:
+        return self.packed_exact and self.worst <= 1
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All layers, the worst first."""
+
+    model: str
+    layers: list[LayerCheck]
+
+    @property
+    def ok(self) -> bool:
+        return all(layer.ok for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [{**asdict(layer), "worst": layer.worst, "ok": layer.ok} for layer in self.layers]
+        return {"schema_version": 1, "model": self.model, "ok": self.ok, "layers": layers}
+
+    def table(self, top: int | None = None) -> str:
+        """The worst `top` layers (all without it), one a line."""
+        lines = [f"{'error':>9} {'(large)':>9} {'allowed':>9} {'requant.':>9}  layer"]
+        for layer in self.layers[:top]:
+            state = "" if layer.ok else "  FAILS" + ("" if layer.packed_exact else ": packed weight differs")
+            lines.append(
+                f"{layer.errors['ordinary']:9.2e} {layer.errors['large']:9.2e} {layer.tolerance:9.1e} "
+                f"{layer.quantisation_error:9.2e}  {layer.prefix} ({layer.method} -> {layer.kernel}){state}"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        failed = sum(not layer.ok for layer in self.layers)
+        verdict = "all within tolerance" if self.ok else f"{failed} FAIL"
+        return f"{self.table(10)}\n{self.model}: {len(self.layers)} layers against float64, {verdict}"
+
+
+def verify(
+    path_or_model: str | Path | Any,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    revision: str | None = None,
+) -> Verification:
+    """Check every layer that holds weights.
+
+    path_or_model: a folder or hub id, which is loaded; or a loaded model (`load_model`'s, or an `LLM`), whose
+    checkpoint is read again. The other arguments are `load_model`'s and go with a path alone.
+    """
+    if isinstance(path_or_model, (str, Path)):
+        prepared = prepare(
+            path_or_model, quant, device=device, dtype=dtype, compute=compute, kernels=kernels, revision=revision
+        )
+        load_prepared(prepared)
+    else:
+        prepared = getattr(path_or_model, "prepared", None)
+        if quant is not None or not isinstance(prepared, Prepared):
+            raise ConfigError(
+                "verify takes a checkpoint with rules, or a model that load_model made",
+                code="verify-argument",
+                found=type(path_or_model).__name__,
+            )
+    with prepared.checkpoint, torch.no_grad():
+        checks = [check for unit in prepared.units for check in _check_unit(unit.module, unit.placements, prepared)]
+    return Verification(str(prepared.checkpoint.path), sorted(checks, key=lambda check: check.worst, reverse=True))
+
+
+def _check_unit(module: nn.Module, placements: tuple[Placement, ...], prepared: Prepared) -> list[LayerCheck]:
+    if not isinstance(module, WeightedLayer):
+        return []
+    if isinstance(module, ParallelLMHead) and module.shares_table:
+        placements = next(unit.placements for unit in prepared.units if unit.module is module.tied_to)
+        owner: nn.Module | None = module.tied_to
+    else:
+        owner = None
+    checks = []
+    for method, shape, holder in layer_parts(module):
+        bound = bound_weight(holder)
+        assert bound is not None
+        stored = _read_again(method, shape, [p for p in placements if p.module is (owner or holder)])
+        name = module.prefix if isinstance(module, ParallelLMHead) else shape.name
+        checks.append(_check_weight(name, module.kind, method, shape, bound, stored))
+    return checks
+
+
+def _read_again(
+    method: LinearMethodBase, shape: LinearShape, placements: list[Placement]
+) -> dict[str, Tensor]:
+    """The layer's stored tensors, parts side by side, from the file."""
+    tensors: dict[str, Tensor] = {}
+    for spec in method.weight_specs(shape):
+        local, slots = place(spec, shape)
+        tensor = torch.zeros(local, dtype=spec.dtype)
+        written = Written()
+        for slot in slots:
+            found = next(p for p in placements if p.slot.names == slot.names and p.slot.part == slot.part)
+            scalar = len(found.tensor.shape) != len(slot.source)
+            write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
+        tensors[spec.name] = tensor
+    return tensors
+
+
+def _check_weight(
+    name: str,
+    kind: str,
+    method: LinearMethodBase,
+    shape: LinearShape,
+    bound: BoundWeight,
+    stored: dict[str, Tensor],
+) -> LayerCheck:
+    problem, kernel = bound.problem, bound.selection.kernel
+    source = method.source_method().to_canonical(stored, shape)
+    expected: CanonicalWeight = source
+    if isinstance(method, ConvertedLinearMethod):
+        expected = method.target.quantize(source.dequantize(torch.float32), shape)
+    weight = expected.dequantize(torch.float64)
+    packed = bound.canonical().dequantize(torch.float64).cpu()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    errors = {}
+    for label, magnitude in MAGNITUDES.items():
+        if kind == "embedding":
+            rows = torch.randint(0, weight.shape[0], (ROWS,), generator=generator)
+            got, want = bound.run(rows.to(problem.device.torch_device)), weight[rows]
+        else:
+            x = torch.randn((ROWS, weight.shape[1]), generator=generator, dtype=torch.float32) * magnitude
+            x = x.to(problem.dtype)
+            got = bound.run(x.to(problem.device.torch_device), None)
+            want = x.double() @ weight.t()
+        errors[label] = relative_error(got.double().cpu(), want)
+    tolerance = getattr(kernel, "tolerance", lambda _: TOLERANCES[problem.dtype])(problem)
+    changed = 0.0
+    if isinstance(method, ConvertedLinearMethod):
+        changed = relative_error(weight, source.dequantize(torch.float64))
+    exact = torch.equal(packed, weight)
+    numerics = kernel.numerics(problem) if kind != "embedding" else "rows as stored"
+    return LayerCheck(name, kind, method.describe(), kernel.name, numerics, errors, tolerance, exact, changed)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|, Frobenius; absolute where `want` is zero."""
+    norm = float(want.norm())
+    return float((got - want).norm()) / (norm if norm > 0 else 1.0)
