@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pymllm.engine.engine import Engine
-from pymllm.engine.request import Request, RequestOutput
+from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.tokenizer import TextStream, Tokenizer
 from pymllm.errors import ConfigError, RequestError
@@ -34,11 +34,15 @@ def shipped_model() -> Path:
 
 @dataclass(frozen=True)
 class StreamPiece:
-    """A step of a streamed answer.  text may be empty while a character is incomplete; output: once it is finished."""
+    """A step of a streamed answer.
+
+    text: may be empty while a character is incomplete.  output: once it is finished.  logprobs: if asked for.
+    """
 
     text: str
-    token_id: int | None
+    token_id: int
     output: RequestOutput | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class LLM:
@@ -164,10 +168,18 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece; the last piece carries the output.  Closing the iterator aborts."""
-        ids = self.encode(prompt)  # so that a bad prompt fails here, not at the first piece
-        return (piece for _, piece in self._run([ids], [params or self.default_params()]))
+        return (piece for _, piece in self.stream_all([prompt], params))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
+    def stream_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Generator[tuple[int, StreamPiece], None, None]:
+        """Answer several prompts at a time, piece by piece, each with the index of its prompt; as `stream` else."""
+        ids = [self.encode(prompt) for prompt in prompts]  # so that a bad one fails here, not at the first piece
+        return self._run(ids, [params or self.default_params()] * len(ids))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> RequestOutput:
         """Answer a conversation ([{"role": ..., "content": ...}]) through the checkpoint's chat template."""
         return self.generate([self.tokenizer.apply_chat_template(messages)], params)[0]
 
@@ -179,7 +191,7 @@ class LLM:
 
     def _run(
         self, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> Iterator[tuple[int, StreamPiece]]:
+    ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Run requests to their end, one piece a token, with the index of the request."""
         requests = [
             Request(ids, p, len(ids) + p.max_tokens if p.max_tokens is not None else self.engine.max_length)
@@ -210,13 +222,14 @@ class LLM:
         if text is not None and text.stopped and request.finish_reason is None:
             request.finish_reason = "stop"
             self.engine.retire(request)
+        logprobs = request.logprobs[-1] if request.logprobs else None
         if request.finish_reason is None:
-            return StreamPiece(piece, token)
+            return StreamPiece(piece, token, logprobs=logprobs)
         if text is not None:
             piece += text.finish()
             if text.stopped:
                 request.finish_reason = "stop"
-        return StreamPiece(piece, token, request.output(text.text if text is not None else ""))
+        return StreamPiece(piece, token, request.output(text.text if text is not None else ""), logprobs)
 
 
 def choose_parallel(size: int) -> Parallel:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from pymllm.attention import Attention
-from pymllm.kernels.registry import LinearProblem
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.loading import Prepared, layer_parts, legal_tp_sizes, prepare
@@ -190,7 +189,9 @@ def _plan_weighted(
     rows: list[PlannedLayer] = []
     total = 0 if module.bias is None else module.bias.nbytes
     head = module if isinstance(module, ParallelLMHead) else None
-    tied_to = head.tied_to.prefix if head is not None and head.shares_table and head.tied_to is not None else None
+    tied_to = (
+        head.tied_to.prefix if head is not None and head.shares_table and head.tied_to is not None else None
+    )
     for method, shape, _ in layer_parts(module):
         bound = binder(method, shape, module.operation)
         shared = tied_to is not None and bound.selection.kernel.layout in ("dense", "reference")
@@ -210,7 +211,7 @@ def _plan_weighted(
                     method_detail=decision.method.describe(),
                     source_method=decision.method.source_method().name,
                     kernel=bound.selection.kernel.name,
-                    numerics=_numerics(bound),
+                    numerics=bound.selection.kernel.numerics(bound.problem),
                     refused=[asdict(refusal) for refusal in bound.selection.refused],
                     shape=[alone.out_features, alone.in_features],
                     shape_local=[alone.out_features_local, alone.in_features_local],
@@ -220,11 +221,6 @@ def _plan_weighted(
                 )
             )
     return rows, total
-
-
-def _numerics(bound: BoundWeight) -> str:
-    kernel: Any = bound.selection.kernel
-    return kernel.numerics(bound.problem) if isinstance(bound.problem, LinearProblem) else "exact"
 
 
 def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:
@@ -267,7 +263,9 @@ def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:
         if isinstance(module, WeightedLayer) and len(layer_parts(module)) > 1
     ]
     if split:
-        notes.append(f"{len(split)} fused layers keep separate weights, as their parts have different methods: {split[0]}")
+        notes.append(
+            f"{len(split)} fused layers keep separate weights, as their parts have different methods: {split[0]}"
+        )
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():
         notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")

@@ -114,20 +114,31 @@ def verify(
     """
     if isinstance(path_or_model, (str, Path)):
         prepared = prepare(
-            path_or_model, quant, device=device, dtype=dtype, compute=compute, kernels=kernels, revision=revision
+            path_or_model,
+            quant,
+            device=device,
+            dtype=dtype,
+            compute=compute,
+            kernels=kernels,
+            revision=revision,
         )
         load_prepared(prepared)
     else:
-        prepared = getattr(path_or_model, "prepared", None)
-        if quant is not None or not isinstance(prepared, Prepared):
+        found = getattr(path_or_model, "prepared", None)
+        if quant is not None or not isinstance(found, Prepared):
             raise ConfigError(
                 "verify takes a checkpoint with rules, or a model that load_model made",
                 code="verify-argument",
                 found=type(path_or_model).__name__,
             )
+        prepared = found
     with prepared.checkpoint, torch.no_grad():
-        checks = [check for unit in prepared.units for check in _check_unit(unit.module, unit.placements, prepared)]
-    return Verification(str(prepared.checkpoint.path), sorted(checks, key=lambda check: check.worst, reverse=True))
+        checks = [
+            check for unit in prepared.units for check in _check_unit(unit.module, unit.placements, prepared)
+        ]
+    return Verification(
+        str(prepared.checkpoint.path), sorted(checks, key=lambda check: check.worst, reverse=True)
+    )
 
 
 def _check_unit(module: nn.Module, placements: tuple[Placement, ...], prepared: Prepared) -> list[LayerCheck]:
@@ -197,8 +208,17 @@ def _check_weight(
     if isinstance(method, ConvertedLinearMethod):
         changed = relative_error(weight, source.dequantize(torch.float64))
     exact = torch.equal(packed, weight)
-    numerics = kernel.numerics(problem) if kind != "embedding" else "rows as stored"
-    return LayerCheck(name, kind, method.describe(), kernel.name, numerics, errors, tolerance, exact, changed)
+    return LayerCheck(
+        name,
+        kind,
+        method.describe(),
+        kernel.name,
+        kernel.numerics(problem),
+        errors,
+        tolerance,
+        exact,
+        changed,
+    )
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

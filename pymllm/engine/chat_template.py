@@ -54,7 +54,9 @@ class ChatTemplate:
     def __init__(self, source: str, file: str) -> None:
         self.file = file
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
         try:
@@ -70,7 +72,12 @@ class ChatTemplate:
         CheckpointError if the template takes longer than a second, writes more than a megabyte or reaches for what a
         sandbox refuses; RequestError if it rejects the messages itself.
         """
-        variables = {**special_tokens, "messages": list(messages), "add_generation_prompt": True, "tools": None}
+        variables = {
+            **special_tokens,
+            "messages": list(messages),
+            "add_generation_prompt": True,
+            "tools": None,
+        }
         pieces, size = [], 0
         try:
             with _Deadline(MAX_SECONDS):
@@ -79,7 +86,13 @@ class ChatTemplate:
                     if size > MAX_CHARACTERS:
                         raise _Refused("more than a megabyte of text")
                     pieces.append(piece)
-        except (_Refused, jinja2.exceptions.SecurityError, OverflowError, MemoryError, RecursionError) as error:
+        except (
+            _Refused,
+            jinja2.exceptions.SecurityError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(
                 f"the chat template was stopped: {error}",
                 code="chat-template-refused",

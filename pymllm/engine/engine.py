@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request, TokenLogprobs
 from pymllm.engine.runner import Runner
-from pymllm.engine.sampling import sample
+from pymllm.engine.sampling import SamplingParams, sample
 from pymllm.errors import RequestError
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel
@@ -59,20 +60,34 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request.  RequestError if it can never run: too long for the model, or for the whole cache."""
-        if not request.prompt:
+        request.limit = min(request.limit, self.check(request.prompt, request.params))
+        self.waiting.append(request)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """The tokens that a request may have in all.  RequestError if this model can never run it."""
+        if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
         longest = min(self.max_length, self.cache.num_pages * self.cache.page_size)
-        if len(request.prompt) >= longest:
+        if len(prompt) >= longest:
             raise RequestError(
                 "the prompt does not leave room for an answer",
                 code="prompt-too-long",
                 tensor="prompt",
                 expected=f"fewer than {longest} tokens",
-                found=str(len(request.prompt)),
+                found=str(len(prompt)),
                 fix="Shorten it.",
             )
-        request.limit = min(request.limit, longest)
-        self.waiting.append(request)
+        vocabulary = self.model.config.size("vocab_size")
+        bad = next((token for token, _ in params.logit_bias if token >= vocabulary), None)
+        if bad is not None:
+            raise RequestError(
+                "logit_bias names a token outside the vocabulary",
+                code="token-id",
+                tensor="logit_bias",
+                expected=f"0 to {vocabulary - 1}",
+                found=str(bad),
+            )
+        return longest
 
     def step(self) -> list[Request]:
         """Admit what fits, run the model once, sample.  Returns the requests that got a token."""
@@ -98,7 +113,7 @@ class Engine:
         request.finish_reason = request.finish_reason or "abort"
         if request in self.waiting:
             self.waiting.remove(request)
-        self.retire(request)
+        self._release(request)
 
     def retire(self, request: Request) -> None:
         """A running request that ended for a reason outside the engine (a stop string)."""
@@ -118,7 +133,8 @@ class Engine:
         return new
 
     def _release(self, request: Request) -> None:
-        self.running.remove(request)
+        if request in self.running:  # not there if its first step failed
+            self.running.remove(request)
         self.cache.release(request.pages)
         request.pages = []
 

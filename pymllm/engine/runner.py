@@ -23,7 +23,6 @@ class Runner:
 
     def __init__(self, model: CausalLM, device: torch.device) -> None:
         self.model, self.device = model, device
-        set_fetch_fn_for_attn_metadata(_metadata.get)
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -45,7 +44,9 @@ class Runner:
         """Each request's tokens that the cache lacks (its prompt, or its last token).  Returns [R, V] logits."""
         new = [request.prompt if not request.answer else request.answer[-1:] for request in requests]
         starts = [request.length - len(tokens) for request, tokens in zip(requests, new, strict=True)]
-        positions = [p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))]
+        positions = [
+            p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))
+        ]
         owners = [request for request, tokens in zip(requests, new, strict=True) for _ in tokens]
         size = cache.page_size
         slots = [o.pages[p // size] * size + p % size for o, p in zip(owners, positions, strict=True)]
@@ -66,11 +67,14 @@ class Runner:
             page_tables=pages.to(self.device),
             page_size=size,
         )
-        return self._forward([t for tokens in new for t in tokens], positions, metadata, bounds[1:].long() - 1)
+        return self._forward(
+            [t for tokens in new for t in tokens], positions, metadata, bounds[1:].long() - 1
+        )
 
     def _forward(
         self, tokens: list[int], positions: list[int], metadata: AttnMetaDataBase, rows: Tensor | None
     ) -> Tensor:
+        set_fetch_fn_for_attn_metadata(_metadata.get)  # each time: another runner may have installed its own
         token = _metadata.set(metadata)
         try:
             hidden = self.model(

@@ -16,6 +16,7 @@ from pymllm.errors import RequestError
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class SamplingParams:
     top_k: 0 is all.  repetition_penalty: above 1 discourages what the text has already; frequency_penalty and
     presence_penalty: subtracted for each, or any, earlier occurrence in the answer.
     stop: strings that end the answer and are left out of it.  seed: for equal answers to equal requests.
+    logit_bias: (token id, what is added to its logit) pairs, or a dict of them.
     """
 
     max_tokens: int | None = 128
@@ -67,6 +69,17 @@ class SamplingParams:
                 expected=f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters",
                 found=f"{len(stop)} strings",
             )
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise RequestError(
+                "logit_bias is out of range",
+                code="parameter",
+                tensor="logit_bias",
+                expected=f"at most {MAX_LOGIT_BIASES} tokens",
+                found=str(len(self.logit_bias)),
+            )
+        for token, bias in self.logit_bias:
+            _integer("logit_bias", token, 0, 2**31)
+            _number("logit_bias", bias, -100, 100)
 
     @property
     def greedy(self) -> bool:

@@ -27,7 +27,9 @@ class FastEncoder:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            raise CheckpointError(f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)) from None
+            raise CheckpointError(
+                f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)
+            ) from None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -48,7 +50,7 @@ class AutoEncoder:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 class Tokenizer:
@@ -62,7 +64,10 @@ class Tokenizer:
     def encoder(self) -> Encoder:
         if (self.folder / "tokenizer.json").is_file():
             return FastEncoder(self.folder / "tokenizer.json")
-        if any((self.folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        if any(
+            (self.folder / name).is_file()
+            for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")
+        ):
             return AutoEncoder(self.folder)
         raise CheckpointError(
             "the checkpoint has no tokenizer",
@@ -152,7 +157,10 @@ class TextStream:
                 self.text, self.stopped = self.text[:found], True
         held = 0
         if not final and not self.stopped:
-            held = max((n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+            held = max(
+                (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
+                default=0,
+            )
         end = max(self.sent, len(self.text) - held)
         piece, self.sent = self.text[self.sent : end], end
         return piece

@@ -34,15 +34,48 @@ class DenseType:
 
 @dataclass(frozen=True)
 class IntType:
-    """Integer codes with a scale for every group of inputs; symmetric: the zero point is the middle code."""
+    """Integer codes with a scale for every group of inputs.
+
+    symmetric: the zero point is the middle code everywhere.  offsets: a float is added instead of a zero point taken.
+    indexed: inputs name their groups one by one, instead of lying in order.
+    activations: how the checkpoint wants activations quantised, to int8 ("float": not at all).
+    """
 
     bits: int
     group_size: int
     symmetric: bool
+    offsets: bool = False
+    indexed: bool = False
+    activations: Activations = "float"
     family: str = "int"
 
+    @property
+    def plain(self) -> bool:
+        """Integer zero points (or none) and groups in order, which is what fast kernels take."""
+        return not self.offsets and not self.indexed
+
     def __str__(self) -> str:
-        return f"int{self.bits} g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+        zeros = "offsets" if self.offsets else "sym" if self.symmetric else "asym"
+        order = " in act order" if self.indexed else ""
+        activations = "" if self.activations == "float" else f", activations {self.activations}"
+        return f"int{self.bits} g{self.group_size} {zeros}{order}{activations}"
+
+
+@dataclass(frozen=True)
+class CodebookType:
+    """4-bit codes that name one of sixteen values, with a scale for every group of inputs.
+
+    codebook: the table's name ("nf4", "e2m1", ...).  activations: as for IntType, quantised as the format says.
+    """
+
+    codebook: str
+    group_size: int
+    activations: Activations = "float"
+    family: str = "codebook"
+
+    def __str__(self) -> str:
+        activations = "" if self.activations == "float" else f", activations {self.activations}"
+        return f"{self.codebook} g{self.group_size}{activations}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +94,7 @@ class Fp8Type:
         return f"fp8 e4m3 per {granularity}, activations {self.activations}"
 
 
-WeightType = DenseType | IntType | Fp8Type
+WeightType = DenseType | IntType | Fp8Type | CodebookType
 
 
 @dataclass(frozen=True)
@@ -87,10 +120,14 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class IntWeight:
-    """w = (code - zero) * scale.
+    """w = (code - zero) * scale, or code * scale + offset.
 
     codes: [O, I] uint8, 0..2**bits-1.  scales: [O, I/G] float.
     zeros: [O, I/G] uint8, or None: 2**(bits-1) everywhere.
+    offsets: [O, I/G] float, in place of zeros.
+    group_index: [I] int32, the group of each input, where they do not lie in order; group_size is then nominal.
+    input_order: [I] int64; column j multiplies input input_order[j].  `bind` takes it off before a kernel packs.
+    input_scales: [P] float32, for activations "static".
     """
 
     codes: Tensor
@@ -98,10 +135,22 @@ class IntWeight:
     zeros: Tensor | None
     bits: int
     group_size: int
+    offsets: Tensor | None = None
+    group_index: Tensor | None = None
+    input_order: Tensor | None = None
+    activations: Activations = "float"
+    input_scales: Tensor | None = None
 
     @property
     def type(self) -> IntType:
-        return IntType(self.bits, self.group_size, self.zeros is None)
+        return IntType(
+            self.bits,
+            self.group_size,
+            self.zeros is None and self.offsets is None,
+            self.offsets is not None,
+            self.group_index is not None,
+            self.activations,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,15 +159,38 @@ class IntWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[O, I]; the product is taken in `dtype`, at least in float32."""
         compute = torch.promote_types(dtype, torch.float32)
-        out_features, in_features = self.shape
-        grouped = self.codes.view(out_features, -1, self.group_size).to(compute)
-        offset = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.unsqueeze(-1).to(compute)
-        weight = (grouped - offset) * self.scales.unsqueeze(-1).to(compute)
-        return weight.view(out_features, in_features).to(dtype)
+        weight = self._grouped(self.codes).to(compute)
+        scales = self._per_input(self.scales).to(compute)
+        if self.offsets is not None:
+            weight = weight * scales + self._per_input(self.offsets).to(compute)
+        else:
+            zero = 2 ** (self.bits - 1) if self.zeros is None else self._per_input(self.zeros).to(compute)
+            weight = (weight - zero) * scales
+        weight = weight.view(self.shape)
+        if self.input_order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.input_order, weight)
+        return weight.to(dtype)
+
+    def _grouped(self, codes: Tensor) -> Tensor:
+        """[O, I] as [O, I/G, G] where groups lie in order."""
+        if self.group_index is not None:
+            return codes
+        return codes.view(codes.shape[0], self.scales.shape[1], self.group_size)
+
+    def _per_input(self, groups: Tensor) -> Tensor:
+        """[O, I/G] values of groups, broadcastable to `_grouped` codes."""
+        return groups.unsqueeze(-1) if self.group_index is None else groups[:, self.group_index.long()]
 
     def tensors(self) -> dict[str, Tensor]:
-        zeros = {} if self.zeros is None else {"zeros": self.zeros}
-        return {"codes": self.codes, "scales": self.scales, **zeros}
+        named = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "zeros": self.zeros,
+            "offsets": self.offsets,
+            "group_index": self.group_index,
+            "input_scales": self.input_scales,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
     def from_float(cls, weight: Tensor, *, bits: int, group_size: int, symmetric: bool) -> IntWeight:
@@ -232,7 +304,52 @@ class Fp8Weight:
         return cls(codes, scales, block, activations)
 
 
-CanonicalWeight = DenseWeight | IntWeight | Fp8Weight
+@dataclass(frozen=True)
+class CodebookWeight:
+    """w = table[code] * scale * row_scale.
+
+    codes: [O, I] uint8, 0..15.  table: [16] float32.  scales: [O, I/G], any float dtype (fp8 scales stay fp8).
+    row_scales: [O] float32, or None: 1 (the second level of two-level scales).
+    """
+
+    codes: Tensor
+    table: Tensor
+    scales: Tensor
+    codebook: str
+    group_size: int
+    row_scales: Tensor | None = None
+    activations: Activations = "float"
+    input_scales: Tensor | None = None
+
+    @property
+    def type(self) -> CodebookType:
+        return CodebookType(self.codebook, self.group_size, self.activations)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[O, I]; the products are taken in `dtype`, at least in float32."""
+        compute = torch.promote_types(dtype, torch.float32)
+        scales = self.scales.to(compute)
+        if self.row_scales is not None:
+            scales = scales * self.row_scales.to(compute).unsqueeze(1)
+        values = self.table.to(compute)[self.codes.int()]
+        return (values * scales.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]).to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {
+            "codes": self.codes,
+            "table": self.table,
+            "scales": self.scales,
+            "row_scales": self.row_scales,
+            "input_scales": self.input_scales,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+CanonicalWeight = DenseWeight | IntWeight | Fp8Weight | CodebookWeight
 
 
 def on_meta(weight: CanonicalWeight) -> CanonicalWeight:

@@ -9,12 +9,24 @@ byte); a few rows are dequantised at a time, so that memory does not grow with t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, DenseWeight, Fp8Type, Fp8Weight, IntType, IntWeight
+from pymllm.kernels.canonical import (
+    E4M3_MAX,
+    CanonicalWeight,
+    CodebookType,
+    CodebookWeight,
+    DenseType,
+    DenseWeight,
+    Fp8Type,
+    Fp8Weight,
+    IntType,
+    IntWeight,
+)
 from pymllm.kernels.registry import AttentionProblem, LinearProblem, Packed
 
 CHUNK_ELEMENTS = 1 << 21  # weights dequantised at a time: 8 MB as float32
@@ -32,8 +44,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 def _pack(weight: CanonicalWeight) -> dict[str, Tensor]:
     packed = weight.tensors()
-    if isinstance(weight, IntWeight) and weight.bits <= 4 and weight.codes.shape[1] % 2 == 0:
-        packed["codes"] = pack_nibbles(weight.codes)
+    four_bits = isinstance(weight, CodebookWeight) or (isinstance(weight, IntWeight) and weight.bits <= 4)
+    if four_bits and weight.shape[1] % 2 == 0:
+        packed["codes"] = pack_nibbles(packed["codes"])
     return packed
 
 
@@ -41,22 +54,46 @@ def _unpack(packed: Packed, problem: LinearProblem, rows: slice | Tensor | None 
     """The canonical weight again; `rows`: only those outputs."""
     kind = problem.weight
 
-    def cut(name: str) -> Tensor:
-        return packed[name] if rows is None else packed[name][rows]
+    def cut(name: str) -> Tensor | None:
+        tensor = packed.get(name)
+        if tensor is None or rows is None:
+            return tensor
+        if tensor.dtype.itemsize == 1 and isinstance(rows, Tensor):  # torch gathers no rows of fp8
+            return tensor.view(torch.uint8)[rows].view(tensor.dtype)
+        return tensor[rows]
 
-    if isinstance(kind, IntType):
-        codes = cut("codes")
-        if codes.shape[1] != problem.in_features:
-            codes = unpack_nibbles(codes)
-        return IntWeight(codes, cut("scales"), None if kind.symmetric else cut("zeros"), kind.bits, kind.group_size)
+    if isinstance(kind, DenseType):
+        return DenseWeight(_needed(cut("weight")))
     if isinstance(kind, Fp8Type):
-        weight, scales, block = cut("weight"), packed["scales"], kind.block
+        scales, block = packed["scales"], kind.block
         if rows is not None and block[0] != 0:
-            side = block[0]
-            index = torch.arange(problem.out_features, device=scales.device)[rows] // side
+            index = torch.arange(problem.out_features, device=scales.device)[rows] // block[0]
             scales, block = scales[index], (1, block[1])
-        return Fp8Weight(weight, scales, block, kind.activations, packed.get("input_scales"))
-    return DenseWeight(cut("weight"))
+        return Fp8Weight(_needed(cut("weight")), scales, block, kind.activations, packed.get("input_scales"))
+    codes = _needed(cut("codes"))
+    if codes.shape[1] != problem.in_features:
+        codes = unpack_nibbles(codes)
+    scales, static = _needed(cut("scales")), packed.get("input_scales")
+    if isinstance(kind, CodebookType):
+        return CodebookWeight(
+            codes, packed["table"], scales, kind.codebook, kind.group_size, cut("row_scales"), kind.activations, static
+        )
+    return IntWeight(
+        codes,
+        scales,
+        cut("zeros"),
+        kind.bits,
+        kind.group_size,
+        offsets=cut("offsets"),
+        group_index=packed.get("group_index"),
+        activations=kind.activations,
+        input_scales=static,
+    )
+
+
+def _needed(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 class ReferenceLinear:
@@ -70,7 +107,9 @@ class ReferenceLinear:
 
     def numerics(self, problem: LinearProblem) -> str:
         if _quantises_activations(problem):
-            return f"activations rounded to fp8 ({problem.weight.activations}), float32 accumulation"  # type: ignore[union-attr]
+            kind: Any = problem.weight
+            element = {"fp8": "fp8", "int": "int8", "codebook": "fp4"}[kind.family]
+            return f"activations rounded to {element} ({kind.activations}), float32 accumulation"
         return "weights dequantised exactly, float32 accumulation"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
@@ -93,32 +132,42 @@ class ReferenceLinear:
 
 
 def _quantises_activations(problem: LinearProblem) -> bool:
-    return (
-        problem.compute == "checkpoint" and isinstance(problem.weight, Fp8Type) and problem.weight.activations != "float"
-    )
+    return problem.compute == "checkpoint" and getattr(problem.weight, "activations", "float") != "float"
 
 
-def quantise_activations(x: Tensor, kind: Fp8Type, input_scales: Tensor | None) -> Tensor:
-    """x as its fp8 codes would say it, in x's own dtype.  x: [*, I].
+def quantise_activations(x: Tensor, kind: Fp8Type | IntType | CodebookType, input_scales: Tensor | None) -> Tensor:
+    """x as its codes would say it, in x's own dtype.  x: [*, I].
 
-    "token": a scale for each row; "group": for each 128 inputs of a row; "tensor": for all of x; "static": the
+    "token": a scale for each row; "group": for each group of inputs of a row; "tensor": for all of x; "static": the
     checkpoint's (the largest of the parts' scales, which overflows in none of them).
     """
     values = x.float()
+    largest = {"fp8": E4M3_MAX, "int": 127.0, "codebook": 6.0}[kind.family]
+    side = (kind.block[1] if isinstance(kind, Fp8Type) else kind.group_size) or x.shape[-1]
     if kind.activations == "static":
-        assert input_scales is not None
-        scale = input_scales.max()
+        scale = _needed(input_scales).max()
     elif kind.activations == "tensor":
-        scale = values.abs().amax() / E4M3_MAX if values.numel() else values.new_ones(())
+        scale = values.abs().amax() / largest if values.numel() else values.new_ones(())
     elif kind.activations == "group":
-        side = kind.block[1] or x.shape[-1]
         padded = F.pad(values, (0, -x.shape[-1] % side)).unflatten(-1, (-1, side))
-        scale = (padded.abs().amax(-1) / E4M3_MAX).repeat_interleave(side, dim=-1)[..., : x.shape[-1]]
+        scale = (padded.abs().amax(-1) / largest).repeat_interleave(side, dim=-1)[..., : x.shape[-1]]
     else:
-        scale = values.abs().amax(-1, keepdim=True) / E4M3_MAX
+        scale = values.abs().amax(-1, keepdim=True) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).smallest_normal)
-    codes = (values / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).to(x.dtype)
+    if kind.family == "fp8":
+        codes = (values / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    elif kind.family == "int":
+        codes = (values / scale).round().clamp(-128, 127)
+    else:
+        codes = nearest_e2m1(values / scale)
+    return (codes * scale).to(x.dtype)
+
+
+def nearest_e2m1(values: Tensor) -> Tensor:
+    """Each value rounded to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, ties to even codes."""
+    size = values.abs().clamp(max=6.0)
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return torch.copysign((size / step).round() * step, values)
 
 
 class ReferenceEmbedding:

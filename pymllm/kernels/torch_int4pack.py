@@ -25,6 +25,10 @@ class TorchInt4Pack:
         kind = problem.weight
         if not isinstance(kind, IntType) or kind.bits != 4:
             return f"multiplies 4-bit integers only, the weight is {kind}"
+        if not kind.plain:
+            return f"takes integer zero points in groups that lie in order, the weight is {kind}"
+        if problem.compute == "checkpoint" and kind.activations != "float":
+            return "leaves activations in floats, which compute=checkpoint forbids"
         if problem.device.type != "cpu":
             return "runs on the CPU only"
         if kind.group_size not in GROUP_SIZES:
@@ -46,7 +50,7 @@ class TorchInt4Pack:
         zeros = torch.zeros_like(scales) if weight.zeros is None else (MIDDLE - weight.zeros.float()) * scales
         scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous().to(problem.dtype)
         packed = {"codes": self._pack_codes(weight.codes), "scales_and_zeros": scales_and_zeros}
-        if problem.dtype is not torch.float32 or weight.scales.dtype is torch.float32:
+        if problem.dtype is not torch.float32 or weight.scales.dtype is not torch.float16:
             # What torch's copy has rounded, for `unpack`.
             packed |= {name: t for name, t in weight.tensors().items() if name != "codes"}
         return packed
@@ -71,10 +75,10 @@ class TorchInt4Pack:
         codes = self._unpack_codes(packed["codes"], problem)
         if "scales" in packed:
             zeros = None if kind.symmetric else packed["zeros"]
-            return IntWeight(codes, packed["scales"], zeros, kind.bits, kind.group_size)
+            return IntWeight(codes, packed["scales"], zeros, 4, kind.group_size, activations=kind.activations)
         scales, offsets = packed["scales_and_zeros"].transpose(0, 1).unbind(-1)
         zeros = None if kind.symmetric else (MIDDLE - offsets / scales).round().to(torch.uint8)
-        return IntWeight(codes, scales.half(), zeros, kind.bits, kind.group_size)
+        return IntWeight(codes, scales.half(), zeros, 4, kind.group_size, activations=kind.activations)
 
     @staticmethod
     def _unpack_codes(packed: Tensor, problem: LinearProblem) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -56,22 +56,30 @@ class BoundWeight:
     selection: Selection[Any]
     problem: LinearProblem
     packed: Packed
+    input_order: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.packed.values())
+        order = 0 if self.input_order is None else self.input_order.nbytes
+        return order + sum(tensor.nbytes for tensor in self.packed.values())
 
     def run(self, *args: Any) -> Tensor:
         """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""
+        if self.input_order is not None:
+            args = (args[0][..., self.input_order], *args[1:])
         return self.selection.kernel.run(self.packed, self.problem, *args)
 
     def canonical(self) -> CanonicalWeight:
         """The weight in its canonical layout again."""
-        return self.selection.kernel.unpack(self.packed, self.problem)
+        weight = self.selection.kernel.unpack(self.packed, self.problem)
+        return weight if self.input_order is None else replace(weight, input_order=self.input_order)
 
 
 def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) -> BoundWeight:
     """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
+    input_order = getattr(weight, "input_order", None)
+    if input_order is not None:
+        weight = replace(weight, input_order=None)
     out_features, in_features = weight.shape
     problem = LinearProblem(
         weight.type,
@@ -82,7 +90,7 @@ def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) ->
         execution.compute,
     )
     selection = select(operation, problem, execution.forced_kernel(operation))
-    return BoundWeight(selection, problem, selection.kernel.pack(weight, problem))
+    return BoundWeight(selection, problem, selection.kernel.pack(weight, problem), input_order)
 
 
 class LinearMethodBase(QuantizeMethodBase):
@@ -422,3 +430,20 @@ def one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return convert
+
+
+def read_names(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """A list of names or patterns in a `quantization_config`; null: none.  ConfigError for anything else."""
+    names = config.get(field)
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{field} of the quantisation must be a list of names",
+            code="quantization-config",
+            file="config.json",
+            tensor=f"quantization_config.{field}",
+            expected="a list of strings, or null",
+            found=repr(names),
+        )
+    return tuple(names)

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, parse_options, register_quantization
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    parse_options,
+    read_names,
+    register_quantization,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word, from the low end, holds this column of its eight
@@ -38,8 +44,8 @@ class AWQLinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         groups = IN.every(self.group_size)
         return (
-            WeightSpec("qweight", torch.int32, (IN, OUT.every(PER_WORD))),
-            WeightSpec("qzeros", torch.int32, (groups, OUT.every(PER_WORD))),
+            WeightSpec("qweight", torch.int32, (IN, OUT.packed(PER_WORD))),
+            WeightSpec("qzeros", torch.int32, (groups, OUT.packed(PER_WORD))),
             WeightSpec("scales", torch.float16, (groups, OUT), accepts=FLOATS, scale=True),
         )
 
@@ -132,7 +138,7 @@ class AWQConfig(QuantizationConfig):
         return cls(
             group_size=group_size,
             zero_point=bool(config.get("zero_point", True)),
-            modules_to_not_convert=tuple(config.get("modules_to_not_convert") or ()),
+            modules_to_not_convert=read_names(config, "modules_to_not_convert"),
         )
 
     @classmethod

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 FORMATS = ("float-quantized", "naive-quantized")
@@ -84,14 +84,15 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:
-        if config.get("sparsity_config") not in (None, {}) and config["sparsity_config"].get("format") != "dense":
-            raise _unsupported("sparsity_config", config["sparsity_config"], "none, or format dense")
+        sparsity = config.get("sparsity_config") or {"format": "dense"}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
+            raise _unsupported("sparsity_config", sparsity, "none, or format dense")
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise _unsupported("config_groups", groups, "an object of groups")
         return cls(
             groups=[_read_group(name, group, config.get("format")) for name, group in groups.items()],
-            ignore=config.get("ignore") or (),
+            ignore=read_names(config, "ignore"),
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
@@ -117,8 +118,10 @@ def _targets(pattern: str, prefix: str) -> bool:
     return bool(re.match(pattern[3:], prefix)) if pattern.startswith("re:") else pattern == prefix
 
 
-def _read_group(name: str, group: Mapping[str, Any], default_format: Any) -> Group:
+def _read_group(name: str, group: Any, default_format: Any) -> Group:
     at = f"config_groups.{name}"
+    if not isinstance(group, Mapping):
+        raise _unsupported(at, group, "an object")
     file_format = group.get("format") or default_format
     if file_format not in FORMATS:
         raise _unsupported(f"{at}.format", file_format, " or ".join(FORMATS))
@@ -138,20 +141,20 @@ def _read_group(name: str, group: Mapping[str, Any], default_format: Any) -> Gro
     else:
         raise _unsupported(f"{at}.weights.strategy", strategy, "tensor, channel or block")
     method = FloatQuantizedLinearMethod(block, _read_activations(f"{at}.input_activations", group))
-    return Group(name, tuple(group.get("targets") or ()), method)
+    return Group(name, read_names(group, "targets"), method)
 
 
 def _read_activations(at: str, group: Mapping[str, Any]) -> Activations:
     settings = group.get("input_activations")
     if settings is None:
         return "float"
-    if (settings.get("type"), settings.get("num_bits")) != ("float", 8):
+    if not isinstance(settings, Mapping) or (settings.get("type"), settings.get("num_bits")) != ("float", 8):
         raise _unsupported(at, settings, "null, or type float with num_bits 8")
     if not settings.get("dynamic"):
         return "static"
     strategy = settings.get("strategy")
     strategies: dict[Any, Activations] = {"token": "token", "tensor": "tensor", "group": "group"}
-    if strategy not in strategies:
+    if not isinstance(strategy, str) or strategy not in strategies:
         raise _unsupported(f"{at}.strategy", strategy, " or ".join(strategies))
     return strategies[strategy]
 

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, one_of, parse_options, register_quantization
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    one_of,
+    parse_options,
+    read_names,
+    register_quantization,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
@@ -104,7 +111,7 @@ class Fp8Config(QuantizationConfig):
             isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
         ):
             raise _unsupported("weight_block_size", block, "null or two positive integers")
-        ignored = (*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ()))
+        ignored = (*read_names(config, "modules_to_not_convert"), *read_names(config, "ignored_layers"))
         return cls(
             block=None if block is None else (block[0], block[1]),
             activation_scheme=scheme,

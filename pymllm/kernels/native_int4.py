@@ -1,0 +1,191 @@
+"""Group-wise int4 linear on the CPU, in C++: `kernels/int4.h` has the layout and says how it is fast.
+
+Activations become int8 codes with a scale for every token and group, except where that would save no time: up to
+`EXACT_TOKENS` tokens, reading the weights takes longer than multiplying them three times.
+"""
+
+# T tokens, O out_features, I in_features, G group_size
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import KernelError
+from pymllm.kernels.canonical import CanonicalWeight, IntType, IntWeight
+from pymllm.kernels.cpu import native_missing_reason
+from pymllm.kernels.registry import LinearProblem, Packed
+
+EXACT_TOKENS = 2
+BLOCK_ROWS = 16
+BLOCK_GROUPS = (128, 64, 32)  # inputs of one packed block
+HEADER_BYTES = 64
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in kernels/int4.h
+# A 16-bit float is rounded to 4e-3 or 5e-4 on the way out: two slices (2e-5) are exact enough, float32 takes three.
+EXACT_SLICES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+
+
+@functools.cache
+def _native() -> Any:
+    from pymllm import _native
+
+    return _native
+
+
+@functools.cache
+def _isa_code(name: str | None) -> int:
+    return _native().isa_code(name or "")
+
+
+def _block_group(group_size: int) -> int:
+    """Inputs of a packed block: larger groups repeat their scale and zero in several blocks."""
+    return next(size for size in BLOCK_GROUPS if group_size % size == 0)
+
+
+def _blocks_shape(problem: LinearProblem) -> tuple[int, int, int]:
+    """[ceil(O/16), I/G, bytes of a block]"""
+    assert isinstance(problem.weight, IntType)
+    group = _block_group(problem.weight.group_size)
+    return -(-problem.out_features // BLOCK_ROWS), problem.in_features // group, HEADER_BYTES + group * BLOCK_ROWS // 2
+
+
+class NativeInt4:
+    """int8 (or, exactly, several int8) × int4 products; scales in float16."""
+
+    name = "native_int4"
+    layout = "native_int4 16-row blocks"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind = problem.weight
+        if not isinstance(kind, IntType) or kind.bits != 4:
+            return f"multiplies 4-bit integers only, the weight is {kind}"
+        if problem.device.type != "cpu":
+            return "runs on the CPU only"
+        if problem.dtype not in DTYPES:
+            return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
+        if kind.group_size <= 0 or kind.group_size % BLOCK_GROUPS[-1]:
+            return f"takes groups of a multiple of {BLOCK_GROUPS[-1]}, the weight has {kind.group_size}"
+        if problem.in_features <= 0 or problem.in_features % kind.group_size or problem.out_features <= 0:
+            return f"takes whole groups, not {problem.in_features} inputs in groups of {kind.group_size}"
+        return native_missing_reason()
+
+    def numerics(self, problem: LinearProblem) -> str:
+        exact = "float-exact activations"
+        if problem.compute != "auto":
+            return f"{exact}, float32 accumulation"
+        return (
+            f"{exact} for up to {EXACT_TOKENS} tokens, above that int8 activations per group "
+            "(relative error about 6e-3), float32 accumulation"
+        )
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, IntWeight)
+        # What float16 may not hold, for `unpack`.
+        kept = {} if weight.scales.dtype is torch.float16 else {"scales": weight.scales}
+        blocks = torch.empty(_blocks_shape(problem), dtype=torch.uint8, device=weight.codes.device)
+        if blocks.is_meta:
+            return {"blocks": blocks, **kept}
+        if weight.codes.dtype is not torch.uint8 or weight.zeros is not None and weight.zeros.dtype is not torch.uint8:
+            raise TypeError("codes and zeros are uint8 in the canonical layout")
+        codes, scales = weight.codes.contiguous(), _as_float16(weight.scales).contiguous()
+        zeros = None if weight.zeros is None else weight.zeros.contiguous()
+        stored = (problem.out_features, problem.in_features // weight.group_size)
+        if codes.shape != weight.shape or codes.shape != (problem.out_features, problem.in_features):
+            raise ValueError(f"codes are {tuple(codes.shape)}, the layer is {problem.out_features}×{problem.in_features}")
+        if scales.shape != stored or zeros is not None and zeros.shape != stored:
+            raise ValueError(f"scales and zeros must be {stored}, the scales are {tuple(scales.shape)}")
+        _native().int4_pack(
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            blocks.data_ptr(),
+            problem.out_features,
+            problem.in_features,
+            weight.group_size,
+            _block_group(weight.group_size),
+            torch.get_num_threads(),
+        )
+        return {"blocks": blocks, **kept}
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, IntType)
+        blocks = packed["blocks"]
+        stored = (problem.out_features, problem.in_features // kind.group_size)
+        codes = blocks.new_empty((problem.out_features, problem.in_features))
+        scales = blocks.new_empty(stored, dtype=torch.float16)
+        zeros = None if kind.symmetric else blocks.new_empty(stored)
+        if not blocks.is_meta:
+            _check_blocks(blocks, problem)
+            _native().int4_unpack(
+                blocks.data_ptr(),
+                codes.data_ptr(),
+                scales.data_ptr(),
+                0 if zeros is None else zeros.data_ptr(),
+                problem.out_features,
+                problem.in_features,
+                kind.group_size,
+                _block_group(kind.group_size),
+                torch.get_num_threads(),
+            )
+        return IntWeight(codes, packed.get("scales", scales), zeros, kind.bits, kind.group_size)
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        # About 4 us a call: every line here counts (test_dispatch_costs_few_microseconds).
+        blocks, dtype = packed["blocks"], problem.dtype
+        in_features, out_features = problem.in_features, problem.out_features
+        shape = x.shape
+        if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
+            raise ValueError(f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}")
+        group = _block_group(problem.weight.group_size)  # type: ignore[union-attr]
+        _check_blocks(blocks, problem)
+        x = x.contiguous()
+        tokens = x.numel() // in_features
+        bias_address = 0
+        if bias is not None:
+            bias = bias.to(dtype).contiguous()
+            if bias.shape != (out_features,) or not bias.is_cpu:
+                raise ValueError(f"bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}")
+            bias_address = bias.data_ptr()
+        y = x.new_empty((*shape[:-1], out_features))
+        exact = tokens <= EXACT_TOKENS or problem.compute != "auto"
+        _native().int4_linear(
+            blocks.data_ptr(),
+            x.data_ptr(),
+            bias_address,
+            y.data_ptr(),
+            tokens,
+            out_features,
+            in_features,
+            group,
+            DTYPES[dtype],
+            EXACT_SLICES[dtype] if exact else 1,
+            torch.get_num_threads(),
+            _isa_code(problem.device.isa),
+        )
+        return y
+
+
+def _check_blocks(blocks: Tensor, problem: LinearProblem) -> None:
+    """The kernel reads as many bytes as the shape needs, without looking."""
+    shape = _blocks_shape(problem)
+    if blocks.shape != shape or not blocks.is_contiguous() or not blocks.is_cpu or blocks.dtype is not torch.uint8:
+        raise ValueError(f"packed blocks must be {shape} uint8 on the CPU, not {tuple(blocks.shape)} {blocks.dtype}")
+
+
+def _as_float16(scales: Tensor) -> Tensor:
+    half = scales.half()
+    # Relative to 2^-11, as float16 rounds; a scale beyond its range, or a tiny one, would be something else.
+    close = (half.float() - scales.float()).abs() <= scales.float().abs() * 2**-10
+    if not bool((close | ~scales.isfinite()).all()):
+        raise KernelError(
+            "the scales do not fit float16, in which this kernel keeps them",
+            code="kernel-range",
+            expected="scales of 6e-5 to 65504, or 0",
+            found=f"{scales.abs().min().item():.3g} to {scales.abs().max().item():.3g}",
+            fix="Force the reference kernel for this layer.",
+        )
+    return half
