@@ -23,7 +23,7 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test lint format native clean distclean
+.PHONY: help demo test lint format native sanitize clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,10 +32,11 @@ help:
 	@echo 'make lint    ruff, mypy, import-linter'
 	@echo 'make format  let ruff format the code and fix what it can'
 	@echo 'make native  build the C++ CPU kernels, and stop if that fails'
+	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
-	@$(BIN)/pymllm run --stats "def read_lines(path):"
+	@$(BIN)/pymllm run --demo
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
@@ -115,6 +116,22 @@ build=build/native-$$($(NATIVE_PYTHON) -c 'import sys; print(sys.implementation.
 "$$cmake" --build $$build --parallel 2 && \
 "$$cmake" --install $$build --prefix .
 endef
+
+# A second build, with a copy of the package around it. Leaks are not looked for: Python itself keeps memory to its end.
+SANITIZE_TESTS ?= tests/kernels/test_native_int4.py
+sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
+	@rm -rf build/sanitize/site && mkdir -p build/sanitize/site && cp -R pymllm build/sanitize/site/ && \
+	rm -f build/sanitize/site/pymllm/_native* && \
+	cmake=$$(command -v cmake || echo $(BIN)/cmake) && { [ -x "$$cmake" ] || $(PIP_INSTALL) cmake; } && \
+	python=$$($(NATIVE_PYTHON) -c 'import sys; print(sys.executable)') && \
+	CXXFLAGS='-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
+	"$$cmake" -S . -B build/sanitize -G 'Unix Makefiles' -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE="$$python" && \
+	"$$cmake" --build build/sanitize --parallel 2 && "$$cmake" --install build/sanitize --prefix build/sanitize/site && \
+	cd build/sanitize/site && \
+	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" && \
+	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 \
+	"$$python" -m pytest -q --capture=sys -p no:cacheprovider --rootdir ../../.. -c ../../../pyproject.toml \
+	$(addprefix ../../../,$(SANITIZE_TESTS))
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

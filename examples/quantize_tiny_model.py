@@ -20,7 +20,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from train_tiny_model import SHORT_CONTEXT, encode_stream, held_out_report, library_root, read_library
+from train_tiny_model import (
+    END_OF_TEXT,
+    SHORT_CONTEXT,
+    encode_stream,
+    held_out_report,
+    library_root,
+    read_library,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 GROUP_SIZE = 128
@@ -35,8 +42,8 @@ QUANTIZATION_CONFIG = {
     "version": "gemm",
     "modules_to_not_convert": ["lm_head"],
 }
-SCALE_EXPONENTS = [step / 20 for step in range(21)]
-RANGE_FACTORS = [1.0 - step / 20 for step in range(10)]
+SCALE_EXPONENTS = [step / 10 for step in range(11)]
+RANGE_FACTORS = [1.0 - step / 16 for step in range(6)]
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path("tiny-model-awq"), help="folder for the int4 checkpoint"
     )
     parser.add_argument(
-        "--calibration-windows", type=int, default=48, help=f"windows of {SHORT_CONTEXT} tokens"
+        "--calibration-windows", type=int, default=16, help=f"windows of {SHORT_CONTEXT} tokens"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -265,7 +272,7 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     texts = read_library(library_root())
 
-    stream = encode_stream(tokenizer, list(texts["library"].values()))
+    stream = encode_stream(tokenizer, [END_OF_TEXT + text for text in texts["library"].values()])
     generator = torch.Generator().manual_seed(args.seed)
     starts = torch.randint(len(stream) - SHORT_CONTEXT, (args.calibration_windows,), generator=generator)
     calibration = torch.stack([stream[start : start + SHORT_CONTEXT] for start in starts.tolist()])

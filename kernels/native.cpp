@@ -9,6 +9,11 @@
 
 namespace nb = nanobind;
 
+namespace pymllm {
+void register_float(nb::module_ &m);
+void register_int4(nb::module_ &m);
+} // namespace pymllm
+
 namespace {
 
 nb::dict probe() {
@@ -42,4 +47,6 @@ NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of pymllm. Use them through pymllm.kernels.cpu.";
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
+  pymllm::register_float(m);
+  pymllm::register_int4(m);
 }

@@ -20,6 +20,8 @@ _HOMES = {
     "load_model": "pymllm.loading",
     "plan": "pymllm.planning",
     "verify": "pymllm.verification",
+    "swap": "pymllm.swapping",
+    "quantize_model": "pymllm.module_quantization",
     "SamplingParams": "pymllm.engine.sampling",
     "Parallel": "pymllm.parallel",
     "PymllmError": "pymllm.errors",
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from pymllm.engine.sampling import SamplingParams
     from pymllm.errors import PymllmError
     from pymllm.loading import load_model
+    from pymllm.module_quantization import quantize_model
     from pymllm.parallel import Parallel
     from pymllm.planning import plan
+    from pymllm.swapping import swap
     from pymllm.verification import verify
 
 

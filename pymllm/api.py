@@ -174,7 +174,7 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Answer several prompts at a time, piece by piece, each with the index of its prompt; as `stream` else."""
-        ids = [self.encode(prompt) for prompt in prompts]  # so that a bad one fails here, not at the first piece
+        ids = [self.encode(prompt) for prompt in prompts]  # a bad one fails here, not at the first piece
         return self._run(ids, [params or self.default_params()] * len(ids))
 
     def chat(

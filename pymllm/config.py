@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -86,25 +88,19 @@ class ModelConfig:
 
     def size(self, name: str) -> int:
         """A size that must be a positive integer."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{name} must be a positive integer",
-                code="config-value",
-                file="config.json",
-                tensor=name,
-                expected="an integer of at least 1",
-                found=repr(value),
-            )
-        return value
+        return _positive(name, getattr(self, name))
 
     @property
     def num_key_value_heads(self) -> int:
-        return self.get("num_key_value_heads") or self.size("num_attention_heads")
+        given = self.get("num_key_value_heads")
+        return self.size("num_attention_heads") if given is None else _positive("num_key_value_heads", given)
 
     @property
     def head_dim(self) -> int:
-        return self.get("head_dim") or self.size("hidden_size") // self.size("num_attention_heads")
+        given = self.get("head_dim")
+        if given is None:
+            return self.size("hidden_size") // self.size("num_attention_heads")
+        return _positive("head_dim", given)
 
     @property
     def rope_parameters(self) -> RopeParameters:
@@ -117,18 +113,64 @@ class ModelConfig:
         return DTYPES.get(str(name).removeprefix("torch."))
 
     @property
+    def rms_norm_eps(self) -> float:
+        return _number("rms_norm_eps", self.raw.get("rms_norm_eps"), self.defaults.get("rms_norm_eps", 1e-6))
+
+    @property
     def tie_word_embeddings(self) -> bool:
-        return bool(self.get("tie_word_embeddings", False))
+        tied = self.get("tie_word_embeddings")
+        if tied is not None and not isinstance(tied, bool):
+            raise _bad_value("tie_word_embeddings", tied, "true, false or null")
+        return bool(tied)
 
     def sliding_window_of(self, layer: int) -> int | None:
         """How many positions the attention of `layer` sees; None: all."""
-        window = self.get("sliding_window")
-        if not window or self.get("use_sliding_window") is False:
+        window, kinds = self.get("sliding_window"), self.get("layer_types")
+        if kinds is not None:
+            layers = self.size("num_hidden_layers")
+            if (
+                not isinstance(kinds, list)
+                or len(kinds) != layers
+                or not all(kind in ATTENTION_KINDS for kind in kinds)
+            ):
+                raise _bad_value("layer_types", kinds, f"{layers} of {' or '.join(ATTENTION_KINDS)}")
+        if window is None or window == 0 or self.get("use_sliding_window") is False:
             return None
-        kinds = self.get("layer_types")
+        window = _positive("sliding_window", window)
         if kinds is not None:
             return window if kinds[layer] == "sliding_attention" else None
-        return window if layer >= (self.get("max_window_layers") or 0) else None
+        first = self.get("max_window_layers")
+        return window if not first or layer >= _positive("max_window_layers", first) else None
+
+
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+
+
+def _bad_value(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(
+        f"{name} has a value that it cannot have",
+        code="config-value",
+        file="config.json",
+        tensor=name,
+        expected=expected,
+        found=reprlib.repr(value),
+    )
+
+
+def _number(name: str, value: Any, default: float, *, zero: bool = False) -> float:
+    """A finite number above 0 (zero: or 0); null stands for the default."""
+    if value is None:
+        return default
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (0 < value <= sys.float_info.max or (zero and value == 0)):
+        raise _bad_value(name, value, f"a number {'of at least' if zero else 'above'} 0")
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _bad_value(name, value, "an integer of at least 1")
+    return value
 
 
 class MissingSetting(ConfigError, AttributeError):
@@ -159,17 +201,26 @@ class RopeParameters:
     @classmethod
     def read(cls, config: ModelConfig) -> RopeParameters:
         settings = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
+        if isinstance(settings, Mapping) and "full_attention" in settings:
+            settings = settings["full_attention"]  # one set for each kind of layer; dense families use one
         if not isinstance(settings, Mapping):
-            raise ConfigError(
-                "the rotary settings must be an object",
-                code="config-value",
-                file="config.json",
-                tensor="rope_parameters",
-                found=repr(settings),
-            )
-        if "full_attention" in settings:  # one set for each kind of layer; dense families use one
-            settings = settings["full_attention"]
-        theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
-        kind = settings.get("rope_type", settings.get("type", "default"))
-        partial = settings.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        return cls(float(theta), kind, float(partial), dict(settings))
+            raise _bad_value("rope_parameters", settings, "an object")
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if not isinstance(kind, str):
+            raise _bad_value("rope_type", kind, "a name")
+        for name in ROPE_NUMBERS:
+            _number(name, settings.get(name), 0.0, zero=True)
+        theta = settings.get("rope_theta") or config.get("rope_theta")
+        partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+        return cls(
+            _number("rope_theta", theta, cls.theta),
+            kind,
+            _number("partial_rotary_factor", partial, cls.partial_rotary_factor),
+            dict(settings),
+        )
+
+
+ROPE_NUMBERS = (
+    *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+)

@@ -32,7 +32,9 @@ class PymllmError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        where = ", ".join(str(part) for part in (self.file, self.tensor) if part and str(part) not in self.message)
+        where = ", ".join(
+            str(part) for part in (self.file, self.tensor) if part and str(part) not in self.message
+        )
         text = f"{where}: {self.message}" if where else self.message
         text = text.rstrip(".")
         if self.expected is not None:

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from pymllm.quantization.base import (
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
 from pymllm.weights.checkpoint import Checkpoint, TensorInfo, resolve_model_path
 from pymllm.weights.loader import Slot, Written, place, same_shape, write
+from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.report import LoadReport, Problem, TensorRecord, raise_problems
 from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec, whole
 
@@ -93,7 +94,7 @@ def prepare(
     """
     checkpoint = Checkpoint.open(resolve_model_path(path, revision))
     config = read_model_config(checkpoint.config)
-    _check_layer_count(config, checkpoint)
+    _check_sizes(config, checkpoint)
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(checkpoint.tensors)
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
@@ -118,7 +119,9 @@ def prepare(
     return Prepared(checkpoint, config, rules, execution, parallel, model, units, records)
 
 
-def build_on_meta(config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel) -> CausalLM:
+def build_on_meta(
+    config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
+) -> CausalLM:
     """The model without data, every layer with its method."""
     with execution, parallel, torch.device("meta"):
         return build_model(config, rules)
@@ -133,7 +136,10 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
         return get_quantization_config("none").from_config({})
     if not isinstance(settings, Mapping):
         raise ConfigError(
-            "quantization_config must be an object", code="quantization-config", file="config.json", found=repr(settings)
+            "quantization_config must be an object",
+            code="quantization-config",
+            file="config.json",
+            found=repr(settings),
         )
     name = settings.get("quant_method")
     if name is None:
@@ -160,7 +166,9 @@ def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
                     settings = json.loads((folder / file).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     raise ConfigError(
-                        f"the file cannot be read: {error}", code="quantization-config", file=str(folder / file)
+                        f"the file cannot be read: {error}",
+                        code="quantization-config",
+                        file=str(folder / file),
                     ) from None
                 return {"quant_method": name, **settings}
     return None
@@ -180,7 +188,9 @@ def choose_execution(
     either way, and whose CPU arithmetic is fastest and most exact in float32.
     """
     if compute not in ("auto", "exact", "checkpoint"):
-        raise ConfigError("unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute)
+        raise ConfigError(
+            "unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute
+        )
     where = probe_device(device)
     if dtype != "auto":
         chosen = parse_dtype(dtype)
@@ -191,17 +201,43 @@ def choose_execution(
     return Execution(where.type, chosen, compute, tuple((kernels or {}).items()))
 
 
-def _check_layer_count(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    layers = config.size("num_hidden_layers")
-    if layers > len(checkpoint.tensors):
-        raise CheckpointError(
-            "config.json claims more layers than the checkpoint has tensors",
-            code="config-value",
-            file=str(checkpoint.path / "config.json"),
-            tensor="num_hidden_layers",
-            expected=f"at most {len(checkpoint.tensors)}",
-            found=str(layers),
+SIDES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+MOST_PACKED = 32  # 1-bit codes in int32 words: no stored element stands for more
+
+
+def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Compare the config's sizes with the headers, before anything is built from them."""
+    most_layers = len(checkpoint.tensors)
+    longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
+    sizes = {name: config.size(name) for name in SIDES if config.get(name) is not None}
+    sizes["num_attention_heads x head_dim"] = config.size("num_attention_heads") * config.head_dim
+    limits = {
+        "num_hidden_layers": (
+            config.size("num_hidden_layers"),
+            most_layers,
+            "layers than the checkpoint has tensors",
         )
+    }
+    limits |= {
+        name: (size, longest, "than the longest side of any tensor can hold") for name, size in sizes.items()
+    }
+    for name, (found, most, what) in limits.items():
+        if found > most:
+            raise CheckpointError(
+                f"config.json claims more {what}",
+                code="config-value",
+                file=str(checkpoint.path / "config.json"),
+                tensor=name,
+                expected=f"at most {most}",
+                found=str(found),
+            )
 
 
 def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
@@ -248,6 +284,9 @@ def _all_shard(layers: Any, size: int) -> bool:
     return True
 
 
+HINTS = 20  # problems that get a hint: comparing names is slow, and a checkpoint may be wrong in all of them
+
+
 def match(
     model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint
 ) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...]]:
@@ -255,12 +294,19 @@ def match(
     problems: list[Problem] = []
     units: list[Unit] = []
     used: set[str] = set()
+    known = {
+        name: None
+        for unit, module in _units(model)
+        for _, _, slot in _slots(unit, module)
+        for name in slot.names
+    }
+    stray = [name for name in checkpoint.tensors if name not in known]
     for name, module in _units(model):
         placements = []
         for holder, param_name, slot in _slots(name, module):
             tensor = next((checkpoint.tensors[n] for n in slot.names if n in checkpoint.tensors), None)
             if tensor is None:
-                problems.append(_missing(slot, checkpoint))
+                problems.append(_missing(slot, stray if len(problems) < HINTS else ()))
                 continue
             used.add(tensor.name)
             problem = _mismatch(slot, tensor)
@@ -274,9 +320,10 @@ def match(
             continue
         reason = _skip_reason(tensor_name, model, rules)
         if reason is None:
-            known = [slot_name for _, module in _units(model) for _, _, s in _slots(_, module) for slot_name in s.names]
-            hint = nearest(tensor_name, known) if len(problems) < 20 else ""
-            problems.append(Problem("unexpected", tensor_name, f"unexpected, no layer asks for it. {hint}".strip()))
+            hint = nearest(tensor_name, known) if len(problems) < HINTS else ""
+            problems.append(
+                Problem("unexpected", tensor_name, f"unexpected, no layer asks for it. {hint}".strip())
+            )
         else:
             records.append(TensorRecord(tensor_name, "skipped", 0, reason))
     raise_problems(str(checkpoint.path), problems)
@@ -285,7 +332,9 @@ def match(
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        holds_plain = any(not hasattr(param, "slots") for param in module._parameters.values() if param is not None)
+        holds_plain = any(
+            not hasattr(param, "slots") for param in module._parameters.values() if param is not None
+        )
         if isinstance(module, WeightedLayer) or holds_plain:
             yield name, module
 
@@ -305,10 +354,10 @@ def _slots(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str, Slot]
                 yield holder, param_name, slot
 
 
-def _missing(slot: Slot, checkpoint: Checkpoint) -> Problem:
+def _missing(slot: Slot, stray: Sequence[str]) -> Problem:
+    """stray: the checkpoint's tensors that nothing asks for, among which a misspelt one would be."""
     wanted = f"{str(slot.spec.dtype).removeprefix('torch.')} {list(slot.source_shape)}"
-    siblings = [name for name in checkpoint.tensors if name.startswith(slot.prefix.rpartition(".")[0])]
-    hint = nearest(slot.tensor, [name for name in siblings if name not in slot.names])
+    hint = nearest(slot.tensor, stray)
     return Problem("missing", slot.tensor, f"missing; the layer needs it as {wanted}. {hint}".strip())
 
 
@@ -368,6 +417,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Causal
     with prepared.checkpoint, _progress_bar(prepared, progress) as advance:
         for unit in prepared.units:
             _load_unit(unit, prepared, report)
+            return_freed_memory()
             advance(sum(placement.tensor.nbytes for placement in unit.placements))
     report.seconds = time.perf_counter() - started
     model = prepared.model
@@ -386,16 +436,22 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     for placement in unit.placements:
         nbytes = _read(placement)
         report.bytes_read += nbytes
-        tied = placement.tensor.name in {record.name for record in report.tensors if record.status == "loaded"}
+        tied = placement.tensor.name in {
+            record.name for record in report.tensors if record.status == "loaded"
+        }
         reason = f"also read for {unit.name}, which is tied to it" if tied else ""
-        report.tensors.append(TensorRecord(placement.tensor.name, "tied" if tied else "loaded", nbytes, reason))
+        report.tensors.append(
+            TensorRecord(placement.tensor.name, "tied" if tied else "loaded", nbytes, reason)
+        )
     for (_, name), module in params.items():
         _check_all_written(module, name)
     module = unit.module
     if isinstance(module, ParallelLMHead) and module.shares_table:
         module.pack_tied()
         assert module.tied_to is not None
-        report.tensors.append(TensorRecord(f"{module.tied_to.prefix}.weight", "tied", 0, f"shared with {unit.name}"))
+        report.tensors.append(
+            TensorRecord(f"{module.tied_to.prefix}.weight", "tied", 0, f"shared with {unit.name}")
+        )
     elif isinstance(module, WeightedLayer):
         module.quant_method.process_weights_after_loading(module)
         for method, _, holder in layer_parts(module):
@@ -419,22 +475,44 @@ def _materialise(module: nn.Module, name: str, device: torch.device) -> None:
     setattr(module, name, param)
 
 
+CHUNK_BYTES = 16 << 20  # read at a time where a dtype changes
+
+
 def _read(placement: Placement) -> int:
     """Read this rank's slice into its parameter.  Returns the bytes read."""
     slot, tensor = placement.slot, placement.tensor
     param = getattr(placement.module, placement.param)
     target = param.data[slot.target] if slot.target else param.data
-    index = slot.source if len(tensor.shape) == len(slot.source) else None
-    if tensor.dtype is param.dtype and target.device.type == "cpu" and target.is_contiguous() and index is not None:
-        tensor.read(index, out=target.view(slot.local_shape))
-        param.written.add(slot.target, tensor.name)
-        local = target
+    if len(tensor.shape) != len(slot.source) or tuple(target.shape) != slot.local_shape:
+        index = slot.source if len(tensor.shape) == len(slot.source) else None
+        write(
+            param.data, slot, tensor.read(index).to(param.device), param.written
+        )  # a scalar, or one part's row
     else:
-        local = tensor.read(index)
-        write(param.data, slot, local.to(param.device), param.written)
+        param.written.add(slot.target, tensor.name)
+        if tensor.dtype is param.dtype:
+            tensor.read(slot.source, out=target)
+        else:
+            _read_converted(tensor, slot, target)
     if slot.spec.scale:
-        _check_scale(tensor, local)
+        _check_scale(tensor, target)
+    if slot.spec.refuse is not None:
+        shape: Any = placement.module.shape
+        _check_content(tensor, slot.spec.refuse(target, shape.part(slot.part)))
     return slot.elements * tensor.nbytes // max(_numel(tensor.shape), 1)
+
+
+def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:
+    """Read a slice into another dtype, a few rows at a time."""
+    if not slot.source or not slot.elements:
+        target.copy_(tensor.read(slot.source))
+        return
+    rows, *rest = slot.source
+    row_bytes = slot.elements // (rows.stop - rows.start) * tensor.dtype.itemsize
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(rows.start, rows.stop, step):
+        chunk = slice(start, min(start + step, rows.stop))
+        target[chunk.start - rows.start : chunk.stop - rows.start] = tensor.read((chunk, *rest))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -456,6 +534,17 @@ def _check_scale(tensor: TensorInfo, scale: Tensor) -> None:
             expected="finite values other than zero",
             found=f"{bad} of {values.numel()} that are NaN, infinite or zero",
             fix="The checkpoint is damaged or was written wrongly; quantise it again.",
+        )
+
+
+def _check_content(tensor: TensorInfo, why_not: str | None) -> None:
+    if why_not is not None:
+        raise CheckpointError(
+            "the tensor contradicts its layer or the checkpoint's config",
+            code="bad-content",
+            file=str(tensor.file.path),
+            tensor=tensor.name,
+            found=why_not,
         )
 
 

@@ -209,7 +209,7 @@ def _plan_weighted(
                     source=decision.source,
                     method=decision.method.name,
                     method_detail=decision.method.describe(),
-                    source_method=decision.method.source_method().name,
+                    source_method=_stored_method(decision.method).name,
                     kernel=bound.selection.kernel.name,
                     numerics=bound.selection.kernel.numerics(bound.problem),
                     refused=[asdict(refusal) for refusal in bound.selection.refused],
@@ -221,6 +221,13 @@ def _plan_weighted(
                 )
             )
     return rows, total
+
+
+def _stored_method(method: LinearMethodBase) -> LinearMethodBase:
+    """The method that reads the checkpoint, however often a running weight was converted since (`pymllm.swap`)."""
+    while isinstance(method, ConvertedLinearMethod):
+        method = method.source
+    return method
 
 
 def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:

@@ -90,7 +90,9 @@ class Fp8Type:
     family: str = "fp8"
 
     def __str__(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(self.block, f"block {self.block[0]}x{self.block[1]}")
+        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
+            self.block, f"block {self.block[0]}x{self.block[1]}"
+        )
         return f"fp8 e4m3 per {granularity}, activations {self.activations}"
 
 
@@ -298,7 +300,9 @@ class Fp8Weight:
             weight.float(), (0, columns * side_in - in_features, 0, rows * side_out - out_features)
         )
         blocks = padded.view(rows, side_out, columns, side_in)
-        scales = (blocks.abs().amax(dim=(1, 3)) / E4M3_MAX).clamp(min=torch.finfo(torch.float32).smallest_normal)
+        scales = (blocks.abs().amax(dim=(1, 3)) / E4M3_MAX).clamp(
+            min=torch.finfo(torch.float32).smallest_normal
+        )
         codes = (blocks / scales[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         codes = codes.view(rows * side_out, columns * side_in)[:out_features, :in_features].contiguous()
         return cls(codes, scales, block, activations)
@@ -359,4 +363,4 @@ def on_meta(weight: CanonicalWeight) -> CanonicalWeight:
         for field in dataclasses.fields(weight)
         for value in (getattr(weight, field.name),)
     }
-    return type(weight)(**tensors)
+    return type(weight)(**tensors)  # type: ignore[arg-type]

@@ -64,16 +64,25 @@ def run_native(
 ) -> Tensor:
     """Check, and call `float_linear`.  scales, row_nan: addresses, for fp8 weights only."""
     # Every line costs: test_a_call_costs_few_microseconds.
-    dtype, out_features, in_features, shape = problem.dtype, problem.out_features, problem.in_features, x.shape
+    dtype, out_features, in_features, shape = (
+        problem.dtype,
+        problem.out_features,
+        problem.in_features,
+        x.shape,
+    )
     if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
-        raise ValueError(f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}")
+        raise ValueError(
+            f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
+        )
     if weight.shape != (out_features, in_features) or not weight.is_contiguous() or not weight.is_cpu:
         raise ValueError(f"the weight must be [{out_features}, {in_features}], contiguous and on the CPU")
     bias_address = 0
     if bias is not None:
         bias = bias.to(dtype).contiguous()
         if bias.shape != (out_features,) or not bias.is_cpu:
-            raise ValueError(f"the bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}")
+            raise ValueError(
+                f"the bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}"
+            )
         bias_address = bias.data_ptr()
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))
@@ -137,5 +146,5 @@ class NativeFloatLinear:
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = packed["weight"]
         if x.numel() > TORCH_TOKENS * problem.in_features and _may_leave_to_torch(problem):
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return run_native(problem, x, bias, weight)

@@ -36,7 +36,9 @@ class NativeFp8Linear:
         if problem.dtype not in FLOAT_TYPES:
             return f"computes over float32, float16 or bfloat16 activations, not {problem.dtype}"
         if problem.compute == "checkpoint" and kind.activations != "float":
-            return f"keeps activations as floats, compute=checkpoint wants them quantised ({kind.activations})"
+            return (
+                f"keeps activations as floats, compute=checkpoint wants them quantised ({kind.activations})"
+            )
         if kind.block[1] % BLOCK_INPUTS:
             return f"takes a scale for a multiple of {BLOCK_INPUTS} inputs, the weight has {kind}"
         return native_missing_reason()
@@ -48,7 +50,10 @@ class NativeFp8Linear:
         assert isinstance(weight, Fp8Weight)
         out_features, in_features = weight.shape
         side_out, side_in = weight.block
-        blocks = (-(-out_features // side_out) if side_out else 1, -(-in_features // side_in) if side_in else 1)
+        blocks = (
+            -(-out_features // side_out) if side_out else 1,
+            -(-in_features // side_in) if side_in else 1,
+        )
         if tuple(weight.scales.shape) != blocks or weight.scales.dtype is not torch.float32:
             raise ValueError(
                 f"the scales must be {list(blocks)} float32, not {list(weight.scales.shape)} {weight.scales.dtype}"
@@ -61,7 +66,9 @@ class NativeFp8Linear:
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, Fp8Type)
-        return Fp8Weight(packed["weight"], packed["scales"], kind.block, kind.activations, packed.get("input_scales"))
+        return Fp8Weight(
+            packed["weight"], packed["scales"], kind.block, kind.activations, packed.get("input_scales")
+        )
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         block = problem.weight.block  # type: ignore[union-attr]

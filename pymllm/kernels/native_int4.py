@@ -49,7 +49,11 @@ def _blocks_shape(problem: LinearProblem) -> tuple[int, int, int]:
     """[ceil(O/16), I/G, bytes of a block]"""
     assert isinstance(problem.weight, IntType)
     group = _block_group(problem.weight.group_size)
-    return -(-problem.out_features // BLOCK_ROWS), problem.in_features // group, HEADER_BYTES + group * BLOCK_ROWS // 2
+    return (
+        -(-problem.out_features // BLOCK_ROWS),
+        problem.in_features // group,
+        HEADER_BYTES + group * BLOCK_ROWS // 2,
+    )
 
 
 class NativeInt4:
@@ -88,14 +92,19 @@ class NativeInt4:
         blocks = torch.empty(_blocks_shape(problem), dtype=torch.uint8, device=weight.codes.device)
         if blocks.is_meta:
             return {"blocks": blocks, **kept}
-        if weight.codes.dtype is not torch.uint8 or weight.zeros is not None and weight.zeros.dtype is not torch.uint8:
+        dtypes = {weight.codes.dtype} | ({weight.zeros.dtype} if weight.zeros is not None else set())
+        if dtypes != {torch.uint8}:
             raise TypeError("codes and zeros are uint8 in the canonical layout")
+        if not all(tensor.is_cpu for tensor in weight.tensors().values()):
+            raise ValueError("the weight is not on the CPU")
         codes, scales = weight.codes.contiguous(), _as_float16(weight.scales).contiguous()
         zeros = None if weight.zeros is None else weight.zeros.contiguous()
         stored = (problem.out_features, problem.in_features // weight.group_size)
         if codes.shape != weight.shape or codes.shape != (problem.out_features, problem.in_features):
-            raise ValueError(f"codes are {tuple(codes.shape)}, the layer is {problem.out_features}×{problem.in_features}")
-        if scales.shape != stored or zeros is not None and zeros.shape != stored:
+            raise ValueError(
+                f"codes are {tuple(codes.shape)}, the layer is {problem.out_features}×{problem.in_features}"
+            )
+        if scales.shape != stored or (zeros is not None and zeros.shape != stored):
             raise ValueError(f"scales and zeros must be {stored}, the scales are {tuple(scales.shape)}")
         _native().int4_pack(
             codes.data_ptr(),
@@ -139,7 +148,9 @@ class NativeInt4:
         in_features, out_features = problem.in_features, problem.out_features
         shape = x.shape
         if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
-            raise ValueError(f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}")
+            raise ValueError(
+                f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
+            )
         group = _block_group(problem.weight.group_size)  # type: ignore[union-attr]
         _check_blocks(blocks, problem)
         x = x.contiguous()
@@ -148,7 +159,9 @@ class NativeInt4:
         if bias is not None:
             bias = bias.to(dtype).contiguous()
             if bias.shape != (out_features,) or not bias.is_cpu:
-                raise ValueError(f"bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}")
+                raise ValueError(
+                    f"bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}"
+                )
             bias_address = bias.data_ptr()
         y = x.new_empty((*shape[:-1], out_features))
         exact = tokens <= EXACT_TOKENS or problem.compute != "auto"
@@ -172,8 +185,15 @@ class NativeInt4:
 def _check_blocks(blocks: Tensor, problem: LinearProblem) -> None:
     """The kernel reads as many bytes as the shape needs, without looking."""
     shape = _blocks_shape(problem)
-    if blocks.shape != shape or not blocks.is_contiguous() or not blocks.is_cpu or blocks.dtype is not torch.uint8:
-        raise ValueError(f"packed blocks must be {shape} uint8 on the CPU, not {tuple(blocks.shape)} {blocks.dtype}")
+    if (
+        blocks.shape != shape
+        or not blocks.is_contiguous()
+        or not blocks.is_cpu
+        or blocks.dtype is not torch.uint8
+    ):
+        raise ValueError(
+            f"packed blocks must be {shape} uint8 on the CPU, not {tuple(blocks.shape)} {blocks.dtype}"
+        )
 
 
 def _as_float16(scales: Tensor) -> Tensor:

@@ -76,7 +76,14 @@ def _unpack(packed: Packed, problem: LinearProblem, rows: slice | Tensor | None 
     scales, static = _needed(cut("scales")), packed.get("input_scales")
     if isinstance(kind, CodebookType):
         return CodebookWeight(
-            codes, packed["table"], scales, kind.codebook, kind.group_size, cut("row_scales"), kind.activations, static
+            codes,
+            packed["table"],
+            scales,
+            kind.codebook,
+            kind.group_size,
+            cut("row_scales"),
+            kind.activations,
+            static,
         )
     return IntWeight(
         codes,
@@ -135,32 +142,56 @@ def _quantises_activations(problem: LinearProblem) -> bool:
     return problem.compute == "checkpoint" and getattr(problem.weight, "activations", "float") != "float"
 
 
-def quantise_activations(x: Tensor, kind: Fp8Type | IntType | CodebookType, input_scales: Tensor | None) -> Tensor:
+def quantise_activations(
+    x: Tensor, kind: Fp8Type | IntType | CodebookType, input_scales: Tensor | None
+) -> Tensor:
     """x as its codes would say it, in x's own dtype.  x: [*, I].
 
     "token": a scale for each row; "group": for each group of inputs of a row; "tensor": for all of x; "static": the
     checkpoint's (the largest of the parts' scales, which overflows in none of them).
+
+    All of it in x's dtype, as compressed-tensors does it: in bfloat16 a scale in float32 moves so many codes that the
+    logits end up twice as far from those of the checkpoint's writer.
     """
-    values = x.float()
-    largest = {"fp8": E4M3_MAX, "int": 127.0, "codebook": 6.0}[kind.family]
+    if isinstance(kind, CodebookType):
+        return quantise_to_fp4(x, kind.group_size, input_scales)
+    largest = E4M3_MAX if kind.family == "fp8" else 127.5  # of int8 codes, halfway between -128 and 127
     side = (kind.block[1] if isinstance(kind, Fp8Type) else kind.group_size) or x.shape[-1]
     if kind.activations == "static":
-        scale = _needed(input_scales).max()
+        scale = _needed(input_scales).max().to(x.dtype)
     elif kind.activations == "tensor":
-        scale = values.abs().amax() / largest if values.numel() else values.new_ones(())
+        scale = x.abs().amax() / largest if x.numel() else x.new_ones(())
     elif kind.activations == "group":
-        padded = F.pad(values, (0, -x.shape[-1] % side)).unflatten(-1, (-1, side))
+        padded = F.pad(x, (0, -x.shape[-1] % side)).unflatten(-1, (-1, side))
         scale = (padded.abs().amax(-1) / largest).repeat_interleave(side, dim=-1)[..., : x.shape[-1]]
     else:
-        scale = values.abs().amax(-1, keepdim=True) / largest
-    scale = scale.clamp(min=torch.finfo(torch.float32).smallest_normal)
+        scale = x.abs().amax(-1, keepdim=True) / largest
+    scale = scale.clamp(min=torch.finfo(x.dtype).smallest_normal)
     if kind.family == "fp8":
-        codes = (values / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-    elif kind.family == "int":
-        codes = (values / scale).round().clamp(-128, 127)
+        codes = (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
     else:
-        codes = nearest_e2m1(values / scale)
-    return (codes * scale).to(x.dtype)
+        codes = (x / scale).round().clamp(-128, 127)
+    return codes * scale
+
+
+def quantise_to_fp4(x: Tensor, group_size: int, global_scales: Tensor | None) -> Tensor:
+    """x rounded to e2m1 in groups.  x: [*, I].
+
+    global_scales: [P], nvfp4's: a group's scale is e4m3 over a global one (the smallest of the parts', which overflows
+    in none of them). None: mxfp4's powers of two, the next one up where the largest value would round past 6.
+    """
+    groups = F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    peak = groups.abs().amax(-1, keepdim=True)
+    if global_scales is not None:
+        over = global_scales.min()
+        stored = ((peak / 6).float() * over).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        scale = torch.where(stored == 0, 0.125, stored) / over
+    else:
+        mantissa, exponent = torch.frexp(peak.float())  # peak = mantissa * 2**exponent, mantissa in [0.5, 1)
+        exponent = exponent - 1 + (mantissa >= 0.875).int() - 2
+        scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-126, 127))
+    rounded = nearest_e2m1(groups.float() / scale) * scale
+    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:
@@ -178,6 +209,9 @@ class ReferenceEmbedding:
 
     def why_not(self, problem: LinearProblem) -> str | None:
         return None
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "rows dequantised exactly"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         return _pack(weight)
@@ -198,7 +232,9 @@ class ReferenceAttention:
     def why_not(self, problem: AttentionProblem) -> str | None:
         return None
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None
+    ) -> Tensor:
         """One request.  q: [Tq, H, D], the last Tq of Tk positions; k, v: [Tk, Hkv, D].  Returns [Tq, H, D]."""
         repeats = q.shape[1] // k.shape[1]
         keys, values = (t.float().repeat_interleave(repeats, dim=1) for t in (k, v))

@@ -25,9 +25,12 @@ Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
     "linear": (
+        "pymllm.kernels.native_float:NativeFloatLinear",
         "pymllm.kernels.torch_linear:TorchLinear",
         "pymllm.kernels.torch_scaled_mm:TorchScaledMM",
+        "pymllm.kernels.native_int4:NativeInt4",
         "pymllm.kernels.torch_int4pack:TorchInt4Pack",
+        "pymllm.kernels.native_fp8:NativeFp8Linear",
         "pymllm.kernels.reference:ReferenceLinear",
     ),
     "embedding": (
@@ -103,6 +106,8 @@ class EmbeddingKernel(Kernel, Protocol):
     """Rows of a packed table; `pack` and `layout` as for a linear layer, so that a tied head can share them."""
 
     layout: str
+
+    def numerics(self, problem: LinearProblem) -> str: ...
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed: ...
 

@@ -94,7 +94,9 @@ class TorchInt4Pack:
             columns = torch.arange(start, min(start + step, problem.in_features))
             unit = torch.zeros((len(columns), problem.in_features))
             unit[torch.arange(len(columns)), columns] = 1
-            product = torch.ops.aten._weight_int4pack_mm_for_cpu(unit, packed, kind.group_size, identity_scales)
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                unit, packed, kind.group_size, identity_scales
+            )
             codes[:, columns] = product.t().round().to(torch.uint8)
         return codes
 

@@ -38,5 +38,8 @@ class TorchLinear:
 class TorchEmbedding(TorchLinear):
     """torch.nn.functional.embedding."""
 
+    def numerics(self, problem: LinearProblem) -> str:
+        return "rows as stored"
+
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
         return F.embedding(ids, packed["weight"])

@@ -70,6 +70,7 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     kind: ClassVar[str] = "lm_head"
     operation: ClassVar[str] = "linear"
+    tied_to: VocabParallelEmbedding | None
 
     def __init__(
         self,
@@ -84,7 +85,9 @@ class ParallelLMHead(VocabParallelEmbedding):
         quant_config: QuantizationConfig | None = None,
         params_dtype: torch.dtype | None = None,
     ) -> None:
-        object.__setattr__(self, "tied_to", tied_to)  # not a child: the embedding has its own place in the model
+        object.__setattr__(
+            self, "tied_to", tied_to
+        )  # not a child: the embedding has its own place in the model
         self.fp32_logits = fp32_logits
         super().__init__(
             num_embeddings,
@@ -108,6 +111,7 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def pack_tied(self) -> None:
         """Bind the embedding's packed table for this head's matmul; once the embedding is packed."""
+        assert self.tied_to is not None
         bound = bound_weight(self.tied_to)
         assert bound is not None
         bind_layer(self, bound.canonical())

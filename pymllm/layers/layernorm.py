@@ -11,8 +11,15 @@ from pymllm.config import current_execution
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps), times a weight.  Float32 maths, then the input's dtype, then the weight."""
 
+    weight: nn.Parameter | None
+
     def __init__(
-        self, hidden_size: int, eps: float = 1e-6, has_weight: bool = True, *, params_dtype: torch.dtype | None = None
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        has_weight: bool = True,
+        *,
+        params_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.eps = eps

@@ -51,6 +51,8 @@ class WeightedLayer(nn.Module):
 
     kind: ClassVar[str] = "linear"
     operation: ClassVar[str] = "linear"
+    shape: LinearShape
+    bias: nn.Parameter | None
 
     def __init__(self, prefix: str, params_dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -58,7 +60,9 @@ class WeightedLayer(nn.Module):
         self.parallel, self.tp_rank, self.tp_size = parallel, parallel.rank, parallel.size
         self.execution = current_execution()
         self.prefix = prefix
-        self.params_dtype = params_dtype or (self.execution.dtype if self.execution else torch.get_default_dtype())
+        self.params_dtype = params_dtype or (
+            self.execution.dtype if self.execution else torch.get_default_dtype()
+        )
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
         """The share of inputs, and of each part's outputs, of rank `rank` of `size`.  ShardingError if there is none."""
@@ -78,8 +82,11 @@ class WeightedLayer(nn.Module):
         """Choose the method and create the weights; `shard` must work by now."""
         self.shape = self.shape_for(self.tp_rank, self.tp_size, parts)
         if quant_method is None and quant_config is not None:
-            methods = [quant_config.get_quant_method(self, part) or UnquantizedLinearMethod() for part in parts]
-            quant_method = methods[0] if len(set(methods)) == 1 else SplitLinearMethod(tuple(methods))
+            methods = [
+                quant_config.get_quant_method(self, part) or UnquantizedLinearMethod() for part in parts
+            ]
+            alike = len(methods) == 1 or (len(set(methods)) == 1 and methods[0].fuses)
+            quant_method = methods[0] if alike else SplitLinearMethod(tuple(methods))
         self.quant_method: LinearMethodBase = quant_method or UnquantizedLinearMethod()
         shape = self.shape
         self.quant_method.create_weights(
@@ -137,7 +144,11 @@ class LinearBase(WeightedLayer):
         self.in_features, self.output_sizes = in_features, tuple(output_sizes)
         self.out_features = sum(output_sizes)
         parent = prefix.rpartition(".")[0]
-        parts = [prefix] if part_names is None else [f"{parent}.{name}" if parent else name for name in part_names]
+        parts = (
+            [prefix]
+            if part_names is None
+            else [f"{parent}.{name}" if parent else name for name in part_names]
+        )
         self._setup(parts, quant_method, quant_config, bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +208,9 @@ class ColumnParallelLinear(LinearBase):
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
         what = self.prefix or type(self).__name__
-        outputs = tuple(Span.even(total, rank, size, f"{what}, output features") for total in self.output_sizes)
+        outputs = tuple(
+            Span.even(total, rank, size, f"{what}, output features") for total in self.output_sizes
+        )
         return Span.full(self.in_features), outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,7 +299,9 @@ class QKVParallelLinear(ColumnParallelLinear):
                 found=str(size),
             )
         heads = (queries, keys, keys)
-        spans = tuple(Span(h.start * self.head_size, h.stop * self.head_size, h.total * self.head_size) for h in heads)
+        spans = tuple(
+            Span(h.start * self.head_size, h.stop * self.head_size, h.total * self.head_size) for h in heads
+        )
         return Span.full(self.in_features), spans
 
     def part_index(self, shard_id: int | str | None) -> int | None:
@@ -296,7 +311,8 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(LinearBase):
     """Input features are divided over ranks: x is this rank's share, and the ranks' products are summed.
 
-    The bias is added on every rank after the sum, never before it.
+    The bias is added on every rank after the sum, never before it.  reduce_output False leaves the sum to the caller:
+    then rank 0 alone adds the bias, so that the sum has it once.
     """
 
     def __init__(
@@ -322,6 +338,8 @@ class RowParallelLinear(LinearBase):
         y = self.quant_method.apply(self, x, None)
         if self.reduce_output:
             y = self.parallel.all_reduce(y)
+        elif self.tp_rank > 0:
+            return y
         return y if self.bias is None else y + self.bias
 
 
@@ -363,7 +381,9 @@ class SplitLinearMethod(LinearMethodBase):
             method.process_weights_after_loading(holder)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        outputs = [m.apply(holder, x, None) for m, holder in zip(self.methods, self.holders(layer), strict=True)]
+        outputs = [
+            m.apply(holder, x, None) for m, holder in zip(self.methods, self.holders(layer), strict=True)
+        ]
         y = torch.cat(outputs, dim=-1)
         return y if bias is None else y + bias
 

@@ -30,14 +30,14 @@ class GatedMLP(nn.Module):
         quant_config: QuantizationConfig | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ConfigError(
                 f"unknown activation {activation!r}",
                 code="config-value",
                 file="config.json",
                 tensor="hidden_act",
                 expected=" or ".join(ACTIVATIONS),
-                found=activation,
+                found=repr(activation),
             )
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden_size,

@@ -21,12 +21,14 @@ from pymllm.errors import ConfigError
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates whole heads, halves paired (the NeoX style).
+    """Rotates heads, or their first `rotary_dim` elements, halves paired (the NeoX style).
 
     inverse_frequencies: [R/2].  attention_scaling multiplies cosines and sines (yarn).
     """
 
-    def __init__(self, head_size: int, rotary_dim: int, max_position: int, inverse_frequencies: Tensor, scale: float):
+    def __init__(
+        self, head_size: int, rotary_dim: int, max_position: int, inverse_frequencies: Tensor, scale: float
+    ):
         super().__init__()
         self.head_size, self.rotary_dim, self.max_position = head_size, rotary_dim, max_position
         self.inverse_frequencies, self.attention_scaling = inverse_frequencies, scale
@@ -40,7 +42,11 @@ class RotaryEmbedding(nn.Module):
         """Cosines and sines [>= length, R/2], float32."""
         table = self._tables.get(device)
         if table is None or table[0].shape[0] < length:
-            rows = self.max_position if device.type != "cpu" else min(self.max_position, 2 ** (length - 1).bit_length())
+            rows = (
+                self.max_position
+                if device.type != "cpu"
+                else min(self.max_position, 2 ** (length - 1).bit_length())
+            )
             angles = torch.outer(torch.arange(max(rows, length)).float(), self._frequencies(length))
             table = tuple((f(angles) * self.attention_scaling).to(device) for f in (torch.cos, torch.sin))  # type: ignore[assignment]
             self._tables[device] = table  # type: ignore[assignment]
@@ -61,16 +67,14 @@ class RotaryEmbedding(nn.Module):
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = x.view(*positions_shape(x, self.head_size))
-        return rotate_halves(heads, cos, sin).view(x.shape)
+        if self.rotary_dim == self.head_size:
+            return rotate_halves(heads, cos, sin).view(x.shape)
+        head, tail = heads[..., : self.rotary_dim], heads[..., self.rotary_dim :]
+        return torch.cat((rotate_halves(head, cos, sin), tail), dim=-1).view(x.shape)
 
 
 class PartialRotaryEmbedding(RotaryEmbedding):
     """Rotates the first `rotary_dim` elements of each head; the rest pass bit for bit."""
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = x.view(*positions_shape(x, self.head_size))
-        head, tail = heads[..., : self.rotary_dim], heads[..., self.rotary_dim :]
-        return torch.cat((rotate_halves(head, cos, sin), tail), dim=-1).view(x.shape)
 
 
 class DynamicNTKRotaryEmbedding(RotaryEmbedding):
@@ -89,7 +93,9 @@ class DynamicNTKRotaryEmbedding(RotaryEmbedding):
         if length <= self.max_position:
             return self.inverse_frequencies
         growth = self.factor * length / self.max_position - (self.factor - 1)
-        return default_frequencies(self.rotary_dim, self.base * growth ** (self.rotary_dim / (self.rotary_dim - 2)))
+        return default_frequencies(
+            self.rotary_dim, self.base * growth ** (self.rotary_dim / (self.rotary_dim - 2))
+        )
 
 
 class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
@@ -107,7 +113,7 @@ class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
 
 def positions_shape(x: Tensor, head_size: int) -> tuple[int, int, int]:
     """[T, heads, D] for a tensor that may have its heads flattened."""
-    return x.shape[0], x.numel() // max(x.shape[0] * head_size, 1) if x.shape[0] else -1, head_size
+    return x.shape[0], math.prod(x.shape[1:]) // head_size, head_size
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -148,7 +154,11 @@ def yarn_frequencies(
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = magnitude(factor, mscale) / magnitude(factor, all_dims) if mscale and all_dims else magnitude(factor)
+        attention = (
+            magnitude(factor, mscale) / magnitude(factor, all_dims)
+            if mscale and all_dims
+            else magnitude(factor)
+        )
 
     def dimension_of(rotations: float) -> float:
         return rotary_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -161,6 +171,9 @@ def yarn_frequencies(
     ramp = ((torch.arange(rotary_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
     kept = default_frequencies(rotary_dim, base)
     return kept / factor * ramp + kept * (1 - ramp), float(attention)
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def get_rope(
@@ -177,7 +190,9 @@ def get_rope(
     ConfigError for a type we do not have, a missing setting, or an odd or too large rotary_dim.
     """
     settings = json.dumps(dict(rope_scaling or {}), sort_keys=True, default=str)
-    with torch.device("cpu"):  # models are built on the meta device; these few numbers are real from the start
+    with torch.device(
+        "cpu"
+    ):  # models are built on the meta device; these few numbers are real from the start
         return _get_rope(head_size, rotary_dim, max_position, float(base), settings, rope_type)
 
 
@@ -192,27 +207,28 @@ def _get_rope(
             expected=f"an even number up to {head_size}",
             found=str(rotary_dim),
         )
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"unknown rotary scaling {rope_type!r}",
+            code="rope-type",
+            expected=" or ".join(ROPE_TYPES),
+            found=rope_type,
+        )
     scaling = json.loads(settings)
     scale = 1.0
     try:
         if rope_type == "dynamic":
-            trained = scaling.get("original_max_position_embeddings") or max_position
-            return DynamicNTKRotaryEmbedding(head_size, rotary_dim, trained, base, scaling["factor"])
-        if rope_type in ("default", "linear"):
-            frequencies = default_frequencies(rotary_dim, base)
-            if rope_type == "linear":
-                frequencies = frequencies / scaling["factor"]
-        elif rope_type == "llama3":
+            # As transformers has it: past max_position_embeddings, whatever the original length was.
+            return DynamicNTKRotaryEmbedding(head_size, rotary_dim, max_position, base, scaling["factor"])
+        if rope_type == "llama3":
             frequencies = llama3_frequencies(rotary_dim, base, scaling)
         elif rope_type == "yarn":
             frequencies, scale = yarn_frequencies(rotary_dim, base, max_position, scaling)
         else:
-            raise ConfigError(
-                f"unknown rotary scaling {rope_type!r}",
-                code="rope-type",
-                expected="default, linear, dynamic, llama3 or yarn",
-                found=rope_type,
-            )
+            frequencies = default_frequencies(rotary_dim, base)
+            if rope_type == "linear":
+                frequencies = frequencies / scaling["factor"]
+        usable = bool(frequencies.isfinite().all())
     except KeyError as missing:
         raise ConfigError(
             f"rotary scaling {rope_type!r} needs the setting {missing}",
@@ -221,6 +237,16 @@ def _get_rope(
             tensor="rope_parameters",
             found=", ".join(scaling),
         ) from None
+    except (ArithmeticError, TypeError):
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f"rotary scaling {rope_type!r} gives no usable frequencies",
+            code="config-value",
+            file="config.json",
+            tensor="rope_parameters",
+            found=f"base {base}, {settings}",
+        )
     cls = RotaryEmbedding if rotary_dim == head_size else PartialRotaryEmbedding
     return cls(head_size, rotary_dim, max_position, frequencies, scale)
 

@@ -40,10 +40,15 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything but the head."""
 
-    def __init__(self, config: ModelConfig, layers: list[nn.Module], quant_config: QuantizationConfig | None) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: list[nn.Module], quant_config: QuantizationConfig | None
+    ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
-            config.size("vocab_size"), config.size("hidden_size"), prefix="model.embed_tokens", quant_config=quant_config
+            config.size("vocab_size"),
+            config.size("hidden_size"),
+            prefix="model.embed_tokens",
+            quant_config=quant_config,
         )
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
@@ -72,7 +77,9 @@ class CausalLM(nn.Module):
         for index in range(config.size("num_hidden_layers")):
             prefix = f"model.layers.{index}"
             attention = self.make_attention(index, f"{prefix}.self_attn", quant_config)
-            layers.append(DecoderLayer(config, attention, self.make_mlp(index, f"{prefix}.mlp", quant_config)))
+            layers.append(
+                DecoderLayer(config, attention, self.make_mlp(index, f"{prefix}.mlp", quant_config))
+            )
         self.model = Decoder(config, layers, quant_config)
         self.lm_head = ParallelLMHead(
             config.size("vocab_size"),

@@ -11,6 +11,7 @@ from pymllm.quantization.base import QuantizationConfig
 DEFAULTS = {
     **llama.DEFAULTS,
     "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,

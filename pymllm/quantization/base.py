@@ -13,6 +13,7 @@ resolve to equal methods is one matmul. What belongs to a layer lives on the lay
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution
 from pymllm.errors import ConfigError, nearest
-from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, on_meta
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight, on_meta
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import LinearProblem, Operation, Packed, Selection, select
 from pymllm.weights.loader import Written, copy_full_tensor, place
@@ -32,6 +33,7 @@ from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, Span, WeightSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
 
 class QuantizeMethodBase(ABC):
     """What a layer asks of its method, whatever the layer is."""
@@ -72,13 +74,13 @@ class BoundWeight:
     def canonical(self) -> CanonicalWeight:
         """The weight in its canonical layout again."""
         weight = self.selection.kernel.unpack(self.packed, self.problem)
-        return weight if self.input_order is None else replace(weight, input_order=self.input_order)
+        return replace(weight, input_order=self.input_order) if isinstance(weight, IntWeight) else weight
 
 
 def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) -> BoundWeight:
     """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
-    input_order = getattr(weight, "input_order", None)
-    if input_order is not None:
+    input_order = weight.input_order if isinstance(weight, IntWeight) else None
+    if isinstance(weight, IntWeight):
         weight = replace(weight, input_order=None)
     out_features, in_features = weight.shape
     problem = LinearProblem(
@@ -91,6 +93,15 @@ def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) ->
     )
     selection = select(operation, problem, execution.forced_kernel(operation))
     return BoundWeight(selection, problem, selection.kernel.pack(weight, problem), input_order)
+
+
+def bind_shared(bound: BoundWeight, execution: Execution, operation: Operation) -> BoundWeight:
+    """The same weight for another operation: the very same tensors, where its kernel packs them alike."""
+    problem = replace(bound.problem, dtype=execution.dtype, compute=execution.compute)
+    selection = select(operation, problem, execution.forced_kernel(operation))
+    if selection.kernel.layout == bound.selection.kernel.layout and problem.dtype is bound.problem.dtype:
+        return BoundWeight(selection, problem, bound.packed, bound.input_order)
+    return bind(bound.canonical(), execution, operation)
 
 
 class LinearMethodBase(QuantizeMethodBase):
@@ -117,6 +128,11 @@ class LinearMethodBase(QuantizeMethodBase):
 
     def check(self, shape: LinearShape) -> None:
         """Refuse, at construction, a shape or dtype that this method cannot run.  ConfigError."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether parts of a fused layer that all have this method can be one weight."""
+        return True
 
     def describe(self) -> str:
         """The method with its options, for people."""
@@ -147,7 +163,7 @@ class LinearMethodBase(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bind the loaded weights to a kernel; the checkpoint's layout is freed.  A second call does nothing."""
         if bound_weight(layer) is None:
-            shape = layer.shape
+            shape: Any = layer.shape
             names = [spec.name for spec in self.weight_specs(shape)]
             weight = self.to_canonical({name: getattr(layer, name).data for name in names}, shape)
             for name in names:
@@ -188,15 +204,23 @@ class LinearMethodBase(QuantizeMethodBase):
 
 
 def layer_shape(
-    layer: nn.Module, in_local: int, out_local: list[int], in_features: int, out_features: int, dtype: torch.dtype
+    layer: nn.Module,
+    in_local: int,
+    out_local: list[int],
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
 ) -> LinearShape:
     """The layer's own shape, or, for a bare module, one made of the sizes: unsharded, or the first rank's share."""
     if not hasattr(layer, "shape"):
         total = sum(out_local)
         outputs = tuple(
-            Span(0, size, size * out_features // total if out_features % total == 0 else size) for size in out_local
+            Span(0, size, size * out_features // total if out_features % total == 0 else size)
+            for size in out_local
         )
-        layer.shape = LinearShape(Span(0, in_local, in_features), outputs, tuple("" for _ in out_local), dtype)
+        layer.shape = LinearShape(  # type: ignore[assignment]
+            Span(0, in_local, in_features), outputs, tuple("" for _ in out_local), dtype
+        )
     return layer.shape  # type: ignore[return-value]
 
 
@@ -231,10 +255,17 @@ def bound_weight(layer: nn.Module) -> BoundWeight | None:
     return getattr(layer, "bound", None)
 
 
-def bind_layer(layer: nn.Module, weight: CanonicalWeight) -> None:
+def bind_layer(layer: Any, weight: CanonicalWeight) -> None:
     """Pack `weight` for the kernel that fits the layer, and keep it there."""
-    execution = getattr(layer, "execution", None) or Execution(dtype=layer.shape.dtype, device=weight_device(weight))
-    layer.bound = bind(weight, execution, getattr(layer, "operation", "linear"))  # type: ignore[assignment]
+    layer.bound = bind_for(layer, weight)
+
+
+def bind_for(layer: Any, weight: CanonicalWeight) -> BoundWeight:
+    """Pack `weight` for the kernel that fits the layer; the layer stays as it is."""
+    execution = getattr(layer, "execution", None) or Execution(
+        dtype=layer.shape.dtype, device=weight_device(weight)
+    )
+    return bind(weight, execution, getattr(layer, "operation", "linear"))
 
 
 def weight_device(weight: CanonicalWeight) -> str:
@@ -278,6 +309,10 @@ class ConvertedLinearMethod(LinearMethodBase):
     def name(self) -> str:  # type: ignore[override]
         return self.target.name
 
+    @property
+    def fuses(self) -> bool:
+        return self.source.fuses
+
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         return self.source.weight_specs(shape)
 
@@ -286,7 +321,11 @@ class ConvertedLinearMethod(LinearMethodBase):
         self.target.check(shape)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        return self.target.quantize(self.source.to_canonical(tensors, shape).dequantize(torch.float32), shape)
+        return self.convert(self.source.to_canonical(tensors, shape), shape)
+
+    def convert(self, weight: CanonicalWeight, shape: LinearShape) -> CanonicalWeight:
+        """A weight of the source format in the target's."""
+        return self.target.quantize(weight.dequantize(torch.float32), shape)
 
     def describe(self) -> str:
         return f"{self.target.describe()} (from {self.source.describe()})"
@@ -326,7 +365,9 @@ class QuantizationConfig(ABC):
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
         """The method that a rule `pattern=name:key=value,...` asks for.  ConfigError for an unknown option."""
         raise ConfigError(
-            f"{cls.get_name()} cannot be the method of a rule", code="not-a-target", fix="Choose another method."
+            f"{cls.get_name()} cannot be the method of a rule",
+            code="not-a-target",
+            fix="Choose another method.",
         )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -387,7 +428,8 @@ def get_quantization_config(name: str) -> type[QuantizationConfig]:
             code="unknown-method",
             expected=" or ".join(known),
             found=name,
-            fix=nearest(str(name), known) or "This format is not supported; the layer would not be read as it is.",
+            fix=nearest(str(name), known)
+            or "This format is not supported; the layer would not be read as it is.",
         )
     return _registry[name]
 
@@ -400,7 +442,9 @@ def list_quantization_methods() -> list[str]:
     return sorted(_registry)
 
 
-def parse_options(name: str, options: Mapping[str, str], allowed: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+def parse_options(
+    name: str, options: Mapping[str, str], allowed: Mapping[str, Callable[[str], Any]]
+) -> dict[str, Any]:
     """Read a rule's options with one converter each.  ConfigError for an unknown one or a bad value."""
     values = {}
     for key, text in options.items():
@@ -432,18 +476,30 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return convert
 
 
-def read_names(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """A list of names or patterns in a `quantization_config`; null: none.  ConfigError for anything else."""
+def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = None) -> tuple[str, ...]:
+    """A list of names or patterns in a `quantization_config`; null: none.  ConfigError for anything else.
+
+    regex: what stands before a regular expression, which must then be one; "": all are.
+    """
     names = config.get(field)
     if names is None:
         return ()
+    problem = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problem, names = "a list of names", [names]
+    for name in names:
+        if problem is None and regex is not None and name.startswith(regex):
+            try:
+                re.compile(name.removeprefix(regex))
+            except re.error as error:
+                problem, names = f"regular expressions ({error})", [name]
+    if problem is not None:
         raise ConfigError(
-            f"{field} of the quantisation must be a list of names",
+            f"{field} of the quantisation must hold {problem}",
             code="quantization-config",
             file="config.json",
             tensor=f"quantization_config.{field}",
             expected="a list of strings, or null",
-            found=repr(names),
+            found=repr(names[0]),
         )
     return tuple(names)

@@ -7,8 +7,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymllm.kernels.reference import nearest_e2m1
+
 # Values of the 4-bit codes 0..15; codes from 8 on are the negatives of those from 0.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """[N, K] int32 words → [N, 4·K] bytes, the lowest of a word first."""
+    return words.contiguous().flatten().view(torch.uint8).unflatten(0, (words.shape[0], -1))
 
 
 def unpack_fields(words: Tensor, bits: int) -> Tensor:
@@ -16,7 +23,7 @@ def unpack_fields(words: Tensor, bits: int) -> Tensor:
 
     Works on bytes, so that no temporary is larger than the result.
     """
-    octets = words.contiguous().view(torch.uint8)
+    octets = as_bytes(words)
     if bits == 8:
         return octets
     fields = torch.empty((*octets.shape, 8 // bits), dtype=torch.uint8, device=octets.device)
@@ -28,3 +35,50 @@ def unpack_fields(words: Tensor, bits: int) -> Tensor:
 def unpack_nibbles_low_first(packed: Tensor) -> Tensor:
     """[N, K/2] bytes → [N, K] uint8 codes, the low nibble first."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def pack_nibbles_low_first(codes: Tensor) -> Tensor:
+    """The inverse of `unpack_nibbles_low_first`: [N, K] uint8 codes → [N, K/2] bytes.  K is even."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles_high_first(packed: Tensor) -> Tensor:
+    """[N, K/2] bytes → [N, K] uint8 codes, the high nibble first."""
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """The uint8 codes 0..15 of the nearest values that E2M1 holds, ties to even codes; ±6 beyond them."""
+    magnitudes = torch.tensor(E2M1[:8], device=values.device)
+    codes = torch.searchsorted(magnitudes, nearest_e2m1(values).abs().contiguous())
+    return codes.to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """[N, ceil(K·bits/32)] int32 words → [N, K'] uint8 fields, the lowest bits of a word first; K' fills the words.
+
+    bits: 1 to 8.  Fields lie without gaps; where `bits` does not divide 32, some lie across two words.
+    """
+    if 8 % bits == 0 and bits > 1:
+        return unpack_fields(words, bits)
+    octets = as_bytes(words)
+    rows, stored = octets.shape
+    octets = torch.nn.functional.pad(octets, (0, -stored % bits + bits))  # whole runs, and one after the last
+    runs = octets.shape[1] // bits - 1  # eight fields lie in `bits` bytes
+    fields = torch.empty((rows, runs, 8), dtype=torch.uint8, device=words.device)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        low, high = octets[:, byte::bits][:, :runs], octets[:, byte + 1 :: bits][:, :runs]
+        field = (low >> shift) | (high << (8 - shift)) if shift else low
+        fields[:, :, index] = field & (2**bits - 1)
+    return fields.flatten(1)[:, : stored * 8 // bits]
+
+
+def pack_words(fields: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_words`: [N, K] fields → [N, ceil(K·bits/32)] int32 words, zeros after the last."""
+    wide = torch.nn.functional.pad(fields.to(torch.int64), (0, -fields.shape[1] % 32)).unflatten(1, (-1, 32))
+    start = torch.arange(32, device=fields.device) * bits
+    words = torch.zeros((*wide.shape[:2], bits + 1), dtype=torch.int64, device=fields.device)
+    words.index_add_(2, start // 32, (wide << (start % 32)) & 0xFFFFFFFF)
+    words.index_add_(2, start // 32 + 1, (wide << (start % 32)) >> 32)
+    return words[:, :, :bits].flatten(1)[:, : -(-fields.shape[1] * bits // 32)].to(torch.int32)

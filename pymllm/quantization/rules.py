@@ -60,9 +60,9 @@ class Rule:
         options = []
         for option in filter(None, (found["options"] or "").split(",")):
             key, equals, value = option.partition("=")
-            if not equals:
+            if not equals or not key.strip():
                 raise RuleError(
-                    f"the option {option!r} of the rule {text!r} has no value",
+                    f"the option {option!r} of the rule {text!r} lacks its name or its value",
                     code="rule-syntax",
                     expected="key=value",
                     found=option,
@@ -88,7 +88,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
             return re.compile(pattern[3:])
         except re.error as error:
             raise RuleError(
-                f"the pattern {pattern!r} is not a regular expression: {error}", code="rule-syntax", found=pattern
+                f"the pattern {pattern!r} is not a regular expression: {error}",
+                code="rule-syntax",
+                found=pattern,
             ) from None
     any_segments = r"(?:[^.]+\.)*"
     *heads, last = pattern.split(".")
@@ -193,16 +195,17 @@ class RuledConfig(QuantizationConfig):
             if not matched:
                 hint = self._hint(rule, names)
                 problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
-            elif not any(self.decisions[name].rule == rule for name in matched):
+            elif not any(self.decisions[name].rule is rule for name in matched):  # an equal one may come first
                 earlier = next(other for other in self.rules[:index] if other.matches(matched[0]))
-                problems.append(f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all its layers.")
+                problems.append(
+                    f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all its layers."
+                )
         if problems:
             raise RuleError(
                 "; ".join(problems).rstrip("."),
                 code="rule-unmatched" if "matches no layer" in problems[0] else "rule-shadowed",
                 fix=f"Layers are named like {names[0]}; see `pymllm plan`." if names else None,
             )
-
 
     @staticmethod
     def _hint(rule: Rule, names: list[str]) -> str:

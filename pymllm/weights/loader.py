@@ -74,7 +74,8 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
             if dim.axis is Axis.WHOLE:
                 span = Span.full(dim.size)
             else:
-                span = (outputs if dim.axis is Axis.OUT else shape.inputs).stored(dim, name)
+                rows = dim.of_rows(shape.in_features)
+                span = (outputs if dim.axis is Axis.OUT else shape.inputs).stored(rows, name)
             source.append(slice(span.start, span.stop))
             offset = local[axis_index] if dim.axis is Axis.OUT else 0
             target.append(slice(offset, offset + span.stop - span.start))

@@ -2,9 +2,9 @@
 
 A format says what it stores with `WeightSpec`s; everything about sharding follows from them. AWQ with groups of G is
 
-    WeightSpec("qweight", torch.int32, (IN, OUT.every(8)))        # [I, O/8]
-    WeightSpec("qzeros", torch.int32, (IN.every(G), OUT.every(8)))  # [I/G, O/8]
-    WeightSpec("scales", torch.float16, (IN.every(G), OUT))       # [I/G, O]
+    WeightSpec("qweight", torch.int32, (IN, OUT.packed(8)))           # [I, O/8]
+    WeightSpec("qzeros", torch.int32, (IN.every(G), OUT.packed(8)))  # [I/G, O/8]
+    WeightSpec("scales", torch.float16, (IN.every(G), OUT))            # [I/G, O]
 
 and a scale for each tensor is `(PART,)`: one element for each of the checkpoint's tensors that a layer fuses.
 """
@@ -12,9 +12,12 @@ and a scale for each tensor is `(PART,)`: one element for each of the checkpoint
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from pymllm.errors import ShardingError
 
@@ -33,19 +36,52 @@ class Dim:
     """One stored dimension: an element covers `granule` logical elements of `axis` (0: all of them).
 
     size: the stored size of a WHOLE dimension, which no layer shape determines.
+    apart: whether an element holds its logical ones apart, side by side, instead of one value that they share.
+    count: how many elements together cover the granule.
+    spread: every rank holds all of it, as each element has logical ones from all over the axis.
+    flat: where not 0, the whole weight is laid out along this dimension, row after row, with one element for every
+    `flat` values; `of_rows` says what granule and count that is.
     """
 
     axis: Axis
     granule: int = 1
     size: int = 0
+    apart: bool = False
+    count: int = 1
+    flat: int = 0
+    spread: bool = False
 
     def every(self, granule: int) -> Dim:
         """The same axis with one stored element for `granule` logical ones; 0 or less: one for all."""
         return replace(self, granule=max(granule, 0))
 
+    def packed(self, count: int) -> Dim:
+        """The same axis with `count` logical elements packed in each stored one, which no rank can hold in part."""
+        return replace(self, granule=count, apart=True)
+
+    def in_words(self, bits: int) -> Dim:
+        """The same axis as fields of `bits` bits, one after the other in 32-bit words, some across two of them."""
+        common = math.gcd(32, bits)
+        return replace(self, granule=32 // common, count=bits // common, apart=True)
+
+    def flattened(self, per: int) -> Dim:
+        """This axis with the other one within it: the weight laid flat, one stored element for every `per` values."""
+        return replace(self, flat=per)
+
+    def undivided(self) -> Dim:
+        """The same dimension, held in full by every rank."""
+        return replace(self, spread=True)
+
+    def of_rows(self, length: int) -> Dim:
+        """The same dimension where rows are of this length: the rows that end with an element, and their elements."""
+        if not self.flat:
+            return self
+        together = math.lcm(length, self.flat)
+        return replace(self, granule=together // max(length, 1), count=together // self.flat, flat=0)
+
     def stored(self, logical: int) -> int:
         """How many stored elements cover `logical` ones."""
-        return 1 if self.granule == 0 else -(-logical // self.granule)
+        return 1 if self.granule == 0 else -(-logical * self.count // self.granule)
 
 
 OUT, IN, PART = Dim(Axis.OUT), Dim(Axis.IN), Dim(Axis.PART)
@@ -68,6 +104,7 @@ class WeightSpec:
     accepts: further dtypes that the checkpoint may have, converted on reading.
     aliases: other suffixes that checkpoints of the format use for it.
     scale: a scale, which must be finite and not zero.
+    refuse: told what was read and the part's shape, says why that cannot be right; None: it can.
     """
 
     name: str
@@ -76,12 +113,13 @@ class WeightSpec:
     accepts: tuple[torch.dtype, ...] = ()
     aliases: tuple[str, ...] = ()
     scale: bool = False
+    refuse: Callable[[Tensor, LinearShape], str | None] | None = None
 
     def source_shape(self, in_features: int, out_features: int) -> tuple[int, ...]:
         """The full shape of one part's tensor in the checkpoint."""
         sizes = {Axis.OUT: out_features, Axis.IN: in_features}
         return tuple(
-            dim.size if dim.axis is Axis.WHOLE else dim.stored(sizes[dim.axis])
+            dim.size if dim.axis is Axis.WHOLE else dim.of_rows(in_features).stored(sizes[dim.axis])
             for dim in self.dims
             if dim.axis is not Axis.PART
         )
@@ -122,20 +160,24 @@ class Span:
     def stored(self, dim: Dim, what: str) -> Span:
         """The same share counted in stored elements.
 
-        An edge lies on a granule, or is the axis' end, or the whole span lies within one granule, which is then
-        held by every rank that needs it.  Anything else is a ShardingError.
+        An edge lies on a granule, or is the axis' end, or the whole span lies within one granule of a shared value,
+        which is then held by every rank that needs it.  Anything else is a ShardingError.
         """
-        granule = dim.granule or self.total
+        granule, count = dim.granule or self.total, dim.count
         total = dim.stored(self.total)
+        padding = -(-self.padding * count // granule)
+        if dim.spread:
+            return Span(0, total, total, padding)
         if self.start == self.stop:
-            return Span(0, 0, total, -(-self.padding // granule))
+            return Span(0, 0, total, padding)
         if self.start % granule == 0 and (self.stop % granule == 0 or self.stop == self.total):
-            start, stop = self.start // granule, -(-self.stop // granule)
-            return Span(start, stop, total, -(-self.padding // granule))
-        if self.start // granule == (self.stop - 1) // granule and not self.padding:
-            return Span(self.start // granule, self.start // granule + 1, total)
+            return Span(self.start // granule * count, -(-self.stop * count // granule), total, padding)
+        if self.start // granule == (self.stop - 1) // granule and not self.padding and not dim.apart:
+            first = self.start // granule * count
+            return Span(first, min(first + count, total), total)
         raise ShardingError(
-            f"{what}: this rank would take {dim.axis.value} {self.start}:{self.stop}, which splits a group of {granule}",
+            f"{what}: this rank would take {dim.axis.value} {self.start}:{self.stop}, "
+            f"which splits a group of {granule}",
             code="tp-granule",
             expected=f"edges at multiples of {granule}",
             found=f"{self.start}:{self.stop} of {self.total}",

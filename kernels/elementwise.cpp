@@ -1,0 +1,63 @@
+#include "elementwise.h"
+
+#include <cmath>
+
+#include "float_scalar.h"
+#include "threads.h"
+
+namespace pymllm {
+namespace {
+
+inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = from_f16(bits[i]);
+}
+inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
+  for (std::int64_t i = 0; i < count; ++i) bits[i] = to_f16(from[i]);
+}
+inline float square_root(float v) { return std::sqrt(v); }
+
+#include "elementwise_kernel.h"
+
+const ElementwisePath &path_of(Isa isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == Isa::avx512_vnni) return elementwise_avx512();
+  if (isa == Isa::avx2 || isa == Isa::avx2_vnni) return elementwise_avx2();
+#endif
+  (void)isa;
+  return elementwise_portable();
+}
+
+std::int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
+
+} // namespace
+
+const ElementwisePath &elementwise_portable() { return kElementwise; }
+
+void rms_norm(const void *x, const void *residual, const void *weight, void *y, void *sum, FloatType type,
+              std::int64_t rows, std::int64_t size, float epsilon, Isa isa, int threads) {
+  const ElementwisePath &path = path_of(isa);
+  const std::int64_t passes = residual != nullptr ? 4 : 2;
+  parallel_for(rows, worthwhile_threads(rows * size * passes * bytes_of(type), threads),
+               [&](std::int64_t begin, std::int64_t end) {
+                 path.rms_norm(x, residual, weight, y, sum, type, begin, end, size, epsilon);
+               });
+}
+
+void silu_and_mul(const void *x, void *y, FloatType type, std::int64_t rows, std::int64_t size, Isa isa,
+                  int threads) {
+  const ElementwisePath &path = path_of(isa);
+  parallel_for(rows, worthwhile_threads(rows * size * 3 * bytes_of(type), threads),
+               [&](std::int64_t begin, std::int64_t end) { path.silu_and_mul(x, y, type, begin, end, size); });
+}
+
+void rotate(const void *x, void *y, const float *cos, const float *sin, FloatType type, std::int64_t tokens,
+            std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size, std::int64_t token_stride, Isa isa,
+            int threads) {
+  const ElementwisePath &path = path_of(isa);
+  parallel_for(tokens, worthwhile_threads(tokens * heads * head_size * 2 * bytes_of(type), threads),
+               [&](std::int64_t begin, std::int64_t end) {
+                 path.rotate(x, y, cos, sin, type, begin, end, heads, head_size, rotary_size, token_stride);
+               });
+}
+
+} // namespace pymllm

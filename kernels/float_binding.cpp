@@ -1,0 +1,67 @@
+// The Python face of float_linear and elementwise. Pointers come checked by pymllm/kernels/native_*.py.
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+#include "elementwise.h"
+#include "float_linear.h"
+#include "isa.h"
+
+namespace nb = nanobind;
+
+namespace pymllm {
+namespace {
+
+template <class T> const T *in(std::uintptr_t address) { return reinterpret_cast<const T *>(address); }
+void *out(std::uintptr_t address) { return reinterpret_cast<void *>(address); }
+
+void linear(std::uintptr_t x, int type, std::uintptr_t weight, int weight_type, std::uintptr_t scales,
+            std::int64_t block_out, std::int64_t block_in, std::uintptr_t row_nan, std::uintptr_t bias,
+            std::uintptr_t y, std::int64_t tokens, std::int64_t out_features, std::int64_t in_features, int isa,
+            int threads) {
+  FloatLinear problem;
+  problem.x = in<void>(x);
+  problem.type = static_cast<FloatType>(type);
+  problem.weight = in<void>(weight);
+  problem.weight_type = static_cast<WeightType>(weight_type);
+  problem.scales = in<float>(scales);
+  problem.block_out = block_out;
+  problem.block_in = block_in;
+  problem.row_nan = in<float>(row_nan);
+  problem.bias = in<void>(bias);
+  problem.y = out(y);
+  problem.tokens = tokens;
+  problem.out_features = out_features;
+  problem.in_features = in_features;
+  float_linear(problem, static_cast<Isa>(isa), threads);
+}
+
+void rms_norm_(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t y, std::uintptr_t sum,
+               int type, std::int64_t rows, std::int64_t size, float epsilon, int isa, int threads) {
+  rms_norm(in<void>(x), in<void>(residual), in<void>(weight), out(y), out(sum), static_cast<FloatType>(type), rows,
+           size, epsilon, static_cast<Isa>(isa), threads);
+}
+
+void silu_and_mul_(std::uintptr_t x, std::uintptr_t y, int type, std::int64_t rows, std::int64_t size, int isa,
+                   int threads) {
+  silu_and_mul(in<void>(x), out(y), static_cast<FloatType>(type), rows, size, static_cast<Isa>(isa), threads);
+}
+
+void rotate_(std::uintptr_t x, std::uintptr_t y, std::uintptr_t cos, std::uintptr_t sin, int type,
+             std::int64_t tokens, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size,
+             std::int64_t token_stride, int isa, int threads) {
+  rotate(in<void>(x), out(y), in<float>(cos), in<float>(sin), static_cast<FloatType>(type), tokens, heads, head_size,
+         rotary_size, token_stride, static_cast<Isa>(isa), threads);
+}
+
+} // namespace
+
+void register_float(nb::module_ &m) {
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("float_linear", &linear, released, "See kernels/float_linear.h.");
+  m.def("rms_norm", &rms_norm_, released, "See kernels/elementwise.h.");
+  m.def("silu_and_mul", &silu_and_mul_, released, "See kernels/elementwise.h.");
+  m.def("rotate", &rotate_, released, "See kernels/elementwise.h.");
+}
+
+} // namespace pymllm

@@ -1,0 +1,90 @@
+#include "float_linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "threads.h"
+
+namespace pymllm {
+namespace {
+
+// Grows and is kept, one a thread: decoding calls with the same sizes thousands of times a second.
+class Scratch {
+public:
+  Scratch() = default;
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  ~Scratch() { std::free(memory_); }
+
+  float *at_least(std::int64_t floats) {
+    if (floats > floats_) {
+      std::free(memory_);
+      floats_ = 0;
+      memory_ = std::malloc(static_cast<std::size_t>(floats) * sizeof(float) + 64);
+      if (memory_ == nullptr) throw std::bad_alloc();
+      floats_ = floats;
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_);
+    return reinterpret_cast<float *>((address + 63) & ~std::uintptr_t{63});
+  }
+
+private:
+  void *memory_ = nullptr;
+  std::int64_t floats_ = 0;
+};
+
+const FloatLinearPath &path_of(Isa isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == Isa::avx512_vnni) return float_linear_avx512();
+  if (isa == Isa::avx2 || isa == Isa::avx2_vnni) return float_linear_avx2();
+#endif
+  (void)isa;
+  return float_linear_portable();
+}
+
+} // namespace
+
+void float_linear(const FloatLinear &problem, Isa isa, int threads) {
+  const FloatLinearPath &path = path_of(isa);
+  const std::int64_t inputs = problem.in_features, outputs = problem.out_features;
+  if (problem.tokens <= 0 || outputs <= 0) return;
+
+  // + 16: rows a multiple of 4 KB apart would share the sets of the L1 cache.
+  const std::int64_t stride = (inputs + 63) / 64 * 64 + 16;
+  const std::int64_t panels = (problem.tokens + kPanel - 1) / kPanel;
+  const std::int64_t panel = (problem.tokens + panels - 1) / panels;
+  thread_local Scratch prepared_scratch, first_scratch;
+  float *prepared = prepared_scratch.at_least(panel * stride);
+
+  const std::int64_t weight_bytes = outputs * inputs * (problem.weight_type == WeightType::e4m3 ? 1 : 2);
+  for (std::int64_t first = 0; first < problem.tokens; first += panel) {
+    const std::int64_t tokens = std::min(panel, problem.tokens - first);
+    parallel_for(tokens, worthwhile_threads(tokens * inputs * 8, threads),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   path.prepare(problem, first + begin, end - begin, prepared + begin * stride, stride);
+                 });
+    const int team = worthwhile_threads(weight_bytes + outputs * inputs * tokens / 16, threads);
+    if (tokens <= path.direct_tokens) {
+      parallel_for(outputs, team, [&](std::int64_t begin, std::int64_t end) {
+        path.rows(problem, prepared, stride, first, tokens, begin, end, nullptr);
+      });
+      continue;
+    }
+    // Every thread's share before the team starts, because a body must not throw.
+    float *scratch = first_scratch.at_least(team * path.scratch_floats);
+    const std::int64_t blocks = (outputs + kRowBlock - 1) / kRowBlock;
+    std::atomic<int> next{0};
+    parallel_for(
+        blocks, team,
+        [&](std::int64_t begin, std::int64_t end) {
+          float *mine = scratch + next.fetch_add(1) * path.scratch_floats;
+          path.rows(problem, prepared, stride, first, tokens, begin * kRowBlock, std::min(end * kRowBlock, outputs),
+                    mine);
+        },
+        0);
+  }
+}
+
+} // namespace pymllm

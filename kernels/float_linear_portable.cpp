@@ -1,0 +1,79 @@
+// float_linear in plain C++, four lanes that a compiler can map onto any 128-bit vector unit.
+#include <cstdint>
+#include <cstring>
+
+#include "float_linear.h"
+#include "float_scalar.h"
+
+#define PYMLLM_UNROLL
+
+namespace pymllm {
+namespace {
+
+struct Vec {
+  float lane[4];
+};
+
+struct V {
+  static constexpr int kLanes = 4;
+  static constexpr int kTokens = 2;
+  static Vec zero() { return {}; }
+  static Vec set1(float f) { return {{f, f, f, f}}; }
+  static Vec load(const float *p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static void store(float *p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
+  static Vec fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < 4; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  static Vec mul(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  static void prefetch(const void *p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+  }
+
+  static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    const Vec *all[4] = {&a, &b, &c, &d};
+    for (int i = 0; i < 4; ++i) {
+      const float *v = all[i]->lane;
+      out[i] = (v[0] + v[1]) + (v[2] + v[3]);
+    }
+  }
+
+  static std::uint16_t word(const std::uint8_t *p, int i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, p + 2 * i, 2);
+    return bits;
+  }
+  static void decode_bf16(const std::uint8_t *p, int part, Vec *out) {
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(word(p, 4 * part + i)) << 16;
+      std::memcpy(&out[0].lane[i], &bits, 4);
+    }
+  }
+  static int order_bf16(int lane) { return lane; }
+  static void decode_f16(const std::uint8_t *p, int part, Vec *out) {
+    for (int i = 0; i < 4; ++i) out[0].lane[i] = from_f16(word(p, 4 * part + i));
+  }
+  // As float_linear_avx512.cpp does it.
+  static void decode_e4m3(const std::uint8_t *p, int part, Vec *out) {
+    for (int i = 0; i < 8; ++i) {
+      const std::uint8_t code = p[8 * part + i];
+      out[i / 4].lane[i % 4] = from_f16(static_cast<std::uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7));
+    }
+  }
+  static int order_e4m3(int lane) { return lane; }
+};
+
+#include "float_linear_kernel.h"
+
+} // namespace
+
+const FloatLinearPath &float_linear_portable() { return kPath; }
+
+} // namespace pymllm

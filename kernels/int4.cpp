@@ -1,0 +1,98 @@
+#include "int4.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "threads.h"
+
+namespace pymllm::int4 {
+namespace {
+
+constexpr std::int64_t kRowsAtATime = 768;
+constexpr std::int64_t kTileBlocks = 4;     // threads take whole tiles of row blocks
+
+// Memory of one thread that lives as long as it does and only grows.
+class Scratch {
+public:
+  Scratch() = default;
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  ~Scratch() { release(); }
+
+  std::uint8_t *at_least(std::size_t bytes) {
+    if (bytes > capacity_) {
+      release();
+      data_ = ::operator new(bytes, kAlignment);
+      capacity_ = bytes;
+    }
+    return static_cast<std::uint8_t *>(data_);
+  }
+
+private:
+  static constexpr std::align_val_t kAlignment{64};
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, kAlignment);
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+  void *data_ = nullptr;
+  std::size_t capacity_ = 0;
+};
+
+const Kernels &kernels_of(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  case Isa::avx512_vnni: return kAvx512Vnni;
+  case Isa::avx2_vnni: return kAvx2Vnni;
+  case Isa::avx2: return kAvx2;
+#elif defined(PYMLLM_HAVE_NEON_DOTPROD)
+  case Isa::neon_dotprod: return kNeonDotprod;
+#endif
+  default: return kPortable;
+  }
+}
+
+std::size_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+} // namespace
+
+void linear(const Weights &weights, const Floats &floats, int slices, int threads, Isa isa) {
+  const Kernels &kernels = kernels_of(isa);
+  const std::int64_t groups = weights.groups(), row_blocks = weights.row_blocks();
+  const std::int64_t tokens_at_a_time = kRowsAtATime / slices;
+  const std::size_t element = element_bytes(floats.dtype);
+  thread_local Scratch activations;
+
+  for (std::int64_t token = 0; token < floats.tokens; token += tokens_at_a_time) {
+    const std::int64_t tokens = std::min(tokens_at_a_time, floats.tokens - token);
+    const Floats part{floats.dtype, tokens,
+                      static_cast<const std::uint8_t *>(floats.x) + token * weights.in_features * element, floats.bias,
+                      static_cast<std::uint8_t *>(floats.y) + token * weights.out_features * element};
+    const std::int64_t rows = tokens * slices;
+    std::uint8_t *memory = activations.at_least(static_cast<std::size_t>(rows * (weights.in_features + 8 * groups)));
+    Activations x{};
+    x.rows = rows;
+    x.slices = slices;
+    x.codes = reinterpret_cast<std::int8_t *>(memory);
+    x.scales = reinterpret_cast<float *>(memory + rows * weights.in_features);
+    x.negative_sums = reinterpret_cast<std::int32_t *>(x.scales + rows * groups);
+
+    const std::int64_t macs = rows * weights.in_features * row_blocks * kBlockRows;
+    const std::int64_t bytes = row_blocks * groups * weights.block_bytes();
+    const int team = worthwhile_threads(std::max(bytes, macs / 16), threads);
+    const int quantisers = worthwhile_threads(rows * weights.in_features * 2, team);
+    parallel_for(groups, quantisers, [&](std::int64_t first, std::int64_t last) {
+      kernels.quantise(part, weights, x, first, last);
+    });
+    const std::int64_t tiles = (row_blocks + kTileBlocks - 1) / kTileBlocks;
+    parallel_for(tiles, team, [&](std::int64_t first, std::int64_t last) {
+      thread_local Scratch scratch;
+      const std::int64_t begin = first * kTileBlocks, end = std::min(last * kTileBlocks, row_blocks);
+      kernels.multiply(weights, x, part, begin, end,
+                       scratch.at_least(kernels.scratch_bytes(weights, rows, end - begin)));
+    });
+  }
+}
+
+} // namespace pymllm::int4

@@ -1,0 +1,225 @@
+// The int4 linear with AVX2, and with AVX2 + AVX-VNNI: int4_avx2vnni.cpp compiles this file again for the latter.
+// See isa.h for what such a file must not contain.
+//
+// One group of one row block is unpacked into the L1 cache, then multiplied with all rows, four at a time.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "int4.h"
+#include "int4_scale.h"
+
+#if defined(__GNUC__)
+#define PYMLLM_INLINE static inline __attribute__((always_inline))
+#else
+#define PYMLLM_INLINE static __forceinline
+#endif
+
+namespace pymllm::int4 {
+namespace {
+
+constexpr int kLanes = 8;
+
+// acc += four u8 x s8 products in each lane; u8 is at most 15, so that pairs of products fit in 16 bits.
+PYMLLM_INLINE __m256i dot(__m256i acc, __m256i u8, __m256i s8) {
+#if defined(PYMLLM_AVX_VNNI)
+  return _mm256_dpbusd_avx_epi32(acc, u8, s8);
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
+#endif
+}
+
+PYMLLM_INLINE __m256i load_bytes(const void *data) { return _mm256_loadu_si256(static_cast<const __m256i *>(data)); }
+
+PYMLLM_INLINE __m256 load_floats(Dtype dtype, const void *data, std::int64_t i) {
+  if (dtype == Dtype::f32) return _mm256_loadu_ps(static_cast<const float *>(data) + i);
+  const auto *halves = reinterpret_cast<const __m128i *>(static_cast<const std::uint16_t *>(data) + i);
+  const __m128i half = _mm_loadu_si128(halves);
+  if (dtype == Dtype::f16) return _mm256_cvtph_ps(half);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+PYMLLM_INLINE void store_floats(Dtype dtype, void *data, std::int64_t i, __m256 value) {
+  if (dtype == Dtype::f32) return _mm256_storeu_ps(static_cast<float *>(data) + i, value);
+  __m128i half;
+  if (dtype == Dtype::f16) {
+    half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    const __m256i word = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_add_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_or_si256(word, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_blendv_epi8(even, nan, is_nan), 16);
+    half = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(static_cast<std::uint16_t *>(data) + i), half);
+}
+
+// ------------------------------------------------------------------------------------------------------ activations
+
+PYMLLM_INLINE std::int32_t add_lanes(__m256i value) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+PYMLLM_INLINE std::uint32_t largest_lane(__m256i value) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1))));
+}
+
+void quantise(const Floats &floats, const Weights &weights, const Activations &out, std::int64_t first,
+              std::int64_t last) {
+  const int group = static_cast<int>(weights.group), vectors = group / kLanes;
+  const __m256i magnitude_bits = _mm256_set1_epi32(0x7fffffff);
+  for (std::int64_t g = first; g < last; ++g) {
+    for (std::int64_t token = 0; token < floats.tokens; ++token) {
+      __m256 values[128 / kLanes];
+      __m256i largest = _mm256_setzero_si256();
+      for (int i = 0; i < vectors; ++i) {
+        values[i] = load_floats(floats.dtype, floats.x, token * weights.in_features + g * group + kLanes * i);
+        // As integers, magnitudes keep their order, and NaN is above infinity.
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(values[i]), magnitude_bits));
+      }
+      GroupScale scale = group_scale(largest_lane(largest), out.slices);
+      const __m256 inverse = _mm256_set1_ps(scale.inverse), ratio = _mm256_set1_ps(kSliceRatio);
+      const __m256 keep = _mm256_castsi256_ps(_mm256_set1_epi32(scale.inverse != 0 ? -1 : 0));  // NaN times 0 is no code
+      for (int i = 0; i < vectors; ++i) values[i] = _mm256_and_ps(keep, _mm256_mul_ps(values[i], inverse));
+      for (int slice = 0; slice < out.slices; ++slice) {
+        const std::int64_t row = g * out.rows + token * out.slices + slice;
+        __m256i sum = _mm256_setzero_si256();
+        for (int i = 0; i < vectors; ++i) {
+          const __m256i code = _mm256_cvtps_epi32(values[i]);
+          sum = _mm256_add_epi32(sum, code);
+          values[i] = _mm256_mul_ps(_mm256_sub_ps(values[i], _mm256_cvtepi32_ps(code)), ratio);
+          const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+          _mm_storel_epi64(reinterpret_cast<__m128i *>(out.codes + row * group + kLanes * i),
+                           _mm_packs_epi16(words, words));
+        }
+        out.scales[row] = scale.scale;
+        out.negative_sums[row] = -add_lanes(sum);
+        scale.scale *= 1.0f / kSliceRatio;
+      }
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- weights
+
+struct Tile {
+  alignas(32) std::uint8_t codes[128 * kBlockRows];  // [G/4 quads][64]
+  alignas(32) std::int32_t zeros[kBlockRows];
+  alignas(32) float scales[kBlockRows];
+};
+
+void unpack_tile(const std::uint8_t *block, int lines, Tile &tile) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  for (int half = 0; half < 2; ++half) {
+    const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(block + kZerosOffset + 8 * half));
+    const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i *>(block + 16 * half));
+    _mm256_store_si256(reinterpret_cast<__m256i *>(tile.zeros + 8 * half), _mm256_cvtepu8_epi32(zeros));
+    _mm256_store_ps(tile.scales + 8 * half, _mm256_cvtph_ps(scales));
+  }
+  constexpr std::int64_t prefetch_bytes = 1088;
+  for (int j = 0; j < lines; ++j) {
+    const std::uint8_t *line = block + kHeaderBytes + 64 * j;
+    _mm_prefetch(reinterpret_cast<const char *>(line + prefetch_bytes), _MM_HINT_T0);
+    for (int half = 0; half < 64; half += 32) {
+      const __m256i both = load_bytes(line + half);
+      auto *low = reinterpret_cast<__m256i *>(tile.codes + 64 * j + half);
+      auto *high = reinterpret_cast<__m256i *>(tile.codes + 64 * (lines + j) + half);
+      _mm256_store_si256(low, _mm256_and_si256(both, nibble));
+      _mm256_store_si256(high, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
+    }
+  }
+}
+
+// One group for R rows from `at` = group * rows + row on; adds to sums [R][16].
+template <int R>
+void tile_rows(const Tile &tile, const Activations &x, std::int64_t at, int group, float *sums) {
+  const std::int8_t *codes = x.codes + at * group;
+  __m256i acc[R][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < R; ++m) {
+    const __m256i negative_sum = _mm256_set1_epi32(x.negative_sums[at + m]);
+    acc[m][0] = _mm256_mullo_epi32(load_bytes(tile.zeros), negative_sum);
+    acc[m][1] = _mm256_mullo_epi32(load_bytes(tile.zeros + kLanes), negative_sum);
+  }
+  for (int k = 0; k < group; k += 4) {
+    const __m256i weight0 = load_bytes(tile.codes + 16 * k), weight1 = load_bytes(tile.codes + 16 * k + 32);
+#pragma GCC unroll 4
+    for (int m = 0; m < R; ++m) {
+      std::int32_t quad;
+      std::memcpy(&quad, codes + m * group + k, 4);
+      const __m256i quads = _mm256_set1_epi32(quad);
+      acc[m][0] = dot(acc[m][0], weight0, quads);
+      acc[m][1] = dot(acc[m][1], weight1, quads);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < R; ++m) {
+    const __m256 scale = _mm256_set1_ps(x.scales[at + m]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float *sum = sums + m * kBlockRows + kLanes * half;
+      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[m][half]), _mm256_load_ps(tile.scales + kLanes * half));
+      _mm256_storeu_ps(sum, _mm256_fmadd_ps(scaled, scale, _mm256_loadu_ps(sum)));
+    }
+  }
+}
+
+// sums: the slices of one token, 16 floats apart. Adds them, the smallest first, and the bias.
+void finish(const float *sums, int slices, const Floats &floats, const Weights &weights, std::int64_t token,
+            std::int64_t row_block) {
+  const std::int64_t output = row_block * kBlockRows, left = weights.out_features - output;
+  const std::size_t element = floats.dtype == Dtype::f32 ? 4 : 2;
+  const std::size_t bytes = element * static_cast<std::size_t>(left < kBlockRows ? left : kBlockRows);
+  alignas(32) std::uint8_t bias[64] = {}, result[64];
+  if (floats.bias != nullptr) std::memcpy(bias, static_cast<const std::uint8_t *>(floats.bias) + output * element, bytes);
+  for (int i = 0; i < kBlockRows; i += kLanes) {
+    __m256 sum = _mm256_loadu_ps(sums + (slices - 1) * kBlockRows + i);
+    for (int slice = slices - 1; slice-- > 0;) sum = _mm256_add_ps(sum, _mm256_loadu_ps(sums + slice * kBlockRows + i));
+    store_floats(floats.dtype, result, i, _mm256_add_ps(sum, load_floats(floats.dtype, bias, i)));
+  }
+  std::memcpy(static_cast<std::uint8_t *>(floats.y) + (token * weights.out_features + output) * element, result, bytes);
+}
+
+std::size_t scratch_bytes(const Weights &, std::int64_t rows, std::int64_t) {
+  return static_cast<std::size_t>(rows * kBlockRows) * sizeof(float);
+}
+
+void multiply(const Weights &weights, const Activations &x, const Floats &floats, std::int64_t first,
+              std::int64_t last, void *scratch) {
+  const int group = static_cast<int>(weights.group);
+  float *sums = static_cast<float *>(scratch);  // [R][16]
+  Tile tile;
+  for (std::int64_t n = first; n < last; ++n) {
+    std::memset(sums, 0, scratch_bytes(weights, x.rows, 1));
+    for (std::int64_t g = 0; g < weights.groups(); ++g) {
+      unpack_tile(weights.block(n, g), group / 8, tile);
+      for (std::int64_t row = 0; row < x.rows; row += 4) {
+        const std::int64_t at = g * x.rows + row;
+        switch (x.rows - row) {
+        case 1: tile_rows<1>(tile, x, at, group, sums + row * kBlockRows); break;
+        case 2: tile_rows<2>(tile, x, at, group, sums + row * kBlockRows); break;
+        case 3: tile_rows<3>(tile, x, at, group, sums + row * kBlockRows); break;
+        default: tile_rows<4>(tile, x, at, group, sums + row * kBlockRows);
+        }
+      }
+    }
+    for (std::int64_t token = 0; token < floats.tokens; ++token)
+      finish(sums + token * x.slices * kBlockRows, x.slices, floats, weights, token, n);
+  }
+}
+
+} // namespace
+
+#if defined(PYMLLM_AVX_VNNI)
+const Kernels kAvx2Vnni{quantise, multiply, scratch_bytes};
+#else
+const Kernels kAvx2{quantise, multiply, scratch_bytes};
+#endif
+
+} // namespace pymllm::int4

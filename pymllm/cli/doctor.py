@@ -1,0 +1,175 @@
+"""`pymllm doctor`: versions, what the CPU and GPUs can do, and which formats, kernels and extras are there."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+from pymllm.cli.options import add_common_options
+from pymllm.cli.output import print_json
+
+SCHEMA_VERSION = 1
+CORE = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
+# Extra: (what is imported, what pip calls it) of each of its packages, as pyproject.toml has them.
+EXTRAS = {
+    "triton": (("triton", "triton"),),
+    "flashinfer": (("flashinfer", "flashinfer-python"),),
+    "server": (("fastapi", "fastapi"), ("uvicorn", "uvicorn")),
+    "grammar": (("xgrammar", "xgrammar"),),
+    "ray": (("ray", "ray"),),
+    "writers": (("compressed_tensors", "compressed-tensors"), ("gguf", "gguf")),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    add_common_options(parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    report = examine()
+    if args.json:
+        print_json(report)
+    else:
+        print("\n".join(lines(report)))
+    return 1 if report["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything, as JSON values.  problems: what keeps pymllm from running here; empty is well."""
+    problems: list[str] = []
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": _versions(),
+        "cpu": _examine_cpu(problems),
+        "gpus": _examine_gpus(problems),
+        "formats": _list_formats(problems),
+        "kernels": _list_kernels(problems),
+        "extras": _list_extras(),
+        "problems": problems,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    import pymllm
+
+    names = dict.fromkeys([*CORE, *(pip for packages in EXTRAS.values() for _, pip in packages)])
+    return {
+        "pymllm": pymllm.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in names},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _examine_cpu(problems: list[str]) -> dict[str, Any]:
+    from pymllm.kernels.cpu import native_available, native_missing_reason, probe
+
+    forced = os.environ.get("PYMLLM_CPU_ISA") or None
+    native = {"present": native_available(), "missing_reason": native_missing_reason()}
+    try:
+        info = asdict(probe())
+    except ValueError as error:  # PYMLLM_CPU_ISA
+        problems.append(str(error))
+        return {"forced_path": forced, "native_kernels": native}
+    return {
+        **info,
+        "features": sorted(info["features"]),
+        "runnable_paths": list(info["runnable_paths"]),
+        "forced_path": forced,
+        "native_kernels": native,
+    }
+
+
+def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch that does not load
+        problems.append(f"torch cannot be imported: {error}")
+        return []
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability = [properties.major, properties.minor]
+        gpus.append(
+            {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory}
+        )
+    return gpus
+
+
+def _list_formats(problems: list[str]) -> list[str]:
+    if problems:
+        return []
+    from pymllm.quantization.base import list_quantization_methods
+
+    return sorted(list_quantization_methods())
+
+
+def _list_kernels(problems: list[str]) -> dict[str, list[str]]:
+    """By operation, the preferred one first."""
+    if problems:
+        return {}
+    from pymllm.kernels.registry import KERNELS, kernels_for
+
+    return {operation: [kernel.name for kernel in kernels_for(operation)] for operation in KERNELS}
+
+
+def _list_extras() -> dict[str, dict[str, Any]]:
+    found = {}
+    for extra, packages in EXTRAS.items():
+        missing = [pip for module, pip in packages if importlib.util.find_spec(module) is None]
+        found[extra] = {"present": not missing, "missing": missing}
+    return found
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    versions, cpu = report["versions"], report["cpu"]
+    installed = [f"{name} {version}" for name, version in versions.items() if version and name != "platform"]
+    text = [f"versions   {', '.join(installed)}", f"platform   {versions['platform']}"]
+    if "brand" in cpu:
+        sizes = [f"{name.upper()} {_size(cpu[f'{name}_bytes'])}" for name in ("l1d", "l2", "l3")]
+        text += [
+            f"cpu        {cpu['brand']} ({cpu['arch']}), {cpu['physical_cores'] or '?'} cores, "
+            f"{cpu['logical_cpus']} threads usable",
+            f"caches     {', '.join(sizes)}; transparent huge pages: {cpu['transparent_huge_pages'] or 'unknown'}",
+            f"cpu path   {cpu['best_path']}{' (forced by PYMLLM_CPU_ISA)' if cpu['forced_path'] else ''}, "
+            f"of {', '.join(cpu['runnable_paths'])}",
+            f"features   {' '.join(cpu['features']) or 'none that matter here'}",
+        ]
+    native = cpu["native_kernels"]
+    text.append(
+        f"native     {'CPU kernels are built and load' if native['present'] else native['missing_reason']}"
+    )
+    for gpu in report["gpus"]:
+        major, minor = gpu["capability"]
+        text.append(
+            f"gpu        {gpu['name']}, capability {major}.{minor}, {gpu['memory_bytes'] / 1e9:.1f} GB"
+        )
+    if not report["gpus"]:
+        text.append("gpu        none that torch can use")
+    text.append(f"formats    {', '.join(report['formats'])}")
+    for operation, names in report["kernels"].items():
+        text.append(f"kernels    {operation}: {', '.join(names)}")
+    for extra, state in report["extras"].items():
+        absent = f"absent: {', '.join(state['missing'])}; pip install 'pymllm[{extra}]'"
+        text.append(f"extra      {extra}: {'present' if state['present'] else absent}")
+    return text + [f"PROBLEM    {problem}" for problem in report["problems"]]
+
+
+def _size(nbytes: int | None) -> str:
+    if nbytes is None:
+        return "unknown"
+    return f"{nbytes // 1024} KiB" if nbytes < 1 << 20 else f"{nbytes / (1 << 20):.1f} MiB"

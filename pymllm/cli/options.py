@@ -1,0 +1,124 @@
+"""The options that verbs share: which model, and how to run it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+SHIPPED = "the small model that comes with pymllm"
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", help="log one line for each phase")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+    """MODEL and everything that `pymllm.load_model` takes; `model_arguments` reads it back."""
+    if positional:
+        parser.add_argument(
+            "model", nargs="?", metavar="MODEL", help=f"a folder, or a hub id org/name; default: {SHIPPED}"
+        )
+    group = parser.add_argument_group("the model")
+    # One list for both options, as the order of rules matters: the first match wins.
+    group.add_argument(
+        "--quant",
+        action="append",
+        metavar="PATTERN=METHOD[:KEY=VALUE,...]",
+        help="the method of the layers that match, e.g. '**.mlp.**=fp8'; repeatable, first match wins",
+    )
+    group.add_argument(
+        "--quant-file",
+        action="append",
+        type=Path,
+        dest="quant",
+        metavar="FILE",
+        help="such rules, one a line",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--dtype", default="auto", help="of activations: auto, float32, float16 or bfloat16")
+    group.add_argument(
+        "--compute",
+        choices=("auto", "exact", "checkpoint"),
+        default="auto",
+        help="whether kernels may quantise activations: where it helps, never, or as the checkpoint demands",
+    )
+    group.add_argument(
+        "--kernel",
+        action="append",
+        type=_kernel,
+        default=[],
+        metavar="OPERATION=NAME",
+        help="force a kernel, e.g. linear=reference; repeatable",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--tensor-parallel-size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="ranks to divide the model over; start N processes with torchrun",
+    )
+    add_common_options(parser)
+
+
+def _kernel(text: str) -> tuple[str, str]:
+    operation, equals, name = text.partition("=")
+    if not (operation and equals and name):
+        raise argparse.ArgumentTypeError(f"expected OPERATION=NAME, e.g. linear=reference, not {text!r}")
+    return operation, name
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
+    return int(text)
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `load_model`, `plan` and `verify`.  ConfigError for an operation without kernels."""
+    _check_isa()
+    if args.kernel:
+        _check_operations([operation for operation, _ in args.kernel])
+    return {
+        "quant": args.quant,
+        "device": args.device,
+        "dtype": args.dtype,
+        "compute": args.compute,
+        "kernels": dict(args.kernel),
+        "revision": args.revision,
+    }
+
+
+def model_or_shipped(model: str | None) -> str | Path:
+    """MODEL as given, or the shipped model's folder."""
+    from pymllm.api import shipped_model
+
+    return shipped_model() if model is None else model
+
+
+def _check_operations(operations: list[str]) -> None:
+    from pymllm.errors import ConfigError
+    from pymllm.kernels.registry import KERNELS
+
+    for operation in operations:
+        if operation not in KERNELS:
+            raise ConfigError(
+                f"there is no operation {operation!r} to force a kernel of",
+                code="kernel-operation",
+                expected=" or ".join(KERNELS),
+                found=operation,
+            )
+
+
+def _check_isa() -> None:
+    """PYMLLM_CPU_ISA is the user's; a wrong one is an error like any other."""
+    if "PYMLLM_CPU_ISA" in os.environ:
+        from pymllm.errors import ConfigError
+        from pymllm.kernels.cpu import probe
+
+        try:
+            probe()
+        except ValueError as error:
+            raise ConfigError(str(error), code="cpu-isa") from None

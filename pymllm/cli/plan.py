@@ -1,0 +1,140 @@
+"""`pymllm plan`: which method and kernel every layer gets, and why, from config and headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped
+from pymllm.cli.output import console, print_json, readable_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pymllm.planning import Plan, PlannedLayer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--rank", type=int, default=0, help="whose share to show, of --tensor-parallel-size")
+    parser.add_argument("--all", action="store_true", help="every layer on a line of its own")
+    parser.add_argument("--json", action="store_true", help="the whole plan as JSON (docs/plan-schema.md)")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from pymllm.parallel import Parallel
+    from pymllm.planning import plan
+
+    # A plan needs no other process, so a machine of any size can show the share of any rank.
+    with Parallel(args.rank, args.tensor_parallel_size):
+        planned = plan(model_or_shipped(args.model), **model_arguments(args))
+    if args.json:
+        print_json(planned.to_dict())
+    else:
+        print_plan(planned, console(), every_layer=args.all)
+    return 0
+
+
+def print_plan(plan: Plan, out: Console, *, every_layer: bool = False, reasons: bool = True) -> None:
+    """The plan as a table, its totals and notes below.  reasons: also what kernels compute, and refused ones."""
+    size = plan.tensor_parallel
+    ranks = f", rank {size['rank']} of {size['size']}" if size["size"] > 1 else ""
+    out.print(f"{plan.model}", style="bold")
+    out.print(f"{plan.model_type} on {plan.device}, {plan.dtype} activations, compute {plan.compute}{ranks}")
+    out.print(_layer_table(plan.layers) if every_layer else _group_table(plan, named=out.width >= 120))
+    totals = plan.totals
+    weights, peak = readable_size(totals["weight_bytes"]), readable_size(totals["peak_load_bytes"])
+    out.print(
+        f"weights {weights}, at most {peak} while loading, "
+        f"KV cache {totals['kv_cache_bytes_per_token']} bytes a token; "
+        f"tensor-parallel sizes that work: {', '.join(map(str, size['legal_sizes']))}"
+    )
+    if reasons:
+        for kernel, numerics in dict.fromkeys((layer.kernel, layer.numerics) for layer in plan.layers):
+            out.print(f"{kernel} computes with: {numerics}", style="dim")
+        for refusal, count in _refusals(plan).items():
+            out.print(f"not chosen for {count} layer{'s' * (count > 1)}: {refusal}", style="dim")
+    for note in plan.notes:
+        out.print(f"note: {note}", style="yellow")
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        numeric = column in ("#", "size")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    return table
+
+
+def _group_table(plan: Plan, *, named: bool) -> Table:
+    """Alike layers on one line.  named: with the pattern of their names, which takes a wide terminal."""
+    table = _table("#", *(["layers"] if named else []), "kind", "method", "kernel", "size", "decided by")
+    by_prefix = {layer.prefix: layer for layer in plan.layers}
+    for first, names in plan.groups():
+        size = sum(by_prefix[name].bytes for name in names)
+        cells = (first.kind, first.method_detail, first.kernel, _size(first, size), _why(first))
+        table.add_row(str(len(names)), *([common_pattern(names)] if named else []), *cells)
+    return table
+
+
+def _layer_table(layers: list[PlannedLayer]) -> Table:
+    table = _table("layer", "kind", "shape", "on this rank", "method", "kernel", "size", "decided by")
+    for layer in layers:
+        shape, local = ("×".join(map(str, sides)) for sides in (layer.shape, layer.shape_local))
+        cells = (
+            layer.kind,
+            shape,
+            local,
+            layer.method_detail,
+            layer.kernel,
+            _size(layer, layer.bytes),
+            _why(layer),
+        )
+        table.add_row(layer.prefix, *cells)
+    return table
+
+
+def _size(layer: PlannedLayer, nbytes: int) -> str:
+    return "shared" if layer.tied_to else readable_size(nbytes) if nbytes else "–"
+
+
+def _why(layer: PlannedLayer) -> str:
+    if layer.rule:
+        return f"rule {layer.rule}"
+    return (
+        f"tied to {layer.tied_to}"
+        if layer.tied_to
+        else layer.source.replace("quantization_config", "checkpoint")
+    )
+
+
+def _refusals(plan: Plan) -> dict[str, int]:
+    """How many layers each refused kernel was refused for, by "name: reason"."""
+    counts: dict[str, int] = {}
+    for layer in plan.layers:
+        for refusal in layer.refused:
+            text = f"{refusal['kernel']} ({layer.kind}): {refusal['why']}"
+            counts[text] = counts.get(text, 0) + 1
+    return counts
+
+
+def common_pattern(names: list[str]) -> str:
+    """The narrowest of our patterns that covers these names: model.layers.*.mlp.*, say.  It may cover others too."""
+    patterns = (
+        list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+        if len(names) > 1
+        else names
+    )
+    segments = [pattern.split(".") for pattern in patterns]
+    same = 0
+    while all(len(s) > same and s[same] == segments[0][same] for s in segments):
+        same += 1
+    if len(patterns) == 1:
+        return patterns[0]
+    tail = "*" if all(len(s) == same + 1 for s in segments) else "**"
+    return ".".join([*segments[0][:same], tail])

@@ -1,0 +1,206 @@
+"""`pymllm run`: text to stdout as it comes; the plan and the speeds, if asked for, to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pymllm.cli.options import SHIPPED, add_model_options, model_arguments
+from pymllm.cli.output import console, print_json, readable_size, say
+
+if TYPE_CHECKING:
+    from pymllm.api import LLM
+    from pymllm.engine.request import RequestOutput
+    from pymllm.planning import Plan
+
+DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file, without their line ends."""\n'
+DEMO_SEED = 1
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "pymllm run [MODEL] [PROMPT] [options]"
+    parser.epilog = (
+        "A single MODEL-or-PROMPT is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id "
+        "org/name; else it is a prompt for the shipped model. With --prompt it is always MODEL. Without a prompt, "
+        "stdin is the prompt, unless it is a terminal. Sampling that is not given is as the checkpoint's "
+        "generation_config.json recommends."
+    )
+    parser.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help=f"default MODEL: {SHIPPED}")
+    parser.add_argument("-p", "--prompt", help="the prompt, whatever it looks like")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message for the chat template"
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="a fixed prompt and seed for the shipped model, with --stats"
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most; default: 128")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, metavar="X")
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--stats", action="store_true", help="also the plan before and the speeds after, on stderr"
+    )
+    group.add_argument("--json", action="store_true", help="one JSON object at the end in place of the text")
+    add_model_options(parser, positional=False)
+
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+
+
+def execute(args: argparse.Namespace) -> int:
+    model, prompt = read_words(args)
+    if args.demo:
+        prompt = DEMO_PROMPT if prompt is None else prompt
+        args.stats, args.seed = True, DEMO_SEED if args.seed is None else args.seed
+    if prompt is None:
+        prompt = read_stdin(args, model)
+    check_text(args, prompt)
+    from pymllm.api import LLM
+
+    chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    started = time.perf_counter()
+    llm = LLM(model, tensor_parallel_size=args.tensor_parallel_size, **model_arguments(args))
+    startup_seconds = time.perf_counter() - started
+    params = llm.default_params(**chosen)
+    # torchrun gives stdin to one rank only.
+    prompt = llm.parallel.broadcast_object(prompt) if llm.parallel.size > 1 else prompt
+    ids = llm.encode(prompt) if not args.chat else llm.tokenizer.apply_chat_template([message(prompt)])
+    if args.stats and not args.json:
+        print_plan_summary(llm.plan)
+    show = not args.json
+    if show and not args.chat and (args.stats or sys.stdout.isatty()):
+        print(prompt, end="", file=sys.stderr, flush=True)  # the answer goes on from here
+    started, first_token_seconds, output = time.perf_counter(), 0.0, None
+    for piece in llm.stream(ids, params):
+        first_token_seconds = first_token_seconds or time.perf_counter() - started
+        output = piece.output
+        if show:
+            print(piece.text, end="", flush=True)
+    assert output is not None
+    if show:
+        print(flush=True)
+    speeds = measure(llm, output, startup_seconds, first_token_seconds)
+    if args.json:
+        print_json(
+            {
+                "schema_version": 1,
+                "model": str(llm.path),
+                "prompt_tokens": len(output.prompt_token_ids),
+                "text": output.text,
+                "token_ids": list(output.token_ids),
+                "finish_reason": output.finish_reason,
+                "sampling": asdict(params),
+                "plan": summarise(llm.plan),
+                "speeds": speeds,
+            }
+        )
+    elif args.stats:
+        print_speeds(output, speeds)
+    return 0
+
+
+def message(prompt: str) -> dict[str, str]:
+    return {"role": "user", "content": prompt}
+
+
+def read_words(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """(model, prompt) of the positional words and --prompt; None is not given."""
+    words, prompt = args.words, args.prompt
+    if len(words) > (2 if prompt is None else 1):
+        args.parser.error("at most MODEL and one PROMPT are expected; quote a prompt of several words")
+    if len(words) == 2:
+        return words[0], words[1]
+    if len(words) == 1:
+        return (words[0], prompt) if prompt is not None or names_a_model(words[0]) else (None, words[0])
+    return None, prompt
+
+
+def names_a_model(word: str) -> bool:
+    """Whether a lone word is MODEL rather than PROMPT; `--help` states the rule."""
+    path_like = word.startswith(("/", "./", "../", "~")) and not any(
+        character.isspace() for character in word
+    )
+    return path_like or os.path.exists(word) or HUB_ID.fullmatch(word) is not None
+
+
+def read_stdin(args: argparse.Namespace, model: str | None) -> str:
+    """The prompt from a pipe.  A terminal, or nothing, gives the shipped model its demo prompt."""
+    text = ""
+    if sys.stdin is not None and not sys.stdin.isatty():
+        data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            args.parser.error(f"the prompt on stdin is not UTF-8: {error}")
+    if not text and model is None:
+        say("(no prompt given: the built-in one)")
+        return DEMO_PROMPT
+    if not text and not int(os.environ.get("RANK", "0")):
+        args.parser.error("no prompt: give one after MODEL, with --prompt, or on stdin")
+    return text
+
+
+def check_text(args: argparse.Namespace, prompt: str) -> None:
+    for text in (prompt, *(args.stop or ())):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            args.parser.error("the prompt and --stop must be UTF-8")
+
+
+def summarise(plan: Plan) -> dict[str, Any]:
+    """The plan's totals, and how many layers each method and kernel has."""
+    return {
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "compute": plan.compute,
+        **plan.totals,
+        "methods": dict(Counter(layer.method_detail for layer in plan.layers if layer.kind != "attention")),
+        "kernels": dict(Counter(f"{layer.kind}: {layer.kernel}" for layer in plan.layers)),
+    }
+
+
+def measure(
+    llm: LLM, output: RequestOutput, startup_seconds: float, first_token_seconds: float
+) -> dict[str, Any]:
+    """Seconds and tokens a second.  load: reading and packing; startup: from nothing to ready, imports left out."""
+    report = llm.load_report
+    return {
+        "load_seconds": report.seconds,
+        "load_bytes": report.bytes_read,
+        "startup_seconds": startup_seconds,
+        "time_to_first_token_seconds": first_token_seconds,
+        "prefill_tokens_per_second": output.prefill_tokens_per_second,
+        "decode_tokens_per_second": output.decode_tokens_per_second,
+    }
+
+
+def print_plan_summary(plan: Plan) -> None:
+    from pymllm.cli.plan import print_plan
+
+    print_plan(plan, console(stderr=True), reasons=False)
+    say()
+
+
+def print_speeds(output: RequestOutput, speeds: dict[str, Any]) -> None:
+    prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
+    say()
+    say(f"load     {speeds['load_seconds']:.2f} s, {readable_size(speeds['load_bytes'])} read and packed")
+    say(f"first    token after {speeds['time_to_first_token_seconds'] * 1000:.0f} ms")
+    say(f"prefill  {speeds['prefill_tokens_per_second']:.0f} tokens/s ({prompt} tokens)")
+    say(
+        f"decode   {speeds['decode_tokens_per_second']:.1f} tokens/s ({answer} tokens, ended by {output.finish_reason})"
+    )

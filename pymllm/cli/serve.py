@@ -1,0 +1,144 @@
+"""`pymllm serve`: OpenAI-style HTTP over one model, one request at a time.  docs/serving.md has the whole of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymllm.cli.options import add_model_options, model_arguments
+from pymllm.cli.output import say
+
+if TYPE_CHECKING:
+    import uvicorn
+
+SHIPPED_NAME = "pymllm-shipped"
+SPARE_CONNECTIONS = 256  # beside those that wait: idle ones, and clients still sending; each may hold 4 MiB
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    group = parser.add_argument_group("the server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; default: this machine alone"
+    )
+    group.add_argument("--port", type=_port, default=8000, help="default: 8000; 0 takes a free one")
+    group.add_argument(
+        "--api-key",
+        default=os.environ.get("PYMLLM_API_KEY"),
+        help="demanded of every request but /health; better given as PYMLLM_API_KEY, which other users cannot see",
+    )
+    group.add_argument("--model-name", help="what clients call the model; default: MODEL's last part")
+    group.add_argument(
+        "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait; default: 64"
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    if args.max_waiting < 0:
+        args.parser.error("--max-waiting must not be negative")
+    if args.api_key == "":
+        args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
+    from pymllm.errors import ConfigError, MissingExtraError
+
+    for package in ("fastapi", "uvicorn"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            raise MissingExtraError(package, "server", "pymllm serve") from None
+    if args.tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "serve runs on one rank",
+            code="serve-parallel",
+            expected="--tensor-parallel-size 1, without torchrun",
+            found=f"{max(args.tensor_parallel_size, int(os.environ.get('WORLD_SIZE', '1')))} ranks",
+        )
+    with bind(args.host, args.port) as listener:  # before the model is loaded: a taken port is known at once
+        return _serve(args, listener)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the port, but does not listen yet: clients are refused until the model is there."""
+    from pymllm.errors import ConfigError
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"the address {host!r} cannot be used: {error}", code="address") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error}",
+            code="address",
+            fix="Choose another with --host and --port.",
+        ) from None
+    return listener
+
+
+def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
+    import uvicorn
+
+    from pymllm.api import LLM
+    from pymllm.server.app import create_app
+
+    llm = LLM(args.model, **model_arguments(args))
+    name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
+    app = create_app(llm, model_name=name, api_key=args.api_key, max_waiting=args.max_waiting)
+    config = uvicorn.Config(
+        app,
+        http="h11",  # bounds the size of headers, as httptools does not
+        ws="none",
+        lifespan="off",
+        limit_concurrency=SPARE_CONNECTIONS + args.max_waiting,
+        log_level=logging.INFO if args.verbose else logging.WARNING,
+        access_log=args.verbose,
+        server_header=False,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    if args.host not in LOOPBACK and args.api_key is None:
+        say("warning: other machines can reach this server, and it has no API key.")
+    # uvicorn drains on a signal, then raises it again for the handler that was there before.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    greeting = f"Serving {name} at http://{shown}:{port}/v1, one request at a time. Ctrl+C stops."
+    make_server(config, greeting).run(sockets=[listener])
+    return 0
+
+
+def served_name(model: str) -> str:
+    """A hub id stays; of a folder, the last part."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
+    """A server that says when it listens, finishes what it has on a first signal, and stops at once on a second."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            say(greeting)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.should_exit:
+                os._exit(128 + sig)  # the generating thread would be waited for else
+            say("Finishing the requests under way; once more to stop at once.")
+            super().handle_exit(sig, frame)
+
+    return Server(config)

@@ -1,0 +1,272 @@
+"""bitsandbytes: nf4 and fp4, also with double quantisation, and int8.
+
+4 bits, over the weight laid flat, row after row, in blocks of B (n = O * I values, m = n/B blocks):
+
+    weight                               uint8   [n/2, 1]   two codes a byte, the high nibble first
+    weight.absmax                        float32 [m]        the scale of each block; with double quantisation uint8 [m]
+    weight.quant_map                     float32 [16]       what the codes mean, a fraction of the scale
+    weight.quant_state.bitsandbytes__nf4 uint8   [...]      JSON: blocksize, quant_type, shape, dtype, nested_*
+    weight.nested_absmax                 float32 [m/256]    double quantisation: the scale of each block of scales
+    weight.nested_quant_map              float32 [256]      double quantisation: what the codes of scales mean
+
+int8: weight int8 [O, I], SCB float32 [O] (the largest magnitude of each row), weight_format uint8 [] (0: rows).
+
+w = quant_map[code] * absmax; absmax = nested_quant_map[code] * nested_absmax + nested_offset.
+int8: w = code * SCB / 127.
+The page with the layouts: quantization/bitsandbytes/README.md.
+"""
+
+# I in_features, O out_features, B block size, n values, m blocks, P parts of a fused layer
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import CheckpointError
+from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    StoredTensor,
+    read_names,
+    register_quantization,
+)
+from pymllm.quantization.fields import is_skipped, read_choice, read_stored, unsupported
+from pymllm.quantization.packing import unpack_nibbles_high_first
+from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
+
+QUANT_TYPES = ("nf4", "fp4")
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Double quantisation.  block: how many scales share one.  offset: what is added to each."""
+
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class BitsAndBytes4BitLinearMethod(LinearMethodBase):
+    """Everything but the tensors, from the layer's quant_state.
+
+    table: what the 16 codes mean.  block: values that share a scale.  state_bytes: the length of the JSON.
+    storage: the dtype that the bytes are declared as.
+    """
+
+    quant_type: str
+    table: tuple[float, ...]
+    block: int
+    nested: Nested | None
+    storage: torch.dtype
+    state_bytes: int
+    name: ClassVar[str] = "bitsandbytes"
+
+    @property
+    def per_element(self) -> int:
+        """How many codes an element of the stored weight holds."""
+        return 2 * self.storage.itemsize
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        scale_dtype = torch.float32 if self.nested is None else torch.uint8
+        specs: tuple[WeightSpec, ...] = (
+            WeightSpec("weight", self.storage, (OUT.flattened(self.per_element), whole(1))),
+            _spec("absmax", scale_dtype, OUT.flattened(self.block)),
+            _spec("quant_map", torch.float32, PART, whole(16)),
+            WeightSpec(
+                "quant_state",
+                torch.uint8,
+                (PART, whole(self.state_bytes)),
+                aliases=(STATE + self.quant_type,),
+            ),
+        )
+        if self.nested is not None:
+            nested = OUT.flattened(self.block * self.nested.block)
+            specs += (
+                _spec("nested_absmax", torch.float32, nested),
+                _spec("nested_quant_map", torch.float32, PART, whole(256)),
+            )
+        return specs
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        """Every rank has whole rows, of which a row-parallel one keeps its columns: rows share bytes and blocks."""
+        dims = {spec.name: spec.dims[0].of_rows(shape.in_features) for spec in self.weight_specs(shape)}
+        start, stop = shape.inputs.start, shape.inputs.stop
+        # The widest groups that neither a block nor an edge of this rank cuts.
+        group = math.gcd(self.block, shape.in_features, start, stop)
+        weight = tensors["weight"].view(torch.uint8).view(-1, 1)
+        codes, scales = [], []
+        for part, rows in enumerate(shape.outputs):
+            packed = _part(weight, shape, part, dims["weight"], self.storage.itemsize)
+            values = unpack_nibbles_high_first(packed.view(1, -1)).view(-1)
+            before = rows.start * shape.in_features - rows.stored(dims["weight"], "").start * self.per_element
+            mine = values[before : before + rows.size * shape.in_features]
+            codes.append(mine.view(rows.size, -1)[:, start:stop])
+            # The position in the flat weight of each group's first value.
+            device = weight.device
+            firsts = torch.arange(rows.start, rows.stop, device=device)[:, None] * shape.in_features
+            firsts = firsts + torch.arange(start, stop, group, device=device)
+            absmax = _values_at(tensors["absmax"], firsts // self.block, shape, part, dims["absmax"])
+            if self.nested is not None:
+                blocks = firsts // (self.block * self.nested.block)
+                nested = _values_at(tensors["nested_absmax"], blocks, shape, part, dims["nested_absmax"])
+                absmax = (
+                    tensors["nested_quant_map"].view(-1, 256)[part][absmax.int()] * nested
+                    + self.nested.offset
+                )
+            scales.append(absmax)
+        table = torch.tensor(self.table, device=weight.device)
+        return CodebookWeight(torch.cat(codes), table, torch.cat(scales), self.quant_type, group)
+
+    def describe(self) -> str:
+        double = "" if self.nested is None else ", double quantised"
+        return f"bitsandbytes {self.quant_type}, blocks of {self.block}{double}"
+
+
+def _spec(name: str, dtype: torch.dtype, *dims: Dim) -> WeightSpec:
+    """A tensor that the writer names after the weight; torch takes no parameter whose name has a dot."""
+    return WeightSpec(name, dtype, dims, aliases=(f"weight.{name}",))
+
+
+def _part(tensor: Tensor, shape: LinearShape, part: int, dim: Dim, width: int = 1) -> Tensor:
+    """What a part has of a flat tensor; width: how many of the tensor's elements are one of the dimension's."""
+    sizes = [span.stored(dim, "").size * width for span in shape.outputs]
+    return tensor.narrow(0, sum(sizes[:part]), sizes[part])
+
+
+def _values_at(tensor: Tensor, positions: Tensor, shape: LinearShape, part: int, dim: Dim) -> Tensor:
+    """The elements of a part's full tensor at `positions`, of which this rank holds a piece."""
+    held: Span = shape.outputs[part].stored(dim, "")
+    return _part(tensor, shape, part, dim)[positions - held.start]
+
+
+@dataclass(frozen=True)
+class BitsAndBytesInt8LinearMethod(LinearMethodBase):
+    """LLM.int8(): a scale a row.  Run weight-only: which inputs the writer keeps in floats, it never stores."""
+
+    name: ClassVar[str] = "bitsandbytes"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        return (
+            WeightSpec("weight", torch.int8, (OUT, IN)),
+            WeightSpec("SCB", torch.float32, (OUT,)),
+            WeightSpec("weight_format", torch.uint8, (PART,)),
+        )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        formats = tensors["weight_format"]
+        if not formats.is_meta and bool(formats.any()):
+            raise CheckpointError(
+                "the weight is stored in another order than row by row",
+                code="weight-format",
+                tensor=f"{shape.name}.weight_format",
+                expected="0 (row)",
+                found=str(formats.tolist()),
+                fix="Save it again with a recent bitsandbytes, which only writes rows.",
+            )
+        codes = tensors["weight"].view(torch.uint8) ^ 128  # two's complement to an offset of 128
+        return IntWeight(codes, (tensors["SCB"] / 127).unsqueeze(1), None, 8, codes.shape[1])
+
+    def describe(self) -> str:
+        return "bitsandbytes int8"
+
+
+@register_quantization("bitsandbytes")
+class BitsAndBytesConfig(QuantizationConfig):
+    """`quantization_config` of bitsandbytes: load_in_4bit or load_in_8bit, llm_int8_skip_modules, bnb_4bit_*."""
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        quant_type: str = "fp4",
+        skip_modules: tuple[str, ...] = (),
+    ) -> None:
+        self.bits, self.quant_type, self.skip_modules = bits, quant_type, skip_modules
+        self.methods: dict[str, LinearMethodBase] = {}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "bitsandbytes"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:
+        in_4bit, in_8bit = (
+            bool(config.get(f"load_in_{bits}bit", config.get(f"_load_in_{bits}bit"))) for bits in (4, 8)
+        )
+        if in_4bit == in_8bit:
+            found = f"load_in_4bit {in_4bit} and load_in_8bit {in_8bit}"
+            raise unsupported(
+                "bitsandbytes", "load_in_4bit", found, "exactly one of load_in_4bit and load_in_8bit"
+            )
+        return cls(
+            bits=4 if in_4bit else 8,
+            quant_type=read_choice("bitsandbytes", config, "bnb_4bit_quant_type", "fp4", QUANT_TYPES),
+            skip_modules=read_names(config, "llm_int8_skip_modules", regex=""),
+        )
+
+    def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Reads every layer's quant_state, without which its other tensors have neither sizes nor meaning."""
+        super().see_checkpoint(tensors)
+        for name in tensors:
+            prefix, found, quant_type = name.partition(f".{STATE}")
+            if found and quant_type in QUANT_TYPES:
+                self.methods[prefix] = self._read_state(prefix, quant_type)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if prefix in self.methods:
+            return self.methods[prefix]
+        if f"{prefix}.SCB" in self.stored:
+            return BitsAndBytesInt8LinearMethod()
+        if getattr(layer, "kind", "linear") != "linear" or is_skipped(prefix, self.skip_modules):
+            return None
+        if self.stored_as_float(prefix):
+            return None
+        if self.bits == 8:
+            return BitsAndBytesInt8LinearMethod()
+        raise CheckpointError(
+            "the layer has no quant_state, which says what its codes mean",
+            code="quant-state",
+            tensor=f"{prefix}.{STATE}{self.quant_type}",
+            expected=" or ".join(f"{STATE}{kind}" for kind in QUANT_TYPES),
+            fix="If it was left unquantised, name it in llm_int8_skip_modules; "
+            "else save it again with bitsandbytes 0.41.3 or later.",
+        )
+
+    def _read_state(self, prefix: str, quant_type: str) -> LinearMethodBase:
+        name = f"{prefix}.{STATE}{quant_type}"
+        raw = bytes(read_stored(self.stored[name]).flatten().tolist())
+        try:
+            state = json.loads(raw)
+            block, nested = state["blocksize"], None
+            if f"{prefix}.weight.nested_absmax" in self.stored:
+                nested = Nested(state["nested_blocksize"], float(state["nested_offset"]))
+            sizes = (block,) if nested is None else (block, nested.block)
+            if not all(type(size) is int and size > 0 for size in sizes) or state["quant_type"] != quant_type:
+                raise ValueError("its fields contradict the tensors")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the quant_state cannot be read: {error!r}",
+                code="quant-state",
+                tensor=name,
+                expected=f"JSON with blocksize and quant_type {quant_type} (nested_blocksize and nested_offset)",
+                found=repr(raw[:200]),
+            ) from None
+        weight, table = (self.stored.get(f"{prefix}.{name}") for name in ("weight", "weight.quant_map"))
+        if weight is None or weight.dtype is None or table is None:
+            raise CheckpointError(
+                "the layer has a quant_state but not what it describes",
+                code="quant-state",
+                tensor=name,
+                expected=f"{prefix}.weight and {prefix}.weight.quant_map",
+            )
+        values = tuple(read_stored(table).flatten().tolist())
+        return BitsAndBytes4BitLinearMethod(quant_type, values, block, nested, weight.dtype, len(raw))

@@ -1,0 +1,60 @@
+"""FBGEMM FP8 (`quant_method: fbgemm_fp8`), as Meta's Llama checkpoints have it.
+
+    weight        float8_e4m3fn [O, I]
+    weight_scale  float32 [O, 1]
+
+w = weight * weight_scale; activations are rounded to FP8 with a scale for each token, whose largest magnitude
+`activation_scale_ub` bounds. The page with the layout: quantization/fbgemm-fp8/README.md.
+"""
+
+# I in_features, O out_features
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
+from pymllm.quantization.fields import is_skipped, unsupported
+from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+
+METHOD = NamedFp8LinearMethod("fbgemm-fp8", (1, 0), "token")
+
+
+@register_quantization("fbgemm-fp8")
+class FbgemmFp8Config(QuantizationConfig):
+    """`quantization_config` with quant_method fbgemm_fp8: activation_scale_ub, modules_to_not_convert.
+
+    The bound only bites on inputs beyond it (1200 by default), which here keep a scale of their own.
+    """
+
+    def __init__(
+        self, *, activation_scale_ub: float = 1200.0, modules_to_not_convert: tuple[str, ...] = ()
+    ) -> None:
+        self.activation_scale_ub, self.modules_to_not_convert = activation_scale_ub, modules_to_not_convert
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "fbgemm-fp8"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FbgemmFp8Config:
+        bound = config.get("activation_scale_ub", 1200.0)
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound <= 0:
+            raise unsupported("FBGEMM FP8", "activation_scale_ub", bound, "a positive number")
+        return cls(
+            activation_scale_ub=float(bound),
+            modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if is_skipped(prefix, self.modules_to_not_convert) or self.stored_as_float(prefix):
+            return None
+        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.weight_scale" not in self.stored:
+            return None
+        return METHOD
+
+    def skip_reason(self, tensor: str) -> str | None:
+        return "activation_scale_ub again, as a tensor" if tensor.endswith(".input_scale_ub") else None

@@ -1,0 +1,266 @@
+"""GPTQ, as AutoGPTQ and GPTQModel store it: 2, 3, 4 or 8 bits in groups of inputs.
+
+    qweight int32   [I·bits/32, O]     codes, packed along the inputs
+    qzeros  int32   [I/G, O·bits/32]   zero points, packed along the outputs; checkpoint_format gptq: minus one
+    scales  float16 [I/G, O]
+    g_idx   int32   [I]                the group of each input; in order, or absent, without desc_act
+
+Fields lie in words lowest bits first; 32 fields of 3 bits fill three words.
+w = (code - zero) * scale of the input's group. The page with the layout: quantization/gptq/README.md.
+"""
+
+# I in_features, O out_features, G group_size
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    parse_options,
+    register_quantization,
+)
+from pymllm.quantization.integer_linear import (
+    group_dim,
+    grouped_weight,
+    refuse_unknown_groups,
+    refuse_unordered,
+    unpack_outputs,
+)
+from pymllm.quantization.packing import pack_words, unpack_words
+from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+
+BITS = (2, 3, 4, 8)
+# What `checkpoint_format: gptq` takes off every zero point, in one word: writers subtract whole words, so that a zero
+# point of 0 borrows from its neighbour, and adding whole words is what undoes it. Only 3 bits go field by field.
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
+@dataclass(frozen=True)
+class GPTQLinearMethod(LinearMethodBase):
+    """group_size: inputs that share a scale; 0 or less: the whole row.
+
+    zeros_minus_one: how zero points are stored.  index: whether there is a g_idx, and whether it is in order.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    zeros_minus_one: bool = True
+    index: Literal["absent", "in order", "act order"] = "absent"
+    name: ClassVar[str] = "gptq"
+
+    @property
+    def fuses(self) -> bool:
+        return self.index != "act order"  # each part has an order of its own
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        groups = group_dim(self.group_size, shape, indexed=self.index == "act order")
+        specs = (
+            WeightSpec("qweight", torch.int32, (IN.in_words(self.bits), OUT)),
+            WeightSpec("qzeros", torch.int32, (groups, OUT.in_words(self.bits)), refuse=self._refuse_zeros),
+            WeightSpec("scales", torch.float16, (groups, OUT), accepts=FLOATS, scale=True),
+        )
+        if self.index == "absent":
+            return specs
+        refuse = refuse_unknown_groups if self.index == "act order" else refuse_unordered
+        check = functools.partial(refuse, group_size=self.group_size)
+        return (*specs, WeightSpec("g_idx", torch.int32, (PART, IN), accepts=(torch.int64,), refuse=check))
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        codes = unpack_words(tensors["qweight"].t(), self.bits)[:, : shape.in_features_local].contiguous()
+        zeros = None if self.symmetric else self._zeros(tensors["qzeros"], shape)
+        index = tensors["g_idx"].reshape(len(shape.outputs), -1) if self.index == "act order" else None
+        scales = tensors["scales"].t().contiguous()
+        return grouped_weight(codes, scales, zeros, self.bits, self.group_size, shape, index=index)
+
+    def _zeros(self, words: Tensor, shape: LinearShape) -> Tensor:
+        """[I/G, O·bits/32] words → [O, I/G] zero points."""
+        if not self.zeros_minus_one:
+            return unpack_outputs(words, self.bits, shape)
+        if self.bits in ONES:
+            return unpack_outputs(words + ONES[self.bits], self.bits, shape)
+        return (unpack_outputs(words, self.bits, shape) + 1) & (2**self.bits - 1)
+
+    def _refuse_zeros(self, words: Tensor, shape: LinearShape) -> str | None:
+        """Symmetric zero points are not read, so they must be what the config says of them."""
+        if not self.symmetric:
+            return None
+        whole_words = (shape.outputs[0].stop - shape.outputs[0].start) * self.bits // 32
+        stored = 2 ** (self.bits - 1) - self.zeros_minus_one
+        fields = torch.full((1, whole_words * 32 // self.bits + 32), stored, device=words.device)
+        if bool((words[:, :whole_words] == pack_words(fields, self.bits)[:, :whole_words]).all()):
+            return None
+        return f"zero points other than {2 ** (self.bits - 1)}, although the config says sym: true"
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
+        if weight.shape[1] % group_size:
+            raise ConfigError(
+                f"groups of {group_size} do not divide the {weight.shape[1]} inputs",
+                code="group-size",
+                tensor=shape.name,
+                expected=f"a multiple of {group_size}",
+                fix="Use a group size that divides every layer's inputs, or -1 for whole rows.",
+            )
+        return IntWeight.from_float(weight, bits=self.bits, group_size=group_size, symmetric=self.symmetric)
+
+    def describe(self) -> str:
+        groups = f"g{self.group_size}" if self.group_size > 0 else "whole rows"
+        order = " in act order" if self.index == "act order" else ""
+        return f"gptq int{self.bits} {groups} {'sym' if self.symmetric else 'asym'}{order}"
+
+
+@dataclass(frozen=True)
+class DynamicRule:
+    """One of the config's `dynamic` rules.  overrides: None: the modules it matches stay in floats."""
+
+    pattern: str
+    overrides: Mapping[str, Any] | None
+
+
+@register_quantization("gptq")
+class GPTQConfig(QuantizationConfig):
+    """`quantization_config` of GPTQ: bits, group_size, sym, desc_act, checkpoint_format, dynamic, lm_head.
+
+    modules: names within a decoder block that are quantised; empty: all linear layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: GPTQLinearMethod,
+        desc_act: bool = False,
+        dynamic: tuple[DynamicRule, ...] = (),
+        modules: tuple[str, ...] = (),
+    ) -> None:
+        self.method, self.desc_act, self.dynamic, self.modules = method, desc_act, dynamic, modules
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "gptq"
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        return ["quantize_config.json"]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GPTQConfig:
+        stored_as = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if stored_as not in ("gptq", "gptq_v2"):
+            raise _unsupported("checkpoint_format", stored_as, "gptq or gptq_v2")
+        if config.get("is_marlin_format"):
+            raise _unsupported("is_marlin_format", True, "false")
+        method = GPTQLinearMethod(zeros_minus_one=stored_as == "gptq")
+        method, desc_act = _read_settings({"desc_act": False, "sym": True, **config}, "", method)
+        dynamic = config.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping):
+            raise _unsupported("dynamic", dynamic, "an object of rules, or null")
+        return cls(
+            method=method,
+            desc_act=desc_act,
+            dynamic=tuple(_read_rule(key, overrides, method) for key, overrides in dynamic.items()),
+            modules=_read_modules(config.get("modules_in_block_to_quantize")),
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        values = parse_options(
+            "gptq",
+            options,
+            {"bits": _option_bits, "group_size": int, "sym": lambda text: text.lower() == "true"},
+        )
+        if "sym" in values:
+            values["symmetric"] = values.pop("sym")
+        return GPTQLinearMethod(**values)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.qweight" not in self.stored:
+            return None
+        if self.stored_as_float(prefix):
+            return None
+        method, desc_act = self.method, self.desc_act
+        rule = next((rule for rule in self.dynamic if re.match(rule.pattern, prefix)), None)
+        if rule is not None:
+            if rule.overrides is None:
+                return None
+            method, desc_act = _read_settings(
+                {"desc_act": desc_act, **rule.overrides}, f"dynamic.{rule.pattern}", method
+            )
+        elif self.modules and not any(prefix.endswith(f".{name}") for name in self.modules):
+            return None
+        if desc_act:
+            return replace(method, index="act order")
+        return replace(method, index="in order" if f"{prefix}.g_idx" in self.stored else "absent")
+
+
+def _read_settings(
+    config: Mapping[str, Any], at: str, method: GPTQLinearMethod
+) -> tuple[GPTQLinearMethod, bool]:
+    """The method with the settings of the config, or of the overrides of a rule (`at`); and whether in act order."""
+    where = f"{at}." if at else ""
+    bits = config.get("bits", method.bits if at else None)
+    if bits not in BITS or isinstance(bits, bool):
+        raise _unsupported(f"{where}bits", bits, "2, 3, 4 or 8")
+    group_size = config.get("group_size", method.group_size if at else None)
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
+        raise _unsupported(f"{where}group_size", group_size, "-1 (whole rows) or a positive integer")
+    symmetric = config.get("sym", method.symmetric)
+    for field, value in (("sym", symmetric), ("desc_act", config["desc_act"])):
+        if type(value) is not bool:
+            raise _unsupported(f"{where}{field}", value, "true or false")
+    if str(config.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+        raise _unsupported(f"{where}pack_dtype", config["pack_dtype"], "int32")
+    if config.get("adapter"):
+        raise _unsupported(f"{where}adapter", config["adapter"], "null")
+    return replace(method, bits=bits, group_size=group_size, symmetric=symmetric), config["desc_act"]
+
+
+def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
+    """GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides settings; first match wins."""
+    pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _unsupported(f"dynamic.{key}", key, f"a regular expression ({error})") from None
+    if key.startswith("-:"):
+        return DynamicRule(pattern, None)
+    if not isinstance(overrides, Mapping):
+        raise _unsupported(f"dynamic.{key}", overrides, "an object of settings")
+    _read_settings({"desc_act": False, **overrides}, f"dynamic.{key}", method)
+    return DynamicRule(pattern, overrides)
+
+
+def _read_modules(names: Any) -> tuple[str, ...]:
+    """`modules_in_block_to_quantize`: a list of names, or of lists of names."""
+    flat = [name for entry in names or () for name in (entry if isinstance(entry, list) else [entry])]
+    if not isinstance(names or [], list) or not all(isinstance(name, str) for name in flat):
+        raise _unsupported("modules_in_block_to_quantize", names, "a list of names, or of lists of names")
+    return tuple(flat)
+
+
+def _option_bits(text: str) -> int:
+    if text not in map(str, BITS):
+        raise ValueError("Choose one of 2, 3, 4, 8.")
+    return int(text)
+
+
+def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
+    return ConfigError(
+        f"GPTQ with {field} {value!r} cannot be read",
+        code="quantization-config",
+        file="config.json",
+        tensor=f"quantization_config.{field}",
+        expected=supported,
+        found=repr(value),
+    )

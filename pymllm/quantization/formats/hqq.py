@@ -1,0 +1,208 @@
+"""HQQ, as its `HQQLinear` and transformers store it: codes of 1 to 8 bits with float zero points.
+
+    W_q    uint8 [n/G/c, G]   the weight laid flat in groups of G, c codes a byte: byte r of a column holds the codes of
+                              groups r, r + n/G/c, ..., the first in the high bits    (3 bits: int32, ten)
+    scale  float [n/G, 1]
+    zero   float [n/G, 1]     w = (code - zero) * scale
+
+and the settings again, a tensor each (nbits, group_size, axis, shape, ...), which are read with the headers or skipped.
+The page with the layout: quantization/hqq/README.md.
+"""
+
+# I in_features, O out_features, G group_size, n values
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError, ShardingError
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
+from pymllm.quantization.fields import unsupported
+from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
+
+PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in a stored element
+SETTINGS = frozenset(
+    {"nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"}
+    | {"quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"}
+    | {"channel_wise", "optimize", "round_zero"}
+)
+
+
+@dataclass(frozen=True)
+class HQQLinearMethod(LinearMethodBase):
+    """group_size: inputs that share a scale.  float_dtype: of scales and zero points."""
+
+    bits: int
+    group_size: int
+    float_dtype: torch.dtype = torch.float16
+    name: ClassVar[str] = "hqq"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        word = torch.int32 if self.bits == 3 else torch.uint8
+        groups = (OUT.flattened(self.group_size), whole(1))
+        # An element holds rows from all over the weight: every rank reads all of it, and keeps its own rows.
+        packed = OUT.flattened(self.group_size * PER_WORD[self.bits]).undivided()
+        return (
+            WeightSpec("W_q", word, (packed, whole(self.group_size))),
+            WeightSpec("scale", self.float_dtype, groups, accepts=FLOATS, scale=True),
+            WeightSpec("zero", self.float_dtype, groups, accepts=FLOATS),
+        )
+
+    def check(self, shape: LinearShape) -> None:
+        if shape.in_features % self.group_size:
+            raise ConfigError(
+                f"HQQ groups of {self.group_size} do not divide the {shape.in_features} inputs of a row",
+                code="group-size",
+                tensor=shape.name,
+                expected=f"a multiple of {self.group_size} inputs",
+                found=str(shape.in_features),
+            )
+        per_word = PER_WORD[self.bits]
+        for part, span in zip(shape.parts, shape.outputs, strict=True):
+            groups = span.total * shape.in_features // self.group_size
+            if self.bits != 3 and groups % per_word:
+                raise ConfigError(
+                    f"HQQ packs {per_word} groups an element, which do not divide {groups}",
+                    code="packing",
+                    tensor=part,
+                    expected=f"a multiple of {per_word} groups",
+                    found=str(groups),
+                )
+        size, start, stop = self.group_size, shape.inputs.start, shape.inputs.stop
+        if (start % size or stop % size) and start // size != (stop - 1) // size:
+            raise ShardingError(
+                f"{shape.name}: this rank would take inputs {start}:{stop}, which splits a group of {size}",
+                code="tp-granule",
+                expected=f"edges at multiples of {size}",
+                found=f"{start}:{stop} of {shape.in_features}",
+            )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        size, row = self.group_size, shape.in_features // self.group_size
+        start, stop = shape.inputs.start, shape.inputs.stop
+        first, last = start // size, -(-stop // size)
+        packed_sizes = [span.total * row for span in shape.outputs]
+        words = tensors["W_q"].split([-(-groups // PER_WORD[self.bits]) for groups in packed_sizes])
+        codes = []
+        for word, span in zip(words, shape.outputs, strict=True):
+            groups = unpack_words(word, self.bits)[span.start * row : span.stop * row]
+            codes.append(groups.view(span.size, shape.in_features)[:, start:stop])
+        scales, zeros = (
+            tensors[name].view(-1, row)[:, first:last].contiguous() for name in ("scale", "zero")
+        )
+        offsets = -zeros.float() * scales.float()
+        group = (stop - start) // (last - first)
+        return IntWeight(torch.cat(codes), scales, None, self.bits, group, offsets=offsets)
+
+    def describe(self) -> str:
+        return f"hqq int{self.bits} g{self.group_size}"
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """[N, G] words → [N * c, G] uint8 codes: first those of all words' high bits, last those of their low bits."""
+    count = PER_WORD[bits]
+    mask = 2**bits - 1
+    pieces = [((words >> (bits * (count - 1 - index))) & mask).to(torch.uint8) for index in range(count)]
+    return torch.cat(pieces)
+
+
+@register_quantization("hqq")
+class HQQConfig(QuantizationConfig):
+    """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules."""
+
+    def __init__(
+        self,
+        *,
+        common: tuple[int, int | None] | None,
+        tagged: Mapping[str, tuple[int, int | None]],
+        skip_modules: tuple[str, ...] = (),
+    ) -> None:
+        self.common, self.tagged, self.skip_modules = common, tagged, skip_modules
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "hqq"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:
+        settings = config.get("quant_config")
+        if not isinstance(settings, Mapping) or not settings:
+            raise unsupported("HQQ", "quant_config", settings, "an object with weight_quant_params")
+        common, tagged = None, {}
+        if "weight_quant_params" in settings:
+            common = _read_params(settings, "quant_config.")
+        else:
+            tagged = {tag: _read_params(value, f"quant_config.{tag}.") for tag, value in settings.items()}
+        return cls(common=common, tagged=tagged, skip_modules=read_names(config, "skip_modules"))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        # A layer's tag is its name without "model", "layers" and numbers: self_attn.q_proj.
+        tag = ".".join(
+            part for part in prefix.split(".") if part not in ("model", "layers") and not part.isnumeric()
+        )
+        if tag in self.skip_modules or prefix in self.skip_modules or self.stored_as_float(prefix):
+            return None
+        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.W_q" not in self.stored:
+            return None
+        params = self.common if self.common is not None else self.tagged.get(tag)
+        if params is None:
+            return None
+        bits, size = params
+        scale = self.stored.get(f"{prefix}.scale")
+        if size is None:
+            # One group a row, of a length that only the layer knows.
+            size = int(getattr(layer, "in_features", 0)) or _row_of(self.stored.get(f"{prefix}.W_q"))
+        dtype = torch.float16 if scale is None or scale.dtype is None else scale.dtype
+        return HQQLinearMethod(bits, size, dtype)
+
+    def skip_reason(self, tensor: str) -> str | None:
+        prefix, _, suffix = tensor.rpartition(".")
+        if suffix in SETTINGS and f"{prefix}.W_q" in self.stored:
+            return "a setting of HQQ, which quantization_config says again"
+        return None
+
+
+def _row_of(words: Any) -> int:
+    if words is None:
+        raise unsupported("HQQ", "group_size", None, "a number", within="quantization_config.quant_config.")
+    return int(words.shape[-1])
+
+
+def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
+    """(bits, group_size) of one quant_config; group_size None: the whole row."""
+    within = f"quantization_config.{at}"
+    params = settings.get("weight_quant_params") if isinstance(settings, Mapping) else None
+    if not isinstance(params, Mapping):
+        raise unsupported("HQQ", "weight_quant_params", params, "an object", within=within)
+    within += "weight_quant_params."
+    for name in ("scale_quant_params", "zero_quant_params"):
+        if settings.get(name) is not None:
+            raise unsupported(
+                "HQQ",
+                name,
+                settings[name],
+                "null: float scales and zero points",
+                within=f"quantization_config.{at}",
+            )
+    bits, size = params.get("nbits"), params.get("group_size", 64)
+    if type(bits) is not int or bits not in PER_WORD:
+        raise unsupported("HQQ", "nbits", bits, " or ".join(map(str, PER_WORD)), within=within)
+    if size is not None and (type(size) is not int or size <= 0):
+        raise unsupported(
+            "HQQ", "group_size", size, "a positive integer, or null for whole rows", within=within
+        )
+    # Groups along the other axis lie across outputs, where no kernel here looks for a scale.
+    for name, default, only in (
+        ("axis", 0, 1),
+        ("channel_wise", True, True),
+        ("view_as_float", False, False),
+    ):
+        if params.get(name, default) != only:
+            raise unsupported("HQQ", name, params.get(name, default), str(only), within=within)
+    return bits, size

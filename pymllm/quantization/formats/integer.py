@@ -1,0 +1,240 @@
+"""Plain int4 and int8 as the targets of rules: any weights, rounded to integers while they load.
+
+    **.mlp.**=int4:group_size=64,scale=mse
+    **.self_attn.**=int8
+
+Options: group_size (inputs that share a scale; -1: the whole row; 128 for int4, -1 for int8), symmetric (true or
+false), scale (minmax, mse or hqq). The page that says what each does: quantization/integer.md. No checkpoint is
+stored so; a source of rules it can never be.
+"""
+
+# O out_features, I in_features, G group_size
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError, ShardingError
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    one_of,
+    parse_options,
+    register_quantization,
+)
+from pymllm.weights.spec import LinearShape, WeightSpec
+
+# How far `scale=mse` stretches or shrinks the range of a group. Past 1 for symmetric codes, whose top one lies half a
+# step below the largest weight; below 0.6 no group of a real layer gained anything.
+SHRINKS = (1.07, *(1 - 0.02 * step for step in range(1, 21)))
+
+# HQQ's own settings: the norm 0.7, and 20 steps whose weight starts at 10 and grows by 1 % each.
+HQQ_NORM, HQQ_STEPS, HQQ_WEIGHT, HQQ_GROWTH = 0.7, 20, 10.0, 1.01
+
+
+@dataclass(frozen=True)
+class IntegerLinearMethod(LinearMethodBase):
+    """bits: 4 or 8.  group_size: -1 is the whole row.  scale: how scales are chosen."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale: str = "minmax"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"int{self.bits}"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        raise _only_a_target(self.name)
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        raise _only_a_target(self.name)
+
+    def check(self, shape: LinearShape) -> None:
+        size, local = self.group_size, shape.in_features_local
+        if size > 0 and shape.in_features % size:
+            raise ConfigError(
+                f"groups of {size} do not divide the {shape.in_features} inputs",
+                code="group-size",
+                tensor=shape.name,
+                expected=f"a multiple of {size}",
+                found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
+                fix=f"Give the rule another group_size, or -1 for whole rows: {self.name}:group_size=-1.",
+            )
+        if size > 0 and local > size and local % size:
+            raise ShardingError(
+                f"{shape.name}: this rank has {local} inputs, which groups of {size} do not divide",
+                code="tp-granule",
+                expected=f"a multiple of {size}",
+                found=str(local),
+            )
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        in_features = weight.shape[1]
+        group_size = min(self.group_size, in_features) if self.group_size > 0 else in_features
+        encode = {"minmax": round_to_nearest, "mse": search_scales, "hqq": refine_zeros}[self.scale]
+        return encode(weight.float(), self.bits, group_size, self.symmetric)
+
+    def describe(self) -> str:
+        groups = f"g{self.group_size}" if self.group_size > 0 else "whole rows"
+        return f"{self.name} {groups} {'sym' if self.symmetric else 'asym'} {self.scale}"
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
+    """[O, I] float32: every group spans its largest magnitude, or its minimum to its maximum."""
+    return IntWeight.from_float(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def search_scales(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
+    """[O, I] float32: of several ranges, each group has the one with the least squared error."""
+    groups = weight.unflatten(1, (-1, group_size))  # [O, I/G, G]
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    best = round_to_nearest(weight, bits, group_size, symmetric)
+    least = _squared_error(best, groups)  # [O, I/G]
+    for shrink in SHRINKS:
+        # A range is shrunk by what lies outside it, and stretched by multiplying it.
+        stretched = groups * shrink if shrink > 1 else groups.clamp(low * shrink, high * shrink)
+        chosen = round_to_nearest(stretched.flatten(1), bits, group_size, symmetric)
+        found = _recode(chosen, groups)
+        error = _squared_error(found, groups)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = replace(
+            best,
+            codes=torch.where(
+                better[..., None], found.codes.view_as(groups), best.codes.view_as(groups)
+            ).flatten(1),
+            scales=torch.where(better, found.scales, best.scales),
+            zeros=None
+            if found.zeros is None or best.zeros is None
+            else torch.where(better, found.zeros, best.zeros),
+        )
+    return best
+
+
+def refine_zeros(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
+    """[O, I] float32: minimum to maximum, then a float zero point that a few outliers do not pull (HQQ).
+
+    Alternates, in closed form, between the error of which the 0.7-norm is taken and the zero points which explain
+    the rest: half-quadratic splitting, as https://mobiusml.github.io/hqq_blog/ derives it.
+    """
+    assert not symmetric, "symmetric codes have no zero points to refine"
+    groups = weight.unflatten(1, (-1, group_size))  # [O, I/G, G]
+    top = 2**bits - 1
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    limits = torch.finfo(torch.float16)
+    scales = ((high - low) / top).clamp(limits.smallest_normal, limits.max).half().float()
+    zeros = -low / scales
+    best_zeros, least = zeros, torch.full_like(zeros, torch.inf)
+    penalty = HQQ_WEIGHT
+    for _ in range(HQQ_STEPS):
+        codes = (groups / scales + zeros).round().clamp(0, top)
+        error = groups - (codes - zeros) * scales
+        size = error.abs()
+        mean = size.mean(-1, keepdim=True)
+        best_zeros = torch.where(mean < least, zeros, best_zeros)
+        least = torch.minimum(mean, least)
+        shrunk = size - size.clamp(min=torch.finfo(torch.float32).tiny).pow(HQQ_NORM - 1) / penalty
+        outliers = torch.sign(error) * shrunk.clamp(min=0)
+        zeros = (codes - (groups - outliers) / scales).mean(-1, keepdim=True)
+        penalty *= HQQ_GROWTH
+    codes = (groups / scales + best_zeros).round().clamp(0, top).to(torch.uint8)
+    offsets = (-best_zeros * scales).squeeze(-1)
+    return IntWeight(codes.flatten(1), scales.squeeze(-1).half(), None, bits, group_size, offsets=offsets)
+
+
+def _recode(chosen: IntWeight, groups: Tensor) -> IntWeight:
+    """The scales and zero points of `chosen`, with the codes of `groups` [O, I/G, G]."""
+    zero: Tensor | int = (
+        2 ** (chosen.bits - 1) if chosen.zeros is None else chosen.zeros.float().unsqueeze(-1)
+    )
+    codes = (groups / chosen.scales.float().unsqueeze(-1)).round() + zero
+    return replace(chosen, codes=codes.clamp(0, 2**chosen.bits - 1).to(torch.uint8).flatten(1))
+
+
+def _squared_error(weight: IntWeight, groups: Tensor) -> Tensor:
+    """[O, I/G]"""
+    return (weight.dequantize(torch.float32).view_as(groups) - groups).square_().sum(-1)
+
+
+class IntegerConfig(QuantizationConfig):
+    """What the two names share.  Neither is the format of a checkpoint."""
+
+    bits: ClassVar[int]
+    default_group_size: ClassVar[int]
+
+    @classmethod
+    def get_name(cls) -> str:
+        return f"int{cls.bits}"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> IntegerConfig:
+        raise _only_a_target(cls.get_name())
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        name = cls.get_name()
+        values = parse_options(
+            name,
+            options,
+            {
+                "group_size": _group_size,
+                "symmetric": one_of("true", "false"),
+                "scale": one_of("minmax", "mse", "hqq"),
+            },
+        )
+        scale = values.get("scale", "minmax")
+        # int4 has too few codes to leave half of them unused; int8 has enough, and kernels prefer it symmetric.
+        default = "false" if scale == "hqq" or cls.bits == 4 else "true"
+        symmetric = values.get("symmetric", default) == "true"
+        if symmetric and scale == "hqq":
+            raise ConfigError(
+                f"{name}: scale=hqq refines zero points, which symmetric=true has none of",
+                code="bad-option",
+                expected="symmetric=false, or scale=minmax or scale=mse",
+                found="symmetric=true,scale=hqq",
+            )
+        return IntegerLinearMethod(
+            cls.bits, values.get("group_size", cls.default_group_size), symmetric, scale
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        raise _only_a_target(self.get_name())
+
+
+@register_quantization("int4")
+class Int4Config(IntegerConfig):
+    """4 bits: groups of 128, with zero points."""
+
+    bits, default_group_size = 4, 128
+
+
+@register_quantization("int8")
+class Int8Config(IntegerConfig):
+    """8 bits: a scale for each output, symmetric."""
+
+    bits, default_group_size = 8, -1
+
+
+def _group_size(text: str) -> int:
+    size = int(text)
+    if size == 0 or size < -1:
+        raise ValueError("A positive number, or -1 for whole rows.")
+    return size
+
+
+def _only_a_target(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name} is what a rule makes of a checkpoint's weights, not a format that checkpoints are stored in",
+        code="not-a-format",
+        expected="the quant_method of the tool that wrote the checkpoint",
+        found=name,
+        fix=f"To run a checkpoint in it: --quant '**={name}'.",
+    )

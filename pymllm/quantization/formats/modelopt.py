@@ -1,0 +1,225 @@
+"""ModelOpt's spellings: NVFP4, and FP8 with a scale a tensor.  As the target of a rule: `nvfp4`.
+
+NVFP4 (`quant_algo` NVFP4, W4A16_NVFP4):
+
+    weight          uint8 [O, I/2]           two E2M1 codes a byte, the low nibble first
+    weight_scale    float8_e4m3fn [O, I/16]
+    weight_scale_2  float32 []               multiplies, too
+    input_scale     float32 []               W4A4: the same second level, for activations
+
+w = E2M1[code] * (weight_scale * weight_scale_2). FP8 (`quant_algo` FP8): weight float8_e4m3fn [O, I], weight_scale [],
+input_scale []. The page with the layouts: quantization/modelopt/README.md.
+"""
+
+# I in_features, O out_features, P parts of a fused layer
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError, ShardingError
+from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, CodebookWeight
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    parse_options,
+    read_names,
+    register_quantization,
+)
+from pymllm.quantization.fields import read_choice, unsupported
+from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+
+GROUP = 16
+LARGEST = 6.0  # of E2M1
+E4M3 = torch.float8_e4m3fn
+ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
+KV_CACHE_SCALES = re.compile(r"\.(k|v|q)_(scale|zero_point)$")
+
+
+@dataclass(frozen=True)
+class NVFP4LinearMethod(LinearMethodBase):
+    """static_input: the checkpoint has an `input_scale`, for activations in 4 bits."""
+
+    static_input: bool = False
+    name: ClassVar[str] = "nvfp4"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        specs: tuple[WeightSpec, ...] = (
+            WeightSpec("weight", torch.uint8, (OUT, IN.packed(2))),
+            # A block of zeros may have the scale zero, so this one is not checked as a scale.
+            WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP))),
+            WeightSpec("weight_scale_2", torch.float32, (PART,), accepts=FLOATS, scale=True),
+        )
+        if self.static_input:
+            specs += (WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, scale=True),)
+        return specs
+
+    def check(self, shape: LinearShape) -> None:
+        if shape.in_features % GROUP:
+            raise ConfigError(
+                f"NVFP4 has blocks of {GROUP} inputs, which do not divide {shape.in_features}",
+                code="group-size",
+                tensor=shape.name,
+                expected=f"a multiple of {GROUP} inputs",
+                found=str(shape.in_features),
+            )
+        local = shape.in_features_local
+        if local > GROUP and local % GROUP:
+            raise ShardingError(
+                f"{shape.name}: this rank has {local} inputs, which blocks of {GROUP} do not divide",
+                code="tp-granule",
+                expected=f"a multiple of {GROUP}",
+                found=str(local),
+            )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        codes, scales = unpack_nibbles_low_first(tensors["weight"]), tensors["weight_scale"]
+        second = tensors["weight_scale_2"]  # [P]
+        rows = torch.cat([s.expand(span.size) for s, span in zip(second, shape.outputs, strict=True)])
+        return CodebookWeight(
+            codes,
+            torch.tensor(E2M1, device=codes.device),
+            scales,
+            "e2m1",
+            codes.shape[1] // scales.shape[1],
+            row_scales=rows,
+            activations="group" if self.static_input else "float",
+            input_scales=tensors.get("input_scale"),
+        )
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        """Every block's peak goes to 6, in scales whose largest is 448 in each part.  weight: [O, I]."""
+        group = min(GROUP, weight.shape[1])
+        blocks = weight.float().unflatten(1, (-1, group))  # [O, I/16, 16]
+        peaks = blocks.abs().amax(-1)
+        smallest = torch.finfo(torch.float32).smallest_normal
+        parts = peaks.split([span.size for span in shape.outputs])
+        second = [part.amax() if part.numel() else peaks.new_zeros(()) for part in parts]
+        rows = torch.cat(
+            [
+                (peak / (LARGEST * E4M3_MAX)).clamp(min=smallest).expand(part.shape[0])
+                for peak, part in zip(second, parts, strict=True)
+            ]
+        )
+        scales = (peaks / (LARGEST * rows[:, None])).clamp(2.0**-9, E4M3_MAX).to(E4M3)
+        codes = encode_e2m1(blocks / (scales.float() * rows[:, None])[..., None])
+        table = torch.tensor(E2M1, device=codes.device)
+        return CodebookWeight(codes.flatten(1), table, scales, "e2m1", group, row_scales=rows)
+
+    def describe(self) -> str:
+        return f"nvfp4, activations {'fp4' if self.static_input else 'float'}"
+
+
+@register_quantization("modelopt")
+class ModelOptConfig(QuantizationConfig):
+    """hf_quant_config.json, or a `quantization_config` with quant_method modelopt.
+
+    quant_algo, exclude_modules (ignore), kv_cache_quant_algo, and quantized_layers where quant_algo is MIXED_PRECISION.
+    """
+
+    def __init__(
+        self,
+        *,
+        quant_algo: str | None,
+        exclude_modules: tuple[str, ...] = (),
+        quantized_layers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.quant_algo, self.exclude_modules = quant_algo, exclude_modules
+        self.quantized_layers = quantized_layers
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "modelopt"
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        return ["hf_quant_config.json"]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelOptConfig:
+        settings = config.get("quantization", config)
+        if not isinstance(settings, Mapping):
+            raise unsupported("ModelOpt", "quantization", settings, "an object")
+        algo = read_choice("ModelOpt", settings, "quant_algo", None, [*ALGORITHMS, "MIXED_PRECISION"])
+        read_choice("ModelOpt", settings, "group_size", GROUP, [GROUP, None])
+        layers = None
+        if algo == "MIXED_PRECISION":
+            layers = _read_layers(settings.get("quantized_layers"))
+        excluded = (*read_names(settings, "exclude_modules"), *read_names(settings, "ignore"))
+        return cls(quant_algo=algo, exclude_modules=excluded, quantized_layers=layers)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if self.is_excluded(prefix) or self.stored_as_float(prefix):
+            return None
+        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.weight_scale" not in self.stored:
+            return None
+        algo = self.quant_algo if self.quantized_layers is None else self.quantized_layers.get(prefix)
+        if algo is None:
+            return None
+        # Without headers, as the algorithm says; with them, as the layer has it.
+        static = f"{prefix}.input_scale" in self.stored if self.stored else algo != "W4A16_NVFP4"
+        if algo == "FP8":
+            return NamedFp8LinearMethod("modelopt", (0, 0), "static" if static else "float")
+        return NVFP4LinearMethod(static)
+
+    def is_excluded(self, prefix: str) -> bool:
+        """Entries are names with shell wildcards; one that names a module names all within it."""
+        return any(
+            fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
+            for pattern in self.exclude_modules
+        )
+
+    def skip_reason(self, tensor: str) -> str | None:
+        return "a scale of the KV cache, which is kept in floats" if KV_CACHE_SCALES.search(tensor) else None
+
+
+def _read_layers(layers: Any) -> dict[str, str]:
+    """The algorithm of each of `quantized_layers`, by its name."""
+    if not isinstance(layers, Mapping):
+        raise unsupported("ModelOpt", "quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
+    algorithms = {}
+    for name, settings in layers.items():
+        within = f"quantization_config.quantized_layers.{name}."
+        algo = settings.get("quant_algo") if isinstance(settings, Mapping) else None
+        if algo not in ALGORITHMS:
+            raise unsupported("ModelOpt", "quant_algo", algo, " or ".join(ALGORITHMS), within=within)
+        if settings.get("group_size", GROUP) not in (GROUP, None):
+            raise unsupported("ModelOpt", "group_size", settings["group_size"], str(GROUP), within=within)
+        algorithms[name] = algo
+    return algorithms
+
+
+@register_quantization("nvfp4")
+class NVFP4Config(ModelOptConfig):
+    """The name of the format as a rule's target; in checkpoints it is quant_method modelopt, or compressed-tensors."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "nvfp4"
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NVFP4Config:
+        raise unsupported(
+            "NVFP4",
+            "quant_method",
+            "nvfp4",
+            "modelopt, or compressed-tensors with format nvfp4-pack-quantized",
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        parse_options("nvfp4", options, {})
+        return NVFP4LinearMethod()

@@ -1,0 +1,134 @@
+"""MXFP4 under `quant_method: mxfp4`: 4-bit floats (E2M1) with a power of two for every 32 inputs.
+
+    weight        uint8 [O, I/2]     two codes a byte, the low nibble first          (also weight_packed)
+    weight_scale  uint8 [O, I/32]    E8M0: 2^(byte - 127)                            (also weight_scales, scales)
+
+w = E2M1[code] * scale. The page with the layout: quantization/mxfp4/README.md. As the target of a rule: `mxfp4`.
+"""
+
+# I in_features, O out_features
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import ConfigError, ShardingError
+from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    parse_options,
+    read_names,
+    register_quantization,
+)
+from pymllm.quantization.fields import is_skipped, read_choice, unsupported
+from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec
+
+GROUP = 32
+LARGEST = 6.0  # of E2M1
+BIAS = 127  # of E8M0
+E8M0 = torch.float8_e8m0fnu
+
+
+@dataclass(frozen=True)
+class MXFP4LinearMethod(LinearMethodBase):
+    """scale_dtype: how the file declares the exponents, as plain bytes or as E8M0; they are the same bytes."""
+
+    scale_dtype: torch.dtype = torch.uint8
+    name: ClassVar[str] = "mxfp4"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        return (
+            WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",)),
+            WeightSpec(
+                "weight_scale", self.scale_dtype, (OUT, IN.every(GROUP)), aliases=("weight_scales", "scales")
+            ),
+        )
+
+    def check(self, shape: LinearShape) -> None:
+        if shape.in_features % GROUP:
+            raise ConfigError(
+                f"MXFP4 has blocks of {GROUP} inputs, which do not divide {shape.in_features}",
+                code="group-size",
+                tensor=shape.name,
+                expected=f"a multiple of {GROUP} inputs",
+                found=str(shape.in_features),
+            )
+        local = shape.in_features_local
+        if local > GROUP and local % GROUP:
+            raise ShardingError(
+                f"{shape.name}: this rank has {local} inputs, which blocks of {GROUP} do not divide",
+                code="tp-granule",
+                expected=f"a multiple of {GROUP}",
+                found=str(local),
+            )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        codes, scales = unpack_nibbles_low_first(tensors["weight"]), tensors["weight_scale"].view(E8M0)
+        table = torch.tensor(E2M1, device=codes.device)
+        # A rank that holds part of one block has that one block: its size is what the rank holds.
+        return CodebookWeight(codes, table, scales, "e2m1", codes.shape[1] // scales.shape[1])
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        """Each block has the power of two with the least squared error, of the two on either side of its peak."""
+        group = min(GROUP, weight.shape[1])
+        blocks = weight.float().unflatten(1, (-1, group))  # [O, I/32, 32]
+        # peak / scale is in 3..6 for the larger exponent, where nothing is clipped, in 6..12 for the smaller.
+        exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST)[1]
+        larger, smaller = (_encode(blocks, exponents - step) for step in (0, 1))
+        better = smaller[2] < larger[2]
+        codes = torch.where(better[..., None], smaller[0], larger[0])
+        scales = torch.where(better, smaller[1], larger[1])
+        return CodebookWeight(
+            codes.flatten(1), torch.tensor(E2M1, device=codes.device), scales.view(E8M0), "e2m1", group
+        )
+
+
+def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """blocks: [O, I/32, 32].  Returns codes, scale bytes [O, I/32] and squared errors [O, I/32] at these exponents."""
+    stored = (exponents + BIAS).clamp(0, 2 * BIAS).to(torch.uint8)
+    scales = stored.view(E8M0).float().unsqueeze(-1)
+    codes = encode_e2m1(blocks / scales)
+    values = torch.tensor(E2M1, device=codes.device)[codes.int()]
+    return codes, stored, (values * scales - blocks).square().sum(-1)
+
+
+@register_quantization("mxfp4")
+class MXFP4Config(QuantizationConfig):
+    """`quantization_config` with quant_method mxfp4: modules_to_not_convert."""
+
+    def __init__(self, *, modules_to_not_convert: tuple[str, ...] = ()) -> None:
+        self.modules_to_not_convert = modules_to_not_convert
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "mxfp4"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> MXFP4Config:
+        read_choice("MXFP4", config, "group_size", GROUP, [GROUP])
+        return cls(modules_to_not_convert=read_names(config, "modules_to_not_convert"))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        parse_options("mxfp4", options, {})
+        return MXFP4LinearMethod()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if is_skipped(prefix, self.modules_to_not_convert) or self.stored_as_float(prefix):
+            return None
+        names = [f"{prefix}.{name}" for name in ("weight_scale", "weight_scales", "scales")]
+        scale = next((self.stored[name] for name in names if name in self.stored), None)
+        if getattr(layer, "kind", "linear") != "linear" and scale is None:
+            return None
+        if scale is not None and scale.dtype not in (torch.uint8, E8M0):
+            raise unsupported(
+                "MXFP4", "weight_scale", str(scale.dtype), "uint8 or float8_e8m0fnu", within=f"{prefix}."
+            )
+        return MXFP4LinearMethod(torch.uint8 if scale is None or scale.dtype is None else scale.dtype)

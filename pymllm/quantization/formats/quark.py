@@ -1,0 +1,128 @@
+"""Quark FP8 (`quant_method: quark`): e4m3 weights with a scale a tensor or a channel.
+
+    weight        float8_e4m3fn [O, I]
+    weight_scale  float [] (per_tensor) or [O] (per_channel)
+    input_scale   float []                                      with static activations
+
+w = weight * weight_scale. Quark's other dtypes (int4, int8, fp4) are refused. The page with the layouts:
+quantization/quark/README.md.
+"""
+
+# I in_features, O out_features
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pymllm.kernels.canonical import Activations
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
+from pymllm.quantization.fields import unsupported
+from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+
+BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}
+KV_CACHE_SCALES = re.compile(r"\.(k|v|q)_proj\.output_scale$|\.(k|v|q)_(scale|zero_point)$")
+
+
+@register_quantization("quark")
+class QuarkConfig(QuantizationConfig):
+    """`quantization_config` of Quark: global_quant_config, layer_quant_config, layer_type_quant_config, exclude."""
+
+    def __init__(
+        self,
+        *,
+        common: NamedFp8LinearMethod | None,
+        layers: Mapping[str, NamedFp8LinearMethod | None],
+        exclude: tuple[str, ...] = (),
+    ) -> None:
+        self.common, self.layers, self.exclude = common, layers, exclude
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "quark"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> QuarkConfig:
+        export = config.get("export")
+        pack = export.get("pack_method", "reorder") if isinstance(export, Mapping) else "reorder"
+        stored = (
+            export.get("weight_format", "real_quantized") if isinstance(export, Mapping) else "real_quantized"
+        )
+        if stored != "real_quantized" or pack not in ("reorder", "order"):
+            raise unsupported("Quark", "export", export, "weight_format real_quantized")
+        layers = config.get("layer_quant_config") or {}
+        by_type = config.get("layer_type_quant_config") or {}
+        if not isinstance(layers, Mapping):
+            raise unsupported("Quark", "layer_quant_config", layers, "an object of layer patterns")
+        if not isinstance(by_type, Mapping) or set(by_type) - {"Linear"}:
+            raise unsupported("Quark", "layer_type_quant_config", by_type, "an object with no key but Linear")
+        if "Linear" in by_type:
+            common = _read_scheme(by_type["Linear"], "layer_type_quant_config.Linear")
+        else:
+            common = _read_scheme(config.get("global_quant_config"), "global_quant_config")
+        return cls(
+            common=common,
+            layers={
+                name: _read_scheme(value, f"layer_quant_config.{name}") for name, value in layers.items()
+            },
+            exclude=read_names(config, "exclude", regex="re:"),
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if any(_names(pattern, prefix) for pattern in self.exclude) or self.stored_as_float(prefix):
+            return None
+        scale = self.stored.get(f"{prefix}.weight_scale")
+        if getattr(layer, "kind", "linear") != "linear" and scale is None:
+            return None
+        found = next((method for name, method in self.layers.items() if _names(name, prefix)), self.common)
+        if found is None or found.block == (0, 0) or scale is None:
+            return found
+        return replace(found, flat_scale=len(scale.shape) == 1)
+
+    def skip_reason(self, tensor: str) -> str | None:
+        return "a scale of the KV cache, which is kept in floats" if KV_CACHE_SCALES.search(tensor) else None
+
+
+def _names(pattern: str, prefix: str) -> bool:
+    """Quark's patterns: `re:` and a regular expression, or a name with shell wildcards."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], prefix) is not None
+    return fnmatch.fnmatchcase(prefix, pattern)
+
+
+def _read_scheme(scheme: Any, at: str) -> NamedFp8LinearMethod | None:
+    """One layer's config: weight, input_tensors.  None: not quantised."""
+    if not isinstance(scheme, Mapping):
+        raise unsupported("Quark", at, scheme, "an object with weight and input_tensors")
+    within = f"quantization_config.{at}."
+    weight, inputs = scheme.get("weight"), scheme.get("input_tensors")
+    if weight is None:
+        return None
+    if scheme.get("output_tensors") is not None and "proj" not in at:
+        raise unsupported("Quark", "output_tensors", scheme["output_tensors"], "null", within=within)
+    _check_fp8(weight, within + "weight.")
+    block = BLOCKS.get(weight.get("qscheme"))
+    if block is None:
+        raise unsupported(
+            "Quark", "qscheme", weight.get("qscheme"), " or ".join(BLOCKS), within=within + "weight."
+        )
+    if weight.get("is_dynamic"):
+        raise unsupported("Quark", "is_dynamic", True, "false", within=within + "weight.")
+    activations: Activations = "float"
+    if inputs is not None:
+        _check_fp8(inputs, within + "input_tensors.")
+        activations = "static" if not inputs.get("is_dynamic") else "token"
+        if activations == "token" and inputs.get("qscheme") == "per_tensor":
+            activations = "tensor"
+    return NamedFp8LinearMethod("quark", block, activations)
+
+
+def _check_fp8(settings: Any, within: str) -> None:
+    found = settings.get("dtype") if isinstance(settings, Mapping) else settings
+    if found != "fp8_e4m3":
+        raise unsupported("Quark", "dtype", found, "fp8_e4m3", within=within)

@@ -1,0 +1,276 @@
+"""torchao 0.15 and later, in safetensors: int8, int4, intx and float8 weights.  Nothing of torchao is imported.
+
+A layer X has no X.weight but the tensors of a subclass, which the file's metadata describes under "X.weight":
+
+    Int8Tensor                 X._weight_qdata int8 [O, I], _weight_scale [O/b0, I/b1], _weight_zero_point int8, zeros
+    IntxUnpackedToInt8Tensor   the same, with codes of 1 to 8 bits, groups of inputs, and any zero points
+    Int4Tensor                 X._weight_qdata [O, I/2] signed nibbles, low first; _weight_scale [I/G, O],
+                               _weight_zero_point [I/G, O] float, which is added
+    Float8Tensor               X._weight_qdata float8_e4m3fn [O, I], _weight_scale float32 [O/b0, I/b1]
+
+w = (qdata - zero_point) * scale; of an Int4Tensor qdata * scale + zero_point. The page with the layouts:
+quantization/torchao/README.md.
+"""
+
+# I in_features, O out_features, G group_size, b0 x b1 the block that shares a scale
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.errors import CheckpointError
+from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
+from pymllm.quantization.fields import is_skipped, unsupported
+from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.packing import unpack_nibbles_low_first
+from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+
+QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
+INT8, INTX, INT4, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor"
+KINDS = (INT8, INTX, INT4, FLOAT8)
+
+
+@dataclass(frozen=True)
+class TorchAOIntLinearMethod(LinearMethodBase):
+    """Signed codes, one in each int8.
+
+    bits: of the codes.  block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a row.
+    scale_dtype, zero_dtype: of the tensors; None: there are no zero points.
+    symmetric: the subclass only has zero points of zero.
+    """
+
+    bits: int
+    block: tuple[int, int]
+    scale_dtype: torch.dtype
+    zero_dtype: torch.dtype | None
+    symmetric: bool
+    activations: Activations = "float"
+    name: ClassVar[str] = "torchao"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        dims: tuple[Dim, ...] = (PART,) if self.block == (0, 0) else (OUT, IN.every(self.block[1]))
+        specs: tuple[WeightSpec, ...] = (
+            WeightSpec(QDATA, torch.int8, (OUT, IN)),
+            WeightSpec(SCALE, self.scale_dtype, dims, accepts=FLOATS, scale=True),
+        )
+        if self.zero_dtype is not None:
+            specs += (WeightSpec(ZERO, self.zero_dtype, dims),)
+        return specs
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        middle = 2 ** (self.bits - 1)
+        codes = (tensors[QDATA] + middle).view(torch.uint8)  # wraps around for 8 bits, which is right
+        scales, zeros = self._rows(tensors[SCALE], shape), tensors.get(ZERO)
+        group = codes.shape[1] // scales.shape[1]
+        weight = IntWeight(codes, scales, None, self.bits, group, activations=self.activations)
+        if zeros is None:
+            return weight
+        zeros = self._rows(zeros, shape)
+        if self.symmetric:
+            if not zeros.is_meta and bool(zeros.any()):
+                raise CheckpointError(
+                    f"an {INT8} has zero points, which this format takes to be zero",
+                    code="zero-points",
+                    tensor=f"{shape.name}.{ZERO}",
+                    expected="zeros",
+                    found=f"{int((zeros != 0).sum())} other values",
+                )
+            return weight
+        if zeros.is_floating_point():
+            offsets = -(zeros.float() + middle) * scales.float()
+            return IntWeight(
+                codes, scales, None, self.bits, group, offsets=offsets, activations=self.activations
+            )
+        stored = (zeros + middle).view(torch.uint8)
+        return IntWeight(codes, scales, stored, self.bits, group, activations=self.activations)
+
+    def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
+        """[O, I/G]; one value a part goes to all of its rows."""
+        if self.block != (0, 0):
+            return values
+        counts = torch.tensor([span.size for span in shape.outputs], device=values.device)
+        total = shape.out_features_local
+        return values.repeat_interleave(counts, output_size=total).unsqueeze(1)
+
+    def describe(self) -> str:
+        per = {(0, 0): "tensor", (1, 0): "row"}.get(self.block, f"group of {self.block[1]}")
+        return f"torchao int{self.bits} per {per}, activations {self.activations}"
+
+
+@dataclass(frozen=True)
+class TorchAOInt4LinearMethod(LinearMethodBase):
+    """Two signed codes a byte.  qdata_dtype, scale_dtype: of the tensors.  group: inputs that share a scale."""
+
+    group: int
+    qdata_dtype: torch.dtype = torch.int8
+    scale_dtype: torch.dtype = torch.bfloat16
+    name: ClassVar[str] = "torchao"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        groups = IN.every(self.group)
+        return (
+            WeightSpec(QDATA, self.qdata_dtype, (OUT, IN.packed(2))),
+            WeightSpec(SCALE, self.scale_dtype, (groups, OUT), accepts=FLOATS, scale=True),
+            WeightSpec(ZERO, self.scale_dtype, (groups, OUT), accepts=FLOATS),
+        )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        codes = (
+            unpack_nibbles_low_first(tensors[QDATA].view(torch.uint8)) ^ 8
+        )  # two's complement to an offset of 8
+        scales, zeros = (tensors[name].t().contiguous() for name in (SCALE, ZERO))
+        offsets = zeros.float() - 8 * scales.float()
+        return IntWeight(codes, scales, None, 4, codes.shape[1] // scales.shape[1], offsets=offsets)
+
+    def describe(self) -> str:
+        return f"torchao int4 g{self.group or 'row'}"
+
+
+@register_quantization("torchao")
+class TorchAOConfig(QuantizationConfig):
+    """`quantization_config` of torchao: quant_type, modules_to_not_convert.  The files' metadata is the last word."""
+
+    def __init__(
+        self, *, quant_type: Mapping[str, Any], modules_to_not_convert: tuple[str, ...] = ()
+    ) -> None:
+        self.quant_type, self.modules_to_not_convert = quant_type, modules_to_not_convert
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "torchao"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:
+        quant_type = config.get("quant_type")
+        if not isinstance(quant_type, Mapping) or not isinstance(quant_type.get("default"), Mapping):
+            raise unsupported(
+                "torchao", "quant_type", quant_type, "an object with default, as torchao 0.15 writes it"
+            )
+        return cls(
+            quant_type=quant_type["default"],
+            modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        data, scale, zero = (self.stored.get(f"{prefix}.{name}") for name in (QDATA, SCALE, ZERO))
+        if data is None or scale is None:
+            if getattr(layer, "kind", "linear") != "linear" or is_skipped(
+                prefix, self.modules_to_not_convert
+            ):
+                return None
+            if self.stored_as_float(prefix):
+                return None
+            raise CheckpointError(
+                "the layer's tensors are not in the checkpoint, and without them its layout is unknown",
+                code="torchao-layout",
+                tensor=f"{prefix}.{QDATA}",
+                expected=f"{QDATA} and {SCALE}, as torchao 0.15 writes them",
+            )
+        kind, settings = self._describe(prefix, data)
+        if data.dtype is None or scale.dtype is None:
+            raise unsupported(
+                "torchao", "qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}."
+            )
+        if kind == INT4:
+            groups, inputs = scale.shape[0], 2 * data.shape[-1]
+            return TorchAOInt4LinearMethod(0 if groups == 1 else inputs // groups, data.dtype, scale.dtype)
+        block = _block(prefix, tuple(data.shape), tuple(scale.shape))
+        activations = _activations(prefix, settings.get("act_quant_kwargs"))
+        if kind == FLOAT8:
+            return NamedFp8LinearMethod("torchao", block, activations, weight=QDATA, scale=SCALE)
+        if block[0] > 1:
+            raise unsupported(
+                "torchao", "block_size", list(block), "one row, or the whole tensor", within=f"{prefix}."
+            )
+        bits = 8 if kind == INT8 else _bits(prefix, settings)
+        zero_dtype = None if zero is None else zero.dtype
+        return TorchAOIntLinearMethod(bits, block, scale.dtype, zero_dtype, kind == INT8, activations)
+
+    def _describe(self, prefix: str, data: Any) -> tuple[str, Mapping[str, Any]]:
+        """The subclass of a layer's weight and its attributes, from the file's metadata, else from the config."""
+        metadata = getattr(getattr(data, "file", None), "metadata", None) or {}
+        text = metadata.get(f"{prefix}.weight")
+        if text is None:
+            kind = _kind_of_config(self.quant_type)
+            settings: Any = self.quant_type.get("_data")
+        else:
+            try:
+                described = json.loads(text)
+                kind, settings = described["_type"], described["_data"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"the file's metadata of the weight cannot be read: {error!r}",
+                    code="torchao-metadata",
+                    file=str(data.file.path),
+                    tensor=f"{prefix}.weight",
+                    expected="JSON with _type and _data",
+                    found=text[:200],
+                ) from None
+        if kind not in KINDS or not isinstance(settings, Mapping):
+            raise unsupported(
+                "torchao", "_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight."
+            )
+        return kind, settings
+
+
+def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
+    """The subclass that a config class makes."""
+    name = str(quant_type.get("_type"))
+    starts = {
+        "Int8WeightOnly": INT8,
+        "Int8DynamicActivationInt8": INT8,
+        "Int4WeightOnly": INT4,
+        "Float8": FLOAT8,
+    }
+    starts |= {"Intx": INTX, "Int8DynamicActivationIntx": INTX}
+    return next((kind for start, kind in starts.items() if name.startswith(start)), name)
+
+
+def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
+    """The (outputs, inputs) that share a scale; 0: the whole axis, except that one scale of a row is (1, 0)."""
+    if len(scale) == 0 or math.prod(scale) == 1:
+        return (0, 0)
+    if len(data) != 2 or len(scale) != 2 or 0 in scale:
+        raise unsupported(
+            "torchao", SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."
+        )
+    rows, columns = -(-data[0] // scale[0]), -(-data[1] // scale[1])
+    return rows, 0 if scale[1] == 1 else columns
+
+
+def _bits(prefix: str, settings: Mapping[str, Any]) -> int:
+    target = settings.get("target_dtype", settings.get("weight_dtype"))
+    name = target.get("_data") if isinstance(target, Mapping) else target
+    if name not in [f"int{bits}" for bits in range(1, 9)]:
+        raise unsupported("torchao", "target_dtype", target, "int1 to int8", within=f"{prefix}.weight.")
+    return int(str(name)[3:])
+
+
+def _activations(prefix: str, kwargs: Any) -> Activations:
+    """What `act_quant_kwargs` asks for; asymmetric activations are not rounded, which is closer to the float model."""
+    if kwargs is None:
+        return "float"
+    data = kwargs.get("_data") if isinstance(kwargs, Mapping) else None
+    granularity = data.get("granularity") if isinstance(data, Mapping) else None
+    name = granularity.get("_type") if isinstance(granularity, Mapping) else granularity
+    kinds: dict[Any, Activations] = {
+        "PerRow": "token",
+        "PerTensor": "tensor",
+        "PerBlock": "group",
+        "PerGroup": "group",
+    }
+    if data is None or name not in kinds:
+        raise unsupported(
+            "torchao", "act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight."
+        )
+    mapping = data.get("mapping_type")
+    asymmetric = isinstance(mapping, Mapping) and mapping.get("_data") == "ASYMMETRIC"
+    return "float" if asymmetric else kinds[name]

@@ -1,0 +1,199 @@
+"""The HTTP application: its routes, and the way of a request through them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from pymllm.api import LLM, StreamPiece
+from pymllm.engine.sampling import SamplingParams
+from pymllm.errors import PymllmError, RequestError
+from pymllm.server.answers import ChatAnswer, CompletionAnswer, usage_of
+from pymllm.server.gate import OPEN_PATH, NoSuchModel, add_gate, error_body, read_body
+from pymllm.server.protocol import ChatRequest, CompletionRequest, read_request
+from pymllm.server.worker import Generation, Worker
+
+logger = logging.getLogger("pymllm")
+
+MAX_WAITING = 64
+
+T = TypeVar("T")
+
+
+def create_app(
+    llm: LLM, *, model_name: str, api_key: str | None = None, max_waiting: int = MAX_WAITING
+) -> FastAPI:
+    """The application for one loaded model.
+
+    model_name: what clients call it.  api_key: demanded of every request but /health.  max_waiting: requests that may
+    wait for their turn; more get 503.
+    """
+    # No schema pages: bodies are read by protocol.py, of which FastAPI knows nothing.
+    app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)
+    add_gate(app, api_key)
+    service = _Service(llm, model_name, max_waiting)
+    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "pymllm"}
+
+    @app.get(OPEN_PATH)
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await service.answer(request, CompletionRequest)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await service.answer(request, ChatRequest)
+
+    return app
+
+
+class _Service:
+    """Both endpoints: read the request, take a place in the line, generate, answer."""
+
+    def __init__(self, llm: LLM, model_name: str, max_waiting: int) -> None:
+        self.llm, self.model_name = llm, model_name
+        self.worker = Worker(llm, max_waiting)
+        _ = llm.engine.cache  # made now: a machine without room for it fails before it serves
+
+    def check_model(self, name: str) -> None:
+        if name != self.model_name:
+            raise NoSuchModel(
+                f"there is no model {name!r} here",
+                code="model_not_found",
+                tensor="model",
+                expected=repr(self.model_name),
+            )
+
+    async def answer(self, http: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
+        self.worker.check_room()  # before any work
+        body = await read_body(http)
+        request, prompts, params = await asyncio.to_thread(self._prepare, kind, body)
+        generation = self.worker.start(prompts, params)
+        shape = ChatAnswer if isinstance(request, ChatRequest) else CompletionAnswer
+        answer = shape(self.model_name, self.llm.tokenizer)
+        try:
+            if not request.stream:
+                return JSONResponse(answer.whole(await unless_gone(http, generation.outputs())))
+            # The first token before the headers: what fails until then is still a proper status.
+            first = await unless_gone(http, anext(generation))
+        except BaseException:
+            generation.close()
+            raise
+        usage = request.stream_options is not None and request.stream_options.include_usage
+        return _EventStream(generation, stream_events(answer, generation, first, usage=usage))
+
+    def _prepare(
+        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes
+    ) -> tuple[CompletionRequest | ChatRequest, list[list[int]], SamplingParams]:
+        """Everything that can be refused, off the event loop: a long text takes a while to encode."""
+        request: CompletionRequest | ChatRequest = read_request(kind, body)
+        if request.model is not None:
+            self.check_model(request.model)
+        params = self.llm.default_params(**request.sampling())
+        if isinstance(request, CompletionRequest):
+            prompts = [self.llm.encode(prompt) for prompt in request.prompts]
+        else:
+            messages = [message.for_template() for message in request.messages]
+            prompts = [self.llm.tokenizer.apply_chat_template(messages)]
+        try:
+            for prompt in prompts:
+                self.llm.engine.check(prompt, params)
+        except RequestError as error:
+            if isinstance(request, ChatRequest) and error.tensor == "prompt":
+                error.tensor = "messages"
+            raise
+        return request, prompts, params
+
+
+async def unless_gone(http: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; ClientDisconnect as soon as the client has left."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(http))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _until_gone(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; however the sending ends, so does the generation."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.close()
+
+
+async def stream_events(
+    answer: CompletionAnswer | ChatAnswer,
+    generation: Generation,
+    first: tuple[int, StreamPiece],
+    *,
+    usage: bool,
+) -> AsyncIterator[str]:
+    """The events of one answer, [DONE] at the end.  An error on the way is the last event instead."""
+    tail = {"usage": None} if usage else {}
+    outputs = {}
+    for chunk in answer.opening(len(generation.prompts)):
+        yield _event({**chunk, **tail})
+    try:
+        async for index, piece in _chain(first, generation):
+            if piece.output is not None:
+                outputs[index] = piece.output
+            if piece.text or piece.output is not None or piece.logprobs is not None:
+                reason = piece.output.finish_reason if piece.output is not None else None
+                logprobs = None if piece.logprobs is None else [piece.logprobs]
+                yield _event({**answer.chunk([answer.delta(index, piece.text, reason, logprobs)]), **tail})
+    except Exception as error:
+        logger.error("a stream ended early: %s", error, exc_info=not isinstance(error, PymllmError))
+        message = str(error) if isinstance(error, PymllmError) else "internal error"
+        yield _event(error_body(500, message))
+        return
+    if usage:
+        yield _event({**answer.chunk([]), "usage": usage_of(list(outputs.values()))})
+    yield "data: [DONE]\n\n"
+
+
+async def _chain(
+    first: tuple[int, StreamPiece], rest: AsyncIterator[tuple[int, StreamPiece]]
+) -> AsyncIterator[tuple[int, StreamPiece]]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

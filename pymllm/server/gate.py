@@ -1,0 +1,153 @@
+"""What stands around the routes: bounds on headers and bodies, the API key, errors as OpenAI clients know them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pymllm.errors import PymllmError, RequestError
+from pymllm.server.worker import Busy
+
+logger = logging.getLogger("pymllm")
+
+MAX_BODY_BYTES = 4 << 20
+MAX_HEADER_BYTES = 16 << 10
+BODY_SECONDS = 30.0  # for a client to send its whole body
+RETRY_AFTER_SECONDS = 5
+OPEN_PATH = "/health"
+CLIENT_GONE = 499  # nginx's code; nobody receives it
+# Errors that are no fault of the server's, though they are not RequestErrors: this model cannot take such a request.
+CLIENT_CODES = ("chat-template-missing", "tokenizer-missing")
+
+
+def add_gate(app: FastAPI, api_key: str | None) -> None:
+    """Put the guard before all routes of `app`, and give every error its JSON.  api_key: of all but /health."""
+    app.add_middleware(Guard, api_key=api_key)
+    for error, handler in HANDLERS.items():
+        app.add_exception_handler(error, handler)
+
+
+class NoSuchModel(RequestError):
+    """404, as clients know it."""
+
+
+async def read_body(http: Request) -> bytes:
+    """The body, of bounded size and in bounded time.  HTTPException 413 or 408."""
+    declared = http.headers.get("content-length", "0")
+    if not (declared.isascii() and declared.isdecimal()):
+        raise HTTPException(400, "Content-Length is not a number")
+    if len(declared) > 15 or int(declared) > MAX_BODY_BYTES:
+        raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    try:
+        return await asyncio.wait_for(_read_at_most(http, MAX_BODY_BYTES), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+
+
+async def _read_at_most(http: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for piece in http.stream():
+        body += piece
+        if len(body) > limit:
+            raise HTTPException(413, f"the body is larger than {limit} bytes")
+    return bytes(body)
+
+
+class Guard:
+    """Before everything else: the size of the headers and the API key."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self.app = app
+        self.key = None if api_key is None else _digest(b"Bearer " + api_key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (self.app if refusal is None else refusal)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return error_response(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
+        if self.key is None or scope["path"] == OPEN_PATH:
+            return None
+        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        # Digests of equal length, compared in constant time: the answer's delay tells nothing of the key.
+        if hmac.compare_digest(_digest(sent), self.key):
+            return None
+        headers = {"WWW-Authenticate": "Bearer"}
+        return error_response(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).digest()
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kind = (
+        "server_error"
+        if status >= 500
+        else "authentication_error"
+        if status == 401
+        else "invalid_request_error"
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    return JSONResponse(error_body(status, message, param=param, code=code), status, headers)
+
+
+async def _on_pymllm_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, PymllmError)
+    if isinstance(error, RequestError):
+        status = 404 if isinstance(error, NoSuchModel) else 400
+        return error_response(status, str(error), param=error.param, code=error.code)
+    if error.code in CLIENT_CODES:
+        return error_response(400, str(error), code=error.code)
+    logger.error("a request failed: %s", error)
+    return error_response(500, str(error), code=error.code)
+
+
+async def _on_busy(http: Request, error: Exception) -> Response:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return error_response(503, "too many requests are waiting", code="overloaded", headers=headers)
+
+
+async def _on_http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, str(error.detail), headers=error.headers)
+
+
+async def _on_gone(http: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _on_defect(http: Request, error: Exception) -> Response:
+    return error_response(500, "internal error")  # the traceback is in the log
+
+
+HANDLERS = {
+    PymllmError: _on_pymllm_error,
+    Busy: _on_busy,
+    HTTPException: _on_http_error,
+    ClientDisconnect: _on_gone,
+    Exception: _on_defect,
+}

@@ -1,0 +1,222 @@
+"""What clients may ask for: request bodies, read strictly.  Whatever is not supported is refused by its name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pymllm.engine.sampling import MAX_LOGPROBS
+from pymllm.errors import RequestError
+
+MAX_PROMPTS = 16  # that one request may bring
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+
+# Parameters of the OpenAI API that this server does not have, with the values that ask for nothing. null is another.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Sampled(_Strict):
+    """What both endpoints take.  None: the checkpoint's recommendation, or SamplingParams' default."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # taken, not used: it changes no answer
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+
+    COPIED: ClassVar[tuple[str, ...]] = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "stop",
+        "seed",
+    )
+
+    def sampling(self) -> dict[str, Any]:
+        """The keywords of SamplingParams that this request sets."""
+        chosen = {name: getattr(self, name) for name in self.COPIED if getattr(self, name) is not None}
+        if self.logit_bias is not None:
+            chosen["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
+        return {**chosen, "max_tokens": self.answer_length, "logprobs": self.alternatives}
+
+    @property
+    def answer_length(self) -> int | None:
+        """New tokens at most; None: as many as the context holds."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many of the likeliest tokens to report for each; None: no log-probabilities."""
+        return None
+
+
+class CompletionRequest(_Sampled):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def answer_length(self) -> int:
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, each text or token ids."""
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            return [self.prompt]  # type: ignore[list-item]
+        if not 1 <= len(self.prompt) <= MAX_PROMPTS:
+            refuse("prompt", f"expected 1 to {MAX_PROMPTS} prompts, found {len(self.prompt)}")
+        return self.prompt  # type: ignore[return-value]
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def for_template(self) -> dict[str, str]:
+        """Templates know `system`, not OpenAI's later name for it."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
+
+
+class ChatRequest(_Sampled):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def answer_length(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        if not self.logprobs and self.top_logprobs is not None:
+            refuse("top_logprobs", "needs logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+R = TypeVar("R", bound=_Sampled)
+
+
+def read_request(kind: type[R], body: bytes) -> R:
+    """A request of this kind from a body.  RequestError, with the parameter's name where one is to blame."""
+    raw = _read_json(body)
+    if not isinstance(raw, dict):
+        raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
+    for name, neutral in NEUTRAL.items():
+        if raw.get(name) is not None and not any(_same(raw[name], value) for value in neutral):
+            refuse(name, "is not supported by this server", code="unsupported_parameter")
+        raw.pop(name, None)
+    raw = {key: value for key, value in raw.items() if value is not None}
+    if kind is CompletionRequest and raw.get("logprobs") is False:  # the chat API's way to say no
+        del raw["logprobs"]
+    if kind is ChatRequest and isinstance(raw.get("messages"), list):
+        # Clients send back what they were given, with null for what an answer did not have.
+        raw["messages"] = [
+            {key: value for key, value in message.items() if value is not None}
+            if isinstance(message, dict)
+            else message
+            for message in raw["messages"]
+        ]
+    try:
+        request = kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name, where = str(first["loc"][0]), ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+            refuse(name, "is not supported by this server", code="unsupported_parameter")
+        if name == "prompt" and "prompt" in raw:
+            refuse(name, "must be text, token ids, or a list of such prompts")
+        detail = first["msg"][0].lower() + first["msg"][1:]
+        refuse(name, detail if where == name else f"{detail} (at {where})")
+    if request.stream_options is not None and not request.stream:
+        refuse("stream_options", "needs stream: true")
+    return request
+
+
+def _read_json(body: bytes) -> Any:
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        if b"\\ud" in body.lower():  # half a surrogate pair is no text: it cannot be encoded again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise RequestError(f"the body is not valid JSON: {error}", code="json") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and not merely as 1 equals True."""
+    return type(value) is type(neutral) and value == neutral
+
+
+def _token_id(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 12):
+        refuse("logit_bias", f"expected token ids as keys, found {text[:40]!r}")
+    return int(text)
+
+
+def refuse(param: str, message: str, *, code: str = "parameter") -> NoReturn:
+    raise RequestError(f"{param} {message}", code=code, tensor=param)

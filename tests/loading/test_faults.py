@@ -1,0 +1,513 @@
+"""A damaged checkpoint: one error that names what is wrong, before anything is read; never a half-loaded model.
+
+The files themselves (headers, offsets, links) are for tests/weights; here the tensors are those of a tiny AWQ Llama.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from pymllm.errors import CheckpointError, ConfigError, PymllmError, ShardingError
+from pymllm.loading import load_model
+from pymllm.parallel import Parallel
+from pymllm.weights.safetensors_file import TensorInfo
+
+from .. import checkpoints
+from ..checkpoints import AWQ, edit_config, save_tensors, write_checkpoint, write_index
+from ..forward import logits_of
+
+PROJECTIONS = [f"self_attn.{part}_proj" for part in "qkvo"] + [
+    f"mlp.{part}_proj" for part in ("gate", "up", "down")
+]
+NORMS = ("input_layernorm", "post_attention_layernorm")
+TENSORS = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.0.{layer}.{name}" for layer in PROJECTIONS for name in ("qweight", "qzeros", "scales")),
+    *(f"model.layers.0.{norm}.weight" for norm in NORMS),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+SCALES = "model.layers.0.mlp.down_proj.scales"
+each_tensor = pytest.mark.parametrize("name", TENSORS)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """One layer, groups of 64."""
+    return write_checkpoint(
+        tmp_path_factory.mktemp("good"), "llama", AWQ(64), num_hidden_layers=1, head_dim=32, hidden_size=128
+    )
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(good.folder, tmp_path / "model")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of tensors whose data were asked for."""
+    names: list[str] = []
+    real = TensorInfo.read
+
+    def recording(self, *args, **options):
+        names.append(self.name)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(TensorInfo, "read", recording)
+    return names
+
+
+def refused(folder, reads, error=CheckpointError, **options) -> PymllmError:
+    """The one error of loading `folder`, from headers alone."""
+    with pytest.raises(error) as caught:
+        load_model(folder, device="cpu", **options)
+    assert reads == [], "refused only after tensors were read"
+    return caught.value
+
+
+def test_the_good_checkpoint_has_exactly_these_tensors_and_loads(good, reads):
+    assert set(good.tensors) == set(TENSORS)
+    model = load_model(good.folder, device="cpu")
+    assert {record.name for record in model.load_report.tensors if record.status == "loaded"} == set(TENSORS)
+    assert sorted(reads) == sorted(TENSORS), "each tensor is read once"
+
+
+# --- each tensor in turn
+
+
+@each_tensor
+def test_a_dropped_tensor_is_named(good, folder, reads, name):
+    save_tensors(folder, {key: tensor for key, tensor in good.tensors.items() if key != name})
+    error = refused(folder, reads)
+    assert error.code == "missing" and error.tensor == name
+    assert name in str(error) and str(folder) in str(error)
+
+
+@each_tensor
+def test_a_renamed_tensor_is_named_with_its_old_name(good, folder, reads, name):
+    renamed = name[:-1] + "q"
+    save_tensors(folder, {(renamed if key == name else key): tensor for key, tensor in good.tensors.items()})
+    error = refused(folder, reads)
+    lines = str(error).splitlines()
+    assert "2 problems" in lines[0]
+    (missing,) = (line for line in lines if line.startswith(f"  {name}: missing"))
+    (extra,) = (line for line in lines if line.startswith(f"  {renamed}: unexpected"))
+    assert renamed in missing, "the nearest name of what is missing"
+    assert name in extra, "the nearest name of what is too much"
+
+
+@each_tensor
+def test_a_tensor_in_two_shards_is_named(good, folder, reads, name):
+    tensors = good.tensors
+    save_tensors(folder, tensors, shards=2)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    half = len(tensors) // 2
+    first, second = dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])
+    checkpoints.save_file(first | {name: tensors[name].clone()}, folder / files[0])
+    checkpoints.save_file(second | {name: tensors[name].clone()}, folder / files[1])
+    error = refused(folder, reads)
+    assert error.code == "duplicate-tensor" and error.tensor == name
+    assert files[0] in str(error) and files[1] in str(error)
+
+
+@each_tensor
+def test_a_tensor_that_lacks_a_row_is_named_with_both_shapes(good, folder, reads, name):
+    full = good.tensors[name]
+    save_tensors(folder, good.tensors | {name: full[:-1].clone()})
+    error = refused(folder, reads)
+    found = [full.shape[0] - 1, *full.shape[1:]]
+    assert error.code == "shape" and error.tensor == name
+    assert f"expected {list(full.shape)}, found {found}" in str(error)
+
+
+@each_tensor
+def test_a_file_cut_off_within_a_tensor_names_the_tensor_and_the_bytes(good, folder, reads, name):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    start, end = json.loads(content[8 : 8 + length])[name]["data_offsets"]
+    cut = 8 + length + (start + end) // 2
+    path.write_bytes(content[:cut])
+    error = refused(folder, reads)
+    assert error.code == "truncated" and error.tensor == name and str(path) in str(error)
+    assert f"expected {len(content)} bytes, found {cut} bytes" in str(error)
+
+
+@each_tensor
+def test_a_wrong_dtype_is_named_with_both_dtypes(good, folder, reads, name):
+    tensor = good.tensors[name]
+    wrong = tensor.long() if tensor.dtype is torch.int32 else tensor.to(torch.float64)
+    save_tensors(folder, good.tensors | {name: wrong})
+    error = refused(folder, reads)
+    assert error.code == "dtype" and error.tensor == name
+    assert str(tensor.dtype)[6:] in str(error) and f"found {str(wrong.dtype)[6:]}" in str(error)
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if name.endswith("scales")])
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf"), 0.0), ids=str)
+def test_a_scale_that_is_no_usable_number_is_named_and_counted(good, folder, name, value):
+    bad = good.tensors[name].clone()
+    bad[0, 3] = bad[-1, -1] = value
+    save_tensors(folder, good.tensors | {name: bad})
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder, device="cpu")
+    assert caught.value.code == "bad-scale" and caught.value.tensor == name
+    assert f"2 of {bad.numel()}" in str(caught.value) and "model.safetensors" in str(caught.value)
+
+
+# --- other tensors
+
+
+@pytest.mark.parametrize("extra", ("lm_head.bias", "model.layers.1.input_layernorm.weight", "something.else"))
+def test_an_extra_tensor_is_refused_by_name(good, folder, reads, extra):
+    save_tensors(folder, good.tensors | {extra: torch.zeros(4)})
+    error = refused(folder, reads)
+    assert error.code == "unexpected" and error.tensor == extra and extra in str(error)
+
+
+def test_an_extra_tensor_of_a_known_kind_is_skipped_for_a_stated_reason(good, folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_tensors(folder, good.tensors | {name: torch.ones(16)})
+    (record,) = (r for r in load_model(folder, device="cpu").load_report.tensors if r.name == name)
+    assert record.status == "skipped" and "rotary" in record.reason
+
+
+def test_a_scale_of_the_wrong_shape_is_refused_even_if_it_would_broadcast(good, folder, reads):
+    save_tensors(folder, good.tensors | {SCALES: good.tensors[SCALES][:1, :1].clone()})
+    assert refused(folder, reads).code == "shape"
+
+
+def test_a_transposed_weight_is_refused(good, folder, reads):
+    name = "lm_head.weight"
+    save_tensors(folder, good.tensors | {name: good.tensors[name].t().contiguous()})
+    error = refused(folder, reads)
+    assert error.code == "shape" and error.tensor == name
+
+
+def test_everything_wrong_at_once_is_one_error_that_lists_it_all(good, folder, reads):
+    tensors = good.tensors
+    missing, renamed, wrong_shape, wrong_dtype = TENSORS[1], TENSORS[5], TENSORS[9], TENSORS[0]
+    del tensors[missing]
+    tensors["model.layers.0.self_attn.kk_proj.qzeros"] = tensors.pop(renamed)
+    tensors[wrong_shape] = tensors[wrong_shape][:, :-1].clone()
+    tensors[wrong_dtype] = tensors[wrong_dtype].double()
+    tensors["extra"] = torch.zeros(1)
+    save_tensors(folder, tensors)
+    good.__dict__.pop("tensors")  # the fixture's cached tensors were changed
+    error = refused(folder, reads)
+    text = str(error)
+    assert text.count("\n") == 6 and "6 problems" in text and "nothing was loaded" in text
+    for line in (
+        f"  {missing}: missing",
+        f"  {renamed}: missing",
+        f"  {wrong_shape}: wrong shape",
+        f"  {wrong_dtype}: wrong dtype",
+        "  model.layers.0.self_attn.kk_proj.qzeros: unexpected",
+        "  extra: unexpected",
+    ):
+        assert line in text
+
+
+def test_a_missing_bias_of_a_biased_family_is_named(tmp_path, reads):
+    good = write_checkpoint(tmp_path / "m", "qwen2", AWQ(64), num_hidden_layers=1)
+    name = "model.layers.0.self_attn.k_proj.bias"
+    save_tensors(good.folder, {key: tensor for key, tensor in good.tensors.items() if key != name})
+    assert refused(good.folder, reads).tensor == name
+
+
+def test_a_scale_missing_from_a_quantised_layer_is_an_error_in_every_format(tmp_path, reads):
+    for fmt in ("awq-g64", "fp8-block", "fp8-tensor", "fp8-tensor-static", "ct-channel", "ct-tensor-static"):
+        good = write_checkpoint(tmp_path / fmt, "llama", fmt, num_hidden_layers=1)
+        for name in [name for name in good.tensors if "down_proj" in name and "scale" in name]:
+            save_tensors(good.folder, {key: tensor for key, tensor in good.tensors.items() if key != name})
+            error = refused(good.folder, reads)
+            assert error.code == "missing" and error.tensor == name, fmt
+
+
+def test_a_scale_that_is_no_number_is_found_in_every_format(tmp_path):
+    for fmt in ("fp8-block", "fp8-tensor", "fp8-tensor-static", "ct-block", "ct-channel", "ct-tensor-static"):
+        good = write_checkpoint(tmp_path / fmt, "llama", fmt, num_hidden_layers=1)
+        for name in [name for name in good.tensors if "q_proj" in name and "scale" in name]:
+            bad = good.tensors[name].clone()
+            bad.view(-1)[-1] = float("nan")
+            save_tensors(good.folder, good.tensors | {name: bad})
+            with pytest.raises(CheckpointError) as caught:
+                load_model(good.folder, device="cpu")
+            assert caught.value.code == "bad-scale" and caught.value.tensor == name, fmt
+
+
+# --- the folder
+
+
+def test_all_missing_shards_are_listed(good, folder, reads):
+    save_tensors(folder, good.tensors, shards=3)
+    files = sorted(path for path in folder.glob("*.safetensors"))
+    for path in files[1:]:
+        path.unlink()
+    error = refused(folder, reads)
+    assert error.code == "shards-missing" and all(path.name in str(error) for path in files[1:])
+
+
+@pytest.mark.parametrize(
+    "target", ("../outside.safetensors", "/etc/outside.safetensors", "sub/x.safetensors")
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(good, folder, reads, target):
+    save_tensors(folder, good.tensors, shards=2)
+    shutil.copy(next(folder.glob("*.safetensors")), folder.parent / "outside.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    write_index(folder, index | {TENSORS[0]: target})
+    error = refused(folder, reads)
+    assert error.code == "index-escapes" and error.tensor == TENSORS[0]
+
+
+def test_pickles_alone_are_refused_with_a_way_to_convert_them(good, folder, reads):
+    torch.save(good.tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    error = refused(folder, reads)
+    assert (
+        error.code == "pickle-only" and "pytorch_model.bin" in str(error) and "save_pretrained" in str(error)
+    )
+
+
+def test_an_empty_folder_and_a_missing_one_say_so(tmp_path, reads):
+    assert refused(tmp_path, reads).code == "config-missing"
+    assert refused(tmp_path / "absent", reads).code == "model-not-found"
+
+
+# --- config.json
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    (("awqq", "awq"), ("AWQ_marlin", "awq"), ("compressed_tensor", "compressed-tensors"), ("gguf7", "")),
+)
+def test_an_unknown_quant_method_lists_the_known_ones_and_never_falls_back(folder, reads, name, near):
+    edit_config(folder, quantization_config={"quant_method": name})
+    error = refused(folder, reads, ConfigError)
+    assert error.code == "unknown-method" and near in str(error)
+    assert all(known in str(error) for known in ("awq", "fp8", "compressed-tensors"))
+    assert "config.json" in str(error)
+
+
+def test_a_quantization_config_without_a_method_is_refused(folder, reads):
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]["quant_method"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert refused(folder, reads, ConfigError).code == "unknown-method"
+    edit_config(folder, quantization_config="awq")
+    assert refused(folder, reads, ConfigError).code == "quantization-config"
+
+
+@pytest.mark.parametrize(
+    "change", ({"bits": 3}, {"bits": None}, {"version": "gemv"}, {"group_size": 0}, {"group_size": "64"})
+)
+def test_awq_settings_that_cannot_be_read_are_named(folder, reads, change):
+    edit_config(folder, quantization_config=change)
+    error = refused(folder, reads, ConfigError)
+    (key,) = change
+    assert error.code == "quantization-config" and key in str(error)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_the_shapes(folder, reads):
+    edit_config(folder, quantization_config={"group_size": 96})
+    error = refused(folder, reads, ConfigError)
+    assert (
+        error.code == "group-size" and "96" in str(error) and "128" in str(error) and "q_proj" in str(error)
+    )
+
+
+def test_another_group_size_than_the_files_is_refused_with_both_shapes(folder, reads):
+    edit_config(folder, quantization_config={"group_size": 32})
+    error = refused(folder, reads)
+    assert error.code == "shape" and "expected [4, 16], found [2, 16]" in str(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"hidden_size": 2**40},
+        {"intermediate_size": 2**40},
+        {"vocab_size": 2**60},
+        {"head_dim": 2**40},
+        {"num_attention_heads": 2**40},
+        {"num_key_value_heads": 2**40},
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**30},
+    ),
+    ids=lambda change: "-".join(f"{key}-{value:.0e}" for key, value in change.items()),
+)
+def test_sizes_beyond_the_files_are_refused_without_allocating(folder, reads, change):
+    """A real allocation of any of these would fail, or take long; the limit turns it into an error here."""
+    edit_config(folder, **change)
+    with memory_limit(2 << 30):
+        error = refused(folder, reads, PymllmError)
+    assert isinstance(error, (CheckpointError, ConfigError))
+
+
+class memory_limit:
+    """No more than `more` bytes of address space beyond what is in use."""
+
+    def __init__(self, more):
+        self.more = more
+
+    def __enter__(self):
+        import resource
+
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        self.before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + self.more, self.before[1]))
+
+    def __exit__(self, *_):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+
+@pytest.mark.parametrize("value", (0, -1, 1.5, True, "128", [], float("inf")), ids=repr)
+@pytest.mark.parametrize(
+    "key",
+    (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "head_dim",
+    ),
+)
+def test_a_size_that_is_no_positive_integer_is_named(folder, reads, key, value):
+    edit_config(folder, **{key: value})
+    error = refused(folder, reads, PymllmError)
+    assert key in str(error) and "config.json" in str(error)
+
+
+GARBAGE = (None, True, -1, 0.5, float("nan"), 10**30, "x", [1, "x"], {"x": []})
+
+
+def settings_of(raw):
+    """(object, key) for every setting in a config.json, at any depth."""
+    for key, value in list(raw.items()):
+        yield raw, key
+        if isinstance(value, dict):
+            yield from settings_of(value)
+
+
+@pytest.mark.parametrize("fmt", ("awq-g64", "fp8-block-static", "ct-block"))
+def test_no_value_of_any_setting_gives_more_than_an_error_of_our_own(tmp_path, fmt):
+    """Or the model loads and runs: not every setting matters."""
+    good = write_checkpoint(tmp_path / "m", "llama", fmt, num_hidden_layers=1)
+    path = good.folder / "config.json"
+    raw = json.loads(path.read_text())
+    for key in (
+        "sliding_window",
+        "layer_types",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "compression_config",
+    ):
+        raw[key] = None
+    raw["quantization_config"]["ignored_layers"] = None
+    escaped = {}
+    # The model's own settings once; then only the format's.
+    for holder, key in list(settings_of(raw if fmt == "awq-g64" else raw["quantization_config"])):
+        before = holder[key]
+        for value in GARBAGE:
+            holder[key] = value
+            path.write_text(json.dumps(raw))
+            try:
+                logits_of(load_model(good.folder, device="cpu"), good.ids)
+            except PymllmError:
+                pass
+            except Exception as error:
+                escaped[f"{key}={value!r}"] = repr(error)
+        holder[key] = before
+    assert not escaped
+
+
+@pytest.mark.parametrize(
+    "fmt, field, pattern",
+    (
+        ("ct-block", "ignore", "re:model.(layers"),
+        ("ct-block", "ignore", "re:*"),
+        ("fp8-block", "modules_to_not_convert", "x("),
+    ),
+)
+def test_a_pattern_of_the_checkpoint_that_is_no_regular_expression_is_named(
+    tmp_path, reads, fmt, field, pattern
+):
+    good = write_checkpoint(tmp_path / "m", "llama", fmt, num_hidden_layers=1)
+    edit_config(good.folder, quantization_config={field: [pattern]})
+    error = refused(good.folder, reads, ConfigError)
+    assert error.code == "quantization-config" and pattern in str(error) and field in str(error)
+
+
+def test_more_layers_than_the_files_have_names_the_missing_tensors(folder, reads):
+    edit_config(folder, num_hidden_layers=2)
+    error = refused(folder, reads)
+    assert "model.layers.1.self_attn.q_proj.qweight" in str(error)
+
+
+def test_fewer_layers_than_the_files_have_names_the_extra_tensors(tmp_path, reads):
+    two = write_checkpoint(tmp_path / "m", "llama", AWQ(64), num_hidden_layers=2)
+    edit_config(two.folder, num_hidden_layers=1)
+    error = refused(two.folder, reads)
+    assert error.code == "unexpected" and "model.layers.1.self_attn.q_proj.qweight" in str(error)
+
+
+def test_an_unknown_model_type_lists_the_known_ones(folder, reads):
+    edit_config(folder, model_type="lama")
+    error = refused(folder, reads, ConfigError)
+    assert error.code == "model-type" and "Nearest: llama" in str(error)
+
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('RAN').touch()\n"
+AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+
+
+@pytest.mark.parametrize("model_type", ("llama", "own", "../../own", "os", "__init__", "causal_lm"))
+def test_code_that_a_checkpoint_brings_is_never_imported(folder, model_type):
+    for name in ("configuration_own.py", "modeling_own.py", "own.py", "__init__.py", "tokenization_own.py"):
+        (folder / name).write_text(CODE)
+    edit_config(folder, model_type=model_type, auto_map=AUTO_MAP)
+    modules = set(sys.modules)
+    if model_type == "llama":
+        load_model(folder, device="cpu")
+    else:
+        with pytest.raises(ConfigError) as caught:
+            load_model(folder, device="cpu")
+        assert caught.value.code == "model-type"
+    assert not (folder / "RAN").exists()
+    assert not [name for name in set(sys.modules) - modules if "own" in name.split(".")[-1]]
+
+
+# --- tensor parallel
+
+
+def test_a_tp_size_that_heads_do_not_divide_names_those_that_do(folder, reads):
+    with Parallel(0, 3):
+        error = refused(folder, reads, ShardingError)
+    assert "query heads" in str(error) and "Sizes that work for this model: 1, 2, 4." in str(error)
+
+
+def test_a_tp_size_that_splits_a_group_names_those_that_do_not(tmp_path, reads):
+    # 384 inputs of down_proj in groups of 128: halves cut the second group; all four heads would divide by two.
+    good = write_checkpoint(tmp_path / "m", "llama", AWQ(128), num_hidden_layers=1, intermediate_size=384)
+    with Parallel(1, 2):
+        error = refused(good.folder, reads, ShardingError)
+    text = str(error)
+    assert "down_proj" in text and "192:384" in text and "group of 128" in text
+    assert text.endswith("Sizes that work for this model: 1.")
+
+
+def test_a_bad_checkpoint_is_refused_by_every_rank(good, folder, reads):
+    save_tensors(folder, {key: tensor for key, tensor in good.tensors.items() if key != SCALES})
+    for rank in range(2):
+        with Parallel(rank, 2):
+            assert refused(folder, reads).tensor == SCALES

@@ -1,0 +1,65 @@
+"""Real ranks: processes started by torchrun, joined by Gloo over the loopback interface."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..checkpoints import relative_error, write_checkpoint
+
+FORMATS = ("none", "awq-g32", "fp8-block")
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def torchrun(*arguments, timeout=120):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+    ]
+    command += ["--master-port", str(free_port()), *map(str, arguments)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo here")
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface is named as Linux does")
+def test_two_processes_give_the_logits_of_one(tmp_path):
+    checkpoints = {
+        fmt: write_checkpoint(tmp_path / fmt, "llama", fmt, num_key_value_heads=1) for fmt in FORMATS
+    }
+    ids = next(iter(checkpoints.values())).ids
+    script = Path(__file__).with_name("rank_logits.py")
+    folders = [checkpoint.folder for checkpoint in checkpoints.values()]
+    done = torchrun(script, tmp_path, json.dumps(ids.tolist()), *folders)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        logits = torch.load(tmp_path / f"rank{rank}.pt")
+        for fmt, checkpoint in checkpoints.items():
+            assert relative_error(logits[fmt], checkpoint.logits(ids)) <= 1e-5, (rank, fmt)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo here")
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface is named as Linux does")
+def test_a_bad_checkpoint_ends_every_process_with_its_error(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "m", "llama", "awq-g32", num_hidden_layers=1)
+    (checkpoint.folder / "model.safetensors").write_bytes(b"not a checkpoint")
+    script = Path(__file__).with_name("rank_logits.py")
+    done = torchrun(script, tmp_path, "[1]", checkpoint.folder)
+    assert done.returncode != 0 and "CheckpointError" in done.stderr and "model.safetensors" in done.stderr

@@ -1,0 +1,276 @@
+"""What a hostile, hasty or unlucky client gets: an OpenAI error object, and a server that lives on."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import openai
+import pytest
+
+from pymllm.errors import KernelError
+from pymllm.server.gate import MAX_BODY_BYTES
+from tests.server.conftest import MODEL, serve
+
+LONG = {"prompt": "import os\n", "max_tokens": 900, "logit_bias": {"0": -100, "2": -100}}
+
+
+def post(served, body, path="/v1/completions", headers=None):
+    """Returns (status, JSON, headers)."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    try:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read()), response.headers
+    finally:
+        connection.close()
+
+
+def assert_alive(served):
+    status, answer, _ = post(served, {"prompt": "x", "max_tokens": 1})
+    assert status == 200 and answer["choices"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{bad",
+        b"",
+        b"[]",
+        b'"text"',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": Infinity}',
+        b'{"prompt": "x", "temperature": -Infinity}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x", "seed": ' + b"1" * 5000 + b"}",
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_not_a_json_object_is_refused(served, body):
+    status, answer, _ = post(served, body)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
+    assert_alive(served)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("max_tokens", 0),
+        ("max_tokens", 10**18),
+        ("max_tokens", 1.5),
+        ("seed", "one"),
+        ("seed", 10**30),
+        ("logprobs", 10**6),
+        ("stop", ["x"] * 500_000),
+        ("stop", [""]),
+        ("stop", 7),
+        ("logit_bias", {str(token): 1 for token in range(2000)}),
+        ("logit_bias", {"5": 1e6}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"4000000000": 1}),
+        ("logit_bias", {"word": 1}),
+        ("prompt", [1, 10**9]),
+        ("prompt", [-1]),
+        ("prompt", []),
+        ("prompt", ""),
+        ("prompt", ["x"] * 1000),
+        ("prompt", {"text": "x"}),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+    ],
+)
+def test_a_value_out_of_range_names_its_parameter(served, parameter, value):
+    status, answer, _ = post(served, {"prompt": "x", "max_tokens": 1, parameter: value})
+    assert (status, answer["error"]["param"]) == (400, parameter)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hello",
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": "x", "name": "me"}],
+    ],
+)
+def test_messages_that_cannot_be_honoured_are_refused(served, messages):
+    status, answer, _ = post(served, {"messages": messages}, "/v1/chat/completions")
+    assert (status, answer["error"]["param"]) == (400, "messages")
+
+
+def test_a_body_that_is_too_large_is_refused(served):
+    status, answer, _ = post(served, b" " * (MAX_BODY_BYTES + 1))
+    assert status == 413 and answer["error"]["message"]
+    assert_alive(served)
+
+
+@pytest.mark.parametrize(("length", "status"), [("-5", 400), ("1e3", 400), ("99999999999999999999", 413)])
+def test_a_false_content_length_is_refused(served, length, status):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
+        assert connection.recv(100).startswith(f"HTTP/1.1 {status}".encode())
+    assert_alive(served)
+
+
+def test_large_headers_are_refused(served):
+    assert post(served, {"prompt": "x"}, headers={"X-Filler": "a" * 20_000})[0] == 431
+    assert_alive(served)
+
+
+def test_unknown_paths_and_methods_are_json_errors(served):
+    assert post(served, {}, "/v1/embeddings")[0] == 404
+    status, answer, _ = post(served, {}, "/v1/models")
+    assert status == 405 and answer["error"]["type"] == "invalid_request_error"
+
+
+def test_everything_but_health_needs_the_key(llm):
+    with serve(llm, api_key="secret") as served:
+        assert served.client("secret").models.list().data
+        for key in ("wrong", "secret2", "secre"):
+            with pytest.raises(openai.AuthenticationError):
+                served.client(key).completions.create(model=MODEL, prompt="x", max_tokens=1)
+        for path in ("/v1/completions", "//health", "/health/../v1/models", "/health/", "/%68ealth2", "/"):
+            assert post(served, {}, path)[0] == 401
+        connection = http.client.HTTPConnection("127.0.0.1", served.port)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def send(served, body):
+    """A connection with a request on its way."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", served.port))
+    connection.sendall(
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    )
+    return connection
+
+
+def slow_down(llm, monkeypatch):
+    """Steps at a large model's pace, so that even a busy machine hears of everything in time.  Returns their list."""
+    inner, steps = llm.engine.step, []
+
+    def step():
+        time.sleep(0.2)
+        steps.append(1)
+        return inner()
+
+    monkeypatch.setattr(llm.engine, "step", step)
+    return steps
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_aborted_within_a_step_or_two(llm, monkeypatch, stream):
+    with serve(llm) as served:
+        free = len(llm.engine.cache.free)
+        steps = slow_down(llm, monkeypatch)
+        connection = send(served, {**LONG, "stream": stream})
+        wait_until(lambda: len(steps) > 1)
+        connection.close()
+        before = len(steps)
+        wait_until(lambda: len(llm.engine.cache.free) == free)
+        assert len(steps) - before <= 3
+        monkeypatch.undo()
+        assert_alive(served)
+
+
+def test_a_client_that_leaves_while_it_waits_never_runs(llm, monkeypatch):
+    with serve(llm) as served:
+        slow_down(llm, monkeypatch)
+        inner, prompts = llm.stream_all, []
+        monkeypatch.setattr(llm, "stream_all", lambda p, params: (prompts.append(p), inner(p, params))[1])
+        first = send(served, LONG)
+        wait_until(lambda: len(prompts) == 1)
+        second = send(served, LONG)
+        time.sleep(0.3)
+        second.close()
+        time.sleep(0.3)
+        first.close()
+        assert_alive(served)
+        assert len(prompts) == 2  # the first, and assert_alive's
+
+
+def test_the_line_is_bounded_and_says_when_to_come_back(llm, monkeypatch):
+    with serve(llm, max_waiting=0) as served:
+        slow_down(llm, monkeypatch)
+        stream = served.client().completions.create(model=MODEL, stream=True, **LONG)
+        next(stream)
+        status, answer, headers = post(served, {"prompt": "x", "max_tokens": 1})
+        assert status == 503 and int(headers["Retry-After"]) > 0
+        assert answer["error"]["code"] == "overloaded"
+        stream.close()
+        wait_until(lambda: post(served, {"prompt": "x", "max_tokens": 1})[0] == 200)
+
+
+def test_waiting_requests_take_turns(llm):
+    with serve(llm) as served:
+        texts = {}
+
+        def ask(number):
+            body = {"prompt": f"x = {number}\n", "max_tokens": 4, "temperature": 0}
+            texts[number] = post(served, body)[1]["choices"][0]["text"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        params = llm.default_params(temperature=0.0, max_tokens=4)
+        assert texts == {number: llm.generate(f"x = {number}\n", params)[0].text for number in range(6)}
+
+
+@pytest.mark.parametrize(
+    "error", [KernelError("no kernel", code="kernel-refused"), ZeroDivisionError("oops")]
+)
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_failing_request_leaves_the_server_alive(llm, monkeypatch, error, after, stream):
+    with serve(llm) as served:
+        free = len(llm.engine.cache.free)
+        inner, calls = llm.engine.runner.step, []
+
+        def step(*arguments):
+            calls.append(1)
+            if len(calls) > after:
+                raise error
+            return inner(*arguments)
+
+        monkeypatch.setattr(llm.engine.runner, "step", step)
+        expected = "no kernel" if isinstance(error, KernelError) else "internal error"
+        if stream and after:  # the headers are out: the error is the last event
+            with pytest.raises(openai.APIError, match=expected):
+                list(served.client().completions.create(model=MODEL, stream=True, **LONG))
+        else:
+            status, answer, _ = post(served, {**LONG, "stream": stream})
+            assert status == 500 and answer["error"]["type"] == "server_error"
+            assert expected in answer["error"]["message"]
+        monkeypatch.undo()
+        assert len(llm.engine.cache.free) == free
+        assert_alive(served)
