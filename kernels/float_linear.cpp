@@ -61,7 +61,8 @@ void float_linear(const FloatLinear &problem, Isa isa, int threads) {
   const std::int64_t weight_bytes = outputs * inputs * (problem.weight_type == WeightType::e4m3 ? 1 : 2);
   for (std::int64_t first = 0; first < problem.tokens; first += panel) {
     const std::int64_t tokens = std::min(panel, problem.tokens - first);
-    parallel_for(tokens, worthwhile_threads(tokens * inputs * 8, threads),
+    // Below 128 K activations one thread is done before a second has started.
+    parallel_for(tokens, worthwhile_threads(tokens * inputs, threads),
                  [&](std::int64_t begin, std::int64_t end) {
                    path.prepare(problem, first + begin, end - begin, prepared + begin * stride, stride);
                  });

@@ -72,7 +72,6 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512Vnni;
-extern const Kernels kNeonDotprod;
 
 // slices: 1 (int8 activations), 2 (relative error 2e-5) or 3 (1e-7). Results do not depend on `threads`.
 void linear(const Weights &weights, const Floats &floats, int slices, int threads, Isa isa);

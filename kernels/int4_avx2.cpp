@@ -85,7 +85,8 @@ void quantise(const Floats &floats, const Weights &weights, const Activations &o
       }
       GroupScale scale = group_scale(largest_lane(largest), out.slices);
       const __m256 inverse = _mm256_set1_ps(scale.inverse), ratio = _mm256_set1_ps(kSliceRatio);
-      const __m256 keep = _mm256_castsi256_ps(_mm256_set1_epi32(scale.inverse != 0 ? -1 : 0));  // NaN times 0 is no code
+      // NaN times 0 is no code.
+      const __m256 keep = _mm256_castsi256_ps(_mm256_set1_epi32(scale.inverse != 0 ? -1 : 0));
       for (int i = 0; i < vectors; ++i) values[i] = _mm256_and_ps(keep, _mm256_mul_ps(values[i], inverse));
       for (int slice = 0; slice < out.slices; ++slice) {
         const std::int64_t row = g * out.rows + token * out.slices + slice;
@@ -164,7 +165,8 @@ void tile_rows(const Tile &tile, const Activations &x, std::int64_t at, int grou
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       float *sum = sums + m * kBlockRows + kLanes * half;
-      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[m][half]), _mm256_load_ps(tile.scales + kLanes * half));
+      const __m256 scales = _mm256_load_ps(tile.scales + kLanes * half);
+      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[m][half]), scales);
       _mm256_storeu_ps(sum, _mm256_fmadd_ps(scaled, scale, _mm256_loadu_ps(sum)));
     }
   }
@@ -177,7 +179,8 @@ void finish(const float *sums, int slices, const Floats &floats, const Weights &
   const std::size_t element = floats.dtype == Dtype::f32 ? 4 : 2;
   const std::size_t bytes = element * static_cast<std::size_t>(left < kBlockRows ? left : kBlockRows);
   alignas(32) std::uint8_t bias[64] = {}, result[64];
-  if (floats.bias != nullptr) std::memcpy(bias, static_cast<const std::uint8_t *>(floats.bias) + output * element, bytes);
+  if (floats.bias != nullptr)
+    std::memcpy(bias, static_cast<const std::uint8_t *>(floats.bias) + output * element, bytes);
   for (int i = 0; i < kBlockRows; i += kLanes) {
     __m256 sum = _mm256_loadu_ps(sums + (slices - 1) * kBlockRows + i);
     for (int slice = slices - 1; slice-- > 0;) sum = _mm256_add_ps(sum, _mm256_loadu_ps(sums + slice * kBlockRows + i));

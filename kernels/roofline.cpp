@@ -60,7 +60,8 @@ PYMLLM_TARGET("avx2") void read_avx2(const char *data, std::int64_t bytes) {
 // Whole loops in asm: in C++ gcc keeps the accumulators in memory, and the "peak" is below what kernels reach.
 // One `step(register)` for each of registers 0 to 11; 14 and 15 hold the operands.
 #define PYMLLM_REPEAT(step) \
-  step("0") step("1") step("2") step("3") step("4") step("5") step("6") step("7") step("8") step("9") step("10") step("11")
+  step("0") step("1") step("2") step("3") step("4") step("5") step("6") step("7") step("8") step("9") step("10") \
+      step("11")
 #define PYMLLM_LOOP(set, zero, step)                                                                             \
   std::int64_t left = kIterations;                                                                               \
   __asm__ volatile(set PYMLLM_REPEAT(zero) ".p2align 5\n1:\n" PYMLLM_REPEAT(step) "dec %0\njne 1b\n"            \

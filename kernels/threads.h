@@ -1,9 +1,9 @@
 // The one threading policy of the native kernels.
 //
 // Python passes torch.get_num_threads(); the kernels add no pool of their own. On Linux torch and this module both ask
-// for a library whose SONAME is libgomp.so.1, so the process maps one OpenMP runtime with one pool of threads, whichever
-// of the two is imported first (tests/kernels/test_native_int4.py looks in /proc/self/maps). Without OpenMP at build
-// time everything runs serially. Bodies touch no Python object: the binding has released the GIL.
+// for a library whose SONAME is libgomp.so.1, so the process maps one OpenMP runtime with one pool of threads,
+// whichever of the two is imported first (tests/kernels/test_native_int4.py looks in /proc/self/maps). Without OpenMP
+// at build time everything runs serially. Bodies touch no Python object: the binding has released the GIL.
 //
 // A kernel splits its OUTPUT between threads and never a sum, so results do not depend on the number of threads.
 #pragma once

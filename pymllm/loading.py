@@ -184,6 +184,7 @@ def choose_execution(
 ) -> Execution:
     """Where and in which activation dtype to run.
 
+    Asking for float32 is asking for float32 arithmetic: compute "auto" is then "exact".
     dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
     either way, and whose CPU arithmetic is fastest and most exact in float32.
     """
@@ -194,6 +195,8 @@ def choose_execution(
     where = probe_device(device)
     if dtype != "auto":
         chosen = parse_dtype(dtype)
+        if chosen is torch.float32 and compute == "auto":
+            compute = "exact"
     elif where.type == "cpu" and stored.get_name() != "none":
         chosen = torch.float32
     else:

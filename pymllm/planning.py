@@ -189,12 +189,12 @@ def _plan_weighted(
     rows: list[PlannedLayer] = []
     total = 0 if module.bias is None else module.bias.nbytes
     head = module if isinstance(module, ParallelLMHead) else None
-    tied_to = (
-        head.tied_to.prefix if head is not None and head.shares_table and head.tied_to is not None else None
-    )
+    table = head.tied_to if head is not None and head.shares_table else None
     for method, shape, _ in layer_parts(module):
         bound = binder(method, shape, module.operation)
-        shared = tied_to is not None and bound.selection.kernel.layout in ("dense", "reference")
+        shared = table is not None and (
+            binder(method, table.shape, table.operation).selection.kernel.layout == bound.selection.kernel.layout
+        )
         total += 0 if shared else bound.nbytes
         for index, part in enumerate(shape.parts):
             name = module.prefix if head is not None else part
@@ -217,7 +217,7 @@ def _plan_weighted(
                     shape_local=[alone.out_features_local, alone.in_features_local],
                     bytes=0 if shared else part_bytes,
                     fused_with=[other for other in shape.parts if other != part],
-                    tied_to=tied_to,
+                    tied_to=None if table is None else table.prefix,
                 )
             )
     return rows, total

@@ -40,20 +40,16 @@ def _isa_code(name: str | None) -> int:
     return _native().isa_code(name or "")
 
 
+@functools.cache
 def _block_group(group_size: int) -> int:
     """Inputs of a packed block: larger groups repeat their scale and zero in several blocks."""
     return next(size for size in BLOCK_GROUPS if group_size % size == 0)
 
 
-def _blocks_shape(problem: LinearProblem) -> tuple[int, int, int]:
-    """[ceil(O/16), I/G, bytes of a block]"""
-    assert isinstance(problem.weight, IntType)
-    group = _block_group(problem.weight.group_size)
-    return (
-        -(-problem.out_features // BLOCK_ROWS),
-        problem.in_features // group,
-        HEADER_BYTES + group * BLOCK_ROWS // 2,
-    )
+@functools.cache
+def _blocks_shape(out_features: int, in_features: int, group: int) -> tuple[int, int, int]:
+    """[ceil(O/16), I/G, bytes of a block]; group: of a block."""
+    return -(-out_features // BLOCK_ROWS), in_features // group, HEADER_BYTES + group * BLOCK_ROWS // 2
 
 
 class NativeInt4:
@@ -66,6 +62,10 @@ class NativeInt4:
         kind = problem.weight
         if not isinstance(kind, IntType) or kind.bits != 4:
             return f"multiplies 4-bit integers only, the weight is {kind}"
+        if not kind.plain:
+            return f"takes integer zero points in groups that lie in order, the weight is {kind}"
+        if problem.compute == "checkpoint" and kind.activations != "float":
+            return "quantises activations in its own way, which compute=checkpoint forbids"
         if problem.device.type != "cpu":
             return "runs on the CPU only"
         if problem.dtype not in DTYPES:
@@ -85,11 +85,19 @@ class NativeInt4:
             "(relative error about 6e-3), float32 accumulation"
         )
 
+    def tolerance(self, problem: LinearProblem) -> float:
+        """Relative error that `verify` allows: twice what rounding activations to int8 explains, or the dtype's."""
+        return {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[problem.dtype] + (
+            1.2e-2 if problem.compute == "auto" else 0.0
+        )
+
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, IntWeight)
         # What float16 may not hold, for `unpack`.
         kept = {} if weight.scales.dtype is torch.float16 else {"scales": weight.scales}
-        blocks = torch.empty(_blocks_shape(problem), dtype=torch.uint8, device=weight.codes.device)
+        group = _block_group(weight.group_size)
+        shape = _blocks_shape(problem.out_features, problem.in_features, group)
+        blocks = torch.empty(shape, dtype=torch.uint8, device=weight.codes.device)
         if blocks.is_meta:
             return {"blocks": blocks, **kept}
         dtypes = {weight.codes.dtype} | ({weight.zeros.dtype} if weight.zeros is not None else set())
@@ -114,7 +122,7 @@ class NativeInt4:
             problem.out_features,
             problem.in_features,
             weight.group_size,
-            _block_group(weight.group_size),
+            group,
             torch.get_num_threads(),
         )
         return {"blocks": blocks, **kept}
@@ -122,13 +130,13 @@ class NativeInt4:
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, IntType)
-        blocks = packed["blocks"]
+        blocks, group = packed["blocks"], _block_group(kind.group_size)
         stored = (problem.out_features, problem.in_features // kind.group_size)
         codes = blocks.new_empty((problem.out_features, problem.in_features))
         scales = blocks.new_empty(stored, dtype=torch.float16)
         zeros = None if kind.symmetric else blocks.new_empty(stored)
         if not blocks.is_meta:
-            _check_blocks(blocks, problem)
+            _check_blocks(blocks, _blocks_shape(problem.out_features, problem.in_features, group))
             _native().int4_unpack(
                 blocks.data_ptr(),
                 codes.data_ptr(),
@@ -137,13 +145,14 @@ class NativeInt4:
                 problem.out_features,
                 problem.in_features,
                 kind.group_size,
-                _block_group(kind.group_size),
+                group,
                 torch.get_num_threads(),
             )
-        return IntWeight(codes, packed.get("scales", scales), zeros, kind.bits, kind.group_size)
+        scales = packed.get("scales", scales)
+        return IntWeight(codes, scales, zeros, kind.bits, kind.group_size, activations=kind.activations)
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        # About 4 us a call: every line here counts (test_dispatch_costs_few_microseconds).
+        # About 3 us a call: every line here counts (test_dispatch_costs_few_microseconds).
         blocks, dtype = packed["blocks"], problem.dtype
         in_features, out_features = problem.in_features, problem.out_features
         shape = x.shape
@@ -152,7 +161,7 @@ class NativeInt4:
                 f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
             )
         group = _block_group(problem.weight.group_size)  # type: ignore[union-attr]
-        _check_blocks(blocks, problem)
+        _check_blocks(blocks, _blocks_shape(out_features, in_features, group))
         x = x.contiguous()
         tokens = x.numel() // in_features
         bias_address = 0
@@ -182,15 +191,10 @@ class NativeInt4:
         return y
 
 
-def _check_blocks(blocks: Tensor, problem: LinearProblem) -> None:
+def _check_blocks(blocks: Tensor, shape: tuple[int, int, int]) -> None:
     """The kernel reads as many bytes as the shape needs, without looking."""
-    shape = _blocks_shape(problem)
-    if (
-        blocks.shape != shape
-        or not blocks.is_contiguous()
-        or not blocks.is_cpu
-        or blocks.dtype is not torch.uint8
-    ):
+    fits = blocks.shape == shape and blocks.dtype is torch.uint8 and blocks.is_contiguous() and blocks.is_cpu
+    if not fits:
         raise ValueError(
             f"packed blocks must be {shape} uint8 on the CPU, not {tuple(blocks.shape)} {blocks.dtype}"
         )

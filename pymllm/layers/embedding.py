@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pymllm.config import Execution
 from pymllm.layers.linear import WeightedLayer
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, bind_layer, bound_weight
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, bind_shared, bound_weight
 from pymllm.weights.spec import Span
 
 
@@ -114,7 +115,8 @@ class ParallelLMHead(VocabParallelEmbedding):
         assert self.tied_to is not None
         bound = bound_weight(self.tied_to)
         assert bound is not None
-        bind_layer(self, bound.canonical())
+        execution = self.execution or Execution(dtype=self.params_dtype, device=bound.problem.device.type)
+        self.bound = bind_shared(bound, execution, "linear")
 
     def forward(self, x: Tensor, gather_all: bool = False) -> Tensor | None:  # type: ignore[override]
         """x: [*, H].  Returns logits [*, V] on rank 0 and None elsewhere; gather_all: on every rank."""

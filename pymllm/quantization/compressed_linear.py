@@ -1,4 +1,4 @@
-"""What compressed-tensors stores for a linear layer, one method a family; the config that chooses among them is its format.
+"""What compressed-tensors stores for a linear layer: one method a family. Its format file chooses among them.
 
 float8        weight e4m3 [O, I], weight_scale [1], [O, 1] or [ceil(O/b0), ceil(I/b1)], input_scale [1] if static
 int packed    weight_packed int32 [O, ceil(I·bits/32)], weight_scale [O, I/G], weight_shape int64 [2],

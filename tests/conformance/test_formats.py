@@ -7,10 +7,9 @@ from pymllm.config import Execution
 from pymllm.kernels.canonical import on_meta
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import LinearProblem, kernels_for
-from pymllm.layers.linear import Linear
 from pymllm.quantization.base import bind, bound_weight
 
-from .vectors import ROOT, Vector, all_vectors, load_layer, name_of, weight_of
+from .vectors import ROOT, Vector, all_vectors, name_of
 
 
 def rounded(weight: torch.Tensor, vector: Vector) -> torch.Tensor:
@@ -42,13 +41,11 @@ def test_the_method_decodes_to_the_writers_dequantisation(vector):
 
 
 @pytest.mark.parametrize("vector", all_vectors(), ids=name_of)
-def test_a_loaded_layer_holds_the_writers_dequantisation(vector):
-    tensors = {spec.name: vector.stored_for(spec) for spec in vector.method.weight_specs(vector.shape)}
-    layer = load_layer(
-        lambda: Linear(vector.in_features, vector.out_features, bias=False, quant_method=vector.method),
-        [tensors],
-    )
-    assert torch.equal(rounded(weight_of(layer), vector), vector.dequantized)
+def test_a_packed_layer_holds_the_writers_dequantisation(vector):
+    layer = vector.layer()
+    layer.quant_method.process_weights_after_loading(layer)
+    weight = bound_weight(layer).canonical().dequantize(torch.float32)
+    assert torch.equal(rounded(weight, vector), vector.dequantized)
     assert not list(layer.parameters()), "the checkpoint's layout is freed once packed"
 
 
@@ -56,13 +53,10 @@ def test_a_loaded_layer_holds_the_writers_dequantisation(vector):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_plan_counts_the_bytes_that_packing_takes(vector, dtype):
     """What `planned` makes on the meta device packs to the same tensors, for the same kernel."""
-    i, o, method = vector.in_features, vector.out_features, vector.method
-    tensors = {spec.name: vector.stored_for(spec) for spec in method.weight_specs(vector.shape)}
-    layer = load_layer(
-        lambda: Linear(i, o, False, method, prefix="model.layer", params_dtype=dtype), [tensors]
-    )
+    layer = vector.layer(dtype)
+    layer.quant_method.process_weights_after_loading(layer)
     bound = bound_weight(layer)
-    planned = bind(method.planned(layer.shape), Execution(dtype=dtype), "linear")
+    planned = bind(vector.method.planned(layer.shape), Execution(dtype=dtype), "linear")
     assert planned.selection.kernel.name == bound.selection.kernel.name
     assert planned.nbytes == bound.nbytes
     assert described(planned.packed) == described(bound.packed)

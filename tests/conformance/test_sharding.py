@@ -19,10 +19,9 @@ from pymllm.weights.spec import Axis
 from .vectors import all_vectors, load_layer, name_of, one_of_each_method, weight_of
 
 METHODS = pytest.mark.parametrize("vector", one_of_each_method(), ids=name_of)
-SIZES = pytest.mark.parametrize("size", (2, 4))
 # Quarters of 512 are whole groups, words and blocks of every format; quarters of 256 lie within a block of 128,
 # whose scale each of two ranks then holds.
-WIDTHS = pytest.mark.parametrize("width", (512, 256))
+SPLITS = pytest.mark.parametrize("width, size", ((512, 4), (256, 2), (256, 4)))
 
 
 def ranks(size):
@@ -35,8 +34,7 @@ def whole(vector, in_features, out_features, tensors):
 
 
 @METHODS
-@SIZES
-@WIDTHS
+@SPLITS
 def test_column_shards_concatenate_to_the_layer(vector, size, width):
     tensors = vector.resampled(384, width, seed=1)
     pieces = [
@@ -50,8 +48,7 @@ def test_column_shards_concatenate_to_the_layer(vector, size, width):
 
 
 @METHODS
-@SIZES
-@WIDTHS
+@SPLITS
 def test_row_shards_concatenate_to_the_layer(vector, size, width):
     tensors = vector.resampled(width, 160, seed=2)
     pieces = [
@@ -63,7 +60,7 @@ def test_row_shards_concatenate_to_the_layer(vector, size, width):
 
 
 @METHODS
-@pytest.mark.parametrize("size", (1, 2, 4))
+@pytest.mark.parametrize("size", (1, 4))
 def test_merged_shards_hold_their_share_of_every_part(vector, size):
     parts = [512, 256, 512]
     tensors = [vector.resampled(128, out, seed=10 + index) for index, out in enumerate(parts)]
@@ -81,8 +78,7 @@ def test_merged_shards_hold_their_share_of_every_part(vector, size):
 
 
 @METHODS
-@pytest.mark.parametrize("kv_heads", (8, 2, 1))
-@pytest.mark.parametrize("size", (1, 2, 4))
+@pytest.mark.parametrize("kv_heads, size", ((2, 1), (2, 2), (8, 4), (2, 4), (1, 4)))
 def test_qkv_shards_hold_whole_heads_and_replicate_key_heads_where_ranks_are_more(vector, kv_heads, size):
     heads, head_size = 8, 64
     parts = [heads * head_size, kv_heads * head_size, kv_heads * head_size]
@@ -109,7 +105,7 @@ def test_qkv_shards_hold_whole_heads_and_replicate_key_heads_where_ranks_are_mor
 
 @pytest.mark.parametrize("vector", all_vectors(), ids=name_of)
 @pytest.mark.parametrize("layer_type", (ColumnParallelLinear, RowParallelLinear))
-@pytest.mark.parametrize("size", (2, 3, 4, 8))
+@pytest.mark.parametrize("size", (2, 3, 8))
 def test_an_odd_shape_is_divided_rightly_or_refused(vector, layer_type, size):
     """Never a wrong piece: a cut through a word, a group or a block is an error that names both."""
     i, o = vector.in_features, vector.out_features

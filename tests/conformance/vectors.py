@@ -19,7 +19,7 @@ from torch import Tensor
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.linear import Linear, LinearBase
 from pymllm.parallel import Parallel
-from pymllm.quantization.base import LinearMethodBase, bound_weight, get_quantization_config
+from pymllm.quantization.base import LinearMethodBase, get_quantization_config
 from pymllm.weights.spec import Axis, LinearShape, Span, WeightSpec
 
 ROOT = Path(__file__).parents[2] / "quantization"
@@ -82,10 +82,15 @@ class Vector:
     @cached_property
     def canonical(self) -> CanonicalWeight:
         """Through the method alone, without a kernel."""
-        layer = Linear(self.in_features, self.out_features, False, self.method, prefix="model.layer")
-        for spec in self.method.weight_specs(layer.shape):
-            layer.weight_loader(getattr(layer, spec.name), self.stored_for(spec))
-        return self.method.to_canonical({name: p.data for name, p in layer.named_parameters()}, layer.shape)
+        return canonical_of(self.layer())
+
+    def layer(self, dtype: torch.dtype = torch.float32) -> LinearBase:
+        """A layer with these tensors, not packed yet."""
+        sizes = self.in_features, self.out_features
+        tensors = {spec.name: self.stored_for(spec) for spec in self.method.weight_specs(self.shape)}
+        return load_layer(
+            lambda: Linear(*sizes, False, self.method, prefix="model.layer", params_dtype=dtype), [tensors]
+        )
 
     def stored_for(self, spec: WeightSpec) -> Tensor:
         """The stored tensor that a spec means, under any of its names."""
@@ -134,7 +139,7 @@ def one_of_each_method() -> list[Vector]:
 def load_layer(
     make: Callable[[], LinearBase], parts: Sequence[dict[str, Tensor]], parallel: Parallel | None = None
 ) -> LinearBase:
-    """A layer made under `parallel`, filled through its weight_loader and packed.
+    """A layer made under `parallel`, filled through its weight_loader; not packed yet.
 
     parts: for each fused part, its full checkpoint tensors by spec name.
     """
@@ -143,12 +148,16 @@ def load_layer(
     for index, tensors in enumerate(parts):
         for name, tensor in tensors.items():
             layer.weight_loader(getattr(layer, name), tensor, index)
-    layer.quant_method.process_weights_after_loading(layer)
     return layer
 
 
+def canonical_of(layer: LinearBase) -> CanonicalWeight:
+    """A loaded layer's weight, without a kernel."""
+    return layer.quant_method.to_canonical(
+        {name: p.data for name, p in layer.named_parameters()}, layer.shape
+    )
+
+
 def weight_of(layer: LinearBase) -> Tensor:
-    """[O_local, I_local] float64: what the packed layer means."""
-    bound = bound_weight(layer)
-    assert bound is not None
-    return bound.canonical().dequantize(torch.float64)
+    """[O_local, I_local] float64: what a loaded layer means."""
+    return canonical_of(layer).dequantize(torch.float64)

@@ -156,8 +156,8 @@ def test_the_errors_are_those_that_numerics_names(path):
 @needs_native
 @pytest.mark.parametrize("path", PATHS)
 def test_more_activations_than_fit_the_caches(path):
-    # 130 x 4736 codes pass the second-level cache in two parts; 800 tokens exceed the rows taken at a time (768).
-    for tokens, (out_features, in_features, group) in ((130, (83, 4736, 128)), (800, (19, 64, 32))):
+    # 130 x 4736 codes pass the second-level cache in two parts; 500 tokens exceed the rows taken at a time (192).
+    for tokens, (out_features, in_features, group) in ((130, (83, 4736, 128)), (500, (19, 64, 32))):
         weight = make_weight(out_features, in_features, group)
         problem = make_problem(weight, torch.float32, path)
         x = floats(tokens, in_features)
@@ -361,6 +361,18 @@ def test_results_do_not_depend_on_the_number_of_threads(path, torch_threads):
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("path", PATHS)
+def test_a_token_gets_the_same_result_whatever_is_batched_with_it(path):
+    weight = make_weight(50, 384, 128)
+    problem = make_problem(weight, torch.float32, path)
+    packed = KERNEL.pack(weight, problem)
+    x = floats(203, 384)
+    whole = KERNEL.run(packed, problem, x, None)
+    for first, last in ((0, 3), (3, 8), (8, 17), (17, 60), (60, 203)):
+        assert torch.equal(KERNEL.run(packed, problem, x[first:last], None), whole[first:last])
 
 
 @needs_native

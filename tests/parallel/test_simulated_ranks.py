@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 
-from pymllm.loading import load_model
+from pymllm.loading import load_model, prepare
 from pymllm.parallel import Parallel, simulate
-from pymllm.planning import make_plan, prepare
+from pymllm.planning import make_plan
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of

@@ -166,7 +166,7 @@ def test_groups_that_claim_the_same_target_are_an_error_that_names_both():
 @pytest.mark.parametrize("target", ("Linera", "model.layers.0.mlp.up_prj"))
 def test_a_misspelt_target_is_an_error_with_the_nearest_name(target):
     config = read(settings(targets=[target]))
-    with pytest.raises(ConfigError, match="Nearest: (Linear|model.layers.0.mlp.up_proj)") as caught:
+    with pytest.raises(ConfigError, match=r"Nearest: (Linear|model\.layers\.0\.mlp\.up_proj)") as caught:
         config.see_checkpoint(
             {"model.layers.0.mlp.up_proj.weight_packed": SimpleNamespace(dtype=torch.int32)}
         )

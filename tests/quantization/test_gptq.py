@@ -275,6 +275,31 @@ def test_contradicting_tensors_are_refused_with_what_they_hold():
     assert issubclass(CheckpointError, ValueError)
 
 
+GOLDEN = sorted((Path(__file__).parents[2] / "quantization").glob("*/golden/**/*.safetensors"))
+GOLDEN = [
+    path for path in GOLDEN if path.parents[1].name in ("gptq", "compressed_tensors") or path in ACT_ORDER
+]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_what_writers_store_is_never_refused(path):
+    with safe_open(path, "pt") as file:
+        case = json.loads(file.metadata()["case"])
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    config = read(case["quantization_config"])
+    config.see_checkpoint({f"x.{name}": tensor for name, tensor in tensors.items()})
+    shape = LinearShape(
+        Span.full(case["in_features"]), (Span.full(case["out_features"]),), ("x",), torch.float32
+    )
+    for spec in config.get_quant_method(LINEAR, "x").weight_specs(shape):
+        assert spec.refuse is None or spec.refuse(tensors[spec.name], shape) is None, spec.name
+
+
+def test_act_order_of_a_single_group_is_no_order():
+    method = read({**GPTQ, "group_size": -1, "desc_act": True}).get_quant_method(LINEAR, "x")
+    assert method.index == "absent" and method.fuses
+
+
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 @pytest.mark.parametrize("sym", ("true", "false"))
 def test_a_rule_rounds_to_the_nearest_code(bits, sym):

@@ -9,7 +9,12 @@ import pymllm
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.layers.linear import Linear, RowParallelLinear
 from pymllm.parallel import Parallel, simulate
-from pymllm.quantization.base import bound_weight, get_quantization_config
+from pymllm.quantization.base import (
+    ConvertedLinearMethod,
+    UnquantizedLinearMethod,
+    bound_weight,
+    get_quantization_config,
+)
 from pymllm.quantization.rules import Rule
 from pymllm.weights.spec import LinearShape, Span
 
@@ -69,9 +74,10 @@ def test_any_target_from_any_source_loads_verifies_and_costs_only_its_own_error(
         weights = [meant[f"{part}.weight"].detach() for part in parts]
         found = bound.canonical().dequantize(torch.float32).split([len(weight) for weight in weights])
         for weight, again in zip(weights, found, strict=True):
-            # The target's own error: what the method makes of the weight that the source means. A fused layer's
-            # parts share nothing but in nvfp4 and fp8 per tensor, which scale each part by itself.
-            assert (again - weight).norm() / weight.norm() <= error_of(target, weight) * 1.001 + 1e-7
+            # The target's own error: what the method makes of the weight that the source means. Blocks of 128
+            # outputs run across the parts of a fused layer that are smaller than that (k and v have 64).
+            slack = 1.03 if "block" in target else 1.001
+            assert (again - weight).norm() / weight.norm() <= error_of(target, weight) * slack + 1e-7
 
 
 @pytest.mark.parametrize("target", ("int4:group_size=32", "int8", "mxfp4", "nvfp4"))
@@ -95,7 +101,9 @@ def test_searched_scales_are_never_worse_than_the_whole_range(bits, symmetric):
     weight = normal()
     weight[:, ::37] *= 6  # outliers, which a range should not follow
     plain, searched = (
-        method_of(f"int{bits}:group_size=64,symmetric={symmetric},scale={scale}").quantize(weight, shape_of(48, 256))
+        method_of(f"int{bits}:group_size=64,symmetric={symmetric},scale={scale}").quantize(
+            weight, shape_of(48, 256)
+        )
         for scale in ("minmax", "mse")
     )
     errors = [
@@ -152,8 +160,6 @@ def test_groups_that_do_not_divide_the_inputs_are_refused_with_the_layers_name(t
 
 
 def test_groups_that_a_rank_would_cut_are_a_sharding_error():
-    from pymllm.quantization.base import ConvertedLinearMethod, UnquantizedLinearMethod
-
     method = ConvertedLinearMethod(UnquantizedLinearMethod(), method_of("int4:group_size=64"))
     assert Linear(192, 16, False, quant_method=method) is not None
     with Parallel(0, 2), pytest.raises(ShardingError, match="96"):

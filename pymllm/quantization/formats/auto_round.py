@@ -5,7 +5,8 @@
     auto_round:auto_awq              AWQ (GEMM)
 
 `extra_config` overrides settings for single layers; `block_name_to_quantize` names the blocks that are quantised.
-Checkpoints that AutoRound exports as plain gptq or awq name that as their quant_method. The page: quantization/gptq/README.md.
+Checkpoints that AutoRound exports as plain gptq or awq name that as their quant_method.
+The page: quantization/gptq/README.md, "auto-round".
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class AWQConfig(QuantizationConfig):
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
-        return ["quant_config.json", "quantize_config.json"]
+        return ["quant_config.json"]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AWQConfig:

@@ -39,30 +39,29 @@ SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True)
 class Fp8LinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; 0: the whole axis, so (0, 0) is a tensor and (1, 0) a channel."""
+    """block: the (outputs, inputs) that share a scale; 0 is the whole axis: (0, 0) a tensor, (1, 0) a channel."""
 
     block: tuple[int, int] = (1, 0)
     activations: Activations = "token"
     name: ClassVar[str] = "fp8"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        weight = WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN))
-        if self.activations == "static":
-            static = (
-                WeightSpec(
-                    "input_scale", torch.float32, (PART,), accepts=FLOATS, aliases=("activation_scale",), scale=True
-                ),
-            )
-        else:
-            static = ()
         names = ("weight_scale_inv", "weight_scale")
         dims: tuple[Dim, ...] = (OUT.every(self.block[0]), IN.every(self.block[1]))
         if self.block == (0, 0):
             names, dims = names[::-1], (PART,)
         elif self.block == (1, 0):
             names = names[::-1]
-        scale = WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True)
-        return (weight, scale, *static)
+        specs = [
+            WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN)),
+            WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True),
+        ]
+        if self.activations == "static":
+            alias = ("activation_scale",)
+            specs.append(
+                WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, aliases=alias, scale=True)
+            )
+        return tuple(specs)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))

@@ -199,7 +199,7 @@ class GPTQConfig(QuantizationConfig):
             )
         elif self.modules and not any(prefix.endswith(f".{name}") for name in self.modules):
             return None
-        if desc_act:
+        if desc_act and method.group_size > 0:  # a single group has no order
             return replace(method, index="act order")
         return replace(method, index="in order" if f"{prefix}.g_idx" in self.stored else "absent")
 

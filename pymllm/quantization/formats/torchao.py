@@ -27,7 +27,13 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    StoredTensor,
+    read_names,
+    register_quantization,
+)
 from pymllm.quantization.fields import is_skipped, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.packing import unpack_nibbles_low_first
@@ -142,6 +148,7 @@ class TorchAOConfig(QuantizationConfig):
         self, *, quant_type: Mapping[str, Any], modules_to_not_convert: tuple[str, ...] = ()
     ) -> None:
         self.quant_type, self.modules_to_not_convert = quant_type, modules_to_not_convert
+        self.metadata: dict[str, str] = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -159,6 +166,17 @@ class TorchAOConfig(QuantizationConfig):
             modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
         )
 
+    def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Gathers the metadata of all files: that of a weight need not be in the file of its tensors."""
+        super().see_checkpoint(tensors)
+        files = {
+            id(file): file
+            for tensor in tensors.values()
+            if (file := getattr(tensor, "file", None)) is not None
+        }
+        for file in files.values():
+            self.metadata |= file.metadata
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         data, scale, zero = (self.stored.get(f"{prefix}.{name}") for name in (QDATA, SCALE, ZERO))
         if data is None or scale is None:
@@ -174,7 +192,7 @@ class TorchAOConfig(QuantizationConfig):
                 tensor=f"{prefix}.{QDATA}",
                 expected=f"{QDATA} and {SCALE}, as torchao 0.15 writes them",
             )
-        kind, settings = self._describe(prefix, data)
+        kind, settings = self._describe(prefix)
         if data.dtype is None or scale.dtype is None:
             raise unsupported(
                 "torchao", "qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}."
@@ -194,10 +212,9 @@ class TorchAOConfig(QuantizationConfig):
         zero_dtype = None if zero is None else zero.dtype
         return TorchAOIntLinearMethod(bits, block, scale.dtype, zero_dtype, kind == INT8, activations)
 
-    def _describe(self, prefix: str, data: Any) -> tuple[str, Mapping[str, Any]]:
+    def _describe(self, prefix: str) -> tuple[str, Mapping[str, Any]]:
         """The subclass of a layer's weight and its attributes, from the file's metadata, else from the config."""
-        metadata = getattr(getattr(data, "file", None), "metadata", None) or {}
-        text = metadata.get(f"{prefix}.weight")
+        text = self.metadata.get(f"{prefix}.weight")
         if text is None:
             kind = _kind_of_config(self.quant_type)
             settings: Any = self.quant_type.get("_data")
@@ -209,7 +226,6 @@ class TorchAOConfig(QuantizationConfig):
                 raise CheckpointError(
                     f"the file's metadata of the weight cannot be read: {error!r}",
                     code="torchao-metadata",
-                    file=str(data.file.path),
                     tensor=f"{prefix}.weight",
                     expected="JSON with _type and _data",
                     found=text[:200],
