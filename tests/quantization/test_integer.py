@@ -76,7 +76,7 @@ def test_any_target_from_any_source_loads_verifies_and_costs_only_its_own_error(
         for weight, again in zip(weights, found, strict=True):
             # The target's own error: what the method makes of the weight that the source means. Blocks of 128
             # outputs run across the parts of a fused layer that are smaller than that (k and v have 64).
-            slack = 1.03 if "block" in target else 1.001
+            slack = 1.05 if "block" in target else 1.001
             assert (again - weight).norm() / weight.norm() <= error_of(target, weight) * slack + 1e-7
 
 
