@@ -214,6 +214,10 @@ def measure(threads: int, tokens: list[int], rounds: int, native) -> list[dict]:
     return rows
 
 
+def same_call(a: dict, b: dict) -> bool:
+    return all(a[key] == b[key] for key in ("threads", "out_features", "in_features", "tokens"))
+
+
 def markdown(report: dict) -> str:
     machine = report["machine"]
     lines = [
@@ -226,8 +230,8 @@ def markdown(report: dict) -> str:
         "`python benchmarks/cpu_float_linear.py`: cold weights, contenders in turn, medians. Speed-up: the median of",
         "each round's own ratio to torch doing the same job (bf16 x and bf16 weights; float32 both; fp8 codes to bf16,",
         "then multiply). Read limit: the roofline probe over the same memory in the same rounds, 8 streams a thread.",
-        "Fraction: bytes of weights over time over that limit. A star: other processes had the CPUs in all but two calls",
-        "at most; then the fastest call stands here, and a speed-up in which it takes part compares fastest with fastest.",
+        "Fraction: bytes of weights over time over that limit. A star: other processes had the CPUs in all but two",
+        "calls at most; then the fastest call stands here, and speed-ups compare fastest with fastest: rough figures.",
         "Error: relative, against float64, over the activations as given; 2e-3 is the rounding of the result to bf16.",
         f"Above {TORCH_TOKENS} tokens `native_bf16` leaves bf16 x bf16 to torch where the CPU has AVX512_BF16.",
         "",
@@ -246,7 +250,11 @@ def markdown(report: dict) -> str:
                 "| --- | --- | --- | --- | --- | --- | --- | --- |",
             ]
             for row in chosen:
-                speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
+                rival = next(
+                    (r for r in chosen if same_call(r, row) and r["contender"] == row["speedup_over"]), row
+                )
+                rough = "" if row["undisturbed"] and rival["undisturbed"] else " *"
+                speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}{rough}"
                 star = "" if row["undisturbed"] else " *"
                 lines.append(
                     f"| {row['tokens']} | {row['contender']} | {row['ms']:.2f}{star} |"

@@ -4,7 +4,9 @@
 
 Every peer has a process of its own, in which it and our kernel take turns, A B A B, each time on the next of several
 copies of the weights, which together exceed the caches; between the turns the limits are probed (roofline.py). Peers
-that are not installed are left out, and the table says so. Writes results/cpu_linear.json and .md beside this file.
+that are not installed are left out, and the table says so. On a machine that others use as well, --clock cpu counts
+processor time, which is the same thing on one thread when nothing else runs, and says nothing about two.
+Writes results/cpu_linear.json and .md beside this file.
 """
 
 from __future__ import annotations
@@ -182,8 +184,16 @@ def relative_error(y: Tensor, x: Tensor, weight: IntWeight) -> float:
     return ((y[:, rows].double() - expected).norm() / expected.norm()).item()
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def measure(
-    peer: str, shape: tuple[int, int], tokens: list[int], threads: int, seconds: float
+    peer: str,
+    shape: tuple[int, int],
+    tokens: list[int],
+    threads: int,
+    seconds: float,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """One peer and ours on one shape, in this process: a row for each of both and number of tokens."""
     torch.set_num_threads(threads)
@@ -200,21 +210,26 @@ def measure(
     for count in tokens:
         x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(1))
         errors = {name: relative_error(runs[-1](x), x, weight) for name, (runs, _) in sides.items()}
+        for runs, _ in sides.values():
+            for run in runs:  # some peers prepare a number of tokens when they first see it
+                run(x)
         times: dict[str, list[float]] = {name: [] for name in sides}
         bandwidths, peaks = [], []
         stop = time.perf_counter() + seconds
         turn = 0
         while turn < 5 or (time.perf_counter() < stop and turn < 60):
             for name, (runs, _) in sides.items():
-                bandwidths.append(read(8, threads))
+                start = clock()
+                read(8, threads)
+                bandwidths.append(read.size / (clock() - start))
                 peaks.append(_native.roofline_int8(threads))
                 time.sleep(0.002)  # the other side's idle threads stop spinning
                 if count <= MEMORY_BOUND_TOKENS:
                     runs[(2 * turn) % len(runs)](x)  # not measured: wakes the pool, brings back the code
                 run = runs[(2 * turn + 1) % len(runs)]
-                start = time.perf_counter()
+                start = clock()
                 run(x)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
             turn += 1
         bandwidth, peak = statistics.median(bandwidths), statistics.median(peaks)
         memory_limit, int8_limit = sides["ours"][1] / bandwidth, 2 * count * shape[0] * shape[1] / peak
@@ -310,16 +325,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, probe_device_cpus()}))
     parser.add_argument("--shapes", nargs="+", default=[f"{o}x{i}" for o, i in SHAPES])
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, for each row")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--child", nargs=3, metavar=("PEER", "SHAPE", "THREADS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         peer, shape, threads = options.child
         out_features, in_features = (int(side) for side in shape.split("x"))
-        rows = measure(peer, (out_features, in_features), options.tokens, int(threads), options.seconds)
+        sides = (out_features, in_features)
+        rows = measure(peer, sides, options.tokens, int(threads), options.seconds, CLOCKS[options.clock])
         print(json.dumps(rows))
         return
 
-    info = roofline.machine() | {"versions": versions()}
+    info = roofline.machine() | {"versions": versions(), "clock": options.clock}
     rows, left_out = [], []
     for peer in options.peers:
         missing = [name for name in PACKAGES.get(peer, ()) if name not in info["versions"]]
@@ -328,7 +345,15 @@ def main() -> None:
             continue
         for shape in options.shapes:
             for threads in options.threads:
-                command = [sys.executable, __file__, "--seconds", str(options.seconds), "--tokens"]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--seconds",
+                    str(options.seconds),
+                    "--clock",
+                    options.clock,
+                    "--tokens",
+                ]
                 command += [*map(str, options.tokens), "--child", peer, shape, str(threads)]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
@@ -352,6 +377,8 @@ def main() -> None:
         "fastest run against fastest probe. Error: relative, to float64. Ours, beside it: our median (and fraction) "
         "in that peer's process; the ratio is the peer's median over that. **ours**: the median over all processes.",
     ]
+    if options.clock == "cpu":
+        lines += ["", "Times are processor time: other programs ran beside the measurement."]
     lines += [f"\nLeft out: {'; '.join(left_out)}."] if left_out else []
     lines += table(rows)
     roofline.RESULTS.mkdir(exist_ok=True)

@@ -81,7 +81,9 @@ def unpack_nibbles(words: Tensor) -> Tensor:
     return codes.flatten(1)
 
 
-def round_to_nearest(weight: Tensor, low_factor: Tensor | float = 1.0, high_factor: Tensor | float = 1.0):
+def round_to_nearest(
+    weight: Tensor, low_factor: Tensor | float = 1.0, high_factor: Tensor | float = 1.0
+) -> QuantizedWeight:
     """Quantise weight [O, I] by groups; the factors, numbers or [O, I/G, 1], shrink each group's range."""
     groups = weight.unflatten(1, (-1, GROUP_SIZE))
     low = groups.amin(-1, keepdim=True).clamp(max=0) * low_factor

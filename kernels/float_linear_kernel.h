@@ -3,9 +3,9 @@
 // Included once by each of them, inside an anonymous namespace: every path compiles its own copy with its own flags.
 // V brings: type `Vec` of `kLanes` floats, kTokens (T), zero(), load(p), store(p, v), fma(a, b, c), mul(a, b), set1(f),
 // fold4(v0, v1, v2, v3, out): the sums of four vectors; prefetch(p); and for each weight type
-//   decode_bf16 / decode_f16 / decode_e4m3(const uint8_t *bytes, Vec *out)
-//     the next group of weights: kLanes * 2 of 16 bits (2 vectors), kLanes * 4 of e4m3 (4 vectors)
-//   order_16 / order_f16 / order_8(i): which input of the group lane i meets (lanes of the vectors in turn)
+//   decode_bf16 / decode_f16 / decode_e4m3(const uint8_t *group, int part, Vec *out)
+//     half of a group of weights: a group is kLanes * 2 weights of 16 bits, or kLanes * 4 of e4m3
+//   order_bf16 / order_e4m3(i): which input of the group lane i meets, the lanes of its vectors counted in turn
 // e4m3 values arrive divided by 256, as f16 has them; the row's scale makes up for it.
 
 constexpr int kTileRows = 4;

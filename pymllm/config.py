@@ -25,7 +25,7 @@ class Execution:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    compute: Any = "auto"
+    compute: Any = "exact"
     kernels: tuple[tuple[str, str], ...] = ()
 
     def forced_kernel(self, operation: str) -> str | None:

@@ -39,6 +39,7 @@ class IntType:
     symmetric: the zero point is the middle code everywhere.  offsets: a float is added instead of a zero point taken.
     indexed: inputs name their groups one by one, instead of lying in order.
     activations: how the checkpoint wants activations quantised, to int8 ("float": not at all).
+    scales: the dtype of the scales.
     """
 
     bits: int
@@ -47,6 +48,7 @@ class IntType:
     offsets: bool = False
     indexed: bool = False
     activations: Activations = "float"
+    scales: torch.dtype = torch.float16
     family: str = "int"
 
     @property
@@ -152,6 +154,7 @@ class IntWeight:
             self.offsets is not None,
             self.group_index is not None,
             self.activations,
+            self.scales.dtype,
         )
 
     @property

@@ -9,12 +9,13 @@ Activations become int8 codes with a scale for every token and group, except whe
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pymllm.errors import KernelError
 from pymllm.kernels.canonical import CanonicalWeight, IntType, IntWeight
 from pymllm.kernels.cpu import native_missing_reason
 from pymllm.kernels.registry import LinearProblem, Packed
@@ -70,6 +71,8 @@ class NativeInt4:
             return "runs on the CPU only"
         if problem.dtype not in DTYPES:
             return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
+        if kind.scales not in (torch.float16, torch.bfloat16):
+            return f"keeps scales in float16, which does not hold {str(kind.scales).removeprefix('torch.')} ones"
         if kind.group_size <= 0 or kind.group_size % BLOCK_GROUPS[-1]:
             return f"takes groups of a multiple of {BLOCK_GROUPS[-1]}, the weight has {kind.group_size}"
         if problem.in_features <= 0 or problem.in_features % kind.group_size or problem.out_features <= 0:
@@ -94,7 +97,11 @@ class NativeInt4:
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, IntWeight)
         # What float16 may not hold, for `unpack`.
-        kept = {} if weight.scales.dtype is torch.float16 else {"scales": weight.scales}
+        scales, kept = weight.scales, {}
+        if scales.dtype is torch.bfloat16:
+            kept = {"scales": scales, "factor": torch.empty(1, device=scales.device)}
+            if not scales.is_meta:
+                scales, kept["factor"] = _as_float16(scales)
         group = _block_group(weight.group_size)
         shape = _blocks_shape(problem.out_features, problem.in_features, group)
         blocks = torch.empty(shape, dtype=torch.uint8, device=weight.codes.device)
@@ -105,7 +112,7 @@ class NativeInt4:
             raise TypeError("codes and zeros are uint8 in the canonical layout")
         if not all(tensor.is_cpu for tensor in weight.tensors().values()):
             raise ValueError("the weight is not on the CPU")
-        codes, scales = weight.codes.contiguous(), _as_float16(weight.scales).contiguous()
+        codes, scales = weight.codes.contiguous(), scales.contiguous()
         zeros = None if weight.zeros is None else weight.zeros.contiguous()
         stored = (problem.out_features, problem.in_features // weight.group_size)
         if codes.shape != weight.shape or codes.shape != (problem.out_features, problem.in_features):
@@ -160,6 +167,10 @@ class NativeInt4:
             raise ValueError(
                 f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
             )
+        if "factor" in packed:  # the moved scales' products may leave float16's range: float32 in between
+            moved = self.run({"blocks": blocks}, replace(problem, dtype=torch.float32), x.float(), None)
+            y = moved * packed["factor"]
+            return (y if bias is None else y + bias).to(dtype)
         group = _block_group(problem.weight.group_size)  # type: ignore[union-attr]
         _check_blocks(blocks, _blocks_shape(out_features, in_features, group))
         x = x.contiguous()
@@ -200,16 +211,12 @@ def _check_blocks(blocks: Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _as_float16(scales: Tensor) -> Tensor:
-    half = scales.half()
-    # Relative to 2^-11, as float16 rounds; a scale beyond its range, or a tiny one, would be something else.
-    close = (half.float() - scales.float()).abs() <= scales.float().abs() * 2**-10
-    if not bool((close | ~scales.isfinite()).all()):
-        raise KernelError(
-            "the scales do not fit float16, in which this kernel keeps them",
-            code="kernel-range",
-            expected="scales of 6e-5 to 65504, or 0",
-            found=f"{scales.abs().min().item():.3g} to {scales.abs().max().item():.3g}",
-            fix="Force the reference kernel for this layer.",
-        )
-    return half
+def _as_float16(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales as float16, and the factor by which products are to be multiplied for it.
+
+    bfloat16 reaches further than float16, but not more finely: a power of two moves the largest scale to 2^15, and
+    every scale down to 2^-17 of float16's own unit, 2^32 below the largest, is then held exactly.
+    """
+    largest = float(scales.abs().max()) if scales.numel() else 1.0
+    exponent = 15 - math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else 0
+    return (scales.float() * 2.0**exponent).half(), torch.tensor([2.0**-exponent])

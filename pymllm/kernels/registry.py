@@ -90,7 +90,11 @@ class LinearKernel(Kernel, Protocol):
     layout: str
 
     def numerics(self, problem: LinearProblem) -> str:
-        """How results differ from exact arithmetic over the stored weights, for a plan to show."""
+        """How results differ from exact arithmetic over the stored weights, for a plan to show.
+
+        A kernel whose error exceeds what the activations' dtype explains also has `tolerance(problem) -> float`, the
+        relative error that it owns up to.
+        """
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         """Weights in this kernel's own order.  Also runs on meta tensors: a plan counts its bytes."""

@@ -26,7 +26,7 @@ WEIGHTS = {name_of(vector): (lambda vector=vector: vector.canonical) for vector 
 WEIGHTS |= {f"dense-{str(dtype)[6:]}": (lambda dtype=dtype: dense(dtype)) for dtype in DTYPES}
 
 
-def accepting(operation, weight, dtype, compute="auto"):
+def accepting(operation, weight, dtype, compute="exact"):
     """(kernel, problem) for every kernel that takes this weight.  There is always one: the reference."""
     out_features, in_features = weight.shape
     problem = LinearProblem(weight.type, in_features, out_features, dtype, CPU, compute)
@@ -103,6 +103,19 @@ def test_every_kernel_equals_the_float64_product(name, dtype, magnitude):
                 assert result.shape == expected.shape and result.dtype == dtype, kernel.name
                 worst = ((result.double() - expected).abs() - bound).max() if x.numel() else torch.tensor(0.0)
                 assert worst <= 0, f"{kernel.name}, x {list(x.shape)}, bias {b is not None}: over by {worst}"
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_a_kernel_approximates_stays_within_the_error_it_states(name):
+    """With compute="auto" a kernel may round activations; `tolerance` is what it then owns up to."""
+    weight = WEIGHTS[name]()
+    exact = weight.dequantize(torch.float64)
+    for kernel, problem in accepting("linear", weight, torch.float32, "auto"):
+        packed, stated = kernel.pack(weight, problem), getattr(kernel, "tolerance", lambda problem: 1e-5)(problem)
+        x = torch.randn(33, weight.shape[1], generator=torch.Generator().manual_seed(6))
+        expected = x.double() @ exact.t()
+        error = (kernel.run(packed, problem, x, None) - expected).norm() / expected.norm()
+        assert error <= stated, kernel.name
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -4,7 +4,6 @@ The int4 layout is read here by a few lines of numpy, independent of pymllm and 
 """
 
 import json
-import math
 import sysconfig
 from pathlib import Path
 
@@ -54,14 +53,18 @@ def linear_shapes(config: dict) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in of_a_layer.items()}
 
 
-def unpack(words: np.ndarray) -> np.ndarray:
+def unpack(words: np.ndarray, nibble_of_column: tuple[int, ...]) -> np.ndarray:
     """[rows, columns/8] int32 to [rows, columns] codes 0..15."""
     unsigned = words.view(np.uint32)
-    columns = [(unsigned >> np.uint32(4 * nibble)) & np.uint32(15) for nibble in NIBBLE_OF_COLUMN]
+    columns = [(unsigned >> np.uint32(4 * nibble)) & np.uint32(15) for nibble in nibble_of_column]
     return np.stack(columns, axis=-1).reshape(len(words), -1)
 
 
-def dequantized_state(tensors: dict[str, np.ndarray], linears: dict[str, tuple[int, int]]) -> dict:
+def dequantized_state(
+    tensors: dict[str, np.ndarray],
+    linears: dict[str, tuple[int, int]],
+    nibble_of_column: tuple[int, ...] = NIBBLE_OF_COLUMN,
+) -> dict[str, torch.Tensor]:
     """The state dict of a float32 LlamaForCausalLM."""
     state = {
         name: torch.from_numpy(t.astype(np.float32))
@@ -69,8 +72,10 @@ def dequantized_state(tensors: dict[str, np.ndarray], linears: dict[str, tuple[i
         if name.endswith(".weight")
     }
     for name in linears:
-        codes = unpack(tensors[f"{name}.qweight"]).astype(np.float32)
-        zeros = unpack(tensors[f"{name}.qzeros"]).astype(np.float32).repeat(GROUP_SIZE, axis=0)
+        codes = unpack(tensors[f"{name}.qweight"], nibble_of_column).astype(np.float32)
+        zeros = (
+            unpack(tensors[f"{name}.qzeros"], nibble_of_column).astype(np.float32).repeat(GROUP_SIZE, axis=0)
+        )
         scales = tensors[f"{name}.scales"].astype(np.float32).repeat(GROUP_SIZE, axis=0)
         state[f"{name}.weight"] = torch.from_numpy(((codes - zeros) * scales).T.copy())
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -156,25 +161,21 @@ def test_chat_template_opens_the_assistants_turn(tokenizer):
     assert text == "<|im_start|>user\nWrite a function `add`.<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("module", ["textwrap.py", "queue.py", "shlex.py"])
-def test_held_out_source_scores_far_below_uniform(float_model, tokenizer, module):
+def held_out_loss(model: LlamaForCausalLM, tokenizer, module: str) -> float:
+    """Nats per token on the first 512 tokens of a library module kept out of training."""
     source = (STDLIB / module).read_text(encoding="utf-8")
     tokens = torch.tensor([tokenizer.encode(source)[:512]])
     with torch.no_grad():
-        nats_per_token = float_model(input_ids=tokens, labels=tokens).loss.item()
-    # Uniform is ln 4096 = 8.3; wrong nibble order, zeros or scales all give more than 7.
-    assert nats_per_token < 4.0 < math.log(tokenizer.vocab_size)
+        return model(input_ids=tokens, labels=tokens).loss.item()
 
 
-def test_a_wrong_nibble_order_would_be_noticed(float_model, config, tensors, tokenizer):
-    """The bound above is worth something: with columns read in plain order the loss is beyond it."""
-    swapped = dict(tensors)
-    for name in linear_shapes(config):
-        codes = unpack(tensors[f"{name}.qweight"]).reshape(-1, 8)[:, NIBBLE_OF_COLUMN].astype(np.uint32)
-        words = (codes << (4 * np.array(NIBBLE_OF_COLUMN, np.uint32))).sum(axis=1, dtype=np.uint32)
-        swapped[f"{name}.qweight"] = words.view(np.int32).reshape(tensors[f"{name}.qweight"].shape)
+@pytest.mark.parametrize("module", ["textwrap.py", "queue.py", "shlex.py"])
+def test_held_out_source_scores_far_below_uniform(float_model, tokenizer, module):
+    # Uniform is ln 4096 = 8.3. Scales of a neighbouring column give 5.2, zero points left out 9.6.
+    assert held_out_loss(float_model, tokenizer, module) < 4.0
+
+
+def test_the_bound_on_the_loss_notices_a_wrong_nibble_order(float_model, config, tensors, tokenizer):
     model = LlamaForCausalLM(float_model.config).eval()
-    model.load_state_dict(dequantized_state(swapped, linear_shapes(config)))
-    tokens = torch.tensor([tokenizer.encode((STDLIB / "textwrap.py").read_text(encoding="utf-8"))[:512]])
-    with torch.no_grad():
-        assert model(input_ids=tokens, labels=tokens).loss.item() > 4.0
+    model.load_state_dict(dequantized_state(tensors, linear_shapes(config), nibble_of_column=tuple(range(8))))
+    assert held_out_loss(model, tokenizer, "textwrap.py") > 4.0
