@@ -19,9 +19,10 @@ from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.tokenizer import TextStream, Tokenizer
 from pymllm.errors import ConfigError, RequestError
-from pymllm.loading import load_prepared, prepare
+from pymllm.loading import load_prepared
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.planning import Plan, make_plan
+from pymllm.preparation import prepare
 from pymllm.quantization.rules import RuleSource
 
 Prompt = str | Sequence[int]

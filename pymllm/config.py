@@ -110,7 +110,7 @@ class ModelConfig:
     def dtype(self) -> torch.dtype | None:
         """What the checkpoint was saved in, if it says so."""
         name = self.raw.get("dtype", self.raw.get("torch_dtype"))
-        return DTYPES.get(str(name).removeprefix("torch."))
+        return None if name is None else parse_dtype(str(name))
 
     @property
     def rms_norm_eps(self) -> float:

@@ -10,6 +10,7 @@ A `Parallel` is current for a `with` block while a model is built; every layer k
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable
@@ -110,6 +111,7 @@ class Parallel:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+            atexit.register(_leave_process_group)  # a process that exits inside its group may abort
         return cls(torch.distributed.get_rank(), size, ProcessGroup(size))
 
     def _group(self) -> Group:
@@ -144,6 +146,11 @@ class Parallel:
 
     def __exit__(self, *exception: object) -> None:
         _stack.set(_stack.get()[:-1])
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 _stack: ContextVar[tuple[Parallel, ...]] = ContextVar("parallel", default=())

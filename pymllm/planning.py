@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from pymllm.attention import Attention
+from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import Prepared, layer_parts, legal_tp_sizes, prepare
+from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare
 from pymllm.quantization.base import BoundWeight, ConvertedLinearMethod, LinearMethodBase, bind
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.spec import LinearShape
@@ -31,6 +32,7 @@ class PlannedLayer:
     """One layer under its checkpoint name (the parts of a fused layer stand alone).
 
     kind: linear, embedding, lm_head or attention.  rule: the user's rule that decided, or None.  source: what decided.
+    numerics: how results differ from exact arithmetic; rounds_activations: whether more than to the activations' dtype.
     method: what runs; source_method: what the checkpoint holds.  refused: kernels asked before the chosen one.
     shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
     fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
@@ -45,6 +47,7 @@ class PlannedLayer:
     source_method: str
     kernel: str
     numerics: str
+    rounds_activations: bool
     refused: list[dict[str, str]]
     shape: list[int]
     shape_local: list[int]
@@ -193,7 +196,8 @@ def _plan_weighted(
     for method, shape, _ in layer_parts(module):
         bound = binder(method, shape, module.operation)
         shared = table is not None and (
-            binder(method, table.shape, table.operation).selection.kernel.layout == bound.selection.kernel.layout
+            binder(method, table.shape, table.operation).selection.kernel.layout
+            == bound.selection.kernel.layout
         )
         total += 0 if shared else bound.nbytes
         for index, part in enumerate(shape.parts):
@@ -212,6 +216,7 @@ def _plan_weighted(
                     source_method=_stored_method(decision.method).name,
                     kernel=bound.selection.kernel.name,
                     numerics=bound.selection.kernel.numerics(bound.problem),
+                    rounds_activations=rounds_activations(bound),
                     refused=[asdict(refusal) for refusal in bound.selection.refused],
                     shape=[alone.out_features, alone.in_features],
                     shape_local=[alone.out_features_local, alone.in_features_local],
@@ -221,6 +226,12 @@ def _plan_weighted(
                 )
             )
     return rows, total
+
+
+def rounds_activations(bound: BoundWeight) -> bool:
+    """Whether the kernel owns up to an error beyond what the activations' dtype explains."""
+    tolerance = getattr(bound.selection.kernel, "tolerance", None)
+    return tolerance is not None and tolerance(bound.problem) > TOLERANCES[bound.problem.dtype]
 
 
 def _stored_method(method: LinearMethodBase) -> LinearMethodBase:
@@ -244,6 +255,7 @@ def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:
         source_method="none",
         kernel=module.selection.kernel.name,
         numerics="float32 accumulation",
+        rounds_activations=False,
         refused=[asdict(refusal) for refusal in module.selection.refused],
         shape=[config.size("num_attention_heads"), config.num_key_value_heads, config.head_dim],
         shape_local=shape,
@@ -272,6 +284,11 @@ def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:
     if split:
         notes.append(
             f"{len(split)} fused layers keep separate weights, as their parts have different methods: {split[0]}"
+        )
+    rounded = Counter((layer.kernel, layer.numerics) for layer in layers if layer.rounds_activations)
+    for (kernel, numerics), count in rounded.items():
+        notes.append(
+            f"{count} layers run {kernel}: {numerics}. compute=exact or dtype=float32 forbids the rounding"
         )
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():

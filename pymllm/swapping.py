@@ -22,9 +22,9 @@ from pymllm.errors import ConfigError, RuleError
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import PartHolder, SplitLinearMethod, WeightedLayer
-from pymllm.loading import Placement, Prepared, Unit, layer_parts, weighted_layers
 from pymllm.parallel import Parallel
 from pymllm.planning import make_plan
+from pymllm.preparation import Placement, Prepared, Unit, layer_parts, weighted_layers
 from pymllm.quantization.base import (
     BoundWeight,
     ConvertedLinearMethod,

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import Placement, Prepared, layer_parts, load_prepared, prepare
+from pymllm.loading import load_prepared
+from pymllm.preparation import Placement, Prepared, layer_parts, prepare
 from pymllm.quantization.base import BoundWeight, ConvertedLinearMethod, LinearMethodBase, bound_weight
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Written, place, write
@@ -30,9 +32,6 @@ from pymllm.weights.spec import LinearShape
 
 ROWS = 5
 MAGNITUDES = {"ordinary": 1.0, "large": 200.0}  # f16 sums stay below 65504 for the layers that models have
-# Relative error (Frobenius) that rounding alone explains, measured up to I = 28672: inputs and outputs are rounded to
-# the activation dtype, sums are float32.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
 @dataclass(frozen=True)

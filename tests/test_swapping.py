@@ -15,8 +15,9 @@ import pymllm
 import pymllm.swapping
 from pymllm import LLM, SamplingParams
 from pymllm.errors import ConfigError, PymllmError, RuleError
-from pymllm.loading import load_model, weighted_layers
+from pymllm.loading import load_model
 from pymllm.parallel import simulate
+from pymllm.preparation import weighted_layers
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 from pymllm.verification import verify
 

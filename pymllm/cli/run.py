@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pymllm.engine.request import RequestOutput
     from pymllm.planning import Plan
 
-DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file, without their line ends."""\n'
-DEMO_SEED = 1
+DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
+DEMO_SEED, DEMO_TOKENS = 2, 56
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -65,6 +65,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.demo:
         prompt = DEMO_PROMPT if prompt is None else prompt
         args.stats, args.seed = True, DEMO_SEED if args.seed is None else args.seed
+        args.max_tokens = DEMO_TOKENS if args.max_tokens is None else args.max_tokens
     if prompt is None:
         prompt = read_stdin(args, model)
     check_text(args, prompt)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, IntType, IntWeight
 from pymllm.kernels.cpu import native_missing_reason
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 
 EXACT_TOKENS = 2
 BLOCK_ROWS = 16
@@ -72,7 +72,9 @@ class NativeInt4:
         if problem.dtype not in DTYPES:
             return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
         if kind.scales not in (torch.float16, torch.bfloat16):
-            return f"keeps scales in float16, which does not hold {str(kind.scales).removeprefix('torch.')} ones"
+            return (
+                f"keeps scales in float16, which does not hold {str(kind.scales).removeprefix('torch.')} ones"
+            )
         if kind.group_size <= 0 or kind.group_size % BLOCK_GROUPS[-1]:
             return f"takes groups of a multiple of {BLOCK_GROUPS[-1]}, the weight has {kind.group_size}"
         if problem.in_features <= 0 or problem.in_features % kind.group_size or problem.out_features <= 0:
@@ -90,9 +92,7 @@ class NativeInt4:
 
     def tolerance(self, problem: LinearProblem) -> float:
         """Relative error that `verify` allows: twice what rounding activations to int8 explains, or the dtype's."""
-        return {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[problem.dtype] + (
-            1.2e-2 if problem.compute == "auto" else 0.0
-        )
+        return TOLERANCES[problem.dtype] + (1.2e-2 if problem.compute == "auto" else 0.0)
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, IntWeight)

@@ -43,13 +43,17 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
     ),
 }
 
+# Relative error (Frobenius) that an exact kernel may have: the weight and the result are rounded to the activation
+# dtype (2^-9 or 2^-12 each), and sums to float32 (about sqrt(I) units of 2^-24).
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
 
 @dataclass(frozen=True)
 class LinearProblem:
     """One rank's linear layer (or embedding table), as a kernel sees it.
 
-    compute: "auto" lets a kernel quantise activations where the checkpoint asks for it and speed is gained;
-    "exact" forbids it; "checkpoint" demands it.
+    compute: "auto" lets a kernel round activations to fewer bits where that is faster; "exact" forbids it;
+    "checkpoint" demands just what the checkpoint asks for.
     """
 
     weight: WeightType

@@ -65,7 +65,7 @@ class WeightedLayer(nn.Module):
         )
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
-        """The share of inputs, and of each part's outputs, of rank `rank` of `size`.  ShardingError if there is none."""
+        """The share of inputs, and of each part's outputs, of a rank.  ShardingError if there is none."""
         raise NotImplementedError
 
     def shape_for(self, rank: int, size: int, parts: Sequence[str]) -> LinearShape:

@@ -195,7 +195,9 @@ class RuledConfig(QuantizationConfig):
             if not matched:
                 hint = self._hint(rule, names)
                 problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
-            elif not any(self.decisions[name].rule is rule for name in matched):  # an equal one may come first
+            elif not any(
+                self.decisions[name].rule is rule for name in matched
+            ):  # an equal one may come first
                 earlier = next(other for other in self.rules[:index] if other.matches(matched[0]))
                 problems.append(
                     f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all its layers."

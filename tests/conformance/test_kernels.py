@@ -111,7 +111,10 @@ def test_what_a_kernel_approximates_stays_within_the_error_it_states(name):
     weight = WEIGHTS[name]()
     exact = weight.dequantize(torch.float64)
     for kernel, problem in accepting("linear", weight, torch.float32, "auto"):
-        packed, stated = kernel.pack(weight, problem), getattr(kernel, "tolerance", lambda problem: 1e-5)(problem)
+        packed, stated = (
+            kernel.pack(weight, problem),
+            getattr(kernel, "tolerance", lambda problem: 1e-5)(problem),
+        )
         x = torch.randn(33, weight.shape[1], generator=torch.Generator().manual_seed(6))
         expected = x.double() @ exact.t()
         error = (kernel.run(packed, problem, x, None) - expected).norm() / expected.norm()

@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 
-from pymllm.loading import load_model, prepare
+from pymllm.loading import load_model
 from pymllm.parallel import Parallel, simulate
 from pymllm.planning import make_plan
+from pymllm.preparation import prepare
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of

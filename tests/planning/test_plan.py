@@ -13,9 +13,10 @@ import pymllm
 from pymllm.api import shipped_model
 from pymllm.errors import RuleError
 from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import layer_parts, load_model
+from pymllm.loading import load_model
 from pymllm.parallel import Parallel
 from pymllm.planning import plan
+from pymllm.preparation import layer_parts
 from pymllm.quantization.base import bound_weight
 from pymllm.weights.safetensors_file import TensorInfo
 

@@ -9,7 +9,8 @@ import torch
 
 from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.layers.linear import SplitLinearMethod
-from pymllm.loading import load_model, prepare
+from pymllm.loading import load_model
+from pymllm.preparation import prepare
 from pymllm.quantization import base
 from pymllm.quantization.base import (
     QuantizationConfig,

@@ -30,7 +30,16 @@ from pymllm.quantization.base import (
 )
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
-NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word, from the low end, holds this column of its eight
+NIBBLE_COLUMNS = (
+    0,
+    2,
+    4,
+    6,
+    1,
+    3,
+    5,
+    7,
+)  # nibble i of a word, from the low end, holds this column of its eight
 PER_WORD = 8
 
 
@@ -132,7 +141,12 @@ class AWQConfig(QuantizationConfig):
         if version != "gemm":
             raise _unsupported("version", version, "gemm")
         group_size = config.get("group_size", config.get("q_group_size"))
-        if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size == 0 or group_size < -1:
+        if (
+            not isinstance(group_size, int)
+            or isinstance(group_size, bool)
+            or group_size == 0
+            or group_size < -1
+        ):
             raise _unsupported("group_size", group_size, "-1 (whole rows) or a positive integer")
         return cls(
             group_size=group_size,
@@ -142,7 +156,9 @@ class AWQConfig(QuantizationConfig):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
-        values = parse_options("awq", options, {"group_size": _read_group_size, "zero_point": one_of("true", "false")})
+        values = parse_options(
+            "awq", options, {"group_size": _read_group_size, "zero_point": one_of("true", "false")}
+        )
         return AWQLinearMethod(values.get("group_size", 128), values.get("zero_point") != "false")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:

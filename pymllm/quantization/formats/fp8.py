@@ -79,7 +79,9 @@ class Fp8LinearMethod(LinearMethodBase):
         return Fp8Weight.from_float(weight, block=self.block, activations=self.activations)
 
     def describe(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(self.block, f"block {self.block[0]}x{self.block[1]}")
+        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
+            self.block, f"block {self.block[0]}x{self.block[1]}"
+        )
         return f"fp8 e4m3 per {granularity}, activations {self.activations}"
 
 
@@ -108,12 +110,12 @@ class Fp8Config(QuantizationConfig):
             raise _unsupported("activation_scheme", scheme, "dynamic or static")
         block = config.get("weight_block_size")
         if block is not None and not (
-            isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
+            isinstance(block, list)
+            and len(block) == 2
+            and all(type(side) is int and side > 0 for side in block)
         ):
             raise _unsupported("weight_block_size", block, "null or two positive integers")
-        ignored = tuple(
-            name for field in IGNORED for name in read_names(config, field, regex="")
-        )
+        ignored = tuple(name for field in IGNORED for name in read_names(config, field, regex=""))
         return cls(
             block=None if block is None else (block[0], block[1]),
             activation_scheme=scheme,
@@ -132,7 +134,9 @@ class Fp8Config(QuantizationConfig):
         )
         granularity = values.get("granularity", "channel")
         block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128)}[granularity]
-        return Fp8LinearMethod(block, values.get("activations", "group" if granularity == "block" else "token"))
+        return Fp8LinearMethod(
+            block, values.get("activations", "group" if granularity == "block" else "token")
+        )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         is_linear = getattr(layer, "kind", "linear") == "linear"

@@ -1,0 +1,377 @@
+"""Everything that is decided before a tensor is read: `prepare`.
+
+It builds the model on the meta device, gives every layer its method, and matches every checkpoint tensor with its
+place. A plan shows just that (`pymllm.planning`); loading executes just that (`pymllm.loading`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymllm.config import Execution, ModelConfig, parse_dtype
+from pymllm.errors import CheckpointError, ConfigError, ShardingError, nearest
+from pymllm.kernels.hardware import probe_device
+from pymllm.layers.linear import SplitLinearMethod, WeightedLayer
+from pymllm.models import build_model, read_model_config
+from pymllm.models.causal_lm import CausalLM
+from pymllm.parallel import Parallel, current_parallel
+from pymllm.quantization.base import (
+    LinearMethodBase,
+    QuantizationConfig,
+    get_quantization_config,
+    list_quantization_methods,
+)
+from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
+from pymllm.weights.checkpoint import Checkpoint, TensorInfo, resolve_model_path
+from pymllm.weights.loader import Slot, place, same_shape
+from pymllm.weights.report import Problem, TensorRecord, raise_problems
+from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec, whole
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One checkpoint tensor and the parameter that it fills a part of."""
+
+    module: nn.Module
+    param: str
+    slot: Slot
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is loaded and packed together: a layer with a quant_method, or a module with plain parameters."""
+
+    name: str
+    module: nn.Module
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything decided, nothing read but headers."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    quant: RuledConfig
+    execution: Execution
+    parallel: Parallel
+    model: CausalLM
+    units: tuple[Unit, ...]
+    records: tuple[TensorRecord, ...]  # of tensors that are tied or skipped
+
+
+def prepare(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    revision: str | None = None,
+) -> Prepared:
+    """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
+
+    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `load_model` for the arguments.
+    """
+    checkpoint = Checkpoint.open(resolve_model_path(path, revision))
+    config = read_model_config(checkpoint.config)
+    _check_sizes(config, checkpoint)
+    stored = read_quantization_config(checkpoint)
+    stored.see_checkpoint(checkpoint.tensors)
+    execution = choose_execution(config, stored, device, dtype, compute, kernels)
+    if execution.dtype not in stored.get_supported_act_dtypes():
+        raise ConfigError(
+            f"{stored.get_name()} cannot run with {execution.dtype} activations",
+            code="dtype-unsupported",
+            expected=" or ".join(map(str, stored.get_supported_act_dtypes())),
+        )
+    rules = RuledConfig(stored, read_rules(quant))
+    parallel = current_parallel()
+    try:
+        model = build_on_meta(config, rules, execution, parallel)
+    except ShardingError as error:
+        if parallel.size == 1:
+            raise
+        error.fix = f"Sizes that work for this model: {', '.join(map(str, legal_tp_sizes(config, rules, execution)))}."
+        error.args = (str(error),)
+        raise
+    rules.lint()
+    units, records = match(model, rules, checkpoint)
+    return Prepared(checkpoint, config, rules, execution, parallel, model, units, records)
+
+
+def build_on_meta(
+    config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
+) -> CausalLM:
+    """The model without data, every layer with its method."""
+    with execution, parallel, torch.device("meta"):
+        return build_model(config, rules)
+
+
+def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
+    """The checkpoint's own quantisation: from config.json, or from the file that its format writes beside it."""
+    settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    if settings is None:
+        settings = _read_side_file(checkpoint.path)
+    if settings is None:
+        return get_quantization_config("none").from_config({})
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            "quantization_config must be an object",
+            code="quantization-config",
+            file="config.json",
+            found=repr(settings),
+        )
+    name = settings.get("quant_method")
+    if name is None:
+        raise ConfigError(
+            "quantization_config does not name its quant_method",
+            code="unknown-method",
+            file="config.json",
+            tensor="quantization_config.quant_method",
+            expected=" or ".join(list_quantization_methods()),
+        )
+    try:
+        return get_quantization_config(str(name).lower().replace("_", "-")).from_config(settings)
+    except ConfigError as error:
+        error.file = error.file or str(checkpoint.path / "config.json")
+        error.args = (str(error),)
+        raise
+
+
+def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
+    for name in list_quantization_methods():
+        for file in get_quantization_config(name).get_config_filenames():
+            if (folder / file).is_file():
+                try:
+                    settings = json.loads((folder / file).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    raise ConfigError(
+                        f"the file cannot be read: {error}",
+                        code="quantization-config",
+                        file=str(folder / file),
+                    ) from None
+                return {"quant_method": name, **settings}
+    return None
+
+
+def choose_execution(
+    config: ModelConfig,
+    stored: QuantizationConfig,
+    device: str,
+    dtype: str | torch.dtype,
+    compute: str,
+    kernels: Mapping[str, str] | None,
+) -> Execution:
+    """Where and in which activation dtype to run.
+
+    Asking for float32 is asking for float32 arithmetic: compute "auto" is then "exact".
+    dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
+    either way, and whose CPU arithmetic is fastest and most exact in float32.
+    """
+    if compute not in ("auto", "exact", "checkpoint"):
+        raise ConfigError(
+            "unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute
+        )
+    where = probe_device(device)
+    if dtype != "auto":
+        chosen = parse_dtype(dtype)
+        if chosen is torch.float32 and compute == "auto":
+            compute = "exact"
+    elif where.type == "cpu" and stored.get_name() != "none":
+        chosen = torch.float32
+    else:
+        chosen = config.dtype or torch.float32
+    return Execution(where.type, chosen, compute, tuple((kernels or {}).items()))
+
+
+SIDES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+MOST_PACKED = 32  # 1-bit codes in int32 words: no stored element stands for more
+
+
+def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Compare the config's sizes with the headers, before anything is built from them."""
+    most_layers = len(checkpoint.tensors)
+    longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
+    sizes = {name: config.size(name) for name in SIDES if config.get(name) is not None}
+    sizes["num_attention_heads x head_dim"] = config.size("num_attention_heads") * config.head_dim
+    limits = {
+        "num_hidden_layers": (
+            config.size("num_hidden_layers"),
+            most_layers,
+            "layers than the checkpoint has tensors",
+        )
+    }
+    limits |= {
+        name: (size, longest, "than the longest side of any tensor can hold") for name, size in sizes.items()
+    }
+    for name, (found, most, what) in limits.items():
+        if found > most:
+            raise CheckpointError(
+                f"config.json claims more {what}",
+                code="config-value",
+                file=str(checkpoint.path / "config.json"),
+                tensor=name,
+                expected=f"at most {most}",
+                found=str(found),
+            )
+
+
+def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
+    """The layers that hold a quant_method, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, WeightedLayer):
+            yield module
+
+
+def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShape, nn.Module]]:
+    """The layer's packed weights: one, or one for each part where their methods differ."""
+    if isinstance(layer.quant_method, SplitLinearMethod):
+        holders = layer.quant_method.holders(layer)
+        return [(holder.quant_method, holder.shape, holder) for holder in holders]
+    return [(layer.quant_method, layer.shape, layer)]
+
+
+def legal_tp_sizes(config: ModelConfig, rules: RuledConfig, execution: Execution) -> list[int]:
+    """The tensor-parallel sizes that every layer of the model can be divided over."""
+    model = build_on_meta(config, rules, execution, Parallel())
+    heads = config.size("num_attention_heads")
+    distinct = {(type(layer), layer.quant_method, layer.shape): layer for layer in _unnamed(model)}
+    return [size for size in range(1, heads + 1) if heads % size == 0 and _all_shard(distinct.values(), size)]
+
+
+def _unnamed(model: nn.Module) -> Iterator[WeightedLayer]:
+    """All layers; their shapes lose their names, so that equal layers compare equal."""
+    for layer in weighted_layers(model):
+        layer.shape = replace(layer.shape, parts=tuple("" for _ in layer.shape.parts))
+        yield layer
+
+
+def _all_shard(layers: Any, size: int) -> bool:
+    try:
+        for layer in layers:
+            for rank in range(size):
+                shape = layer.shape_for(rank, size, layer.shape.parts)
+                methods = getattr(layer.quant_method, "methods", (layer.quant_method,))
+                for index, method in enumerate(methods):
+                    for spec in method.weight_specs(shape.part(index) if len(methods) > 1 else shape):
+                        place(spec, shape.part(index) if len(methods) > 1 else shape)
+    except ShardingError:
+        return False
+    return True
+
+
+HINTS = 20  # problems that get a hint: comparing names is slow, and a checkpoint may be wrong in all of them
+
+
+def match(
+    model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint
+) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...]]:
+    """Find every parameter's tensors, and account for every tensor.  ONE CheckpointError lists all that is wrong."""
+    problems: list[Problem] = []
+    units: list[Unit] = []
+    used: set[str] = set()
+    known = {
+        name: None
+        for unit, module in _units(model)
+        for _, _, slot in _slots(unit, module)
+        for name in slot.names
+    }
+    stray = [name for name in checkpoint.tensors if name not in known]
+    for name, module in _units(model):
+        placements = []
+        for holder, param_name, slot in _slots(name, module):
+            tensor = next((checkpoint.tensors[n] for n in slot.names if n in checkpoint.tensors), None)
+            if tensor is None:
+                problems.append(_missing(slot, stray if len(problems) < HINTS else ()))
+                continue
+            used.add(tensor.name)
+            problem = _mismatch(slot, tensor)
+            if problem is not None:
+                problems.append(problem)
+            placements.append(Placement(holder, param_name, slot, tensor))
+        units.append(Unit(name, module, tuple(placements)))
+    records = []
+    for tensor_name in checkpoint.tensors:
+        if tensor_name in used:
+            continue
+        reason = _skip_reason(tensor_name, model, rules)
+        if reason is None:
+            hint = nearest(tensor_name, known) if len(problems) < HINTS else ""
+            problems.append(
+                Problem("unexpected", tensor_name, f"unexpected, no layer asks for it. {hint}".strip())
+            )
+        else:
+            records.append(TensorRecord(tensor_name, "skipped", 0, reason))
+    raise_problems(str(checkpoint.path), problems)
+    return tuple(units), tuple(records)
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        holds_plain = any(
+            not hasattr(param, "slots") for param in module._parameters.values() if param is not None
+        )
+        if isinstance(module, WeightedLayer) or holds_plain:
+            yield name, module
+
+
+def _slots(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str, Slot]]:
+    """Every slot of a unit, with the module and parameter it fills."""
+    if not isinstance(module, WeightedLayer):
+        for param_name, param in module._parameters.items():
+            if param is not None:
+                spec = WeightSpec(param_name, param.dtype, tuple(map(whole, param.shape)), accepts=FLOATS)
+                shape = LinearShape(Span.full(1), (Span.full(1),), (name,), param.dtype)
+                yield module, param_name, place(spec, shape)[1][0]
+        return
+    for holder in module.modules():
+        for param_name, param in holder._parameters.items():
+            for slot in getattr(param, "slots", ()):
+                yield holder, param_name, slot
+
+
+def _missing(slot: Slot, stray: Sequence[str]) -> Problem:
+    """stray: the checkpoint's tensors that nothing asks for, among which a misspelt one would be."""
+    wanted = f"{str(slot.spec.dtype).removeprefix('torch.')} {list(slot.source_shape)}"
+    hint = nearest(slot.tensor, stray)
+    return Problem("missing", slot.tensor, f"missing; the layer needs it as {wanted}. {hint}".strip())
+
+
+def _mismatch(slot: Slot, tensor: TensorInfo) -> Problem | None:
+    if tensor.dtype is not slot.spec.dtype and tensor.dtype not in slot.spec.accepts:
+        allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        found = str(tensor.dtype).removeprefix("torch.")
+        return Problem("dtype", tensor.name, f"wrong dtype; expected {expected}, found {found}")
+    if not same_shape(tensor.shape, slot.source_shape):
+        expected, found = str(list(slot.source_shape)), str(list(tensor.shape))
+        return Problem("shape", tensor.name, f"wrong shape; expected {expected}, found {found}")
+    return None
+
+
+def _skip_reason(name: str, model: CausalLM, rules: RuledConfig) -> str | None:
+    head = model.lm_head
+    if head.tied_to is not None and name.startswith(f"{head.prefix}."):
+        return f"the head is tied to {head.tied_to.prefix}"
+    for pattern, reason in model.skipped_tensors.items():
+        if re.fullmatch(pattern, name):
+            return reason
+    return rules.skip_reason(name)
