@@ -138,7 +138,7 @@ def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self.should_exit:
                 os._exit(128 + sig)  # the generating thread would be waited for else
+            super().handle_exit(sig, frame)  # before the message: a second signal may follow it at once
             say("Finishing the requests under way; once more to stop at once.")
-            super().handle_exit(sig, frame)
 
     return Server(config)
