@@ -18,7 +18,7 @@ from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.models.causal_lm import CausalLM
 from pymllm.preparation import Placement, Prepared, Unit, layer_parts, prepare
-from pymllm.quantization.base import bound_weight
+from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.checkpoint import TensorInfo
 from pymllm.weights.loader import Slot, Written, write

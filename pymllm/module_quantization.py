@@ -26,14 +26,8 @@ from pymllm.kernels.canonical import DenseWeight
 from pymllm.kernels.registry import Operation, kernels_for
 from pymllm.layers.linear import WeightedLayer
 from pymllm.parallel import Parallel
-from pymllm.quantization.base import (
-    BoundWeight,
-    ConvertedLinearMethod,
-    LinearMethodBase,
-    bind,
-    bind_shared,
-    get_quantization_config,
-)
+from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, get_quantization_config
+from pymllm.quantization.binding import BoundWeight, bind, bind_shared
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
 from pymllm.weights.spec import FLOATS, LinearShape, Span
 

@@ -17,10 +17,12 @@ import torch
 
 from pymllm.attention import Attention
 from pymllm.kernels.registry import TOLERANCES
+from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare
-from pymllm.quantization.base import BoundWeight, ConvertedLinearMethod, LinearMethodBase, bind
+from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
+from pymllm.quantization.binding import BoundWeight, bind
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.spec import LinearShape
 
@@ -66,6 +68,7 @@ class Plan:
     dtype: str
     compute: str
     tensor_parallel: dict[str, Any]
+    elementwise: dict[str, Any]
     layers: list[PlannedLayer]
     totals: dict[str, int]
     notes: list[str]
@@ -154,6 +157,7 @@ def make_plan(prepared: Prepared) -> Plan:
         "kv_cache_bytes_per_token": _kv_bytes(modules.values(), prepared.execution.dtype),
     }
     parallel = prepared.parallel
+    elementwise = select_elementwise(prepared.execution)
     return Plan(
         model=str(prepared.checkpoint.path),
         model_type=str(prepared.config.raw.get("model_type")),
@@ -164,6 +168,10 @@ def make_plan(prepared: Prepared) -> Plan:
             "rank": parallel.rank,
             "size": parallel.size,
             "legal_sizes": legal_tp_sizes(prepared.config, prepared.quant, prepared.execution),
+        },
+        elementwise={
+            "kernel": elementwise.kernel.name,
+            "refused": [asdict(refusal) for refusal in elementwise.refused],
         },
         layers=layers,
         totals=totals,

@@ -25,15 +25,8 @@ from pymllm.layers.linear import PartHolder, SplitLinearMethod, WeightedLayer
 from pymllm.parallel import Parallel
 from pymllm.planning import make_plan
 from pymllm.preparation import Placement, Prepared, Unit, layer_parts, weighted_layers
-from pymllm.quantization.base import (
-    BoundWeight,
-    ConvertedLinearMethod,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-    bind_for,
-    bind_shared,
-    bound_weight,
-)
+from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
+from pymllm.quantization.binding import BoundWeight, bind_for, bind_shared, bound_weight
 from pymllm.quantization.rules import Decision, Rule, RuledConfig
 from pymllm.weights.loader import place
 

@@ -25,7 +25,8 @@ from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.loading import load_prepared
 from pymllm.preparation import Placement, Prepared, layer_parts, prepare
-from pymllm.quantization.base import BoundWeight, ConvertedLinearMethod, LinearMethodBase, bound_weight
+from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
+from pymllm.quantization.binding import BoundWeight, bound_weight
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Written, place, write
 from pymllm.weights.spec import LinearShape

@@ -15,7 +15,7 @@ import pymllm
 from pymllm.errors import ConfigError, RuleError
 from pymllm.kernels import registry
 from pymllm.module_quantization import QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_layers
-from pymllm.quantization import base
+from pymllm.quantization import binding
 
 from .checkpoints import random_model, relative_error
 
@@ -224,7 +224,7 @@ def test_a_state_dict_packed_for_one_kernel_is_read_by_another(monkeypatch):
     if fast[0].bound.selection.kernel.name == "reference":
         pytest.skip("no other int4 kernel runs here")
     with monkeypatch.context() as patch:
-        patch.setattr(base, "select", lambda op, problem, _: registry.select(op, problem, "reference"))
+        patch.setattr(binding, "select", lambda op, problem, _: registry.select(op, problem, "reference"))
         slow = made(1)
         assert slow[0].bound.selection.kernel.name == "reference"
         assert not torch.equal(slow[0].weight, fast[0].weight)

@@ -20,7 +20,7 @@ from pymllm.errors import KernelError, nearest
 from pymllm.kernels.canonical import CanonicalWeight, WeightType
 from pymllm.kernels.hardware import Device
 
-Operation = Literal["linear", "embedding", "attention"]
+Operation = Literal["linear", "embedding", "attention", "elementwise"]
 Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
@@ -40,6 +40,10 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
     "attention": (
         "pymllm.kernels.torch_attention:TorchAttention",
         "pymllm.kernels.reference:ReferenceAttention",
+    ),
+    "elementwise": (
+        "pymllm.kernels.native_elementwise:NativeElementwise",
+        "pymllm.kernels.torch_elementwise:TorchElementwise",
     ),
 }
 
@@ -74,6 +78,14 @@ class AttentionProblem:
     dtype: torch.dtype
     device: Device
     sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class ElementwiseProblem:
+    """Norms, gated activations and rotary positions, which one kernel set runs for a whole model."""
+
+    dtype: torch.dtype
+    device: Device
 
 
 Packed = Mapping[str, Tensor]

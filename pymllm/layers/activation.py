@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pymllm.layers.elementwise import elementwise_kernel
+
 
 class SiluAndMul(nn.Module):
     """silu(gate) * up.  x: [*, 2N], gate first.  Returns [*, N]."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = elementwise_kernel()
+
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return self.kernel.silu_and_mul(x)
 
 
 class GeluAndMul(nn.Module):

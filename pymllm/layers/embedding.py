@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pymllm.config import Execution
 from pymllm.layers.linear import WeightedLayer
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, bind_shared, bound_weight
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig
+from pymllm.quantization.binding import bind_shared, bound_weight
 from pymllm.weights.spec import Span
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
+from pymllm.layers.elementwise import elementwise_kernel
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +23,7 @@ class RMSNorm(nn.Module):
         params_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernel = eps, elementwise_kernel()
         execution = current_execution()
         if params_dtype is None and execution is not None:
             params_dtype = execution.dtype
@@ -31,10 +32,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual)."""
-        if residual is not None:
-            x = x + residual
-        values = x.float()
-        normed = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        if self.weight is not None:
-            normed = normed * self.weight
-        return normed if residual is None else (normed, x)
+        return self.kernel.rms_norm(x, self.weight, self.eps, residual)

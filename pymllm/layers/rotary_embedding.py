@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError
+from pymllm.layers.elementwise import elementwise_kernel
 
 
 class RotaryEmbedding(nn.Module):
@@ -32,6 +34,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.head_size, self.rotary_dim, self.max_position = head_size, rotary_dim, max_position
         self.inverse_frequencies, self.attention_scaling = inverse_frequencies, scale
+        self.kernel = elementwise_kernel()
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _frequencies(self, length: int) -> Tensor:
@@ -66,11 +69,7 @@ class RotaryEmbedding(nn.Module):
         return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = x.view(*positions_shape(x, self.head_size))
-        if self.rotary_dim == self.head_size:
-            return rotate_halves(heads, cos, sin).view(x.shape)
-        head, tail = heads[..., : self.rotary_dim], heads[..., self.rotary_dim :]
-        return torch.cat((rotate_halves(head, cos, sin), tail), dim=-1).view(x.shape)
+        return self.kernel.rotate(x.view(*positions_shape(x, self.head_size)), cos, sin).view(x.shape)
 
 
 class PartialRotaryEmbedding(RotaryEmbedding):
@@ -114,13 +113,6 @@ class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
 def positions_shape(x: Tensor, head_size: int) -> tuple[int, int, int]:
     """[T, heads, D] for a tensor that may have its heads flattened."""
     return x.shape[0], math.prod(x.shape[1:]) // head_size, head_size
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, R]; cos, sin: [T, R/2].  The maths is float32; the result has x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def default_frequencies(rotary_dim: int, base: float) -> Tensor:
@@ -190,15 +182,22 @@ def get_rope(
     ConfigError for a type we do not have, a missing setting, or an odd or too large rotary_dim.
     """
     settings = json.dumps(dict(rope_scaling or {}), sort_keys=True, default=str)
-    with torch.device(
-        "cpu"
-    ):  # models are built on the meta device; these few numbers are real from the start
-        return _get_rope(head_size, rotary_dim, max_position, float(base), settings, rope_type)
+    # Models are built on the meta device; these few numbers are real from the start.
+    with torch.device("cpu"):
+        return _get_rope(
+            head_size, rotary_dim, max_position, float(base), settings, rope_type, current_execution()
+        )
 
 
 @functools.lru_cache(maxsize=64)
 def _get_rope(
-    head_size: int, rotary_dim: int, max_position: int, base: float, settings: str, rope_type: str
+    head_size: int,
+    rotary_dim: int,
+    max_position: int,
+    base: float,
+    settings: str,
+    rope_type: str,
+    execution: Execution | None,
 ) -> RotaryEmbedding:
     if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
         raise ConfigError(
@@ -251,10 +250,16 @@ def _get_rope(
     return cls(head_size, rotary_dim, max_position, frequencies, scale)
 
 
-@functools.lru_cache(maxsize=16)
 def get_gemma4_proportional_rope(
     head_size: int, rotary_dim: int, max_position: int, base: float
 ) -> Gemma4ProportionalRotaryEmbedding:
     """The cached factory of Gemma's proportional rotary embedding."""
     with torch.device("cpu"):
-        return Gemma4ProportionalRotaryEmbedding(head_size, rotary_dim, max_position, base)
+        return _get_proportional_rope(head_size, rotary_dim, max_position, float(base), current_execution())
+
+
+@functools.lru_cache(maxsize=16)
+def _get_proportional_rope(
+    head_size: int, rotary_dim: int, max_position: int, base: float, execution: Execution | None
+) -> Gemma4ProportionalRotaryEmbedding:
+    return Gemma4ProportionalRotaryEmbedding(head_size, rotary_dim, max_position, base)

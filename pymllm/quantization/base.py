@@ -13,21 +13,18 @@ resolve to equal methods is one matmul. What belongs to a layer lives on the lay
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pymllm.config import Execution
 from pymllm.errors import ConfigError, nearest
-from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight, on_meta
-from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import LinearProblem, Operation, Packed, Selection, select
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, on_meta
+from pymllm.quantization.binding import BoundWeight, bind_layer, bound_weight
 from pymllm.weights.loader import Written, copy_full_tensor, place
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, Span, WeightSpec
 
@@ -49,59 +46,6 @@ class QuantizeMethodBase(ABC):
     @abstractmethod
     def apply(self, layer: nn.Module, *args: Any) -> Tensor:
         """Run the layer on packed weights."""
-
-
-@dataclass(frozen=True)
-class BoundWeight:
-    """A packed weight and the kernel that runs it, chosen once."""
-
-    selection: Selection[Any]
-    problem: LinearProblem
-    packed: Packed
-    input_order: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        order = 0 if self.input_order is None else self.input_order.nbytes
-        return order + sum(tensor.nbytes for tensor in self.packed.values())
-
-    def run(self, *args: Any) -> Tensor:
-        """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""
-        if self.input_order is not None:
-            args = (args[0][..., self.input_order], *args[1:])
-        return self.selection.kernel.run(self.packed, self.problem, *args)
-
-    def canonical(self) -> CanonicalWeight:
-        """The weight in its canonical layout again."""
-        weight = self.selection.kernel.unpack(self.packed, self.problem)
-        return replace(weight, input_order=self.input_order) if isinstance(weight, IntWeight) else weight
-
-
-def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) -> BoundWeight:
-    """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
-    input_order = weight.input_order if isinstance(weight, IntWeight) else None
-    if isinstance(weight, IntWeight):
-        weight = replace(weight, input_order=None)
-    out_features, in_features = weight.shape
-    problem = LinearProblem(
-        weight.type,
-        in_features,
-        out_features,
-        execution.dtype,
-        probe_device(execution.device),
-        execution.compute,
-    )
-    selection = select(operation, problem, execution.forced_kernel(operation))
-    return BoundWeight(selection, problem, selection.kernel.pack(weight, problem), input_order)
-
-
-def bind_shared(bound: BoundWeight, execution: Execution, operation: Operation) -> BoundWeight:
-    """The same weight for another operation: the very same tensors, where its kernel packs them alike."""
-    problem = replace(bound.problem, dtype=execution.dtype, compute=execution.compute)
-    selection = select(operation, problem, execution.forced_kernel(operation))
-    if selection.kernel.layout == bound.selection.kernel.layout and problem.dtype is bound.problem.dtype:
-        return BoundWeight(selection, problem, bound.packed, bound.input_order)
-    return bind(bound.canonical(), execution, operation)
 
 
 class LinearMethodBase(QuantizeMethodBase):
@@ -248,28 +192,6 @@ def set_weight_attrs(param: Tensor, attrs: Mapping[str, Any] | None) -> None:
 def load_into(param: Tensor, loaded: Tensor, part: int | None, layer: str) -> None:
     """`weight_loader` for every layer: cut `loaded` (a full checkpoint tensor) for this rank and write it once."""
     copy_full_tensor(param.data, param.slots, loaded, param.written, part, layer)  # type: ignore[attr-defined]
-
-
-def bound_weight(layer: nn.Module) -> BoundWeight | None:
-    """The layer's packed weight; None before `process_weights_after_loading`."""
-    return getattr(layer, "bound", None)
-
-
-def bind_layer(layer: Any, weight: CanonicalWeight) -> None:
-    """Pack `weight` for the kernel that fits the layer, and keep it there."""
-    layer.bound = bind_for(layer, weight)
-
-
-def bind_for(layer: Any, weight: CanonicalWeight) -> BoundWeight:
-    """Pack `weight` for the kernel that fits the layer; the layer stays as it is."""
-    execution = getattr(layer, "execution", None) or Execution(
-        dtype=layer.shape.dtype, device=weight_device(weight)
-    )
-    return bind(weight, execution, getattr(layer, "operation", "linear"))
-
-
-def weight_device(weight: CanonicalWeight) -> str:
-    return next(iter(weight.tensors().values())).device.type
 
 
 @dataclass(frozen=True)
@@ -474,32 +396,3 @@ def one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return convert
-
-
-def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = None) -> tuple[str, ...]:
-    """A list of names or patterns in a `quantization_config`; null: none.  ConfigError for anything else.
-
-    regex: what stands before a regular expression, which must then be one; "": all are.
-    """
-    names = config.get(field)
-    if names is None:
-        return ()
-    problem = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        problem, names = "a list of names", [names]
-    for name in names:
-        if problem is None and regex is not None and name.startswith(regex):
-            try:
-                re.compile(name.removeprefix(regex))
-            except re.error as error:
-                problem, names = f"regular expressions ({error})", [name]
-    if problem is not None:
-        raise ConfigError(
-            f"{field} of the quantisation must hold {problem}",
-            code="quantization-config",
-            file="config.json",
-            tensor=f"quantization_config.{field}",
-            expected="a list of strings, or null",
-            found=repr(names[0]),
-        )
-    return tuple(names)

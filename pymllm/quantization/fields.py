@@ -63,3 +63,32 @@ def read_stored(tensor: Any) -> Tensor:
         data = tensor if isinstance(tensor, Tensor) else tensor.read()
     assert isinstance(data, Tensor)
     return data
+
+
+def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = None) -> tuple[str, ...]:
+    """A list of names or patterns in a `quantization_config`; null: none.  ConfigError for anything else.
+
+    regex: what stands before a regular expression, which must then be one; "": all are.
+    """
+    names = config.get(field)
+    if names is None:
+        return ()
+    problem = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problem, names = "a list of names", [names]
+    for name in names:
+        if problem is None and regex is not None and name.startswith(regex):
+            try:
+                re.compile(name.removeprefix(regex))
+            except re.error as error:
+                problem, names = f"regular expressions ({error})", [name]
+    if problem is not None:
+        raise ConfigError(
+            f"{field} of the quantisation must hold {problem}",
+            code="quantization-config",
+            file="config.json",
+            tensor=f"quantization_config.{field}",
+            expected="a list of strings, or null",
+            found=repr(names[0]),
+        )
+    return tuple(names)

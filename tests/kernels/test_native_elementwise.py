@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pymllm.kernels import cpu, native_elementwise
-from pymllm.kernels.native_elementwise import rms_norm, rotate, silu_and_mul
-from pymllm.layers.rotary_embedding import rotate_halves
+from pymllm.kernels import cpu
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native_elementwise import NativeElementwise
+from pymllm.kernels.registry import ElementwiseProblem, select
+from pymllm.kernels.torch_elementwise import TorchElementwise
 
 pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
 
@@ -19,6 +21,18 @@ SIZES = [1, 2, 7, 16, 33, 64, 255, 256, 257, 300, 1000]
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 FLOAT32_MATHS = 2**-20  # what float32 arithmetic adds: a sum of squares, an exponential, a division
 SMALLEST = {torch.float32: 2**-120, torch.bfloat16: 2**-120, torch.float16: 2**-24}
+
+
+def rms_norm(x, weight, eps, residual=None, isa=None):
+    return NativeElementwise(isa).rms_norm(x, weight, eps, residual)
+
+
+def silu_and_mul(x, isa=None):
+    return NativeElementwise(isa).silu_and_mul(x)
+
+
+def rotate(x, cos, sin, isa=None):
+    return NativeElementwise(isa).rotate(x, cos, sin)
 
 
 def floats(*shape, dtype, seed=1, scale=1.0):
@@ -102,7 +116,9 @@ def test_rotary_equals_the_layer_and_passes_the_rest(path, dtype, head_size, rot
         magnitude = rotated.double().unflatten(-1, (2, -1)).norm(dim=-2).repeat(1, 1, 2)
         assert_close(y[..., :rotary_size], exact, magnitude)
         assert torch.equal(y[..., rotary_size:], x[..., rotary_size:])
-        assert_close(rotate_halves(rotated, cos, sin), exact, magnitude)  # the layer meets the same bound
+        assert_close(
+            TorchElementwise().rotate(rotated, cos, sin), exact, magnitude
+        )  # torch's meets the same bound
 
 
 def rotate_halves_exactly(x, cos, sin):
@@ -152,21 +168,36 @@ def test_results_do_not_depend_on_the_number_of_threads(path):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_without_the_extension_torch_gives_the_same_within_rounding(dtype, monkeypatch):
+def test_torch_gives_the_same_within_rounding(dtype):
     x, weight = floats(3, 64, dtype=dtype), floats(64, dtype=dtype, seed=2)
     cos, sin = torch.rand(3, 8), torch.rand(3, 8)
 
-    def all_of_them():
-        normed, summed = rms_norm(x, weight, 1e-6, x)
-        return normed, summed, silu_and_mul(x), rotate(x.view(3, 2, 32), cos, sin)
+    def all_of_them(kernel):
+        normed, summed = kernel.rms_norm(x, weight, 1e-6, x)
+        return normed, summed, kernel.silu_and_mul(x), kernel.rotate(x.view(3, 2, 32), cos, sin)
 
-    assert native_elementwise.available()
-    native = all_of_them()
-    monkeypatch.setattr(native_elementwise, "native_available", lambda: False)
-    assert not native_elementwise.available()
-    for a, b in zip(native, all_of_them(), strict=True):
+    for a, b in zip(all_of_them(NativeElementwise()), all_of_them(TorchElementwise()), strict=True):
         assert a.dtype is b.dtype
         torch.testing.assert_close(a, b, rtol=2 * UNIT[dtype] + FLOAT32_MATHS, atol=2 * UNIT[dtype])
+
+
+def test_the_registry_chooses_it_on_a_cpu_and_torch_without_the_extension(monkeypatch):
+    problem = ElementwiseProblem(torch.float32, probe_device("cpu"))
+    assert select("elementwise", problem).kernel.name == "native"
+    monkeypatch.setattr("pymllm.kernels.native_elementwise.native_missing_reason", lambda: "not built")
+    select.cache_clear()
+    try:
+        chosen = select("elementwise", problem)
+    finally:
+        select.cache_clear()
+    assert chosen.kernel.name == "torch" and chosen.refused[0].why == "not built"
+
+
+def test_tensors_that_native_code_cannot_read_are_refused():
+    with pytest.raises(ValueError, match="float64"):
+        silu_and_mul(torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="meta"):
+        silu_and_mul(torch.zeros(2, 4, device="meta"))
 
 
 def test_wrong_shapes_are_refused():

@@ -17,7 +17,7 @@ from pymllm.loading import load_model
 from pymllm.parallel import Parallel
 from pymllm.planning import plan
 from pymllm.preparation import layer_parts
-from pymllm.quantization.base import bound_weight
+from pymllm.quantization.binding import bound_weight
 from pymllm.weights.safetensors_file import TensorInfo
 
 RULES = {"**.mlp.**": "fp8", "**.self_attn.k_proj": "none", "lm_head": "none"}

@@ -13,7 +13,8 @@ import pymllm
 from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from pymllm.parallel import Parallel, simulate
-from pymllm.quantization.base import bound_weight, get_quantization_config
+from pymllm.quantization.base import get_quantization_config
+from pymllm.quantization.binding import bound_weight
 
 from ..checkpoints import save_tensors, write_checkpoint
 from ..forward import logits_of

@@ -13,7 +13,8 @@ from pymllm.kernels.canonical import CodebookType, Fp8Type, IntType
 from pymllm.kernels.reference import quantise_activations
 from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallelLinear, SplitLinearMethod
 from pymllm.parallel import Parallel
-from pymllm.quantization.base import bound_weight, get_quantization_config
+from pymllm.quantization.base import get_quantization_config
+from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.packing import pack_words
 from pymllm.weights.spec import LinearShape, Span
 

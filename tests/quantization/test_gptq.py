@@ -20,7 +20,8 @@ from pymllm.layers.linear import (
     SplitLinearMethod,
 )
 from pymllm.parallel import Parallel
-from pymllm.quantization.base import QuantizationConfig, bind, bound_weight, get_quantization_config
+from pymllm.quantization.base import QuantizationConfig, get_quantization_config
+from pymllm.quantization.binding import bind, bound_weight
 from pymllm.quantization.packing import pack_words, unpack_words
 from pymllm.weights.spec import LinearShape, Span
 

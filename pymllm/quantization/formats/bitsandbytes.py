@@ -31,14 +31,8 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    StoredTensor,
-    read_names,
-    register_quantization,
-)
-from pymllm.quantization.fields import is_skipped, read_choice, read_stored, unsupported
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
+from pymllm.quantization.fields import is_skipped, read_choice, read_names, read_stored, unsupported
 from pymllm.quantization.packing import unpack_nibbles_high_first
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
 

@@ -22,18 +22,13 @@ from torch import nn
 
 from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import Activations
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    StoredTensor,
-    read_names,
-    register_quantization,
-)
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
 from pymllm.quantization.compressed_linear import (
     FloatQuantizedLinearMethod,
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
+from pymllm.quantization.fields import read_names
 from pymllm.weights.spec import FLOATS
 
 FORMATS = (

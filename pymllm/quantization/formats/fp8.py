@@ -28,9 +28,9 @@ from pymllm.quantization.base import (
     QuantizationConfig,
     one_of,
     parse_options,
-    read_names,
     register_quantization,
 )
+from pymllm.quantization.fields import read_names
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")

@@ -30,10 +30,9 @@ from pymllm.quantization.base import (
     LinearMethodBase,
     QuantizationConfig,
     parse_options,
-    read_names,
     register_quantization,
 )
-from pymllm.quantization.fields import read_choice, unsupported
+from pymllm.quantization.fields import read_choice, read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec

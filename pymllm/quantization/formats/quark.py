@@ -21,8 +21,8 @@ from typing import Any
 from torch import nn
 
 from pymllm.kernels.canonical import Activations
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, read_names, register_quantization
-from pymllm.quantization.fields import unsupported
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
+from pymllm.quantization.fields import read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
 
 BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}

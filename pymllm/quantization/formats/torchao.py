@@ -27,14 +27,8 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    StoredTensor,
-    read_names,
-    register_quantization,
-)
-from pymllm.quantization.fields import is_skipped, unsupported
+from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
+from pymllm.quantization.fields import is_skipped, read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.packing import unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec

@@ -1,0 +1,88 @@
+"""A weight bound to its kernel: chosen once, packed once, with the reasons kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from pymllm.config import Execution
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.registry import LinearProblem, Operation, Packed, Selection, select
+
+
+@dataclass(frozen=True)
+class BoundWeight:
+    """A packed weight and the kernel that runs it, chosen once."""
+
+    selection: Selection[Any]
+    problem: LinearProblem
+    packed: Packed
+    input_order: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        order = 0 if self.input_order is None else self.input_order.nbytes
+        return order + sum(tensor.nbytes for tensor in self.packed.values())
+
+    def run(self, *args: Any) -> Tensor:
+        """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""
+        if self.input_order is not None:
+            args = (args[0][..., self.input_order], *args[1:])
+        return self.selection.kernel.run(self.packed, self.problem, *args)
+
+    def canonical(self) -> CanonicalWeight:
+        """The weight in its canonical layout again."""
+        weight = self.selection.kernel.unpack(self.packed, self.problem)
+        return replace(weight, input_order=self.input_order) if isinstance(weight, IntWeight) else weight
+
+
+def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) -> BoundWeight:
+    """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
+    input_order = weight.input_order if isinstance(weight, IntWeight) else None
+    if isinstance(weight, IntWeight):
+        weight = replace(weight, input_order=None)
+    out_features, in_features = weight.shape
+    problem = LinearProblem(
+        weight.type,
+        in_features,
+        out_features,
+        execution.dtype,
+        probe_device(execution.device),
+        execution.compute,
+    )
+    selection = select(operation, problem, execution.forced_kernel(operation))
+    return BoundWeight(selection, problem, selection.kernel.pack(weight, problem), input_order)
+
+
+def bind_shared(bound: BoundWeight, execution: Execution, operation: Operation) -> BoundWeight:
+    """The same weight for another operation: the very same tensors, where its kernel packs them alike."""
+    problem = replace(bound.problem, dtype=execution.dtype, compute=execution.compute)
+    selection = select(operation, problem, execution.forced_kernel(operation))
+    if selection.kernel.layout == bound.selection.kernel.layout and problem.dtype is bound.problem.dtype:
+        return BoundWeight(selection, problem, bound.packed, bound.input_order)
+    return bind(bound.canonical(), execution, operation)
+
+
+def bound_weight(layer: nn.Module) -> BoundWeight | None:
+    """The layer's packed weight; None before `process_weights_after_loading`."""
+    return getattr(layer, "bound", None)
+
+
+def bind_layer(layer: Any, weight: CanonicalWeight) -> None:
+    """Pack `weight` for the kernel that fits the layer, and keep it there."""
+    layer.bound = bind_for(layer, weight)
+
+
+def bind_for(layer: Any, weight: CanonicalWeight) -> BoundWeight:
+    """Pack `weight` for the kernel that fits the layer; the layer stays as it is."""
+    execution = getattr(layer, "execution", None) or Execution(
+        dtype=layer.shape.dtype, device=weight_device(weight)
+    )
+    return bind(weight, execution, getattr(layer, "operation", "linear"))
+
+
+def weight_device(weight: CanonicalWeight) -> str:
+    return next(iter(weight.tensors().values())).device.type
