@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pymllm.planning import Plan
 
 DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
-DEMO_SEED, DEMO_TOKENS = 2, 56
+DEMO_SEED, DEMO_TOKENS = 2, 52
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -27,7 +27,8 @@ def unpack_fields(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return octets
     fields = torch.empty((*octets.shape, 8 // bits), dtype=torch.uint8, device=octets.device)
-    for index in range(8 // bits):
+    # A plan wants the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
+    for index in range(0 if fields.is_meta else 8 // bits):
         fields[..., index] = (octets >> (bits * index)) & (2**bits - 1)
     return fields.flatten(-2)
 

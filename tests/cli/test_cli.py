@@ -411,7 +411,9 @@ def test_doctor_tells_versions_cpu_formats_kernels_and_extras(capsys):
     assert report["cpu"]["native_kernels"]["present"] or report["cpu"]["native_kernels"]["missing_reason"]
     assert {"awq", "fp8", "none"} <= set(report["formats"])
     assert set(report["kernels"]) == set(KERNELS)
-    assert all(names[-1] in ("reference", "torch") for names in report["kernels"].values())  # these refuse nothing
+    assert all(
+        names[-1] in ("reference", "torch") for names in report["kernels"].values()
+    )  # these refuse nothing
     assert set(report["extras"]) == {"triton", "flashinfer", "server", "grammar", "ray", "writers"}
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out

@@ -1,0 +1,53 @@
+"""What rounding activations costs: perplexity of the shipped model on held-out source, by compute mode.
+
+    python benchmarks/shipped_perplexity.py [--tokens 20000]
+
+Text: modules of the standard library that the model was not trained on (HELD_OUT_MODULES of the training script in
+examples/), in windows of 512 tokens. Prints one table; it has no file of results, as the model comes with the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sysconfig
+from pathlib import Path
+
+import torch
+
+import pymllm
+
+MODULES = ("textwrap.py", "shlex.py", "calendar.py", "fractions.py", "sched.py", "statistics.py")
+WINDOW = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=20000)
+    args = parser.parse_args()
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    text = "\n".join((stdlib / name).read_text(encoding="utf-8") for name in MODULES)
+    baseline = None
+    print(f"{'compute':<8} {'dtype':<9} {'kernel':<12} {'nats/token':>10} {'perplexity':>10} {'change':>8}")
+    for compute, dtype in (("exact", "float32"), ("auto", "auto"), ("auto", "bfloat16")):
+        llm = pymllm.LLM(compute=compute, dtype=dtype)
+        ids = llm.tokenizer.encode(text)[: args.tokens]
+        loss = total = 0.0
+        for start in range(0, len(ids) - 1, WINDOW):
+            window = ids[start : start + WINDOW + 1]
+            logits = llm.logits(window[:-1])
+            loss += float(
+                torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum")
+            )
+            total += len(window) - 1
+        perplexity = math.exp(loss / total)
+        baseline = baseline or perplexity
+        kernel = llm.plan.layer("model.layers.0.self_attn.q_proj").kernel
+        change = f"{perplexity / baseline - 1:+.2%}"
+        print(f"{compute:<8} {dtype:<9} {kernel:<12} {loss / total:10.4f} {perplexity:10.3f} {change:>8}")
+
+
+if __name__ == "__main__":
+    main()
