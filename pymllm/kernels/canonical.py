@@ -9,9 +9,9 @@ know of a weight before it sees one: a plan makes the same objects on the meta d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -357,6 +357,43 @@ class CodebookWeight:
 
 
 CanonicalWeight = DenseWeight | IntWeight | Fp8Weight | CodebookWeight
+
+
+class LazyWeights(Sequence[CanonicalWeight]):
+    """`size` weights, each made by `make(index)` whenever it is asked for."""
+
+    def __init__(self, make: Callable[[int], CanonicalWeight], size: int) -> None:
+        self.make, self.size = make, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.make(index)
+
+
+@dataclass(frozen=True)
+class ExpertsWeight:
+    """The experts of a layer: for each of their products, one weight an expert, all of one type and shape.
+
+    gate_up: one product, [2·I, H] with the gate's outputs first; or two, gate's and up's, where they are stored in
+    ways that cannot be one weight.  down: [H, I].  The sequences may make a weight when it is asked for: take each
+    once, and keep no reference to it, so that a layer is never held twice.
+    """
+
+    gate_up: tuple[Sequence[CanonicalWeight], ...]
+    down: Sequence[CanonicalWeight]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.down)
+
+    def products(self) -> dict[str, Sequence[CanonicalWeight]]:
+        """The products by name: gate_up and down, or gate, up and down."""
+        names = ("gate_up",) if len(self.gate_up) == 1 else ("gate", "up")
+        return {**dict(zip(names, self.gate_up, strict=True)), "down": self.down}
 
 
 def on_meta(weight: CanonicalWeight) -> CanonicalWeight:

@@ -11,16 +11,17 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pymllm.errors import KernelError, nearest
-from pymllm.kernels.canonical import CanonicalWeight, WeightType
+from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, WeightType
+from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
 
-Operation = Literal["linear", "embedding", "attention", "elementwise"]
+Operation = Literal["linear", "embedding", "experts", "attention", "elementwise"]
 Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
@@ -36,6 +37,10 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
     "embedding": (
         "pymllm.kernels.torch_linear:TorchEmbedding",
         "pymllm.kernels.reference:ReferenceEmbedding",
+    ),
+    "experts": (
+        "pymllm.kernels.linear_experts:LinearExperts",
+        "pymllm.kernels.reference_experts:ReferenceExperts",
     ),
     "attention": (
         "pymllm.kernels.torch_attention:TorchAttention",
@@ -66,6 +71,39 @@ class LinearProblem:
     dtype: torch.dtype
     device: Device
     compute: Compute = "auto"
+
+
+@dataclass(frozen=True)
+class ExpertsProblem:
+    """One rank's experts of one layer, each `down(activation(gate_up(x)))`, as a kernel sees them.
+
+    gate_up: the product of one expert, [2·I, H]; or two, gate's and up's, where they are not one weight.
+    down: [H, I].  num_experts: how many this rank holds.
+    reordered: weights may have an `input_order`, another one for each expert, which `pack` must keep.
+    """
+
+    gate_up: tuple[LinearProblem, ...]
+    down: LinearProblem
+    num_experts: int
+    activation: GatedActivation
+    reordered: bool = False
+
+    def products(self) -> dict[str, LinearProblem]:
+        """The products by name, as `ExpertsWeight.products`."""
+        names = ("gate_up",) if len(self.gate_up) == 1 else ("gate", "up")
+        return {**dict(zip(names, self.gate_up, strict=True)), "down": self.down}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down.dtype
+
+    @property
+    def device(self) -> Device:
+        return self.down.device
+
+    @property
+    def compute(self) -> Compute:
+        return self.down.compute
 
 
 @dataclass(frozen=True)
@@ -135,6 +173,45 @@ class EmbeddingKernel(Kernel, Protocol):
 
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
         """ids: any shape, within the table.  Returns [*ids.shape, I] in the problem's dtype."""
+
+
+class ExpertsBias(NamedTuple):
+    """gate_up: [E, 2·I], the gate's first; down: [E, H].  None: there is none."""
+
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
+
+
+class ExpertsKernel(Kernel, Protocol):
+    """The experts of a layer over packed weights: routed tokens in, their weighted sum out.
+
+    `pack` is given one canonical weight an expert and product, and may use the packing of a linear kernel for each;
+    `kernels/linear_experts.py` does, for every linear kernel there is.
+    """
+
+    layout: str
+
+    def numerics(self, problem: ExpertsProblem) -> str:
+        """As a linear kernel's; `tolerance(problem)` too."""
+
+    def pack(self, weight: ExpertsWeight, problem: ExpertsProblem) -> Packed:
+        """The weights of all experts in this kernel's own order.  Also runs on meta tensors."""
+
+    def unpack(self, packed: Packed, problem: ExpertsProblem) -> ExpertsWeight:
+        """What `pack` was given, bit for bit."""
+
+    def run(
+        self,
+        packed: Packed,
+        problem: ExpertsProblem,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        bias: ExpertsBias,
+    ) -> Tensor:
+        """x: [T, H] in the problem's dtype.  topk_ids: [T, K] int64, which of the packed experts; below 0: none.
+        topk_weights: [T, K] float32.  Returns [T, H] in the problem's dtype: for each token, the sum over its K
+        experts of weight times answer, accumulated in float32.  T and K may be 0, and an expert may come up twice."""
 
 
 K = TypeVar("K")

@@ -1,0 +1,37 @@
+"""What experts compute between their two products: a gate and an up half become one."""
+
+# N half the gated size
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GatedActivation:
+    """silu, gelu_tanh: act(gate) * up.  swiglu: gate * sigmoid(alpha * gate) * (up + 1), as gpt_oss has it.
+
+    limit: swiglu's gate is cut off above it, and its up beyond it on either side.
+    """
+
+    kind: Literal["silu", "gelu_tanh", "swiglu"] = "silu"
+    alpha: float = 1.0
+    limit: float = float("inf")
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """gate_up: [*, 2N], gate first.  Returns [*, N]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.kind == "silu":
+            return F.silu(gate) * up
+        if self.kind == "gelu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+    def __str__(self) -> str:
+        return self.kind if self.kind != "swiglu" else f"swiglu alpha {self.alpha} limit {self.limit}"
