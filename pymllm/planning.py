@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pymllm.attention import Attention
+from pymllm.attention import Attention, bytes_per_token
 from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.embedding import ParallelLMHead
@@ -154,7 +154,7 @@ def make_plan(prepared: Prepared) -> Plan:
         "weight_bytes": weight_bytes,
         "peak_load_bytes": weight_bytes + transient,
         "checkpoint_bytes": sum(tensor.nbytes for tensor in prepared.checkpoint.tensors.values()),
-        "kv_cache_bytes_per_token": _kv_bytes(modules.values(), prepared.execution.dtype),
+        "kv_cache_bytes_per_token": bytes_per_token(prepared.model),
     }
     parallel = prepared.parallel
     elementwise = select_elementwise(prepared.execution)
@@ -274,11 +274,6 @@ def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:
 def _share(slot: Any) -> float:
     """The part of a tensor that this rank reads."""
     return slot.elements / max(math.prod(slot.source_shape), 1)
-
-
-def _kv_bytes(modules: Any, dtype: torch.dtype) -> int:
-    layers = [module for module in modules if isinstance(module, Attention)]
-    return sum(2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize for layer in layers)
 
 
 def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:

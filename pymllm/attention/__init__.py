@@ -1,6 +1,6 @@
 """The boundary between a strategy's attention metadata and the attention kernels."""
 
-from pymllm.attention.attention import Attention, store_kv
+from pymllm.attention.attention import Attention, bytes_per_token, reference_torch_attention
 from pymllm.attention.metadata import (
     AttnMetaDataBase,
     fetch_attn_metadata,
@@ -13,10 +13,11 @@ from pymllm.attention.metadata import (
 __all__ = [
     "Attention",
     "AttnMetaDataBase",
+    "bytes_per_token",
     "fetch_attn_metadata",
     "is_warming_up",
+    "reference_torch_attention",
     "reset_warming_up",
     "set_fetch_fn_for_attn_metadata",
     "set_warming_up",
-    "store_kv",
 ]

@@ -1,22 +1,29 @@
-"""The attention layer: stores new keys and values in the paged cache, then runs the chosen kernel."""
+"""The attention layer: stores new keys and values in its pages, then runs the chosen kernel over the whole step."""
 
-# T tokens of this step, H query heads, Hkv key heads, D head size, P page size
+# T tokens of this step, H query heads, Hkv key heads, D head size, Dv value head size
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from pymllm.attention.metadata import AttnMetaDataBase, fetch_attn_metadata
+from pymllm.attention.metadata import fetch_attn_metadata
 from pymllm.config import Execution, current_execution
+from pymllm.errors import ConfigError
+from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVStoreKernel, PagedKV
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import AttentionProblem, Selection, select
+from pymllm.kernels.reference_attention import ReferenceAttention
+from pymllm.kernels.registry import Selection, select
+from pymllm.quantization.kv_cache import KVCacheMethodBase, UnquantizedKVCacheMethod
 
 
 class Attention(nn.Module):
-    """Causal attention of grouped heads over this step's tokens and what the cache holds.
+    """Attention of grouped heads over this step's tokens and what the cache holds.
 
-    attn_impl: "auto", or a kernel's name.  k_cache, v_cache: [pages, P, Hkv, D], set by the runner; None: no cache.
+    attn_impl: "auto", or a kernel's name.  sliding_window: how many positions a query sees; None: all.
+    value_head_dim: None: head_dim.  soft_cap: of the scaled logits.  sinks: whether `forward` gets a logit a head that
+    takes part in the softmax alone.  quant_method: how keys and values are stored; None: in the activations' dtype.
+    cache: the layer's pages, set by the engine; None: nothing is cached.
     """
 
     def __init__(
@@ -28,55 +35,100 @@ class Attention(nn.Module):
         attn_impl: str = "auto",
         sliding_window: int | None = None,
         *,
+        value_head_dim: int | None = None,
+        soft_cap: float | None = None,
+        sinks: bool = False,
+        quant_method: KVCacheMethodBase | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()
+        if num_heads % num_kv_heads:
+            raise ConfigError(
+                "key heads must be shared evenly by the query heads",
+                code="config-value",
+                tensor=prefix or None,
+                expected=f"a divisor of {num_heads} heads",
+                found=str(num_kv_heads),
+            )
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.num_kv_heads, self.sliding_window, self.prefix = num_kv_heads, sliding_window, prefix
-        execution = current_execution() or Execution()
+        self.value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        self.quant_method: KVCacheMethodBase = quant_method or UnquantizedKVCacheMethod()
+        execution = current_execution() or Execution(dtype=torch.get_default_dtype())
         self.problem = AttentionProblem(
-            num_heads, num_kv_heads, head_dim, execution.dtype, probe_device(execution.device), sliding_window
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_head_dim=self.value_head_dim,
+            scale=scale,
+            dtype=execution.dtype,
+            device=probe_device(execution.device),
+            kv=self.quant_method.kv_type(execution.dtype),
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
-        forced = execution.forced_kernel("attention") if attn_impl == "auto" else attn_impl
-        self.selection: Selection = select("attention", self.problem, forced)
-        self.k_cache: Tensor | None = None
-        self.v_cache: Tensor | None = None
+        self.forced = execution.forced_kernel("attention") if attn_impl == "auto" else attn_impl
+        self.selection: Selection[AttentionKernel] = select("attention", self.problem, self.forced)
+        self.store_selection: Selection[KVStoreKernel] = select(
+            "kv_store", self.problem, execution.forced_kernel("kv_store")
+        )
+        self.cache: PagedKV | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: [T, H·D] or [T, H, D]; k, v: [T, Hkv·D] or [T, Hkv, D].  Returns q's shape."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """q: [T, H·D] or [T, H, D]; k: [T, Hkv·D], v: [T, Hkv·Dv], or by heads; sinks: [H].
+
+        Returns [T, H·Dv] or [T, H, Dv], as q came.
+        """
+        flat = q.ndim == 2
         if q.shape[0] == 0:
-            return torch.empty_like(q)
-        metadata = fetch_attn_metadata()
-        queries = q.view(-1, self.num_heads, self.head_dim)
-        keys, values = (t.view(-1, self.num_kv_heads, self.head_dim) for t in (k, v))
-        if self.k_cache is not None and self.v_cache is not None and metadata.need_kv_cache_store:
-            assert metadata.slot_mapping is not None
-            store_kv(keys, values, self.k_cache, self.v_cache, metadata.slot_mapping)
-        return self._attend(queries, keys, values, metadata).reshape(q.shape)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttnMetaDataBase) -> Tensor:
-        assert metadata.cu_seqlens_q is not None and metadata.context_lens is not None
-        run = self.selection.kernel.run
-        bounds, lengths = metadata.cu_seqlens_q.tolist(), metadata.context_lens.tolist()
-        outputs = []
-        for request, (start, stop, length) in enumerate(zip(bounds[:-1], bounds[1:], lengths, strict=True)):
-            if metadata.page_tables is None or length == stop - start:
-                keys, values = k[start:stop], v[start:stop]
-            else:
-                assert self.k_cache is not None and self.v_cache is not None
-                pages = metadata.page_tables[request, : -(-length // metadata.page_size)]
-                keys = self.k_cache[pages].flatten(0, 1)[:length]
-                values = self.v_cache[pages].flatten(0, 1)[:length]
-            outputs.append(
-                run(q[start:stop], keys, values, scale=self.scale, sliding_window=self.sliding_window)
-            )
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+            result = q.new_empty((0, self.num_heads, self.value_head_dim))
+            return result.flatten(1) if flat else result
+        step = fetch_attn_metadata()
+        q = q.view(-1, self.num_heads, self.head_dim)
+        k = k.view(-1, self.num_kv_heads, self.head_dim)
+        v = v.view(-1, self.num_kv_heads, self.value_head_dim)
+        result = self.quant_method.apply(self, q, k, v, step, sinks)
+        return result.flatten(1) if flat else result
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write new keys and values, [T, Hkv, D], to their slots of the cache; a slot below 0 is skipped."""
-    kept = slot_mapping >= 0
-    if not bool(kept.all()):
-        slot_mapping, k, v = slot_mapping[kept], k[kept], v[kept]
-    k_cache.view(-1, *k_cache.shape[2:])[slot_mapping] = k.to(k_cache.dtype)
-    v_cache.view(-1, *v_cache.shape[2:])[slot_mapping] = v.to(v_cache.dtype)
+def bytes_per_token(model: nn.Module) -> int:
+    """What the KV cache takes for each token: keys and values of all layers of `model`, on this rank."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    return sum(
+        layer.problem.kv.bytes_per_token(layer.num_kv_heads, layer.head_dim, layer.value_head_dim)
+        for layer in layers
+    )
+
+
+def reference_torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    metadata: AttentionStep,
+    *,
+    scale: float,
+    cache: PagedKV | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The formula, for debugging: q: [T, H, D], k: [T, Hkv, D], v: [T, Hkv, Dv].  Returns [T, H, Dv].
+
+    cache: pages that hold this step's keys and values already; None: every request's tokens are all new.
+    """
+    problem = AttentionProblem(
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        value_head_dim=v.shape[2],
+        scale=scale,
+        dtype=q.dtype,
+        device=probe_device(q.device.type),
+        kv=UnquantizedKVCacheMethod().kv_type(q.dtype) if cache is None else cache.type,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks is not None,
+        block_causal=not metadata.causal,
+    )
+    return ReferenceAttention().run(problem, q, k, v, metadata, cache, sinks)

@@ -8,60 +8,47 @@ adds its own subclass of `AttnMetaDataBase` beside itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Literal
 
 from pymllm.errors import ConfigError
+from pymllm.kernels.attention import AttentionStep
 
 
-@dataclass
-class AttnMetaDataBase:
-    """One step's requests, side by side.
+@dataclass(eq=False)
+class AttnMetaDataBase(AttentionStep):
+    """One step's requests, side by side: what kernels read (`AttentionStep`), and what runners and strategies add.
 
-    is_prefill: whether any request brings more than one new token.
-    cu_seqlens_q: [R + 1] int32, where each request's new tokens start; cu_seqlens_k: the same for all its tokens.
-    slot_mapping: [T] int64, where each new token's key and value go in the cache; below 0: nowhere.
-    context_lens: [R] int32, tokens of each request after this step.
-    page_tables: [R, pages] int32, the cache pages of each request; None: there is no cache.
-    status_table: a strategy's own state for each request.
+    is_prefill: whether a request still reads its prompt; one value for all, or one each.
+    enforce_eager: run outside any captured graph.
+    kv_cache_layout: "unified" is [pages, P, Hkv, D] for keys and for values, the only one there is.
     """
 
-    is_prefill: bool = False
+    is_prefill: bool | Sequence[bool] = False
     enforce_eager: bool = True
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-    slot_mapping: Tensor | None = None
-    context_lens: Tensor | None = None
-    page_tables: Tensor | None = None
-    status_table: Tensor | None = None
-    page_size: int = 16
-    block_size: int = 1
-    kv_cache_layout: str = "unified"
-    prefix_causal: bool = True
-    mask_prefix_hole: bool = False
+    kv_cache_layout: Literal["unified"] = "unified"
 
-    @property
-    def num_reqs(self) -> int:
-        return 0 if self.cu_seqlens_q is None else self.cu_seqlens_q.numel() - 1
+    def __post_init__(self) -> None:
+        if self.kv_cache_layout != "unified":
+            raise ConfigError(
+                f"there is no KV cache layout {self.kv_cache_layout!r}",
+                code="kv-cache-layout",
+                expected="unified",
+                found=repr(self.kv_cache_layout),
+            )
 
     @property
     def has_prefill(self) -> bool:
-        return self.is_prefill
+        """Whether any request reads its prompt."""
+        return self.is_prefill if isinstance(self.is_prefill, bool) else any(self.is_prefill)
 
     @property
     def all_prefill(self) -> bool:
-        """Whether no request has anything in the cache yet."""
-        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+        """Whether every request does, and there is one."""
+        if isinstance(self.is_prefill, bool):
             return self.is_prefill
-        return bool((self.cu_seqlens_q == self.cu_seqlens_k).all())
-
-    @property
-    def need_kv_cache_store(self) -> bool:
-        return self.slot_mapping is not None and self.slot_mapping.numel() > 0
+        return len(self.is_prefill) > 0 and all(self.is_prefill)
 
 
 _fetch: Callable[[], AttnMetaDataBase] | None = None

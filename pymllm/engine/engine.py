@@ -50,12 +50,12 @@ class Engine:
     def cache(self) -> PagedKVCache:
         """Made on first use, so that logits alone need none."""
         if self._cache is None:
-            page_bytes = PagedKVCache.bytes_per_page(self.model, self.dtype)
+            page_bytes = PagedKVCache.bytes_per_page(self.model)
             wanted = max(self.max_length, DEFAULT_CACHE_TOKENS)
             affordable = int(_free_memory(self.device) * CACHE_MEMORY_SHARE) // page_bytes
             pages = max(1, min(PagedKVCache.pages_for(wanted), affordable))
             pages = self.parallel.broadcast_object(pages)
-            self._cache = PagedKVCache(self.model, pages, self.dtype, self.device)
+            self._cache = PagedKVCache(self.model, pages, self.device)
         return self._cache
 
     def add(self, request: Request) -> None:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +30,16 @@ class Runner:
     def logits(self, token_ids: list[int]) -> Tensor:
         """One forward without a cache.  Returns float32 [T, V], on every rank."""
         count = len(token_ids)
-        bounds = torch.tensor([0, count], dtype=torch.int32)
+        bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
         metadata = AttnMetaDataBase(
             is_prefill=True,
             cu_seqlens_q=bounds,
             cu_seqlens_k=bounds,
             max_seqlen_q=count,
             max_seqlen_k=count,
-            context_lens=torch.tensor([count], dtype=torch.int32),
+            context_lens=bounds[1:],
+            query_starts=(0, count),
+            lengths=(count,),
         )
         return self._forward(token_ids, list(range(count)), metadata, None)
 
@@ -50,26 +54,28 @@ class Runner:
         owners = [request for request, tokens in zip(requests, new, strict=True) for _ in tokens]
         size = cache.page_size
         slots = [o.pages[p // size] * size + p % size for o, p in zip(owners, positions, strict=True)]
-        lengths_q = torch.tensor([0, *map(len, new)], dtype=torch.int32)
-        lengths_k = torch.tensor([0, *(request.length for request in requests)], dtype=torch.int32)
-        pages = torch.zeros((len(requests), max(len(r.pages) for r in requests)), dtype=torch.int64)
-        for row, request in enumerate(requests):
-            pages[row, : len(request.pages)] = torch.tensor(request.pages)
-        bounds = lengths_q.cumsum(0, dtype=torch.int32)
+        lengths = [request.length for request in requests]
+        bounds_q, bounds_k = ([0, *accumulate(counts)] for counts in (map(len, new), lengths))
+        most = max(len(request.pages) for request in requests)
+        pages = [request.pages + [0] * (most - len(request.pages)) for request in requests]
         metadata = AttnMetaDataBase(
-            is_prefill=any(len(tokens) > 1 for tokens in new),
-            cu_seqlens_q=bounds,
-            cu_seqlens_k=lengths_k.cumsum(0, dtype=torch.int32),
-            max_seqlen_q=int(lengths_q.max()),
-            max_seqlen_k=int(lengths_k.max()),
+            is_prefill=[not request.answer for request in requests],
+            cu_seqlens_q=self._int32(bounds_q),
+            cu_seqlens_k=self._int32(bounds_k),
+            max_seqlen_q=max(map(len, new)),
+            max_seqlen_k=max(lengths),
             slot_mapping=torch.tensor(slots, device=self.device),
-            context_lens=lengths_k[1:],
-            page_tables=pages.to(self.device),
+            context_lens=self._int32(lengths),
+            page_tables=self._int32(pages),
             page_size=size,
+            query_starts=bounds_q,
+            lengths=lengths,
         )
-        return self._forward(
-            [t for tokens in new for t in tokens], positions, metadata, bounds[1:].long() - 1
-        )
+        last = torch.tensor([bound - 1 for bound in bounds_q[1:]])
+        return self._forward([t for tokens in new for t in tokens], positions, metadata, last)
+
+    def _int32(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _forward(
         self, tokens: list[int], positions: list[int], metadata: AttnMetaDataBase, rows: Tensor | None

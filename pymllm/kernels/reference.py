@@ -8,7 +8,6 @@ byte); a few rows are dequantised at a time, so that memory does not grow with t
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from pymllm.kernels.canonical import (
     IntType,
     IntWeight,
 )
-from pymllm.kernels.registry import AttentionProblem, LinearProblem, Packed
+from pymllm.kernels.registry import LinearProblem, Packed
 
 CHUNK_ELEMENTS = 1 << 21  # weights dequantised at a time: 8 MB as float32
 
@@ -222,32 +221,3 @@ class ReferenceEmbedding:
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
         rows = _unpack(packed, problem, ids.reshape(-1))
         return rows.dequantize(problem.dtype).view(*ids.shape, problem.in_features)
-
-
-class ReferenceAttention:
-    """softmax(q kᵀ · scale) v in float32, written out."""
-
-    name = "reference"
-
-    def why_not(self, problem: AttentionProblem) -> str | None:
-        return None
-
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None
-    ) -> Tensor:
-        """One request.  q: [Tq, H, D], the last Tq of Tk positions; k, v: [Tk, Hkv, D].  Returns [Tq, H, D]."""
-        repeats = q.shape[1] // k.shape[1]
-        keys, values = (t.float().repeat_interleave(repeats, dim=1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
-        scores = scores.masked_fill(~causal_mask(q.shape[0], k.shape[0], sliding_window, q.device), -math.inf)
-        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(q.dtype)
-
-
-def causal_mask(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] bool: which keys the last `queries` of `keys` positions may see."""
-    query_position = torch.arange(keys - queries, keys, device=device)[:, None]
-    key_position = torch.arange(keys, device=device)[None, :]
-    seen = key_position <= query_position
-    if sliding_window is not None:
-        seen &= key_position > query_position - sliding_window
-    return seen

@@ -1,8 +1,9 @@
 """Which kernel runs a problem, and why not the others.
 
-A kernel is a class with a `name`, `why_not(problem) -> str | None`, and what its operation needs (below). Adding one is
-a file and one line in `KERNELS`, whose order is the order of preference; the reference is always last and runs
-everything. `select` walks it once, when a layer is packed (or planned), and keeps every refusal with its reason.
+A kernel is a class with a `name`, `why_not(problem) -> str | None`, and what its operation needs (below; for attention,
+`kernels/attention.py`). Adding one is a file and one line in `KERNELS`, whose order is the order of preference; the
+reference is always last and runs everything. `select` walks it once, when a layer is packed (or planned), and keeps
+every refusal with its reason.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, WeightType
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
 
-Operation = Literal["linear", "embedding", "experts", "attention", "elementwise"]
+Operation = Literal["linear", "embedding", "experts", "attention", "kv_store", "elementwise"]
 Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
@@ -44,8 +45,9 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
     ),
     "attention": (
         "pymllm.kernels.torch_attention:TorchAttention",
-        "pymllm.kernels.reference:ReferenceAttention",
+        "pymllm.kernels.reference_attention:ReferenceAttention",
     ),
+    "kv_store": ("pymllm.kernels.torch_kv_store:TorchKVStore",),
     "elementwise": (
         "pymllm.kernels.native_elementwise:NativeElementwise",
         "pymllm.kernels.torch_elementwise:TorchElementwise",
@@ -104,18 +106,6 @@ class ExpertsProblem:
     @property
     def compute(self) -> Compute:
         return self.down.compute
-
-
-@dataclass(frozen=True)
-class AttentionProblem:
-    """One rank's attention layer, as a kernel sees it."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: Device
-    sliding_window: int | None = None
 
 
 @dataclass(frozen=True)

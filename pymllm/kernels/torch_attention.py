@@ -1,35 +1,71 @@
-"""torch's scaled_dot_product_attention, one request at a time."""
+"""torch's scaled_dot_product_attention, one request at a time over gathered pages."""
+
+# T tokens, H query heads, Hkv key heads, D head size, Dv value head size
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.kernels.reference import causal_mask
-from pymllm.kernels.registry import AttentionProblem
+from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV, seen_kv
 
 
 class TorchAttention:
-    """torch.nn.functional.scaled_dot_product_attention with grouped heads."""
+    """torch.nn.functional.scaled_dot_product_attention with grouped heads; reads every type of cache."""
 
     name = "torch_sdpa"
 
     def why_not(self, problem: AttentionProblem) -> str | None:
-        if problem.num_heads % problem.num_kv_heads:
-            return f"{problem.num_heads} query heads are not a multiple of {problem.num_kv_heads} key heads"
+        if problem.soft_cap is not None:
+            return "has no soft cap on logits"
+        if problem.sinks:
+            return "has no attention sinks"
         return None
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None
+        self,
+        problem: AttentionProblem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: AttentionStep,
+        cache: PagedKV | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """One request.  q: [Tq, H, D], the last Tq of Tk positions; k, v: [Tk, Hkv, D].  Returns [Tq, H, D]."""
-        queries, keys = q.shape[0], k.shape[0]
-        windowed = sliding_window is not None and keys > sliding_window
-        causal = queries > 1 and queries == keys and not windowed
-        needs_mask = windowed or (queries > 1 and not causal)
-        mask = causal_mask(queries, keys, sliding_window, q.device) if needs_mask else None
-        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        outputs = []
+        for request, (start, stop, _) in enumerate(step.spans):
+            if start == stop:
+                continue
+            keys, values, first = seen_kv(problem, k, v, step, cache, request)
+            outputs.append(self._attend(problem, q[start:stop], keys, values, step, request, first))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def _attend(
+        problem: AttentionProblem,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        step: AttentionStep,
+        request: int,
+        first: int,
+    ) -> Tensor:
+        """q: [Tq, H, D], keys: [Tk, Hkv, D], values: [Tk, Hkv, Dv].  Returns [Tq, H, Dv]."""
+        queries, seen = q.shape[0], keys.shape[0]
+        window = problem.sliding_window
+        windowed = window is not None and seen > window
+        causal = step.causal and queries > 1 and queries == seen and not windowed
+        everything = step.causal and queries == 1 and not windowed
+        mask = None if causal or everything else step.visible(request, first, window)
+        q, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, keys, values))
         result = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=problem.scale,
+            enable_gqa=problem.num_heads != problem.num_kv_heads,
         )
         return result.squeeze(0).transpose(0, 1)

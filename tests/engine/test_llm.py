@@ -65,7 +65,7 @@ def test_a_batch_answers_as_its_requests_alone(llm):
 
 def test_waiting_requests_are_admitted_as_pages_return(monkeypatch):
     llm = LLM(dtype="float32")
-    few = PagedKVCache(llm.model, 8, torch.float32, torch.device("cpu"))
+    few = PagedKVCache(llm.model, 8, torch.device("cpu"))
     monkeypatch.setattr(llm.engine, "_cache", few)
     prompts = [[1, 2, 3 + i] for i in range(6)]  # each needs 3 of the 8 pages
     outputs = llm.generate(prompts, greedy(40))

@@ -1,0 +1,67 @@
+"""Storing keys and values in pages, with torch operations: any device, any type."""
+
+# T tokens, Hkv key heads, D head size
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, PagedKV
+from pymllm.kernels.canonical import E4M3_MAX
+
+INT8_MAX = 127.0
+
+
+class TorchKVStore:
+    """Scale, round and scatter."""
+
+    name = "torch"
+
+    def why_not(self, problem: AttentionProblem) -> str | None:
+        return None
+
+    def run(
+        self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
+    ) -> None:
+        tokens, slots = step.once("stored tokens", lambda: _stored(step))
+        for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+            codes, scale = encode_kv(new if tokens is None else new[tokens], cache.type, scales)
+            # fp8 has no scatter on every device; its bytes do.
+            raw = torch.uint8 if cache.type.dtype.itemsize == 1 else cache.type.dtype
+            pages.flatten(0, 1).view(raw)[slots] = codes.view(raw)
+            if scale is not None and scales is not None:
+                scales.flatten(0, 1)[slots] = scale
+
+
+def _stored(step: AttentionStep) -> tuple[Tensor | None, Tensor]:
+    """The tokens that have a slot (None: all) and their slots; the only look at slots a step takes."""
+    slots = step.slot_mapping
+    assert slots is not None
+    kept = slots >= 0
+    if bool(kept.all()):
+        return None, slots
+    tokens = kept.nonzero().squeeze(-1)
+    return tokens, slots[tokens]
+
+
+def encode_kv(x: Tensor, kind: KVType, static_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys or values as a cache of this type stores them, and the scale of each token's head if it has those.
+
+    x: [T, Hkv, D].  static_scale: [Hkv], for static scaling.  Returns codes [T, Hkv, D], and float32 [T, Hkv] or None.
+    """
+    if kind.scaling == "none":
+        return x.to(kind.dtype), None
+    values = x.float()
+    largest = E4M3_MAX if kind.dtype is torch.float8_e4m3fn else INT8_MAX
+    if kind.scaling == "static":
+        assert static_scale is not None
+        scale = static_scale.unsqueeze(-1)
+    else:
+        # A head of zeros keeps a scale that can be divided by.
+        smallest = torch.finfo(torch.float32).smallest_normal
+        scale = (values.abs().amax(-1, keepdim=True) / largest).clamp(min=smallest)
+    codes = (values / scale).clamp(-largest, largest)
+    if not kind.dtype.is_floating_point:
+        codes = codes.round()
+    return codes.to(kind.dtype), scale.squeeze(-1) if kind.scaling == "token" else None
