@@ -11,17 +11,21 @@ A `Parallel` is current for a `with` block while a model is built; every layer k
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError, ShardingError
+
+FAREWELL_SECONDS = 5.0
 
 R = TypeVar("R")
 
@@ -111,7 +115,7 @@ class Parallel:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
-            atexit.register(_leave_process_group)  # a process that exits inside its group may abort
+            atexit.register(leave_process_group)  # a process that exits inside its group may abort
         return cls(torch.distributed.get_rank(), size, ProcessGroup(size))
 
     def _group(self) -> Group:
@@ -148,9 +152,19 @@ class Parallel:
         _stack.set(_stack.get()[:-1])
 
 
-def _leave_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave_process_group() -> None:
+    """End torch.distributed's default group, together with the other ranks.  Without one it does nothing.
+
+    A rank that closes its connections while another still uses them ends that one; so all meet first. Ranks that
+    failed do not come: nobody waits longer than FAREWELL_SECONDS for them.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == "gloo":
+        # Nothing is lost if they do not meet: this process is leaving either way.
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.monitored_barrier(timeout=timedelta(seconds=FAREWELL_SECONDS))
+    torch.distributed.destroy_process_group()
 
 
 _stack: ContextVar[tuple[Parallel, ...]] = ContextVar("parallel", default=())

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import pymllm
+from pymllm.parallel import leave_process_group
 
 torch.set_num_threads(1)
 
@@ -18,7 +19,7 @@ def main() -> None:
         llm = pymllm.LLM(folder, device="cpu", dtype="float32", tensor_parallel_size=2)
         results[Path(folder).name] = llm.logits(json.loads(ids))
     torch.save(results, Path(output) / f"rank{llm.parallel.rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
