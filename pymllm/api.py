@@ -14,11 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymllm.adapters import (
+    LoadedAdapter,
+    load_lora_weights,
+    loaded_adapters,
+    merge_lora_weights,
+    unload_lora_weights,
+    unmerge_lora_weights,
+)
+from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.tokenizer import TextStream, Tokenizer
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading import load_prepared
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.planning import Plan, make_plan
@@ -53,6 +62,7 @@ class LLM:
 
     model: a folder or a hub id; None: the model that comes with the package.  The other arguments are those of
     `pymllm.load_model`.  tensor_parallel_size: above 1, this process must be one of as many ranks (torchrun).
+    adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     plan: what runs, and why.  Usable from several threads; they take turns.
     """
 
@@ -68,6 +78,7 @@ class LLM:
         kernels: Mapping[str, str] | None = None,
         revision: str | None = None,
         progress: bool | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         self.parallel = choose_parallel(tensor_parallel_size)
         with self.parallel:
@@ -95,6 +106,59 @@ class LLM:
             max_length=self.config.size("max_position_embeddings"),
             end_tokens=self._end_tokens(),
         )
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The LoRA adapters that requests can choose, by name."""
+        return loaded_adapters(self.model)
+
+    def load_adapter(self, name: str, path: str | Path) -> LoadedAdapter:
+        """Load a PEFT adapter for requests that name it, in place of one of that name; see `load_lora_weights`."""
+        with self._lock:
+            return load_lora_weights(self.model, path, name=name, activate=False)
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter.  ConfigError if there is none of that name, or if it is merged."""
+        with self._lock:
+            unload_lora_weights(self.model, name)
+
+    def merge_adapter(self, name: str) -> LoadedAdapter:
+        """Every request has this adapter from now on, merged into the weights where these are plain floats.
+
+        `unmerge_adapter` puts the weights back bit for bit; until then they are held twice, and no request can choose
+        another adapter.
+        """
+        with self._lock:
+            return merge_lora_weights(self.model, name)
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`; nothing if nothing is merged."""
+        with self._lock:
+            unmerge_lora_weights(self.model)
+
+    def check_adapter(self, name: str | None) -> str | None:
+        """The name of an adapter that a request may have now.  RequestError with the nearest names else."""
+        if name is None:
+            return None
+        if name not in self.adapters:
+            raise RequestError(
+                f"there is no adapter {name!r}",
+                code="adapter-unknown",
+                tensor="adapter",
+                expected=" or ".join(self.adapters) or "no adapter, as none is loaded",
+                fix=nearest(name, self.adapters),
+            )
+        merged = merged_adapter(self.model)
+        if merged not in (None, name):
+            raise RequestError(
+                f"the adapter {merged!r} is merged into the weights, so {name!r} cannot be chosen",
+                code="adapter-merged",
+                tensor="adapter",
+                fix="Unmerge it first.",
+            )
+        return name
 
     @property
     def load_report(self) -> Any:
@@ -138,51 +202,67 @@ class LLM:
             )
         return ids
 
-    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+    def logits(self, token_ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Logits after each of the tokens, from one forward without a cache.  Returns [T, V] float32 on the CPU."""
+        self.check_adapter(adapter)
         ids = self.encode(token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids)
         if not ids:
             return torch.zeros((0, self.config.size("vocab_size")))
         with self._lock:
-            return self.engine.runner.logits(ids).float().cpu()
+            return self.engine.runner.logits(ids, adapter).float().cpu()
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one prompt or several, batched.  A prompt is text or token ids; params: one for all, or one each."""
+        """Answer one prompt or several, batched.
+
+        A prompt is text or token ids.  params, adapter: one for all, or one each; an adapter is the name of one in
+        `adapters`, or None.
+        """
         many = self._as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
-        if len(each) != len(many):
-            raise RequestError(
-                "there must be one SamplingParams, or one for each prompt",
-                code="parameter",
-                tensor="params",
-                expected=str(len(many)),
-                found=str(len(each)),
-            )
+        names = [adapter] * len(many) if adapter is None or isinstance(adapter, str) else list(adapter)
+        for what, given in (("params", each), ("adapter", names)):
+            if len(given) != len(many):
+                raise RequestError(
+                    f"there must be one {what}, or one for each prompt",
+                    code="parameter",
+                    tensor=what,
+                    expected=str(len(many)),
+                    found=str(len(given)),
+                )
         outputs: list[RequestOutput | None] = [None] * len(many)
-        for index, piece in self._run([self.encode(prompt) for prompt in many], each):
+        for index, piece in self._run([self.encode(prompt) for prompt in many], each, names):
             outputs[index] = piece.output
         return [output for output in outputs if output is not None]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece; the last piece carries the output.  Closing the iterator aborts."""
-        return (piece for _, piece in self.stream_all([prompt], params))
+        return (piece for _, piece in self.stream_all([prompt], params, adapter=adapter))
 
     def stream_all(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Answer several prompts at a time, piece by piece, each with the index of its prompt; as `stream` else."""
         ids = [self.encode(prompt) for prompt in prompts]  # a bad one fails here, not at the first piece
-        return self._run(ids, [params or self.default_params()] * len(ids))
+        self.check_adapter(adapter)
+        return self._run(ids, [params or self.default_params()] * len(ids), [adapter] * len(ids))
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> RequestOutput:
         """Answer a conversation ([{"role": ..., "content": ...}]) through the checkpoint's chat template."""
-        return self.generate([self.tokenizer.apply_chat_template(messages)], params)[0]
+        return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
 
     @staticmethod
     def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -191,18 +271,24 @@ class LLM:
         return list(prompts)  # type: ignore[arg-type]
 
     def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams]
+        self, prompts: list[list[int]], params: list[SamplingParams], adapters: list[str | None]
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Run requests to their end, one piece a token, with the index of the request."""
         requests = [
-            Request(ids, p, len(ids) + p.max_tokens if p.max_tokens is not None else self.engine.max_length)
-            for ids, p in zip(prompts, params, strict=True)
+            Request(
+                ids,
+                p,
+                len(ids) + p.max_tokens if p.max_tokens is not None else self.engine.max_length,
+                adapter,
+            )
+            for ids, p, adapter in zip(prompts, params, adapters, strict=True)
         ]
         texts = [TextStream(self.tokenizer, p.stop) if self.tokenizer.available else None for p in params]
         unfinished = {id(request): index for index, request in enumerate(requests)}
         with self._lock:
             try:
                 for request in requests:
+                    self.check_adapter(request.adapter)
                     self.engine.add(request)
                 while unfinished:
                     for request in self.engine.step():

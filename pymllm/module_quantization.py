@@ -407,8 +407,10 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [*, I], any float dtype.  Returns [*, O] in the same dtype."""
-        bias = None if self.bias is None else self.bias.to(self.bound.problem.dtype)
-        return self.quant_method.apply(self, x.to(self.bound.problem.dtype), bias).to(x.dtype)
+        inputs = x.to(self.bound.problem.dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        y = self.quant_method.apply(self, inputs, bias)
+        return (self.add_lora(inputs, y) if self.adapters else y).to(x.dtype)
 
 
 class QuantizedEmbedding(QuantizedLayer):
@@ -427,7 +429,8 @@ class QuantizedEmbedding(QuantizedLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: any shape.  Returns [*ids.shape, H]."""
-        return self.quant_method.embed(self, ids)
+        rows = self.quant_method.embed(self, ids)
+        return self.add_lora_rows(ids, rows) if self.adapters else rows
 
 
 def _format_of(bound: BoundWeight) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def match(
                 problems.append(_missing(slot, stray if len(problems) < HINTS else ()))
                 continue
             used.add(tensor.name)
-            problem = _mismatch(slot, tensor)
+            problem = mismatch(slot, tensor)
             if problem is not None:
                 problems.append(problem)
             placements.append(Placement(holder, param_name, slot, tensor))
@@ -355,7 +355,8 @@ def _missing(slot: Slot, stray: Sequence[str]) -> Problem:
     return Problem("missing", slot.tensor, f"missing; the layer needs it as {wanted}. {hint}".strip())
 
 
-def _mismatch(slot: Slot, tensor: TensorInfo) -> Problem | None:
+def mismatch(slot: Slot, tensor: TensorInfo) -> Problem | None:
+    """What of a tensor's dtype or shape does not fit its place."""
     if tensor.dtype is not slot.spec.dtype and tensor.dtype not in slot.spec.accepts:
         allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)

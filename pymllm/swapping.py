@@ -55,6 +55,7 @@ def swap(model: Any, pattern: str, method: str) -> Swap:
     """
     with _lock(model):
         root, prepared = _running(model)
+        _check_unmerged(root)
         return _swap(model, root, prepared, replace(Rule.parse(f"*={method}"), pattern=pattern))
 
 
@@ -133,7 +134,9 @@ class Swap:
             if self.nothing_to_do:
                 self.state = "undone"
                 return
-            if _running(self.model)[1] is not self._after:
+            root, running = _running(self.model)
+            _check_unmerged(root)
+            if running is not self._after:
                 raise ConfigError(
                     f"the swap {self.rule} cannot be undone: another one came after it",
                     code="swap-order",
@@ -211,6 +214,18 @@ class LayerState:
         layer.bound = self.bound  # type: ignore[assignment]
         if isinstance(layer, ParallelLMHead):
             layer.shares_table = bool(self.shares_table)
+
+
+def _check_unmerged(root: nn.Module) -> None:
+    """ConfigError while an adapter lies in the weights: it could not be taken out of other ones again."""
+    for layer in weighted_layers(root):
+        if layer.merged is not None:
+            raise ConfigError(
+                f"the adapter {layer.merged.name!r} is merged into the weights",
+                code="lora-merged",
+                tensor=layer.prefix,
+                fix="Unmerge it first.",
+            )
 
 
 def _install(states: list[LayerState]) -> None:

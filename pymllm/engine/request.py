@@ -48,11 +48,15 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class Request:
-    """A request in the engine.  limit: the tokens it may have in all, prompt included."""
+    """A request in the engine.
+
+    limit: the tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active one.
+    """
 
     prompt: list[int]
     params: SamplingParams
     limit: int
+    adapter: str | None = None
     answer: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
+from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.causal_lm import CausalLM
 
 # Of the step that this thread runs: ranks simulated by threads each have their own.
@@ -27,7 +28,7 @@ class Runner:
         self.model, self.device = model, device
 
     @torch.no_grad()
-    def logits(self, token_ids: list[int]) -> Tensor:
+    def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
         """One forward without a cache.  Returns float32 [T, V], on every rank."""
         count = len(token_ids)
         bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
@@ -41,7 +42,7 @@ class Runner:
             query_starts=(0, count),
             lengths=(count,),
         )
-        return self._forward(token_ids, list(range(count)), metadata, None)
+        return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
     @torch.no_grad()
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
@@ -72,23 +73,38 @@ class Runner:
             lengths=lengths,
         )
         last = torch.tensor([bound - 1 for bound in bounds_q[1:]])
-        return self._forward([t for tokens in new for t in tokens], positions, metadata, last)
+        flat = [token for tokens in new for token in tokens]
+        adapters = [request.adapter for request in requests]
+        return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)))
 
     def _int32(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _forward(
-        self, tokens: list[int], positions: list[int], metadata: AttnMetaDataBase, rows: Tensor | None
+        self,
+        tokens: list[int],
+        positions: list[int],
+        metadata: AttnMetaDataBase,
+        rows: Tensor | None,
+        adapters: list[str | None],
+        counts: list[int],
     ) -> Tensor:
+        """rows: those whose logits are wanted, one a request; None: all.  adapters, counts: of each request."""
+        wide = AdapterBatch.of(
+            [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)], self.device
+        )
+        narrow = wide if rows is None else AdapterBatch.of(adapters, self.device)
         set_fetch_fn_for_attn_metadata(_metadata.get)  # each time: another runner may have installed its own
         token = _metadata.set(metadata)
         try:
-            hidden = self.model(
-                torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
-            )
+            with use_adapters(wide):
+                hidden = self.model(
+                    torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
+                )
             if rows is not None:
                 hidden = hidden[rows.to(self.device)]
-            logits = self.model.compute_logits(hidden, gather_all=True)
+            with use_adapters(narrow):
+                logits = self.model.compute_logits(hidden, gather_all=True)
         finally:
             _metadata.reset(token)
         assert logits is not None

@@ -55,10 +55,14 @@ class VocabParallelEmbedding(WeightedLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: any shape, 0..V-1.  Returns [*ids.shape, H]."""
         if self.tp_size == 1:
-            return self.quant_method.embed(self, ids)
+            rows = self.quant_method.embed(self, ids)
+            return self.add_lora_rows(ids, rows) if self.adapters else rows
         mine = (ids >= self.vocab_start_index) & (ids < self.vocab_end_index)
         local = torch.where(mine, ids - self.vocab_start_index, 0)
-        rows = self.quant_method.embed(self, local) * mine.unsqueeze(-1)
+        rows = self.quant_method.embed(self, local)
+        if self.adapters:
+            self.add_lora_rows(local, rows)
+        rows = rows * mine.unsqueeze(-1)
         return self.parallel.all_reduce(rows)
 
 
@@ -122,6 +126,8 @@ class ParallelLMHead(VocabParallelEmbedding):
     def forward(self, x: Tensor, gather_all: bool = False) -> Tensor | None:  # type: ignore[override]
         """x: [*, H].  Returns logits [*, V] on rank 0 and None elsewhere; gather_all: on every rank."""
         logits = self.quant_method.logits(self, x, self.bias)
+        if self.adapters:
+            self.add_lora(x, logits)
         if self.fp32_logits:
             logits = logits.float()
         gathered = self.parallel.all_gather(logits) if gather_all else self.parallel.gather(logits)

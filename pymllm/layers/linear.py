@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.layers.lora import LoRAMixin
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import (
     LinearMethodBase,
@@ -33,6 +34,7 @@ __all__ = [
     "ColumnParallelLinear",
     "Linear",
     "LinearBase",
+    "LoRAMixin",
     "MergedColumnParallelLinear",
     "QKVParallelLinear",
     "ReplicatedLinear",
@@ -42,8 +44,8 @@ __all__ = [
 ]
 
 
-class WeightedLayer(nn.Module):
-    """What linear layers, embeddings and heads share: a shape, a share of it, and a `quant_method`.
+class WeightedLayer(LoRAMixin, nn.Module):
+    """What linear layers, embeddings and heads share: a shape, a share of it, a `quant_method`, and adapters.
 
     kind: "linear", "embedding" or "lm_head", for formats and plans.  operation: which kernels run it.
     prefix: the layer's full dotted name; parts: the checkpoint names of what it fuses.
@@ -56,6 +58,7 @@ class WeightedLayer(nn.Module):
 
     def __init__(self, prefix: str, params_dtype: torch.dtype | None) -> None:
         super().__init__()
+        self._setup_lora()
         parallel = current_parallel()
         self.parallel, self.tp_rank, self.tp_size = parallel, parallel.rank, parallel.size
         self.execution = current_execution()
@@ -180,7 +183,8 @@ class Linear(LinearBase):
         return Span.full(self.in_features), (Span.full(self.out_features),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.quant_method.apply(self, x, self.bias)
+        y = self.quant_method.apply(self, x, self.bias)
+        return self.add_lora(x, y) if self.adapters else y
 
 
 ReplicatedLinear = Linear
@@ -215,6 +219,8 @@ class ColumnParallelLinear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.quant_method.apply(self, x, self.bias)
+        if self.adapters:
+            self.add_lora(x, y)
         if not self.gather_output or self.tp_size == 1:
             return y
         parts = y.split([span.size for span in self.shape.outputs], dim=-1)
@@ -336,6 +342,8 @@ class RowParallelLinear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.quant_method.apply(self, x, None)
+        if self.adapters:
+            self.add_lora(x, y)  # this rank's share of it: reduced with the base, once
         if self.reduce_output:
             y = self.parallel.all_reduce(y)
         elif self.tp_rank > 0:

@@ -1,0 +1,331 @@
+"""From an adapter's folder onto a model's layers: every tensor finds its layer, or nothing is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymllm.adapters.config import WEIGHTS_FILE, LoRAConfig, load_lora_config
+from pymllm.errors import CheckpointError, ConfigError, nearest
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.linear import WeightedLayer
+from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
+from pymllm.preparation import HINTS, mismatch, weighted_layers
+from pymllm.weights.loader import Slot, write
+from pymllm.weights.report import Problem, raise_problems
+from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
+
+logger = logging.getLogger("pymllm")
+
+PREFIX = "base_model.model."  # before every name in a PEFT file
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter that a model holds.
+
+    layers: the checkpoint names of what it adapts.  nbytes: its matrices on this rank.
+    unmerged: after `merge_lora_weights`, why some layers keep it beside their weights, by layer.
+    """
+
+    name: str
+    config: LoRAConfig
+    layers: tuple[str, ...]
+    nbytes: int
+    merged: bool = False
+    unmerged: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        size = f"{len(self.layers)} weights, {self.nbytes / 1e6:.1f} MB"
+        return f"adapter {self.name!r}: rank {self.config.rank} on {size}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One weight that an adapter may be on.  part: which part of its layer."""
+
+    name: str
+    layer: WeightedLayer
+    part: int
+
+    def make(self, config: LoRAConfig) -> LoRAPart:
+        before = sum(span.size for span in self.layer.shape.outputs[: self.part])
+        shape = replace(self.layer.shape.part(self.part), parts=(self.name,))
+        rows = slice(before, before + shape.out_features_local)
+        return LoRAPart(
+            self.layer.kind,
+            shape,
+            rows,
+            config.rank_of(self.name),
+            config.scaling_of(self.name),
+            self.layer.weight_device,
+        )
+
+
+def loaded_adapters(model: nn.Module) -> dict[str, LoadedAdapter]:
+    """The adapters that a model holds, by name."""
+    return model.__dict__.setdefault("lora_adapters", {})
+
+
+def enable_lora_for_model(model: nn.Module, config: LoRAConfig, *, name: str = DEFAULT_ADAPTER) -> list[str]:
+    """Give every layer that `config` targets an adapter that changes nothing yet; it becomes the active one.
+
+    Returns the checkpoint names of those weights.  CheckpointError for a target that names none.
+    """
+    _check_unmerged(model, name)
+    problems: list[Problem] = []
+    places = _targeted(model, config, problems)
+    raise_problems(str(config.path), problems)
+    staged = _stage(places, config)
+    for place, part in staged:
+        if place.layer.kind != "embedding":
+            part.start(place.layer.shape, f"{name} {place.name}")
+    _attach(model, name, config, staged)
+    _activate(model, name)
+    return [place.name for place in places]
+
+
+def load_lora_weights(
+    model: nn.Module,
+    path: str | Path,
+    pre_merge_lora: bool = False,
+    *,
+    name: str = DEFAULT_ADAPTER,
+    activate: bool = True,
+) -> LoadedAdapter:
+    """Load a PEFT adapter onto a model, under a name; in place of one that has the name already.
+
+    path: its folder (adapter_config.json, adapter_model.safetensors), or a hub id.
+    activate: apply it wherever a request names no adapter; else only to those that name this one.
+    pre_merge_lora: merge it into weights that are plain floats, without keeping those for `unmerge_lora_weights`.
+
+    Raises ConfigError for settings that cannot be honoured; ONE CheckpointError that lists every target that names no
+    layer, every tensor that finds none, and every one that is missing or misshapen.  The model is then as it was.
+    """
+    config = load_lora_config(path)
+    _check_unmerged(model, name)
+    with SafetensorsFile.open(_weights_file(config.path)) as file:
+        problems: list[Problem] = []
+        places = _targeted(model, config, problems)
+        staged = _stage(places, config)
+        matched = _match(model, staged, file.tensors, problems)
+        raise_problems(str(file.path), problems)
+        for part, attribute, slot, tensor in matched:
+            _read(part, attribute, slot, tensor)
+    adapter = _attach(model, name, config, staged)
+    if activate:
+        _activate(model, name)
+    logger.info(str(adapter))
+    if pre_merge_lora:
+        merge_lora_weights(model, name, keep_base=False)
+    return adapter
+
+
+def unload_lora_weights(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
+    """Drop an adapter.  ConfigError if there is none of that name, or if it is merged."""
+    _adapter(model, name)
+    _check_unmerged(model, name)
+    for layer in weighted_layers(model):
+        layer.detach_adapter(name)
+    del loaded_adapters(model)[name]
+
+
+def merge_lora_weights(
+    model: nn.Module, name: str = DEFAULT_ADAPTER, *, keep_base: bool = True
+) -> LoadedAdapter:
+    """Merge an adapter into every weight that is plain floats; elsewhere it stays beside the weights, and active.
+
+    Every request then has it. keep_base: keep the weights as they are now, so that `unmerge_lora_weights` can put them
+    back bit for bit. The result's `unmerged` says which layers kept it beside their weights, and why.
+    """
+    adapter = _adapter(model, name)
+    other = merged_adapter(model)
+    if other not in (None, name):
+        raise ConfigError(
+            f"the adapter {other!r} is merged already", code="lora-merged", fix="Unmerge it first."
+        )
+    if adapter.merged:
+        return adapter
+    for layer in weighted_layers(model):
+        if name in layer.adapters:
+            reason = layer.merge_lora(name, keep_base=keep_base)
+            if reason is not None:
+                adapter.unmerged[layer.prefix] = reason
+    _activate(model, name)
+    adapter.merged = True
+    return adapter
+
+
+def unmerge_lora_weights(model: nn.Module) -> None:
+    """Put the weights back that were there before `merge_lora_weights`; nothing if nothing is merged.
+
+    No adapter is active then, so that requests which name none get the base model.
+    """
+    name = merged_adapter(model)
+    if name is None:
+        return
+    for layer in weighted_layers(model):
+        layer.unmerge_lora()
+    adapter = _adapter(model, name)
+    adapter.merged, adapter.unmerged = False, {}
+    _activate(model, None)
+
+
+def merged_adapter(model: nn.Module) -> str | None:
+    """The adapter that lies in the weights of the model."""
+    return next((name for name, adapter in loaded_adapters(model).items() if adapter.merged), None)
+
+
+def _adapter(model: nn.Module, name: str) -> LoadedAdapter:
+    known = loaded_adapters(model)
+    if name not in known:
+        raise ConfigError(
+            f"the model holds no adapter {name!r}",
+            code="lora-unknown",
+            expected=" or ".join(known) or "an adapter that was loaded",
+            found=name,
+            fix=nearest(name, known),
+        )
+    return known[name]
+
+
+def _check_unmerged(model: nn.Module, name: str) -> None:
+    if merged_adapter(model) == name:
+        raise ConfigError(
+            f"the adapter {name!r} is merged into the weights", code="lora-merged", fix="Unmerge it first."
+        )
+
+
+def _activate(model: nn.Module, name: str | None) -> None:
+    for layer in weighted_layers(model):
+        layer.active_adapter = name
+
+
+def _weights_file(folder: Path) -> Path:
+    file = folder / WEIGHTS_FILE
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            "the adapter is pickled, which is never opened",
+            code="pickle-only",
+            file=str(folder / "adapter_model.bin"),
+            expected=WEIGHTS_FILE,
+            fix="Load it with PEFT and save it again: save_pretrained(folder, safe_serialization=True).",
+        )
+    return file
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """Every weight by its checkpoint name."""
+    for layer in weighted_layers(model):
+        if isinstance(layer, ParallelLMHead):
+            yield _Place(layer.prefix, layer, 0)
+            continue
+        for index, name in enumerate(layer.shape.parts):
+            yield _Place(name, layer, index)
+
+
+def _targeted(model: nn.Module, config: LoRAConfig, problems: list[Problem]) -> list[_Place]:
+    places = list(_places(model))
+    kinds = {place.name: place.layer.kind for place in places}
+    for target in config.unmatched(kinds):
+        endings = {name.rpartition(".")[2] for name in kinds}
+        hint = nearest(target, endings) or nearest(target, kinds)
+        text = f"a target of the adapter that names no layer of this model. {hint}".strip()
+        problems.append(Problem("adapter-target", target, text))
+    return [place for place in places if config.targets(place.name, kinds[place.name])]
+
+
+def _stage(places: list[_Place], config: LoRAConfig) -> list[tuple[_Place, LoRAPart]]:
+    return [(place, place.make(config)) for place in places]
+
+
+Matched = tuple[LoRAPart, str, Slot, TensorInfo]
+
+
+def _match(
+    model: nn.Module,
+    staged: list[tuple[_Place, LoRAPart]],
+    tensors: Mapping[str, TensorInfo],
+    problems: list[Problem],
+) -> list[Matched]:
+    """Each matrix with its tensor.  A tensor that is left over is a problem, as is a matrix without one."""
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    slots = [
+        (part, attribute, slot)
+        for _, part in staged
+        for attribute in "AB"
+        for slot in getattr(part, attribute).slots
+    ]
+    wanted = {slot.tensor for _, _, slot in slots}
+    stray = [name for name in named if name not in wanted]
+    matched = []
+    for part, attribute, slot in slots:
+        tensor = named.get(slot.tensor)
+        if tensor is None:
+            hint = nearest(slot.tensor, stray) if len(problems) < HINTS else ""
+            text = f"missing; the adapter targets the layer, so needs it as {list(slot.source_shape)}. {hint}"
+            problems.append(Problem("missing", slot.tensor, text.strip()))
+            continue
+        problem = mismatch(slot, tensor)
+        if problem is not None:
+            problems.append(problem)
+        matched.append((part, attribute, slot, tensor))
+    layers = {place.name for place in _places(model)}
+    for name in stray:
+        problems.append(_unexpected(name, named[name].name, layers, wanted, len(problems) < HINTS))
+    return matched
+
+
+def _unexpected(name: str, full: str, layers: set[str], wanted: set[str], hinted: bool) -> Problem:
+    layer, _, suffix = name.partition(".lora_")
+    if not suffix:
+        text = "unexpected, not a LoRA matrix: whole weights beside an adapter are not supported."
+    elif layer in layers:
+        text = "unexpected, the adapter's target_modules leave that layer out."
+    else:
+        hint = (nearest(layer, layers) or nearest(name, wanted)) if hinted else ""
+        text = f"unexpected, no layer that takes adapters is called {layer}. {hint}".strip()
+    return Problem("unexpected", full, text)
+
+
+def _read(part: LoRAPart, attribute: str, slot: Slot, tensor: TensorInfo) -> None:
+    """This rank's slice of one matrix.  CheckpointError for numbers that are none."""
+    param: Any = getattr(part, attribute)
+    write(param.data, slot, tensor.read(slot.source).to(param.device), param.written)
+    bad = int((~torch.isfinite(param.data)).sum())
+    if bad:
+        raise CheckpointError(
+            "the adapter holds numbers that are not finite",
+            code="bad-content",
+            file=str(tensor.file.path),
+            tensor=tensor.name,
+            expected="finite values",
+            found=f"{bad} that are NaN or infinite",
+        )
+
+
+def _attach(
+    model: nn.Module, name: str, config: LoRAConfig, staged: list[tuple[_Place, LoRAPart]]
+) -> LoadedAdapter:
+    if not name or not name.isprintable():
+        raise ConfigError(
+            f"an adapter cannot be called {name!r}", code="lora-name", expected="a printable name"
+        )
+    by_layer: dict[WeightedLayer, list[LoRAPart]] = {}
+    for place, part in staged:
+        by_layer.setdefault(place.layer, []).append(part)
+    for layer in weighted_layers(model):
+        if layer in by_layer:
+            layer.attach_adapter(name, LayerAdapter(by_layer[layer]))
+        elif name in layer.adapters:
+            layer.detach_adapter(name)
+    nbytes = sum(matrix.nbytes for _, part in staged for matrix in (part.A, part.B))
+    adapter = LoadedAdapter(name, config, tuple(place.name for place, _ in staged), nbytes)
+    loaded_adapters(model)[name] = adapter
+    return adapter
