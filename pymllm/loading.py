@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, ConfigError
+from pymllm.kernels.hardware import probe_device
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.models.causal_lm import CausalLM
@@ -58,6 +59,14 @@ def load_model(
 
 def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> CausalLM:
     """Read, slice and pack what `prepare` has decided, a layer at a time."""
+    where = probe_device(prepared.execution.device)
+    if not where.present:
+        raise ConfigError(
+            f"{where} can be planned for, but not run on: {where.spec} names no device of this machine",
+            code="device",
+            expected="a device that is here, such as auto",
+            found=where.spec,
+        )
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
     with prepared.checkpoint, _progress_bar(prepared, progress) as advance:

@@ -192,7 +192,7 @@ def choose_execution(
         chosen = torch.float32
     else:
         chosen = config.dtype or torch.float32
-    return Execution(where.type, chosen, compute, tuple((kernels or {}).items()))
+    return Execution(where.spec, chosen, compute, tuple((kernels or {}).items()))
 
 
 SIDES = (

@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         metavar="FILE",
         help="such rules, one a line",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda; to plan: cuda:sm90, hip:gfx942")
     group.add_argument("--dtype", default="auto", help="of activations: auto, float32, float16 or bfloat16")
     group.add_argument(
         "--compute",

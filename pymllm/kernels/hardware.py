@@ -7,7 +7,47 @@ from dataclasses import dataclass
 
 import torch
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What kernels are built for.  processors: multiprocessors of its usual board, for a device known by name alone.
+
+    shared_bytes: shared memory that one block may use.  fp8: whether matrix units multiply float8_e4m3fn.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    shared_bytes: int
+    fp8: bool
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.name.startswith("sm")
+
+    @property
+    def spec(self) -> str:
+        """What `probe_device` makes any such device of."""
+        return f"{'cuda' if self.is_nvidia else 'hip'}:{self.name}"
+
+
+# Shared memory: CUDA C programming guide, "Technical specifications per compute capability"; CDNA ISA guides (LDS).
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("sm80", (8, 0), 108, 166912, fp8=False),
+        Architecture("sm86", (8, 6), 84, 101376, fp8=False),
+        Architecture("sm89", (8, 9), 128, 101376, fp8=True),
+        Architecture("sm90", (9, 0), 132, 232448, fp8=True),
+        Architecture("sm100", (10, 0), 148, 232448, fp8=True),
+        Architecture("sm120", (12, 0), 170, 101376, fp8=True),
+        Architecture("gfx90a", (9, 0), 104, 65536, fp8=False),
+        Architecture("gfx942", (9, 4), 304, 65536, fp8=False),  # its fp8 is e4m3fnuz, which no checkpoint has
+        Architecture("gfx950", (9, 5), 256, 163840, fp8=True),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -16,16 +56,26 @@ class Device:
 
     type: "cpu" or "cuda" (torch calls AMD's devices so too).  capability: (major, minor) of a GPU.
     isa: the native CPU path in use ("avx512_vnni", ...), or None without native kernels.
+    architecture: of a GPU that pymllm's own GPU kernels are built for.  processors: its multiprocessors.
+    present: False for a device known by its architecture's name alone, which can be planned for but not run on.
     """
 
     type: str
     name: str
     capability: tuple[int, int] | None = None
     isa: str | None = None
+    architecture: Architecture | None = None
+    processors: int = 0
+    present: bool = True
 
     @property
     def torch_device(self) -> torch.device:
         return torch.device(self.type)
+
+    @property
+    def spec(self) -> str:
+        """What `probe_device` makes this device of."""
+        return self.type if self.present or self.architecture is None else self.architecture.spec
 
     def __str__(self) -> str:
         return self.name
@@ -33,11 +83,13 @@ class Device:
 
 @functools.cache
 def probe_device(device: str = "auto") -> Device:
-    """The device that "auto", "cpu" or "cuda" means here.
+    """The device that "auto", "cpu" or "cuda" means here; "cuda:sm90" or "hip:gfx942": any such GPU, for a plan.
 
     "auto" is the GPU where torch has one, else the CPU.  ConfigError for a device that torch cannot use.
     """
-    kind = device.split(":")[0]
+    kind, _, which = device.partition(":")
+    if kind in ("cuda", "hip") and which and not which.isdecimal():
+        return _named_device(device, which)
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
@@ -46,10 +98,50 @@ def probe_device(device: str = "auto") -> Device:
         info = probe()
         return Device("cpu", info.brand, isa=info.best_path if native_available() else None)
     if kind == "cuda" and torch.cuda.is_available():
-        return Device("cuda", torch.cuda.get_device_name(), capability=torch.cuda.get_device_capability())
+        properties = torch.cuda.get_device_properties()
+        return Device(
+            "cuda",
+            properties.name,
+            capability=(properties.major, properties.minor),
+            architecture=_architecture_of(properties),
+            processors=properties.multi_processor_count,
+        )
     raise ConfigError(
         f"the device {device!r} cannot be used",
         code="device",
         expected="auto, cpu" + (" or cuda" if torch.cuda.is_available() else " (torch sees no GPU)"),
         found=device,
+    )
+
+
+def _named_device(device: str, which: str) -> Device:
+    architecture = ARCHITECTURES.get(which)
+    if architecture is None or architecture.spec != device:
+        names = [known.spec for known in ARCHITECTURES.values()]
+        raise ConfigError(
+            f"there is no architecture {device!r} to plan for",
+            code="device",
+            expected=" or ".join(names),
+            found=device,
+            fix=nearest(device, names),
+        )
+    return Device(
+        "cuda",
+        f"a GPU of architecture {which}",
+        capability=architecture.capability,
+        architecture=architecture,
+        processors=architecture.processors,
+        present=False,
+    )
+
+
+def _architecture_of(properties: object) -> Architecture | None:
+    """The architecture whose kernels a GPU runs; None for one older than all of them."""
+    gfx = getattr(properties, "gcnArchName", "").split(":")[0]
+    if torch.version.hip is not None:
+        return ARCHITECTURES.get(gfx)
+    capability = (properties.major, properties.minor)  # type: ignore[attr-defined]
+    same_major = [a for a in ARCHITECTURES.values() if a.is_nvidia and a.capability[0] == capability[0]]
+    return max(
+        (a for a in same_major if a.capability <= capability), key=lambda a: a.capability, default=None
     )

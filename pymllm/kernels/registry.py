@@ -27,6 +27,7 @@ Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
     "linear": (
+        "pymllm.kernels.triton.int_weights:TritonInt",
         "pymllm.kernels.native_float:NativeFloatLinear",
         "pymllm.kernels.torch_linear:TorchLinear",
         "pymllm.kernels.torch_scaled_mm:TorchScaledMM",

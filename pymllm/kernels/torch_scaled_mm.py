@@ -25,6 +25,9 @@ class TorchScaledMM:
             return "needs a CUDA device"
         if problem.device.capability is None or problem.device.capability < (8, 9):
             return f"needs compute capability 8.9, {problem.device.name} has {problem.device.capability}"
+        architecture = problem.device.architecture
+        if architecture is not None and not architecture.fp8:
+            return f"{problem.device.name} does not multiply float8_e4m3fn"
         if kind.block not in ((0, 0), (1, 0)):
             return f"takes one scale a tensor or channel, the weight has {kind}"
         if kind.activations != "token":

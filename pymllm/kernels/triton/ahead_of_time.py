@@ -1,0 +1,251 @@
+"""Compiling kernels for GPUs that are not here, and what came out: registers, stack, shared memory.
+
+What to compile, a kernel's own `run` says: it runs on meta tensors, and its launches are recorded with the arguments,
+constants and options of real ones. Each is then specialised and compiled by the very functions of Triton that a real
+launch goes through. A stack means spilled registers: nothing here has local arrays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import MissingExtraError
+from pymllm.kernels.hardware import ARCHITECTURES, Architecture, Device, probe_device
+from pymllm.kernels.registry import KERNELS, kernels_for
+from pymllm.kernels.triton.launch import Launch, recording
+from pymllm.kernels.triton.requirements import triton_installed
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something a kernel is used for.  run: does it, on meta tensors.  hot: decoding waits for it, so no spills."""
+
+    name: str
+    run: Callable[[], object]
+    hot: bool = True
+
+
+@dataclass(frozen=True)
+class Built:
+    """One compiled launch.  registers, stack (bytes a thread) and shared (bytes a block); error: why it was not built."""
+
+    kernel: str
+    function: str
+    case: str
+    architecture: str
+    registers: int
+    stack: int
+    shared: int
+    shared_limit: int
+    warps: int
+    hot: bool
+    seconds: float
+    error: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """"ok", or what is wrong."""
+        if self.error:
+            return f"not built: {self.error}"
+        if self.shared > self.shared_limit:
+            return f"{self.shared} bytes of shared memory, of {self.shared_limit}"
+        return f"spills {self.stack} bytes" if self.stack and self.hot else "ok"
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor, as far as compiling depends on it."""
+
+    dtype: torch.dtype
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """One launch to compile for one architecture.  case: of the kernel, for people."""
+
+    kernel: str
+    case: str
+    hot: bool
+    launch: Launch
+    architecture: Architecture
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that one binary serves: sizes count by 1, multiple of 16, or neither."""
+        shapes = [_specialisation(argument) for argument in self.launch.arguments]
+        constants = {name: getattr(value, "name", value) for name, value in self.launch.constants.items()}
+        return f"{self.architecture.name} {self.launch.kernel.name} {shapes} {constants}"
+
+
+def _specialisation(argument: Any) -> str:
+    if type(argument) is int:
+        return "1" if argument == 1 else f"int{16 if argument % 16 == 0 else ''}{'' if argument < 2**31 else 'long'}"
+    return str(argument) if isinstance(argument, Pointer) or argument is None else type(argument).__name__
+
+
+def gather_tasks(architectures: list[str], *, only: str = "") -> list[Task]:
+    """Every launch of every case of every kernel that runs on these architectures, each binary once.
+
+    only: kernels whose name contains it.
+    """
+    tasks: dict[str, Task] = {}
+    for name in architectures:
+        device = probe_device(ARCHITECTURES[name].spec)
+        for kernel, case in _cases(device):
+            if only in kernel:
+                for task in tasks_of(kernel, case, device):
+                    tasks.setdefault(task.key, task)
+    return list(tasks.values())
+
+
+def tasks_of(kernel: str, case: Case, device: Device) -> Iterator[Task]:
+    """The launches of one case."""
+    assert device.architecture is not None
+    with recording() as launches:
+        case.run()
+    for launch in launches:
+        arguments = tuple(_described(argument) for argument in launch.arguments)
+        yield Task(kernel, case.name, case.hot, replace(launch, arguments=arguments), device.architecture)
+
+
+def _cases(device: Device) -> Iterator[tuple[str, Case]]:
+    for operation in KERNELS:
+        for kernel in kernels_for(operation):
+            for case in kernel.cases(device) if hasattr(kernel, "cases") else ():
+                yield kernel.name, case
+
+
+def _described(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return Pointer(argument.dtype, argument.storage_offset() * argument.element_size() % 16 == 0)
+
+
+def build(
+    tasks: list[Task], *, workers: int | None = None, progress: Callable[[Built], None] | None = None
+) -> list[Built]:
+    """Compile, several at a time, in processes without Triton's interpreter.  MissingExtraError without Triton."""
+    if not triton_installed():
+        raise MissingExtraError("triton", "triton", "compiling GPU kernels")
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        built = []
+        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            for result in pool.map(build_one, tasks):
+                built.append(result)
+                if progress is not None:
+                    progress(result)
+        return built
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def build_one(task: Task) -> Built:
+    """Compile one launch, in this process."""
+    started = time.perf_counter()
+    registers = stack = shared = 0
+    error = ""
+    try:
+        compiled = _compile(task)
+        shared = compiled.metadata.shared
+        registers, stack = (_cuda_usage if task.architecture.is_nvidia else _hip_usage)(compiled)
+    except Exception as problem:  # Triton and its tools fail in many ways; each is a row of the table
+        error = f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1] if str(problem).strip() else ''}"
+    return Built(
+        task.kernel,
+        task.launch.kernel.name,
+        task.case,
+        task.architecture.name,
+        registers,
+        stack,
+        shared,
+        task.architecture.shared_bytes,
+        task.launch.constants.get("num_warps", 4),
+        task.hot,
+        round(time.perf_counter() - started, 2),
+        error,
+    )
+
+
+def _compile(task: Task) -> Any:
+    """As `JITFunction.run` does it, for a target that is not the current one."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    architecture = task.architecture
+    if architecture.is_nvidia:
+        target = GPUTarget("cuda", int(architecture.name[2:]), 32)
+    else:
+        target = GPUTarget("hip", architecture.name, 64)
+    backend = make_backend(target)
+    function = task.launch.kernel.compiled
+    constants = {name: getattr(value, "compiled", value) for name, value in task.launch.constants.items()}
+    constants |= {"debug": False, "instrumentation_mode": ""}
+    arguments = [_stand_in(argument) for argument in task.launch.arguments]
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, options = binder(*arguments, **constants)
+    options, signature, constexprs, attributes = function._pack_args(
+        backend, constants, bound, specialization, options
+    )
+    source = ASTSource(function, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+class _Unaligned:
+    """What Triton asks of a tensor argument."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 1
+
+
+def _stand_in(argument: Any) -> Any:
+    if not isinstance(argument, Pointer):
+        return argument
+    return torch.empty(0, dtype=argument.dtype, device="meta") if argument.aligned else _Unaligned(argument.dtype)
+
+
+def _cuda_usage(compiled: Any) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, from the cuobjdump that comes with Triton."""
+    from triton import backends
+
+    tool = Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump says nothing of registers: {text[-200:]!r}")
+    return int(found[1]), int(found[2])
+
+
+def _hip_usage(compiled: Any) -> tuple[int, int]:
+    """Vector registers and scratch bytes of a lane, from the assembly's own notes."""
+    text = compiled.asm["amdgcn"]
+    registers, scratch = (
+        re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    if registers is None or scratch is None:
+        raise ValueError("the assembly does not state its registers")
+    return int(registers[1]), int(scratch[1])

@@ -1,0 +1,113 @@
+"""Device functions that are compiled when first launched, and what a launch is.
+
+A file of kernels is imported on machines without Triton too: `@kernel` and `@inline` keep the Python function, and
+hand it to `triton.jit` on first use. In the bodies `tl` is `triton.language`, which appears then.
+
+On meta tensors nothing is launched; inside `recording()` every launch is noted instead, with the very arguments and
+constants of a real one. So a kernel's own `run` says what to compile ahead of time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pymllm.errors import MissingExtraError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its arguments in order, and its constants (options such as num_warps included)."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded_launches", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note launches in the list instead of making them."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU.  Triton reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class DeviceFunction:
+    """A Python function that `triton.jit` compiles on first use."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = function.__name__
+        functools.update_wrapper(self, function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find, (self.function.__module__, self.name)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """What `triton.jit` makes of it.  MissingExtraError without Triton."""
+        try:
+            import triton
+            import triton.language
+        except ImportError:
+            raise MissingExtraError("triton", "triton", "running a GPU kernel") from None
+        compiled = self.__dict__["compiled"] = triton.jit(self.function)
+        names = self.function.__globals__
+        names["tl"] = triton.language
+        for name, value in list(names.items()):  # what kernels call must be what Triton made of it
+            if isinstance(value, Inline):
+                names[name] = value.compiled
+        return compiled
+
+
+def _find(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+class Inline(DeviceFunction):
+    """Called by kernels."""
+
+
+class Kernel(DeviceFunction):
+    """Launched over a grid."""
+
+    def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.append(Launch(self, grid, arguments, constants))
+        elif not next(argument for argument in arguments if isinstance(argument, Tensor)).is_meta:
+            constants = {name: _compiled(value) for name, value in constants.items()}
+            self.compiled[grid](*arguments, **constants)
+
+
+def _compiled(value: Any) -> Any:
+    return value.compiled if isinstance(value, DeviceFunction) else value
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    return Kernel(function)
+
+
+def inline(function: Callable[..., Any]) -> Inline:
+    return Inline(function)

@@ -1,0 +1,35 @@
+"""What a linear kernel is compiled for ahead of time: weights of the sizes that models have, and batches of all sizes."""
+
+# O out_features, I in_features, T tokens
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.hardware import Device
+from pymllm.kernels.registry import Compute, LinearProblem
+from pymllm.kernels.triton.ahead_of_time import Case
+
+EVEN, ODD = (4096, 14336), (1000, 960)  # (O, I): divided by every tile, and by none
+TOKENS = (1, 16, 32, 64, 200, 2048)
+
+
+def linear_cases(
+    kernel: Any, device: Device, weights: Sequence[CanonicalWeight], compute: Compute = "auto"
+) -> Iterator[Case]:
+    """A case for each weight (on meta) and number of tokens, in bfloat16; for the first weight in float16 as well."""
+    for index, weight in enumerate(weights):
+        out_features, in_features = weight.shape
+        for dtype in (torch.bfloat16, torch.float16)[: 1 if index else 2]:
+            problem = LinearProblem(weight.type, in_features, out_features, dtype, device, compute)
+            if kernel.why_not(problem) is not None:
+                continue
+            packed = kernel.pack(weight, problem)
+            for tokens in TOKENS:
+                x = torch.empty((tokens, in_features), dtype=dtype, device="meta")
+                name = f"{weight.type}, {str(dtype).removeprefix('torch.')}, {tokens} x {out_features} x {in_features}"
+                yield Case(name, lambda p=packed, q=problem, x=x: kernel.run(p, q, x, None))  # type: ignore[misc]

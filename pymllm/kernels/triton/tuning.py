@@ -1,0 +1,86 @@
+"""How large a kernel's tiles are: a rule by default, or what `pymllm bench tune` measured on this very device.
+
+Tuned choices are data: `configs/<device>.json` beside this file maps "family shape" to a configuration. No kernel tunes
+itself while it runs, so the same call does the same everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.hardware import Architecture, Device
+
+FOLDER = Path(__file__).parent / "configs"
+LARGEST_BUCKET = 8192
+
+
+@dataclass(frozen=True)
+class Tile:
+    """outputs, tokens, depth: the tile of one block; depth is in stored columns (words, bytes, keys).
+
+    splits: parts of the sum that blocks work on at once; they are added in order, so results do not vary.
+    """
+
+    outputs: int
+    tokens: int
+    depth: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+
+def bucket(tokens: int) -> int:
+    """The power of two that covers `tokens`: shapes within one share a configuration."""
+    return min(1 << max(tokens - 1, 0).bit_length(), LARGEST_BUCKET)
+
+
+def divide(length: int, by: int) -> int:
+    """Rounded up."""
+    return -(-length // by)
+
+
+def architecture_of(device: Device) -> Architecture:
+    """KernelError's cousin for our own mistakes: kernels ask `why_not` first."""
+    assert device.architecture is not None
+    return device.architecture
+
+
+def tuned(device: Device, family: str, shape: str) -> Tile | None:
+    """What was measured to be best for this shape on this device; None: nothing was."""
+    return _read(device_file(device)).get(f"{family} {shape}")
+
+
+def device_file(device: Device) -> Path:
+    """Where the configurations of a device lie, by its name; of a device known by architecture, by that."""
+    name = device.name if device.present else architecture_of(device).name
+    return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Tile]:
+    if not path.exists():
+        return {}
+    try:
+        return {key: Tile(**value) for key, value in json.loads(path.read_text())["tiles"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"the tuned configurations cannot be read: {error}",
+            code="tuned-config",
+            file=str(path),
+            expected='{"tiles": {"family shape": {"outputs": ..., "tokens": ..., ...}}}',
+            fix="Delete the file, or make it again with: pymllm bench tune.",
+        ) from None
+
+
+def write_tuned(path: Path, tiles: dict[str, Tile], device: Device) -> None:
+    """Add measured configurations to a file, and use them from now on."""
+    kept = {**_read(path), **tiles}
+    entries = {key: vars(kept[key]) for key in sorted(kept)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": device.name, "tiles": entries}, indent=1) + "\n")
+    _read.cache_clear()
