@@ -17,6 +17,7 @@ VERBS = {
     "plan": "show which method and kernel every layer gets, and why, without loading",
     "verify": "check every layer's kernel against float64",
     "serve": "answer OpenAI-style requests over HTTP",
+    "bench": "build, tune and measure kernels",
     "doctor": "show what this machine and this installation can do",
 }
 BROKEN_PIPE = 141  # what a shell shows for a process that SIGPIPE ended

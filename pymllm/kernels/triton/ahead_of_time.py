@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Built:
-    """One compiled launch.  registers, stack (bytes a thread) and shared (bytes a block); error: why it was not built."""
+    """One compiled launch.  registers, stack (bytes a thread), shared (bytes a block).  error: why it was not built."""
 
     kernel: str
     function: str
@@ -57,7 +57,7 @@ class Built:
 
     @property
     def verdict(self) -> str:
-        """"ok", or what is wrong."""
+        """\"ok\", or what is wrong."""
         if self.error:
             return f"not built: {self.error}"
         if self.shared > self.shared_limit:
@@ -93,7 +93,11 @@ class Task:
 
 def _specialisation(argument: Any) -> str:
     if type(argument) is int:
-        return "1" if argument == 1 else f"int{16 if argument % 16 == 0 else ''}{'' if argument < 2**31 else 'long'}"
+        return (
+            "1"
+            if argument == 1
+            else f"int{16 if argument % 16 == 0 else ''}{'' if argument < 2**31 else 'long'}"
+        )
     return str(argument) if isinstance(argument, Pointer) or argument is None else type(argument).__name__
 
 
@@ -221,7 +225,11 @@ class _Unaligned:
 def _stand_in(argument: Any) -> Any:
     if not isinstance(argument, Pointer):
         return argument
-    return torch.empty(0, dtype=argument.dtype, device="meta") if argument.aligned else _Unaligned(argument.dtype)
+    return (
+        torch.empty(0, dtype=argument.dtype, device="meta")
+        if argument.aligned
+        else _Unaligned(argument.dtype)
+    )
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

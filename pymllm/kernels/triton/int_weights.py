@@ -94,7 +94,14 @@ class TritonInt:
 
     def cases(self, device: Device) -> Iterator[Case]:
         """4 and 8 bits, with zero points and without, and every length of group that changes the code."""
-        kinds = ((4, 32, False), (4, 128, False), (4, 128, True), (4, 14336, True), (8, 128, False), (8, 14336, True))
+        kinds = (
+            (4, 32, False),
+            (4, 128, False),
+            (4, 128, True),
+            (4, 14336, True),
+            (8, 128, False),
+            (8, 14336, True),
+        )
         weights = [_meta_weight(*EVEN, bits, group, symmetric) for bits, group, symmetric in kinds]
         return linear_cases(self, device, [*weights, _meta_weight(*ODD, 4, 32, False)])
 

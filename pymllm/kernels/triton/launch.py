@@ -59,7 +59,7 @@ class DeviceFunction:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = function.__name__
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _find, (self.function.__module__, self.name)
@@ -87,6 +87,9 @@ def _find(module: str, name: str) -> Any:
 
 class Inline(DeviceFunction):
     """Called by kernels."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError(f"{self.name} is device code: only kernels call it")
 
 
 class Kernel(DeviceFunction):

@@ -1,4 +1,4 @@
-"""What a linear kernel is compiled for ahead of time: weights of the sizes that models have, and batches of all sizes."""
+"""What a linear kernel is compiled for ahead of time: weights of sizes that models have, and batches of all sizes."""
 
 # O out_features, I in_features, T tokens
 

@@ -66,7 +66,7 @@ class Coding:
 class Operands:
     """One weight as its kernel reads it.
 
-    words: [O, W] int32.  scales: [I/G, ceil(O/rows)].  zeros: [I/G, O] uint8, or None.  row_scales: [O] float32, or None.
+    words: [O, W] int32.  scales: [I/G, ceil(O/rows)].  zeros: [I/G, O] uint8.  row_scales: [O] float32.
     """
 
     words: Tensor
@@ -193,9 +193,7 @@ def _multiply_tiled(
         )
 
 
-def _expand_and_multiply(
-    x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding
-) -> None:
+def _expand_and_multiply(x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding) -> None:
     """Some rows of the weight at a time, so that the expanded copy stays small."""
     out_features, words = weight.words.shape
     in_features = words * coding.per_word
@@ -246,7 +244,9 @@ def scale_value(stored, KIND: tl.constexpr):
 def e4m3_value(byte):
     """float8_e4m3fn from its byte, in int32: its fields moved to those of float32, and the exponents' bases evened."""
     size = byte & 0x7F
-    value = ((size << 20) | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    value = ((size << 20) | ((byte & 0x80) << 24)).to(
+        tl.float32, bitcast=True
+    ) * 1.329227995784916e36  # 2^120
     return tl.where(size == 0x7F, float("nan"), value)
 
 
@@ -268,7 +268,8 @@ def scales_and_zeros(
     group = (columns // GROUP_WORDS).to(tl.int64)
     stride = (out_features + GROUP_ROWS - 1) // GROUP_ROWS
     scale = scale_value(
-        tl.load(scales + group[None, :] * stride + (rows // GROUP_ROWS)[:, None], mask=mask, other=0), SCALE_KIND
+        tl.load(scales + group[None, :] * stride + (rows // GROUP_ROWS)[:, None], mask=mask, other=0),
+        SCALE_KIND,
     )
     if zeros is None:
         zero = tl.full(scale.shape, OFFSET + ZERO, tl.float32)
@@ -329,7 +330,17 @@ def multiply_one(
             dot += DECODE(tile, n) * value[None, :]
             seen += value
         scale, zero = scales_and_zeros(
-            scales, zeros, rows, columns, mask, out_features, GROUP_WORDS, GROUP_ROWS, OFFSET, ZERO, SCALE_KIND
+            scales,
+            zeros,
+            rows,
+            columns,
+            mask,
+            out_features,
+            GROUP_WORDS,
+            GROUP_ROWS,
+            OFFSET,
+            ZERO,
+            SCALE_KIND,
         )
         total += scale * (dot - zero * seen[None, :])
     result = tl.sum(total, axis=1)
@@ -394,7 +405,17 @@ def multiply_tile(
             eviction_policy="evict_first",
         )
         scale, zero = scales_and_zeros(
-            scales, zeros, rows, columns, mask, out_features, GROUP_WORDS, GROUP_ROWS, OFFSET, ZERO, SCALE_KIND
+            scales,
+            zeros,
+            rows,
+            columns,
+            mask,
+            out_features,
+            GROUP_WORDS,
+            GROUP_ROWS,
+            OFFSET,
+            ZERO,
+            SCALE_KIND,
         )
         inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
         for n in tl.static_range(N):
@@ -416,9 +437,7 @@ def multiply_tile(
 
 
 @kernel
-def add_splits(
-    sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_splits(sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """sums: [S, T, O] float32.  y: [T, O].  Grid: (O / BLOCK, T)."""
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

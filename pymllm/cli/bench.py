@@ -1,0 +1,125 @@
+"""`pymllm bench`: compile GPU kernels for GPUs that are not here, tune them on one that is, run a table's script."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pymllm.cli.options import add_common_options
+from pymllm.cli.output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="WHAT")
+    aot = actions.add_parser(
+        "aot", help="compile every GPU kernel ahead of time, for every architecture; needs no GPU"
+    )
+    aot.add_argument("--arch", action="append", metavar="NAME", help="sm90, gfx942, ...; default: all")
+    aot.add_argument("--only", default="", metavar="TEXT", help="kernels with this in their name")
+    aot.add_argument("--limit", type=int, metavar="N", help="at most N launches of each architecture")
+    aot.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each CPU")
+    aot.add_argument("--json", action="store_true", help="every compiled launch as JSON")
+    aot.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write triton_aot.json and triton_aot.md there"
+    )
+    add_common_options(aot)
+    table = actions.add_parser("table", help="run a script of benchmarks/, from a clone")
+    table.add_argument("name", help="gpu_linear, cpu_linear, ...")
+    table.add_argument("rest", nargs=argparse.REMAINDER, help="the script's own options")
+    add_common_options(table)
+
+
+def execute(args: argparse.Namespace) -> int:
+    return {"aot": _ahead_of_time, "table": _table}[args.action](args)
+
+
+def _ahead_of_time(args: argparse.Namespace) -> int:
+    from pymllm.errors import ConfigError, nearest
+    from pymllm.kernels.hardware import ARCHITECTURES
+    from pymllm.kernels.triton.ahead_of_time import build, gather_tasks
+
+    architectures = args.arch or list(ARCHITECTURES)
+    for name in architectures:
+        if name not in ARCHITECTURES:
+            raise ConfigError(
+                f"there is no architecture {name!r}",
+                code="architecture",
+                expected=" or ".join(ARCHITECTURES),
+                found=name,
+                fix=nearest(name, ARCHITECTURES),
+            )
+    tasks = [task for name in architectures for task in gather_tasks([name], only=args.only)[: args.limit]]
+    built = build(tasks, workers=args.workers)
+    rows = [{**vars(row), "verdict": row.verdict} for row in built]
+    report = {"versions": _versions(), "launches": rows}
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "triton_aot.md").write_text(table(report) + "\n")
+        (args.out / "triton_aot.json").write_text(json.dumps(report, indent=1) + "\n")
+    if args.json:
+        print_json(report)
+    else:
+        print(table(report))
+    return 1 if any(row["verdict"] != "ok" for row in rows) or not rows else 0
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import triton
+
+    return {"triton": triton.__version__, "torch": torch.__version__}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: for each kernel function and architecture the largest of everything, then what is wrong."""
+    rows = report["launches"]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["function"], row["architecture"]), []).append(row)
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "# GPU kernels, compiled ahead of time",
+        "",
+        f"{versions}. {len(rows)} launches, each with the attributes and options of a real one; the largest of each.",
+        "Registers and stack of a thread (a stack means spills), shared memory of a block in bytes.",
+        "",
+        "| kernel | function | architecture | launches | registers | stack | shared | limit | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (kernel, function, architecture), group in sorted(groups.items()):
+        most = {name: max(row[name] for row in group) for name in ("registers", "stack", "shared")}
+        bad = Counter(row["verdict"] for row in group if row["verdict"] != "ok")
+        verdict = "; ".join(f"{count} x {text}" for text, count in bad.items()) or "ok"
+        lines.append(
+            f"| {kernel} | {function} | {architecture} | {len(group)} | {most['registers']} | {most['stack']} "
+            f"| {most['shared']} | {group[0]['shared_limit']} | {verdict} |"
+        )
+    wrong = [row for row in rows if row["verdict"] != "ok"]
+    lines += ["", f"{len(rows) - len(wrong)} of {len(rows)} launches are well."]
+    return "\n".join(
+        lines
+        + [f"- {row['architecture']} {row['function']} ({row['case']}): {row['verdict']}" for row in wrong]
+    )
+
+
+def _table(args: argparse.Namespace) -> int:
+    from pymllm.errors import ConfigError, nearest
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    if args.name not in names:
+        raise ConfigError(
+            f"there is no benchmark script {args.name!r}",
+            code="benchmark",
+            expected=" or ".join(names) or "a clone of the repository, whose benchmarks/ holds them",
+            found=args.name,
+            fix=nearest(args.name, names),
+        )
+    return subprocess.run(
+        [sys.executable, str(folder / f"{args.name}.py"), *args.rest], check=False
+    ).returncode

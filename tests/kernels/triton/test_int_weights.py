@@ -1,0 +1,105 @@
+"""Integer weights on the GPU: every bit width, group length and kind of zero point."""
+
+import pytest
+import torch
+
+from pymllm.kernels.canonical import IntWeight
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.registry import LinearProblem, select
+from pymllm.kernels.triton.int_weights import TritonInt
+from pymllm.kernels.triton.tuning import Tile, write_tuned
+from pymllm.kernels.triton.words import pack_words, unpack_words
+
+from .gpu import DEVICE, FLOATS, HERE, moved, randn
+from .linear_checks import check_products, check_round_trip, problem_for
+
+KINDS = [(4, 32, 96), (4, 128, 256), (4, 48, 144), (4, 544, 544), (8, 64, 192), (8, 320, 320)]
+
+
+def make(bits, group, in_features, symmetric, out_features=70):
+    values = randn(out_features, in_features, seed=bits + group).cpu()
+    return IntWeight.from_float(values, bits=bits, group_size=group, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("bits, group, in_features", KINDS)
+@pytest.mark.parametrize("symmetric", (True, False), ids=("sym", "asym"))
+def test_products_equal_float64(bits, group, in_features, symmetric):
+    weight = make(bits, group, in_features, symmetric)
+    for dtype in FLOATS:
+        check_round_trip(TritonInt(), weight, dtype)
+        check_products(TritonInt(), weight, dtype)
+
+
+def test_long_rows_are_summed_in_float32_in_the_same_order_every_time():
+    weight = make(4, 128, 8192, False, out_features=33)
+    check_products(TritonInt(), weight, torch.float16, tokens=(1, 2))
+    problem = problem_for(weight, torch.float16)
+    packed, x = moved(TritonInt().pack(weight, problem)), randn(2, 8192, dtype=torch.float16)
+    first = TritonInt().run(packed, problem, x, None)
+    assert torch.equal(first, TritonInt().run(packed, problem, x, None))
+
+
+def test_large_activations_do_not_overflow_before_the_result_does():
+    check_products(TritonInt(), make(4, 32, 96, False), torch.bfloat16, magnitude=1e4)
+
+
+def test_words_hold_codes_so_that_a_shift_gives_neighbouring_inputs():
+    """Code n of word j of a span is input n * (span / per_word) + j."""
+    codes = torch.arange(64, dtype=torch.uint8)[None] % 16
+    words = pack_words(codes, 4, 32)
+    for word in range(8):
+        for n in range(8):
+            span, j = divmod(word, 4)
+            assert (int(words[0, word]) >> (4 * n)) & 15 == int(codes[0, span * 32 + n * 4 + j])
+    assert torch.equal(unpack_words(words, 4, 32), codes)
+
+
+def test_torch_compile_keeps_the_kernel_as_one_operator():
+    weight = make(4, 32, 96, False)
+    problem = problem_for(weight, torch.float16)
+    packed, kernel = moved(TritonInt().pack(weight, problem)), TritonInt()
+    x = randn(3, 96, dtype=torch.float16)
+    compiled = torch.compile(
+        lambda x: kernel.run(packed, problem, x * 2, None) + 1, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), kernel.run(packed, problem, x * 2, None) + 1)
+
+
+def test_a_gpu_gets_it_and_the_others_say_why_not():
+    weight = make(4, 32, 96, False)
+    out_features, in_features = weight.shape
+
+    def problem(device, dtype=torch.bfloat16, kind=weight.type, compute="auto"):
+        return LinearProblem(kind, in_features, out_features, dtype, probe_device(device), compute)
+
+    for name in ("cuda:sm80", "cuda:sm90", "hip:gfx942"):
+        assert select("linear", problem(name)).kernel.name == "triton_int"
+    why_not = TritonInt().why_not
+    assert "GPU" in (why_not(problem("cpu")) or "")
+    assert "float32" in (why_not(problem("cuda:sm90", torch.float32)) or "")
+    narrow = make(4, 8, 96, False).type
+    assert "16 inputs" in (why_not(problem("cuda:sm90", kind=narrow)) or "")
+
+
+def test_a_tuned_tile_is_taken_from_the_device_file_and_changes_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("pymllm.kernels.triton.tuning.FOLDER", tmp_path)
+    weight = make(4, 128, 512, False)
+    problem = problem_for(weight, torch.float16)
+    packed, x = moved(TritonInt().pack(weight, problem)), randn(3, 512, dtype=torch.float16)
+    before = TritonInt().run(packed, problem, x, None)
+    from pymllm.kernels.triton import tuning, weight_only
+
+    asked = []
+    monkeypatch.setattr(weight_only, "tuned", lambda *key: asked.append(key) or tuning.tuned(*key))
+    tile = Tile(outputs=16, tokens=16, depth=16, splits=2)
+    write_tuned(tuning.device_file(DEVICE), {"weight_only t4 o70 w64 b4 g128": tile}, DEVICE)
+    assert weight_only.choose_tile(DEVICE, 3, 70, 64, weight_only_coding()) == tile
+    after = TritonInt().run(packed, problem, x, None)
+    assert len(asked) == 2 and torch.allclose(before, after, rtol=2e-3, atol=2e-3)
+    assert after.device.type == HERE.type
+
+
+def weight_only_coding():
+    from pymllm.kernels.triton.int_weights import coding
+
+    return coding(4, 128)
