@@ -24,9 +24,10 @@ from pymllm.adapters import (
 )
 from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
+from pymllm.engine.gguf_tokenizer import open_tokenizer
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
-from pymllm.engine.tokenizer import TextStream, Tokenizer
+from pymllm.engine.tokenizer import TextStream
 from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading import load_prepared
 from pymllm.parallel import Parallel, current_parallel
@@ -96,7 +97,7 @@ class LLM:
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path
-        self.tokenizer = Tokenizer(self.path)
+        self.tokenizer = open_tokenizer(prepared.checkpoint)
         self._lock = threading.RLock()
         self.engine = Engine(
             self.model,

@@ -144,7 +144,7 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
     try:
         return get_quantization_config(str(name).lower().replace("_", "-")).from_config(settings)
     except ConfigError as error:
-        error.file = error.file or str(checkpoint.path / "config.json")
+        error.file = error.file or str(checkpoint.config_file)
         error.args = (str(error),)
         raise
 
@@ -225,9 +225,9 @@ def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
     for name, (found, most, what) in limits.items():
         if found > most:
             raise CheckpointError(
-                f"config.json claims more {what}",
+                f"{checkpoint.config_file.name} claims more {what}",
                 code="config-value",
-                file=str(checkpoint.path / "config.json"),
+                file=str(checkpoint.config_file),
                 tensor=name,
                 expected=f"at most {most}",
                 found=str(found),

@@ -19,13 +19,17 @@ class Encoder(Protocol):
 
 
 class FastEncoder:
-    """tokenizer.json, through the `tokenizers` library alone."""
+    """A tokenizer of the `tokenizers` library, a tokenizer.json say."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_file(cls, file: Path) -> FastEncoder:
         import tokenizers
 
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            return cls(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
             raise CheckpointError(
                 f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)
@@ -63,7 +67,7 @@ class Tokenizer:
     @functools.cached_property
     def encoder(self) -> Encoder:
         if (self.folder / "tokenizer.json").is_file():
-            return FastEncoder(self.folder / "tokenizer.json")
+            return FastEncoder.from_file(self.folder / "tokenizer.json")
         if any(
             (self.folder / name).is_file()
             for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")

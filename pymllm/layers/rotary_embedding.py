@@ -165,7 +165,15 @@ def yarn_frequencies(
     return kept / factor * ramp + kept * (1 - ramp), float(attention)
 
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+def divided_frequencies(rotary_dim: int, base: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Each frequency divided by a factor of its own, as GGUF files store whatever scaling a model was given."""
+    frequencies, factors = default_frequencies(rotary_dim, base), torch.tensor(scaling["factors"])
+    if factors.shape != frequencies.shape:
+        raise TypeError("one factor for each frequency")
+    return frequencies / factors
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "factors")
 
 
 def get_rope(
@@ -178,7 +186,7 @@ def get_rope(
 ) -> RotaryEmbedding:
     """The rotary module for these settings; equal settings share one.
 
-    rope_type: default, linear, dynamic, llama3 or yarn; rope_scaling: that type's settings, named as in config.json.
+    rope_type: one of `ROPE_TYPES`; rope_scaling: that type's settings, named as in config.json.
     ConfigError for a type we do not have, a missing setting, or an odd or too large rotary_dim.
     """
     settings = json.dumps(dict(rope_scaling or {}), sort_keys=True, default=str)
@@ -221,6 +229,8 @@ def _get_rope(
             return DynamicNTKRotaryEmbedding(head_size, rotary_dim, max_position, base, scaling["factor"])
         if rope_type == "llama3":
             frequencies = llama3_frequencies(rotary_dim, base, scaling)
+        elif rope_type == "factors":
+            frequencies = divided_frequencies(rotary_dim, base, scaling)
         elif rope_type == "yarn":
             frequencies, scale = yarn_frequencies(rotary_dim, base, max_position, scaling)
         else:

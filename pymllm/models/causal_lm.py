@@ -68,6 +68,7 @@ class CausalLM(nn.Module):
     config: ModelConfig
     skipped_tensors: ClassVar[dict[str, str]] = {
         r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config",
+        r"rope_freqs\.weight": "factors of the rotary frequencies, which have become part of the config",
     }
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:

@@ -1,7 +1,7 @@
-"""A checkpoint folder: config.json and the safetensors files, checked against each other from headers alone.
+"""A checkpoint: a folder of config.json and safetensors files, or a GGUF file, checked from headers alone.
 
-Which files are read: those that `model.safetensors.index.json` names; without it `model.safetensors`; without
-that every `*.safetensors`.  Whatever disagrees is an error, and pickles are never opened.
+Which files of a folder are read: those that `model.safetensors.index.json` names; without it `model.safetensors`;
+without that every `*.safetensors`.  Whatever disagrees is an error, and pickles are never opened.
 """
 
 from __future__ import annotations
@@ -9,18 +9,13 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pymllm.errors import CheckpointError
-from pymllm.weights.safetensors_file import (
-    SafetensorsFile,
-    TensorInfo,
-    check_tensor_name,
-    parse_json_object,
-    read_small_file,
-)
+from pymllm.weights.safetensors_file import SafetensorsFile, parse_json_object
+from pymllm.weights.tensor_file import TensorFile, TensorInfo, check_tensor_name, read_small_file
 
 __all__ = ["Checkpoint", "SafetensorsFile", "TensorInfo", "resolve_model_path"]
 
@@ -36,15 +31,26 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 class Checkpoint:
     """A local checkpoint.
 
-    path: the folder.  config: config.json.  files: in the order in which they are read.
-    tensors: of all files by name, file by file, in the order of the bytes.
+    path: the folder, or the (first) GGUF file.  config: config.json, or what stands for it.  files: in the order in
+    which they are read.  tensors: of all files by their names in the model, file by file, in the order of the bytes.
+    config_file: where `config` was read.  metadata: what a GGUF file says besides (its tokenizer, say); else empty.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Sequence[SafetensorsFile]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        files: Sequence[TensorFile],
+        *,
+        tensors: Mapping[str, TensorInfo] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = path
         self.config = config
         self.files = list(files)
-        self.tensors = _merge(self.files)
+        self.tensors = dict(tensors) if tensors is not None else merge_tensors(self.files)
+        self.metadata = dict(metadata or {})
+        self.config_file = path if is_gguf(path) else path / CONFIG
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -53,15 +59,19 @@ class Checkpoint:
         Raises CheckpointError; its code for the folder is one of: folder-missing, config-missing, config-json
         (and -utf8, -duplicate-key, -too-large; the same of index), index-entry, index-escapes,
         index-disagrees, shards-missing, duplicate-tensor, pickle-only, weights-missing, unreadable;
-        for a file: see SafetensorsFile.open.
+        for a file: see SafetensorsFile.open, and for a GGUF file `open_gguf`.
         """
         path = Path(path)
+        if is_gguf(path):
+            from pymllm.weights.gguf_checkpoint import open_gguf
+
+            return open_gguf(path)
         if not path.is_dir():
             raise CheckpointError(
                 "not a folder",
                 code="folder-missing",
                 file=str(path),
-                expected="a folder with config.json and safetensors files",
+                expected="a folder with config.json and safetensors files, or a .gguf file",
                 fix="Pass the checkpoint's folder; hub ids go through resolve_model_path.",
             )
         config = _read_config(path)
@@ -93,15 +103,15 @@ class Checkpoint:
 def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: itself, or of a hub id "org/name" in the hub's cache, downloaded if need be.
 
-    model: a Path is always local; a str is local if that folder exists.
+    model: a Path is always local; a str is local if that folder, or .gguf file, exists.
     Only the files that loading needs are downloaded.  HF_HUB_OFFLINE and the hub's other settings hold.
     Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local folder.
     """
     folder = Path(model)
-    if folder.is_dir() and model != "":
+    if (folder.is_dir() and model != "") or (is_gguf(folder) and os.path.lexists(folder)):
         if revision is not None:
             raise CheckpointError(
-                f"a local folder has no revision {revision!r}",
+                f"a local model has no revision {revision!r}",
                 code="revision",
                 file=str(folder),
                 fix="Leave the revision out, or pass a hub id.",
@@ -109,9 +119,9 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
         return folder
     if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
         raise CheckpointError(
-            f"{str(model)!r} is neither a local folder nor a hub id",
+            f"{str(model)!r} is neither a local folder or .gguf file nor a hub id",
             code="model-not-found",
-            expected='a folder, or "org/name"',
+            expected='a folder, a .gguf file, or "org/name"',
             fix="Check the spelling and the working directory.",
         )
 
@@ -139,13 +149,21 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
     return Path(snapshot)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF file, from its ending."""
+    return path.name.lower().endswith(".gguf") and not path.is_dir()
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path / CONFIG):
+        files = [name for name in _list(path) if name.lower().endswith(".gguf")]
         raise CheckpointError(
             "the folder has no config.json",
             code="config-missing",
             file=str(path / CONFIG),
-            fix="Copy the model's config.json beside its weights.",
+            fix=f"Pass the GGUF file itself: {path / files[0]}."
+            if files
+            else "Copy the model's config.json beside its weights.",
         )
     raw = read_small_file(path / CONFIG, MAX_CONFIG_BYTES, "config")
     # transformers writes Infinity into configs (time_step_limit of state-space models).
@@ -252,7 +270,8 @@ def _check_shards_exist(path: Path, shards: Sequence[str]) -> None:
         )
 
 
-def _merge(files: Sequence[SafetensorsFile]) -> dict[str, TensorInfo]:
+def merge_tensors(files: Sequence[TensorFile]) -> dict[str, TensorInfo]:
+    """The tensors of all files.  CheckpointError "duplicate-tensor" for a name that is in two."""
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():

@@ -2,39 +2,32 @@
 
 A file is 8 bytes (the header's length N, little-endian), N bytes of JSON (name -> dtype, shape,
 data_offsets), then the tensors' bytes, row-major, one after the other without holes.
-
-Bytes are read with preadv straight into the destination, not mapped: a file that shrinks while it is used
-gives a CheckpointError instead of SIGBUS, its pages are not counted as our memory, and threads share nothing.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import reprlib
-import stat
-import threading
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pymllm.errors import CheckpointError
+from pymllm.weights.tensor_file import (
+    Descriptor,
+    TensorFile,
+    TensorInfo,
+    check_layout,
+    check_tensor_name,
+    fault,
+    is_plain,
+)
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_NAME_LENGTH = 1000
 MAX_RANK = 32
-MAX_READ_BYTES = 1 << 30  # Linux ends one read at 2^31 - 4096 bytes
-BLOCK_BYTES = 4 << 20  # scratch for slices narrower than a page
-WIDE_BYTES = 4096  # a segment this long is read by itself: fewer bytes would not be less disk
-LONG_ROW_BYTES = 32 << 10  # copying more than this costs more than one further call, about 1.4 us
-STAGE_BYTES = 64 << 20  # scratch for destinations that are on a device or strided in the last dim
 
 # Header dtype -> bits of an element, and torch's dtype; None where torch has no dtype of one element.
 DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
@@ -65,171 +58,18 @@ DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint, from its header alone.
-
-    dtype_name: as the header spells it, e.g. "BF16".  shape: in elements of that dtype.
-    start, end: absolute byte offsets in the file.
-    """
-
-    name: str
-    dtype_name: str
-    shape: tuple[int, ...]
-    file: SafetensorsFile = field(repr=False)
-    start: int
-    end: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """torch's dtype.  Raises CheckpointError ("dtype-unsupported") for sub-byte elements such as F4."""
-        dtype = DTYPES[self.dtype_name][1]
-        if dtype is None:
-            raise CheckpointError(
-                f"tensor {self.name!r} has elements that torch cannot hold one by one",
-                code="dtype-unsupported",
-                file=str(self.file.path),
-                tensor=self.name,
-                expected="a dtype of whole bytes",
-                found=self.dtype_name,
-                fix="Store the packed codes as U8.",
-            )
-        return dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-    def read(self, index: tuple[slice, ...] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Read the tensor, or a slice of it, and only the bytes this needs.
-
-        index: step-1 slices within the shape, one a dim; the last dims may be left out.
-        out: written in place and returned; the slice's shape, the tensor's dtype, any strides and device.
-        Returns [*slice shape].  Rows are read as one run; segments under 4 KiB in rows up to 32 KiB are cut
-        out of blocks of whole rows, at most 4 MiB each.
-
-        Raises CheckpointError "truncated" or "changed" if the file is not the one whose header was read,
-        "unreadable", "dtype-unsupported"; ValueError for an index or an `out` that does not fit.
-        """
-        bounds = self._bounds(index)
-        shape = tuple(stop - start for start, stop in bounds)
-        dtype = self.dtype
-        if out is not None and (tuple(out.shape) != shape or out.dtype != dtype or out.is_meta):
-            found = f"{out.dtype} {list(out.shape)} on {out.device}"
-            raise ValueError(f"{self.name}: cannot read {dtype} {list(shape)} into {found}")
-        source = self.file.source(self)  # first: a file that shrank is refused before its tensor is allocated
-        if out is None:
-            out = torch.empty(shape, dtype=dtype)
-        if out.numel() == 0:
-            return out
-        if out.device.type == "cpu" and (out.ndim == 0 or out.stride(-1) == 1):
-            target = out.detach().reshape(1) if out.ndim == 0 else out.detach()
-            dest = target.view(torch.uint8).numpy()
-            width = out.element_size()
-            extents, starts = list(self.shape or (1,)), [start for start, _ in bounds] or [0]
-            extents[-1], starts[-1] = extents[-1] * width, starts[-1] * width
-            _fill(*_merge_dims(dest, extents, starts), self.start, source)
-        else:
-            self._read_through_stage(bounds, out.detach())
-        return out
-
-    def _bounds(self, index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
-        """[(start, stop)] for each dim."""
-        parts = tuple(index or ())
-        bounds = []
-        for dim, size in enumerate(self.shape):
-            part = parts[dim] if dim < len(parts) else slice(None)
-            if not isinstance(part, slice) or part.step not in (None, 1):
-                raise ValueError(f"{self.name}: {part!r} at dim {dim} is not a slice of step 1")
-            start, stop = 0 if part.start is None else part.start, size if part.stop is None else part.stop
-            if not 0 <= start <= stop <= size:
-                raise ValueError(f"{self.name}: {start}:{stop} at dim {dim} is outside 0:{size}")
-            bounds.append((int(start), int(stop)))
-        if len(parts) > len(bounds):
-            raise ValueError(f"{self.name}: {len(parts)} slices for the shape {list(self.shape)}")
-        return bounds
-
-    def _read_through_stage(self, bounds: list[tuple[int, int]], out: torch.Tensor) -> None:
-        sizes = [stop - start for start, stop in bounds]
-        dim = next((dim for dim, size in enumerate(sizes) if size > 1), None)
-        if dim is None or out.numel() * out.element_size() <= STAGE_BYTES:
-            out.copy_(self.read(tuple(slice(*bound) for bound in bounds)))
-            return
-        start, stop = bounds[dim]
-        half = sizes[dim] // 2
-        rest = bounds[dim + 1 :]
-        self._read_through_stage([*bounds[:dim], (start, start + half), *rest], out.narrow(dim, 0, half))
-        self._read_through_stage(
-            [*bounds[:dim], (start + half, stop), *rest], out.narrow(dim, half, sizes[dim] - half)
-        )
-
-
-Source = Callable[[np.ndarray, int], None]  # fill a contiguous uint8 array from an absolute offset
-
-
-def _merge_dims(
-    dest: np.ndarray, extents: list[int], starts: list[int]
-) -> tuple[np.ndarray, list[int], list[int]]:
-    """The same bytes in as few dims as the slice and the strides of `dest` allow.
-
-    dest: [*slice sizes] uint8, stride 1 in the last dim.  extents: sizes in the file.  starts: of the slice.
-    """
-    # Innermost first: size, extent, start, stride in dest.
-    dims = [(dest.shape[-1], extents[-1], starts[-1], 1)]
-    for dim in reversed(range(dest.ndim - 1)):
-        size, extent, start, stride = dest.shape[dim], extents[dim], starts[dim], dest.strides[dim]
-        inner_size, inner_extent, _, inner_stride = dims[-1]
-        if inner_size == inner_extent and (size == 1 or stride == inner_size * inner_stride):
-            dims[-1] = (size * inner_size, extent * inner_extent, start * inner_extent, inner_stride)
-        elif extent > 1:
-            dims.append((size, extent, start, stride))
-    dims.reverse()
-    merged = np.lib.stride_tricks.as_strided(dest, [dim[0] for dim in dims], [dim[3] for dim in dims])
-    return merged, [dim[1] for dim in dims], [dim[2] for dim in dims]
-
-
-def _fill(dest: np.ndarray, extents: list[int], starts: list[int], offset: int, source: Source) -> None:
-    """Read a slice of the row-major bytes at `offset`, of sizes `extents`; the slice begins at `starts`."""
-    if dest.ndim == 1:
-        source(dest, offset + starts[0])
-        return
-    rows, row_bytes = dest.shape[0], math.prod(extents[1:])
-    offset += starts[0] * row_bytes
-    if rows == 1 or dest.shape[-1] >= WIDE_BYTES or row_bytes > LONG_ROW_BYTES:
-        for row in range(rows):
-            _fill(dest[row], extents[1:], starts[1:], offset + row * row_bytes, source)
-        return
-    rows_per_block = min(rows, BLOCK_BYTES // row_bytes)
-    scratch = np.empty(rows_per_block * row_bytes, np.uint8)
-    parts = [slice(start, start + size) for start, size in zip(starts, dest.shape, strict=True)]
-    cut = (slice(None), *parts[1:])  # of a block
-    for row in range(0, rows, rows_per_block):
-        count = min(rows_per_block, rows - row)
-        block = scratch[: count * row_bytes]
-        source(block, offset + row * row_bytes)
-        dest[row : row + count] = block.reshape(count, *extents[1:])[cut]
-
-
-class SafetensorsFile:
-    """A safetensors file whose header has been read and checked; tensor bytes wait for `TensorInfo.read`.
-
-    path: the file.  tensors: by name, in the order of the file.  metadata: the header's `__metadata__`.
-    The file is opened again at the first read and stays open until `close`, the end of a `with` block or
-    collection; a read after `close` opens it once more.  Any number of threads may read.
-    """
+class SafetensorsFile(TensorFile):
+    """A safetensors file.  metadata: the header's `__metadata__`, strings by name."""
 
     def __init__(
         self, path: Path, identity: tuple[int, int, int], header: dict[str, Any], data_start: int
     ) -> None:
-        self.path = path
+        super().__init__(path, identity)
         self.metadata = _parse_metadata(path, header.pop("__metadata__", {}))
-        self._identity = identity  # device, inode, size
         entries = [_parse_entry(self, name, entry, data_start) for name, entry in header.items()]
         entries.sort(key=lambda info: (info.start, info.end))
-        _check_layout(path, entries, data_start, identity[2])
+        check_layout(path, entries, data_start, identity[2])
         self.tensors = {info.name: info for info in entries}
-        self._lock = threading.Lock()
-        self._descriptor: Descriptor | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> SafetensorsFile:
@@ -244,101 +84,14 @@ class SafetensorsFile:
         descriptor = Descriptor(path)
         size = descriptor.identity[2]
         if size < 8:
-            raise _fault(path, "header-short", "no room for a header", "at least 8 bytes", f"{size} bytes")
+            raise fault(path, "header-short", "no room for a header", "at least 8 bytes", f"{size} bytes")
         length = int.from_bytes(descriptor.read(0, 8), "little")
         limit = min(MAX_HEADER_BYTES, size - 8)
         if not 0 < length <= limit:
             message = f"a file of {size} bytes cannot have a header as long as this one claims"
-            raise _fault(path, "header-length", message, f"1 to {limit} bytes", f"{length} bytes")
+            raise fault(path, "header-length", message, f"1 to {limit} bytes", f"{length} bytes")
         header = parse_json_object(descriptor.read(8, length), path, "header")
         return cls(path, descriptor.identity, header, 8 + length)
-
-    def source(self, tensor: TensorInfo) -> Source:
-        """A function that fills arrays from this file, on behalf of `tensor`.
-
-        Raises CheckpointError if the file is not the one whose header was read.
-        """
-        with self._lock:
-            if self._descriptor is None:
-                descriptor = Descriptor(self.path)
-                if descriptor.identity[:2] != self._identity[:2]:
-                    message = "another file took its place after its header was read"
-                    raise _fault(self.path, "changed", message, tensor=tensor.name, fix="Open it again.")
-                self._descriptor = descriptor
-            descriptor = self._descriptor
-        expected, found = self._identity[2], os.fstat(descriptor.fd).st_size
-        if found != expected:
-            raise _truncated(self.path, tensor.name, expected, found)
-        return lambda array, offset: descriptor.read_into(array.data, offset, tensor.name)
-
-    def close(self) -> None:
-        """Release the open file; reads that other threads are in still finish."""
-        with self._lock:
-            self._descriptor = None
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
-
-
-class Descriptor:
-    """An open regular file.  It closes when its last user lets go: never under a read of another thread.
-
-    identity: device, inode, size when opened.
-    Raises CheckpointError "not-found", "symlink-loop", "not-regular" or "unreadable".
-    """
-
-    fd = -1
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)  # before opening: to open a device can have effects
-            if regular:  # non-blocking: the file may have become a FIFO by now
-                self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                found = os.fstat(self.fd)
-                regular = stat.S_ISREG(found.st_mode)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if not regular:
-            raise _fault(path, "not-regular", "not a regular file", "a regular file, or a link to one")
-        self.identity = (found.st_dev, found.st_ino, found.st_size)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if self.fd >= 0:
-            close(self.fd)
-
-    def read_into(self, buffer: memoryview, offset: int, tensor: str | None = None) -> None:
-        """Fill `buffer` (contiguous bytes) from `offset`.  Raises CheckpointError at the end of the file."""
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self.fd, [buffer[done : done + MAX_READ_BYTES]], offset + done)
-            except OSError as error:
-                raise _unreadable(self.path, error, tensor) from error
-            if count == 0:
-                raise _truncated(self.path, tensor, offset + len(buffer), offset + done)
-            done += count
-
-    def read(self, offset: int, count: int) -> bytearray:
-        buffer = bytearray(count)
-        self.read_into(memoryview(buffer), offset)
-        return buffer
-
-
-def read_small_file(path: Path, limit: int, what: str) -> bytearray:
-    """All bytes of a regular file.  Raises CheckpointError "<what>-too-large" above `limit` bytes."""
-    descriptor = Descriptor(path)
-    size = descriptor.identity[2]
-    if size > limit:
-        message = f"the {what} is too large"
-        raise _fault(path, f"{what}-too-large", message, f"at most {limit} bytes", f"{size} bytes")
-    return descriptor.read(0, size)
 
 
 class _DuplicateKeyError(ValueError):
@@ -370,44 +123,32 @@ def parse_json_object(
         )
     except UnicodeDecodeError as error:
         message = f"the {what} is not UTF-8: {error.reason} at byte {error.start}"
-        raise _fault(path, f"{what}-utf8", message) from error
+        raise fault(path, f"{what}-utf8", message) from error
     except _DuplicateKeyError as error:
         key = error.args[0]
-        is_tensor = what != "config" and key not in ("weight_map", *_FIELDS) and _is_plain(key)
+        is_tensor = what != "config" and key not in ("weight_map", *_FIELDS) and is_plain(key)
         message = f"the {what} has the key {reprlib.repr(key)} twice"
-        raise _fault(path, f"{what}-duplicate-key", message, tensor=key if is_tensor else None) from error
+        raise fault(path, f"{what}-duplicate-key", message, tensor=key if is_tensor else None) from error
     except RecursionError as error:
-        raise _fault(path, f"{what}-json", f"the {what} is nested too deeply") from error
+        raise fault(path, f"{what}-json", f"the {what} is nested too deeply") from error
     except ValueError as error:
-        raise _fault(path, f"{what}-json", f"the {what} is not JSON: {error}") from error
+        raise fault(path, f"{what}-json", f"the {what} is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         message = f"the {what} is not a JSON object"
-        raise _fault(path, f"{what}-json", message, "{...}", type(parsed).__name__)
+        raise fault(path, f"{what}-json", message, "{...}", type(parsed).__name__)
     return parsed
-
-
-def check_tensor_name(path: Path, name: str, code: str) -> None:
-    """Raise CheckpointError for a name that could flood or steer the terminal which shows it."""
-    if not _is_plain(name):
-        message = f"the tensor name {reprlib.repr(name)} is refused"
-        found = f"{len(name)}, {'all' if name.isprintable() else 'not all'} printable"
-        raise _fault(path, code, message, f"at most {MAX_NAME_LENGTH} printable characters", found)
-
-
-def _is_plain(name: str) -> bool:
-    return len(name) <= MAX_NAME_LENGTH and name.isprintable()
 
 
 def _parse_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         message = "__metadata__ is not as it must be"
-        raise _fault(path, "header-metadata", message, "an object of strings", reprlib.repr(metadata))
+        raise fault(path, "header-metadata", message, "an object of strings", reprlib.repr(metadata))
     return metadata
 
 
 def _parse_entry(file: SafetensorsFile, name: str, entry: object, data_start: int) -> TensorInfo:
     def bad(code: str, message: str, expected: str, found: str) -> CheckpointError:
-        return _fault(file.path, code, f"tensor {name!r}: {message}", expected, found, name)
+        return fault(file.path, code, f"tensor {name!r}: {message}", expected, found, name)
 
     check_tensor_name(file.path, name, "header-entry")
     if not isinstance(entry, dict) or entry.keys() != set(_FIELDS):
@@ -421,7 +162,7 @@ def _parse_entry(file: SafetensorsFile, name: str, entry: object, data_start: in
         raise bad("header-entry", "bad shape", f"at most {MAX_RANK} integers from 0 on", reprlib.repr(shape))
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad("header-entry", "bad data_offsets", "integers [start, end]", reprlib.repr(offsets))
-    bits = DTYPES[dtype_name][0]
+    bits, dtype = DTYPES[dtype_name]
     # Zeros count as one here: torch computes strides from the other dims, and these must not overflow either.
     if math.prod(size or 1 for size in shape) * bits >= 1 << 66:
         raise bad("size-overflow", "too large", "less than 2^63 bytes", f"{dtype_name} {reprlib.repr(shape)}")
@@ -429,56 +170,8 @@ def _parse_entry(file: SafetensorsFile, name: str, entry: object, data_start: in
     if expected_bits != (end - start) * 8:
         expected = f"{-(-expected_bits // 8)} bytes for {dtype_name} {reprlib.repr(shape)}"
         raise bad("size-mismatch", "shape and data_offsets disagree", expected, f"{end - start} bytes")
-    return TensorInfo(name, dtype_name, tuple(shape), file, data_start + start, data_start + end)
+    return TensorInfo(name, dtype_name, dtype, tuple(shape), file, data_start + start, data_start + end)
 
 
 def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-
-
-def _check_layout(path: Path, infos: list[TensorInfo], data_start: int, size: int) -> None:
-    """Raise unless the tensors, sorted by offset, cover the file from `data_start` to `size` exactly once."""
-    position = data_start
-    last: TensorInfo | None = None
-    for info in infos:
-        found = f"bytes {info.start} to {info.end}"
-        if info.start < position and last is not None:
-            message = f"the tensors {last.name!r} and {info.name!r} overlap"
-            raise _fault(path, "overlap", message, f"a start at {position}", found, info.name)
-        if info.start > position:
-            code = "hole" if info.end <= size else "offsets-out-of-file"
-            message = f"no tensor has the bytes from {position} to {info.start}, where {info.name!r} begins"
-            raise _fault(path, code, message, f"a start at {position}, an end by {size}", found, info.name)
-        position, last = info.end, info
-    if position > size:  # in order and without holes, only too long: what a cut-off file looks like
-        cut_off = next(info for info in infos if info.end > size)
-        raise _truncated(path, cut_off.name, position, size)
-    if position < size:
-        message = "there are bytes after the last tensor"
-        raise _fault(path, "trailing-bytes", message, f"{position} bytes", f"{size} bytes")
-
-
-def _fault(
-    path: Path,
-    code: str,
-    message: str,
-    expected: str | None = None,
-    found: str | None = None,
-    tensor: str | None = None,
-    fix: str = "The file is damaged or badly written: download it or convert it again.",
-) -> CheckpointError:
-    return CheckpointError(
-        message, code=code, file=str(path), tensor=tensor, expected=expected, found=found, fix=fix
-    )
-
-
-def _truncated(path: Path, tensor: str | None, expected: int, found: int) -> CheckpointError:
-    message = "the file does not have the size that its header describes"
-    fix = "Download or copy it again; nothing may write to it while it is used."
-    return _fault(path, "truncated", message, f"{expected} bytes", f"{found} bytes", tensor, fix)
-
-
-def _unreadable(path: Path, error: OSError, tensor: str | None = None) -> CheckpointError:
-    code = {errno.ENOENT: "not-found", errno.ELOOP: "symlink-loop"}.get(error.errno or 0, "unreadable")
-    fix = "Check the path, its links and its permissions."
-    return _fault(path, code, f"cannot read the file: {error.strerror}", tensor=tensor, fix=fix)

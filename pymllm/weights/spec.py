@@ -64,6 +64,10 @@ class Dim:
         common = math.gcd(32, bits)
         return replace(self, granule=32 // common, count=bits // common, apart=True)
 
+    def in_blocks(self, values: int, size: int) -> Dim:
+        """The same axis in blocks: `values` logical elements in `size` stored ones (bytes, say)."""
+        return replace(self, granule=values, count=size, apart=True)
+
     def flattened(self, per: int) -> Dim:
         """This axis with the other one within it: the weight laid flat, one stored element for every `per` values."""
         return replace(self, flat=per)

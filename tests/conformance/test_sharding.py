@@ -36,20 +36,22 @@ def whole(vector, in_features, out_features, tensors):
 @METHODS
 @SPLITS
 def test_column_shards_concatenate_to_the_layer(vector, size, width):
-    tensors = vector.resampled(384, width, seed=1)
+    inputs = 384 * vector.coarseness
+    tensors = vector.resampled(inputs, width, seed=1)
     pieces = [
         load_layer(
-            lambda: ColumnParallelLinear(384, width, False, quant_method=vector.method), [tensors], rank
+            lambda: ColumnParallelLinear(inputs, width, False, quant_method=vector.method), [tensors], rank
         )
         for rank in ranks(size)
     ]
     assert [piece.output_start_index for piece in pieces] == [rank * width // size for rank in range(size)]
-    assert torch.equal(torch.cat([weight_of(p) for p in pieces]), whole(vector, 384, width, tensors))
+    assert torch.equal(torch.cat([weight_of(p) for p in pieces]), whole(vector, inputs, width, tensors))
 
 
 @METHODS
 @SPLITS
 def test_row_shards_concatenate_to_the_layer(vector, size, width):
+    width *= vector.coarseness
     tensors = vector.resampled(width, 160, seed=2)
     pieces = [
         load_layer(lambda: RowParallelLinear(width, 160, False, quant_method=vector.method), [tensors], rank)
@@ -62,12 +64,14 @@ def test_row_shards_concatenate_to_the_layer(vector, size, width):
 @METHODS
 @pytest.mark.parametrize("size", (1, 4))
 def test_merged_shards_hold_their_share_of_every_part(vector, size):
-    parts = [512, 256, 512]
-    tensors = [vector.resampled(128, out, seed=10 + index) for index, out in enumerate(parts)]
-    full = [whole(vector, 128, out, part) for out, part in zip(parts, tensors, strict=True)]
+    parts, inputs = [512, 256, 512], 128 * vector.coarseness
+    tensors = [vector.resampled(inputs, out, seed=10 + index) for index, out in enumerate(parts)]
+    full = [whole(vector, inputs, out, part) for out, part in zip(parts, tensors, strict=True)]
     for rank in ranks(size):
         layer = load_layer(
-            lambda: MergedColumnParallelLinear(128, parts, False, quant_method=vector.method), tensors, rank
+            lambda: MergedColumnParallelLinear(inputs, parts, False, quant_method=vector.method),
+            tensors,
+            rank,
         )
         share = [out // size for out in parts]
         expected = [
@@ -80,13 +84,13 @@ def test_merged_shards_hold_their_share_of_every_part(vector, size):
 @METHODS
 @pytest.mark.parametrize("kv_heads, size", ((2, 1), (2, 2), (8, 4), (2, 4), (1, 4)))
 def test_qkv_shards_hold_whole_heads_and_replicate_key_heads_where_ranks_are_more(vector, kv_heads, size):
-    heads, head_size = 8, 64
+    heads, head_size, inputs = 8, 64, 128 * vector.coarseness
     parts = [heads * head_size, kv_heads * head_size, kv_heads * head_size]
-    tensors = [vector.resampled(128, out, seed=20 + index) for index, out in enumerate(parts)]
-    full = [whole(vector, 128, out, part) for out, part in zip(parts, tensors, strict=True)]
+    tensors = [vector.resampled(inputs, out, seed=20 + index) for index, out in enumerate(parts)]
+    full = [whole(vector, inputs, out, part) for out, part in zip(parts, tensors, strict=True)]
     for rank in ranks(size):
         layer = load_layer(
-            lambda: QKVParallelLinear(128, head_size, heads, kv_heads, False, quant_method=vector.method),
+            lambda: QKVParallelLinear(inputs, head_size, heads, kv_heads, False, quant_method=vector.method),
             tensors,
             rank,
         )
@@ -122,8 +126,8 @@ def test_an_odd_shape_is_divided_rightly_or_refused(vector, layer_type, size):
     except ShardingError as error:
         divided, other = (o, "outputs") if layer_type is ColumnParallelLinear else (i, "inputs")
         assert "m.x" in str(error), other
-        # Shares that are whole blocks of 128 suit every format.
-        assert divided % size or (divided // size) % 128
+        # Shares that are whole blocks of 128 suit every format, but those whose blocks are longer.
+        assert divided % size or (divided // size) % max(128, 64 * vector.coarseness)
         return
     axis = 0 if layer_type is ColumnParallelLinear else 1
     assert torch.equal(torch.cat(pieces, dim=axis), whole(vector, i, o, tensors))

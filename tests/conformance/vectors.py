@@ -109,9 +109,19 @@ class Vector:
             if not follows and (tuple(source.shape) == shape or source.numel() == 1):
                 tensors[spec.name] = source
             else:
-                picked = torch.randint(0, source.numel(), shape, generator=generator)
-                tensors[spec.name] = source.reshape(-1)[picked]
+                # Whole blocks where a format has them: their bytes mean something only side by side.
+                block = spec.dims[-1].count if source.dtype is torch.uint8 else 1
+                pool = source.reshape(-1, block)
+                picked = torch.randint(0, len(pool), (*shape[:-1], shape[-1] // block), generator=generator)
+                tensors[spec.name] = pool[picked].flatten(-2)
         return tensors
+
+    @property
+    def coarseness(self) -> int:
+        """How many times 64 inputs a rank's share must be at least, and a multiple of: blocks can be as long as 256."""
+        dims = [dim for spec in self.method.weight_specs(self.shape) for dim in spec.dims]
+        granules = [d.of_rows(self.in_features).granule for d in dims if d.axis is Axis.IN and d.apart]
+        return max(1, max(granules, default=1) // 64)
 
 
 def shape_of(in_features: int, out_features: int) -> LinearShape:

@@ -15,7 +15,7 @@ import torch
 from pymllm.errors import CheckpointError, ConfigError, PymllmError, ShardingError
 from pymllm.loading import load_model
 from pymllm.parallel import Parallel
-from pymllm.weights.safetensors_file import TensorInfo
+from pymllm.weights.tensor_file import TensorInfo
 
 from .. import checkpoints
 from ..checkpoints import AWQ, edit_config, save_tensors, write_checkpoint, write_index

@@ -18,7 +18,7 @@ from pymllm.parallel import Parallel
 from pymllm.planning import plan
 from pymllm.preparation import layer_parts
 from pymllm.quantization.binding import bound_weight
-from pymllm.weights.safetensors_file import TensorInfo
+from pymllm.weights.tensor_file import TensorInfo
 
 RULES = {"**.mlp.**": "fp8", "**.self_attn.k_proj": "none", "lm_head": "none"}
 

@@ -262,9 +262,7 @@ def test_a_method_or_option_that_there_is_not_is_refused(plain, rule, code, word
 
 
 def test_nothing_is_read_before_the_rules_are_known_to_be_good(awq, monkeypatch):
-    monkeypatch.setattr(
-        "pymllm.weights.safetensors_file.TensorInfo.read", lambda *_, **__: pytest.fail("read")
-    )
+    monkeypatch.setattr("pymllm.weights.tensor_file.TensorInfo.read", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(RuleError):
         load_model(awq.folder, "**.nowhere=fp8", device="cpu")
 

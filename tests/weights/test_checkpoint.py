@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pymllm.errors import CheckpointError
 from pymllm.weights import checkpoint as checkpoint_module
-from pymllm.weights import safetensors_file
+from pymllm.weights import gguf_file, safetensors_file, tensor_file
 from pymllm.weights.checkpoint import Checkpoint, SafetensorsFile, resolve_model_path
 
 from . import hostile
@@ -116,11 +116,11 @@ def test_random_slices_are_equal_to_the_librarys_tensors(seed, tmp_path, monkeyp
     """Small limits send the same small tensors through every path: one run, segments, blocks, staging."""
     rng = random.Random(seed)
     if seed % 2:
-        monkeypatch.setattr(safetensors_file, "WIDE_BYTES", 16)
-        monkeypatch.setattr(safetensors_file, "LONG_ROW_BYTES", 64)
-        monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 128)
-        monkeypatch.setattr(safetensors_file, "STAGE_BYTES", 64)
-        monkeypatch.setattr(safetensors_file, "MAX_READ_BYTES", 7)
+        monkeypatch.setattr(tensor_file, "WIDE_BYTES", 16)
+        monkeypatch.setattr(tensor_file, "LONG_ROW_BYTES", 64)
+        monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 128)
+        monkeypatch.setattr(tensor_file, "STAGE_BYTES", 64)
+        monkeypatch.setattr(tensor_file, "MAX_READ_BYTES", 7)
     shapes = [
         tuple(rng.choice([0, 1, 1, 2, 3, 5, 8, 17]) for _ in range(rng.randrange(5))) for _ in range(25)
     ]
@@ -192,8 +192,8 @@ def test_narrow_slices_read_blocks_of_rows_within_the_scratch(tmp_path, bytes_re
     tracemalloc.stop()
     assert same_bytes(actual, expected[100:4900, 512:576])
     assert sum(bytes_read) == 4800 * 2048
-    assert max(bytes_read) <= safetensors_file.BLOCK_BYTES
-    assert peak < safetensors_file.BLOCK_BYTES + (1 << 20)
+    assert max(bytes_read) <= tensor_file.BLOCK_BYTES
+    assert peak < tensor_file.BLOCK_BYTES + (1 << 20)
 
 
 def test_opening_reads_no_tensor_byte_and_keeps_no_file_open(tmp_path, bytes_read):
@@ -312,7 +312,7 @@ def test_errors_list_expected_and_found_bytes_of_a_cut_off_file(tmp_path):
 
 
 def test_validation_is_not_by_assert():
-    for module in (safetensors_file, checkpoint_module):
+    for module in (tensor_file, safetensors_file, gguf_file, checkpoint_module):
         tree = ast.parse(inspect.getsource(module))
         assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
@@ -360,7 +360,7 @@ def test_a_file_truncated_during_a_read_is_an_error(tmp_path, monkeypatch):
         os.truncate(path, info.start + 2000)
         return count
 
-    monkeypatch.setattr(safetensors_file, "MAX_READ_BYTES", 1000)
+    monkeypatch.setattr(tensor_file, "MAX_READ_BYTES", 1000)
     monkeypatch.setattr(os, "preadv", truncating)
     with pytest.raises(CheckpointError) as caught:
         info.read()
@@ -400,7 +400,7 @@ def stat_then_swap(name):
     os.unlink(path)
     os.mkfifo(path)
     return found
-module.os.stat = stat_then_swap
+os.stat = stat_then_swap
 try:
     module.SafetensorsFile.open(path)
 except module.CheckpointError as error:
@@ -431,7 +431,7 @@ def test_close_and_collection_release_the_file(tmp_path):
 
 
 def test_threads_read_while_another_closes(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "MAX_READ_BYTES", 4096)
+    monkeypatch.setattr(tensor_file, "MAX_READ_BYTES", 4096)
     expected = random_tensor((64, 4096), torch.uint8)
     path = tmp_path / "x.safetensors"
     file = write(path, {"t": expected})
