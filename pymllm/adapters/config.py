@@ -15,7 +15,8 @@ from typing import Any
 
 from pymllm.errors import ConfigError
 from pymllm.weights.checkpoint import resolve_model_path
-from pymllm.weights.safetensors_file import parse_json_object, read_small_file
+from pymllm.weights.safetensors_file import parse_json_object
+from pymllm.weights.tensor_file import read_small_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
