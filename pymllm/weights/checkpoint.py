@@ -119,7 +119,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
         return folder
     if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
         raise CheckpointError(
-            f"{str(model)!r} is neither a local folder or .gguf file nor a hub id",
+            f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
             code="model-not-found",
             expected='a folder, a .gguf file, or "org/name"',
             fix="Check the spelling and the working directory.",
