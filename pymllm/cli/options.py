@@ -63,6 +63,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     add_common_options(parser)
 
 
+def adapter(text: str) -> tuple[str, str]:
+    """NAME=DIR of --adapter."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR, not {text!r}")
+    return name, folder
+
+
 def _kernel(text: str) -> tuple[str, str]:
     operation, equals, name = text.partition("=")
     if not (operation and equals and name):

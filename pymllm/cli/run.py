@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.options import SHIPPED, add_model_options, model_arguments
+from pymllm.cli.options import SHIPPED, adapter, add_model_options, model_arguments
 from pymllm.cli.output import console, print_json, readable_size, say
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--demo", action="store_true", help="a fixed prompt and seed for the shipped model, with --stats"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=adapter,
+        metavar="NAME=DIR",
+        help="answer with this LoRA adapter, as PEFT writes them",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most; default: 128")
@@ -73,7 +79,14 @@ def execute(args: argparse.Namespace) -> int:
 
     chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     started = time.perf_counter()
-    llm = LLM(model, tensor_parallel_size=args.tensor_parallel_size, **model_arguments(args))
+    adapters = dict([args.adapter] if args.adapter else [])
+    name = next(iter(adapters), None)
+    llm = LLM(
+        model,
+        tensor_parallel_size=args.tensor_parallel_size,
+        adapters=adapters,
+        **model_arguments(args),
+    )
     startup_seconds = time.perf_counter() - started
     params = llm.default_params(**chosen)
     # torchrun gives stdin to one rank only.
@@ -81,11 +94,13 @@ def execute(args: argparse.Namespace) -> int:
     ids = llm.encode(prompt) if not args.chat else llm.tokenizer.apply_chat_template([message(prompt)])
     if args.stats and not args.json:
         print_plan_summary(llm.plan)
+        for loaded in llm.adapters.values():
+            say(str(loaded))
     show = not args.json
     if show and not args.chat and (args.stats or sys.stdout.isatty()):
         print(prompt, end="", file=sys.stderr, flush=True)  # the answer goes on from here
     started, first_token_seconds, output = time.perf_counter(), 0.0, None
-    for piece in llm.stream(ids, params):
+    for piece in llm.stream(ids, params, adapter=name):
         first_token_seconds = first_token_seconds or time.perf_counter() - started
         output = piece.output
         if show:
@@ -99,6 +114,7 @@ def execute(args: argparse.Namespace) -> int:
             {
                 "schema_version": 1,
                 "model": str(llm.path),
+                "adapter": name,
                 "prompt_tokens": len(output.prompt_token_ids),
                 "text": output.text,
                 "token_ids": list(output.token_ids),

@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.options import add_model_options, model_arguments
+from pymllm.cli.options import adapter, add_model_options, model_arguments
 from pymllm.cli.output import say
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model-name", help="what clients call the model; default: MODEL's last part")
     group.add_argument(
+        "--adapter",
+        action="append",
+        type=adapter,
+        default=[],
+        metavar="NAME=DIR",
+        help="a LoRA adapter that clients choose by NAME as their model; repeatable",
+    )
+    group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait; default: 64"
     )
 
@@ -43,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     if args.max_waiting < 0:
         args.parser.error("--max-waiting must not be negative")
+    names = [name for name, _ in args.adapter]
+    if len(set(names)) < len(names):
+        args.parser.error("two adapters have one name")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
     from pymllm.errors import ConfigError, MissingExtraError
@@ -97,7 +108,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     from pymllm.api import LLM
     from pymllm.server.app import create_app
 
-    llm = LLM(args.model, **model_arguments(args))
+    llm = LLM(args.model, adapters=dict(args.adapter), **model_arguments(args))
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(llm, model_name=name, api_key=args.api_key, max_waiting=args.max_waiting)
     config = uvicorn.Config(

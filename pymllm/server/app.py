@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from pymllm.api import LLM, StreamPiece
 from pymllm.engine.sampling import SamplingParams
-from pymllm.errors import PymllmError, RequestError
+from pymllm.errors import ConfigError, PymllmError, RequestError
 from pymllm.server.answers import ChatAnswer, CompletionAnswer, usage_of
 from pymllm.server.gate import OPEN_PATH, NoSuchModel, add_gate, error_body, read_body
 from pymllm.server.protocol import ChatRequest, CompletionRequest, read_request
@@ -34,14 +34,18 @@ def create_app(
 ) -> FastAPI:
     """The application for one loaded model.
 
-    model_name: what clients call it.  api_key: demanded of every request but /health.  max_waiting: requests that may
-    wait for their turn; more get 503.
+    model_name: what clients call it; adapters are called by their own names.  api_key: demanded of every request but
+    /health.  max_waiting: requests that may wait for their turn; more get 503.
     """
     # No schema pages: bodies are read by protocol.py, of which FastAPI knows nothing.
     app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)
     add_gate(app, api_key)
     service = _Service(llm, model_name, max_waiting)
-    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "pymllm"}
+    created = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        parent = {} if name == model_name else {"parent": model_name}
+        return {"id": name, "object": "model", "created": created, "owned_by": "pymllm", **parent}
 
     @app.get(OPEN_PATH)
     async def health() -> dict[str, str]:
@@ -49,12 +53,12 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card(name) for name in (model_name, *llm.adapters)]}
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return card
+        service.adapter_of(name)
+        return card(name)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -71,26 +75,37 @@ class _Service:
     """Both endpoints: read the request, take a place in the line, generate, answer."""
 
     def __init__(self, llm: LLM, model_name: str, max_waiting: int) -> None:
+        if model_name in llm.adapters:
+            raise ConfigError(
+                f"an adapter is called {model_name!r}, as the model itself",
+                code="adapter-name",
+                fix="Choose another name for one of them.",
+            )
         self.llm, self.model_name = llm, model_name
         self.worker = Worker(llm, max_waiting)
         _ = llm.engine.cache  # made now: a machine without room for it fails before it serves
 
-    def check_model(self, name: str) -> None:
-        if name != self.model_name:
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a request's `model` asks for; None: the model itself."""
+        if name is None or name == self.model_name:
+            return None
+        if name not in self.llm.adapters:
             raise NoSuchModel(
                 f"there is no model {name!r} here",
                 code="model_not_found",
                 tensor="model",
-                expected=repr(self.model_name),
+                expected=" or ".join(map(repr, (self.model_name, *self.llm.adapters))),
             )
+        return self.llm.check_adapter(name)
 
     async def answer(self, http: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
         self.worker.check_room()  # before any work
         body = await read_body(http)
         request, prompts, params = await asyncio.to_thread(self._prepare, kind, body)
-        generation = self.worker.start(prompts, params)
+        adapter = self.adapter_of(request.model)
+        generation = self.worker.start(prompts, params, adapter)
         shape = ChatAnswer if isinstance(request, ChatRequest) else CompletionAnswer
-        answer = shape(self.model_name, self.llm.tokenizer)
+        answer = shape(adapter or self.model_name, self.llm.tokenizer)
         try:
             if not request.stream:
                 return JSONResponse(answer.whole(await unless_gone(http, generation.outputs())))
@@ -107,8 +122,7 @@ class _Service:
     ) -> tuple[CompletionRequest | ChatRequest, list[list[int]], SamplingParams]:
         """Everything that can be refused, off the event loop: a long text takes a while to encode."""
         request: CompletionRequest | ChatRequest = read_request(kind, body)
-        if request.model is not None:
-            self.check_model(request.model)
+        self.adapter_of(request.model)
         params = self.llm.default_params(**request.sampling())
         if isinstance(request, CompletionRequest):
             prompts = [self.llm.encode(prompt) for prompt in request.prompts]

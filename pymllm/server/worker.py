@@ -31,11 +31,13 @@ class Worker:
         if self.admitted > self.max_waiting:
             raise Busy
 
-    def start(self, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
+    def start(
+        self, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None = None
+    ) -> Generation:
         """Take a place in the line.  Busy if there is none."""
         self.check_room()
         self.admitted += 1
-        generation = Generation(self, prompts, params)
+        generation = Generation(self, prompts, params, adapter)
         generation.task.add_done_callback(self._leave)
         return generation
 
@@ -49,8 +51,10 @@ class Generation:
     `close` aborts it wherever it is: waiting at once, running after the step under way.
     """
 
-    def __init__(self, worker: Worker, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        self.worker, self.prompts, self.params = worker, prompts, params
+    def __init__(
+        self, worker: Worker, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None
+    ) -> None:
+        self.worker, self.prompts, self.params, self.adapter = worker, prompts, params, adapter
         self.closed = threading.Event()
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[tuple[int, StreamPiece] | Exception | None] = asyncio.Queue()
@@ -86,7 +90,8 @@ class Generation:
 
     def _generate(self) -> None:
         """In the worker's thread, which alone steps the engine."""
-        with contextlib.closing(self.worker.llm.stream_all(self.prompts, self.params)) as stream:
+        pieces = self.worker.llm.stream_all(self.prompts, self.params, adapter=self.adapter)
+        with contextlib.closing(pieces) as stream:
             for item in stream:
                 if self.closed.is_set():
                     return

@@ -1,0 +1,89 @@
+"""Clients choose an adapter by the `model` of their request."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pymllm
+from pymllm.errors import ConfigError
+from pymllm.server.app import create_app
+
+from .conftest import MODEL, serve
+
+PROMPT = "def read_lines(path):\n"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """The shipped model with an adapter that changes its answers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    llm = pymllm.LLM(progress=False)
+    shape = llm.model.model.layers[0].mlp.down_proj.shape
+    draw = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
+    tensors = {}
+    for index in range(len(llm.model.model.layers)):
+        tensors[name.format(index, "A")] = torch.randn(4, shape.in_features, generator=draw) * 0.1
+        tensors[name.format(index, "B")] = torch.randn(shape.out_features, 4, generator=draw)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    llm.load_adapter("odd", folder)
+    return llm, folder
+
+
+def test_the_model_of_a_request_chooses_its_adapter(adapted):
+    llm, _ = adapted
+    params = llm.default_params(temperature=0.0, max_tokens=8)
+    expected = {name: llm.generate(PROMPT, params, adapter=name)[0].text for name in (None, "odd")}
+    assert expected[None] != expected["odd"]
+    with serve(llm) as running:
+        client = running.client()
+        cards = {card.id: card for card in client.models.list()}
+        assert list(cards) == [MODEL, "odd"] and cards["odd"].parent == MODEL
+        assert client.models.retrieve("odd").id == "odd"
+        for name, text in ((MODEL, expected[None]), ("odd", expected["odd"])):
+            answer = client.completions.create(model=name, prompt=PROMPT, temperature=0, max_tokens=8)
+            assert (answer.choices[0].text, answer.model) == (text, name)
+            chunks = client.completions.create(
+                model=name, prompt=PROMPT, temperature=0, max_tokens=8, stream=True
+            )
+            assert "".join(chunk.choices[0].text for chunk in chunks) == text
+        with pytest.raises(openai.NotFoundError, match="'shipped' or 'odd'"):
+            client.completions.create(model="even", prompt=PROMPT)
+
+
+def test_an_adapter_cannot_have_the_models_name(adapted):
+    with pytest.raises(ConfigError, match="'odd', as the model itself"):
+        create_app(adapted[0], model_name="odd")
+
+
+def test_run_answers_with_the_adapter(adapted, capsys):
+    from pymllm.cli import main
+
+    llm, folder = adapted
+    expected = llm.generate(PROMPT, llm.default_params(temperature=0.0, max_tokens=8), adapter="odd")[0].text
+    arguments = ["run", "--prompt", PROMPT, "--temperature", "0", "--max-tokens", "8", "--json"]
+    assert main([*arguments, "--adapter", f"odd={folder}"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["text"], answer["adapter"]) == (expected, "odd")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, needle",
+    (
+        (["run", "x", "--adapter", "nothing"], 2, "NAME=DIR"),
+        (["run", "x", "--adapter", "a=/nowhere"], 1, "/nowhere"),
+        (["serve", "--adapter", "a=x", "--adapter", "a=y"], 2, "two adapters"),
+    ),
+)
+def test_a_wrong_adapter_is_said_in_one_line(arguments, code, needle, capsys):
+    from pymllm.cli import main
+
+    assert main(arguments) == code
+    assert needle in capsys.readouterr().err
