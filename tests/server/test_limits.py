@@ -205,7 +205,7 @@ def test_a_client_that_leaves_while_it_waits_never_runs(llm, monkeypatch):
     with serve(llm) as served:
         slow_down(llm, monkeypatch)
         inner, prompts = llm.stream_all, []
-        monkeypatch.setattr(llm, "stream_all", lambda p, params: (prompts.append(p), inner(p, params))[1])
+        monkeypatch.setattr(llm, "stream_all", lambda p, *a, **k: (prompts.append(p), inner(p, *a, **k))[1])
         first = send(served, LONG)
         wait_until(lambda: len(prompts) == 1)
         second = send(served, LONG)
