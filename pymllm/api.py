@@ -77,6 +77,7 @@ class LLM:
         *,
         compute: str = "auto",
         kernels: Mapping[str, str] | None = None,
+        kv_cache: RuleSource = None,
         revision: str | None = None,
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
@@ -90,6 +91,7 @@ class LLM:
                 dtype=dtype,
                 compute=compute,
                 kernels=kernels,
+                kv_cache=kv_cache,
                 revision=revision,
             )
             self.plan: Plan = make_plan(prepared)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.attention import Attention
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.layers.embedding import ParallelLMHead
@@ -37,6 +38,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     compute: str = "auto",
     kernels: Mapping[str, str] | None = None,
+    kv_cache: RuleSource = None,
     revision: str | None = None,
     progress: bool | None = None,
 ) -> CausalLM:
@@ -47,12 +49,21 @@ def load_model(
     compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
     forbids it, "checkpoint" demands just what the checkpoint asks for.
     kernels: an operation's kernel by name, {"linear": "reference"} say.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none" (the activations' dtype), a dtype's name, or such
+    methods for patterns of attention layers, as in `quant`; None or "auto": as the checkpoint says.
     progress: a bar while loading; None: on a terminal.
     The current `Parallel` decides this rank's share.  The model carries `load_report`.
     Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read.
     """
     prepared = prepare(
-        path, quant, device=device, dtype=dtype, compute=compute, kernels=kernels, revision=revision
+        path,
+        quant,
+        device=device,
+        dtype=dtype,
+        compute=compute,
+        kernels=kernels,
+        kv_cache=kv_cache,
+        revision=revision,
     )
     return load_prepared(prepared, progress=progress)
 
@@ -107,6 +118,8 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
         report.tensors.append(
             TensorRecord(f"{module.tied_to.prefix}.weight", "tied", 0, f"shared with {unit.name}")
         )
+    elif isinstance(module, Attention):
+        module.quant_method.process_weights_after_loading(module)
     elif isinstance(module, WeightedLayer):
         module.quant_method.process_weights_after_loading(module)
         for method, _, holder in layer_parts(module):

@@ -23,6 +23,7 @@ from pymllm.layers.linear import WeightedLayer
 from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bind
+from pymllm.quantization.kv_cache import QuantizedKVCacheMethod
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.spec import LinearShape
 
@@ -38,6 +39,7 @@ class PlannedLayer:
     method: what runs; source_method: what the checkpoint holds.  refused: kernels asked before the chosen one.
     shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
     fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
+    kv_bytes_per_token: of an attention layer's keys and values, on this rank.
     """
 
     prefix: str
@@ -56,6 +58,7 @@ class PlannedLayer:
     bytes: int
     fused_with: list[str] = field(default_factory=list)
     tied_to: str | None = None
+    kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,21 @@ class Plan:
         return [(group[0], [layer.prefix for layer in group]) for group in grouped.values()]
 
     def __str__(self) -> str:
-        size = self.tensor_parallel
+        ranks = self.tensor_parallel
         lines = [
             f"{self.model} ({self.model_type}) on {self.device}, {self.dtype} activations, "
-            f"rank {size['rank']} of {size['size']} (sizes that work: {', '.join(map(str, size['legal_sizes']))})"
+            f"rank {ranks['rank']} of {ranks['size']} (sizes that work: {', '.join(map(str, ranks['legal_sizes']))})"
         ]
         for first, names in self.groups():
-            weight = sum(layer.bytes for layer in self.layers if layer.prefix in set(names))
+            group = [layer for layer in self.layers if layer.prefix in set(names)]
+            if first.kind == "attention":
+                size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
+            else:
+                size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
             why = f"rule {first.rule}" if first.rule else first.source
             lines.append(
                 f"  {len(names):4d} x {first.kind:<9} {first.method_detail} -> {first.kernel} "
-                f"({first.numerics}); {weight / 1e6:.1f} MB; {why}"
+                f"({first.numerics}); {size}; {why}"
             )
         lines.append(
             f"  weights {self.totals['weight_bytes'] / 1e6:.1f} MB, at most "
@@ -117,6 +124,7 @@ def plan(
     dtype: str | torch.dtype = "auto",
     compute: str = "auto",
     kernels: Mapping[str, str] | None = None,
+    kv_cache: RuleSource = None,
     revision: str | None = None,
 ) -> Plan:
     """What `load_model` with the same arguments would do, from config and headers alone; no tensor is read.
@@ -124,7 +132,14 @@ def plan(
     Raises whatever loading would raise over the same headers.
     """
     prepared = prepare(
-        path, quant, device=device, dtype=dtype, compute=compute, kernels=kernels, revision=revision
+        path,
+        quant,
+        device=device,
+        dtype=dtype,
+        compute=compute,
+        kernels=kernels,
+        kv_cache=kv_cache,
+        revision=revision,
     )
     with prepared.checkpoint:
         return make_plan(prepared)
@@ -250,24 +265,32 @@ def _stored_method(method: LinearMethodBase) -> LinearMethodBase:
 
 
 def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:
-    shape = [module.num_heads, module.num_kv_heads, module.head_dim]
-    config = prepared.config
-    dtype = str(prepared.execution.dtype).removeprefix("torch.")
+    problem, method, kernel = module.problem, module.quant_method, module.selection.kernel
+    decision = prepared.quant.kv_decisions.get(module.prefix)
+    quantised = isinstance(method, QuantizedKVCacheMethod)
+    detail = method.describe() if quantised else str(problem.kv)
+    numerics = getattr(kernel, "numerics", None)
+    rounding = f"keys and values rounded to {method.name}, " if quantised else ""
     return PlannedLayer(
         prefix=module.prefix,
         kind="attention",
-        rule=None,
-        source="default",
-        method="none",
-        method_detail=f"KV cache in {dtype}",
-        source_method="none",
-        kernel=module.selection.kernel.name,
-        numerics="float32 accumulation",
+        rule=None if decision is None or decision.rule is None else str(decision.rule),
+        source="default" if decision is None else decision.source,
+        method=method.name,
+        method_detail=f"KV cache in {detail}",
+        source_method=method.name,
+        kernel=kernel.name,
+        numerics=rounding + ("float32 accumulation" if numerics is None else numerics(problem)),
         rounds_activations=False,
         refused=[asdict(refusal) for refusal in module.selection.refused],
-        shape=[config.size("num_attention_heads"), config.num_key_value_heads, config.head_dim],
-        shape_local=shape,
+        shape=[
+            prepared.config.size("num_attention_heads"),
+            module.shape.out_features,
+            module.head_dim,
+        ],
+        shape_local=[module.num_heads, module.num_kv_heads, module.head_dim],
         bytes=0,
+        kv_bytes_per_token=bytes_per_token(module),
     )
 
 
@@ -292,6 +315,19 @@ def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:
     for (kernel, numerics), count in rounded.items():
         notes.append(
             f"{count} layers run {kernel}: {numerics}. compute=exact or dtype=float32 forbids the rounding"
+        )
+    caches = [layer for layer in layers if layer.kind == "attention"]
+    unscaled = [layer for layer in caches if layer.method_detail.endswith("scale 1")]
+    if unscaled:
+        notes.append(
+            f"{len(unscaled)} attention layers store keys and values in {unscaled[0].method} with scale 1, "
+            "as the checkpoint has no scales for them: large values are clamped"
+        )
+    left = sum(layer.source == "compute=exact" for layer in caches)
+    if left:
+        notes.append(
+            f"{left} attention layers keep keys and values in floats: compute=exact forbids the checkpoint's own "
+            "KV cache rounding; kv_cache=fp8 or int8 asks for it all the same"
         )
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymllm.attention import Attention
 from pymllm.config import Execution, ModelConfig, parse_dtype
 from pymllm.errors import CheckpointError, ConfigError, ShardingError, nearest
 from pymllm.kernels.hardware import probe_device
@@ -29,7 +30,7 @@ from pymllm.quantization.base import (
     get_quantization_config,
     list_quantization_methods,
 )
-from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
+from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
 from pymllm.weights.checkpoint import Checkpoint, TensorInfo, resolve_model_path
 from pymllm.weights.loader import Slot, place, same_shape
 from pymllm.weights.report import Problem, TensorRecord, raise_problems
@@ -77,6 +78,7 @@ def prepare(
     dtype: str | torch.dtype = "auto",
     compute: str = "auto",
     kernels: Mapping[str, str] | None = None,
+    kv_cache: RuleSource = None,
     revision: str | None = None,
 ) -> Prepared:
     """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
@@ -95,7 +97,7 @@ def prepare(
             code="dtype-unsupported",
             expected=" or ".join(map(str, stored.get_supported_act_dtypes())),
         )
-    rules = RuledConfig(stored, read_rules(quant))
+    rules = RuledConfig(stored, read_rules(quant), read_kv_rules(kv_cache))
     parallel = current_parallel()
     try:
         model = build_on_meta(config, rules, execution, parallel)
@@ -329,13 +331,13 @@ def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         holds_plain = any(
             not hasattr(param, "slots") for param in module._parameters.values() if param is not None
         )
-        if isinstance(module, WeightedLayer) or holds_plain:
+        if (isinstance(module, (WeightedLayer, Attention)) and module._parameters) or holds_plain:
             yield name, module
 
 
 def _slots(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str, Slot]]:
     """Every slot of a unit, with the module and parameter it fills."""
-    if not isinstance(module, WeightedLayer):
+    if not isinstance(module, (WeightedLayer, Attention)):
         for param_name, param in module._parameters.items():
             if param is not None:
                 spec = WeightSpec(param_name, param.dtype, tuple(map(whole, param.shape)), accepts=FLOATS)

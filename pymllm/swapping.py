@@ -246,9 +246,9 @@ class SwappedConfig(RuledConfig):
     """
 
     def __init__(self, loaded: RuledConfig, swaps: tuple[Rule, ...]) -> None:
-        super().__init__(loaded.checkpoint_config, loaded.rules)
+        super().__init__(loaded.checkpoint_config, loaded.rules, loaded.kv_rules)
         self.swaps = tuple((rule, rule.build()) for rule in swaps)
-        self.decisions = dict(loaded.decisions)
+        self.decisions, self.kv_decisions = dict(loaded.decisions), loaded.kv_decisions
         self.chosen: list[str] = []
         self.unchanged: list[str] = []
 

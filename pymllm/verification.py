@@ -105,6 +105,7 @@ def verify(
     dtype: str | torch.dtype = "auto",
     compute: str = "auto",
     kernels: Mapping[str, str] | None = None,
+    kv_cache: RuleSource = None,
     revision: str | None = None,
 ) -> Verification:
     """Check every layer that holds weights.
@@ -120,6 +121,7 @@ def verify(
             dtype=dtype,
             compute=compute,
             kernels=kernels,
+            kv_cache=kv_cache,
             revision=revision,
         )
         load_prepared(prepared)

@@ -272,10 +272,10 @@ def test_a_generation_under_way_goes_on_with_its_cache(llm):
     expected = llm.generate([IDS], params)[0].token_ids
     stream = llm.stream(IDS, params)
     tokens = [next(stream).token_id for _ in range(5)]
-    caches = [layer.self_attn.attn.k_cache for layer in llm.model.model.layers]
+    caches = [layer.self_attn.attn.cache.k for layer in llm.model.model.layers]
     copies = [cache.clone() for cache in caches]
     swap = pymllm.swap(llm, "**.mlp.*", "int8")
-    running = [layer.self_attn.attn.k_cache for layer in llm.model.model.layers]
+    running = [layer.self_attn.attn.cache.k for layer in llm.model.model.layers]
     assert all(a is b for a, b in zip(running, caches, strict=True))
     assert all(torch.equal(cache, copy) for cache, copy in zip(caches, copies, strict=True))
     tokens += [next(stream).token_id for _ in range(3)]

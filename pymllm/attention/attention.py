@@ -14,7 +14,9 @@ from pymllm.kernels.attention import AttentionKernel, AttentionProblem, Attentio
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.reference_attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
+from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.kv_cache import KVCacheMethodBase, UnquantizedKVCacheMethod
+from pymllm.weights.spec import LinearShape, Span
 
 
 class Attention(nn.Module):
@@ -22,7 +24,9 @@ class Attention(nn.Module):
 
     attn_impl: "auto", or a kernel's name.  sliding_window: how many positions a query sees; None: all.
     value_head_dim: None: head_dim.  soft_cap: of the scaled logits.  sinks: whether `forward` gets a logit a head that
-    takes part in the softmax alone.  quant_method: how keys and values are stored; None: in the activations' dtype.
+    takes part in the softmax alone.  quant_method: how keys and values are stored; None: as quant_config says, else in
+    the activations' dtype.  kv_heads: this rank's key heads of all of them, for scales that have one each.
+    prefix: the layer's name; scales in the checkpoint are named after the module around it.
     cache: the layer's pages, set by the engine; None: nothing is cached.
     """
 
@@ -39,6 +43,8 @@ class Attention(nn.Module):
         soft_cap: float | None = None,
         sinks: bool = False,
         quant_method: KVCacheMethodBase | None = None,
+        quant_config: QuantizationConfig | None = None,
+        kv_heads: Span | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()
@@ -53,7 +59,14 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.num_kv_heads, self.sliding_window, self.prefix = num_kv_heads, sliding_window, prefix
         self.value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        self.shape = LinearShape(
+            Span.full(1), (kv_heads or Span.full(num_kv_heads),), (prefix.rpartition(".")[0],), torch.float32
+        )
+        if quant_method is None and quant_config is not None:
+            quant_method = quant_config.get_kv_cache_method(self, prefix)
         self.quant_method: KVCacheMethodBase = quant_method or UnquantizedKVCacheMethod()
+        self.quant_method.create_weights(self)
+        self.kv_scales: tuple[Tensor, ...] = ()  # once loaded: of keys and values, [Hkv] each
         execution = current_execution() or Execution(dtype=torch.get_default_dtype())
         self.problem = AttentionProblem(
             num_heads=num_heads,

@@ -68,6 +68,8 @@ class SelfAttention(nn.Module):
             head_dim**-0.5,
             self.qkv_proj.num_kv_heads_local,
             sliding_window=config.sliding_window_of(layer),
+            quant_config=quant_config,
+            kv_heads=self.qkv_proj.kv_heads,
             prefix=f"{prefix}.attn",
         )
 

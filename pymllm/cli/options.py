@@ -52,6 +52,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         metavar="OPERATION=NAME",
         help="force a kernel, e.g. linear=reference; repeatable",
     )
+    group.add_argument(
+        "--kv-cache",
+        action="append",
+        metavar="METHOD|PATTERN=METHOD",
+        help="how keys and values are stored: fp8, int8, none or a dtype, for all attention layers or those that match",
+    )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument(
         "--tensor-parallel-size",
@@ -95,6 +101,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "compute": args.compute,
         "kernels": dict(args.kernel),
+        "kv_cache": args.kv_cache,
         "revision": args.revision,
     }
 

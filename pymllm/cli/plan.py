@@ -76,7 +76,7 @@ def _group_table(plan: Plan, *, named: bool) -> Table:
     table = _table("#", *(["layers"] if named else []), "kind", "method", "kernel", "size", "decided by")
     by_prefix = {layer.prefix: layer for layer in plan.layers}
     for first, names in plan.groups():
-        size = sum(by_prefix[name].bytes for name in names)
+        size = sum(by_prefix[name].bytes or by_prefix[name].kv_bytes_per_token for name in names)
         cells = (first.kind, first.method_detail, first.kernel, _size(first, size), _why(first))
         table.add_row(str(len(names)), *([common_pattern(names)] if named else []), *cells)
     return table
@@ -92,7 +92,7 @@ def _layer_table(layers: list[PlannedLayer]) -> Table:
             local,
             layer.method_detail,
             layer.kernel,
-            _size(layer, layer.bytes),
+            _size(layer, layer.bytes or layer.kv_bytes_per_token),
             _why(layer),
         )
         table.add_row(layer.prefix, *cells)
@@ -100,6 +100,8 @@ def _layer_table(layers: list[PlannedLayer]) -> Table:
 
 
 def _size(layer: PlannedLayer, nbytes: int) -> str:
+    if layer.kind == "attention":
+        return f"{nbytes} B/token"
     return "shared" if layer.tied_to else readable_size(nbytes) if nbytes else "–"
 
 

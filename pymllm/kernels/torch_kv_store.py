@@ -10,7 +10,7 @@ from torch import Tensor
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, PagedKV
 from pymllm.kernels.canonical import E4M3_MAX
 
-INT8_MAX = 127.0
+INT8_MIN, INT8_MAX = -128.0, 127.0
 
 
 class TorchKVStore:
@@ -61,7 +61,6 @@ def encode_kv(x: Tensor, kind: KVType, static_scale: Tensor | None) -> tuple[Ten
         # A head of zeros keeps a scale that can be divided by.
         smallest = torch.finfo(torch.float32).smallest_normal
         scale = (values.abs().amax(-1, keepdim=True) / largest).clamp(min=smallest)
-    codes = (values / scale).clamp(-largest, largest)
-    if not kind.dtype.is_floating_point:
-        codes = codes.round()
+    codes = values / scale
+    codes = codes.clamp(-largest, largest) if largest == E4M3_MAX else codes.round().clamp(INT8_MIN, INT8_MAX)
     return codes.to(kind.dtype), scale.squeeze(-1) if kind.scaling == "token" else None

@@ -257,7 +257,7 @@ class QKVParallelLinear(ColumnParallelLinear):
     """q, k and v projections in one matmul, divided by heads.
 
     With more ranks than key heads, every key head is held by several ranks.
-    num_heads_local, num_kv_heads_local: this rank's heads.
+    num_heads_local, num_kv_heads_local: this rank's heads.  kv_heads: its key heads, of all of them.
     """
 
     def __init__(
@@ -287,6 +287,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         )
         q, k, _ = self.shape.outputs
         self.num_heads_local, self.num_kv_heads_local = q.size // head_size, k.size // head_size
+        self.kv_heads = Span(k.start // head_size, k.stop // head_size, self.total_num_kv_heads)
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
         what = self.prefix or type(self).__name__

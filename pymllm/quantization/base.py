@@ -31,6 +31,8 @@ from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, Span, WeightSpec
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from pymllm.quantization.kv_cache import KVCacheMethodBase
+
 
 class QuantizeMethodBase(ABC):
     """What a layer asks of its method, whatever the layer is."""
@@ -291,6 +293,10 @@ class QuantizationConfig(ABC):
             code="not-a-target",
             fix="Choose another method.",
         )
+
+    def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
+        """How the attention module `prefix` is to store keys and values; None: the checkpoint does not say."""
+        return None
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Told once, before any layer is made, what the checkpoint's headers hold; for what a config leaves open."""

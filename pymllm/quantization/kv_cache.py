@@ -1,22 +1,40 @@
-"""The KV cache's methods: how an attention layer's keys and values are stored.
+"""The KV cache's methods: how an attention layer stores its keys and values.
 
-An `Attention` layer holds one as its `quant_method`, as linear layers do theirs.
+An `Attention` layer holds one as its `quant_method`, as linear layers do theirs. The layouts of the pages are those
+of `KVType`:
+
+    none                        as they are, in the activations' dtype or another one
+    fp8, int8 (static)          e4m3 or int8, value = code * scale; a scale for keys and one for values, or one a head,
+                                from the checkpoint, and 1 where it has none
+    int8, fp8 (a scale a token) value = code * scale; a float32 scale beside every head of every token
 """
 
 # N slots, T tokens, Hkv key heads, D head size, Dv value head size, P page size
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.attention import AttentionStep, KVType, PagedKV
+from pymllm.errors import ConfigError, nearest
+from pymllm.kernels.attention import AttentionStep, KVType, PagedKV, Scaling
 from pymllm.kernels.registry import select
-from pymllm.quantization.base import QuantizeMethodBase
+from pymllm.quantization.base import QuantizeMethodBase, StoredTensor, add_weight, one_of, parse_options
+from pymllm.weights.spec import FLOATS, OUT, PART, LinearShape, WeightSpec, whole
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+# After the attention module's name, as compressed-tensors, ModelOpt, AutoFP8 and Quark write them.
+KEY_SCALES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale", "kv_scale")
+VALUE_SCALES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale", "kv_scale")
+SCALE = re.compile(r"\.(k|v|kv)_scale$|\.(k|v)_proj\.output_scale$")
+QUERY_SCALE = re.compile(r"\.q_(scale|zero_point)$|\.q_proj\.output_scale$")
+ZERO_POINT = re.compile(r"\.(k|v)_zero_point$")
 
 
 class KVCacheMethodBase(QuantizeMethodBase):
@@ -28,20 +46,41 @@ class KVCacheMethodBase(QuantizeMethodBase):
     def kv_type(self, dtype: torch.dtype) -> KVType:
         """How keys and values of this dtype are stored."""
 
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        """The checkpoint's tensors; outputs of the shape are key heads."""
+        return ()
+
     def create_weights(self, layer: nn.Module, *args: Any, **extra_weight_attrs: Any) -> None:
-        """Most methods have no scales to load."""
+        """Register one parameter for each tensor, with its loader metadata."""
+        shape: Any = layer.shape
+        for spec in self.weight_specs(shape):
+            add_weight(layer, spec, shape, **extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing to pack, then."""
+        """Spread the loaded scales over this rank's key heads.  A second call does nothing."""
+        shape: Any = layer.shape
+        names = [spec.name for spec in self.weight_specs(shape)]
+        if names and hasattr(layer, names[0]):
+            scales = [getattr(layer, name).data.float().flatten() for name in names]
+            layer.kv_scales = tuple(s.expand(shape.out_features_local).contiguous() for s in scales)  # type: ignore[assignment]
+            for name in names:
+                delattr(layer, name)
 
     def allocate(self, layer: Any, num_pages: int, page_size: int, device: torch.device) -> PagedKV:
         """Empty pages for the layer."""
         kind: KVType = layer.problem.kv
         slots = (num_pages, page_size, layer.num_kv_heads)
+        scales: list[Tensor | None] = [None, None]
+        if kind.scaling == "token":
+            scales = [torch.zeros(slots, device=device) for _ in scales]
+        elif kind.scaling == "static":
+            ones = torch.ones(layer.num_kv_heads, device=device)
+            scales = [s.to(device) for s in (layer.kv_scales or (ones, ones))]
         return PagedKV(
             kind,
             torch.zeros((*slots, layer.head_dim), dtype=kind.dtype, device=device),
             torch.zeros((*slots, layer.value_head_dim), dtype=kind.dtype, device=device),
+            *scales,
         )
 
     def store(self, layer: Any, k: Tensor, v: Tensor, step: AttentionStep) -> None:
@@ -71,10 +110,9 @@ class KVCacheMethodBase(QuantizeMethodBase):
         """Keys and values as they would come back from pages: for steps that cache nothing."""
         tokens = k.shape[0]
         pages = self.allocate(layer, 1, tokens, k.device)
-        step = AttentionStep(slot_mapping=torch.arange(tokens, device=k.device))
-        assert step.slot_mapping is not None
-        layer.store_selection.kernel.run(layer.problem, k, v, pages, step)
-        return pages.read(step.slot_mapping, k.dtype)
+        slots = torch.arange(tokens, device=k.device)
+        layer.store_selection.kernel.run(layer.problem, k, v, pages, AttentionStep(slot_mapping=slots))
+        return pages.read(slots, k.dtype)
 
     def describe(self) -> str:
         """The method with its options, for people."""
@@ -90,3 +128,122 @@ class UnquantizedKVCacheMethod(KVCacheMethodBase):
 
     def kv_type(self, dtype: torch.dtype) -> KVType:
         return KVType(self.dtype or dtype)
+
+    def describe(self) -> str:
+        return "activations' dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class QuantizedKVCacheMethod(KVCacheMethodBase):
+    """Eight bits a value.
+
+    kind: of the codes.  scaling: "static", or "token": each token's head has its own scale.
+    stored: of static scales, what the checkpoint has: one a tensor, one a key head, or none, which means 1.
+    """
+
+    kind: Literal["fp8", "int8"]
+    scaling: Scaling = "static"
+    stored: Literal["none", "tensor", "head"] = "none"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.kind
+
+    def kv_type(self, dtype: torch.dtype) -> KVType:
+        return KVType(DTYPES[self.kind], self.scaling)
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        if self.scaling != "static" or self.stored == "none":
+            return ()
+        dims = (PART,) if self.stored == "tensor" else (OUT, whole(1), whole(1))
+        return tuple(
+            WeightSpec(first, torch.float32, dims, accepts=FLOATS, aliases=tuple(others), scale=True)
+            for first, *others in (KEY_SCALES, VALUE_SCALES)
+        )
+
+    def with_stored_scales(
+        self, stored: Mapping[str, StoredTensor], prefix: str, num_kv_heads: int
+    ) -> QuantizedKVCacheMethod:
+        """The same method with the scales that the checkpoint has for the attention module `prefix`."""
+        found = next((stored[f"{prefix}.{n}"] for n in KEY_SCALES if f"{prefix}.{n}" in stored), None)
+        if self.scaling != "static" or found is None:
+            return self
+        per_head = len(found.shape) == 3 and found.shape[0] == num_kv_heads and num_kv_heads > 1
+        return replace(self, stored="head" if per_head else "tensor")
+
+    def describe(self) -> str:
+        scales = {"none": "scale 1", "tensor": "a scale from the checkpoint", "head": "a scale a head"}
+        codes = {"fp8": "fp8 e4m3", "int8": "int8"}[self.kind]
+        return f"{codes}, {'a scale a token and head' if self.scaling == 'token' else scales[self.stored]}"
+
+
+KV_METHODS = ("auto", "none", "fp8", "int8", "float32", "bfloat16", "float16")
+
+
+def build_kv_method(name: str, options: Mapping[str, str]) -> KVCacheMethodBase | None:
+    """The method that a user asks for; "auto": None, the checkpoint's.  ConfigError for an unknown one or option.
+
+    fp8 takes its scales from the checkpoint, int8 takes one of each token's head; `scale=` says otherwise.
+    """
+    if name in DTYPES:
+        kind: Any = name
+        default = "checkpoint" if name == "fp8" else "token"
+        scale = parse_options(name, options, {"scale": one_of("checkpoint", "token")}).get("scale", default)
+        return QuantizedKVCacheMethod(kind, "token" if scale == "token" else "static")
+    if name not in KV_METHODS:
+        raise ConfigError(
+            f"there is no KV cache method {name!r}",
+            code="unknown-method",
+            expected=" or ".join(KV_METHODS),
+            found=name,
+            fix=nearest(name, KV_METHODS),
+        )
+    parse_options(name, options, {})
+    if name == "auto":
+        return None
+    return UnquantizedKVCacheMethod(None if name == "none" else getattr(torch, name))
+
+
+def unused_kv_tensor(tensor: str) -> str | None:
+    """Why a tensor of the KV cache's quantisation that no layer asks for may be skipped; None: it is not one."""
+    if SCALE.search(tensor):
+        return "a scale of the KV cache, which is kept in floats"
+    if QUERY_SCALE.search(tensor):
+        return "a scale of queries beside the KV cache, which stay in floats"
+    if ZERO_POINT.search(tensor):
+        return "a zero point of the KV cache's symmetric quantisation, which has none"
+    return None
+
+
+def unsupported_kv_cache(field: str, value: Any, supported: str) -> ConfigError:
+    """The error for a checkpoint's KV cache scheme that cannot be honoured."""
+    return ConfigError(
+        f"the checkpoint wants a KV cache with {field.rpartition('.')[2]} {value!r}, which there is no method for",
+        code="quantization-config",
+        file="config.json",
+        tensor=f"quantization_config.{field}",
+        expected=supported,
+        found=repr(value),
+        fix="Choose one: kv_cache='none' (--kv-cache none) keeps keys and values in floats.",
+    )
+
+
+def read_kv_scheme(scheme: Any) -> KVCacheMethodBase | None:
+    """`kv_cache_scheme`, of compressed-tensors and others: type, num_bits, strategy, dynamic and symmetric."""
+    if scheme is None:
+        return None
+    at = "kv_cache_scheme"
+    if not isinstance(scheme, Mapping):
+        raise unsupported_kv_cache(at, scheme, "null, or an object")
+    kind = {("float", 8): "fp8", ("int", 8): "int8"}.get((scheme.get("type"), scheme.get("num_bits")))  # type: ignore[arg-type]
+    if kind is None:
+        raise unsupported_kv_cache(
+            at, {k: scheme.get(k) for k in ("type", "num_bits")}, "type float or int, num_bits 8"
+        )
+    if scheme.get("symmetric", True) is not True:
+        raise unsupported_kv_cache(f"{at}.symmetric", scheme["symmetric"], "true")
+    if scheme.get("dynamic", False) is not False:
+        raise unsupported_kv_cache(f"{at}.dynamic", scheme["dynamic"], "false")
+    if scheme.get("strategy", "tensor") not in ("tensor", "attn_head", None):
+        raise unsupported_kv_cache(f"{at}.strategy", scheme["strategy"], "tensor or attn_head")
+    return QuantizedKVCacheMethod(kind)  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from pymllm.errors import RuleError, nearest
+from pymllm.config import current_execution
+from pymllm.errors import ConfigError, RuleError, nearest
 from pymllm.quantization.base import (
     ConvertedLinearMethod,
     LinearMethodBase,
@@ -28,8 +29,15 @@ from pymllm.quantization.base import (
     UnquantizedLinearMethod,
     get_quantization_config,
 )
+from pymllm.quantization.kv_cache import (
+    KVCacheMethodBase,
+    QuantizedKVCacheMethod,
+    UnquantizedKVCacheMethod,
+    build_kv_method,
+)
 
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
+RULE_OPTIONS = re.compile(r":.*")
 RuleSource = str | Path | Mapping[str, str] | Iterable[str] | None
 
 
@@ -126,6 +134,15 @@ def read_rules(source: RuleSource) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+def read_kv_rules(source: RuleSource) -> tuple[Rule, ...]:
+    """Rules for attention layers, as `read_rules`; a method alone is for all of them: "fp8" is "**=fp8"."""
+    if isinstance(source, str) and source and "=" not in RULE_OPTIONS.sub("", source) and source[0] != "@":
+        source = f"**={source}"
+    if source is None or isinstance(source, (str, Path, Mapping)):
+        return read_rules(source)
+    return tuple(rule for line in source for rule in read_kv_rules(line))
+
+
 @dataclass(frozen=True)
 class Decision:
     """Why a layer has its method.
@@ -134,7 +151,7 @@ class Decision:
     """
 
     prefix: str
-    method: LinearMethodBase
+    method: Any
     source: str
     rule: Rule | None = None
 
@@ -142,12 +159,17 @@ class Decision:
 class RuledConfig(QuantizationConfig):
     """The checkpoint's config with the user's rules over it.  Remembers every decision.
 
-    decisions: by checkpoint name, in the order in which layers were made.
+    decisions: by checkpoint name, in the order in which layers were made.  kv_rules, kv_decisions: the same for the
+    KV cache of attention layers, which rules for weights do not touch.
     """
 
-    def __init__(self, checkpoint_config: QuantizationConfig, rules: Iterable[Rule] = ()) -> None:
+    def __init__(
+        self, checkpoint_config: QuantizationConfig, rules: Iterable[Rule] = (), kv_rules: Iterable[Rule] = ()
+    ) -> None:
         self.checkpoint_config = checkpoint_config
-        self.rules = tuple(rules)
+        self.rules, self.kv_rules = tuple(rules), tuple(kv_rules)
+        self.kv_targets = {rule: build_kv_method(rule.method, dict(rule.options)) for rule in self.kv_rules}
+        self.kv_decisions: dict[str, Decision] = {}
         self.targets = {rule: rule.build() for rule in self.rules}
         self.decisions: dict[str, Decision] = {}
         self.fused: list[tuple[str, ...]] = []
@@ -172,6 +194,34 @@ class RuledConfig(QuantizationConfig):
         self.decisions[name] = decision
         return decision.method
 
+    def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
+        """How the attention layer named `prefix` stores keys and values.
+
+        The user's rule decides, else the checkpoint; but compute=exact rounds nothing that the user did not ask for.
+        """
+        rule = next((rule for rule in self.kv_rules if rule.matches(prefix)), None)
+        method = None if rule is None else self.kv_targets[rule]
+        source = "rule" if method is not None else "default"
+        if method is None:
+            execution = current_execution()
+            exact = execution is not None and execution.compute == "exact"
+            try:
+                method = self.checkpoint_config.get_kv_cache_method(layer, prefix)
+            except ConfigError:  # a scheme that there is no method for
+                if not exact:
+                    raise
+                source = "compute=exact"
+            if method is not None:
+                source = "compute=exact" if exact else "quantization_config"
+                method = None if exact else method
+        if isinstance(method, QuantizedKVCacheMethod):
+            shape: Any = layer.shape
+            stored, module = self.checkpoint_config.stored, prefix.rpartition(".")[0]
+            method = method.with_stored_scales(stored, module, shape.out_features)
+        decision = Decision(prefix, method or UnquantizedKVCacheMethod(), source, rule)
+        self.kv_decisions[prefix] = decision
+        return decision.method
+
     def _convert(self, stored: LinearMethodBase, rule: Rule) -> LinearMethodBase:
         target = self.targets[rule]
         already = target == stored or (target.name == stored.name and not rule.options)
@@ -188,17 +238,19 @@ class RuledConfig(QuantizationConfig):
 
     def lint(self) -> None:
         """Once every layer is made: a rule that matches nothing, or is always preceded by another, is a RuleError."""
-        names = list(self.decisions)
+        self._lint(self.rules, self.decisions)
+        self._lint(self.kv_rules, self.kv_decisions)
+
+    def _lint(self, rules: tuple[Rule, ...], decisions: Mapping[str, Decision]) -> None:
+        names = list(decisions)
         problems = []
-        for index, rule in enumerate(self.rules):
+        for index, rule in enumerate(rules):
             matched = [name for name in names if rule.matches(name)]
             if not matched:
                 hint = self._hint(rule, names)
                 problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
-            elif not any(
-                self.decisions[name].rule is rule for name in matched
-            ):  # an equal one may come first
-                earlier = next(other for other in self.rules[:index] if other.matches(matched[0]))
+            elif not any(decisions[name].rule is rule for name in matched):  # an equal one may come first
+                earlier = next(other for other in rules[:index] if other.matches(matched[0]))
                 problems.append(
                     f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all its layers."
                 )

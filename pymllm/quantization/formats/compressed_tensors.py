@@ -29,6 +29,7 @@ from pymllm.quantization.compressed_linear import (
     IntQuantizedLinearMethod,
 )
 from pymllm.quantization.fields import read_names
+from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
 from pymllm.weights.spec import FLOATS
 
 FORMATS = (
@@ -39,7 +40,6 @@ FORMATS = (
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
 )
-KV_CACHE_SCALES = re.compile(r"\.(k|v|q)_(scale|zero_point)$")
 ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
 CLASS_NAME = re.compile(r"[A-Z]\w*")
 ACT_ORDER = ("group", "dynamic", True)  # by group index; "weight" and "static" change calibration alone
@@ -56,10 +56,12 @@ class Group:
 
 @register_quantization("compressed-tensors")
 class CompressedTensorsConfig(QuantizationConfig):
-    """`quantization_config` of compressed-tensors: config_groups with targets, ignore, format."""
+    """`quantization_config` of compressed-tensors: config_groups with targets, ignore, format, kv_cache_scheme."""
 
-    def __init__(self, *, groups: Sequence[Group], ignore: Sequence[str] = ()) -> None:
-        self.groups, self.ignore = tuple(groups), tuple(ignore)
+    def __init__(
+        self, *, groups: Sequence[Group], ignore: Sequence[str] = (), kv_cache_scheme: Any = None
+    ) -> None:
+        self.groups, self.ignore, self.kv_cache_scheme = tuple(groups), tuple(ignore), kv_cache_scheme
 
     @classmethod
     def get_name(cls) -> str:
@@ -77,7 +79,11 @@ class CompressedTensorsConfig(QuantizationConfig):
             raise _unsupported("config_groups", settings, "an object of groups")
         groups = [_read_group(name, group, config.get("format")) for name, group in settings.items()]
         _refuse_conflicts(groups)
-        return cls(groups=groups, ignore=read_names(config, "ignore", regex="re:"))
+        return cls(
+            groups=groups,
+            ignore=read_names(config, "ignore", regex="re:"),
+            kv_cache_scheme=config.get("kv_cache_scheme"),
+        )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
         super().see_checkpoint(tensors)
@@ -105,6 +111,9 @@ class CompressedTensorsConfig(QuantizationConfig):
         found = self._group(prefix)
         return None if found is None else self._as_stored(found.method, prefix)
 
+    def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
+        return read_kv_scheme(self.kv_cache_scheme)
+
     def _group(self, prefix: str) -> Group | None:
         """A group that names the layer comes first, then one that has a pattern for it, then one of its class."""
         ranked = [(_rank(target, prefix), target, group) for group in self.groups for target in group.targets]
@@ -129,11 +138,9 @@ class CompressedTensorsConfig(QuantizationConfig):
         return method
 
     def skip_reason(self, tensor: str) -> str | None:
-        if KV_CACHE_SCALES.search(tensor):
-            return "a scale of the KV cache, which is kept in floats"
         if ZERO_POINTS.search(tensor):
             return "a zero point of symmetric quantisation, which has none"
-        return None
+        return unused_kv_tensor(tensor)
 
 
 def _rank(target: str, prefix: str) -> int | None:

@@ -31,6 +31,12 @@ from pymllm.quantization.base import (
     register_quantization,
 )
 from pymllm.quantization.fields import read_names
+from pymllm.quantization.kv_cache import (
+    KVCacheMethodBase,
+    QuantizedKVCacheMethod,
+    read_kv_scheme,
+    unused_kv_tensor,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
@@ -95,9 +101,10 @@ class Fp8Config(QuantizationConfig):
         block: tuple[int, int] | None,
         activation_scheme: str = "dynamic",
         modules_to_not_convert: tuple[str, ...] = (),
+        kv_cache_scheme: Any = None,
     ) -> None:
         self.block, self.activation_scheme = block, activation_scheme
-        self.modules_to_not_convert = modules_to_not_convert
+        self.modules_to_not_convert, self.kv_cache_scheme = modules_to_not_convert, kv_cache_scheme
 
     @classmethod
     def get_name(cls) -> str:
@@ -120,6 +127,7 @@ class Fp8Config(QuantizationConfig):
             block=None if block is None else (block[0], block[1]),
             activation_scheme=scheme,
             modules_to_not_convert=ignored,
+            kv_cache_scheme=config.get("kv_cache_scheme"),
         )
 
     @classmethod
@@ -149,6 +157,14 @@ class Fp8Config(QuantizationConfig):
         stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
         per_channel = stored is not None and math.prod(stored.shape) > 1
         return Fp8LinearMethod((1, 0) if per_channel else (0, 0), "static" if static else "token")
+
+    def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
+        """AutoFP8 writes "static" where others write an object."""
+        scheme = self.kv_cache_scheme
+        return QuantizedKVCacheMethod("fp8") if scheme == "static" else read_kv_scheme(scheme)
+
+    def skip_reason(self, tensor: str) -> str | None:
+        return unused_kv_tensor(tensor)
 
     def _is_ignored(self, prefix: str) -> bool:
         """As transformers reads the list: a pattern from the start to a segment's end, or a suffix."""

@@ -16,10 +16,9 @@ input_scale []. The page with the layouts: quantization/modelopt/README.md.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,13 @@ from pymllm.quantization.base import (
 )
 from pymllm.quantization.fields import read_choice, read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.kv_cache import (
+    KVCacheMethodBase,
+    QuantizedKVCacheMethod,
+    read_kv_scheme,
+    unsupported_kv_cache,
+    unused_kv_tensor,
+)
 from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
@@ -41,7 +47,7 @@ GROUP = 16
 LARGEST = 6.0  # of E2M1
 E4M3 = torch.float8_e4m3fn
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
-KV_CACHE_SCALES = re.compile(r"\.(k|v|q)_(scale|zero_point)$")
+KV_ALGORITHMS: dict[str, Literal["fp8", "int8"]] = {"FP8": "fp8", "INT8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,10 @@ class ModelOptConfig(QuantizationConfig):
         quant_algo: str | None,
         exclude_modules: tuple[str, ...] = (),
         quantized_layers: Mapping[str, str] | None = None,
+        kv_cache: Any = None,
     ) -> None:
         self.quant_algo, self.exclude_modules = quant_algo, exclude_modules
-        self.quantized_layers = quantized_layers
+        self.quantized_layers, self.kv_cache = quantized_layers, kv_cache
 
     @classmethod
     def get_name(cls) -> str:
@@ -154,7 +161,12 @@ class ModelOptConfig(QuantizationConfig):
         if algo == "MIXED_PRECISION":
             layers = _read_layers(settings.get("quantized_layers"))
         excluded = (*read_names(settings, "exclude_modules"), *read_names(settings, "ignore"))
-        return cls(quant_algo=algo, exclude_modules=excluded, quantized_layers=layers)
+        return cls(
+            quant_algo=algo,
+            exclude_modules=excluded,
+            quantized_layers=layers,
+            kv_cache=settings.get("kv_cache_quant_algo", config.get("kv_cache_scheme")),
+        )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if self.is_excluded(prefix) or self.stored_as_float(prefix):
@@ -170,6 +182,14 @@ class ModelOptConfig(QuantizationConfig):
             return NamedFp8LinearMethod("modelopt", (0, 0), "static" if static else "float")
         return NVFP4LinearMethod(static)
 
+    def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
+        """kv_cache_quant_algo names an algorithm; config.json has the object kv_cache_scheme in its place."""
+        if not isinstance(self.kv_cache, str):
+            return read_kv_scheme(self.kv_cache)
+        if self.kv_cache not in KV_ALGORITHMS:
+            raise unsupported_kv_cache("kv_cache_quant_algo", self.kv_cache, " or ".join(KV_ALGORITHMS))
+        return QuantizedKVCacheMethod(KV_ALGORITHMS[self.kv_cache])
+
     def is_excluded(self, prefix: str) -> bool:
         """Entries are names with shell wildcards; one that names a module names all within it."""
         return any(
@@ -178,7 +198,7 @@ class ModelOptConfig(QuantizationConfig):
         )
 
     def skip_reason(self, tensor: str) -> str | None:
-        return "a scale of the KV cache, which is kept in floats" if KV_CACHE_SCALES.search(tensor) else None
+        return unused_kv_tensor(tensor)
 
 
 def _read_layers(layers: Any) -> dict[str, str]:

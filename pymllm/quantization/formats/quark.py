@@ -24,9 +24,14 @@ from pymllm.kernels.canonical import Activations
 from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
 from pymllm.quantization.fields import read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.kv_cache import (
+    KVCacheMethodBase,
+    QuantizedKVCacheMethod,
+    unsupported_kv_cache,
+    unused_kv_tensor,
+)
 
 BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}
-KV_CACHE_SCALES = re.compile(r"\.(k|v|q)_proj\.output_scale$|\.(k|v|q)_(scale|zero_point)$")
 
 
 @register_quantization("quark")
@@ -39,8 +44,9 @@ class QuarkConfig(QuantizationConfig):
         common: NamedFp8LinearMethod | None,
         layers: Mapping[str, NamedFp8LinearMethod | None],
         exclude: tuple[str, ...] = (),
+        kv_cache: Any = None,
     ) -> None:
-        self.common, self.layers, self.exclude = common, layers, exclude
+        self.common, self.layers, self.exclude, self.kv_cache = common, layers, exclude, kv_cache
 
     @classmethod
     def get_name(cls) -> str:
@@ -71,6 +77,7 @@ class QuarkConfig(QuantizationConfig):
                 name: _read_scheme(value, f"layer_quant_config.{name}") for name, value in layers.items()
             },
             exclude=read_names(config, "exclude", regex="re:"),
+            kv_cache=_kv_cache_tensors(export, layers),
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
@@ -84,8 +91,28 @@ class QuarkConfig(QuantizationConfig):
             return found
         return replace(found, flat_scale=len(scale.shape) == 1)
 
+    def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
+        if self.kv_cache is None:
+            return None
+        found = tuple(self.kv_cache.get(field) for field in ("dtype", "qscheme", "is_dynamic"))
+        if found not in (("fp8_e4m3", "per_tensor", False), ("fp8_e4m3", "per_tensor", None)):
+            raise unsupported_kv_cache(
+                "layer_quant_config.output_tensors", self.kv_cache, "fp8_e4m3, per_tensor, static"
+            )
+        return QuantizedKVCacheMethod("fp8")
+
     def skip_reason(self, tensor: str) -> str | None:
-        return "a scale of the KV cache, which is kept in floats" if KV_CACHE_SCALES.search(tensor) else None
+        return unused_kv_tensor(tensor)
+
+
+def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """`output_tensors` of the layers that export's kv_cache_group names: how keys and values are to be stored."""
+    group = export.get("kv_cache_group") if isinstance(export, Mapping) else None
+    for name in group or ():
+        tensors = layers.get(name, {}).get("output_tensors")
+        if isinstance(tensors, Mapping):
+            return tensors
+    return None
 
 
 def _names(pattern: str, prefix: str) -> bool:
