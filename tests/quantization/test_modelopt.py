@@ -104,8 +104,8 @@ def test_the_file_beside_config_json_is_read_and_scales_of_the_cache_are_skipped
     (tmp_path / "hf_quant_config.json").write_text(
         json.dumps({"producer": producer, "quantization": settings})
     )
-    scale = {"model.layers.0.self_attn.k_proj.k_scale": torch.tensor(1.0)}
-    save_tensors(tmp_path, written.tensors | scale)
+    scales = {f"model.layers.0.self_attn.{n}_proj.{n}_scale": torch.tensor(1.0) for n in "kv"}
+    save_tensors(tmp_path, written.tensors | scales)
     model = pymllm.load_model(tmp_path, device="cpu", dtype="float32")
     reasons = {
         record.name: record.reason for record in model.load_report.tensors if record.status == "skipped"
