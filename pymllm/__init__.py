@@ -21,6 +21,7 @@ _HOMES = {
     "plan": "pymllm.planning",
     "verify": "pymllm.verification",
     "swap": "pymllm.swapping",
+    "quantize_checkpoint": "pymllm.checkpoint_quantization",
     "quantize_model": "pymllm.module_quantization",
     "SamplingParams": "pymllm.engine.sampling",
     "Parallel": "pymllm.parallel",
@@ -31,6 +32,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from pymllm.api import LLM
+    from pymllm.checkpoint_quantization import quantize_checkpoint
     from pymllm.engine.sampling import SamplingParams
     from pymllm.errors import PymllmError
     from pymllm.loading import load_model

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.models.causal_lm import CausalLM
 from pymllm.preparation import Placement, Prepared, Unit, layer_parts, prepare
+from pymllm.quantization.base import LinearMethodBase
 from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.checkpoint import TensorInfo
-from pymllm.weights.loader import Slot, Written, write
+from pymllm.weights.loader import Slot, Written, place, write
 from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.report import LoadReport, TensorRecord
+from pymllm.weights.spec import LinearShape
 
 logger = logging.getLogger("pymllm")
 
@@ -92,6 +94,35 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Causal
     model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
     logger.info(report.summary())
     return model
+
+
+def read_stored(
+    method: LinearMethodBase, shape: LinearShape, placements: Sequence[Placement]
+) -> dict[str, Tensor]:
+    """A layer's tensors as the checkpoint stores them, parts side by side, by the names of `weight_specs`.
+
+    method: the one that reads them.  placements: at least those of its tensors.  shape: the layer's, or one part's.
+    """
+    tensors: dict[str, Tensor] = {}
+    for spec in method.weight_specs(shape):
+        local, slots = place(spec, shape)
+        tensor = torch.zeros(local, dtype=spec.dtype)
+        written = Written()
+        for slot in slots:
+            found = next(
+                p
+                for p in placements
+                if p.slot.names == slot.names and (len(slots) == 1 or p.slot.part == slot.part)
+            )
+            scalar = len(found.tensor.shape) != len(slot.source)
+            write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
+            target = tensor[slot.target] if slot.target else tensor
+            if spec.scale:
+                _check_scale(found.tensor, target)
+            if spec.refuse is not None:
+                _check_content(found.tensor, spec.refuse(target, shape.part(slot.part)))
+        tensors[spec.name] = tensor
+    return tensors
 
 
 def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:

@@ -23,12 +23,11 @@ from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import load_prepared
+from pymllm.loading import load_prepared, read_stored
 from pymllm.preparation import Placement, Prepared, layer_parts, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bound_weight
 from pymllm.quantization.rules import RuleSource
-from pymllm.weights.loader import Written, place, write
 from pymllm.weights.spec import LinearShape
 
 ROWS = 5
@@ -155,27 +154,10 @@ def _check_unit(module: nn.Module, placements: tuple[Placement, ...], prepared: 
     for method, shape, holder in layer_parts(module):
         bound = bound_weight(holder)
         assert bound is not None
-        stored = _read_again(method, shape, [p for p in placements if p.module is (owner or holder)])
+        stored = read_stored(method, shape, [p for p in placements if p.module is (owner or holder)])
         name = module.prefix if isinstance(module, ParallelLMHead) else shape.name
         checks.append(_check_weight(name, module.kind, method, shape, bound, stored))
     return checks
-
-
-def _read_again(
-    method: LinearMethodBase, shape: LinearShape, placements: list[Placement]
-) -> dict[str, Tensor]:
-    """The layer's stored tensors, parts side by side, from the file."""
-    tensors: dict[str, Tensor] = {}
-    for spec in method.weight_specs(shape):
-        local, slots = place(spec, shape)
-        tensor = torch.zeros(local, dtype=spec.dtype)
-        written = Written()
-        for slot in slots:
-            found = next(p for p in placements if p.slot.names == slot.names and p.slot.part == slot.part)
-            scalar = len(found.tensor.shape) != len(slot.source)
-            write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
-        tensors[spec.name] = tensor
-    return tensors
 
 
 def _check_weight(

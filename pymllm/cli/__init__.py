@@ -16,6 +16,7 @@ VERBS = {
     "run": "generate text",
     "plan": "show which method and kernel every layer gets, and why, without loading",
     "verify": "check every layer's kernel against float64",
+    "quantize": "write a quantised checkpoint that other programs read too",
     "serve": "answer OpenAI-style requests over HTTP",
     "bench": "build, tune and measure kernels",
     "doctor": "show what this machine and this installation can do",

@@ -72,6 +72,18 @@ class LinearMethodBase(QuantizeMethodBase):
             fix="Choose another method for this rule.",
         )
 
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        """The inverse of `to_canonical` for one part: the checkpoint's tensors by the names of `weight_specs`.
+
+        `weight` must be of the kind that `to_canonical` makes.  ConfigError where writing is not defined.
+        """
+        raise ConfigError(
+            f"{self.describe()} can be read but not written here",
+            code="not-writable",
+            tensor=shape.name,
+            fix="Give the layer a rule with a method that can be written: awq, int4, int8, fp8 or none.",
+        )
+
     def check(self, shape: LinearShape) -> None:
         """Refuse, at construction, a shape or dtype that this method cannot run.  ConfigError."""
 
@@ -210,6 +222,10 @@ class UnquantizedLinearMethod(LinearMethodBase):
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         return DenseWeight(weight.to(shape.dtype))
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, DenseWeight)
+        return {"weight": weight.weight.contiguous()}
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if bound_weight(layer) is None:  # a layer used on its own, never packed
@@ -368,6 +384,17 @@ def list_quantization_methods() -> list[str]:
 
     load_formats()
     return sorted(_registry)
+
+
+def needs_calibration(method: str, shape: LinearShape) -> ConfigError:
+    """The error for activation scales that no weight can tell."""
+    return ConfigError(
+        f"{method} has scales for activations, which only example inputs can tell",
+        code="needs-calibration",
+        tensor=shape.name,
+        fix="Calibrate (`pymllm quantize --calibrate FILE`, quantize_model(calibration=...)), "
+        "or choose activations=token.",
+    )
 
 
 def parse_options(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight, Fp8Weight
+from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight, Fp8Weight, IntWeight
 from pymllm.quantization.base import LinearMethodBase
 from pymllm.quantization.integer_linear import (
     group_dim,
@@ -32,7 +32,7 @@ from pymllm.quantization.integer_linear import (
     refuse_unordered,
     unpack_outputs,
 )
-from pymllm.quantization.packing import E2M1, unpack_nibbles_low_first, unpack_words
+from pymllm.quantization.packing import E2M1, pack_words, unpack_nibbles_low_first, unpack_words
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
 
 NAME = "compressed-tensors"
@@ -67,6 +67,18 @@ class FloatQuantizedLinearMethod(LinearMethodBase):
             self.activations,
             tensors.get("input_scale"),
         )
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, Fp8Weight)
+        scales = weight.scales.float().contiguous()
+        tensors = {
+            "weight": weight.weight.contiguous(),
+            "weight_scale": scales.reshape(1) if self.block == (0, 0) else scales,
+        }
+        if self.activations == "static":
+            assert weight.input_scales is not None
+            tensors["input_scale"] = weight.input_scales.float().reshape(1)
+        return tensors
 
     def describe(self) -> str:
         granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
@@ -149,6 +161,23 @@ class IntQuantizedLinearMethod(LinearMethodBase):
             input_scales=tensors.get("input_scale"),
         )
 
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, IntWeight) and not self.per_tensor and self.index == "absent"
+        tensors = {"weight_scale": weight.scales.to(self.scale_dtype).contiguous()}
+        if self.packed:
+            tensors["weight_packed"] = pack_words(weight.codes, self.bits)
+            tensors["weight_shape"] = torch.tensor(weight.shape)
+        else:
+            tensors["weight"] = _as_signed(weight.codes, self.bits)
+        if weight.zeros is not None and self.packed:
+            tensors["weight_zero_point"] = pack_words(weight.zeros.t(), self.bits).t().contiguous()
+        elif weight.zeros is not None:
+            tensors["weight_zero_point"] = _as_signed(weight.zeros, self.bits)
+        if self.activations == "static":
+            assert weight.input_scales is not None
+            tensors["input_scale"] = weight.input_scales.float().reshape(1)
+        return tensors
+
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
         """[P] values of parts as [O, 1] of their rows; [O, I/G] as it is."""
         return _part_rows(values, shape).unsqueeze(1) if self.per_tensor else values
@@ -216,6 +245,11 @@ class Fp4LinearMethod(LinearMethodBase):
 
     def describe(self) -> str:
         return f"{NAME} {self.kind}, activations {self.activations}"
+
+
+def _as_signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes 0..2^bits-1 as int8 around zero."""
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
 def _part_rows(values: Tensor, shape: LinearShape) -> Tensor:

@@ -89,6 +89,15 @@ class AWQLinearMethod(LinearMethodBase):
         group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
         return IntWeight.from_float(weight, bits=4, group_size=group_size, symmetric=not self.zero_point)
 
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, IntWeight)
+        zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+        return {
+            "qweight": pack_words(weight.codes),
+            "qzeros": pack_words(zeros),
+            "scales": weight.scales.t().half().contiguous(),
+        }
+
     def describe(self) -> str:
         groups = f"g{self.group_size}" if self.group_size > 0 else "whole rows"
         return f"awq int4 {groups}{'' if self.zero_point else ' sym'}"

@@ -26,6 +26,7 @@ from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
 from pymllm.quantization.base import (
     LinearMethodBase,
     QuantizationConfig,
+    needs_calibration,
     one_of,
     parse_options,
     register_quantization,
@@ -82,6 +83,8 @@ class Fp8LinearMethod(LinearMethodBase):
         )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        if self.activations == "static":
+            raise needs_calibration(self.describe(), shape)
         return Fp8Weight.from_float(weight, block=self.block, activations=self.activations)
 
     def describe(self) -> str:
@@ -137,7 +140,7 @@ class Fp8Config(QuantizationConfig):
             options,
             {
                 "granularity": one_of("tensor", "channel", "block"),
-                "activations": one_of("float", "token", "tensor", "group"),
+                "activations": one_of("float", "token", "tensor", "group", "static"),
             },
         )
         granularity = values.get("granularity", "channel")

@@ -4,8 +4,8 @@
     **.self_attn.**=int8
 
 Options: group_size (inputs that share a scale; -1: the whole row; 128 for int4, -1 for int8), symmetric (true or
-false), scale (minmax, mse or hqq). The page that says what each does: quantization/integer.md. No checkpoint is
-stored so; a source of rules it can never be.
+false), scale (minmax, mse or hqq), activations (float; of int8 with symmetric whole rows also token or static). The
+page that says what each does: quantization/integer.md. No checkpoint is stored so; a source of rules it can never be.
 """
 
 # O out_features, I in_features, G group_size
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError, ShardingError
-from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
 from pymllm.quantization.base import (
     LinearMethodBase,
     QuantizationConfig,
+    needs_calibration,
     one_of,
     parse_options,
     register_quantization,
@@ -40,12 +41,16 @@ HQQ_NORM, HQQ_STEPS, HQQ_WEIGHT, HQQ_GROWTH = 0.7, 20, 10.0, 1.01
 
 @dataclass(frozen=True)
 class IntegerLinearMethod(LinearMethodBase):
-    """bits: 4 or 8.  group_size: -1 is the whole row.  scale: how scales are chosen."""
+    """bits: 4 or 8.  group_size: -1 is the whole row.  scale: how scales are chosen.
+
+    activations: "token" has compute=checkpoint round activations to int8, "static" by scales that calibration finds.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
     scale: str = "minmax"
+    activations: Activations = "float"
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -80,11 +85,15 @@ class IntegerLinearMethod(LinearMethodBase):
         in_features = weight.shape[1]
         group_size = min(self.group_size, in_features) if self.group_size > 0 else in_features
         encode = {"minmax": round_to_nearest, "mse": search_scales, "hqq": refine_zeros}[self.scale]
-        return encode(weight.float(), self.bits, group_size, self.symmetric)
+        made = encode(weight.float(), self.bits, group_size, self.symmetric)
+        if self.activations == "static":
+            raise needs_calibration(self.describe(), shape)
+        return replace(made, activations=self.activations)
 
     def describe(self) -> str:
         groups = f"g{self.group_size}" if self.group_size > 0 else "whole rows"
-        return f"{self.name} {groups} {'sym' if self.symmetric else 'asym'} {self.scale}"
+        activations = "" if self.activations == "float" else f", activations {self.activations}"
+        return f"{self.name} {groups} {'sym' if self.symmetric else 'asym'} {self.scale}{activations}"
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
@@ -188,6 +197,7 @@ class IntegerConfig(QuantizationConfig):
                 "group_size": _group_size,
                 "symmetric": one_of("true", "false"),
                 "scale": one_of("minmax", "mse", "hqq"),
+                "activations": one_of("float", "token", "static"),
             },
         )
         scale = values.get("scale", "minmax")
@@ -201,9 +211,16 @@ class IntegerConfig(QuantizationConfig):
                 expected="symmetric=false, or scale=minmax or scale=mse",
                 found="symmetric=true,scale=hqq",
             )
-        return IntegerLinearMethod(
-            cls.bits, values.get("group_size", cls.default_group_size), symmetric, scale
-        )
+        group_size = values.get("group_size", cls.default_group_size)
+        activations = values.get("activations", "float")
+        if activations != "float" and not (cls.bits == 8 and group_size == -1 and symmetric):
+            raise ConfigError(
+                f"{name}: activations={activations} goes with symmetric int8 of whole rows alone",
+                code="bad-option",
+                expected="int8 with group_size=-1,symmetric=true, or activations=float",
+                found=",".join(f"{key}={value}" for key, value in options.items()),
+            )
+        return IntegerLinearMethod(cls.bits, group_size, symmetric, scale, activations)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         raise _only_a_target(self.get_name())

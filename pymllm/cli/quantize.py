@@ -1,0 +1,63 @@
+"""`pymllm quantize`: write another checkpoint of a model, quantised by rules, that other programs read too."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pymllm.cli.options import add_common_options
+from pymllm.cli.output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a hub id org/name")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write, new or of a stopped run")
+    group = parser.add_argument_group("what to write")
+    group.add_argument(
+        "--quant",
+        action="append",
+        metavar="PATTERN=METHOD[:KEY=VALUE,...]",
+        help="the method of the layers that match, e.g. '**.layers.**=int4:scale=mse'; repeatable, first match wins",
+    )
+    group.add_argument(
+        "--quant-file",
+        action="append",
+        type=Path,
+        dest="quant",
+        metavar="FILE",
+        help="such rules, one a line",
+    )
+    group.add_argument(
+        "--format",
+        choices=("auto", "awq", "compressed-tensors"),
+        default="auto",
+        help="how the checkpoint spells it; auto: awq where all rules ask for awq, else compressed-tensors",
+    )
+    group.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weight file; default: 5GB")
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what an unfinished run of another request left"
+    )
+    parser.add_argument("--json", action="store_true", help="every layer as JSON (docs/quantizing.md)")
+    add_common_options(parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    if not args.quant:
+        args.parser.error("say what to quantise, e.g. --quant '**.layers.**=int4'")
+    from pymllm.checkpoint_quantization import quantize_checkpoint
+
+    written = quantize_checkpoint(
+        args.model,
+        args.out,
+        args.quant,
+        format=args.format,
+        shard_size=args.shard_size,
+        restart=args.restart,
+        revision=args.revision,
+    )
+    if args.json:
+        print_json(written.to_dict())
+    else:
+        print(written)
+    return 0

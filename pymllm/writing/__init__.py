@@ -1,0 +1,5 @@
+"""Writing checkpoints.
+
+How layers are spelled: `spelling.py`, and one file a spelling. Which layers there are: `layers.py`. What lies beside
+the weights: `side_files.py`. Files that appear whole or not at all: `output.py`.
+"""

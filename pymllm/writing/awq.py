@@ -1,0 +1,88 @@
+"""The AWQ spelling: AutoAWQ's GEMM layout, for one int4 setting in the whole model.
+
+Layers left in floats are named in `modules_to_not_convert`. The layout: quantization/awq/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight
+from pymllm.quantization.base import LinearMethodBase, UnquantizedLinearMethod
+from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.weights.spec import LinearShape
+from pymllm.writing.spelling import SpelledLayer, cannot_express
+
+OTHER = "Write it as compressed-tensors: --format compressed-tensors."
+
+
+class AWQSpelling:
+    """quant_method awq, version gemm."""
+
+    name = "awq"
+
+    def store(self, weight: CanonicalWeight, shape: LinearShape, kind: str) -> LinearMethodBase:
+        if isinstance(weight, DenseWeight):
+            return UnquantizedLinearMethod()
+        if kind != "linear":
+            raise cannot_express(
+                self.name, shape, f"a quantised {kind}", fix=f"Leave it in floats: {shape.name}=none."
+            )
+        reason = _why_not(weight)
+        if reason is not None:
+            raise cannot_express(
+                self.name, shape, reason, expected="int4 with integer zero points", fix=OTHER
+            )
+        assert isinstance(weight, IntWeight)
+        whole_row = weight.group_size >= shape.in_features
+        method = AWQLinearMethod(-1 if whole_row else weight.group_size, weight.zeros is not None)
+        method.check(shape)
+        return method
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return torch.float16  # whatever the model's dtype is
+
+    def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
+        methods = {layer.method for layer in layers.values() if isinstance(layer.method, AWQLinearMethod)}
+        sizes = sorted({method.group_size for method in methods})
+        if len(sizes) > 1:
+            raise ConfigError(
+                "the awq spelling has one group size for the whole model",
+                code="spelling",
+                expected="one of them",
+                found=", ".join(map(str, sizes)),
+                fix=OTHER,
+            )
+        left = [
+            name
+            for name, layer in layers.items()
+            if layer.kind != "embedding" and not isinstance(layer.method, AWQLinearMethod)
+        ]
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": sizes[0] if sizes else 128,
+            "zero_point": any(method.zero_point for method in methods),
+            "version": "gemm",
+            "modules_to_not_convert": left or None,
+        }
+
+
+def _why_not(weight: CanonicalWeight) -> str | None:
+    """Why GEMM tensors cannot hold exactly this weight."""
+    if not isinstance(weight, IntWeight) or weight.bits != 4:
+        return f"{weight.type}"
+    if weight.offsets is not None:
+        return "float zero points (scale=hqq)"
+    if weight.group_index is not None or weight.input_order is not None:
+        return "groups in act order"
+    if weight.activations != "float":
+        return f"quantised activations ({weight.activations})"
+    scales = weight.scales
+    if not scales.is_meta and not torch.equal(scales.half().to(scales.dtype), scales):
+        return f"scales in {str(scales.dtype).removeprefix('torch.')} that float16 would round"
+    return None

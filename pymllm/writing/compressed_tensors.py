@@ -1,0 +1,171 @@
+"""The compressed-tensors spelling: any mix of packed integers, int8 and float8 layers, one config group a setting.
+
+    pack-quantized    int2 to int8 in groups or whole rows, with zero points or without
+    int-quantized     int8 whole rows, activations int8
+    float-quantized   float8 e4m3 with a scale a tensor, channel or block
+
+Layers left in floats are in `ignore`. The layouts: quantization/compressed_tensors/README.md; of float8,
+quantization/fp8/README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
+from pymllm.quantization.base import LinearMethodBase, UnquantizedLinearMethod
+from pymllm.quantization.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
+from pymllm.weights.spec import LinearShape
+from pymllm.writing.spelling import SpelledLayer, cannot_express
+
+SUPPORTED = "int2 to int8, fp8, or floats"
+
+
+class CompressedTensorsSpelling:
+    """quant_method compressed-tensors."""
+
+    name = "compressed-tensors"
+
+    def store(self, weight: CanonicalWeight, shape: LinearShape, kind: str) -> LinearMethodBase:
+        if isinstance(weight, DenseWeight):
+            return UnquantizedLinearMethod()
+        if kind == "embedding":
+            fix = f"Leave it in floats: {shape.name}=none."
+            raise cannot_express(self.name, shape, "a quantised embedding", fix=fix)
+        if isinstance(weight, IntWeight):
+            return self._integers(weight, shape)
+        if isinstance(weight, Fp8Weight):
+            return self._floats(weight, shape)
+        fix = f"Give the layer a rule with another method: {shape.name}=int4."
+        raise cannot_express(self.name, shape, str(weight.type), expected=SUPPORTED, fix=fix)
+
+    def _integers(self, weight: IntWeight, shape: LinearShape) -> LinearMethodBase:
+        reason = None
+        whole_rows = weight.scales.shape[1] == 1
+        if weight.offsets is not None:
+            reason = "float zero points (HQQ's, say)"
+        elif weight.group_index is not None or weight.input_order is not None:
+            reason = "groups in act order (desc_act)"
+        elif weight.activations != "float" and (weight.bits != 8 or weight.zeros is not None):
+            reason = f"{weight.type}"
+        if reason is not None:
+            fix = f"Give the layer a rule that quantises it anew: {shape.name}=int{weight.bits}."
+            raise cannot_express(self.name, shape, reason, fix=fix)
+        dtype = weight.scales.dtype
+        packed = weight.activations == "float"
+        return IntQuantizedLinearMethod(
+            weight.bits,
+            0 if whole_rows else weight.group_size,
+            weight.zeros is None,
+            packed,
+            activations=weight.activations,
+            scale_dtype=dtype if packed else torch.float32,  # readers hold those of int8 layers in float32
+        )
+
+    def _floats(self, weight: Fp8Weight, shape: LinearShape) -> LinearMethodBase:
+        height, width = weight.block
+        if (height, width) not in ((0, 0), (1, 0)):
+            # A side that covers the axis is stored as 0: any side that is long enough says the same.
+            height, width = height or max(shape.out_features, width), width or max(height, 1)
+            if width < shape.in_features and weight.block[1] == 0:
+                width = shape.in_features
+        # One group that is the whole row is a scale for each token.
+        activations = "token" if weight.activations == "group" and width == 0 else weight.activations
+        return FloatQuantizedLinearMethod((height, width), activations)
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return model_dtype  # which readers hold them in
+
+    def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
+        by_scheme: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        left: list[str] = []
+        for name, layer in layers.items():
+            scheme = _scheme(layer.method)
+            if scheme is not None:
+                by_scheme.setdefault(repr(scheme), (scheme, []))[1].append(name)
+            elif layer.kind != "embedding":
+                left.append(name)
+        everything = [name for name, layer in layers.items() if layer.kind != "embedding"]
+        schemes = sorted(by_scheme.values(), key=lambda entry: -len(entry[1]))
+        groups = {}
+        for index, (scheme, names) in enumerate(schemes):
+            # One scheme: the class, which every reader matches first. Several: the layers by name.
+            heads = [name for name in names if layers[name].kind == "lm_head"]  # no Linear to every reader
+            targets = ["Linear", *heads] if len(schemes) == 1 else patterns_for(names, everything)
+            groups[f"group_{index}"] = {"targets": targets, **scheme, "output_activations": None}
+        formats = {scheme["format"] for scheme, _ in schemes}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": left,
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+
+def patterns_for(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """Targets that mean just these of all layers: `re:` patterns over layer numbers where exact, else the names.
+
+    model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj → re:model\\.layers\\.\\d+\\.mlp\\.up_proj$
+    """
+    wanted, others = list(names), set(everything) - set(names)
+    targets: dict[str, None] = {}
+    for name in wanted:
+        pattern = r"\d+".join(re.escape(part) for part in re.split(r"(?<=\.)\d+(?=\.)", name)) + "$"
+        covers_others = pattern not in targets and any(re.match(pattern, other) for other in others)
+        exact = covers_others or pattern == re.escape(name) + "$"
+        targets[name if exact else f"re:{pattern}"] = None
+    return list(targets)
+
+
+def _scheme(method: LinearMethodBase) -> dict[str, Any] | None:
+    """What a config group says of layers with this method; None: they are not quantised."""
+    if isinstance(method, IntQuantizedLinearMethod):
+        weights = _arguments("int", method.bits, "group" if method.group_size else "channel")
+        weights |= {"group_size": method.group_size or None, "symmetric": method.symmetric}
+        inputs = None if method.activations == "float" else _activations("int", method.activations)
+        return {
+            "format": "pack-quantized" if method.packed else "int-quantized",
+            "weights": weights,
+            "input_activations": inputs,
+        }
+    if isinstance(method, FloatQuantizedLinearMethod):
+        strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(method.block, "block")
+        weights = _arguments("float", 8, strategy)
+        if strategy == "block":
+            weights["block_structure"] = list(method.block)
+        inputs = None
+        if method.activations != "float":
+            inputs = _activations("float", method.activations, method.block[1])
+        return {"format": "float-quantized", "weights": weights, "input_activations": inputs}
+    return None
+
+
+def _arguments(element: str, bits: int, strategy: str) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": element,
+        "symmetric": True,
+        "group_size": None,
+        "strategy": strategy,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _activations(element: str, scheme: str, group_size: int = 0) -> dict[str, Any]:
+    """scheme: token, tensor, static, or group (of as many inputs as the blocks of weights have)."""
+    arguments = _arguments(element, 8, "tensor" if scheme == "static" else scheme)
+    arguments["dynamic"] = scheme != "static"
+    if scheme == "group":
+        arguments["group_size"] = group_size
+    return arguments

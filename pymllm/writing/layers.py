@@ -1,0 +1,140 @@
+"""What a checkpoint is made of when it is written: its layers under their names, and the tensors that stay as they are.
+
+Layers come from a `Prepared` model, so that names, rules and checks are those of loading; parts of fused layers stand
+alone. Steps group them by the block of the model that they belong to: what is read, written and kept at a time.
+"""
+
+# O out_features, I in_features
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import CheckpointError
+from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.linear import WeightedLayer
+from pymllm.loading import read_stored
+from pymllm.preparation import Placement, Prepared, layer_parts
+from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
+from pymllm.quantization.rules import Rule
+from pymllm.weights.checkpoint import TensorInfo
+from pymllm.weights.spec import LinearShape
+
+BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class SourceLayer:
+    """One layer under its checkpoint name.
+
+    kind: linear, embedding or lm_head.  source: the method that reads it.  target: what a rule makes of it, or None.
+    """
+
+    name: str
+    kind: str
+    shape: LinearShape
+    source: LinearMethodBase
+    target: LinearMethodBase | None
+    rule: Rule | None
+    placements: tuple[Placement, ...] = field(repr=False)
+
+    def read(self) -> CanonicalWeight:
+        """The stored weight.  CheckpointError for unusable scales, or values that are not finite."""
+        return self.source.to_canonical(read_stored(self.source, self.shape, self.placements), self.shape)
+
+    def decode(self, weight: CanonicalWeight) -> Tensor:
+        """[O, I] float32.  CheckpointError if a value is not finite."""
+        floats = weight.dequantize(torch.float32)
+        bad = floats.numel() - int(torch.isfinite(floats).sum())
+        if bad:
+            raise CheckpointError(
+                "the weight has values that are not finite numbers",
+                code="bad-weight",
+                file=str(self.placements[0].tensor.file.path),
+                tensor=self.name,
+                expected="finite values",
+                found=f"{bad} of {floats.numel()} that are NaN or infinite",
+                fix="The checkpoint is damaged; it cannot be quantised.",
+            )
+        return floats
+
+    @property
+    def nbytes(self) -> int:
+        return sum(placement.tensor.nbytes for placement in self.placements)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block of the model: its layers, and the tensors (norms, biases) that are copied.
+
+    block: its number, or None for what stands outside of the blocks.
+    """
+
+    name: str
+    block: int | None
+    layers: tuple[SourceLayer, ...]
+    copied: tuple[TensorInfo, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers) + sum(tensor.nbytes for tensor in self.copied)
+
+
+def steps_of(prepared: Prepared) -> list[Step]:
+    """The model's blocks in order, each with its layers and its other tensors."""
+    layers: dict[str, list[SourceLayer]] = {}
+    copied: dict[str, dict[str, TensorInfo]] = {}
+    used: set[str] = set()
+    for unit in prepared.units:
+        step = _step_name(unit.name)
+        layers.setdefault(step, [])
+        copied.setdefault(step, {})
+        if isinstance(unit.module, WeightedLayer):
+            for layer in _parts(unit.module, unit.placements, prepared):
+                layers[step].append(layer)
+                used |= {placement.tensor.name for placement in layer.placements}
+        for placement in unit.placements:
+            if placement.tensor.name not in used:
+                copied[step][placement.tensor.name] = placement.tensor
+    return [
+        Step(name, int(name.rpartition(".")[2]) if BLOCK.search(name) else None, tuple(of), tuple(rest))
+        for name, of in layers.items()
+        for rest in (copied[name].values(),)
+    ]
+
+
+def _step_name(unit: str) -> str:
+    """model.layers.3 for all of its units; a name of its own for any other."""
+    block = BLOCK.search(unit)
+    return unit[: block.end(1)] if block else unit
+
+
+def _parts(
+    module: WeightedLayer, placements: tuple[Placement, ...], prepared: Prepared
+) -> Iterator[SourceLayer]:
+    """The layers that a module fuses.  A head that shares its embedding's table is none."""
+    head = module if isinstance(module, ParallelLMHead) else None
+    if head is not None and head.shares_table:
+        return
+    for method, shape, holder in layer_parts(module):
+        converted = method if isinstance(method, ConvertedLinearMethod) else None
+        source = method.source_method()
+        for index, stored_name in enumerate(shape.parts):
+            part = shape.part(index)
+            wanted = {spec.name for spec in source.weight_specs(part)}
+            own = tuple(
+                p
+                for p in placements
+                if p.module is holder and p.slot.prefix == stored_name and p.slot.spec.name in wanted
+            )
+            name = module.prefix if head is not None else stored_name
+            rule = prepared.quant.decisions[name].rule
+            yield SourceLayer(
+                name, module.kind, part, source, converted.target if converted else None, rule, own
+            )

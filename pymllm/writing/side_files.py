@@ -1,0 +1,96 @@
+"""What lies beside the weights: config.json with its quantisation, the tokenizer's files, the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pymllm.weights.checkpoint import CONFIG, INDEX
+
+COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+LEGAL = re.compile(r"(?i)(licen[cs]e|notice|use_policy|acceptable_use)")
+CARD = "README.md"
+# Settings of the source's own quantisation beside its config.json, which would contradict the new ones.
+STALE = {"quant_config.json", "quantize_config.json", "hf_quant_config.json", "recipe.yaml"}
+LARGEST = 256 << 20  # of a file that is copied: a tokenizer's may have tens of MB
+
+
+def files_to_copy(folder: Path) -> list[Path]:
+    """The tokenizer's, the generation config, chat templates, licences: all small files but weights and configs."""
+    if not folder.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and (path.suffix in COPIED or LEGAL.match(path.name))
+        and path.name not in STALE | {CONFIG, INDEX, CARD}
+        and not path.name.endswith(".index.json")
+        and path.stat().st_size <= LARGEST
+    ]
+
+
+def config_json(
+    source: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, untied: bool = False
+) -> bytes:
+    """The source's config with another quantisation.  untied: the head has weights of its own now."""
+    config = {
+        key: value
+        for key, value in source.items()
+        if key not in ("quantization_config", "compression_config")
+    }
+    if untied:
+        config["tie_word_embeddings"] = False
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(
+    folder: Path,
+    name: str,
+    methods: Mapping[str, str],
+    rules: Sequence[str],
+    *,
+    spelling: str,
+    calibration: str | None,
+    notes: Sequence[str],
+    version: str,
+) -> bytes:
+    """The source's card, or a new one, with a section on the quantisation.  methods: by layer."""
+    path = folder / CARD
+    text = (
+        path.read_text(encoding="utf-8", errors="replace").rstrip()
+        if path.is_file()
+        else f"# {name}, quantised"
+    )
+    counts = Counter(methods.values())
+    table = "\n".join(f"| {count} | {method} |" for method, count in counts.most_common())
+    lines = [
+        text,
+        "",
+        "## Quantisation",
+        "",
+        f"Written by pymllm {version} from `{name}`, in the {spelling} spelling.",
+        "",
+        "| layers | stored as |",
+        "| --- | --- |",
+        table,
+        "",
+        "Rules, the first match decides:",
+        "",
+        "```",
+        *rules,
+        "```",
+        "",
+        f"Calibration: {calibration}."
+        if calibration
+        else "No calibration: weights were rounded by themselves.",
+        *(f"\n{note}" for note in notes),
+    ]
+    return ("\n".join(lines) + "\n").encode()
