@@ -118,7 +118,9 @@ def quantize_checkpoint(
     folder = resolve_model_path(model, revision)
     rules = read_rules(quant)
     with Parallel():
-        prepared = prepare(folder, rules_as_lines(rules), device="cpu", dtype=_model_dtype(folder))
+        prepared = prepare(
+            folder, rules_as_lines(rules), device="cpu", dtype=_model_dtype(folder), compute="exact"
+        )
     spelling = choose_spelling(format, prepared)
     limit = parse_size(shard_size)
     with prepared.checkpoint:
