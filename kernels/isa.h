@@ -1,6 +1,6 @@
 // Which of the kernel paths to take, as an enum. The names and what each needs: cpu_probe.cpp.
 //
-// A path's code is in a file of its own (int4_avx2.cpp, ...) with its own compiler flags, and is reached through plain
+// A path's code is in a file of its own (integer_avx2.cpp, ...) with its own compiler flags, and is reached through plain
 // function pointers. Such a file instantiates no templates or inline functions of the standard library: the linker
 // keeps one copy of each for the whole module, and a copy compiled for AVX-512 would then run on every CPU.
 #pragma once

@@ -11,7 +11,7 @@ namespace nb = nanobind;
 
 namespace pymllm {
 void register_float(nb::module_ &m);
-void register_int4(nb::module_ &m);
+void register_integer(nb::module_ &m);
 } // namespace pymllm
 
 namespace {
@@ -48,5 +48,5 @@ NB_MODULE(_native, m) {
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
   pymllm::register_float(m);
-  pymllm::register_int4(m);
+  pymllm::register_integer(m);
 }

@@ -68,11 +68,13 @@ class CodebookType:
     """4-bit codes that name one of sixteen values, with a scale for every group of inputs.
 
     codebook: the table's name ("nf4", "e2m1", ...).  activations: as for IntType, quantised as the format says.
+    scales: the dtype of the scales.
     """
 
     codebook: str
     group_size: int
     activations: Activations = "float"
+    scales: torch.dtype = torch.float32
     family: str = "codebook"
 
     def __str__(self) -> str:
@@ -330,7 +332,7 @@ class CodebookWeight:
 
     @property
     def type(self) -> CodebookType:
-        return CodebookType(self.codebook, self.group_size, self.activations)
+        return CodebookType(self.codebook, self.group_size, self.activations, self.scales.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

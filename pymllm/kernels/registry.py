@@ -32,12 +32,17 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.torch_linear:TorchLinear",
         "pymllm.kernels.torch_scaled_mm:TorchScaledMM",
         "pymllm.kernels.native_int4:NativeInt4",
+        "pymllm.kernels.native_int8:NativeInt8",
+        "pymllm.kernels.native_fp4:NativeFp4",
         "pymllm.kernels.torch_int4pack:TorchInt4Pack",
         "pymllm.kernels.native_fp8:NativeFp8Linear",
         "pymllm.kernels.reference:ReferenceLinear",
     ),
     "embedding": (
         "pymllm.kernels.torch_linear:TorchEmbedding",
+        "pymllm.kernels.native_embedding:NativeInt4Embedding",
+        "pymllm.kernels.native_embedding:NativeInt8Embedding",
+        "pymllm.kernels.native_embedding:NativeFp4Embedding",
         "pymllm.kernels.reference:ReferenceEmbedding",
     ),
     "experts": (

@@ -15,16 +15,16 @@ import torch
 from pymllm.kernels import cpu
 from pymllm.kernels.canonical import DenseType, IntType, IntWeight, on_meta
 from pymllm.kernels.hardware import Device, probe_device
-from pymllm.kernels.native_int4 import EXACT_TOKENS, NativeInt4
+from pymllm.kernels.native_int4 import NativeInt4
+from pymllm.kernels.native_integer import blocks_of
 from pymllm.kernels.registry import LinearProblem
+
+from .integer_cases import FLOATS, PATHS, assert_close, floats, needs_native, relative_error
 
 # M tokens, O out_features, I in_features, G group_size
 
-needs_native = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
-
 KERNEL = NativeInt4()
-PATHS = cpu.probe().runnable_paths
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+EXACT_TOKENS = 2
 TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 31, 32, 33]
 # (O, I, G): tails of the 16 rows and 4 streams of a tile; every group a block can have, and larger ones made of blocks
 # (256; whole rows of 96 = 3 x 32, 320 = 5 x 64 and 640 = 5 x 128).
@@ -41,11 +41,6 @@ SHAPES = [
     (17, 320, 320),
     (9, 640, 640),
 ]
-HALF_UNIT = {
-    torch.float32: 2**-24,
-    torch.float16: 2**-11,
-    torch.bfloat16: 2**-8,
-}  # of the last place, relative
 
 
 def make_weight(
@@ -68,44 +63,6 @@ def make_problem(
     out_features, in_features = weight.shape
     device = Device("cpu", f"forced {path}", isa=path)
     return LinearProblem(weight.type, in_features, out_features, dtype, device, compute)  # type: ignore[arg-type]
-
-
-def floats(
-    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, scale: float = 1.0
-) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def assert_close(y, x, weight, bias, *, exact: bool) -> None:
-    """Within the bounds that follow from how the kernel rounds; none is statistical.
-
-    An activation is off by at most half a code. int8: a code is the group's largest |x| / 127. Exact: the scale is a
-    power of two, so the largest |x| is 63.5 codes or more, and each further slice divides a code by 254; two slices
-    for 16-bit floats, three for float32. Then every group's sum is rounded a few times to float32, and y to its dtype.
-    """
-    x64, weight64 = x.double(), weight.dequantize(torch.float64)
-    expected = x64 @ weight64.T + (0 if bias is None else bias.double())
-    group = min(weight.group_size, next(size for size in (128, 64, 32) if weight.group_size % size == 0))
-    largest = x64.unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True)
-    magnitude = largest.expand(*largest.shape[:-1], group).flatten(-2) @ weight64.abs().T
-    slices = 1 if not exact else 3 if x.dtype is torch.float32 else 2
-    half_code = 0.5 / 127 if slices == 1 else 0.5 / 63.5 / 254 ** (slices - 1)
-    groups = x.shape[-1] // group
-    bound = magnitude * (1.001 * half_code + (groups + 8) * 2**-24)
-    # float16 has a smallest step of 2^-24; float32 sums add the bias before y is rounded.
-    bound += (
-        expected.abs() * (HALF_UNIT[y.dtype] + 2**-22)
-        + 2**-24
-        + (0 if bias is None else bias.double().abs() * 2**-22)
-    )
-    error = (y.double() - expected).abs()
-    assert y.shape == expected.shape
-    assert bool((error <= bound).all()), f"error is {(error / bound).max().item():.3g} times its bound"
-
-
-def relative_error(y, x, weight) -> float:
-    expected = x.double() @ weight.dequantize(torch.float64).T
-    return ((y.double() - expected).norm() / expected.norm()).item()
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -273,9 +230,19 @@ def test_bfloat16_scales_are_exact_also_beyond_the_range_of_float16(size):
     assert relative_error(KERNEL.run(packed, problem, x, None), x, weight) < 3e-7
 
 
-def test_float32_scales_are_refused_as_float16_would_round_them():
-    weight = dataclasses.replace(make_weight(20, 128, 64), scales=torch.full((20, 2), 0.1))
-    assert "float16" in KERNEL.why_not(make_problem(weight, torch.float32))
+@needs_native
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scales_of_other_dtypes_are_exact(path, dtype):
+    for shape in SHAPES:
+        weight = make_weight(*shape)
+        weight = dataclasses.replace(weight, scales=(weight.scales.float() * 1.001).to(dtype))
+        problem = make_problem(weight, torch.float32, path)
+        packed = KERNEL.pack(weight, problem)
+        assert torch.equal(KERNEL.unpack(packed, problem).scales, weight.scales)
+        for tokens in (1, 3, 17):
+            x = floats(tokens, shape[1])
+            assert_close(KERNEL.run(packed, problem, x, None), x, weight, None, exact=tokens <= EXACT_TOKENS)
 
 
 @needs_native
@@ -294,12 +261,12 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(monkeypatch):
     weight = make_weight(32, 128, 64)
     problem = make_problem(weight, torch.float32)
     why_not = {
-        "4-bit": dataclasses.replace(problem, weight=dataclasses.replace(weight.type, bits=8)),
+        "up to 4 bits": dataclasses.replace(problem, weight=dataclasses.replace(weight.type, bits=8)),
         "bfloat16": dataclasses.replace(problem, weight=DenseType(torch.bfloat16)),
         "CPU": dataclasses.replace(problem, device=Device("cuda", "a GPU")),
         "float64": dataclasses.replace(problem, dtype=torch.float64),
-        "multiple of 32, the weight has 48": dataclasses.replace(
-            problem, weight=IntType(4, 48, True), in_features=96
+        "multiple of 16, the weight has 24": dataclasses.replace(
+            problem, weight=IntType(4, 24, True), in_features=96
         ),
         "whole groups": dataclasses.replace(problem, in_features=96),
     }
@@ -307,7 +274,8 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(monkeypatch):
         assert reason in (KERNEL.why_not(refused) or ""), reason
     assert KERNEL.why_not(problem) == cpu.native_missing_reason()
     monkeypatch.setattr(
-        "pymllm.kernels.native_int4.native_missing_reason", lambda: "the native CPU kernels are not built: …"
+        "pymllm.kernels.native_integer.native_missing_reason",
+        lambda: "the native CPU kernels are not built: …",
     )
     assert "not built" in KERNEL.why_not(problem)
 
@@ -332,13 +300,6 @@ def test_tensors_that_do_not_fit_the_layer_are_refused_before_any_address_is_rea
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
-
-
-@pytest.fixture
-def torch_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @needs_native
@@ -444,20 +405,9 @@ def test_dispatch_costs_few_microseconds():
     packed, x, bias = KERNEL.pack(weight, problem), floats(1, 32), floats(16)
     y = torch.empty(1, 16)
     isa = _native.isa_code("")
-    bare = (
-        packed["blocks"].data_ptr(),
-        x.data_ptr(),
-        bias.data_ptr(),
-        y.data_ptr(),
-        1,
-        16,
-        32,
-        32,
-        0,
-        3,
-        1,
-        isa,
-    )
+    plan = blocks_of(problem)
+    weights = (packed["blocks"].data_ptr(), 16, 32, 32, plan.format, plan.zero, 0)
+    bare = (*weights, x.data_ptr(), bias.data_ptr(), y.data_ptr(), 1, 0, 3, 0, 32, 0.0, 1, isa)
 
     def fastest(call) -> float:
         best = float("inf")
@@ -468,6 +418,8 @@ def test_dispatch_costs_few_microseconds():
             best = min(best, (time.perf_counter() - start) / 100)
         return best
 
-    over = fastest(lambda: KERNEL.run(packed, problem, x, bias)) - fastest(lambda: _native.int4_linear(*bare))
+    over = fastest(lambda: KERNEL.run(packed, problem, x, bias)) - fastest(
+        lambda: _native.integer_linear(*bare)
+    )
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
     assert over < (5e-6 if not sanitized else 1e-3), f"{over * 1e6:.1f} us"

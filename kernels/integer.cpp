@@ -1,4 +1,4 @@
-#include "int4.h"
+#include "integer.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 
 #include "threads.h"
 
-namespace pymllm::int4 {
+namespace pymllm::integer {
 namespace {
 
 constexpr std::int64_t kRowsAtATime = 192;  // 512 at once cost 4 %: their sums and codes leave the L2 cache
@@ -59,12 +59,16 @@ std::size_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 } // namespace
 
-void linear(const Weights &weights, const Floats &floats, int slices, int threads, Isa isa) {
+void linear(const Weights &weights, const Floats &floats, const Quantisation &quantisation, int threads, Isa isa) {
   const Kernels &kernels = kernels_of(isa);
+  const int slices = quantisation.slices;
   const std::int64_t groups = weights.groups(), row_blocks = weights.row_blocks();
   const std::int64_t parts = (floats.tokens * slices + kRowsAtATime - 1) / kRowsAtATime;
   const std::size_t element = element_bytes(floats.dtype);
   thread_local Scratch activations;
+  float tensor_scale = quantisation.scale;
+  if (quantisation.demand == Demand::tensor)
+    tensor_scale = demanded_scale(largest_magnitude(floats, floats.tokens * weights.in_features), floats.dtype);
 
   for (std::int64_t i = 0; i < parts; ++i) {
     const std::int64_t token = floats.tokens * i / parts, tokens = floats.tokens * (i + 1) / parts - token;
@@ -84,9 +88,14 @@ void linear(const Weights &weights, const Floats &floats, int slices, int thread
     const std::int64_t bytes = row_blocks * groups * weights.block_bytes();
     const int team = worthwhile_threads(std::max(bytes, macs / 16), threads);
     const int quantisers = worthwhile_threads(rows * weights.in_features * 2, team);
-    parallel_for(groups, quantisers, [&](std::int64_t first, std::int64_t last) {
-      kernels.quantise(part, weights, x, first, last);
-    });
+    if (quantisation.demand == Demand::none)
+      parallel_for(groups, quantisers, [&](std::int64_t first, std::int64_t last) {
+        kernels.quantise(part, weights, x, first, last);
+      });
+    else
+      parallel_for(tokens, quantisers, [&](std::int64_t first, std::int64_t last) {
+        quantise_as_demanded(part, weights, quantisation, tensor_scale, x, first, last);
+      });
     const std::int64_t steps = (row_blocks + kStepBlocks - 1) / kStepBlocks;
     parallel_for(steps, team, [&](std::int64_t first, std::int64_t last) {
       thread_local Scratch scratch;
@@ -97,4 +106,4 @@ void linear(const Weights &weights, const Floats &floats, int slices, int thread
   }
 }
 
-} // namespace pymllm::int4
+} // namespace pymllm::integer

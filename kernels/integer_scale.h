@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace pymllm::int4 {
+namespace pymllm::integer {
 
 struct GroupScale {
   float scale;    // of the first slice: code * scale is near x
@@ -31,4 +31,4 @@ static inline GroupScale group_scale(std::uint32_t magnitude, int slices) {
   return {as_float(e << 23), as_float((254 - e) << 23)};
 }
 
-} // namespace pymllm::int4
+} // namespace pymllm::integer

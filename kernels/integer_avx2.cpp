@@ -1,13 +1,15 @@
-// The int4 linear with AVX2, and with AVX2 + AVX-VNNI: int4_avx2vnni.cpp compiles this file again for the latter.
+// The integer linear with AVX2, and with AVX2 + AVX-VNNI: integer_avx2vnni.cpp compiles this file again for the latter.
 // See isa.h for what such a file must not contain.
 //
-// One group of one row block is unpacked into the L1 cache, then multiplied with all rows, four at a time.
+// One group of one row block is decoded into the L1 cache (bytes are taken as they lie), then multiplied with all rows,
+// four at a time.
 #include <immintrin.h>
 
 #include <cstring>
 
-#include "int4.h"
-#include "int4_scale.h"
+#include "integer.h"
+#include "integer_block.h"
+#include "integer_scale.h"
 
 #if defined(__GNUC__)
 #define PYMLLM_INLINE static inline __attribute__((always_inline))
@@ -15,16 +17,24 @@
 #define PYMLLM_INLINE static __forceinline
 #endif
 
-namespace pymllm::int4 {
+namespace pymllm::integer {
 namespace {
 
 constexpr int kLanes = 8;
 
-// acc += four u8 x s8 products in each lane; u8 is at most 15, so that pairs of products fit in 16 bits.
+// acc += four u8 x s8 products in each lane. kLarge: u8 may exceed 127, so that pairs of products need not fit in 16
+// bits: the even and the odd bytes apart.
+template <bool kLarge>
 PYMLLM_INLINE __m256i dot(__m256i acc, __m256i u8, __m256i s8) {
 #if defined(PYMLLM_AVX_VNNI)
   return _mm256_dpbusd_avx_epi32(acc, u8, s8);
 #else
+  if (kLarge) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u8, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(s8, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
 #endif
 }
@@ -76,7 +86,7 @@ void quantise(const Floats &floats, const Weights &weights, const Activations &o
   const __m256i magnitude_bits = _mm256_set1_epi32(0x7fffffff);
   for (std::int64_t g = first; g < last; ++g) {
     for (std::int64_t token = 0; token < floats.tokens; ++token) {
-      __m256 values[128 / kLanes];
+      __m256 values[kMaxGroup / kLanes];
       __m256i largest = _mm256_setzero_si256();
       for (int i = 0; i < vectors; ++i) {
         values[i] = load_floats(floats.dtype, floats.x, token * weights.in_features + g * group + kLanes * i);
@@ -110,35 +120,69 @@ void quantise(const Floats &floats, const Weights &weights, const Activations &o
 // ----------------------------------------------------------------------------------------------------------- weights
 
 struct Tile {
-  alignas(32) std::uint8_t codes[128 * kBlockRows];  // [G/4 quads][64]
+  const std::uint8_t *values;  // [G/4 quads][64]
   alignas(32) std::int32_t zeros[kBlockRows];
   alignas(32) float scales[kBlockRows];
+  alignas(32) float offsets[kBlockRows];
+  alignas(32) std::uint8_t decoded[kMaxGroup * kBlockRows];
 };
 
-void unpack_tile(const std::uint8_t *block, int lines, Tile &tile) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  for (int half = 0; half < 2; ++half) {
-    const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(block + kZerosOffset + 8 * half));
-    const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i *>(block + 16 * half));
-    _mm256_store_si256(reinterpret_cast<__m256i *>(tile.zeros + 8 * half), _mm256_cvtepu8_epi32(zeros));
-    _mm256_store_ps(tile.scales + 8 * half, _mm256_cvtph_ps(scales));
+PYMLLM_INLINE __m256 decode_scales(Scales kind, const std::uint8_t *scales) {
+  switch (kind) {
+  case Scales::f16: return load_floats(Dtype::f16, scales, 0);
+  case Scales::bf16: return load_floats(Dtype::bf16, scales, 0);
+  case Scales::f32: return load_floats(Dtype::f32, scales, 0);
+  default: {
+    alignas(32) float decoded[kLanes];
+    for (int i = 0; i < kLanes; ++i) decoded[i] = read_scale(kind, scales, i);
+    return _mm256_load_ps(decoded);
   }
-  constexpr std::int64_t prefetch_bytes = 1088;
-  for (int j = 0; j < lines; ++j) {
-    const std::uint8_t *line = block + kHeaderBytes + 64 * j;
-    _mm_prefetch(reinterpret_cast<const char *>(line + prefetch_bytes), _MM_HINT_T0);
-    for (int half = 0; half < 64; half += 32) {
-      const __m256i both = load_bytes(line + half);
-      auto *low = reinterpret_cast<__m256i *>(tile.codes + 64 * j + half);
-      auto *high = reinterpret_cast<__m256i *>(tile.codes + 64 * (lines + j) + half);
-      _mm256_store_si256(low, _mm256_and_si256(both, nibble));
-      _mm256_store_si256(high, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
-    }
   }
 }
 
+void decode_header(const Format &format, const std::uint8_t *block, Tile &tile) {
+  const std::int64_t scale_bytes = format.scale_bytes();
+  const std::uint8_t *stored = block + format.zeros_offset();
+  for (int r = 0; r < kBlockRows; r += kLanes) {
+    _mm256_store_ps(tile.scales + r, decode_scales(format.scales, block + r * scale_bytes));
+    __m256i zeros = _mm256_setzero_si256();
+    if (format.zeros == Zeros::same) zeros = _mm256_set1_epi32(format.zero);
+    else if (format.zeros == Zeros::each)
+      zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(stored + r)));
+    else
+      _mm256_store_ps(tile.offsets + r, load_floats(Dtype::f32, stored, r));
+    _mm256_store_si256(reinterpret_cast<__m256i *>(tile.zeros + r), zeros);
+  }
+}
+
+void decode_tile(const Format &format, const std::uint8_t *block, std::int64_t group, Tile &tile) {
+  decode_header(format, block, tile);
+  const std::uint8_t *lines = block + format.header_bytes();
+  constexpr std::int64_t ahead = 1088;  // bytes
+  if (format.codes == Codes::bytes) {
+    tile.values = lines;
+    for (std::int64_t at = 0; at < group * kBlockRows; at += 64)
+      _mm_prefetch(reinterpret_cast<const char *>(lines + at + ahead), _MM_HINT_T0);
+    return;
+  }
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const bool mapped = format.table != nullptr;
+  __m256i table = nibble;
+  if (mapped) table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(format.table)));
+  const std::int64_t half = group * 8;
+  for (std::int64_t at = 0; at < half; at += 32) {
+    const __m256i both = load_bytes(lines + at);
+    if (at % 64 == 0) _mm_prefetch(reinterpret_cast<const char *>(lines + at + ahead), _MM_HINT_T0);
+    __m256i low = _mm256_and_si256(both, nibble), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+    if (mapped) low = _mm256_shuffle_epi8(table, low), high = _mm256_shuffle_epi8(table, high);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(tile.decoded + at), low);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(tile.decoded + half + at), high);
+  }
+  tile.values = tile.decoded;
+}
+
 // One group for R rows from `at` = group * rows + row on; adds to sums [R][16].
-template <int R>
+template <int R, bool kLarge>
 void tile_rows(const Tile &tile, const Activations &x, std::int64_t at, int group, float *sums) {
   const std::int8_t *codes = x.codes + at * group;
   __m256i acc[R][2];
@@ -149,14 +193,14 @@ void tile_rows(const Tile &tile, const Activations &x, std::int64_t at, int grou
     acc[m][1] = _mm256_mullo_epi32(load_bytes(tile.zeros + kLanes), negative_sum);
   }
   for (int k = 0; k < group; k += 4) {
-    const __m256i weight0 = load_bytes(tile.codes + 16 * k), weight1 = load_bytes(tile.codes + 16 * k + 32);
+    const __m256i weight0 = load_bytes(tile.values + 16 * k), weight1 = load_bytes(tile.values + 16 * k + 32);
 #pragma GCC unroll 4
     for (int m = 0; m < R; ++m) {
       std::int32_t quad;
       std::memcpy(&quad, codes + m * group + k, 4);
       const __m256i quads = _mm256_set1_epi32(quad);
-      acc[m][0] = dot(acc[m][0], weight0, quads);
-      acc[m][1] = dot(acc[m][1], weight1, quads);
+      acc[m][0] = dot<kLarge>(acc[m][0], weight0, quads);
+      acc[m][1] = dot<kLarge>(acc[m][1], weight1, quads);
     }
   }
 #pragma GCC unroll 4
@@ -172,6 +216,30 @@ void tile_rows(const Tile &tile, const Activations &x, std::int64_t at, int grou
   }
 }
 
+template <bool kLarge>
+void multiply_tile(const Tile &tile, const Activations &x, std::int64_t g, int group, float *sums) {
+  for (std::int64_t row = 0; row < x.rows; row += 4) {
+    const std::int64_t at = g * x.rows + row;
+    switch (x.rows - row) {
+    case 1: tile_rows<1, kLarge>(tile, x, at, group, sums + row * kBlockRows); break;
+    case 2: tile_rows<2, kLarge>(tile, x, at, group, sums + row * kBlockRows); break;
+    case 3: tile_rows<3, kLarge>(tile, x, at, group, sums + row * kBlockRows); break;
+    default: tile_rows<4, kLarge>(tile, x, at, group, sums + row * kBlockRows);
+    }
+  }
+}
+
+void add_offsets(const Tile &tile, const Activations &x, std::int64_t g, float *sums) {
+  for (std::int64_t row = 0; row < x.rows; ++row) {
+    const std::int64_t at = g * x.rows + row;
+    const __m256 sum = _mm256_set1_ps(static_cast<float>(-x.negative_sums[at]) * x.scales[at]);
+    for (int r = 0; r < kBlockRows; r += kLanes) {
+      float *to = sums + row * kBlockRows + r;
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_load_ps(tile.offsets + r), sum, _mm256_loadu_ps(to)));
+    }
+  }
+}
+
 // sums: the slices of one token, 16 floats apart. Adds them, the smallest first, and the bias.
 void finish(const float *sums, int slices, const Floats &floats, const Weights &weights, std::int64_t token,
             std::int64_t row_block) {
@@ -179,11 +247,16 @@ void finish(const float *sums, int slices, const Floats &floats, const Weights &
   const std::size_t element = floats.dtype == Dtype::f32 ? 4 : 2;
   const std::size_t bytes = element * static_cast<std::size_t>(left < kBlockRows ? left : kBlockRows);
   alignas(32) std::uint8_t bias[64] = {}, result[64];
+  alignas(32) float factors[kBlockRows] = {};
+  if (weights.row_factors != nullptr)
+    std::memcpy(factors, weights.row_factors + output,
+                sizeof(float) * static_cast<std::size_t>(left < kBlockRows ? left : kBlockRows));
   if (floats.bias != nullptr)
     std::memcpy(bias, static_cast<const std::uint8_t *>(floats.bias) + output * element, bytes);
   for (int i = 0; i < kBlockRows; i += kLanes) {
     __m256 sum = _mm256_loadu_ps(sums + (slices - 1) * kBlockRows + i);
     for (int slice = slices - 1; slice-- > 0;) sum = _mm256_add_ps(sum, _mm256_loadu_ps(sums + slice * kBlockRows + i));
+    if (weights.row_factors != nullptr) sum = _mm256_mul_ps(sum, _mm256_load_ps(factors + i));
     store_floats(floats.dtype, result, i, _mm256_add_ps(sum, load_floats(floats.dtype, bias, i)));
   }
   std::memcpy(static_cast<std::uint8_t *>(floats.y) + (token * weights.out_features + output) * element, result, bytes);
@@ -201,16 +274,10 @@ void multiply(const Weights &weights, const Activations &x, const Floats &floats
   for (std::int64_t n = first; n < last; ++n) {
     std::memset(sums, 0, scratch_bytes(weights, x.rows, 1));
     for (std::int64_t g = 0; g < weights.groups(); ++g) {
-      unpack_tile(weights.block(n, g), group / 8, tile);
-      for (std::int64_t row = 0; row < x.rows; row += 4) {
-        const std::int64_t at = g * x.rows + row;
-        switch (x.rows - row) {
-        case 1: tile_rows<1>(tile, x, at, group, sums + row * kBlockRows); break;
-        case 2: tile_rows<2>(tile, x, at, group, sums + row * kBlockRows); break;
-        case 3: tile_rows<3>(tile, x, at, group, sums + row * kBlockRows); break;
-        default: tile_rows<4>(tile, x, at, group, sums + row * kBlockRows);
-        }
-      }
+      decode_tile(weights.format, weights.block(n, g), group, tile);
+      if (weights.format.large_values) multiply_tile<true>(tile, x, g, group, sums);
+      else multiply_tile<false>(tile, x, g, group, sums);
+      if (weights.format.zeros == Zeros::offsets) add_offsets(tile, x, g, sums);
     }
     for (std::int64_t token = 0; token < floats.tokens; ++token)
       finish(sums + token * x.slices * kBlockRows, x.slices, floats, weights, token, n);
@@ -225,4 +292,4 @@ const Kernels kAvx2Vnni{quantise, multiply, scratch_bytes};
 const Kernels kAvx2{quantise, multiply, scratch_bytes};
 #endif
 
-} // namespace pymllm::int4
+} // namespace pymllm::integer

@@ -1,17 +1,18 @@
-// The int4 linear with AVX-512 VNNI. Compiled with -mavx512*: see isa.h for what such a file must not contain.
+// The integer linear with AVX-512 VNNI. Compiled with -mavx512*: see isa.h for what such a file must not contain.
 //
-// One kernel for every number of tokens (int4_avx512vnni_kernel.h): a group of 2 or 4 row blocks is unpacked in
-// registers and applied to up to 8 rows of activations. Unpacking it again for the next rows costs nothing: three
-// instructions beside 32 products, on other ports.
+// One kernel for every number of tokens (integer_avx512vnni_kernel.h): a group of 2 or 4 row blocks is applied to up to
+// 8 rows of activations. The commonest 4-bit codes (Format::fused) are unpacked in registers, and again for the next
+// rows, which costs nothing: three instructions beside 32 products, on other ports. Bytes are taken as they lie. Other
+// 4-bit codes, and what stands before any but the fused ones, are decoded into the L1 cache once a group.
 #include <immintrin.h>
 
-#include "int4.h"
-#include "int4_avx512vnni_kernel.h"
-#include "int4_scale.h"
+#include "integer.h"
+#include "integer_avx512vnni_kernel.h"
+#include "integer_scale.h"
 
 #define PYMLLM_INLINE static inline __attribute__((always_inline))
 
-namespace pymllm::int4 {
+namespace pymllm::integer {
 namespace {
 
 PYMLLM_INLINE __m512 load_floats(Dtype dtype, const void *data, std::int64_t i, __mmask16 mask = 0xffff) {
@@ -80,7 +81,8 @@ void quantise(const Floats &floats, const Weights &weights, const Activations &o
               std::int64_t last) {
   if (weights.group == 128) return quantise_groups<128>(floats, weights, out, first, last);
   if (weights.group == 64) return quantise_groups<64>(floats, weights, out, first, last);
-  quantise_groups<32>(floats, weights, out, first, last);
+  if (weights.group == 32) return quantise_groups<32>(floats, weights, out, first, last);
+  quantise_groups<16>(floats, weights, out, first, last);
 }
 
 // ----------------------------------------------------------------------------------------------------------- output
@@ -92,6 +94,8 @@ PYMLLM_INLINE void finish(const float *sums, std::int64_t stride, int slices, co
   const __mmask16 mask = left >= kBlockRows ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
   __m512 sum = _mm512_loadu_ps(sums + (slices - 1) * stride);
   for (int slice = slices - 1; slice-- > 0;) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + slice * stride));
+  if (weights.row_factors != nullptr)
+    sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, weights.row_factors + output));
   if (floats.bias != nullptr) sum = _mm512_add_ps(sum, load_floats(floats.dtype, floats.bias, output, mask));
   store_floats(floats.dtype, floats.y, token * weights.out_features + output, sum, mask);
 }
@@ -125,19 +129,116 @@ std::size_t scratch_bytes(const Weights &weights, std::int64_t rows, std::int64_
   return static_cast<std::size_t>(steps * plan.streams * rows * kBlockRows) * sizeof(float);
 }
 
-// Groups [begin, end) of kBlocks row blocks, for all rows; adds to sums [R][kBlocks][16].
-template <int kBlocks>
-PYMLLM_INLINE void multiply_group(const std::uint8_t *const *blocks, const Weights &weights, const Activations &x,
-                                  std::int64_t g, float *sums) {
+// One group of kBlocks row blocks, for all rows; adds to sums [R][kBlocks][16].
+template <int kBlocks, Lines kLines>
+PYMLLM_INLINE void multiply_lines(const std::uint8_t *const *blocks, const Header *header, const Weights &weights,
+                                  const Activations &x, std::int64_t g, float *sums) {
   const std::int64_t tiles = (x.rows + kTileRows<kBlocks> - 1) / kTileRows<kBlocks>;
   std::int64_t row = 0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t next = x.rows * (tile + 1) / tiles;  // even tiles: 9 rows are 4 and 5, not 8 and 1
     const std::int64_t at = g * x.rows + row;
-    multiply_rows<kBlocks>(next - row, {blocks, weights.group, x.codes + at * weights.group, x.negative_sums + at,
-                                        x.scales + at, sums + row * kBlocks * kBlockRows});
+    multiply_rows<kBlocks, kLines>(next - row, {blocks, header, weights.group, x.codes + at * weights.group,
+                                                x.negative_sums + at, x.scales + at, sums + row * kBlocks * kBlockRows});
     row = next;
   }
+}
+
+PYMLLM_INLINE __m512 decode_scales(Scales kind, const std::uint8_t *scales) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scales));
+  switch (kind) {
+  case Scales::f16: return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales)));
+  case Scales::bf16: {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  case Scales::f32: return _mm512_loadu_ps(scales);
+  case Scales::e4m3: {  // seee emmm -> f16 s0ee eemm m000 0000, which is that divided by 256
+    const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), 1);
+    const __m256i halves = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0f));
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, _mm_set1_epi8(0x7f)), _mm_set1_epi8(0x7f));
+    return _mm512_mask_mov_ps(value, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+  }
+  default: {
+    __m512i words = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+    words = _mm512_mask_mov_epi32(words, _mm512_cmpeq_epi32_mask(words, _mm512_setzero_si512()),
+                                  _mm512_set1_epi32(0x00400000));
+    words = _mm512_mask_mov_epi32(words, _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(-1)), _mm512_set1_epi32(0x7fc00000));
+    return _mm512_castsi512_ps(words);
+  }
+  }
+}
+
+PYMLLM_INLINE void decode_header(const Format &format, const std::uint8_t *block, int b, Header &header) {
+  _mm512_storeu_ps(header.scales[b], decode_scales(format.scales, block));
+  __m512i zeros = _mm512_setzero_si512();
+  if (format.zeros == Zeros::same) zeros = _mm512_set1_epi32(format.zero);
+  else if (format.zeros == Zeros::each)
+    zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(block + format.zeros_offset())));
+  else
+    _mm512_storeu_ps(header.offsets[b], _mm512_loadu_ps(block + format.zeros_offset()));
+  _mm512_storeu_si512(header.zeros[b], zeros);
+}
+
+// 4-bit codes to lines of values, through a table of 16.
+PYMLLM_INLINE void decode_lines(const std::uint8_t *lines, std::int64_t group, __m512i table, std::uint8_t *values) {
+  constexpr std::int64_t ahead = 2176;  // bytes, as in the kernel
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const std::int64_t half = group * 8;
+  for (std::int64_t at = 0; at < half; at += 64) {
+    const __m512i both = _mm512_loadu_si512(lines + at);
+    _mm_prefetch(reinterpret_cast<const char *>(lines + at + ahead), _MM_HINT_T0);
+    const __m512i low = _mm512_and_si512(both, nibble), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    _mm512_store_si512(values + at, _mm512_shuffle_epi8(table, low));
+    _mm512_store_si512(values + half + at, _mm512_shuffle_epi8(table, high));
+  }
+}
+
+alignas(16) const std::uint8_t kSameValues[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+template <int kBlocks>
+void multiply_values(const std::uint8_t *const *blocks, const Weights &weights, const Activations &x, std::int64_t g,
+                     float *sums) {
+  const Format &format = weights.format;
+  alignas(64) Header header;
+  const std::uint8_t *lines[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    decode_header(format, blocks[b], b, header);
+    lines[b] = blocks[b] + format.header_bytes();
+  }
+  if (format.codes == Codes::bytes) {
+    multiply_lines<kBlocks, Lines::streamed>(lines, &header, weights, x, g, sums);
+  } else {
+    alignas(64) std::uint8_t values[kBlocks][kMaxGroup * kBlockRows];
+    const std::uint8_t *source = format.table == nullptr ? kSameValues : format.table;
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source)));
+    for (int b = 0; b < kBlocks; ++b) {
+      decode_lines(lines[b], weights.group, table, values[b]);
+      lines[b] = values[b];
+    }
+    multiply_lines<kBlocks, Lines::cached>(lines, &header, weights, x, g, sums);
+  }
+  if (format.zeros != Zeros::offsets) return;
+  for (std::int64_t row = 0; row < x.rows; ++row) {
+    const std::int64_t at = g * x.rows + row;
+    const __m512 sum = _mm512_set1_ps(static_cast<float>(-x.negative_sums[at]) * x.scales[at]);
+    for (int b = 0; b < kBlocks; ++b) {
+      float *to = sums + (row * kBlocks + b) * kBlockRows;
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(header.offsets[b]), sum, _mm512_loadu_ps(to)));
+    }
+  }
+}
+
+template <int kBlocks>
+PYMLLM_INLINE void multiply_group(const std::uint8_t *const *blocks, const Weights &weights, const Activations &x,
+                                  std::int64_t g, float *sums) {
+  if (!weights.format.fused())
+    multiply_values<kBlocks>(blocks, weights, x, g, sums);
+  else if (weights.format.scales == Scales::f16)
+    multiply_lines<kBlocks, Lines::f16>(blocks, nullptr, weights, x, g, sums);
+  else
+    multiply_lines<kBlocks, Lines::bf16>(blocks, nullptr, weights, x, g, sums);
 }
 
 template <int kBlocks>
@@ -181,4 +282,4 @@ void multiply(const Weights &weights, const Activations &x, const Floats &floats
 
 const Kernels kAvx512Vnni{quantise, multiply, scratch_bytes};
 
-} // namespace pymllm::int4
+} // namespace pymllm::integer

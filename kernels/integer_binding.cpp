@@ -1,0 +1,103 @@
+// pymllm._native.integer_*: addresses as integers, checked by pymllm/kernels/native_integer.py. nb::ndarray would check
+// them here, at 4 us a tensor.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "integer.h"
+#include "roofline.h"
+
+namespace nb = nanobind;
+
+namespace pymllm {
+namespace {
+
+template <class T>
+T *pointer(std::uintptr_t address) {
+  return reinterpret_cast<T *>(address);
+}
+
+// Twice the values of e2m1 codes, and 12.
+constexpr std::uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// How weights are packed. format: codes, scales and zeros, 4 bits each, then the table (1: e2m1); zero: see Format.
+integer::Weights weights_of(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_features,
+                            std::int64_t group, int format, int zero, std::uintptr_t row_factors) {
+  const auto codes = static_cast<integer::Codes>(format & 15);
+  const std::uint8_t *table = format >> 12 == 1 ? kE2m1 : nullptr;
+  return {pointer<const std::uint8_t>(blocks), out_features, in_features, group,
+          {codes, static_cast<integer::Scales>(format >> 4 & 15), static_cast<integer::Zeros>(format >> 8 & 15), zero,
+           table, codes == integer::Codes::bytes},
+          pointer<const float>(row_factors)};
+}
+
+void linear(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_features, std::int64_t group, int format,
+            int zero, std::uintptr_t row_factors, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y,
+            std::int64_t tokens, int dtype, int slices, int demand, std::int64_t demanded_group, float demanded_scale,
+            int threads, int isa) {
+  const integer::Floats floats{static_cast<integer::Dtype>(dtype), tokens, pointer<const void>(x),
+                               pointer<const void>(bias), pointer<void>(y)};
+  const integer::Quantisation quantisation{slices, static_cast<integer::Demand>(demand), demanded_group,
+                                           demanded_scale};
+  integer::linear(weights_of(blocks, out_features, in_features, group, format, zero, row_factors), floats,
+                  quantisation, threads, static_cast<Isa>(isa));
+}
+
+void pack(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_features, std::int64_t group, int format,
+          int zero, std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros, std::int64_t inputs,
+          std::int64_t stored_group, int threads) {
+  integer::pack(weights_of(0, out_features, in_features, group, format, zero, 0),
+                {pointer<std::uint8_t>(codes), pointer<std::uint8_t>(scales), pointer<std::uint8_t>(zeros), inputs,
+                 stored_group},
+                pointer<std::uint8_t>(blocks), threads);
+}
+
+void unpack(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_features, std::int64_t group, int format,
+            int zero, std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros, std::int64_t inputs,
+            std::int64_t stored_group, int threads) {
+  integer::unpack(weights_of(blocks, out_features, in_features, group, format, zero, 0),
+                  {pointer<std::uint8_t>(codes), pointer<std::uint8_t>(scales), pointer<std::uint8_t>(zeros), inputs,
+                   stored_group},
+                  threads);
+}
+
+void gather(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_features, std::int64_t group, int format,
+            int zero, std::uintptr_t row_factors, std::int64_t inputs, std::uintptr_t ids, std::int64_t count,
+            int dtype, std::uintptr_t rows, int threads) {
+  const auto *first = pointer<const std::int64_t>(ids);
+  if (count > 0) {
+    const auto [least, most] = std::minmax_element(first, first + count);
+    if (*least < 0 || *most >= out_features) throw nb::index_error("an id is outside the table");
+  }
+  integer::gather(weights_of(blocks, out_features, in_features, group, format, zero, row_factors), inputs, first,
+                  count, static_cast<integer::Dtype>(dtype), pointer<void>(rows), threads);
+}
+
+double roofline_read(std::uintptr_t data, std::int64_t bytes, int streams, int threads) {
+  return roofline::read_seconds(pointer<const void>(data), bytes, streams, threads);
+}
+
+void roofline_pages(std::uintptr_t data, std::int64_t bytes, bool huge) {
+  roofline::advise_pages(pointer<void>(data), bytes, huge);
+}
+
+} // namespace
+
+void register_integer(nb::module_ &m) {
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("isa_code",
+        [](const std::string &name) { return static_cast<int>(name.empty() ? chosen_isa() : isa_named(name)); },
+        "The number of a kernel path, of the chosen one for an empty name; ValueError if this CPU cannot run it.");
+  m.def("integer_linear", &linear, released, "See kernels/integer.h.");
+  m.def("integer_pack", &pack, released, "See kernels/integer.h.");
+  m.def("integer_unpack", &unpack, released, "See kernels/integer.h.");
+  m.def("integer_gather", &gather, released, "See kernels/integer.h.");
+  m.def("roofline_read", &roofline_read, "Seconds to read (address, bytes) once.");
+  m.def("roofline_pages", &roofline_pages, "Ask for huge pages, or for none, in untouched memory.");
+  m.def("roofline_f32", &roofline::f32_peak, "Operations a second of fused multiply-adds.");
+  m.def("roofline_int8", &roofline::int8_peak, "Operations a second of u8 x s8 products.");
+}
+
+} // namespace pymllm
