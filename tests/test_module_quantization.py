@@ -103,7 +103,7 @@ def test_generate_runs_the_replaced_layers(family):
 def test_a_layer_computes_what_its_format_says_for_every_input():
     torch.manual_seed(1)
     linear = nn.Linear(64, 48)
-    holder = pymllm.quantize_model(nn.Sequential(copy.deepcopy(linear)), {"0": "int8"})
+    holder = pymllm.quantize_model(nn.Sequential(copy.deepcopy(linear)), {"0": "int8"}, compute="exact")
     layer = holder[0]
     weight = layer.bound.canonical().dequantize(torch.float64)
     # Written out: codes of 8 bits, a scale for each row.

@@ -15,12 +15,24 @@ from torch import Tensor
 from pymllm.kernels.native_fp4 import NativeFp4
 from pymllm.kernels.native_int4 import NativeInt4
 from pymllm.kernels.native_int8 import NativeInt8
-from pymllm.kernels.native_integer import DTYPES, NativeIntegerLinear, blocks_of, check_blocks, native
+from pymllm.kernels.native_integer import (
+    BLOCK_ROWS,
+    DTYPES,
+    NativeIntegerLinear,
+    blocks_of,
+    check_blocks,
+    native,
+)
 from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 
 
 class NativeIntegerEmbedding(NativeIntegerLinear):
     """What the embeddings below share."""
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        if problem.out_features < BLOCK_ROWS:
+            return f"packs {BLOCK_ROWS} rows at a time, the table has {problem.out_features}"
+        return super().why_not(problem)  # type: ignore[misc]
 
     def numerics(self, problem: LinearProblem) -> str:
         return "rows dequantised exactly"
