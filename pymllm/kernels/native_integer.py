@@ -201,18 +201,20 @@ class NativeIntegerLinear:
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, IntWeight | CodebookWeight)
-        zeros = (
-            (weight.zeros if weight.offsets is None else weight.offsets)
-            if isinstance(weight, IntWeight)
-            else None
-        )
         kept = {} if weight.input_scales is None else {"input_scales": weight.input_scales}
+        zeros = None
+        if isinstance(weight, IntWeight):
+            zeros = weight.zeros if weight.offsets is None else weight.offsets.float()
+            if weight.offsets is not None and weight.offsets.dtype is not torch.float32:
+                kept["offsets"] = weight.offsets.new_empty(0)  # their dtype, for `unpack`
         return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem), **kept}
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, IntType)
         codes, scales, zeros = unpack_blocks(packed["blocks"], kind.scales, kind.symmetric, problem)
+        if zeros is not None and "offsets" in packed:
+            zeros = zeros.to(packed["offsets"].dtype)
         return IntWeight(
             codes,
             scales,

@@ -42,6 +42,10 @@ def integers(bits, shape, *, zeros="none", scales=torch.float16, seed=0):
     )
 
 
+def halved(weight):
+    return dataclasses.replace(weight, offsets=weight.offsets.half())
+
+
 def fp4(shape, *, scales=torch.float8_e8m0fnu, rows=False):
     out_features, in_features, group = shape
     generator = torch.Generator().manual_seed(0)
@@ -89,6 +93,7 @@ CASES = {
             strict=True,
         )
     },
+    "int4-f16-offsets": lambda: halved(integers(4, (40, 96, 32), zeros="offsets")),
     "int6-g16": lambda: integers(6, (40, 256, 16), scales=torch.float32),
     "int3-g32": lambda: integers(3, (40, 96, 32), zeros="each"),
     "mxfp4": lambda: fp4((33, 192, 32)),
