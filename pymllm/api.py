@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from pymllm.adapters import (
 from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
 from pymllm.engine.gguf_tokenizer import open_tokenizer
+from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.tokenizer import TextStream
@@ -220,11 +222,12 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        outputs: GenerationOutputs | None = None,
     ) -> list[RequestOutput]:
         """Answer one prompt or several, batched.
 
         A prompt is text or token ids.  params, adapter: one for all, or one each; an adapter is the name of one in
-        `adapters`, or None.
+        `adapters`, or None.  outputs: records every step, for metrics and trajectories.
         """
         many = self._as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
@@ -238,24 +241,34 @@ class LLM:
                     expected=str(len(many)),
                     found=str(len(given)),
                 )
-        outputs: list[RequestOutput | None] = [None] * len(many)
-        for index, piece in self._run([self.encode(prompt) for prompt in many], each, names):
-            outputs[index] = piece.output
-        return [output for output in outputs if output is not None]
+        answers: list[RequestOutput | None] = [None] * len(many)
+        for index, piece in self._run([self.encode(prompt) for prompt in many], each, names, outputs):
+            answers[index] = piece.output
+        return [answer for answer in answers if answer is not None]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        outputs: GenerationOutputs | None = None,
     ) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece; the last piece carries the output.  Closing the iterator aborts."""
-        return (piece for _, piece in self.stream_all([prompt], params, adapter=adapter))
+        return (piece for _, piece in self.stream_all([prompt], params, adapter=adapter, outputs=outputs))
 
     def stream_all(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        outputs: GenerationOutputs | None = None,
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Answer several prompts at a time, piece by piece, each with the index of its prompt; as `stream` else."""
         ids = [self.encode(prompt) for prompt in prompts]  # a bad one fails here, not at the first piece
         self.check_adapter(adapter)
-        return self._run(ids, [params or self.default_params()] * len(ids), [adapter] * len(ids))
+        return self._run(ids, [params or self.default_params()] * len(ids), [adapter] * len(ids), outputs)
 
     def chat(
         self,
@@ -274,7 +287,11 @@ class LLM:
         return list(prompts)  # type: ignore[arg-type]
 
     def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams], adapters: list[str | None]
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        adapters: list[str | None],
+        outputs: GenerationOutputs | None = None,
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Run requests to their end, one piece a token, with the index of the request."""
         requests = [
@@ -283,23 +300,34 @@ class LLM:
                 p,
                 len(ids) + p.max_tokens if p.max_tokens is not None else self.engine.max_length,
                 adapter,
+                index,
             )
-            for ids, p, adapter in zip(prompts, params, adapters, strict=True)
+            for index, (ids, p, adapter) in enumerate(zip(prompts, params, adapters, strict=True))
         ]
         texts = [TextStream(self.tokenizer, p.stop) if self.tokenizer.available else None for p in params]
-        unfinished = {id(request): index for index, request in enumerate(requests)}
+        unfinished = {id(request) for request in requests}
         with self._lock:
+            if self.engine.running or self.engine.waiting:  # the lock lets its own thread in again
+                raise RequestError(
+                    "this thread has a stream that has not ended",
+                    code="stream-open",
+                    fix="Read it to its end or close it first; to batch prompts, pass them together.",
+                )
             try:
                 for request in requests:
                     self.check_adapter(request.adapter)
                     self.engine.add(request)
                 while unfinished:
-                    for request in self.engine.step():
-                        index = unfinished[id(request)]
-                        piece = self._piece(request, texts[index])
+                    started = time.perf_counter()
+                    stepped = self.engine.step()
+                    seconds = time.perf_counter() - started
+                    pieces = [(r.req_id, self._piece(r, texts[r.req_id])) for r in stepped]
+                    if outputs is not None:
+                        outputs.record_step(stepped, seconds)
+                    for request, (_, piece) in zip(stepped, pieces, strict=True):
                         if piece.output is not None:
-                            del unfinished[id(request)]
-                        yield index, piece
+                            unfinished.remove(id(request))
+                    yield from pieces
             finally:
                 for request in requests:
                     if id(request) in unfinished:

@@ -7,7 +7,10 @@ The command line prints `str(error)`, one paragraph, without a traceback.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 
 class PymllmError(Exception):
@@ -88,3 +91,21 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """A hint such as "Nearest: a, b." naming the candidates most like `name`; empty when none is like it."""
     close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.6)
     return f"Nearest: {', '.join(close)}." if close else ""
+
+
+def fetch_factory_name(factory: Any) -> str:
+    """What a registry has bound, as "module.qualified.name", behind its partials and decorators.
+
+    factory: a class or a function; anything else goes by its class.
+    """
+    while True:
+        if isinstance(factory, (functools.partial, functools.partialmethod)):
+            factory = factory.func
+        elif hasattr(factory, "__wrapped__"):
+            factory = factory.__wrapped__
+        elif inspect.ismethod(factory):
+            factory = factory.__func__
+        else:
+            break
+    named = factory if hasattr(factory, "__qualname__") else type(factory)
+    return f"{named.__module__}.{named.__qualname__}"

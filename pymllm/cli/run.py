@@ -16,6 +16,7 @@ from pymllm.cli.output import console, print_json, readable_size, say
 
 if TYPE_CHECKING:
     from pymllm.api import LLM
+    from pymllm.engine.outputs import GenerationOutputs
     from pymllm.engine.request import RequestOutput
     from pymllm.planning import Plan
 
@@ -76,6 +77,7 @@ def execute(args: argparse.Namespace) -> int:
         prompt = read_stdin(args, model)
     check_text(args, prompt)
     from pymllm.api import LLM
+    from pymllm.engine.outputs import GenerationOutputs
 
     chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     started = time.perf_counter()
@@ -99,8 +101,9 @@ def execute(args: argparse.Namespace) -> int:
     show = not args.json
     if show and not args.chat and (args.stats or sys.stdout.isatty()):
         print(prompt, end="", file=sys.stderr, flush=True)  # the answer goes on from here
+    outputs = GenerationOutputs(1)
     started, first_token_seconds, output = time.perf_counter(), 0.0, None
-    for piece in llm.stream(ids, params, adapter=name):
+    for piece in llm.stream(ids, params, adapter=name, outputs=outputs):
         first_token_seconds = first_token_seconds or time.perf_counter() - started
         output = piece.output
         if show:
@@ -108,7 +111,7 @@ def execute(args: argparse.Namespace) -> int:
     assert output is not None
     if show:
         print(flush=True)
-    speeds = measure(llm, output, startup_seconds, first_token_seconds)
+    speeds = measure(llm, outputs, startup_seconds, first_token_seconds)
     if args.json:
         print_json(
             {
@@ -191,7 +194,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
 
 
 def measure(
-    llm: LLM, output: RequestOutput, startup_seconds: float, first_token_seconds: float
+    llm: LLM, outputs: GenerationOutputs, startup_seconds: float, first_token_seconds: float
 ) -> dict[str, Any]:
     """Seconds and tokens a second.  load: reading and packing; startup: from nothing to ready, imports left out."""
     report = llm.load_report
@@ -200,8 +203,9 @@ def measure(
         "load_bytes": report.bytes_read,
         "startup_seconds": startup_seconds,
         "time_to_first_token_seconds": first_token_seconds,
-        "prefill_tokens_per_second": output.prefill_tokens_per_second,
-        "decode_tokens_per_second": output.decode_tokens_per_second,
+        "time_per_output_token_seconds": outputs.tpot,
+        "prefill_tokens_per_second": outputs.prefill_throughput,
+        "decode_tokens_per_second": outputs.decode_throughput,
     }
 
 

@@ -51,12 +51,14 @@ class Request:
     """A request in the engine.
 
     limit: the tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active one.
+    req_id: which of the caller's prompts it is.  is_prefilling, running_sequence, new_tokens: of its latest step.
     """
 
     prompt: list[int]
     params: SamplingParams
     limit: int
     adapter: str | None = None
+    req_id: int = 0
     answer: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -64,6 +66,14 @@ class Request:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    is_prefilling: bool = True
+    running_sequence: list[int] = field(default_factory=list)
+    new_tokens: int = 0
+    eos_token_generated: bool = False
+    block_size: int = 1  # a token at a time, no block and no limit of other strategies
+    blocks: tuple[()] = ()
+    max_nfe_reached: bool = False
+    max_repetition_run_reached: bool = False
 
     def __post_init__(self) -> None:
         self.sampler = SamplerState(self.params, self.prompt)
@@ -72,6 +82,39 @@ class Request:
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
 
+    def start_step(self) -> list[int]:
+        """The tokens that the cache lacks, for the step to come: the prompt, or the last token."""
+        self.is_prefilling, self.new_tokens = not self.answer, 0
+        self.running_sequence = self.answer[-1:] or self.prompt
+        return self.running_sequence
+
+    # What `GenerationOutputs.record_step` reads besides.
+
+    @property
+    def full_response(self) -> list[int]:
+        return self.answer
+
+    @property
+    def truncated_response(self) -> list[int]:
+        """The answer without the token that ended it."""
+        return self.answer[:-1] if self.eos_token_generated else self.answer
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.eos_token_generated
+
+    @property
+    def max_new_tokens_reached(self) -> bool:
+        return self.finish_reason == "length" and len(self.answer) == self.params.max_tokens
+
+    @property
+    def max_model_len_reached(self) -> bool:
+        return self.finish_reason == "length" and not self.max_new_tokens_reached
+
+    @property
+    def completion_reason(self) -> str | None:
+        return self.finish_reason
+
     def add_token(self, token: int, end_tokens: frozenset[int]) -> None:
         """Append a sampled token and decide whether it is the last."""
         now = time.perf_counter()
@@ -79,9 +122,10 @@ class Request:
             self.first_token_at = now
         self.last_token_at = now
         self.answer.append(token)
+        self.new_tokens += 1
         ends = token in self.params.stop_token_ids or (token in end_tokens and not self.params.ignore_eos)
         if ends:
-            self.finish_reason = "stop"
+            self.finish_reason, self.eos_token_generated = "stop", True
         elif self.length >= self.limit:
             self.finish_reason = "length"
 

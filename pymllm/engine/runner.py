@@ -47,7 +47,7 @@ class Runner:
     @torch.no_grad()
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
         """Each request's tokens that the cache lacks (its prompt, or its last token).  Returns [R, V] logits."""
-        new = [request.prompt if not request.answer else request.answer[-1:] for request in requests]
+        new = [request.start_step() for request in requests]
         starts = [request.length - len(tokens) for request, tokens in zip(requests, new, strict=True)]
         positions = [
             p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))
@@ -60,7 +60,7 @@ class Runner:
         most = max(len(request.pages) for request in requests)
         pages = [request.pages + [0] * (most - len(request.pages)) for request in requests]
         metadata = AttnMetaDataBase(
-            is_prefill=[not request.answer for request in requests],
+            is_prefill=[request.is_prefilling for request in requests],
             cu_seqlens_q=self._int32(bounds_q),
             cu_seqlens_k=self._int32(bounds_k),
             max_seqlen_q=max(map(len, new)),

@@ -46,15 +46,34 @@ class AutoEncoder:
     """Any tokenizer that transformers can read without running a checkpoint's code."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer = auto_tokenizer_from_pretrained(folder, trust_remote_code=False)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+LIST_ERROR = "'list' object has no attribute"
+
+
+def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
+    """transformers' AutoTokenizer.from_pretrained, also where `extra_special_tokens` is a list.
+
+    Versions that expect an object there fail on a list (an AttributeError that says so); the tokens are then given to
+    them under the names extra_special_token_0, 1, ... Any other failure is raised as it is.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except AttributeError as error:
+        tokens = read_json(Path(path) / "tokenizer_config.json").get("extra_special_tokens")
+        if LIST_ERROR not in str(error) or not isinstance(tokens, list) or "extra_special_tokens" in options:
+            raise
+    named = {f"extra_special_token_{index}": token for index, token in enumerate(tokens)}
+    return AutoTokenizer.from_pretrained(path, extra_special_tokens=named, **options)
 
 
 class Tokenizer:

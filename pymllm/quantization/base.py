@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, fetch_factory_name, nearest
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, on_meta
 from pymllm.quantization.binding import BoundWeight, bind_layer, bound_weight
 from pymllm.weights.loader import Written, copy_full_tensor, place
@@ -353,7 +353,7 @@ def register_quantization(name: str) -> Callable[[C], C]:
     def register(cls: C) -> C:
         if name in _registry:
             raise ConfigError(
-                f"the quantisation method {name!r} is registered already, by {_registry[name].__qualname__}",
+                f"the quantisation method {name!r} is registered already, by {fetch_factory_name(_registry[name])}",
                 code="duplicate-method",
                 fix="Choose another name.",
             )

@@ -1,0 +1,273 @@
+"""What a batch of prompts did, step by step: trajectories, their text, and the metrics that follow from them.
+
+A step is one run of the model; `GenerationOutputs.record_step` is told each step's requests and how long it took. Times
+are seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TRACE_SWITCH = "PYMLLM_SAVE_TRACE"  # "0": no block traces
+
+
+def decode_token_ids_robust(
+    tokenizer: Any, token_ids: Sequence[int] | None, *, skip_special_tokens: bool = False
+) -> str:
+    """Text of ids; "" for none.
+
+    A tokenizer whose `decode` does not take these arguments (a TypeError) is asked token by token instead; any other
+    error is raised as it is.
+    """
+    if not token_ids:
+        return ""
+    try:
+        return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    except TypeError:
+        tokens = tokenizer.convert_ids_to_tokens(list(token_ids))
+        return tokenizer.convert_tokens_to_string([token for token in tokens if token is not None])
+
+
+@dataclass(frozen=True)
+class ReqStep:
+    """One step of one request.
+
+    step_id: counted from 0 for the request.  step_time: of the whole step, which other requests may have shared.
+    running_token_ids: what the step ran.  buffer_bids: ids of the blocks in the buffer.
+    block_trace: for each of them its id, whether it is active, its masked tokens and their share.
+    """
+
+    step_id: int
+    step_time: float
+    is_prefill: bool
+    num_generated_tokens: int
+    running_token_ids: list[int]
+    block_size: int = 1
+    buffer_bids: list[int] = field(default_factory=list)
+    block_trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+FLAGS = (
+    "is_truncated",
+    "max_new_tokens_reached",
+    "max_model_len_reached",
+    "max_nfe_reached",
+    "max_repetition_run_reached",
+    "eos_token_generated",
+    "completion_reason",
+)
+
+
+@dataclass
+class ReqTrajectory:
+    """One prompt's answer and the steps that made it.
+
+    token_ids: up to the end token; full_token_ids: all that were generated.  is_truncated: whether these differ.
+    The *_reached flags say which limit ended it.  text, full_text: after `convert_to_text`.
+    """
+
+    req_id: int
+    token_ids: list[int] = field(default_factory=list)
+    trajectory: list[ReqStep] = field(default_factory=list)
+    is_truncated: bool = False
+    max_new_tokens_reached: bool = False
+    max_model_len_reached: bool = False
+    max_nfe_reached: bool = False
+    max_repetition_run_reached: bool = False
+    eos_token_generated: bool = False
+    completion_reason: str | None = None
+    text: str | None = None
+    full_token_ids: list[int] = field(default_factory=list)
+    full_text: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(step.num_generated_tokens for step in self.trajectory)
+
+    @property
+    def total_time(self) -> float:
+        """Of the steps that it took part in."""
+        return sum(step.step_time for step in self.trajectory)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Of its steps up to the one that gave its first token; None: there is none yet."""
+        elapsed = 0.0
+        for step in self.trajectory:
+            elapsed += step.step_time
+            if step.num_generated_tokens > 0:
+                return elapsed
+        return None
+
+
+class GenerationOutputs:
+    """The trajectories of `num_prompts` prompts, and metrics over them.
+
+    Of the batch: batch_step_count, total_time, prefill_time, decode_time; generated_tokens, prefill_tokens (run),
+    decode_tokens (generated). A step in which some requests prefill and others decode counts for both times.
+    """
+
+    def __init__(self, num_prompts: int) -> None:
+        self.num_prompts = num_prompts
+        self.trajectories = [ReqTrajectory(index) for index in range(num_prompts)]
+        self.traces_blocks = os.environ.get(TRACE_SWITCH, "1") != "0"
+        self.batch_step_count = 0
+        self.total_time = self.prefill_time = self.decode_time = 0.0
+        self.generated_tokens = self.prefill_tokens = self.decode_tokens = 0
+
+    def record_step(
+        self,
+        reqs: Sequence[Any],
+        step_time: float,
+        req_id_to_prompt_id: Mapping[int, int] | None = None,
+    ) -> None:
+        """Add a step of these requests.  req_id_to_prompt_id: which prompt each is; None: its req_id says it.
+
+        Requests of any decoding strategy can be recorded. What is read of them: req_id; is_prefilling, new_tokens (got
+        in this step), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer: each with
+        block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and truncated_response
+        (those before the end token); and the flags of `ReqTrajectory`.
+        """
+        if not reqs:
+            return
+        prefilling = [req for req in reqs if req.is_prefilling]
+        decoding = [req for req in reqs if not req.is_prefilling]
+        self.batch_step_count += 1
+        self.total_time += step_time
+        self.generated_tokens += sum(req.new_tokens for req in reqs)
+        self.prefill_tokens += sum(len(req.running_sequence) for req in prefilling)
+        self.decode_tokens += sum(req.new_tokens for req in decoding)
+        self.prefill_time += step_time if prefilling else 0.0
+        self.decode_time += step_time if decoding else 0.0
+        for req in reqs:
+            index = req.req_id if req_id_to_prompt_id is None else req_id_to_prompt_id[req.req_id]
+            self._record(self.trajectories[index], req, step_time)
+
+    def _record(self, trajectory: ReqTrajectory, req: Any, step_time: float) -> None:
+        blocks = list(req.blocks)
+        trajectory.trajectory.append(
+            ReqStep(
+                len(trajectory.trajectory),
+                step_time,
+                req.is_prefilling,
+                req.new_tokens,
+                list(req.running_sequence),
+                req.block_size,
+                [block.block_id for block in blocks],
+                [trace_block(block) for block in blocks] if self.traces_blocks else [],
+            )
+        )
+        trajectory.token_ids = list(req.truncated_response)
+        trajectory.full_token_ids = list(req.full_response)
+        for flag in FLAGS:
+            setattr(trajectory, flag, getattr(req, flag))
+
+    @property
+    def tpf(self) -> float:
+        """Tokens per forward: what a request generated, over the steps it took part in; the mean over requests."""
+        return _mean(t.generated_tokens / len(t.trajectory) for t in self.trajectories if t.trajectory)
+
+    @property
+    def ttft(self) -> float:
+        """Time to the first token; the mean over requests that have one."""
+        times = [trajectory.time_to_first_token for trajectory in self.trajectories]
+        return _mean(time for time in times if time is not None)
+
+    @property
+    def tpot(self) -> float:
+        """Time per output token after the first; the mean over requests that have at least two."""
+        return _mean(
+            (t.total_time - (t.time_to_first_token or 0.0)) / (t.generated_tokens - 1)
+            for t in self.trajectories
+            if t.generated_tokens > 1
+        )
+
+    @property
+    def throughput(self) -> float:
+        """Generated tokens a second of the batch."""
+        return _rate(self.generated_tokens, self.total_time)
+
+    @property
+    def prefill_throughput(self) -> float:
+        """Prompt tokens a second, over the steps in which any request prefilled."""
+        return _rate(self.prefill_tokens, self.prefill_time)
+
+    @property
+    def decode_throughput(self) -> float:
+        """Tokens a second that decoding requests got, over the steps in which any decoded."""
+        return _rate(self.decode_tokens, self.decode_time)
+
+    @property
+    def e2e_time(self) -> float:
+        """The sum over requests of the time of their steps."""
+        return sum(trajectory.total_time for trajectory in self.trajectories)
+
+    @property
+    def e2e_tokens(self) -> int:
+        """Tokens of the answers, up to their end tokens."""
+        return sum(len(trajectory.token_ids) for trajectory in self.trajectories)
+
+    @property
+    def e2e_throughput(self) -> float:
+        """Tokens of the answers, up to their end tokens, a second of the batch."""
+        return _rate(self.e2e_tokens, self.total_time)
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric, time and count, by name."""
+        return {name: getattr(self, name) for name in METRICS}
+
+    def convert_to_text(self, tokenizer: Any) -> None:
+        """Fill in `text`, which ends before the first end token, and `full_text` of every trajectory."""
+        end = getattr(tokenizer, "eos_token", None)
+        for trajectory in self.trajectories:
+            whole = trajectory.full_token_ids or trajectory.token_ids
+            trajectory.full_text = decode_token_ids_robust(tokenizer, whole)
+            text = decode_token_ids_robust(tokenizer, trajectory.token_ids)
+            trajectory.text = text.partition(end)[0] if end else text
+
+    def to_benchmark_format(self) -> list[dict[str, Any]]:
+        """For each prompt: text, full_text, token_ids, and nfe, the number of its steps."""
+        return [
+            {
+                "text": trajectory.text or "",
+                "full_text": trajectory.full_text
+                if trajectory.full_text is not None
+                else trajectory.text or "",
+                "token_ids": list(trajectory.token_ids),
+                "nfe": len(trajectory.trajectory),
+            }
+            for trajectory in self.trajectories
+        ]
+
+
+METRICS = (
+    *("tpf", "ttft", "tpot", "throughput", "prefill_throughput", "decode_throughput", "e2e_throughput"),
+    *("total_time", "prefill_time", "decode_time", "e2e_time"),
+    *("batch_step_count", "generated_tokens", "prefill_tokens", "decode_tokens", "e2e_tokens"),
+)
+
+
+def trace_block(block: Any) -> dict[str, Any]:
+    """A block's state, for a trace."""
+    return {
+        "block_id": block.block_id,
+        "is_active": block.is_active,
+        "num_mask_tokens": block.num_mask_tokens,
+        "mask_ratio": block.num_mask_tokens / max(block.block_size, 1),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known) if known else 0.0
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else 0.0
