@@ -27,7 +27,11 @@ Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
     "linear": (
+        "pymllm.kernels.triton.eight_bit:TritonFp8Activations",
+        "pymllm.kernels.triton.eight_bit:TritonInt8Activations",
         "pymllm.kernels.triton.int_weights:TritonInt",
+        "pymllm.kernels.triton.fp8_weights:TritonFp8",
+        "pymllm.kernels.triton.fp4_weights:TritonFp4",
         "pymllm.kernels.native_float:NativeFloatLinear",
         "pymllm.kernels.torch_linear:TorchLinear",
         "pymllm.kernels.torch_scaled_mm:TorchScaledMM",

@@ -169,7 +169,8 @@ def build_one(task: Task) -> Built:
         shared = compiled.metadata.shared
         registers, stack = (_cuda_usage if task.architecture.is_nvidia else _hip_usage)(compiled)
     except Exception as problem:  # Triton and its tools fail in many ways; each is a row of the table
-        error = f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1] if str(problem).strip() else ''}"
+        said = [line for line in str(problem).splitlines() if line.strip(" ^")] or [""]
+        error = f"{type(problem).__name__}: {getattr(problem, 'error_message', None) or said[-1]}"
     return Built(
         task.kernel,
         task.launch.kernel.name,

@@ -1,7 +1,7 @@
 """Device functions that are compiled when first launched, and what a launch is.
 
 A file of kernels is imported on machines without Triton too: `@kernel` and `@inline` keep the Python function, and
-hand it to `triton.jit` on first use. In the bodies `tl` is `triton.language`, which appears then.
+hand it to `triton.jit` on first use. In their bodies `tl` is `triton.language`.
 
 On meta tensors nothing is launched; inside `recording()` every launch is noted instead, with the very arguments and
 constants of a real one. So a kernel's own `run` says what to compile ahead of time.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -72,13 +73,14 @@ class DeviceFunction:
             import triton.language
         except ImportError:
             raise MissingExtraError("triton", "triton", "running a GPU kernel") from None
-        compiled = self.__dict__["compiled"] = triton.jit(self.function)
-        names = self.function.__globals__
-        names["tl"] = triton.language
-        for name, value in list(names.items()):  # what kernels call must be what Triton made of it
-            if isinstance(value, Inline):
-                names[name] = value.compiled
-        return compiled
+        # A copy with names of its own: what kernels call must be what Triton made of it, for kernels alone.
+        names = dict(self.function.__globals__, tl=triton.language)
+        for name in self.function.__code__.co_names:
+            if isinstance(names.get(name), Inline):
+                names[name] = names[name].compiled
+        copy = FunctionType(self.function.__code__, names, self.name)
+        copy.__annotations__, copy.__qualname__ = self.function.__annotations__, self.function.__qualname__
+        return triton.jit(copy)
 
 
 def _find(module: str, name: str) -> Any:

@@ -36,12 +36,17 @@ class Tile:
 
 def bucket(tokens: int) -> int:
     """The power of two that covers `tokens`: shapes within one share a configuration."""
-    return min(1 << max(tokens - 1, 0).bit_length(), LARGEST_BUCKET)
+    return min(next_power(tokens), LARGEST_BUCKET)
 
 
 def divide(length: int, by: int) -> int:
     """Rounded up."""
     return -(-length // by)
+
+
+def next_power(size: int) -> int:
+    """The power of two that covers `size`."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def architecture_of(device: Device) -> Architecture:

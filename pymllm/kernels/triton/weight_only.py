@@ -1,4 +1,4 @@
-"""Multiplying by weights of few bits, the activations left as they are: the kernels that all such formats share.
+"""Multiplying by weights of few bits, the activations left as they are: what all such formats share.
 
 A format brings how a code becomes a number (`decode`), and where scales and zero points lie. One row (`multiply_one`)
 takes no matrix unit: reading the weights is all it waits for. Up to a few hundred (`multiply_tile`), weights are
@@ -10,21 +10,27 @@ expanded in registers, as the left operand, and the inner dimension is divided o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pymllm.kernels.hardware import Device
-from pymllm.kernels.triton.launch import Inline, inline, interpreting, kernel
+from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.triton.launch import Inline, interpreting
+from pymllm.kernels.triton.operators import operator
 from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, tuned
+from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_one, multiply_tile
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
+F = TypeVar("F", bound=Callable[..., Any])
 FAMILY = "weight_only"
 EXPAND_BYTES = 64 << 20  # of weights expanded at a time
+
+
+WHOLE = 1 << 30  # a group as long as any axis: kernels of whole-axis scales do not depend on the axis
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Coding:
     decode: Inline
     bits: int
     span: int
-    group: int
+    group: int = WHOLE
     rows: int = 1
     offset: float = 0.0
     zero: float = 0.0
@@ -49,6 +55,7 @@ class Coding:
     def per_word(self) -> int:
         return 32 // self.bits
 
+    @cached_property
     def constants(self) -> dict[str, Any]:
         return {
             "DECODE": self.decode,
@@ -60,6 +67,26 @@ class Coding:
             "ZERO": self.zero,
             "SCALE_KIND": self.scale_kind,
         }
+
+
+_coders: dict[str, Callable[..., Coding]] = {}
+
+
+def coder(family: str) -> Callable[[F], F]:
+    """Decorator: `function(*words)` makes the codings called "family word word ..."."""
+
+    def register(function: F) -> F:
+        _coders[family] = function
+        return function
+
+    return register
+
+
+@functools.cache
+def coding_of(name: str) -> Coding:
+    """The coding of this name: operators, whose arguments are plain, know it by that."""
+    family, *words = name.split()
+    return _coders[family](*words)
 
 
 @dataclass(frozen=True)
@@ -75,8 +102,27 @@ class Operands:
     row_scales: Tensor | None = None
 
 
-def multiply(x: Tensor, weight: Operands, bias: Tensor | None, coding: Coding, device: Device) -> Tensor:
-    """x: [*, I] float16 or bfloat16.  Returns [*, O]."""
+@operator(
+    "weight_only_linear(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? row_scales, Tensor? bias, "
+    "str coding, str device) -> Tensor",
+    lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0])),
+)
+def weight_only_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    row_scales: Tensor | None,
+    bias: Tensor | None,
+    coding: str,
+    device: str,
+) -> Tensor:
+    """x: [*, I] float16 or bfloat16; the others as in `Operands`.  coding: its name.  Returns [*, O]."""
+    weight = Operands(words, scales, zeros, row_scales)
+    return _multiply(x, weight, bias, coding_of(coding), probe_device(device))
+
+
+def _multiply(x: Tensor, weight: Operands, bias: Tensor | None, coding: Coding, device: Device) -> Tensor:
     out_features, words = weight.words.shape
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
@@ -144,7 +190,7 @@ def _multiply_tiled(
     sums = y if splits == 1 else y.new_empty((splits, tokens, out_features), dtype=torch.float32)
     whole = splits == 1
     common = {
-        **coding.constants(),
+        **coding.constants,
         "EVEN": words % tile.depth == 0,
         "BLOCK_O": tile.outputs,
         "BLOCK_W": tile.depth,
@@ -160,7 +206,9 @@ def _multiply_tiled(
     )
     blocks = divide(out_features, tile.outputs)
     if tile.tokens == 1:
-        multiply_one.launch((blocks, splits), x, *operands, sums, out_features, words, chunk, **common)
+        multiply_one.launch(
+            (blocks, splits, 1), x, *operands, sums, None, out_features, words, chunk, 0, TOP_K=1, **common
+        )
     else:
         grid = (blocks, divide(tokens, tile.tokens), splits)
         multiply_tile.launch(
@@ -168,12 +216,15 @@ def _multiply_tiled(
             x,
             *operands,
             sums,
+            None,
+            None,
             tokens,
             out_features,
             words,
             chunk,
             x.stride(0),
             BLOCK_T=tile.tokens,
+            TOP_K=1,
             UPCAST=interpreting(),
             **common,
         )
@@ -224,269 +275,5 @@ def expand_rows(weight: Operands, dense: Tensor, start: int, coding: Coding) -> 
         BLOCK_O=32,
         BLOCK_W=64,
         num_warps=4,
-        **coding.constants(),
+        **coding.constants,
     )
-
-
-@inline
-def scale_value(stored, KIND: tl.constexpr):
-    """A stored scale as float32."""
-    if KIND == "e8m0":  # 2^(byte - 127); byte 0 is 2^-127, which only a subnormal holds
-        exponent = stored.to(tl.int32)
-        return tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
-    elif KIND == "e4m3":
-        return e4m3_value(stored.to(tl.int32))
-    else:
-        return stored.to(tl.float32)
-
-
-@inline
-def e4m3_value(byte):
-    """float8_e4m3fn from its byte, in int32: its fields moved to those of float32, and the exponents' bases evened."""
-    size = byte & 0x7F
-    value = ((size << 20) | ((byte & 0x80) << 24)).to(
-        tl.float32, bitcast=True
-    ) * 1.329227995784916e36  # 2^120
-    return tl.where(size == 0x7F, float("nan"), value)
-
-
-@inline
-def scales_and_zeros(
-    scales,
-    zeros,
-    rows,
-    columns,
-    mask,
-    out_features,
-    GROUP_WORDS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ZERO: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-):
-    """For each word of a tile: its scale, and what to subtract from its decoded codes."""
-    group = (columns // GROUP_WORDS).to(tl.int64)
-    stride = (out_features + GROUP_ROWS - 1) // GROUP_ROWS
-    scale = scale_value(
-        tl.load(scales + group[None, :] * stride + (rows // GROUP_ROWS)[:, None], mask=mask, other=0),
-        SCALE_KIND,
-    )
-    if zeros is None:
-        zero = tl.full(scale.shape, OFFSET + ZERO, tl.float32)
-    else:
-        stored = tl.load(zeros + group[None, :] * out_features + rows[:, None], mask=mask, other=0)
-        zero = stored.to(tl.float32) + OFFSET
-    return scale, zero
-
-
-@kernel
-def multiply_one(
-    x,
-    words,
-    scales,
-    zeros,
-    row_scales,
-    bias,
-    y,
-    out_features,
-    row_words,
-    chunk,
-    DECODE: tl.constexpr,
-    N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ZERO: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """x: [I].  y: [O], or [S, O] float32.  Grid: (O / BLOCK_O, S)."""
-    part = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row_mask = rows < out_features
-    total = tl.zeros((BLOCK_O, BLOCK_W), tl.float32)
-    for start in range(part * chunk, tl.minimum((part + 1) * chunk, row_words), BLOCK_W):
-        columns = start + tl.arange(0, BLOCK_W)
-        if EVEN:
-            mask = row_mask[:, None]
-            inside = tl.full((BLOCK_W,), True, tl.int1)
-        else:
-            inside = columns < row_words
-            mask = row_mask[:, None] & inside[None, :]
-        tile = tl.load(
-            words + rows.to(tl.int64)[:, None] * row_words + columns[None, :],
-            mask=mask,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-        dot = tl.zeros((BLOCK_O, BLOCK_W), tl.float32)
-        seen = tl.zeros((BLOCK_W,), tl.float32)
-        for n in tl.static_range(N):
-            value = tl.load(x + inputs + n * SPAN_WORDS, mask=inside, other=0.0).to(tl.float32)
-            dot += DECODE(tile, n) * value[None, :]
-            seen += value
-        scale, zero = scales_and_zeros(
-            scales,
-            zeros,
-            rows,
-            columns,
-            mask,
-            out_features,
-            GROUP_WORDS,
-            GROUP_ROWS,
-            OFFSET,
-            ZERO,
-            SCALE_KIND,
-        )
-        total += scale * (dot - zero * seen[None, :])
-    result = tl.sum(total, axis=1)
-    if row_scales is not None:
-        result *= tl.load(row_scales + rows, mask=row_mask, other=0.0)
-    if bias is not None:
-        result += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
-    tl.store(y + part * out_features + rows, result.to(y.dtype.element_ty), mask=row_mask)
-
-
-@kernel
-def multiply_tile(
-    x,
-    words,
-    scales,
-    zeros,
-    row_scales,
-    bias,
-    y,
-    tokens,
-    out_features,
-    row_words,
-    chunk,
-    x_stride,
-    DECODE: tl.constexpr,
-    N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ZERO: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """x: [T, I].  y: [T, O], or [S, T, O] float32.  Grid: (O / BLOCK_O, T / BLOCK_T, S).
-
-    UPCAST: multiply in float32, for the interpreter, which has no bfloat16 arithmetic; values are rounded all the same.
-    """
-    part = tl.program_id(2)
-    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row_mask = rows < out_features
-    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_mask = token < tokens
-    total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
-    for start in range(part * chunk, tl.minimum((part + 1) * chunk, row_words), BLOCK_W):
-        columns = start + tl.arange(0, BLOCK_W)
-        if EVEN:
-            mask = row_mask[:, None]
-            x_mask = token_mask[None, :]
-        else:
-            inside = columns < row_words
-            mask = row_mask[:, None] & inside[None, :]
-            x_mask = token_mask[None, :] & inside[:, None]
-        tile = tl.load(
-            words + rows.to(tl.int64)[:, None] * row_words + columns[None, :],
-            mask=mask,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        scale, zero = scales_and_zeros(
-            scales,
-            zeros,
-            rows,
-            columns,
-            mask,
-            out_features,
-            GROUP_WORDS,
-            GROUP_ROWS,
-            OFFSET,
-            ZERO,
-            SCALE_KIND,
-        )
-        inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-        for n in tl.static_range(N):
-            values = tl.load(
-                x + token.to(tl.int64)[None, :] * x_stride + (inputs + n * SPAN_WORDS)[:, None],
-                mask=x_mask,
-                other=0.0,
-            )
-            weight = ((DECODE(tile, n) - zero) * scale).to(x.dtype.element_ty)
-            if UPCAST:
-                weight, values = weight.to(tl.float32), values.to(tl.float32)
-            total = tl.dot(weight, values, total)
-    if row_scales is not None:
-        total *= tl.load(row_scales + rows, mask=row_mask, other=0.0)[:, None]
-    if bias is not None:
-        total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    places = (part.to(tl.int64) * tokens + token)[None, :] * out_features + rows[:, None]
-    tl.store(y + places, total.to(y.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
-
-
-@kernel
-def add_splits(sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums: [S, T, O] float32.  y: [T, O].  Grid: (O / BLOCK, T)."""
-    token = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = rows < out_features
-    result = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SPLITS):
-        result += tl.load(sums + (part * tokens + token) * out_features + rows, mask=mask, other=0.0)
-    if row_scales is not None:
-        result *= tl.load(row_scales + rows, mask=mask, other=0.0)
-    if bias is not None:
-        result += tl.load(bias + rows, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + token * out_features + rows, result.to(y.dtype.element_ty), mask=mask)
-
-
-@kernel
-def expand(
-    words,
-    scales,
-    zeros,
-    row_scales,
-    dense,
-    first,
-    count,
-    out_features,
-    row_words,
-    BLOCK_O: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    DECODE: tl.constexpr,
-    N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ZERO: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-):
-    """dense: [count, I], from weight row `first` on.  Grid: (count / BLOCK_O, W / BLOCK_W)."""
-    places = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    rows = first + places
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = (places < count)[:, None] & (columns < row_words)[None, :]
-    tile = tl.load(words + rows.to(tl.int64)[:, None] * row_words + columns[None, :], mask=mask, other=0)
-    scale, zero = scales_and_zeros(
-        scales, zeros, rows, columns, mask, out_features, GROUP_WORDS, GROUP_ROWS, OFFSET, ZERO, SCALE_KIND
-    )
-    if row_scales is not None:
-        scale *= tl.load(row_scales + rows, mask=places < count, other=0.0)[:, None]
-    inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-    target = dense + places.to(tl.int64)[:, None] * (row_words * N) + inputs[None, :]
-    for n in tl.static_range(N):
-        value = (DECODE(tile, n) - zero) * scale
-        tl.store(target + n * SPAN_WORDS, value.to(dense.dtype.element_ty), mask=mask)

@@ -100,6 +100,6 @@ def test_a_tuned_tile_is_taken_from_the_device_file_and_changes_no_result(tmp_pa
 
 
 def weight_only_coding():
-    from pymllm.kernels.triton.int_weights import coding
+    from pymllm.kernels.triton.int_weights import int_coding
 
-    return coding(4, 128)
+    return int_coding("4", "128", "128")

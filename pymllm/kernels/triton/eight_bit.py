@@ -1,0 +1,382 @@
+"""8-bit weights and 8-bit activations (W8A8), both with scales of a tensor, a channel, a token, a block or a group.
+
+Activations are quantised by one kernel, with the codes that `reference.quantise_activations` gives. What torch
+multiplies faster, it multiplies: from `TORCH_TOKENS` rows on, where both scales are of whole rows.
+"""
+
+# T tokens, O out_features, I in_features
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.canonical import (
+    E4M3_MAX,
+    Activations,
+    CanonicalWeight,
+    Fp8Type,
+    Fp8Weight,
+    IntType,
+    IntWeight,
+)
+from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
+from pymllm.kernels.triton.ahead_of_time import Case
+from pymllm.kernels.triton.eight_bit_kernels import multiply_scaled, quantise_rows
+from pymllm.kernels.triton.launch import interpreting
+from pymllm.kernels.triton.linear_cases import EVEN, ODD, linear_cases
+from pymllm.kernels.triton.operators import operator
+from pymllm.kernels.triton.requirements import FLOATS, why_not_device
+from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, next_power, tuned
+from pymllm.kernels.triton.weight_only import WHOLE
+from pymllm.kernels.triton.weight_only_kernels import add_splits
+
+FAMILY = "eight_bit"
+LONGEST_ROW = 1 << 15  # inputs that one block quantises at once
+TORCH_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Elements that share a scale.  x_inputs: of a row of activations.  inputs, outputs: of the weight.  WHOLE: all."""
+
+    integer: bool
+    x_inputs: int
+    inputs: int
+    outputs: int
+
+    def depth(self) -> int | None:
+        """Inputs of one step, within one group of each; None: there is no such step."""
+        side = math.gcd(self.x_inputs, self.inputs)
+        return next((depth for depth in (128, 64, 32) if side % depth == 0), None)
+
+
+class EightBit:
+    """What both kinds of element share."""
+
+    name: str
+    layout: str
+    element: str
+    error: float  # of rounding activations, relative to their size
+
+    def groups(self, problem: LinearProblem) -> Groups:
+        raise NotImplementedError
+
+    def _why_not(self, problem: LinearProblem, activations: Activations) -> str | None:
+        if activations == "float":
+            return f"quantises activations to {self.element}, which the checkpoint does not ask for"
+        if problem.compute == "exact":
+            return "quantises activations, which compute=exact forbids"
+        if problem.dtype not in FLOATS:
+            return f"quantises float16 or bfloat16 activations, not {problem.dtype}"
+        if problem.in_features > LONGEST_ROW:
+            return f"quantises rows of up to {LONGEST_ROW} inputs, the layer has {problem.in_features}"
+        if self.groups(problem).depth() is None:
+            return f"takes groups of multiples of 32 inputs, the weight is {problem.weight}"
+        return why_not_device(problem.device)
+
+    def numerics(self, problem: LinearProblem) -> str:
+        kind = problem.weight
+        assert isinstance(kind, (Fp8Type, IntType))
+        return f"activations rounded to {self.element} ({kind.activations}), float32 accumulation of every 128 inputs"
+
+    def tolerance(self, problem: LinearProblem) -> float:
+        return TOLERANCES[problem.dtype] + self.error
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        groups = self.groups(problem)
+        kind = problem.weight
+        assert isinstance(kind, (Fp8Type, IntType))
+        return eight_bit_linear(
+            x,
+            packed["weight"],
+            packed["scales"],
+            packed.get("zeros"),
+            packed.get("input_scales"),
+            bias,
+            kind.activations,
+            groups.x_inputs,
+            groups.inputs,
+            groups.outputs,
+            problem.device.spec,
+        )
+
+
+class TritonFp8Activations(EightBit):
+    """fp8 × fp8, on matrix units that multiply float8_e4m3fn."""
+
+    name = "triton_fp8_w8a8"
+    layout = "fp8, scales by input group"
+    element, error = "fp8", 4e-2
+
+    def groups(self, problem: LinearProblem) -> Groups:
+        kind = problem.weight
+        assert isinstance(kind, Fp8Type)
+        side = kind.block[1] or WHOLE
+        return Groups(False, side if kind.activations == "group" else WHOLE, side, kind.block[0] or WHOLE)
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind, architecture = problem.weight, problem.device.architecture
+        if not isinstance(kind, Fp8Type):
+            return f"multiplies fp8 only, the weight is {kind}"
+        if architecture is not None and not architecture.fp8:
+            return f"{problem.device.name} does not multiply float8_e4m3fn"
+        return self._why_not(problem, kind.activations)
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, Fp8Weight)
+        static = {} if weight.input_scales is None else {"input_scales": weight.input_scales}
+        return {"weight": weight.weight, "scales": weight.scales.t().contiguous(), **static}
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, Fp8Type)
+        scales = packed["scales"].t().contiguous()
+        return Fp8Weight(packed["weight"], scales, kind.block, kind.activations, packed.get("input_scales"))
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        kinds: tuple[tuple[int, int, tuple[int, int], Activations], ...] = (
+            (*EVEN, (128, 128), "group"),
+            (*EVEN, (1, 0), "token"),
+            (*EVEN, (0, 0), "static"),
+            (*ODD, (128, 128), "group"),
+        )
+        weights = [
+            Fp8Weight(
+                torch.empty((out_features, in_features), dtype=torch.float8_e4m3fn, device="meta"),
+                torch.empty(
+                    (
+                        divide(out_features, block[0] or out_features),
+                        divide(in_features, block[1] or in_features),
+                    ),
+                    device="meta",
+                ),
+                block,
+                activations,
+                torch.empty(1, device="meta") if activations == "static" else None,
+            )
+            for out_features, in_features, block, activations in kinds
+        ]
+        return linear_cases(self, device, weights)
+
+
+class TritonInt8Activations(EightBit):
+    """int8 × int8, summed in int32 within a group: exact but for the rounding of activations."""
+
+    name = "triton_int8_w8a8"
+    layout = "int8 less 128, scales by input group"
+    element, error = "int8", 2e-2
+
+    def groups(self, problem: LinearProblem) -> Groups:
+        kind = problem.weight
+        assert isinstance(kind, IntType)
+        side = WHOLE if kind.group_size >= problem.in_features else kind.group_size
+        return Groups(True, side if kind.activations == "group" else WHOLE, side, 1)
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind = problem.weight
+        if not isinstance(kind, IntType) or kind.bits != 8 or not kind.plain:
+            return f"multiplies 8-bit integers with integer zero points in order, the weight is {kind}"
+        return self._why_not(problem, kind.activations)
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, IntWeight)
+        packed = {
+            "weight": (weight.codes ^ 128).view(torch.int8),
+            "scales": weight.scales.t().contiguous(),
+        }
+        if weight.zeros is not None:
+            packed["zeros"] = weight.zeros.t().contiguous()
+        if weight.input_scales is not None:
+            packed["input_scales"] = weight.input_scales
+        return packed
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, IntType)
+        zeros = packed.get("zeros")
+        return IntWeight(
+            packed["weight"].view(torch.uint8) ^ 128,
+            packed["scales"].t().contiguous(),
+            None if zeros is None else zeros.t().contiguous(),
+            8,
+            kind.group_size,
+            activations=kind.activations,
+            input_scales=packed.get("input_scales"),
+        )
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        weights = []
+        for out_features, in_features, group, symmetric in ((*EVEN, 14336, True), (*ODD, 960, False)):
+            codes = torch.empty((out_features, in_features), dtype=torch.uint8, device="meta")
+            scales = torch.empty((out_features, in_features // group), device="meta")
+            zeros = None if symmetric else scales.to(torch.uint8)
+            weights.append(IntWeight(codes, scales, zeros, 8, group, activations="token"))
+        return linear_cases(self, device, weights)
+
+
+@operator(
+    "eight_bit_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? input_scales, Tensor? bias, "
+    "str activations, int x_inputs, int inputs, int outputs, str device) -> Tensor",
+    lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+def eight_bit_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    input_scales: Tensor | None,
+    bias: Tensor | None,
+    activations: str,
+    x_inputs: int,
+    inputs: int,
+    outputs: int,
+    device: str,
+) -> Tensor:
+    """x: [*, I] floats.  weight: [O, I] fp8 or int8.  The groups as in `Groups`.  Returns [*, O]."""
+    groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
+    rows = x.reshape(-1, x.shape[-1])
+    out_features = weight.shape[0]
+    y = x.new_empty((rows.shape[0], out_features))
+    if rows.shape[0]:
+        codes, x_scales = quantise(rows, groups, activations, input_scales)
+        if _torch_multiplies(codes, weight, groups, y):
+            column = scales.float().expand(1, out_features)
+            torch._scaled_mm(
+                codes, weight.t(), scale_a=x_scales, scale_b=column, bias=bias, out_dtype=y.dtype, out=y
+            )
+        else:
+            tile = _choose_tile(probe_device(device), rows.shape[0], weight, groups)
+            _multiply(codes, x_scales, weight, scales, zeros, bias, y, groups, tile)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def quantise(
+    x: Tensor, groups: Groups, activations: str, input_scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x: [T, I] floats.  Returns codes [T, I], and float32 scales [T, I / x_inputs]."""
+    tokens, in_features = x.shape
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    largest, low = (127.5, -128.0) if groups.integer else (E4M3_MAX, -E4M3_MAX)
+    static = None
+    if activations == "static":
+        assert input_scales is not None
+        static = input_scales.max()
+    elif activations == "tensor":
+        static = x.abs().amax() / largest
+    side = min(groups.x_inputs, in_features)
+    count = divide(in_features, side)
+    codes = x.new_empty((tokens, in_features), dtype=torch.int8 if groups.integer else torch.uint8)
+    scales = x.new_empty((tokens, count), dtype=torch.float32)
+    hardware = not interpreting()
+    block = next_power(side)
+    quantise_rows.launch(
+        (tokens, count),
+        x,
+        static,
+        codes if groups.integer or not hardware else codes.view(torch.float8_e4m3fn),
+        scales,
+        in_features,
+        x.stride(0),
+        count,
+        LARGEST=largest,
+        SMALLEST=torch.finfo(x.dtype).smallest_normal,
+        LOW=low,
+        INTEGER=groups.integer,
+        HARDWARE=hardware,
+        GROUP=groups.x_inputs,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )
+    return codes if groups.integer else codes.view(torch.float8_e4m3fn), scales
+
+
+def _torch_multiplies(codes: Tensor, weight: Tensor, groups: Groups, y: Tensor) -> bool:
+    whole = groups.x_inputs == WHOLE and groups.inputs == WHOLE
+    return (
+        codes.is_cuda
+        and not groups.integer
+        and whole
+        and codes.shape[0] >= TORCH_TOKENS
+        and y.dtype is torch.bfloat16
+        and weight.shape[0] % 16 == 0
+        and weight.shape[1] % 16 == 0
+    )
+
+
+def _choose_tile(device: Device, tokens: int, weight: Tensor, groups: Groups) -> Tile:
+    out_features, in_features = weight.shape
+    size, depth = bucket(tokens), groups.depth()
+    assert depth is not None
+    shape = f"t{size} o{out_features} i{in_features} d{depth} {'int8' if groups.integer else 'fp8'}"
+    return tuned(device, FAMILY, shape) or _default_tile(device, size, out_features, in_features, depth)
+
+
+@functools.cache
+def _default_tile(device: Device, size: int, out_features: int, in_features: int, depth: int) -> Tile:
+    shared = architecture_of(device).shared_bytes
+    outputs, rows, warps = (64, max(16, size), 4) if size <= 64 else (128, 64, 8)
+    blocks = divide(out_features, outputs) * divide(size, rows)
+    splits = 1
+    while (
+        blocks * splits < 2 * device.processors and in_features // (2 * splits) >= 4 * depth and splits < 16
+    ):
+        splits *= 2
+    stages = max(1, min(4, (shared - 2048) // (depth * (outputs + rows))))
+    return Tile(outputs, rows, depth, splits, warps, stages)
+
+
+def _multiply(
+    codes: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    groups: Groups,
+    tile: Tile,
+) -> None:
+    tokens, in_features = codes.shape
+    out_features = weight.shape[0]
+    chunk = divide(divide(in_features, tile.splits), tile.depth) * tile.depth
+    splits = divide(in_features, chunk)
+    whole = splits == 1
+    sums = y if whole else y.new_empty((splits, tokens, out_features), dtype=torch.float32)
+    multiply_scaled.launch(
+        (divide(out_features, tile.outputs), divide(tokens, tile.tokens), splits),
+        codes,
+        x_scales,
+        weight,
+        scales,
+        zeros,
+        bias if whole else None,
+        sums,
+        tokens,
+        out_features,
+        in_features,
+        chunk,
+        x_scales.shape[1],
+        X_GROUP=groups.x_inputs,
+        GROUP_IN=groups.inputs,
+        GROUP_OUT=groups.outputs,
+        INTEGER=groups.integer,
+        EVEN=in_features % tile.depth == 0,
+        BLOCK_O=tile.outputs,
+        BLOCK_T=tile.tokens,
+        BLOCK_I=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if not whole:
+        grid = (divide(out_features, 256), tokens)
+        add_splits.launch(
+            grid, sums, None, bias, y, tokens, out_features, SPLITS=splits, BLOCK=256, num_warps=2
+        )

@@ -1,0 +1,158 @@
+"""Quantising activations to 8 bits, and multiplying 8-bit activations by 8-bit weights, on the GPU."""
+
+# T tokens, O out_features, I in_features, G inputs of an activation's group, S splits
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pymllm.kernels.triton.launch import inline, kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@inline
+def round_half_even(value):
+    """Of float32 values below 2^22 in magnitude: adding 1.5 * 2^23 leaves no room for a fraction."""
+    return (value + 12582912.0) - 12582912.0
+
+
+@inline
+def to_e4m3(value, HARDWARE: tl.constexpr):
+    """Float32 within ±448 as float8_e4m3fn, to nearest even.  HARDWARE: the GPU has the conversion; else its bits."""
+    if HARDWARE:
+        result = value.to(tl.float8e4nv)
+    else:
+        size = tl.abs(value)
+        # Normal: round off 20 bits of the fraction. Below 2^-6, codes are multiples of 2^-9.
+        bits = size.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        small = round_half_even(size * 512.0).to(tl.int32)
+        code = tl.where(size < 0.015625, small, normal) | tl.where(value < 0, 0x80, 0)
+        result = code.to(tl.uint8)
+    return result
+
+
+@inline
+def rounded(value, dtype: tl.constexpr, HARDWARE: tl.constexpr):
+    """Float32 rounded to a 16-bit float, to nearest even, as float32.  The interpreter only truncates to bfloat16."""
+    if HARDWARE or dtype == tl.float16:
+        result = value.to(dtype).to(tl.float32)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        result = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return result
+
+
+@kernel
+def quantise_rows(
+    x,
+    static,
+    codes,
+    scales,
+    in_features,
+    x_stride,
+    groups,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LOW: tl.constexpr,
+    INTEGER: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x: [T, I].  codes: [T, I].  scales: [T, I/G] float32.  Grid: (T, I/G).
+
+    static: a scale for all of x, or None: each group's largest magnitude over LARGEST. Scales and quotients are
+    rounded to x's dtype, as the writers of checkpoints do it.
+    """
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    columns = group * GROUP + lanes
+    mask = (lanes < GROUP) & (columns < in_features)
+    dtype = x.dtype.element_ty
+    values = tl.load(x + token * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if static is None:
+        scale = tl.div_rn(tl.max(tl.abs(values), axis=0), LARGEST)
+    else:
+        scale = tl.load(static).to(tl.float32)
+    scale = tl.maximum(rounded(scale, dtype, HARDWARE), SMALLEST)
+    quotient = rounded(tl.div_rn(values, tl.full((BLOCK,), 1.0, tl.float32) * scale), dtype, HARDWARE)
+    if INTEGER:
+        code = tl.minimum(tl.maximum(round_half_even(quotient), LOW), 127.0)
+        tl.store(codes + token * in_features + columns, code.to(tl.int8), mask=mask)
+    else:
+        code = to_e4m3(tl.minimum(tl.maximum(quotient, LOW), -LOW), HARDWARE)
+        tl.store(codes + token * in_features + columns, code, mask=mask)
+    tl.store(scales + token * groups + group, scale)
+
+
+@kernel
+def multiply_scaled(
+    x,
+    x_scales,
+    weight,
+    scales,
+    zeros,
+    bias,
+    y,
+    tokens,
+    out_features,
+    in_features,
+    chunk,
+    groups,
+    X_GROUP: tl.constexpr,
+    GROUP_IN: tl.constexpr,
+    GROUP_OUT: tl.constexpr,
+    INTEGER: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """x: [T, I] codes, x_scales: [T, I/X_GROUP].  weight: [O, I] codes, scales: [I/GROUP_IN, O/GROUP_OUT].
+
+    y: [T, O], or [S, T, O] float32.  zeros: [I/GROUP_IN, O] uint8, or None.
+    Grid: (O / BLOCK_O, T / BLOCK_T, S).  A step lies in one group of either, so its sum has one scale of each.
+    """
+    part = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask, token_mask = rows < out_features, token < tokens
+    stride = (out_features + GROUP_OUT - 1) // GROUP_OUT
+    total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+    for start in range(part * chunk, tl.minimum((part + 1) * chunk, in_features), BLOCK_I):
+        columns = start + tl.arange(0, BLOCK_I)
+        if EVEN:
+            mask, x_mask = row_mask[:, None], token_mask[None, :]
+        else:
+            inside = columns < in_features
+            mask, x_mask = row_mask[:, None] & inside[None, :], token_mask[None, :] & inside[:, None]
+        left = tl.load(
+            weight + rows.to(tl.int64)[:, None] * in_features + columns[None, :],
+            mask=mask,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        right = tl.load(
+            x + token.to(tl.int64)[None, :] * in_features + columns[:, None], mask=x_mask, other=0.0
+        )
+        group, x_group = start // GROUP_IN, start // X_GROUP
+        scale = tl.load(scales + group * stride + rows // GROUP_OUT, mask=row_mask, other=0.0).to(tl.float32)
+        x_scale = tl.load(x_scales + token * groups + x_group, mask=token_mask, other=0.0)
+        if INTEGER:
+            product = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
+        else:
+            # Hopper adds in 14 bits within a dot: at most BLOCK_I products, then float32.
+            product = tl.dot(left, right, max_num_imprecise_acc=BLOCK_I)
+        if zeros is not None:
+            # Codes and zero points count from 128, so that they fit int8.
+            zero = tl.load(zeros + group * out_features + rows, mask=row_mask, other=0).to(tl.float32) - 128.0
+            seen = tl.sum(right.to(tl.int32), axis=0).to(tl.float32)
+            product -= zero[:, None] * seen[None, :]
+        total += product * scale[:, None] * x_scale[None, :]
+    if bias is not None:
+        total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    places = (part.to(tl.int64) * tokens + token)[None, :] * out_features + rows[:, None]
+    tl.store(y + places, total.to(y.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])

@@ -1,0 +1,118 @@
+"""e2m1 weights, activations left in 16-bit floats: MXFP4 (a power of two for 32 inputs), NVFP4 (two-level scales)."""
+
+# O out_features, I in_features, G group_size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight
+from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.triton.launch import inline
+from pymllm.kernels.triton.linear_cases import EVEN, ODD
+from pymllm.kernels.triton.requirements import why_not_float_activations
+from pymllm.kernels.triton.weight_only import Coding, Operands, coder
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
+from pymllm.kernels.triton.words import pack_words, span_of, unpack_words
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
+
+
+class TritonFp4(WeightOnlyLinear):
+    """Codes as words; scales keep their type, and are read as bytes where that is an 8-bit float."""
+
+    name = "triton_fp4"
+    layout = "triton_fp4 words"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind = problem.weight
+        if not isinstance(kind, CodebookType) or kind.codebook != "e2m1":
+            return f"multiplies e2m1 floats only, the weight is {kind}"
+        if span_of(kind.group_size) is None or problem.in_features % kind.group_size:
+            return f"needs whole groups of multiples of 16 inputs, the weight is {kind}"
+        return why_not_float_activations(problem, kind.activations)
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, CodebookWeight)
+        span = span_of(weight.group_size)
+        assert span is not None
+        packed = weight.tensors()
+        del packed["codes"]
+        return {
+            **packed,
+            "words": pack_words(weight.codes, 4, span),
+            "scales": _transposed(weight.scales),
+        }
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, CodebookType)
+        span = span_of(kind.group_size)
+        assert span is not None
+        return CodebookWeight(
+            unpack_words(packed["words"], 4, span),
+            packed["table"],
+            _transposed(packed["scales"]),
+            kind.codebook,
+            kind.group_size,
+            packed.get("row_scales"),
+            kind.activations,
+            packed.get("input_scales"),
+        )
+
+    def operands(self, packed: Packed) -> Operands:
+        scales = packed["scales"]
+        raw = scales.view(torch.uint8) if scales.dtype in SCALE_KINDS else scales
+        return Operands(packed["words"], raw, None, packed.get("row_scales"))
+
+    def coding(self, packed: Packed, problem: LinearProblem) -> str:
+        kind = problem.weight
+        assert isinstance(kind, CodebookType)
+        return f"fp4 {span_of(kind.group_size)} {kind.group_size} {SCALE_KINDS.get(packed['scales'].dtype, 'float')}"
+
+    def examples(self) -> Sequence[CanonicalWeight]:
+        return [
+            _meta_weight(*EVEN, torch.float8_e8m0fnu, 32),
+            _meta_weight(*EVEN, torch.float8_e4m3fn, 16),
+            _meta_weight(*ODD, torch.float8_e4m3fn, 16),
+        ]
+
+
+def _meta_weight(out_features: int, in_features: int, scales: torch.dtype, group: int) -> CodebookWeight:
+    return CodebookWeight(
+        torch.empty((out_features, in_features), dtype=torch.uint8, device="meta"),
+        torch.empty(16, device="meta"),
+        torch.empty((out_features, in_features // group), dtype=scales, device="meta"),
+        "e2m1",
+        group,
+        torch.empty(out_features, device="meta") if group == 16 else None,
+    )
+
+
+def _transposed(scales: Tensor) -> Tensor:
+    """As bytes where torch does not copy 8-bit floats on every device."""
+    if scales.dtype.itemsize > 1:
+        return scales.t().contiguous()
+    return scales.view(torch.uint8).t().contiguous().view(scales.dtype)
+
+
+@coder("fp4")
+def fp4_coding(span: str, group: str, scale_kind: str) -> Coding:
+    return Coding(e2m1, 4, int(span), int(group), scale_kind=scale_kind)
+
+
+@inline
+def e2m1(words, n: tl.constexpr):
+    """Exponent and fraction moved to their places in a float32; below 1 they count halves."""
+    code = words >> (4 * n)
+    size = code & 7
+    normal = ((size << 22) + 0x3F000000).to(tl.float32, bitcast=True)
+    value = tl.where(size > 1, normal, tl.where(size == 1, 0.5, 0.0))
+    return tl.where((code & 8) != 0, -value, value)

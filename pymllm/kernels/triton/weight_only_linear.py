@@ -1,0 +1,64 @@
+"""The linear kernels of weight-only formats: a format adds its packing and its coding."""
+
+# T tokens, O out_features, I in_features
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.hardware import Device
+from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.triton.ahead_of_time import Case
+from pymllm.kernels.triton.linear_cases import linear_cases
+from pymllm.kernels.triton.weight_only import Operands, weight_only_linear
+
+
+class WeightOnlyLinear(ABC):
+    """x @ weight.T, the weight expanded as it is read."""
+
+    name: str
+    layout: str
+
+    @abstractmethod
+    def why_not(self, problem: LinearProblem) -> str | None: ...
+
+    @abstractmethod
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed: ...
+
+    @abstractmethod
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight: ...
+
+    @abstractmethod
+    def coding(self, packed: Packed, problem: LinearProblem) -> str:
+        """How the packed words become numbers: the name of a `Coding`."""
+
+    @abstractmethod
+    def examples(self) -> Sequence[CanonicalWeight]:
+        """Weights on meta, one for each thing that makes kernels differ: these are compiled ahead of time."""
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "weights rounded to the activations' dtype from two rows on, float32 accumulation"
+
+    def operands(self, packed: Packed) -> Operands:
+        """The packed tensors as kernels read them.  Also of several experts at once."""
+        return Operands(packed["words"], packed["scales"], packed.get("zeros"), packed.get("row_scales"))
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.operands(packed)
+        return weight_only_linear(
+            x,
+            weight.words,
+            weight.scales,
+            weight.zeros,
+            weight.row_scales,
+            bias,
+            self.coding(packed, problem),
+            problem.device.spec,
+        )
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        return linear_cases(self, device, self.examples())
