@@ -75,9 +75,7 @@ def write_float(folder: Path) -> None:
         for i in range(CONFIG["num_hidden_layers"])
         for name in ("input_layernorm", "post_attention_layernorm")
     ]
-    tensors |= {
-        f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in [*norms, "model.norm"]
-    }
+    tensors |= {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in [*norms, "model.norm"]}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
 
@@ -134,9 +132,7 @@ def write_gguf(folder: Path) -> None:
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
     }
-    with safe_open(
-        model_folder(folder.parent, "float") / "model.safetensors", framework="pt"
-    ) as checkpoint:
+    with safe_open(model_folder(folder.parent, "float") / "model.safetensors", framework="pt") as checkpoint:
         for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
             data = checkpoint.get_tensor(name).float().numpy()
             stem = name.removesuffix(".weight")

@@ -144,7 +144,9 @@ class Graph:
             gate = ops.swish(self.linear(x, f"{name}.mlp.gate_proj"))
             inner = ops.multiply(gate, self.linear(x, f"{name}.mlp.up_proj"))
             hidden = ops.add(hidden, self.linear(inner, f"{name}.mlp.down_proj"))
-        last = ops.gather(self.norm(hidden, "model.norm"), ops.constant(np.array([-1])), ops.constant(np.int64(1)))
+        last = ops.gather(
+            self.norm(hidden, "model.norm"), ops.constant(np.array([-1])), ops.constant(np.int64(1))
+        )
         logits = self.linear(last, "model.embed_tokens")
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "beam_idx": beam}
         for name, parameter in inputs.items():

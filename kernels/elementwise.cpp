@@ -4,16 +4,11 @@
 
 #include "float_scalar.h"
 #include "threads.h"
+#include "vector_portable.h"
 
 namespace pymllm {
 namespace {
 
-inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = from_f16(bits[i]);
-}
-inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
-  for (std::int64_t i = 0; i < count; ++i) bits[i] = to_f16(from[i]);
-}
 inline float square_root(float v) { return std::sqrt(v); }
 
 #include "elementwise_kernel.h"

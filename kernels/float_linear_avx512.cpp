@@ -1,44 +1,16 @@
 // float_linear with AVX-512 (F, BW, DQ, VL).
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
 #include "float_linear.h"
 #include "float_scalar.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#define PYMLLM_UNROLL _Pragma("GCC unroll 8")
-#else
-#define PYMLLM_UNROLL
-#endif
+#include "vector_avx512.h"
 
 namespace pymllm {
 namespace {
 
-using Vec = __m512;
-
-struct V {
-  static constexpr int kLanes = 16;
+struct V : Lanes {
   static constexpr int kTokens = 6; // 24 sums, 4 weights and an activation in 32 registers
-  static Vec zero() { return _mm512_setzero_ps(); }
-  static Vec set1(float f) { return _mm512_set1_ps(f); }
-  static Vec load(const float *p) { return _mm512_loadu_ps(p); }
-  static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
-  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
-
-  static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
-    const auto half = [](Vec v) {
-      return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    };
-    const auto quarter = [](__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
-    __m128 p = quarter(half(a)), q = quarter(half(b)), r = quarter(half(c)), s = quarter(half(d));
-    _MM_TRANSPOSE4_PS(p, q, r, s);
-    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(p, q), _mm_add_ps(r, s)));
-  }
-
   // 32 words: the even ones, then the odd ones.
   static void decode_bf16(const std::uint8_t *p, int part, Vec *out) {
     const __m512i words = _mm512_loadu_si512(p);

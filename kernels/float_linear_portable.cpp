@@ -4,47 +4,13 @@
 
 #include "float_linear.h"
 #include "float_scalar.h"
-
-#define PYMLLM_UNROLL
+#include "vector_portable.h"
 
 namespace pymllm {
 namespace {
 
-struct Vec {
-  float lane[4];
-};
-
-struct V {
-  static constexpr int kLanes = 4;
+struct V : Lanes {
   static constexpr int kTokens = 2;
-  static Vec zero() { return {}; }
-  static Vec set1(float f) { return {{f, f, f, f}}; }
-  static Vec load(const float *p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static void store(float *p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
-  static Vec fma(Vec a, Vec b, Vec c) {
-    for (int i = 0; i < 4; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-    return c;
-  }
-  static Vec mul(Vec a, Vec b) {
-    for (int i = 0; i < 4; ++i) a.lane[i] *= b.lane[i];
-    return a;
-  }
-  static void prefetch(const void *p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-  }
-
-  static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
-    const Vec *all[4] = {&a, &b, &c, &d};
-    for (int i = 0; i < 4; ++i) {
-      const float *v = all[i]->lane;
-      out[i] = (v[0] + v[1]) + (v[2] + v[3]);
-    }
-  }
-
   static std::uint16_t word(const std::uint8_t *p, int i) {
     std::uint16_t bits;
     std::memcpy(&bits, p + 2 * i, 2);

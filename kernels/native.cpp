@@ -10,6 +10,7 @@
 namespace nb = nanobind;
 
 namespace pymllm {
+void register_attention(nb::module_ &m);
 void register_float(nb::module_ &m);
 void register_integer(nb::module_ &m);
 } // namespace pymllm
@@ -47,6 +48,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of pymllm. Use them through pymllm.kernels.cpu.";
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
+  pymllm::register_attention(m);
   pymllm::register_float(m);
   pymllm::register_integer(m);
 }

@@ -54,10 +54,14 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference_experts:ReferenceExperts",
     ),
     "attention": (
+        "pymllm.kernels.native_attention:NativeAttention",
         "pymllm.kernels.torch_attention:TorchAttention",
         "pymllm.kernels.reference_attention:ReferenceAttention",
     ),
-    "kv_store": ("pymllm.kernels.torch_kv_store:TorchKVStore",),
+    "kv_store": (
+        "pymllm.kernels.native_attention:NativeKVStore",
+        "pymllm.kernels.torch_kv_store:TorchKVStore",
+    ),
     "elementwise": (
         "pymllm.kernels.native_elementwise:NativeElementwise",
         "pymllm.kernels.torch_elementwise:TorchElementwise",

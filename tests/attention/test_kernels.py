@@ -175,6 +175,8 @@ def test_stored_values_are_the_nearest_ones_and_slots_below_zero_are_skipped(nam
 @pytest.mark.parametrize("name", STORES)
 def test_values_beyond_what_static_scales_reach_are_clamped(name):
     problem = make_problem(kv=KV_TYPES["fp8"])
+    if STORES[name].why_not(problem) is not None:
+        pytest.skip(STORES[name].why_not(problem))
     cache = empty_pages(problem, 1)
     k = torch.full((1, 2, 32), -1e6)
     STORES[name].run(problem, k, -k, cache, AttnMetaDataBase(slot_mapping=torch.tensor([4])))

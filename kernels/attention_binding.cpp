@@ -1,0 +1,66 @@
+// The Python face of attention.h. Pointers come checked by pymllm/kernels/native_attention.py.
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+#include "attention.h"
+#include "isa.h"
+
+namespace nb = nanobind;
+
+namespace pymllm {
+namespace {
+
+template <class T> T *at(std::uintptr_t address) { return reinterpret_cast<T *>(address); }
+
+KVRows rows_at(std::uintptr_t data, int element, std::int64_t size, std::int64_t row_stride, std::uintptr_t scales,
+               std::int64_t scale_stride) {
+  return {at<void>(data), static_cast<KVElement>(element), size, row_stride, at<float>(scales), scale_stride};
+}
+
+void attention_(std::uintptr_t q, std::uintptr_t y, int type, std::int64_t q_stride, std::uintptr_t k,
+                std::uintptr_t k_scales, std::int64_t k_size, std::int64_t k_stride, std::uintptr_t v,
+                std::uintptr_t v_scales, std::int64_t v_size, std::int64_t v_stride, int element,
+                std::int64_t scale_stride, std::uintptr_t pages, std::int64_t page_columns, std::int64_t page_size,
+                std::uintptr_t query_starts, std::uintptr_t lengths, std::int64_t requests, std::uintptr_t sinks,
+                std::int64_t heads, std::int64_t kv_heads, float scale, float soft_cap, std::int64_t window, int isa,
+                int threads) {
+  Attention problem;
+  problem.q = at<void>(q);
+  problem.y = at<void>(y);
+  problem.type = static_cast<FloatType>(type);
+  problem.q_stride = q_stride;
+  problem.k = rows_at(k, element, k_size, k_stride, k_scales, scale_stride);
+  problem.v = rows_at(v, element, v_size, v_stride, v_scales, scale_stride);
+  problem.pages = at<std::int32_t>(pages);
+  problem.page_columns = page_columns;
+  problem.page_size = page_size;
+  problem.query_starts = at<std::int32_t>(query_starts);
+  problem.lengths = at<std::int32_t>(lengths);
+  problem.requests = requests;
+  problem.sinks = at<float>(sinks);
+  problem.heads = heads;
+  problem.kv_heads = kv_heads;
+  problem.scale = scale;
+  problem.soft_cap = soft_cap;
+  problem.window = window;
+  attention(problem, static_cast<Isa>(isa), threads);
+}
+
+void store_kv_(std::uintptr_t x, int type, std::int64_t x_stride, std::uintptr_t data, int element, std::int64_t size,
+               std::int64_t row_stride, std::uintptr_t scales, std::uintptr_t slots, std::int64_t tokens,
+               std::int64_t kv_heads, int isa, int threads) {
+  const KVRows rows = rows_at(data, element, size, row_stride, scales, kv_heads);
+  store_kv(at<void>(x), static_cast<FloatType>(type), x_stride, rows, at<std::int64_t>(slots), tokens, kv_heads,
+           static_cast<Isa>(isa), threads);
+}
+
+} // namespace
+
+void register_attention(nb::module_ &m) {
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("attention", &attention_, released, "See kernels/attention.h.");
+  m.def("store_kv", &store_kv_, released, "See kernels/attention.h.");
+}
+
+} // namespace pymllm

@@ -1,0 +1,69 @@
+// A vector of floats and float16 conversions for AVX2, FMA and F16C.
+//
+// In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "float_scalar.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define PYMLLM_UNROLL _Pragma("GCC unroll 8")
+#else
+#define PYMLLM_UNROLL
+#endif
+
+namespace pymllm {
+namespace {
+
+using Vec = __m256;
+
+struct Lanes {
+  static constexpr int kLanes = 8;
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec set1(float f) { return _mm256_set1_ps(f); }
+  static Vec load(const float *p) { return _mm256_loadu_ps(p); }
+  static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+  static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    const auto half = [](Vec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+    __m128 p = half(a), q = half(b), r = half(c), s = half(d);
+    _MM_TRANSPOSE4_PS(p, q, r, s);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(p, q), _mm_add_ps(r, s)));
+  }
+  static float largest(Vec v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  static float total(Vec v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+};
+
+inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
+  std::int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bits + i))));
+  for (; i < count; ++i) to[i] = from_f16(bits[i]);
+}
+inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
+  std::int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(bits + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < count; ++i) bits[i] = to_f16(from[i]);
+}
+
+} // namespace
+} // namespace pymllm

@@ -1,0 +1,64 @@
+// A vector of floats and float16 conversions for AVX-512 (F, BW, DQ, VL).
+//
+// In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "float_scalar.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define PYMLLM_UNROLL _Pragma("GCC unroll 8")
+#else
+#define PYMLLM_UNROLL
+#endif
+
+namespace pymllm {
+namespace {
+
+using Vec = __m512;
+
+struct Lanes {
+  static constexpr int kLanes = 16;
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec set1(float f) { return _mm512_set1_ps(f); }
+  static Vec load(const float *p) { return _mm512_loadu_ps(p); }
+  static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+  static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    const auto half = [](Vec v) {
+      return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    };
+    const auto quarter = [](__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+    __m128 p = quarter(half(a)), q = quarter(half(b)), r = quarter(half(c)), s = quarter(half(d));
+    _MM_TRANSPOSE4_PS(p, q, r, s);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(p, q), _mm_add_ps(r, s)));
+  }
+  static float largest(Vec v) { return _mm512_reduce_max_ps(v); }
+  static float total(Vec v) { return _mm512_reduce_add_ps(v); }
+};
+
+inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bits + i))));
+  for (; i < count; ++i) to[i] = from_f16(bits[i]);
+}
+inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(bits + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < count; ++i) bits[i] = to_f16(from[i]);
+}
+
+} // namespace
+} // namespace pymllm

@@ -1,0 +1,73 @@
+// A vector of floats and float16 conversions for plain C++: four lanes, which a compiler can map onto any 128-bit vector unit.
+//
+// In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "float_scalar.h"
+
+#define PYMLLM_UNROLL
+
+namespace pymllm {
+namespace {
+
+struct Vec {
+  float lane[4];
+};
+
+struct Lanes {
+  static constexpr int kLanes = 4;
+  static Vec zero() { return {}; }
+  static Vec set1(float f) { return {{f, f, f, f}}; }
+  static Vec load(const float *p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static void store(float *p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
+  static Vec fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < 4; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  static Vec mul(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  static Vec add(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Vec max(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  static void prefetch(const void *p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+  }
+
+  static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    const Vec *all[4] = {&a, &b, &c, &d};
+    for (int i = 0; i < 4; ++i) {
+      const float *v = all[i]->lane;
+      out[i] = (v[0] + v[1]) + (v[2] + v[3]);
+    }
+  }
+  static float largest(Vec v) {
+    float most = v.lane[0];
+    for (int i = 1; i < 4; ++i) most = v.lane[i] > most ? v.lane[i] : most;
+    return most;
+  }
+  static float total(Vec v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
+};
+
+inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = from_f16(bits[i]);
+}
+inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
+  for (std::int64_t i = 0; i < count; ++i) bits[i] = to_f16(from[i]);
+}
+
+} // namespace
+} // namespace pymllm

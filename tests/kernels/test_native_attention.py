@@ -1,0 +1,187 @@
+"""Native attention and KV store on every instruction set path: float64, threads, what is refused."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from pymllm.attention import AttnMetaDataBase
+from pymllm.kernels import cpu
+from pymllm.kernels.attention import KVType
+from pymllm.kernels.native_attention import NativeAttention, NativeKVStore
+
+from ..attention.steps import KV_TYPES, empty_pages, make_case, make_problem
+
+pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+
+PATHS = cpu.probe().runnable_paths
+# Sums of float32; rounding of the result to its dtype.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
+MIXED = [(0, 1), (0, 5), (33, 1), (7, 12), (16, 16), (31, 20), (15, 2), (70, 1)]
+
+
+def run(case, isa=None):
+    return NativeAttention(isa).run(case.problem, case.q, case.k, case.v, case.step, case.cache, case.sinks)
+
+
+def assert_right(case, isa=None):
+    found, expected = run(case, isa), case.expected()
+    error = float((found.double() - expected).abs().max() / expected.abs().max())
+    assert error <= TOLERANCES[case.problem.dtype], error
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 4, 64), (8, 1, 64), (6, 2, 80), (4, 1, 96), (3, 3, 128), (2, 1, 256), (20, 1, 24), (7, 7, 1)],
+)
+def test_every_path_equals_float64(path, dtype, heads, kv_heads, head_dim):
+    problem = make_problem(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    assert_right(make_case(problem, MIXED), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kv", KV_TYPES)
+def test_every_path_reads_every_cache_type_under_every_option(path, kv):
+    for changes in (
+        {"sliding_window": 9},
+        {"sliding_window": 1, "sinks": True},
+        {"soft_cap": 0.7, "value_head_dim": 48},
+        {"soft_cap": 30.0, "sinks": True, "sliding_window": 33, "value_head_dim": 7, "page_size": 5},
+    ):
+        problem = make_problem(kv=KV_TYPES[kv], num_heads=6, num_kv_heads=2, head_dim=40, **changes)
+        assert_right(make_case(problem, MIXED), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 900])
+def test_long_contexts_are_taken_in_pieces_and_long_prompts_in_tiles(path, window):
+    problem = make_problem(num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=window, sinks=True)
+    assert_right(make_case(problem, [(1300, 1), (511, 1), (512, 1), (0, 70)]), path)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_others():
+    case = make_case(make_problem(scale=8.0), MIXED)  # logits up to about 200; float32's exp ends at 88
+    error = float((run(case).double() - case.expected()).abs().max())
+    assert error <= 2e-4  # a logit of 200 is rounded to 1.5e-5
+
+
+def test_requests_without_tokens_are_passed_over():
+    case = make_case(make_problem(), [(3, 1), (20, 5)])
+    expected = case.expected()
+    step = case.step
+    step.cu_seqlens_q = torch.tensor([0, 0, 1, 1, 6], dtype=torch.int32)
+    step.context_lens = torch.tensor([0, 4, 9, 25], dtype=torch.int32)
+    step.page_tables = step.page_tables[[0, 0, 1, 1]]
+    assert float((run(case).double() - expected).abs().max()) <= 2e-6
+
+
+def test_sums_depend_neither_on_threads_nor_on_the_requests_beside():
+    problem = make_problem(num_heads=8, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    case = make_case(problem, [(600, 1), (30, 1), (0, 40), (1100, 1)])
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run(case))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    alone = make_case(problem, [(600, 1)])
+    alone.q = case.q[:1]
+    alone.cache, alone.step.page_tables = case.cache, case.step.page_tables[:1]
+    assert torch.equal(run(alone), results[0][:1])
+
+
+def test_python_threads_at_once_give_what_one_gives():
+    problem = make_problem(num_heads=8, num_kv_heads=2, head_dim=64)
+    cases = [make_case(problem, [(40 * seed, 1), (0, 50)], seed=seed) for seed in range(4)]
+    expected = [run(case) for case in cases]
+    wrong = []
+
+    def work(index):
+        for _ in range(30):
+            if not torch.equal(run(cases[index]), expected[index]):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_stored_values_equal_torchs_conversion(path, dtype, stored):
+    from pymllm.kernels.torch_kv_store import TorchKVStore
+
+    kind = KVType(stored, "token" if stored is torch.int8 else "none")
+    problem = make_problem(dtype=dtype, kv=kind, num_kv_heads=3, head_dim=33, value_head_dim=20)
+    assert NativeKVStore(path).why_not(problem) is None
+    generator = torch.Generator().manual_seed(3)
+    k = torch.randn(5, 3, 33, generator=generator).to(dtype)
+    v = torch.randn(5, 3 * 20 + 4, generator=generator).to(dtype)[:, :60].view(5, 3, 20)
+    k[2] = 0.0
+    step = AttnMetaDataBase(slot_mapping=torch.tensor([5, -1, 63, 0, 17]))
+    ours, theirs = empty_pages(problem, 4), empty_pages(problem, 4)
+    NativeKVStore(path).run(problem, k, v, ours, step)
+    TorchKVStore().run(problem, k, v, theirs, step)
+    for name in ("k", "v", "k_scale", "v_scale"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        assert (mine is None) == (other is None)
+        assert mine is None or torch.equal(mine, other)
+
+
+def test_tensors_that_do_not_fit_are_refused_before_any_address_is_read():
+    problem = make_problem()
+    for change in (
+        {"page_tables": torch.full((1, 3), 99, dtype=torch.int32)},
+        {"page_tables": torch.tensor([[-1, 0, 0]], dtype=torch.int32)},
+        {"context_lens": torch.tensor([100], dtype=torch.int32)},
+        {"context_lens": torch.tensor([1], dtype=torch.int32)},
+        {"cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32)},
+    ):
+        case = make_case(problem, [(30, 5)])
+        for name, value in change.items():
+            setattr(case.step, name, value)
+        with pytest.raises(ValueError):
+            run(case)
+    case = make_case(problem, [(30, 5)])
+    case.q = case.q.half()
+    with pytest.raises(ValueError, match="q must be"):
+        run(case)
+    case = make_case(problem, [(30, 5)])
+    case.step.slot_mapping = torch.tensor([0, 1, 2, 3, 10**6])
+    with pytest.raises(ValueError, match="slot_mapping"):
+        NativeKVStore().run(problem, case.k, case.v, case.cache, case.step)
+
+
+def test_what_it_cannot_do_it_refuses():
+    assert "blocks" in NativeAttention().why_not(make_problem(block_causal=True))
+    assert "float8" in NativeKVStore().why_not(make_problem(kv=KV_TYPES["fp8"]))
+    assert NativeAttention().why_not(make_problem(kv=KV_TYPES["fp8"])) is None
+
+
+def test_a_call_costs_few_microseconds():
+    """One token of one small request; the fastest of many, as the machine may be busy."""
+    case = make_case(make_problem(num_heads=1, num_kv_heads=1, head_dim=8), [(0, 1)])
+    best = {}
+    for name, call in {
+        "attention": lambda: run(case),
+        "store": lambda: NativeKVStore().run(case.problem, case.k, case.v, case.cache, case.step),
+    }.items():
+        case.step.slot_mapping = torch.tensor([0])
+        times = []
+        for _ in range(300):
+            start = time.perf_counter()
+            for _ in range(10):
+                call()
+            times.append((time.perf_counter() - start) / 10)
+        best[name] = min(times)
+    assert max(best.values()) <= 12e-6, best
