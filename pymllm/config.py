@@ -90,6 +90,17 @@ class ModelConfig:
         """A size that must be a positive integer."""
         return _positive(name, getattr(self, name))
 
+    def number(self, name: str) -> float:
+        """A setting that must be a number above 0."""
+        value = getattr(self, name)
+        if value is None:
+            raise _bad_value(name, value, "a number above 0")
+        return _number(name, value, 0.0)
+
+    def number_or_none(self, name: str) -> float | None:
+        """The same, or null for what is not to be done."""
+        return None if getattr(self, name) is None else self.number(name)
+
     @property
     def num_key_value_heads(self) -> int:
         given = self.get("num_key_value_heads")
@@ -105,6 +116,10 @@ class ModelConfig:
     @property
     def rope_parameters(self) -> RopeParameters:
         return RopeParameters.read(self)
+
+    def rope_parameters_of(self, layer: int) -> RopeParameters:
+        """Those of one layer, where sliding ones have others than full ones."""
+        return RopeParameters.read(self, self.attention_kind_of(layer))
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -123,22 +138,31 @@ class ModelConfig:
             raise _bad_value("tie_word_embeddings", tied, "true, false or null")
         return bool(tied)
 
+    def attention_kind_of(self, layer: int) -> str | None:
+        """full_attention or sliding_attention; None where neither layer_types nor a pattern tells layers apart."""
+        kinds, pattern = self.get("layer_types"), self.get("sliding_window_pattern")
+        if kinds is None and pattern is not None:  # the last of so many layers is a full one
+            full = (layer + 1) % _positive("sliding_window_pattern", pattern) == 0
+            return "full_attention" if full else "sliding_attention"
+        if kinds is None:
+            return None
+        layers = self.size("num_hidden_layers")
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or not all(kind in ATTENTION_KINDS for kind in kinds)
+        ):
+            raise _bad_value("layer_types", kinds, f"{layers} of {' or '.join(ATTENTION_KINDS)}")
+        return kinds[layer]
+
     def sliding_window_of(self, layer: int) -> int | None:
         """How many positions the attention of `layer` sees; None: all."""
-        window, kinds = self.get("sliding_window"), self.get("layer_types")
-        if kinds is not None:
-            layers = self.size("num_hidden_layers")
-            if (
-                not isinstance(kinds, list)
-                or len(kinds) != layers
-                or not all(kind in ATTENTION_KINDS for kind in kinds)
-            ):
-                raise _bad_value("layer_types", kinds, f"{layers} of {' or '.join(ATTENTION_KINDS)}")
+        window, kind = self.get("sliding_window"), self.attention_kind_of(layer)
         if window is None or window == 0 or self.get("use_sliding_window") is False:
             return None
         window = _positive("sliding_window", window)
-        if kinds is not None:
-            return window if kinds[layer] == "sliding_attention" else None
+        if kind is not None:
+            return window if kind == "sliding_attention" else None
         first = self.get("max_window_layers")
         return window if not first or layer >= _positive("max_window_layers", first) else None
 
@@ -199,10 +223,16 @@ class RopeParameters:
     scaling: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, config: ModelConfig) -> RopeParameters:
+    def read(cls, config: ModelConfig, kind: str | None = None) -> RopeParameters:
+        """kind: of a layer's attention; sliding layers have a base of their own in Gemma 3, and never a scaling."""
         settings = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
-        if isinstance(settings, Mapping) and "full_attention" in settings:
-            settings = settings["full_attention"]  # one set for each kind of layer; dense families use one
+        base, local = config.get("rope_theta"), config.get("rope_local_base_freq")
+        if isinstance(settings, Mapping) and settings.keys() & set(ATTENTION_KINDS):
+            settings = settings.get(kind or "full_attention") or {}
+        elif kind == "sliding_attention" and local is not None:
+            settings = {}
+        if kind == "sliding_attention" and local is not None:
+            base = local
         if not isinstance(settings, Mapping):
             raise _bad_value("rope_parameters", settings, "an object")
         kind = settings.get("rope_type") or settings.get("type") or "default"
@@ -210,7 +240,7 @@ class RopeParameters:
             raise _bad_value("rope_type", kind, "a name")
         for name in ROPE_NUMBERS:
             _number(name, settings.get(name), 0.0, zero=True)
-        theta = settings.get("rope_theta") or config.get("rope_theta")
+        theta = settings.get("rope_theta") or base
         partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
         return cls(
             _number("rope_theta", theta, cls.theta),

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pymllm.attention import Attention
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.layernorm import GemmaRMSNorm
 from pymllm.layers.linear import WeightedLayer
 from pymllm.models.causal_lm import CausalLM
 from pymllm.preparation import Placement, Prepared, Unit, layer_parts, prepare
@@ -130,16 +132,14 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     params = {(id(p.module), p.param): p.module for p in unit.placements}
     for (_, name), module in params.items():
         _materialise(module, name, device)
+    read: Counter[str] = Counter()  # one tensor may hold several parts of the layer
     for placement in unit.placements:
-        nbytes = _read(placement)
-        report.bytes_read += nbytes
-        tied = placement.tensor.name in {
-            record.name for record in report.tensors if record.status == "loaded"
-        }
-        reason = f"also read for {unit.name}, which is tied to it" if tied else ""
-        report.tensors.append(
-            TensorRecord(placement.tensor.name, "tied" if tied else "loaded", nbytes, reason)
-        )
+        read[placement.tensor.name] += _read(placement)
+    loaded = {record.name for record in report.tensors if record.status == "loaded"}
+    for tensor, nbytes in read.items():
+        reason = f"also read for {unit.name}, which is tied to it" if tensor in loaded else ""
+        report.tensors.append(TensorRecord(tensor, "tied" if reason else "loaded", nbytes, reason))
+    report.bytes_read += read.total()
     for (_, name), module in params.items():
         _check_all_written(module, name)
     module = unit.module
@@ -151,6 +151,8 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
         )
     elif isinstance(module, Attention):
         module.quant_method.process_weights_after_loading(module)
+    elif isinstance(module, GemmaRMSNorm):
+        module.process_weights_after_loading()
     elif isinstance(module, WeightedLayer):
         module.quant_method.process_weights_after_loading(module)
         for method, _, holder in layer_parts(module):

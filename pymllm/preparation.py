@@ -302,11 +302,12 @@ def match(
         for holder, param_name, slot in _slots(name, module):
             tensor = next((checkpoint.tensors[n] for n in slot.names if n in checkpoint.tensors), None)
             if tensor is None:
-                problems.append(_missing(slot, stray if len(problems) < HINTS else ()))
+                if not (slot.together and slot.part):
+                    problems.append(_missing(slot, stray if len(problems) < HINTS else ()))
                 continue
             used.add(tensor.name)
             problem = mismatch(slot, tensor)
-            if problem is not None:
+            if problem is not None and problem not in problems:  # the tensor may hold several parts
                 problems.append(problem)
             placements.append(Placement(holder, param_name, slot, tensor))
         units.append(Unit(name, module, tuple(placements)))

@@ -20,7 +20,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# transformers' name of each family, and settings without which a tiny model would not show what is particular to it.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        {"sliding_window": 7, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+    ),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+}
 # Two layers of four query heads and two key heads; sizes that groups and blocks of 128 divide, but an odd vocabulary.
 SIZES = {
     "hidden_size": 128,
@@ -243,10 +264,10 @@ def tiny_config(family: str = "llama", **settings: Any) -> Any:
     """transformers' config of a tiny model of this family; `settings` over SIZES."""
     import transformers
 
-    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    cls = getattr(transformers, f"{classes[family]}Config")
+    name, particular = FAMILIES[family]
+    cls = getattr(transformers, f"{name}Config")
     # Eager attention is the plain formula, and takes every mask.
-    return cls(**(SIZES | settings), attn_implementation="eager")
+    return cls(**(SIZES | particular | settings), attn_implementation="eager")
 
 
 def random_model(config: Any, seed: int = 0) -> Any:

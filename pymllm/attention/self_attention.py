@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from pymllm.attention.attention import Attention
@@ -17,7 +19,9 @@ from pymllm.quantization.base import QuantizationConfig
 class SelfAttention(nn.Module):
     """Causal grouped-query attention.
 
-    qkv_bias, output_bias: whether the projections have one.  qk_norm: normalise each head of q and k (Qwen3).
+    qkv_bias, output_bias: whether the projections have one.  part_names: of the checkpoint's tensors; one: q, k and v
+    lie side by side in it.  qk_norm: a norm for each head of q and k (Qwen3).  scale: None: 1 / sqrt(head size).
+    soft_cap: of the scaled logits.
     """
 
     def __init__(
@@ -29,7 +33,10 @@ class SelfAttention(nn.Module):
         quant_config: QuantizationConfig | None,
         qkv_bias: bool = False,
         output_bias: bool = False,
-        qk_norm: bool = False,
+        part_names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+        qk_norm: type[RMSNorm] | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
@@ -40,7 +47,7 @@ class SelfAttention(nn.Module):
             num_heads,
             config.num_key_value_heads,
             qkv_bias,
-            part_names=("q_proj", "k_proj", "v_proj"),
+            part_names=part_names,
             prefix=f"{prefix}.qkv_proj",
             quant_config=quant_config,
         )
@@ -51,9 +58,9 @@ class SelfAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
             quant_config=quant_config,
         )
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
-        rope = config.rope_parameters
+        self.q_norm = qk_norm(head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = qk_norm(head_dim, config.rms_norm_eps) if qk_norm else None
+        rope = config.rope_parameters_of(layer)
         self.rotary = get_rope(
             head_dim,
             int(head_dim * rope.partial_rotary_factor),
@@ -65,9 +72,10 @@ class SelfAttention(nn.Module):
         self.attn = Attention(
             self.qkv_proj.num_heads_local,
             head_dim,
-            head_dim**-0.5,
+            head_dim**-0.5 if scale is None else scale,
             self.qkv_proj.num_kv_heads_local,
             sliding_window=config.sliding_window_of(layer),
+            soft_cap=soft_cap,
             quant_config=quant_config,
             kv_heads=self.qkv_proj.kv_heads,
             prefix=f"{prefix}.attn",

@@ -11,6 +11,7 @@ from torch import Tensor
 from pymllm.kernels.cpu import native_missing_reason
 from pymllm.kernels.native_float import FLOAT_TYPES, isa_code, native
 from pymllm.kernels.registry import ElementwiseProblem
+from pymllm.kernels.torch_elementwise import TorchElementwise
 
 
 class NativeElementwise:
@@ -31,7 +32,9 @@ class NativeElementwise:
     def rms_norm(
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `TorchElementwise.rms_norm`."""
+        """As `TorchElementwise.rms_norm`, which also runs a float32 weight over activations of another dtype."""
+        if weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32:
+            return TorchElementwise().rms_norm(x, weight, eps, residual)
         _check(x, *(t for t in (weight, residual) if t is not None))
         size = x.shape[-1]
         if weight is not None and weight.shape != (size,):

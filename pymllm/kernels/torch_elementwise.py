@@ -24,13 +24,17 @@ class TorchElementwise:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x / sqrt(mean(x²) + eps), times a weight.  With a residual: (normed x + residual, x + residual).
 
-        x, residual: [*, H].  weight: [H].  Float32 maths, then x's dtype, then the weight.
+        x, residual: [*, H].  weight: [H].  Float32 maths, then x's dtype, then the weight; but a float32 weight
+        multiplies before the result is rounded to x's dtype.
         """
         if residual is not None:
             x = x + residual
         values = x.float()
-        normed = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-        if weight is not None:
+        normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+        if weight is not None and weight.dtype is torch.float32:
+            normed = normed * weight
+        normed = normed.to(x.dtype)
+        if weight is not None and weight.dtype is not torch.float32:
             normed = normed * weight
         return normed if residual is None else (normed, x)
 

@@ -33,3 +33,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual)."""
         return self.kernel.rms_norm(x, self.weight, self.eps, residual)
+
+
+class GemmaRMSNorm(RMSNorm):
+    """x / sqrt(mean(x²) + eps), times 1 + the stored weight.  All in float32, then the input's dtype."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps, params_dtype=torch.float32)
+        assert self.weight is not None
+        self.weight.data.zero_()
+        self.process_weights_after_loading()
+
+    def process_weights_after_loading(self) -> None:
+        """Add the one, after each time the weight is read."""
+        assert self.weight is not None
+        self.weight.data += 1

@@ -28,7 +28,7 @@ from pymllm.quantization.base import (
     load_into,
     set_weight_attrs,
 )
-from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec
+from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, side_by_side
 
 __all__ = [
     "ColumnParallelLinear",
@@ -73,6 +73,8 @@ class WeightedLayer(LoRAMixin, nn.Module):
 
     def shape_for(self, rank: int, size: int, parts: Sequence[str]) -> LinearShape:
         inputs, outputs = self.shard(rank, size)
+        if len(parts) < len(outputs):
+            outputs = side_by_side(outputs)
         return LinearShape(inputs, outputs, tuple(parts), self.params_dtype)
 
     def _setup(
@@ -285,7 +287,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             part_names=part_names,
             **options,
         )
-        q, k, _ = self.shape.outputs
+        _, (q, k, _) = self.shard(self.tp_rank, self.tp_size)
         self.num_heads_local, self.num_kv_heads_local = q.size // head_size, k.size // head_size
         self.kv_heads = Span(k.start // head_size, k.stop // head_size, self.total_num_kv_heads)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
@@ -17,7 +19,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)); gate and up in one matmul."""
+    """down(act(gate(x)) * up(x)); gate and up in one matmul.
+
+    part_names: of the checkpoint's tensors; one: gate and up lie side by side in it.
+    """
 
     def __init__(
         self,
@@ -26,6 +31,7 @@ class GatedMLP(nn.Module):
         activation: str,
         *,
         bias: bool = False,
+        part_names: Sequence[str] = ("gate_proj", "up_proj"),
         prefix: str = "",
         quant_config: QuantizationConfig | None = None,
     ) -> None:
@@ -44,7 +50,7 @@ class GatedMLP(nn.Module):
             [intermediate_size, intermediate_size],
             bias,
             gather_output=False,
-            part_names=("gate_proj", "up_proj"),
+            part_names=part_names,
             prefix=f"{prefix}.gate_up_proj",
             quant_config=quant_config,
         )

@@ -20,11 +20,13 @@ from pymllm.quantization.base import QuantizationConfig
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the sums travel along as `residual`."""
 
-    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module) -> None:
+    def __init__(
+        self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, norm: type[RMSNorm] = RMSNorm
+    ) -> None:
         super().__init__()
         self.self_attn, self.mlp = self_attn, mlp
-        self.input_layernorm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
+        self.input_layernorm = norm(config.size("hidden_size"), config.rms_norm_eps)
+        self.post_attention_layernorm = norm(config.size("hidden_size"), config.rms_norm_eps)
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """positions: [T]; hidden, residual: [T, H].  Returns this layer's output and the sum before it."""
@@ -38,12 +40,18 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the head."""
+    """Everything but the head.  embedding_scale: what embedded tokens are multiplied by."""
 
     def __init__(
-        self, config: ModelConfig, layers: list[nn.Module], quant_config: QuantizationConfig | None
+        self,
+        config: ModelConfig,
+        layers: list[nn.Module],
+        norm: type[RMSNorm],
+        embedding_scale: float,
+        quant_config: QuantizationConfig | None,
     ) -> None:
         super().__init__()
+        self.embedding_scale = embedding_scale
         self.embed_tokens = VocabParallelEmbedding(
             config.size("vocab_size"),
             config.size("hidden_size"),
@@ -51,11 +59,13 @@ class Decoder(nn.Module):
             quant_config=quant_config,
         )
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.size("hidden_size"), config.rms_norm_eps)
+        self.norm = norm(config.size("hidden_size"), config.rms_norm_eps)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions: [T].  Returns normed hidden states [T, H]."""
         hidden, residual = self.embed_tokens(ids), None
+        if self.embedding_scale != 1:
+            hidden = hidden * self.embedding_scale
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
         normed, _ = self.norm(hidden, residual)
@@ -63,9 +73,15 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder with its head.  Families define `make_attention` and `make_mlp`, given the layer's index and prefix."""
+    """A decoder with its head.  Families define `make_attention` and `make_mlp`, given the layer's index and prefix.
+
+    layer: what holds these two.  norm: every norm.  embedding_scale: of embedded tokens.
+    """
 
     config: ModelConfig
+    layer: ClassVar[type[DecoderLayer]] = DecoderLayer
+    norm: ClassVar[type[RMSNorm]] = RMSNorm
+    embedding_scale = 1.0
     skipped_tensors: ClassVar[dict[str, str]] = {
         r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config",
         r"rope_freqs\.weight": "factors of the rotary frequencies, which have become part of the config",
@@ -78,10 +94,9 @@ class CausalLM(nn.Module):
         for index in range(config.size("num_hidden_layers")):
             prefix = f"model.layers.{index}"
             attention = self.make_attention(index, f"{prefix}.self_attn", quant_config)
-            layers.append(
-                DecoderLayer(config, attention, self.make_mlp(index, f"{prefix}.mlp", quant_config))
-            )
-        self.model = Decoder(config, layers, quant_config)
+            mlp = self.make_mlp(index, f"{prefix}.mlp", quant_config)
+            layers.append(self.layer(config, attention, mlp, self.norm))
+        self.model = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
         self.lm_head = ParallelLMHead(
             config.size("vocab_size"),
             config.size("hidden_size"),

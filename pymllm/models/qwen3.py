@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pymllm.attention.self_attention import SelfAttention
+from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import llama
 from pymllm.quantization.base import QuantizationConfig
 
@@ -31,5 +32,5 @@ class Model(llama.Model):
             quant_config=quant_config,
             qkv_bias=bias,
             output_bias=bias,
-            qk_norm=True,
+            qk_norm=RMSNorm,
         )

@@ -24,7 +24,7 @@ class Slot:
     """One part's tensor: `source` cuts it in the checkpoint, `target` is where that lands in the parameter.
 
     prefix: the part's checkpoint name.  part: which part of a fused layer.
-    source_shape: its full shape in the checkpoint.
+    source_shape: its full shape in the checkpoint.  together: the tensor holds the layer's other parts, too.
     """
 
     prefix: str
@@ -33,6 +33,7 @@ class Slot:
     source_shape: tuple[int, ...]
     source: Index
     target: Index
+    together: bool = False
 
     @property
     def tensor(self) -> str:
@@ -62,7 +63,10 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
     """
     slots: list[Slot] = []
     local = [0] * len(spec.dims)
-    for part, (outputs, prefix) in enumerate(zip(shape.outputs, shape.parts, strict=True)):
+    by_part = any(dim.axis in (Axis.OUT, Axis.PART) for dim in spec.dims)
+    for part, (outputs, prefix) in enumerate(zip(shape.outputs, shape.names, strict=True)):
+        if shape.together and part and not by_part:
+            break  # the one tensor has it once
         name = f"{prefix}.{spec.name}" if prefix else spec.name
         source: list[slice] = []
         target: list[slice] = []
@@ -81,7 +85,7 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
             target.append(slice(offset, offset + span.stop - span.start))
             local[axis_index] = offset + span.size
         full = spec.source_shape(shape.in_features, outputs.total)
-        slots.append(Slot(prefix, spec, part, full, tuple(source), tuple(target)))
+        slots.append(Slot(prefix, spec, part, full, tuple(source), tuple(target), shape.together))
     return tuple(local), slots
 
 
@@ -135,11 +139,17 @@ def copy_full_tensor(
     part: which part `loaded` is; None: the layer's only one, or all parts side by side along their output axis.
     Raises CheckpointError naming layer, tensor, expected and found where the shape does not fit.
     """
-    if part is None and len(slots) > 1:
+    if slots[0].together:
+        for slot in slots:
+            _copy_slot(param, slot, loaded, written, layer)
+    elif part is None and len(slots) > 1:
         for slot, piece in zip(slots, _split_parts(slots, loaded, layer), strict=True):
-            copy_full_tensor(param, [slot], piece, written, 0, layer)
-        return
-    slot = slots[part or 0]
+            _copy_slot(param, slot, piece, written, layer)
+    else:
+        _copy_slot(param, slots[part or 0], loaded, written, layer)
+
+
+def _copy_slot(param: Tensor, slot: Slot, loaded: Tensor, written: Written, layer: str) -> None:
     if not same_shape(tuple(loaded.shape), slot.source_shape):
         raise CheckpointError(
             "the shape does not fit the layer",

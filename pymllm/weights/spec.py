@@ -188,12 +188,24 @@ class Span:
         )
 
 
+def side_by_side(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """Shares of several axes as shares of one, on which these lie one after the other."""
+    total, starts = sum(span.total for span in spans), [0]
+    for span in spans:
+        starts.append(starts[-1] + span.total)
+    return tuple(
+        Span(at + span.start, at + span.stop, total, span.padding)
+        for at, span in zip(starts[:-1], spans, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class LinearShape:
     """The logical shape of a linear layer and this rank's share of it.
 
     inputs: the share of the input features.  outputs: for each fused part, the share of its output features.
-    parts: the checkpoint names of the parts, one for a layer that fuses nothing.
+    parts: the checkpoint names of the parts, one for a layer that fuses nothing. One name for several outputs: the
+    checkpoint has them side by side in one tensor, and the outputs are spans of all that it holds.
     dtype: what plain float weights are kept in.
     """
 
@@ -219,12 +231,24 @@ class LinearShape:
     @property
     def out_features(self) -> int:
         """Output features of the whole layer, all parts."""
-        return sum(span.total for span in self.outputs)
+        return self.outputs[0].total if self.together else sum(span.total for span in self.outputs)
+
+    @property
+    def together(self) -> bool:
+        """Whether one tensor of the checkpoint holds several outputs."""
+        return len(self.parts) < len(self.outputs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint name of each output."""
+        return self.parts * len(self.outputs) if self.together else self.parts
 
     @property
     def out_features_local(self) -> int:
         return sum(span.size for span in self.outputs)
 
     def part(self, index: int) -> LinearShape:
-        """One part alone."""
+        """One part alone; of outputs that one tensor holds, all of them."""
+        if self.together:
+            return self
         return replace(self, outputs=(self.outputs[index],), parts=(self.parts[index],))

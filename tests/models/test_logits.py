@@ -216,12 +216,16 @@ def settings_that_matter(config):
         "head_dim": config.head_dim,
         "num_key_value_heads": config.num_key_value_heads,
         "rms_norm_eps": config.rms_norm_eps,
-        "hidden_act": config.hidden_act,
+        "hidden_act": config.get("hidden_activation") or config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "attention_bias": config.get("attention_bias") or False,
         "mlp_bias": config.get("mlp_bias") or False,
         "tied": config.tie_word_embeddings,
-        "rope": (config.rope_parameters.theta, config.rope_parameters.rope_type),
+        "ropes": [
+            (config.rope_parameters_of(layer).theta, config.rope_parameters.rope_type) for layer in layers
+        ],
+        "scale": config.get("query_pre_attn_scalar"),
+        "caps": (config.get("attn_logit_softcapping"), config.get("final_logit_softcapping")),
         "windows": [config.sliding_window_of(layer) for layer in layers],
     }
 

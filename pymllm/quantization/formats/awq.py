@@ -69,7 +69,7 @@ class AWQLinearMethod(LinearMethodBase):
                 found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
                 fix="Use a group size that divides every layer's inputs, or -1 for whole rows.",
             )
-        for part, span in zip(shape.parts, shape.outputs, strict=True):
+        for part, span in zip(shape.names, shape.outputs, strict=True):
             if span.total % PER_WORD:
                 raise ConfigError(
                     f"AWQ packs {PER_WORD} outputs a word, which does not divide {span.total}",

@@ -64,7 +64,7 @@ class HQQLinearMethod(LinearMethodBase):
                 found=str(shape.in_features),
             )
         per_word = PER_WORD[self.bits]
-        for part, span in zip(shape.parts, shape.outputs, strict=True):
+        for part, span in zip(shape.names, shape.outputs, strict=True):
             groups = span.total * shape.in_features // self.group_size
             if self.bits != 3 and groups % per_word:
                 raise ConfigError(
