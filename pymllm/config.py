@@ -161,12 +161,15 @@ class ModelConfig:
         if window is None or window == 0 or self.get("use_sliding_window") is False:
             return None
         window = _positive("sliding_window", window)
+        if window >= UNREACHED:
+            return None
         if kind is not None:
             return window if kind == "sliding_attention" else None
         first = self.get("max_window_layers")
         return window if not first or layer >= _positive("max_window_layers", first) else None
 
 
+UNREACHED = 2**31  # positions that no text has, and kernels do not count
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
