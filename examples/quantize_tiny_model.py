@@ -2,19 +2,17 @@
 
     python examples/quantize_tiny_model.py --model tiny-model --out pymllm/shipped_model
 
-Two searches minimise output errors on calibration text.  The first finds a scale for each input channel,
-folded into the operation before; the second finds how far each group's range may be clipped.  Then every
-linear layer of the blocks is rounded to nearest.  Embedding and norms stay float16.
+Two searches of pymllm.quantization.awq_search minimise output errors on calibration text.  The first finds a scale
+for each input channel, folded into the operation before; the second finds how far each group's range may be clipped.
+Then every linear layer of the blocks is rounded to nearest.  Embedding and norms stay float16.
 
 AWQ: Lin et al. 2023, "Activation-aware Weight Quantization", https://arxiv.org/abs/2306.00978.
 Shapes: N calibration tokens, I in_features, O out_features, G group_size.
 """
 
 import argparse
-import itertools
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,10 +28,12 @@ from train_tiny_model import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pymllm.kernels.canonical import IntWeight
+from pymllm.quantization.awq_search import grams_of, round_with_clipping, search_scales
+from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.weights.spec import LinearShape, Span
+
 GROUP_SIZE = 128
-MAX_CODE = 15
-# Nibble i of a word, from the low end, holds this column of the word's eight.
-NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 QUANTIZATION_CONFIG = {
     "quant_method": "awq",
     "bits": 4,
@@ -42,57 +42,19 @@ QUANTIZATION_CONFIG = {
     "version": "gemm",
     "modules_to_not_convert": ["lm_head"],
 }
-SCALE_EXPONENTS = [step / 10 for step in range(11)]
-RANGE_FACTORS = [1.0 - step / 16 for step in range(6)]
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """One weight as int4: its value is (codes - zeros) * scales."""
-
-    codes: Tensor  # [O, I/G, G] float, whole numbers 0..15
-    zeros: Tensor  # [O, I/G, 1] float, whole numbers 0..15
-    scales: Tensor  # [O, I/G, 1] float, exact in float16
-
-    def dequantize(self) -> Tensor:
-        """The weight [O, I]."""
-        return ((self.codes - self.zeros) * self.scales).flatten(1)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The checkpoint's three tensors of layer `name`."""
-        return {
-            f"{name}.qweight": pack_nibbles(self.codes.flatten(1).T),  # [I, O/8] int32
-            f"{name}.qzeros": pack_nibbles(self.zeros.squeeze(2).T),  # [I/G, O/8] int32
-            f"{name}.scales": self.scales.squeeze(2).T.half().contiguous(),  # [I/G, O]
-        }
+def round_to_nearest(weight: Tensor) -> IntWeight:
+    """Quantise weight [O, I] by groups."""
+    return IntWeight.from_float(weight, bits=4, group_size=GROUP_SIZE, symmetric=False)
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack codes [rows, O], whole numbers 0..15, into int32 words [rows, O/8] in NIBBLE_COLUMNS order."""
-    nibbles = codes.long().unflatten(1, (-1, 8))[..., list(NIBBLE_COLUMNS)]
-    return (nibbles << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
-
-
-def unpack_nibbles(words: Tensor) -> Tensor:
-    """The inverse of pack_nibbles: words [rows, O/8] int32 to codes [rows, O]."""
-    nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4)) & MAX_CODE
-    codes = torch.empty_like(nibbles)
-    codes[..., list(NIBBLE_COLUMNS)] = nibbles
-    return codes.flatten(1)
-
-
-def round_to_nearest(
-    weight: Tensor, low_factor: Tensor | float = 1.0, high_factor: Tensor | float = 1.0
-) -> QuantizedWeight:
-    """Quantise weight [O, I] by groups; the factors, numbers or [O, I/G, 1], shrink each group's range."""
-    groups = weight.unflatten(1, (-1, GROUP_SIZE))
-    low = groups.amin(-1, keepdim=True).clamp(max=0) * low_factor
-    high = groups.amax(-1, keepdim=True).clamp(min=0) * high_factor
-    # 1e-5 keeps the scale of a group of zeros above float16's smallest step.
-    scales = ((high - low) / MAX_CODE).clamp(min=1e-5).half().float()
-    zeros = (-low / scales).round().clamp(0, MAX_CODE)
-    codes = ((groups / scales).round() + zeros).clamp(0, MAX_CODE)
-    return QuantizedWeight(codes, zeros, scales)
+def stored(name: str, weight: IntWeight) -> dict[str, Tensor]:
+    """The checkpoint's three tensors of layer `name`."""
+    out_features, in_features = weight.shape
+    shape = LinearShape(Span.full(in_features), (Span.full(out_features),), (name,), torch.float16)
+    tensors = AWQLinearMethod(GROUP_SIZE).to_stored(weight, shape)
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def record_calls(
@@ -117,59 +79,31 @@ def output_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def candidate_scales(inputs: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """Scales [I] to try for inputs [N, I] and weights [O, I]: a^x and a^x / w^(1 - x), x in SCALE_EXPONENTS.
-
-    a is a channel's mean magnitude; w its mean share of the largest weight of its group.  a^0 is no scaling.
-    """
-    activity = inputs.abs().mean(0).clamp(min=1e-4)
-    groups = torch.cat(weights).abs().unflatten(1, (-1, GROUP_SIZE))
-    share = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).flatten(1).mean(0).clamp(min=1e-4)
-    candidates = [activity**x for x in SCALE_EXPONENTS] + [
-        activity**x / share ** (1 - x) for x in SCALE_EXPONENTS
-    ]
-    return [scales / (scales.max() * scales.min()).sqrt() for scales in candidates]
-
-
 def fold_best_scales(
     model: LlamaForCausalLM, previous: nn.Module, linears: list[nn.Linear], block: nn.Module, tokens: Tensor
 ) -> None:
     """Fold into previous the scales of the linears' shared input that disturb block's output least."""
     (args, kwargs), ((inputs,), _) = record_calls(model, [block, linears[0]], tokens)
-    originals = [linear.weight.clone() for linear in linears]
-    reference = output_of(block, args, kwargs)
-
-    def error_with(scales: Tensor) -> float:
-        for linear, original in zip(linears, originals, strict=True):
-            linear.weight.copy_(round_to_nearest(original * scales).dequantize() / scales)
-        return float((output_of(block, args, kwargs) - reference).square().mean())
-
-    best = min(candidate_scales(inputs.flatten(0, 1), originals), key=error_with)
-    for linear, original in zip(linears, originals, strict=True):
-        linear.weight.copy_(original * best)
+    best = search_scales(
+        [linear.weight for linear in linears],
+        inputs.flatten(0, 1),
+        lambda: output_of(block, args, kwargs),
+        [lambda weight: round_to_nearest(weight).dequantize(torch.float32)] * len(linears),
+        GROUP_SIZE,
+    )
+    for linear in linears:
+        linear.weight.mul_(best)
     previous.weight.div_(best.view(-1, *[1] * (previous.weight.ndim - 1)))
 
 
-def round_with_best_clipping(weight: Tensor, inputs: Tensor) -> QuantizedWeight:
+def round_with_best_clipping(weight: Tensor, inputs: Tensor) -> IntWeight:
     """Quantise weight [O, I]; each group's range is shrunk to where its error on inputs [N, I] is least."""
-    groups = inputs.unflatten(1, (-1, GROUP_SIZE)).transpose(0, 1)  # [I/G, N, G]
-    gram = groups.transpose(1, 2) @ groups  # [I/G, G, G]
-    least_error = torch.full((weight.shape[0], gram.shape[0], 1), torch.inf)
-    best_low, best_high = torch.ones_like(least_error), torch.ones_like(least_error)
-    for low_factor, high_factor in itertools.product(RANGE_FACTORS, repeat=2):
-        quantized = round_to_nearest(weight, low_factor, high_factor)
-        change = (
-            (quantized.dequantize() - weight).unflatten(1, (-1, GROUP_SIZE)).transpose(0, 1)
-        )  # [I/G, O, G]
-        error = ((change @ gram) * change).sum(-1).T.unsqueeze(-1)
-        better = error < least_error
-        least_error = torch.where(better, error, least_error)
-        best_low[better], best_high[better] = low_factor, high_factor
-    return round_to_nearest(weight, best_low, best_high)
+    grams = grams_of(inputs, GROUP_SIZE)
+    return round_with_clipping(weight, grams, bits=4, group_size=GROUP_SIZE, symmetric=False)
 
 
 @torch.no_grad()
-def quantize_awq(model: LlamaForCausalLM, tokens: Tensor) -> dict[str, QuantizedWeight]:
+def quantize_awq(model: LlamaForCausalLM, tokens: Tensor) -> dict[str, IntWeight]:
     """Quantise the blocks of model in place, first to last, so that each is fitted to errors before it."""
     quantized = {}
     for index, layer in enumerate(model.model.layers):
@@ -182,14 +116,14 @@ def quantize_awq(model: LlamaForCausalLM, tokens: Tensor) -> dict[str, Quantized
         for name, linear in named_linears(layer):
             [((inputs,), _)] = record_calls(model, [linear], tokens)
             weight = round_with_best_clipping(linear.weight, inputs.flatten(0, 1))
-            linear.weight.copy_(weight.dequantize())
+            linear.weight.copy_(weight.dequantize(torch.float32))
             quantized[f"model.layers.{index}.{name}"] = weight
         print(f"layer {index} done", flush=True)
     return quantized
 
 
 @torch.no_grad()
-def quantize_plainly(model: LlamaForCausalLM) -> dict[str, QuantizedWeight]:
+def quantize_plainly(model: LlamaForCausalLM) -> dict[str, IntWeight]:
     """Round each linear of the blocks to nearest, without any search."""
     return {name: round_to_nearest(linear.weight) for name, linear in named_linears(model.model, "model")}
 
@@ -200,7 +134,7 @@ def named_linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Lin
     ]
 
 
-def save_checkpoint(folder: Path, model: LlamaForCausalLM, quantized: dict[str, QuantizedWeight]) -> None:
+def save_checkpoint(folder: Path, model: LlamaForCausalLM, quantized: dict[str, IntWeight]) -> None:
     """Write weights and configs; all but the linears in `quantized` are stored as float16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -209,7 +143,7 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, quantized: dict[str, 
         if name != "lm_head.weight" and name.removesuffix(".weight") not in quantized
     }
     for name, weight in quantized.items():
-        tensors |= weight.tensors(name)
+        tensors |= stored(name, weight)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_diff_dict() | {
         "architectures": ["LlamaForCausalLM"],
@@ -239,10 +173,9 @@ def load_dequantized(folder: Path) -> LlamaForCausalLM:
     config.dtype = torch.float32
     tensors = load_file(folder / "model.safetensors")
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
-        codes = unpack_nibbles(tensors.pop(f"{name}.qweight"))  # [I, O]
-        zeros = unpack_nibbles(tensors.pop(f"{name}.qzeros")).repeat_interleave(GROUP_SIZE, 0)
-        scales = tensors.pop(f"{name}.scales").float().repeat_interleave(GROUP_SIZE, 0)
-        tensors[f"{name}.weight"] = ((codes - zeros) * scales).T
+        words = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in ("qweight", "qzeros", "scales")}
+        weight = AWQLinearMethod(GROUP_SIZE).to_canonical(words, None)
+        tensors[f"{name}.weight"] = weight.dequantize(torch.float32)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(tensors)

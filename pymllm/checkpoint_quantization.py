@@ -27,17 +27,20 @@ from torch import Tensor
 
 import pymllm
 from pymllm.config import DTYPES
+from pymllm.engine.gguf_tokenizer import open_tokenizer
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
 from pymllm.parallel import Parallel
 from pymllm.preparation import Prepared, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
+from pymllm.quantization.calibration import needs_inputs, without_static
 from pymllm.quantization.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.rules import RuleSource, read_rules
 from pymllm.weights.checkpoint import Checkpoint, resolve_model_path
 from pymllm.weights.memory import return_freed_memory
 from pymllm.writing.awq import AWQSpelling
+from pymllm.writing.calibrated import CalibratedModel, Calibration
 from pymllm.writing.compressed_tensors import CompressedTensorsSpelling
 from pymllm.writing.encoding import encode
 from pymllm.writing.layers import SourceLayer, Step, steps_of
@@ -101,6 +104,11 @@ def quantize_checkpoint(
     *,
     format: str = "auto",
     shard_size: str | int = "5GB",
+    calibrate: str | Path | None = None,
+    algorithm: str = "auto",
+    act_order: bool = False,
+    calibration_tokens: int = 16384,
+    window: int = 512,
     restart: bool = False,
     revision: str | None = None,
     progress: bool | None = None,
@@ -110,6 +118,10 @@ def quantize_checkpoint(
     model: a folder or hub id, in any format that loading reads.  A layer without a rule keeps its weights.
     format: "awq", "compressed-tensors", or "auto": AWQ where all rules ask for it, else compressed-tensors.
     shard_size: of a weight file, "5GB" or bytes.
+    calibrate: a text file.  Integer weights are then rounded by what this text makes of their inputs, and
+    activations=static finds its scales.  algorithm: "awq" (searches of input scales and of ranges), "gptq" (errors made
+    good by inputs not rounded yet; act_order: those that matter most first), "auto": awq for format awq, else gptq.
+    calibration_tokens: how many are taken, in windows of `window` at even distances.
     restart: throw away what an unfinished run of another request left in `out`.
 
     A run that was stopped and is asked for again goes on where it was. Files appear in `out` once all are made.
@@ -123,12 +135,51 @@ def quantize_checkpoint(
         )
     spelling = choose_spelling(format, prepared)
     limit = parse_size(shard_size)
+    calibration = None
+    if calibrate is not None:
+        chosen = ("awq" if spelling.name == "awq" else "gptq") if algorithm == "auto" else algorithm
+        windows = read_windows(prepared, Path(calibrate), calibration_tokens, window)
+        calibration = Calibration(windows, chosen, act_order, Path(calibrate).name)
+    elif algorithm != "auto" or act_order:
+        raise ConfigError(
+            "an algorithm that looks at inputs needs calibration text",
+            code="needs-calibration",
+            found=algorithm,
+            fix="Give it some: --calibrate FILE.",
+        )
     with prepared.checkpoint:
-        writer = _Writer(prepared, spelling, limit)
+        writer = _Writer(prepared, spelling, limit, calibration)
         request = writer.request(rules_as_lines(rules))
         _check_place(Path(out), folder, writer.estimated_bytes())
         with Output(Path(out), request, restart=restart) as output:
             return writer.write(output, str(model), rules_as_lines(rules), progress)
+
+
+LEAST_WINDOW = 32  # tokens; a text of fewer says nothing of a model's inputs
+
+
+def read_windows(prepared: Prepared, file: Path, tokens: int, window: int) -> tuple[tuple[int, ...], ...]:
+    """About `tokens` token ids of a text file, in windows at even distances.  ConfigError for too short a text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the calibration text cannot be read: {error}", code="calibration-text", file=str(file)
+        ) from None
+    ids = open_tokenizer(prepared.checkpoint).encode(text)
+    window = min(window, prepared.config.size("max_position_embeddings"), len(ids))
+    if window < LEAST_WINDOW or tokens < window:
+        raise ConfigError(
+            "there is too little to calibrate on",
+            code="calibration-text",
+            file=str(file),
+            expected=f"windows of at least {LEAST_WINDOW} tokens, and one of them",
+            found=f"{len(ids)} tokens of text, {tokens} asked for, in windows of {window}",
+        )
+    count = max(1, min(tokens, len(ids)) // window)
+    last = len(ids) - window
+    starts = [last * index // max(count - 1, 1) for index in range(count)]
+    return tuple(tuple(ids[start : start + window]) for start in starts)
 
 
 def rules_as_lines(rules: Any) -> list[str]:
@@ -192,7 +243,10 @@ def _check_place(out: Path, source: Path, expected: int) -> None:
 class _Writer:
     """One checkpoint's way from a `Prepared` to files."""
 
-    def __init__(self, prepared: Prepared, spelling: Spelling, shard_bytes: int) -> None:
+    def __init__(
+        self, prepared: Prepared, spelling: Spelling, shard_bytes: int, calibration: Calibration | None
+    ) -> None:
+        self.calibration = calibration
         self.prepared, self.spelling, self.shard_bytes = prepared, spelling, shard_bytes
         self.steps = steps_of(prepared)
         self.scale_dtype = spelling.scale_dtype(prepared.execution.dtype)
@@ -214,13 +268,14 @@ class _Writer:
             "rules": rules,
             "format": self.spelling.name,
             "shard size": self.shard_bytes,
+            "calibration": None if self.calibration is None else _digest_of(self.calibration),
         }
 
     def _check(self) -> None:
         """Find what the spelling cannot express before any weight is read, from weights without data."""
         spelled = {}
         for layer in self.layers():
-            planned = _planned(layer)
+            planned = self._planned(layer)
             spelled[layer.name] = SpelledLayer(
                 layer.kind, self.spelling.store(planned, layer.shape, layer.kind)
             )
@@ -243,11 +298,23 @@ class _Writer:
         for step in self.steps:
             yield from step.layers
 
+    def _planned(self, layer: SourceLayer) -> CanonicalWeight:
+        """The weight that will be written, without data."""
+        if layer.target is None:
+            return layer.source.planned(layer.shape)
+        target = layer.target if self.calibration is None else without_static(layer.target)
+        planned = ConvertedLinearMethod(layer.source, target).planned(layer.shape)
+        if isinstance(planned, IntWeight) and planned.offsets is not None:  # zero points will be rounded
+            planned = replace(planned, offsets=None, zeros=planned.offsets.to(torch.uint8))
+        if isinstance(planned, (IntWeight, Fp8Weight)) and needs_inputs(layer.target):
+            planned = replace(planned, activations="static", input_scales=torch.empty(1, device="meta"))
+        return planned
+
     def estimated_bytes(self) -> int:
         """Of the pieces, and of the one shard that is put together while they still lie there."""
         total = sum(tensor.nbytes for step in self.steps for tensor in step.copied)
         for layer in self.layers():
-            planned = _planned(layer)
+            planned = self._planned(layer)
             packed = planned.codes.numel() * planned.bits // 8 if isinstance(planned, IntWeight) else 0
             total += packed + sum(t.nbytes for name, t in planned.tensors().items() if name != "codes")
         return total + min(total, self.shard_bytes)
@@ -288,10 +355,11 @@ class _Writer:
         )
 
     def _make_pieces(self, output: Output, progress: bool | None) -> None:
+        make = self._make if self.calibration is None else self._calibrated(output, self.calibration)
         with _progress_bar(sum(step.nbytes for step in self.steps), progress) as advance:
             for step in self.steps:
                 if step.name not in output.pieces:
-                    tensors, notes = self._make(step)
+                    tensors, notes = make(step)
                     output.add(step.name, tensors, notes)
                     del tensors
                     return_freed_memory()
@@ -312,6 +380,36 @@ class _Writer:
             stored, notes[layer.name] = self.store(layer, made, error)
             tensors |= stored
         return tensors, notes
+
+    def _calibrated(
+        self, output: Output, calibration: Calibration
+    ) -> Callable[[Step], tuple[dict[str, Tensor], dict[str, Any]]]:
+        """As `_make`, for a model that also runs; it goes on behind the last step whose output was kept."""
+        model = CalibratedModel(self.prepared, calibration, self.scale_dtype)
+        names = [step.name for step in self.steps]
+        state = output.load_state()
+        if state is None:
+            output.forget_after([])
+        else:
+            tensors, last = state
+            model.hidden = tensors["hidden"]
+            output.forget_after(names[: names.index(last) + 1])
+
+        def make(step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            previous = names[names.index(step.name) - 1]
+            if model.hidden is not None and previous in output.pieces:
+                output.save_state({"hidden": model.hidden}, previous)
+            made, changed = model.make(step)
+            tensors = {info.name: info.read() for info in step.copied} | changed
+            notes = {}
+            for done in made:
+                unreached = done.layer.name in model.unreached
+                stored, note = self.store(done.layer, done.weight, done.error)
+                notes[done.layer.name] = {**note, "unreached": unreached}
+                tensors |= stored
+            return tensors, notes
+
+        return make
 
     def store(
         self, layer: SourceLayer, weight: CanonicalWeight, error: float
@@ -351,7 +449,7 @@ class _Writer:
             {layer: note["describe"] for layer, note in notes.items()},
             rules,
             spelling=self.spelling.name,
-            calibration=None,
+            calibration=None if self.calibration is None else self.calibration.describe(),
             notes=self._notes(notes),
             version=pymllm.__version__,
         )
@@ -363,19 +461,20 @@ class _Writer:
         found = []
         if self.prepared.config.tie_word_embeddings and head.prefix in notes:
             found.append(f"{head.prefix} was tied to the embedding and has weights of its own now.")
+        unreached = [layer for layer, note in notes.items() if note.get("unreached")]
+        if unreached:
+            found.append(
+                f"{len(unreached)} layers were rounded by themselves, as no calibration input was seen at them: "
+                f"{unreached[0]}."
+            )
         dropped = Counter(record.reason for record in self.prepared.records)
         found += [f"{count} tensors were not carried over: {reason}." for reason, count in dropped.items()]
         return found
 
 
-def _planned(layer: SourceLayer) -> CanonicalWeight:
-    """The weight that will be written, without data."""
-    if layer.target is None:
-        return layer.source.planned(layer.shape)
-    planned = ConvertedLinearMethod(layer.source, layer.target).planned(layer.shape)
-    if isinstance(planned, IntWeight) and planned.offsets is not None:  # zero points will be rounded
-        planned = replace(planned, offsets=None, zeros=planned.offsets.to(torch.uint8))
-    return planned
+def _digest_of(calibration: Calibration) -> str:
+    ids = hashlib.blake2b(repr(calibration.windows).encode(), digest_size=16).hexdigest()
+    return f"{calibration.describe()}, {ids}"
 
 
 def relative_error(weight: CanonicalWeight, floats: Tensor) -> float:

@@ -61,7 +61,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument(
         "--tensor-parallel-size",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="ranks to divide the model over; start N processes with torchrun",
@@ -84,7 +84,8 @@ def _kernel(text: str) -> tuple[str, str]:
     return operation, name
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
     return int(text)

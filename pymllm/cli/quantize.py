@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pymllm.cli.options import add_common_options
+from pymllm.cli.options import add_common_options, positive
 from pymllm.cli.output import print_json
 
 
@@ -35,6 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weight file; default: 5GB")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="a text file; integer weights are rounded by what it makes of their inputs",
+    )
+    group.add_argument(
+        "--algorithm",
+        choices=("auto", "awq", "gptq"),
+        default="auto",
+        help="how; auto: awq for format awq, else gptq",
+    )
+    group.add_argument(
+        "--act-order", action="store_true", help="gptq: round the inputs that matter most first"
+    )
+    group.add_argument(
+        "--calibration-tokens", type=positive, default=16384, metavar="N", help="of the text; default: 16384"
+    )
+    group.add_argument(
+        "--window", type=positive, default=512, metavar="N", help="tokens that run together; default: 512"
+    )
     parser.add_argument(
         "--restart", action="store_true", help="throw away what an unfinished run of another request left"
     )
@@ -53,6 +75,11 @@ def execute(args: argparse.Namespace) -> int:
         args.quant,
         format=args.format,
         shard_size=args.shard_size,
+        calibrate=args.calibrate,
+        algorithm=args.algorithm,
+        act_order=args.act_order,
+        calibration_tokens=args.calibration_tokens,
+        window=args.window,
         restart=args.restart,
         revision=args.revision,
     )

@@ -200,25 +200,36 @@ class IntWeight:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
-    def from_float(cls, weight: Tensor, *, bits: int, group_size: int, symmetric: bool) -> IntWeight:
+    def from_float(
+        cls,
+        weight: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        range_factors: tuple[Tensor | float, Tensor | float] = (1.0, 1.0),
+    ) -> IntWeight:
         """Round to nearest.  weight: [O, I]; group_size divides I (0 or less: one group a row).
 
         Asymmetric groups span minimum to maximum and always hold zero exactly.  Scales are float16, the dtype that
         the formats of this family store; codes are chosen against the rounded scale.
+        range_factors: numbers or [O, I/G], what the low and the high end of each range are multiplied with.
         """
         out_features, in_features = weight.shape
+        low_factor, high_factor = range_factors
         group_size = group_size if group_size > 0 else in_features
         groups = weight.float().view(out_features, in_features // group_size, group_size)
         top = 2**bits - 1
         smallest = torch.finfo(torch.float16).smallest_normal
         if symmetric:
             middle = 2 ** (bits - 1)
-            peak = groups.abs().amax(-1)
+            peak = groups.abs().amax(-1) * high_factor
             scales = (peak / (middle - 0.5)).clamp(smallest, torch.finfo(torch.float16).max).half()
             offset: Tensor | int = middle
             zeros = None
         else:
-            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+            low = groups.amin(-1).clamp(max=0) * low_factor
+            high = groups.amax(-1).clamp(min=0) * high_factor
             scales = ((high - low) / top).clamp(smallest, torch.finfo(torch.float16).max).half()
             zeros = (-low / scales.float()).round().clamp(0, top).to(torch.uint8)
             offset = zeros.unsqueeze(-1).float()

@@ -20,16 +20,19 @@ def encode(
 ) -> CanonicalWeight:
     """floats: [O, I] float32.  Returns `target`'s weight with what files can hold: integer zero points, and scales
     that are exact in `scale_dtype`.  CheckpointError where a float dtype overflows."""
-    made = target.quantize(floats, shape)
+    return fitted(target.quantize(floats, shape), floats, scale_dtype)
+
+
+def fitted(made: CanonicalWeight, floats: Tensor, scale_dtype: torch.dtype) -> CanonicalWeight:
+    """A newly made weight of `floats` [O, I] as files can hold it; see `encode`."""
     if isinstance(made, IntWeight):
         return storable_integers(made, floats, scale_dtype)
     if isinstance(made, Fp8Weight):
         return storable_fp8(made, floats, scale_dtype)
     if isinstance(made, DenseWeight) and not bool(torch.isfinite(made.weight).all()):
         raise CheckpointError(
-            f"a weight is too large for {str(shape.dtype).removeprefix('torch.')}",
+            f"a weight is too large for {str(made.weight.dtype).removeprefix('torch.')}",
             code="bad-weight",
-            tensor=shape.name,
             found=f"a magnitude of {float(floats.abs().max()):.3g}",
         )
     return made

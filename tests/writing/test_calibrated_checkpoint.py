@@ -1,0 +1,197 @@
+"""`quantize_checkpoint` with calibration text: what it finds, and that folding scales changes nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import pymllm
+from pymllm.api import shipped_model
+from pymllm.errors import ConfigError
+from pymllm.writing import output
+
+from ..checkpoints import load_tensors, write_checkpoint
+from ..forward import logits_of
+
+
+def lines(numbers: range) -> str:
+    return "".join(f"def f{n}(x, y={n % 7}):\n    return [x * {n}, y - {n * n}]\n\n" for n in numbers)
+
+
+TEXT = lines(range(120))
+OPTIONS = {"calibration_tokens": 1024, "window": 128}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny llama with the shipped model's tokenizer; some channels of its norms are strong, as in real models."""
+    folder = tmp_path_factory.mktemp("model")
+    there = write_checkpoint(folder, "qwen2", "none", vocab_size=4096)
+    tensors = there.tensors
+    state = there.model.state_dict()
+    for name in tensors:
+        if name.endswith("layernorm.weight"):
+            tensors[name][::13] *= 8
+            state[name].copy_(tensors[name])
+    from ..checkpoints import save_tensors
+
+    save_tensors(folder, tensors)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped_model() / file, folder)
+    (folder / "text.txt").write_text(TEXT)
+    return there
+
+
+def divergence(folder: Path, there) -> float:
+    """Mean KL divergence of next tokens from the float model's, on text of the kind that was calibrated on."""
+    ids = torch.tensor(pymllm.engine.tokenizer.Tokenizer(there.folder).encode(lines(range(130, 140)))[:120])
+    found = logits_of(pymllm.load_model(folder, dtype="float32"), ids).log_softmax(-1)
+    expected = there.logits(ids).log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def by_nearest(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain") / "out"
+    pymllm.quantize_checkpoint(model.folder, out, {"**.layers.**": "int4:group_size=64"})
+    return divergence(out, model)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "method", "act_order"),
+    [
+        ("gptq", "int4:group_size=64", False),
+        ("gptq", "int4:group_size=64", True),
+        ("awq", "int4:group_size=64", False),
+        ("awq", "awq:group_size=64", False),
+    ],
+)
+def test_calibration_brings_the_answers_nearer(model, by_nearest, algorithm, method, act_order, tmp_path):
+    written = pymllm.quantize_checkpoint(
+        model.folder,
+        tmp_path / "out",
+        {"**.layers.**": method},
+        calibrate=model.folder / "text.txt",
+        algorithm=algorithm,
+        act_order=act_order,
+        **OPTIONS,
+    )
+    assert not written.notes
+    assert divergence(tmp_path / "out", model) < 0.8 * by_nearest
+    assert algorithm in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_scales_are_folded_so_that_eight_bits_still_compute_the_same(model, tmp_path):
+    """int8 rounds so little that a scale divided out in one place and not the other would stand out."""
+    rules = {"**.layers.**": "int8:group_size=64"}
+    calibration = {"calibrate": model.folder / "text.txt", "algorithm": "awq", **OPTIONS}
+    pymllm.quantize_checkpoint(model.folder, tmp_path / "out", rules, **calibration)
+    before, after = model.tensors, load_tensors(tmp_path / "out")
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    assert not torch.equal(before[norm], after[norm])  # something was folded
+    assert divergence(tmp_path / "out", model) < 2e-3
+
+
+def test_scales_are_folded_only_where_all_that_changes_is_quantised(model, tmp_path):
+    calibration = {"calibrate": model.folder / "text.txt", "algorithm": "awq", **OPTIONS}
+    rules = {"**.q_proj": "int4:group_size=64", "**.down_proj": "int4:group_size=64"}
+    pymllm.quantize_checkpoint(model.folder, tmp_path / "out", rules, **calibration)
+    after = load_tensors(tmp_path / "out")
+    for name, tensor in model.tensors.items():
+        if name in after:
+            assert torch.equal(after[name], tensor), name
+    assert not any(name.endswith(("q_proj.weight", "down_proj.weight")) for name in after)
+
+
+def test_static_scales_are_those_of_the_inputs_that_transformers_sees(model, tmp_path):
+    out = tmp_path / "out"
+    pymllm.quantize_checkpoint(
+        model.folder,
+        out,
+        {"**.layers.0.self_attn.q_proj": "fp8:activations=static", "lm_head": "int8:activations=static"},
+        calibrate=model.folder / "text.txt",
+        **OPTIONS,
+    )
+    ids = pymllm.engine.tokenizer.Tokenizer(model.folder).encode(TEXT)
+    last = len(ids) - 128
+    windows = torch.tensor([ids[last * i // 7 : last * i // 7 + 128] for i in range(8)])
+    peaks = {}
+    for name in ("model.layers.0.self_attn.q_proj", "lm_head"):
+        model.model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: peaks.__setitem__(name, float(args[0].abs().max()))
+        )
+    with torch.no_grad():
+        model.model(windows, use_cache=False)
+    tensors = load_tensors(out)
+    name = "model.layers.0.self_attn.q_proj"
+    assert float(tensors[f"{name}.input_scale"]) == pytest.approx(peaks[name] / 448, rel=1e-4)
+    # The head sees what the quantised q_proj has changed: near, not equal.
+    assert float(tensors["lm_head.input_scale"]) == pytest.approx(peaks["lm_head"] / 127.5, rel=0.1)
+    assert pymllm.verify(out).ok
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_a_stopped_calibration_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    arguments = [model.folder, tmp_path / "out", {"**.layers.**": "int4:group_size=64"}]
+    options = {"calibrate": model.folder / "text.txt", **OPTIONS}
+    pymllm.quantize_checkpoint(arguments[0], tmp_path / "whole", arguments[2], **options)
+    real, count = output.save_file, 0
+
+    def stop(*args, **settings):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise Stop
+        return real(*args, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(output, "save_file", stop)
+        pymllm.quantize_checkpoint(*arguments, **options)
+    with pytest.raises(ConfigError, match="calibration changed"):
+        pymllm.quantize_checkpoint(*arguments)
+    written = pymllm.quantize_checkpoint(*arguments, **options)
+    assert 0 < written.resumed < 5
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("options", "needle"),
+    [
+        ({"algorithm": "gptq"}, "--calibrate"),
+        ({"act_order": True}, "--calibrate"),
+        ({"calibrate": "no/such/file"}, "cannot be read"),
+        ({"calibrate": "short.txt"}, "too little"),
+        ({"calibrate": "text.txt", "algorithm": "magic"}, "awq or gptq"),
+        ({"calibrate": "text.txt", "algorithm": "awq", "act_order": True}, "gptq"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(model, options, needle, tmp_path):
+    (model.folder / "short.txt").write_text("one two")
+    if "calibrate" in options:
+        options = {**options, "calibrate": model.folder / options["calibrate"]}
+    with pytest.raises(ConfigError, match=needle):
+        pymllm.quantize_checkpoint(
+            model.folder, tmp_path / "out", {"**.mlp.**": "int4:group_size=64"}, **options
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_reads_the_config_of_a_calibrated_checkpoint(model, tmp_path):
+    pymllm.quantize_checkpoint(
+        model.folder,
+        tmp_path / "out",
+        {"**.mlp.**": "fp8:activations=static"},
+        calibrate=model.folder / "text.txt",
+        **OPTIONS,
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    scheme = config.quantization_config["config_groups"]["group_0"]
+    assert scheme["input_activations"]["dynamic"] is False
