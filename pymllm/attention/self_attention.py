@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """positions: [T]; hidden: [T, hidden_size].  Returns [T, hidden_size]."""
-        q, k, v = self.qkv_proj(hidden).split([span.size for span in self.qkv_proj.shape.outputs], dim=-1)
+        q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)

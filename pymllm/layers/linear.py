@@ -73,8 +73,9 @@ class WeightedLayer(LoRAMixin, nn.Module):
 
     def shape_for(self, rank: int, size: int, parts: Sequence[str]) -> LinearShape:
         inputs, outputs = self.shard(rank, size)
-        if len(parts) < len(outputs):
-            outputs = side_by_side(outputs)
+        if len(parts) < len(outputs):  # one rank has the tensor as it is, wherever its blocks begin
+            total = sum(span.total for span in outputs)
+            outputs = (Span.full(total),) if size == 1 else side_by_side(outputs)
         return LinearShape(inputs, outputs, tuple(parts), self.params_dtype)
 
     def _setup(
@@ -260,6 +261,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 
     With more ranks than key heads, every key head is held by several ranks.
     num_heads_local, num_kv_heads_local: this rank's heads.  kv_heads: its key heads, of all of them.
+    local_sizes: its outputs of q, k and v.
     """
 
     def __init__(
@@ -287,7 +289,8 @@ class QKVParallelLinear(ColumnParallelLinear):
             part_names=part_names,
             **options,
         )
-        _, (q, k, _) = self.shard(self.tp_rank, self.tp_size)
+        _, (q, k, v) = self.shard(self.tp_rank, self.tp_size)
+        self.local_sizes = [q.size, k.size, v.size]
         self.num_heads_local, self.num_kv_heads_local = q.size // head_size, k.size // head_size
         self.kv_heads = Span(k.start // head_size, k.stop // head_size, self.total_num_kv_heads)
 

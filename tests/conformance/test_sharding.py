@@ -107,6 +107,55 @@ def test_qkv_shards_hold_whole_heads_and_replicate_key_heads_where_ranks_are_mor
         assert torch.equal(weight_of(layer), torch.cat(expected))
 
 
+@METHODS
+@pytest.mark.parametrize("kv_heads, size", ((2, 1), (2, 2), (8, 4), (2, 4), (1, 4)))
+def test_qkv_that_lies_in_one_tensor_is_cut_by_heads(vector, kv_heads, size):
+    heads, head_size, inputs = 8, 64, 128 * vector.coarseness
+    width = (heads + 2 * kv_heads) * head_size
+    tensors = vector.resampled(inputs, width, seed=40)
+    full = whole(vector, inputs, width, tensors).unflatten(0, (-1, head_size))
+    for rank in ranks(size):
+        layer = load_layer(
+            lambda: QKVParallelLinear(
+                inputs,
+                head_size,
+                heads,
+                kv_heads,
+                False,
+                quant_method=vector.method,
+                part_names=("qkv_proj",),
+                prefix="m.qkv_proj",
+            ),
+            [tensors],
+            rank,
+        )
+        mine = heads // size
+        queries = range(rank.rank * mine, (rank.rank + 1) * mine)
+        keys = sorted({head * kv_heads // heads for head in queries})
+        picked = [*queries, *(heads + key for key in keys), *(heads + kv_heads + key for key in keys)]
+        assert torch.equal(weight_of(layer), full[picked].flatten(0, 1))
+        assert layer.kv_heads.start == keys[0] and layer.kv_heads.size == len(keys)
+        assert layer.out_features == width and layer.shape.out_features == width
+
+
+@METHODS
+@pytest.mark.parametrize("size", (1, 4))
+def test_gate_and_up_that_lie_in_one_tensor_are_each_divided(vector, size):
+    inputs, width = 128 * vector.coarseness, 512
+    tensors = vector.resampled(inputs, 2 * width, seed=50)
+    gate, up = whole(vector, inputs, 2 * width, tensors).chunk(2)
+    for rank in ranks(size):
+        layer = load_layer(
+            lambda: MergedColumnParallelLinear(
+                inputs, [width, width], False, quant_method=vector.method, part_names=("gate_up_proj",)
+            ),
+            [tensors],
+            rank,
+        )
+        rows = slice(rank.rank * width // size, (rank.rank + 1) * width // size)
+        assert torch.equal(weight_of(layer), torch.cat((gate[rows], up[rows])))
+
+
 @pytest.mark.parametrize("vector", all_vectors(), ids=name_of)
 @pytest.mark.parametrize("layer_type", (ColumnParallelLinear, RowParallelLinear))
 @pytest.mark.parametrize("size", (2, 3, 8))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.errors import ShardingError
 from pymllm.models import list_model_types, read_model_config
+from pymllm.parallel import Parallel
 
 from ..checkpoints import FAMILIES, FORMATS, relative_error, tiny_config, write_checkpoint
 
@@ -94,6 +96,32 @@ def test_modules_that_are_not_converted_stay_in_floats(tmp_path):
         checkpoint = write_checkpoint(tmp_path / fmt, "llama", fmt, ignored=names)
         assert checkpoint.tensors["model.layers.1.self_attn.v_proj.weight"].dtype is torch.float32
         assert_equal_to_transformers(checkpoint)
+
+
+# --- q, k and v, and gate and up, side by side in one tensor
+
+
+def test_blocks_that_lie_across_q_k_and_v(tmp_path):
+    """Heads of 24: a block of 128 has rows of q and of k; one rank reads it as it is, two cannot."""
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "hidden_size": 144}
+    checkpoint = write_checkpoint(tmp_path / "m", "phi3", "fp8-block", **sizes)
+    assert_equal_to_transformers(checkpoint)
+    with Parallel(1, 2), pytest.raises(ShardingError, match="qkv_proj"):
+        pymllm.plan(checkpoint.folder, device="cpu")
+    assert pymllm.plan(checkpoint.folder, device="cpu").tensor_parallel["legal_sizes"] == [1]
+
+
+@pytest.mark.parametrize("rules", ("**.qkv_proj=int8", "**.mlp.gate_up_proj=fp8", "**=int4:group_size=32"))
+def test_such_tensors_are_planned_verified_and_converted_by_their_name(tmp_path, rules):
+    checkpoint = write_checkpoint(tmp_path / "m", "phi3", "awq-g32")
+    planned = pymllm.plan(checkpoint.folder, device="cpu")
+    row = planned.layer("model.layers.1.self_attn.qkv_proj")
+    assert (row.shape, row.fused_with) == ([256, 128], [])
+    llm = pymllm.LLM(checkpoint.folder, rules, device="cpu")
+    assert pymllm.verify(llm).ok
+    expected = checkpoint.logits()
+    error = float((llm.logits(checkpoint.ids.tolist()) - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.15  # int4 rounds most
 
 
 # --- sliding windows
