@@ -68,6 +68,10 @@ class KernelError(PymllmError, RuntimeError):
     """No kernel can run a problem, or the one asked for cannot."""
 
 
+class RankError(PymllmError, RuntimeError):
+    """Another rank is gone, or did not come to a collective in time."""
+
+
 class RequestError(PymllmError, ValueError):
     """A generation request whose parameters are out of range.  `tensor` holds the parameter's name."""
 

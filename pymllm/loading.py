@@ -21,6 +21,7 @@ from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.layernorm import GemmaRMSNorm
 from pymllm.layers.linear import WeightedLayer
 from pymllm.models.causal_lm import CausalLM
+from pymllm.moe.experts import Experts
 from pymllm.preparation import Placement, Prepared, Unit, layer_parts, prepare
 from pymllm.quantization.base import LinearMethodBase
 from pymllm.quantization.binding import bound_weight
@@ -29,7 +30,7 @@ from pymllm.weights.checkpoint import TensorInfo
 from pymllm.weights.loader import Slot, Written, place, write
 from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.report import LoadReport, TensorRecord
-from pymllm.weights.spec import LinearShape
+from pymllm.weights.spec import ExpertsShape, LinearShape
 
 logger = logging.getLogger("pymllm")
 
@@ -135,10 +136,10 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     read: Counter[str] = Counter()  # one tensor may hold several parts of the layer
     for placement in unit.placements:
         read[placement.tensor.name] += _read(placement)
-    loaded = {record.name for record in report.tensors if record.status == "loaded"}
     for tensor, nbytes in read.items():
-        reason = f"also read for {unit.name}, which is tied to it" if tensor in loaded else ""
+        reason = f"also read for {unit.name}, which is tied to it" if tensor in report.loaded else ""
         report.tensors.append(TensorRecord(tensor, "tied" if reason else "loaded", nbytes, reason))
+    report.loaded |= read.keys()
     report.bytes_read += read.total()
     for (_, name), module in params.items():
         _check_all_written(module, name)
@@ -160,6 +161,11 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
             assert bound is not None
             report.methods[method.describe()] += 1
             report.final_bytes += bound.nbytes
+    elif isinstance(module, Experts):
+        module.process_weights_after_loading()
+        for method in dict.fromkeys(module.quant_method.methods().values()):
+            report.methods[method.describe()] += 1
+        report.final_bytes += 0 if module.bound is None else module.bound.nbytes
     report.final_bytes += sum(p.nbytes for p in module._parameters.values() if p is not None)
 
 
@@ -183,12 +189,10 @@ def _read(placement: Placement) -> int:
     """Read this rank's slice into its parameter.  Returns the bytes read."""
     slot, tensor = placement.slot, placement.tensor
     param = getattr(placement.module, placement.param)
-    target = param.data[slot.target] if slot.target else param.data
+    target = slot.view(param.data)
     if len(tensor.shape) != len(slot.source) or tuple(target.shape) != slot.local_shape:
-        index = slot.source if len(tensor.shape) == len(slot.source) else None
-        write(
-            param.data, slot, tensor.read(index).to(param.device), param.written
-        )  # a scalar, or one part's row
+        # A scalar, or one part's row: dimensions of one element more or less.
+        write(param.data, slot, read_slot(tensor, slot).to(param.device), param.written)
     else:
         param.written.add(slot.target, tensor.name)
         if tensor.dtype is param.dtype:
@@ -199,8 +203,15 @@ def _read(placement: Placement) -> int:
         _check_scale(tensor, target)
     if slot.spec.refuse is not None:
         shape: Any = placement.module.shape
-        _check_content(tensor, slot.spec.refuse(target, shape.part(slot.part)))
+        several = isinstance(shape, ExpertsShape) and slot.expert is None
+        for one in target if several else (target,):
+            _check_content(tensor, slot.spec.refuse(one, shape.part(slot.part)))
     return slot.elements * tensor.nbytes // max(_numel(tensor.shape), 1)
+
+
+def read_slot(tensor: TensorInfo, slot: Slot) -> Tensor:
+    """This rank's slice of a tensor, which may be stored with more dimensions of one element."""
+    return tensor.read((*slot.source, *(slice(0, 1) for _ in tensor.shape))[: len(tensor.shape)])
 
 
 def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:

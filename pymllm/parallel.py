@@ -14,7 +14,7 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,8 +23,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError, RankError, ShardingError
 
+TIMEOUT = 600.0  # seconds that a rank waits for the others in a collective
 FAREWELL_SECONDS = 5.0
 
 R = TypeVar("R")
@@ -39,6 +40,9 @@ class Group(Protocol):
     def all_reduce(self, rank: int, value: Tensor) -> Tensor:
         """The sum over ranks."""
 
+    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Rows for every rank, side by side (`send[r]` of them for rank r), become rows from every rank."""
+
     def broadcast_object(self, rank: int, value: Any) -> Any:
         """Rank 0's Python value."""
 
@@ -51,18 +55,44 @@ class ProcessGroup:
 
     def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(value) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, value.contiguous())
+        with _together(rank, self.size):
+            torch.distributed.all_gather(parts, value.contiguous())
         return parts
 
     def all_reduce(self, rank: int, value: Tensor) -> Tensor:
         total = value.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total)
+        with _together(rank, self.size):
+            torch.distributed.all_reduce(total)
         return total
+
+    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        received = value.new_empty((sum(receive), *value.shape[1:]))
+        with _together(rank, self.size):
+            torch.distributed.all_to_all_single(received, value.contiguous(), receive, send)
+        return received
 
     def broadcast_object(self, rank: int, value: Any) -> Any:
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
+        with _together(rank, self.size):
+            torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextlib.contextmanager
+def _together(rank: int, size: int) -> Iterator[None]:
+    """A collective: what torch says of a rank that is gone, or does not come, becomes one RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()
+        late = any("timed out" in line.lower() for line in said)
+        raise RankError(
+            f"rank {rank} of {size} {'waited in vain for' if late else 'has lost'} another rank",
+            code="rank-timeout" if late else "rank-lost",
+            expected="every rank in the same collective",
+            found=said[-1] if said else type(error).__name__,
+            fix="Read the output of the rank that ended first, then start all ranks again.",
+        ) from None
 
 
 class ThreadGroup:
@@ -86,17 +116,24 @@ class ThreadGroup:
     def all_reduce(self, rank: int, value: Tensor) -> Tensor:
         return torch.stack(self._share(rank, value)).sum(0)
 
+    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return torch.cat([rows[rank] for rows in self._share(rank, value.split(send))])
+
     def broadcast_object(self, rank: int, value: Any) -> Any:
         return self._share(rank, value)[0]
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process is `rank` of `size` tensor-parallel ranks, joined by `group` (None: weights only)."""
+    """This process is `rank` of `size` tensor-parallel ranks, joined by `group` (None: weights only).
+
+    expert_parallel: the experts of a layer are divided over the ranks whole, instead of each over all of them.
+    """
 
     rank: int = 0
     size: int = 1
     group: Group | None = field(default=None, compare=False)
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
@@ -108,15 +145,23 @@ class Parallel:
             )
 
     @classmethod
-    def from_environment(cls, backend: str | None = None) -> Parallel:
-        """The rank that torchrun's RANK and WORLD_SIZE name, joined to its group; one rank without them."""
+    def from_environment(
+        cls, backend: str | None = None, *, expert_parallel: bool = False, timeout: float = TIMEOUT
+    ) -> Parallel:
+        """The rank that torchrun's RANK and WORLD_SIZE name, joined to its group; one rank without them.
+
+        timeout: seconds after which a rank that waits for another one gives up, with a RankError.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
-            return cls()
+            return cls(expert_parallel=expert_parallel)
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+            torch.distributed.init_process_group(
+                backend or ("nccl" if torch.cuda.is_available() else "gloo"),
+                timeout=timedelta(seconds=timeout),
+            )
             atexit.register(leave_process_group)  # a process that exits inside its group may abort
-        return cls(torch.distributed.get_rank(), size, ProcessGroup(size))
+        return cls(torch.distributed.get_rank(), size, ProcessGroup(size), expert_parallel)
 
     def _group(self) -> Group:
         if self.group is None:
@@ -134,6 +179,21 @@ class Parallel:
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """x of all ranks, concatenated along `dim` in rank order."""
         return x if self.size == 1 else torch.cat(self._group().exchange(self.rank, x), dim=dim)
+
+    def all_to_all(
+        self, x: Tensor, send: list[int], receive: list[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Send `send[r]` rows of x to each rank r, in rank order; the rows received, and how many from each rank.
+
+        receive: how many each rank sends here, where that is known already.
+        """
+        if self.size == 1:
+            return x, list(send)
+        group = self._group()
+        if receive is None:
+            counts = torch.tensor(send, device=x.device)
+            receive = group.all_to_all(self.rank, counts, [1] * self.size, [1] * self.size).tolist()
+        return group.all_to_all(self.rank, x, send, receive), receive
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor | None:
         """What all_gather gives, on rank 0; None on every other rank."""
@@ -176,7 +236,7 @@ def current_parallel() -> Parallel:
     return stack[-1] if stack else Parallel()
 
 
-def simulate(size: int, work: Callable[[Parallel], R]) -> list[R]:
+def simulate(size: int, work: Callable[[Parallel], R], *, expert_parallel: bool = False) -> list[R]:
     """Run `work` once a rank, in `size` threads that are joined by a group; the results in rank order.
 
     An exception in one rank ends all of them and is raised here.
@@ -187,7 +247,7 @@ def simulate(size: int, work: Callable[[Parallel], R]) -> list[R]:
 
     def run(rank: int) -> None:
         try:
-            with Parallel(rank, size, group) as parallel:
+            with Parallel(rank, size, group, expert_parallel) as parallel:
                 results[rank] = work(parallel)
         except threading.BrokenBarrierError:
             pass  # another rank failed; its exception is the one to report

@@ -20,9 +20,11 @@ from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
+from pymllm.moe.experts import Experts
 from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bind
+from pymllm.quantization.experts import BoundExperts, bind_experts
 from pymllm.quantization.kv_cache import QuantizedKVCacheMethod
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.spec import LinearShape
@@ -160,6 +162,10 @@ def make_plan(prepared: Prepared) -> Plan:
             converts = any(isinstance(method, ConvertedLinearMethod) for method, _, _ in layer_parts(module))
             # The stored tensors, the canonical codes, and the floats between two formats (twice: one being rounded).
             transient = max(transient, int(stored) + elements * (9 if converts else 1))
+        elif isinstance(module, Experts):
+            rows, packed = _plan_experts(module, binder, prepared)
+            layers += rows
+            transient = max(transient, int(stored) + _one_expert(module))
         else:
             packed = sum(p.nbytes for p in module._parameters.values() if p is not None)
         weight_bytes += packed
@@ -182,7 +188,10 @@ def make_plan(prepared: Prepared) -> Plan:
         tensor_parallel={
             "rank": parallel.rank,
             "size": parallel.size,
-            "legal_sizes": legal_tp_sizes(prepared.config, prepared.quant, prepared.execution),
+            "expert_parallel": parallel.expert_parallel,
+            "legal_sizes": legal_tp_sizes(
+                prepared.config, prepared.quant, prepared.execution, parallel.expert_parallel
+            ),
         },
         elementwise={
             "kernel": elementwise.kernel.name,
@@ -199,12 +208,20 @@ class _Binder:
 
     def __init__(self, prepared: Prepared) -> None:
         self.execution = prepared.execution
-        self.known: dict[Any, BoundWeight] = {}
+        self.known: dict[Any, Any] = {}
 
     def __call__(self, method: LinearMethodBase, shape: LinearShape, operation: Any) -> BoundWeight:
         key = (method, operation, shape.inputs, shape.outputs)
         if key not in self.known:
             self.known[key] = bind(method.planned(shape), self.execution, operation)
+        return self.known[key]
+
+    def experts(self, module: Experts) -> BoundExperts:
+        shapes = tuple((s.inputs, s.outputs) for _, s in module.local_shares())
+        key = (module.quant_method, len(module.ids), module.activation, module.layout.stacked, shapes)
+        if key not in self.known:
+            execution = module.execution_or_default()
+            self.known[key] = bind_experts(module.quant_method.planned(module), module.activation, execution)
         return self.known[key]
 
 
@@ -213,7 +230,8 @@ def _plan_weighted(
 ) -> tuple[list[PlannedLayer], int]:
     """The rows of one layer, and its packed bytes on this rank (its bias included)."""
     rows: list[PlannedLayer] = []
-    total = 0 if module.bias is None else module.bias.nbytes
+    kept = [module._parameters.get(name) for name in module.kept]
+    total = sum(param.nbytes for param in kept if param is not None)
     head = module if isinstance(module, ParallelLMHead) else None
     table = head.tied_to if head is not None and head.shares_table else None
     for method, shape, _ in layer_parts(module):
@@ -251,10 +269,59 @@ def _plan_weighted(
     return rows, total
 
 
-def rounds_activations(bound: BoundWeight) -> bool:
+def _plan_experts(module: Experts, binder: _Binder, prepared: Prepared) -> tuple[list[PlannedLayer], int]:
+    """The rows of a layer's experts, and their packed bytes on this rank (biases included)."""
+    biases = sum(p.nbytes for p in module._parameters.values() if p is not None)
+    if module.empty:
+        return [], biases
+    bound = binder.experts(module)
+    kernel, problem = bound.selection.kernel, bound.problem
+    rows = []
+    elements = sum(linear.in_features * linear.out_features for linear in problem.products().values())
+    elements *= problem.num_experts
+    described = (kernel.name, kernel.numerics(problem), rounds_activations(bound))
+    refused = [asdict(refusal) for refusal in bound.selection.refused]
+    held = len(module.ids) if module.layout.stacked else 1
+    for name, method, shape in module.parts_held():
+        decision = prepared.quant.decisions[name]
+        local = [shape.out_features_local, shape.in_features_local]
+        rows.append(
+            PlannedLayer(
+                prefix=name,
+                kind="experts",
+                rule=None if decision.rule is None else str(decision.rule),
+                source=decision.source,
+                method=decision.method.name,
+                method_detail=method.describe(),
+                source_method=_stored_method(decision.method).name,
+                kernel=described[0],
+                numerics=described[1],
+                rounds_activations=described[2],
+                refused=refused,
+                shape=[shape.out_features, shape.in_features],
+                shape_local=local,
+                bytes=bound.nbytes * math.prod(local) * held // max(elements, 1),
+            )
+        )
+    return rows, biases + bound.nbytes
+
+
+def _one_expert(module: Experts) -> int:
+    """Bytes that converting one expert takes at most: codes, or floats between two formats."""
+    sizes = [
+        (method, shape.in_features_local * shape.out_features_local)
+        for method, shape in module.local_shares()
+    ]
+    return max(size * (9 if isinstance(m, ConvertedLinearMethod) else 4) for m, size in sizes)
+
+
+def rounds_activations(bound: BoundWeight | BoundExperts) -> bool:
     """Whether the kernel owns up to an error beyond what the activations' dtype explains."""
     tolerance = getattr(bound.selection.kernel, "tolerance", None)
-    return tolerance is not None and tolerance(bound.problem) > TOLERANCES[bound.problem.dtype]
+    explained = TOLERANCES[bound.problem.dtype] * (
+        2 if isinstance(bound, BoundExperts) else 1
+    )  # two products
+    return tolerance is not None and tolerance(bound.problem) > explained
 
 
 def _stored_method(method: LinearMethodBase) -> LinearMethodBase:

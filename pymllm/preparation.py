@@ -23,6 +23,8 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.layers.linear import SplitLinearMethod, WeightedLayer
 from pymllm.models import build_model, read_model_config
 from pymllm.models.causal_lm import CausalLM
+from pymllm.moe.experts import Experts
+from pymllm.moe.layer import FusedMoE
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import (
     LinearMethodBase,
@@ -32,7 +34,7 @@ from pymllm.quantization.base import (
 )
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
 from pymllm.weights.checkpoint import Checkpoint, TensorInfo, resolve_model_path
-from pymllm.weights.loader import Slot, place, same_shape
+from pymllm.weights.loader import Slot, place, same_shape, with_stack_members
 from pymllm.weights.report import Problem, TensorRecord, raise_problems
 from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec, whole
 
@@ -89,7 +91,7 @@ def prepare(
     config = read_model_config(checkpoint.config)
     _check_sizes(config, checkpoint)
     stored = read_quantization_config(checkpoint)
-    stored.see_checkpoint(checkpoint.tensors)
+    stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
     if execution.dtype not in stored.get_supported_act_dtypes():
         raise ConfigError(
@@ -104,7 +106,8 @@ def prepare(
     except ShardingError as error:
         if parallel.size == 1:
             raise
-        error.fix = f"Sizes that work for this model: {', '.join(map(str, legal_tp_sizes(config, rules, execution)))}."
+        sizes = legal_tp_sizes(config, rules, execution, parallel.expert_parallel)
+        error.fix = f"Sizes that work for this model: {', '.join(map(str, sizes))}."
         error.args = (str(error),)
         raise
     rules.lint()
@@ -204,6 +207,11 @@ SIDES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
 )
 MOST_PACKED = 32  # 1-bit codes in int32 words: no stored element stands for more
 
@@ -212,7 +220,7 @@ def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Compare the config's sizes with the headers, before anything is built from them."""
     most_layers = len(checkpoint.tensors)
     longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
-    sizes = {name: config.size(name) for name in SIDES if config.get(name) is not None}
+    sizes = {name: config.size(name) for name in SIDES if config.raw.get(name) is not None}
     sizes["num_attention_heads x head_dim"] = config.size("num_attention_heads") * config.head_dim
     limits = {
         "num_hidden_layers": (
@@ -251,11 +259,18 @@ def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShap
     return [(layer.quant_method, layer.shape, layer)]
 
 
-def legal_tp_sizes(config: ModelConfig, rules: RuledConfig, execution: Execution) -> list[int]:
+def legal_tp_sizes(
+    config: ModelConfig, rules: RuledConfig, execution: Execution, expert_parallel: bool = False
+) -> list[int]:
     """The tensor-parallel sizes that every layer of the model can be divided over."""
-    model = build_on_meta(config, rules, execution, Parallel())
+    model = build_on_meta(config, rules, execution, Parallel(expert_parallel=expert_parallel))
     heads = config.size("num_attention_heads")
-    distinct = {(type(layer), layer.quant_method, layer.shape): layer for layer in _unnamed(model)}
+    distinct: dict[Any, Any] = {
+        (type(layer), layer.quant_method, layer.shape): layer for layer in _unnamed(model)
+    }
+    distinct |= {
+        (e.quant_method, e.size, e.tensor_parallel): e for e in model.modules() if isinstance(e, Experts)
+    }
     return [size for size in range(1, heads + 1) if heads % size == 0 and _all_shard(distinct.values(), size)]
 
 
@@ -270,6 +285,11 @@ def _all_shard(layers: Any, size: int) -> bool:
     try:
         for layer in layers:
             for rank in range(size):
+                if isinstance(layer, Experts):
+                    for method, shape in layer.shares(rank, size):
+                        for spec in method.weight_specs(shape):
+                            place(spec, shape)
+                    continue
                 shape = layer.shape_for(rank, size, layer.shape.parts)
                 methods = getattr(layer.quant_method, "methods", (layer.quant_method,))
                 for index, method in enumerate(methods):
@@ -296,6 +316,8 @@ def match(
         for _, _, slot in _slots(unit, module)
         for name in slot.names
     }
+    elsewhere = {name: slot for slot in _slots_elsewhere(model) for name in slot.names}
+    known |= dict.fromkeys(elsewhere)
     stray = [name for name in checkpoint.tensors if name not in known]
     for name, module in _units(model):
         placements = []
@@ -315,6 +337,12 @@ def match(
     for tensor_name in checkpoint.tensors:
         if tensor_name in used:
             continue
+        if tensor_name in elsewhere:
+            problem = mismatch(elsewhere[tensor_name], checkpoint.tensors[tensor_name])
+            if problem is not None:
+                problems.append(problem)
+            records.append(TensorRecord(tensor_name, "skipped", 0, "another rank holds this expert"))
+            continue
         reason = _skip_reason(tensor_name, model, rules)
         if reason is None:
             hint = nearest(tensor_name, known) if len(problems) < HINTS else ""
@@ -332,13 +360,21 @@ def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         holds_plain = any(
             not hasattr(param, "slots") for param in module._parameters.values() if param is not None
         )
-        if (isinstance(module, (WeightedLayer, Attention)) and module._parameters) or holds_plain:
+        holds = isinstance(module, (WeightedLayer, Attention)) and module._parameters
+        if isinstance(module, Experts) or holds or holds_plain:
             yield name, module
+
+
+def _slots_elsewhere(model: nn.Module) -> Iterator[Slot]:
+    """Of experts that other ranks hold."""
+    for module in model.modules():
+        if isinstance(module, FusedMoE):
+            yield from module.slots_elsewhere()
 
 
 def _slots(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str, Slot]]:
     """Every slot of a unit, with the module and parameter it fills."""
-    if not isinstance(module, (WeightedLayer, Attention)):
+    if not isinstance(module, (WeightedLayer, Attention, Experts)):
         for param_name, param in module._parameters.items():
             if param is not None:
                 spec = WeightSpec(param_name, param.dtype, tuple(map(whole, param.shape)), accepts=FLOATS)

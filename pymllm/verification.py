@@ -23,11 +23,14 @@ from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import load_prepared, read_stored
+from pymllm.loading import load_prepared, read_slot, read_stored
+from pymllm.moe.experts import Experts
 from pymllm.preparation import Placement, Prepared, layer_parts, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bound_weight
+from pymllm.quantization.experts import Product
 from pymllm.quantization.rules import RuleSource
+from pymllm.weights.loader import Written, place_experts, write
 from pymllm.weights.spec import LinearShape
 
 ROWS = 5
@@ -143,6 +146,8 @@ def verify(
 
 
 def _check_unit(module: nn.Module, placements: tuple[Placement, ...], prepared: Prepared) -> list[LayerCheck]:
+    if isinstance(module, Experts):
+        return [] if module.empty else [_check_experts(module, placements)]
     if not isinstance(module, WeightedLayer):
         return []
     if isinstance(module, ParallelLMHead) and module.shares_table:
@@ -203,6 +208,71 @@ def _check_weight(
         exact,
         changed,
     )
+
+
+EXPERTS_MAGNITUDES = {"ordinary": 1.0, "large": 14.0}  # a gate times an up: 200 once more, in f16 too
+
+
+def _check_experts(module: Experts, placements: tuple[Placement, ...]) -> LayerCheck:
+    """All experts of a layer: every packed weight, and each expert's answers to rows routed to it alone."""
+    bound = module.bound
+    assert bound is not None
+    problem, kernel = bound.problem, bound.selection.kernel
+    packed, exact, changed = bound.canonical().products(), True, 0.0
+    weights: dict[str, list[Tensor]] = {}
+    for name, product in module.products_of().items():
+        method = product.quant_method
+        stored = _read_experts(product, [p for p in placements if p.module is product])
+        originals = product.canonical(stored, method.source_method())
+        decoded = zip(product.canonical(stored), originals, packed[name], strict=True)
+        for expected, original, found in decoded:
+            weight = expected.dequantize(torch.float64)
+            exact &= torch.equal(found.dequantize(torch.float64).cpu(), weight)
+            if isinstance(method, ConvertedLinearMethod):
+                changed = max(changed, relative_error(weight, original.dequantize(torch.float64)))
+            weights.setdefault(name, []).append(
+                weight.float()
+            )  # far closer than any tolerance, at half the size
+    generator = torch.Generator().manual_seed(zlib.crc32(module.prefix.encode()))
+    device, experts = problem.device.torch_device, torch.arange(problem.num_experts)
+    ids = experts.repeat_interleave(ROWS).unsqueeze(-1)  # every expert has rows of its own
+    errors = {}
+    for label, magnitude in EXPERTS_MAGNITUDES.items():
+        x = torch.randn((len(ids), problem.down.out_features), generator=generator) * magnitude
+        x = x.to(problem.dtype)
+        got = bound.run(x.to(device), ids.to(device), torch.ones(ids.shape, device=device), module.bias())
+        want = _answers(weights, module, x.double().unflatten(0, (-1, ROWS)))
+        errors[label] = relative_error(got.double().cpu(), want)
+    described, numerics = module.quant_method.describe(), kernel.numerics(problem)
+    tolerance = getattr(kernel, "tolerance", lambda p: 2 * TOLERANCES[p.dtype])(problem)
+    return LayerCheck(
+        module.prefix, "experts", described, kernel.name, numerics, errors, tolerance, exact, changed
+    )
+
+
+def _read_experts(product: Product, placements: list[Placement]) -> dict[str, Tensor]:
+    """The product's stored tensors, [E, ...] each, from the file."""
+    tensors: dict[str, Tensor] = {}
+    written: dict[str, Written] = {}
+    for spec in product.quant_method.weight_specs(product.shape.one):
+        tensors[spec.name] = torch.zeros(place_experts(spec, product.shape)[0], dtype=spec.dtype)
+        written[spec.name] = Written()
+    for p in placements:
+        write(tensors[p.param], p.slot, read_slot(p.tensor, p.slot), written[p.param])
+    return tensors
+
+
+def _answers(weights: dict[str, list[Tensor]], module: Experts, rows: Tensor) -> Tensor:
+    """rows: [E, N, H] float64.  Returns each expert's answers, [E·N, H], by the plain formula."""
+    bias, answers = module.bias(), []
+    for expert, x in enumerate(rows):
+        first = [x @ weights[name][expert].double().t() for name in weights if name != "down"]
+        hidden = torch.cat(first, dim=-1)
+        if bias.gate_up is not None:
+            hidden = hidden + bias.gate_up[expert].double().cpu()
+        y = module.activation(hidden) @ weights["down"][expert].double().t()
+        answers.append(y if bias.down is None else y + bias.down[expert].double().cpu())
+    return torch.cat(answers)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pymllm.attention.attention import Attention
@@ -21,8 +22,10 @@ class SelfAttention(nn.Module):
 
     qkv_bias, output_bias: whether the projections have one.  part_names: of the checkpoint's tensors; one: q, k and v
     lie side by side in it.  qk_norm: a norm for each head of q and k (Qwen3).  scale: None: 1 / sqrt(head size).
-    soft_cap: of the scaled logits.
+    soft_cap: of the scaled logits.  sinks: a logit a head that takes part in the softmax without a value (gpt_oss).
     """
+
+    sinks: nn.Parameter | None
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class SelfAttention(nn.Module):
         qk_norm: type[RMSNorm] | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
@@ -60,6 +64,8 @@ class SelfAttention(nn.Module):
         )
         self.q_norm = qk_norm(head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = qk_norm(head_dim, config.rms_norm_eps) if qk_norm else None
+        weight = torch.empty(num_heads, dtype=self.qkv_proj.params_dtype)
+        self.register_parameter("sinks", nn.Parameter(weight, requires_grad=False) if sinks else None)
         rope = config.rope_parameters_of(layer)
         self.rotary = get_rope(
             head_dim,
@@ -76,6 +82,7 @@ class SelfAttention(nn.Module):
             self.qkv_proj.num_kv_heads_local,
             sliding_window=config.sliding_window_of(layer),
             soft_cap=soft_cap,
+            sinks=sinks,
             quant_config=quant_config,
             kv_heads=self.qkv_proj.kv_heads,
             prefix=f"{prefix}.attn",
@@ -88,4 +95,10 @@ class SelfAttention(nn.Module):
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary(positions, q, k)
-        return self.o_proj(self.attn(q, k, v))
+        return self.o_proj(self.attn(q, k, v, self.sinks_here()))
+
+    def sinks_here(self) -> Tensor | None:
+        """Those of this rank's heads."""
+        heads = self.qkv_proj.shape.outputs[0]
+        first = heads.start // self.head_dim
+        return None if self.sinks is None else self.sinks[first : first + heads.size // self.head_dim]

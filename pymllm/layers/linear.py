@@ -48,11 +48,13 @@ class WeightedLayer(LoRAMixin, nn.Module):
     """What linear layers, embeddings and heads share: a shape, a share of it, a `quant_method`, and adapters.
 
     kind: "linear", "embedding" or "lm_head", for formats and plans.  operation: which kernels run it.
+    kept: its parameters that stay as they are, while the method's are packed.
     prefix: the layer's full dotted name; parts: the checkpoint names of what it fuses.
     """
 
     kind: ClassVar[str] = "linear"
     operation: ClassVar[str] = "linear"
+    kept: ClassVar[tuple[str, ...]] = ("bias",)
     shape: LinearShape
     bias: nn.Parameter | None
 

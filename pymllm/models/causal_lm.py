@@ -36,7 +36,10 @@ class DecoderLayer(nn.Module):
             hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(positions, hidden)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+        output = self.mlp(hidden)
+        return output[0] if isinstance(
+            output, tuple
+        ) else output, residual  # experts also give their router's logits
 
 
 class Decoder(nn.Module):

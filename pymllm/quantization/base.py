@@ -210,15 +210,18 @@ def load_into(param: Tensor, loaded: Tensor, part: int | None, layer: str) -> No
 
 @dataclass(frozen=True)
 class UnquantizedLinearMethod(LinearMethodBase):
-    """Plain float weights."""
+    """Plain float weights.  transposed: stored [I, O], as some checkpoints have the experts of a layer."""
 
+    transposed: bool = False
     name: ClassVar[str] = "none"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        return (WeightSpec("weight", shape.dtype, (OUT, IN), accepts=FLOATS),)
+        dims = (IN, OUT) if self.transposed else (OUT, IN)
+        return (WeightSpec("weight", shape.dtype, dims, accepts=FLOATS),)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        return DenseWeight(tensors["weight"])
+        weight = tensors["weight"]
+        return DenseWeight(weight.t().contiguous() if self.transposed else weight)
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         return DenseWeight(weight.to(shape.dtype))
@@ -317,8 +320,10 @@ class QuantizationConfig(ABC):
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Told once, before any layer is made, what the checkpoint's headers hold; for what a config leaves open."""
         self.stored = tensors
+        self.stored_modules = frozenset(name.rpartition(".")[0] for name in tensors)
 
     stored: Mapping[str, StoredTensor] = MappingProxyType({})
+    stored_modules: frozenset[str] = frozenset()  # what the stored tensors belong to
 
     def stored_as_float(self, prefix: str) -> bool:
         """Whether the checkpoint holds this layer's weight as plain floats, whatever its config says of it."""

@@ -83,6 +83,11 @@ class Rule:
     def matches(self, name: str) -> bool:
         return _compile(self.pattern).fullmatch(name) is not None
 
+    @property
+    def names_one(self) -> bool:
+        """Whether the pattern says what it means to the end; only such a rule quantises a router."""
+        return not self.pattern.endswith("*") and not self.pattern.startswith("re:")
+
     def build(self) -> LinearMethodBase:
         """The method it asks for.  ConfigError for an unknown method or option."""
         return get_quantization_config(self.method).from_options(dict(self.options))
@@ -170,6 +175,7 @@ class RuledConfig(QuantizationConfig):
         self.rules, self.kv_rules = tuple(rules), tuple(kv_rules)
         self.kv_targets = {rule: build_kv_method(rule.method, dict(rule.options)) for rule in self.kv_rules}
         self.kv_decisions: dict[str, Decision] = {}
+        self.stored, self.stored_modules = checkpoint_config.stored, checkpoint_config.stored_modules
         self.targets = {rule: rule.build() for rule in self.rules}
         self.decisions: dict[str, Decision] = {}
         self.fused: list[tuple[str, ...]] = []
@@ -186,9 +192,14 @@ class RuledConfig(QuantizationConfig):
         """The method of the layer named `prefix`; a tied head reads its table under the embedding's name."""
         name = getattr(layer, "prefix", prefix) if getattr(layer, "kind", "linear") == "lm_head" else prefix
         config = self.checkpoint_config
-        stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod()
+        stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod(
+            getattr(layer, "transposed", False)
+        )
         decision = Decision(name, stored, self._checkpoint_source(stored, prefix))
-        rule = next((rule for rule in self.rules if rule.matches(name)), None)
+        rules = self.rules
+        if getattr(layer, "kind", "linear") == "router":
+            rules = tuple(rule for rule in rules if rule.names_one)
+        rule = next((rule for rule in rules if rule.matches(name)), None)
         if rule is not None:
             decision = Decision(name, self._convert(stored, rule), "rule", rule)
         self.decisions[name] = decision

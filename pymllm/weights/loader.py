@@ -8,13 +8,16 @@ element of a parameter is written exactly once.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pymllm.errors import CheckpointError
-from pymllm.weights.spec import Axis, LinearShape, Span, WeightSpec
+from pymllm.weights.spec import Axis, ExpertsShape, LinearShape, Span, WeightSpec
 
 Index = tuple[slice, ...]
 
@@ -25,6 +28,8 @@ class Slot:
 
     prefix: the part's checkpoint name.  part: which part of a fused layer.
     source_shape: its full shape in the checkpoint.  together: the tensor holds the layer's other parts, too.
+    expert: which of the parameter's experts this is, if it is one's; a checkpoint's tensor then lacks the axis.
+    stored_as: the names it may have, where they are not the prefix and the spec's.
     """
 
     prefix: str
@@ -34,6 +39,8 @@ class Slot:
     source: Index
     target: Index
     together: bool = False
+    expert: int | None = None
+    stored_as: tuple[str, ...] = ()
 
     @property
     def tensor(self) -> str:
@@ -43,6 +50,8 @@ class Slot:
     @property
     def names(self) -> tuple[str, ...]:
         """Its checkpoint name, then the other spellings that the format knows."""
+        if self.stored_as:
+            return self.stored_as
         suffixes = (self.spec.name, *self.spec.aliases)
         return tuple(f"{self.prefix}.{suffix}" if self.prefix else suffix for suffix in suffixes)
 
@@ -54,6 +63,11 @@ class Slot:
     @property
     def elements(self) -> int:
         return math.prod(self.local_shape)
+
+    def view(self, param: Tensor) -> Tensor:
+        """Where the slice lies in the parameter."""
+        target = param[self.target] if self.target else param
+        return target if self.expert is None else target[0]
 
 
 def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[Slot]]:
@@ -89,14 +103,99 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
     return tuple(local), slots
 
 
+def place_experts(spec: WeightSpec, shape: ExpertsShape) -> tuple[tuple[int, ...], list[Slot]]:
+    """The shape of this rank's parameter for `spec` (one expert's tensor), and its slots.
+
+    There is one for every expert and part; in a stacked checkpoint one for every part, which holds all experts.
+    """
+    one, parts = place(spec, shape.one)
+    local, whole_spec = (len(shape.ids), *one), shape.spec(spec)
+    slots: list[Slot] = []
+    if not shape.stacked:
+        for index, expert in enumerate(shape.ids):
+            for slot in parts:
+                slots.append(
+                    Slot(
+                        slot.prefix.format(expert),
+                        whole_spec,
+                        slot.part,
+                        slot.source_shape,
+                        slot.source,
+                        (slice(index, index + 1), *slot.target),
+                        expert=index,
+                    )
+                )
+        return local, slots
+    start, count = (shape.ids or (0,))[0], len(shape.ids)
+    for slot in parts:
+        slots.append(
+            Slot(
+                slot.prefix,
+                whole_spec,
+                slot.part,
+                (shape.total, *slot.source_shape),
+                (slice(start, start + count), *slot.source),
+                (slice(0, count), *slot.target),
+                slot.together,
+                stored_as=stacked_names(slot.prefix, (spec.name, *spec.aliases)),
+            )
+        )
+    return local, slots
+
+
+def stacked_names(prefix: str, suffixes: Iterable[str]) -> tuple[str, ...]:
+    """How a tensor of stacked experts may be called: `experts.down_proj` is the weight itself, and to it belong
+    `experts.down_proj_scale` (or `.weight_scale`), `experts.down_proj_blocks` and so on."""
+    names: list[str] = []
+    for suffix in suffixes:
+        short = suffix.removeprefix("weight").removeprefix("_")
+        names += [f"{prefix}_{short}" if short else prefix, f"{prefix}.{suffix}"]
+    return tuple(names)
+
+
+STACKED_NAME = re.compile(r"(?P<product>.+\.experts\.(?:gate_up_proj|down_proj))(?:_(?P<suffix>\w+))?")
+
+
+class OneOfStack:
+    """A tensor of all experts as its format would see one of them."""
+
+    def __init__(self, stacked: Any) -> None:
+        self.dtype, self.shape = stacked.dtype, tuple(stacked.shape[1:])
+
+
+def with_stack_members(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors, and those of stacked experts a second time under names that an expert's own would have.
+
+    `experts.down_proj_scale`, say, is also `experts.down_proj.weight_scale`, which is what formats look for.
+    """
+    members: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        found = STACKED_NAME.fullmatch(name)
+        if found is None:
+            continue
+        suffix = found["suffix"]
+        spelled = ("weight",) if suffix is None else (suffix, f"weight_{suffix}")
+        members |= {f"{found['product']}.{s}": OneOfStack(tensor) for s in spelled}
+    return {**tensors, **members} if members else dict(tensors)
+
+
 class Written:
     """Which regions of a parameter have been written; a second write to an element is an error."""
 
     def __init__(self) -> None:
-        self.regions: list[Index] = []
+        # By their first dimension, of which hundreds of experts are slices: only those that may meet are compared.
+        self.by_first: dict[tuple[int, int], list[Index]] = {}
+        self.all_single = True
+
+    @property
+    def regions(self) -> list[Index]:
+        return [region for regions in self.by_first.values() for region in regions]
 
     def add(self, region: Index, tensor: str) -> None:
-        for other in self.regions:
+        first = (region[0].start, region[0].stop) if region else (0, 1)
+        near = self.by_first.setdefault(first, [])
+        self.all_single &= first[1] - first[0] == 1
+        for other in near if self.all_single else self.regions:
             if all(a.start < b.stop and b.start < a.stop for a, b in zip(region, other, strict=True)):
                 raise CheckpointError(
                     "its place in the layer has been written already",
@@ -105,14 +204,14 @@ class Written:
                     expected="every element written exactly once",
                     found=f"a second write to {_show(region)}",
                 )
-        self.regions.append(region)
+        near.append(region)
 
     @property
     def elements(self) -> int:
         return sum(math.prod(cut.stop - cut.start for cut in region) for region in self.regions)
 
     def clear(self) -> None:
-        self.regions.clear()
+        self.by_first.clear()
 
 
 def _show(region: Index) -> str:
@@ -120,14 +219,18 @@ def _show(region: Index) -> str:
 
 
 def same_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal shapes; a scalar may also be written with any number of dimensions of one element."""
-    return found == expected or (math.prod(expected) == 1 and len(expected) <= 1 and math.prod(found) == 1)
+    """Equal shapes; a scalar may also be written with any number of dimensions of one element.
+
+    So may one for each of several experts: [E, 1, 1] is [E].
+    """
+    scalars = len(expected) <= 1 and math.prod(found) == math.prod(expected)
+    return found == expected or (scalars and (math.prod(expected) == 1 or found[0] == expected[0]))
 
 
 def write(param: Tensor, slot: Slot, local: Tensor, written: Written) -> None:
     """Copy this rank's slice `local` to its place in `param`, once."""
     written.add(slot.target, slot.tensor)
-    view = param[slot.target] if slot.target else param
+    view = slot.view(param)
     view.copy_(local.reshape(view.shape))
 
 

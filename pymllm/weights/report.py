@@ -26,10 +26,12 @@ class TensorRecord:
 class LoadReport:
     """Filled while loading; `model.load_report` afterwards.
 
-    methods: how many layers have each method.  final_bytes: packed weights of this rank.
+    loaded: the names of those that were read.  methods: how many layers have each method.
+    final_bytes: packed weights of this rank.
     """
 
     tensors: list[TensorRecord] = field(default_factory=list)
+    loaded: set[str] = field(default_factory=set, repr=False)
     methods: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     bytes_read: int = 0

@@ -6,7 +6,8 @@ A format says what it stores with `WeightSpec`s; everything about sharding follo
     WeightSpec("qzeros", torch.int32, (IN.every(G), OUT.packed(8)))  # [I/G, O/8]
     WeightSpec("scales", torch.float16, (IN.every(G), OUT))            # [I/G, O]
 
-and a scale for each tensor is `(PART,)`: one element for each of the checkpoint's tensors that a layer fuses.
+and a scale for each tensor is `(PART,)`: one element for each of the checkpoint's tensors that a layer fuses. The
+experts of a layer have the same tensors once more along an axis `EXPERT`, which `ExpertsShape.spec` puts first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Axis(enum.Enum):
     OUT = "output features"
     IN = "input features"
     PART = "parts of a fused layer"  # absent in the checkpoint, where every part has a tensor of its own
+    EXPERT = "experts"  # absent in checkpoints where every expert has a tensor of its own
     WHOLE = "elements that are never divided"
 
 
@@ -88,7 +90,7 @@ class Dim:
         return 1 if self.granule == 0 else -(-logical * self.count // self.granule)
 
 
-OUT, IN, PART = Dim(Axis.OUT), Dim(Axis.IN), Dim(Axis.PART)
+OUT, IN, PART, EXPERT = Dim(Axis.OUT), Dim(Axis.IN), Dim(Axis.PART), Dim(Axis.EXPERT)
 
 
 def whole(size: int) -> Dim:
@@ -125,7 +127,7 @@ class WeightSpec:
         return tuple(
             dim.size if dim.axis is Axis.WHOLE else dim.of_rows(in_features).stored(sizes[dim.axis])
             for dim in self.dims
-            if dim.axis is not Axis.PART
+            if dim.axis not in (Axis.PART, Axis.EXPERT)
         )
 
 
@@ -252,3 +254,51 @@ class LinearShape:
         if self.together:
             return self
         return replace(self, outputs=(self.outputs[index],), parts=(self.parts[index],))
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """One product of a layer's experts: the shape of one, and which of them this rank holds.
+
+    one: of every expert; where each has tensors of its own, the names of its parts have "{}" for the expert's index.
+    ids: the experts that are held here.  total: how many there are.
+    stacked: one tensor holds all experts, and the outputs of all parts, one part after the other.
+    interleaved: or in turns, an output of each part; they are one part here, and `in_order` sorts them out.
+    """
+
+    one: LinearShape
+    ids: tuple[int, ...]
+    total: int
+    stacked: bool = False
+    interleaved: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.one.name.replace(".{}", "")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.one.dtype
+
+    def spec(self, spec: WeightSpec) -> WeightSpec:
+        """One expert's tensor as that of all of them."""
+        return replace(spec, dims=(EXPERT, *spec.dims))
+
+    def part(self, index: int) -> LinearShape:
+        """One part of an expert alone."""
+        return self.one.part(index)
+
+    def expert(self, expert: int) -> LinearShape:
+        """The shape of one expert, under its own names.  expert: its index in the checkpoint."""
+        return replace(self.one, parts=tuple(part.format(expert) for part in self.one.parts))
+
+    def in_order(self, spec: WeightSpec, tensor: Tensor) -> Tensor:
+        """One expert's tensor with its outputs sorted by part, where they are interleaved."""
+        if not self.interleaved:
+            return tensor
+        axis = next((i for i, dim in enumerate(spec.dims) if dim.axis is Axis.OUT), None)
+        if axis is None:
+            return tensor
+        return (
+            tensor.unflatten(axis, (-1, self.interleaved)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+        )

@@ -2,6 +2,7 @@
 
     weight        uint8 [O, I/2]     two codes a byte, the low nibble first          (also weight_packed)
     weight_scale  uint8 [O, I/32]    E8M0: 2^(byte - 127)                            (also weight_scales, scales)
+    blocks        uint8 [O, I/32, 16]  in place of weight, the same bytes: gpt-oss' experts, which it stacks
 
 w = E2M1[code] * scale. The page with the layout: quantization/mxfp4/README.md. As the target of a rule: `mxfp4`.
 """
@@ -27,7 +28,7 @@ from pymllm.quantization.base import (
 )
 from pymllm.quantization.fields import is_skipped, read_choice, read_names, unsupported
 from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
-from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec
+from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32
 LARGEST = 6.0  # of E2M1
@@ -37,14 +38,21 @@ E8M0 = torch.float8_e8m0fnu
 
 @dataclass(frozen=True)
 class MXFP4LinearMethod(LinearMethodBase):
-    """scale_dtype: how the file declares the exponents, as plain bytes or as E8M0; they are the same bytes."""
+    """scale_dtype: how the file declares the exponents, as plain bytes or as E8M0; they are the same bytes.
+
+    blocks: whether each block of codes is a row of its own.
+    """
 
     scale_dtype: torch.dtype = torch.uint8
+    blocks: bool = False
     name: ClassVar[str] = "mxfp4"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
+        if self.blocks:
+            codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
         return (
-            WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",)),
+            codes,
             WeightSpec(
                 "weight_scale", self.scale_dtype, (OUT, IN.every(GROUP)), aliases=("weight_scales", "scales")
             ),
@@ -69,7 +77,8 @@ class MXFP4LinearMethod(LinearMethodBase):
             )
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes, scales = unpack_nibbles_low_first(tensors["weight"]), tensors["weight_scale"].view(E8M0)
+        packed = tensors["blocks"].flatten(1) if self.blocks else tensors["weight"]
+        codes, scales = unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0)
         table = torch.tensor(E2M1, device=codes.device)
         # A rank that holds part of one block has that one block: its size is what the rank holds.
         return CodebookWeight(codes, table, scales, "e2m1", codes.shape[1] // scales.shape[1])
@@ -130,4 +139,5 @@ class MXFP4Config(QuantizationConfig):
             raise unsupported(
                 "MXFP4", "weight_scale", str(scale.dtype), "uint8 or float8_e8m0fnu", within=f"{prefix}."
             )
-        return MXFP4LinearMethod(torch.uint8 if scale is None or scale.dtype is None else scale.dtype)
+        dtype = torch.uint8 if scale is None or scale.dtype is None else scale.dtype
+        return MXFP4LinearMethod(dtype, f"{prefix}.blocks" in self.stored)

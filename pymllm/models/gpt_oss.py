@@ -1,0 +1,69 @@
+"""gpt-oss: attention sinks, every other layer a sliding window, experts with biases and a clamped SwiGLU.
+
+Experts are stored all in one tensor, gate and up in turns: floats with inputs before outputs, or MXFP4.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pymllm.attention.self_attention import SelfAttention
+from pymllm.config import ModelConfig
+from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.models.causal_lm import CausalLM
+from pymllm.moe import build_moe_block, build_topk_router
+from pymllm.moe.config import get_num_experts_per_tok
+from pymllm.quantization.base import QuantizationConfig
+
+DEFAULTS = {
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+    "rope_theta": 150000.0,
+}
+
+
+class Model(CausalLM):
+    """GptOssForCausalLM."""
+
+    def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
+        kinds = ("sliding_attention", "full_attention")
+        layers = range(config.size("num_hidden_layers"))
+        config.defaults["layer_types"] = [kinds[index % 2] for index in layers]
+        super().__init__(config, quant_config)
+
+    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        bias = self.config.attention_bias
+        return SelfAttention(
+            self.config,
+            index,
+            prefix=prefix,
+            quant_config=quant_config,
+            qkv_bias=bias,
+            output_bias=bias,
+            sinks=True,
+        )
+
+    def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        top_k = get_num_experts_per_tok(self.config)
+        return build_moe_block(
+            "auto",
+            self.config,
+            router=build_topk_router("naive", top_k=top_k, scoring_func="topk_softmax"),
+            router_name="router",
+            router_bias=True,
+            activation=GatedActivation("swiglu", self.config.swiglu_alpha, self.config.swiglu_limit),
+            bias=True,
+            interleaved=True,
+            transposed=True,
+            prefix=prefix,
+            quant_config=quant_config,
+        )

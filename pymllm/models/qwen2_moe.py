@@ -1,0 +1,49 @@
+"""Qwen2-MoE and Qwen1.5-MoE: Qwen2 with routed experts, and a shared one behind a gate of its own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pymllm.attention.self_attention import SelfAttention
+from pymllm.models import qwen2
+from pymllm.moe import SharedExpertMLP, build_mlp_or_moe, build_moe_block
+from pymllm.quantization.base import QuantizationConfig
+
+DEFAULTS = {
+    **qwen2.DEFAULTS,
+    "num_key_value_heads": 16,
+    "num_local_experts": 60,  # or num_experts, which comes first where a config has it
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "qkv_bias": True,
+}
+
+
+class Model(qwen2.Model):
+    """Qwen2MoeForCausalLM."""
+
+    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        bias = self.config.qkv_bias
+        return SelfAttention(self.config, index, prefix=prefix, quant_config=quant_config, qkv_bias=bias)
+
+    def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        return build_mlp_or_moe(
+            self.config,
+            index,
+            lambda: super(Model, self).make_mlp(index, prefix, quant_config),
+            lambda: self.make_moe(prefix, quant_config),
+        )
+
+    def make_moe(self, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+        shared = SharedExpertMLP(
+            self.config.size("hidden_size"),
+            self.config.size("shared_expert_intermediate_size"),
+            self.config.hidden_act,
+            gate_prefix=f"{prefix}.shared_expert_gate",
+            prefix=f"{prefix}.shared_expert",
+            quant_config=quant_config,
+        )
+        return build_moe_block("auto", self.config, shared=shared, prefix=prefix, quant_config=quant_config)

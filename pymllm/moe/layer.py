@@ -1,0 +1,312 @@
+"""The sparse block of a decoder layer: a router, its experts, and the experts that every token visits."""
+
+# T tokens, K experts a token, E experts, H hidden size
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.config import current_execution
+from pymllm.errors import ConfigError, nearest
+from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.layers.linear import Linear
+from pymllm.layers.mlp import GatedMLP
+from pymllm.moe.config import (
+    get_moe_intermediate_size,
+    get_norm_topk_prob,
+    get_num_experts,
+    get_num_experts_per_tok,
+)
+from pymllm.moe.dispatcher import build_token_dispatcher, expert_range
+from pymllm.moe.experts import Experts, ExpertsSize, make_experts, slots_elsewhere
+from pymllm.moe.topk import GroupLimitedTopKRouter, TopKOutput, TopKRouter, build_topk_router
+from pymllm.parallel import current_parallel
+from pymllm.quantization.base import QuantizationConfig, add_weight
+from pymllm.weights.loader import Slot
+from pymllm.weights.spec import FLOATS, OUT, WeightSpec
+
+ACTIVATIONS = {
+    "silu": GatedActivation("silu"),
+    "gelu_pytorch_tanh": GatedActivation("gelu_tanh"),
+    "gelu_tanh": GatedActivation("gelu_tanh"),
+}
+
+
+class RouterLinear(Linear):
+    """A router's logits, or the gate of a shared expert: every rank has it whole, and only a rule that names it
+    quantises it.
+
+    expert_bias: whether the checkpoint has an `e_score_correction_bias` [E], which ranks experts.
+    """
+
+    kind: ClassVar[str] = "router"
+    kept = ("bias", "e_score_correction_bias")
+
+    def __init__(
+        self, in_features: int, out_features: int, *, expert_bias: bool = False, **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, **options)
+        if expert_bias:
+            spec = WeightSpec("e_score_correction_bias", torch.float32, (OUT,), accepts=FLOATS)
+            add_weight(self, spec, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, H], any float dtype.  Returns [T, E] in this layer's own."""
+        return super().forward(x.to(self.params_dtype))
+
+
+class SharedExpertMLP(nn.Module):
+    """An expert that every token visits; gated: times sigmoid of a gate of its own."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        *,
+        gate_prefix: str | None = None,
+        prefix: str = "",
+        quant_config: QuantizationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.mlp = GatedMLP(
+            hidden_size, intermediate_size, activation, prefix=prefix, quant_config=quant_config
+        )
+        self.gate = None
+        if gate_prefix is not None:
+            self.gate = RouterLinear(
+                hidden_size, 1, bias=False, prefix=gate_prefix, quant_config=quant_config
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, H].  Returns [T, H]."""
+        y = self.mlp(x)
+        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+
+
+class FusedMoE(nn.Module):
+    """Routed experts of which every rank has all, whole.  Subclasses divide them over ranks.
+
+    router: from logits to experts; None: the K best by softmax, renormalised as `renormalize` says.
+    activation: a name of config.json, or what experts do between their products.
+    shared: what every token visits besides.  router_dtype: of the router's arithmetic; None: the activations'.
+    expert_bias: see `RouterLinear`.  bias, interleaved: see `ExpertsSize`.  transposed: whether a float weight that
+    holds all experts is stored with inputs before outputs.
+    """
+
+    tensor_parallel: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        router: TopKRouter | None = None,
+        renormalize: bool = True,
+        scoring_func: str = "softmax",
+        activation: str | GatedActivation = "silu",
+        shared: SharedExpertMLP | None = None,
+        router_name: str = "gate",
+        router_bias: bool = False,
+        router_dtype: torch.dtype | None = None,
+        expert_bias: bool = False,
+        bias: bool = False,
+        interleaved: bool = False,
+        transposed: bool = False,
+        prefix: str = "",
+        quant_config: QuantizationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.parallel = current_parallel()
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.router = router or build_topk_router(
+            "naive", top_k=top_k, renormalize=renormalize, scoring_func=scoring_func
+        )
+        execution = current_execution()
+        as_asked = contextlib.nullcontext() if execution is None else execution
+        with (
+            as_asked if router_dtype is None or execution is None else replace(execution, dtype=router_dtype)
+        ):
+            self.gate = RouterLinear(
+                hidden_size,
+                num_experts,
+                bias=router_bias,
+                expert_bias=expert_bias,
+                prefix=_join(prefix, router_name),
+                quant_config=quant_config,
+                params_dtype=router_dtype,
+            )
+        size = ExpertsSize(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            _activation(activation),
+            bias,
+            interleaved,
+            transposed,
+        )
+        self.experts = nn.ModuleList(self._make_experts(size, _join(prefix, "experts"), quant_config))
+        self.shared = shared
+        if expert_bias and isinstance(self.router, GroupLimitedTopKRouter):
+            self.router.expert_bias_getter = lambda: self.gate.e_score_correction_bias  # type: ignore[assignment]
+
+    def held(self) -> Sequence[int]:
+        """The experts that this rank has, all or some of each."""
+        return range(self.num_experts)
+
+    def _make_experts(
+        self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
+    ) -> list[Experts]:
+        return make_experts(size, prefix, self.held(), quant_config, tensor_parallel=self.tensor_parallel)
+
+    def slots_elsewhere(self) -> Iterator[Slot]:
+        """The slots of experts that other ranks hold."""
+        return slots_elsewhere(list(self.experts), self.num_experts)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [*, H].  Returns the same shape, and the router's logits [T, E]."""
+        tokens = x.reshape(-1, self.hidden_size)
+        logits = self.gate(tokens)
+        y = self.run_experts(tokens, self.router(logits))
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        return y.view(x.shape), logits
+
+    def run_experts(self, x: Tensor, topk: TopKOutput) -> Tensor:
+        """x: [T, H], the same on every rank.  Returns [T, H], on every rank."""
+        return self.run_held(x, topk.ids, topk.weights)
+
+    def run_held(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sums over those experts that are here."""
+        first, *others = self.experts
+        y = first(x, ids, weights)
+        for group in others:
+            y = y + group(x, ids, weights)
+        return y
+
+
+SparseMoEBlock = FusedMoE
+
+
+class NaiveFusedMoE(FusedMoE):
+    """The reference: all experts on every rank, by the reference kernel."""
+
+    def _make_experts(
+        self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
+    ) -> list[Experts]:
+        execution = current_execution()
+        if execution is None:
+            return super()._make_experts(size, prefix, quant_config)
+        with replace(execution, kernels=(*execution.kernels, ("experts", "reference"))):
+            return super()._make_experts(size, prefix, quant_config)
+
+
+class TPFusedMoE(FusedMoE):
+    """Every rank has a share of each expert's intermediate features; their sums are added up."""
+
+    tensor_parallel = True
+
+    def run_experts(self, x: Tensor, topk: TopKOutput) -> Tensor:
+        return self.parallel.all_reduce(super().run_experts(x, topk))
+
+
+class EPFusedMoE(FusedMoE):
+    """Every rank has some of the experts, whole.
+
+    As tensor-parallel attention gives all ranks all tokens, each takes its share of them, sends them to the ranks of
+    their experts, and the answers are gathered again. A rank may have no tokens, or no experts.
+    """
+
+    def __init__(self, *sizes: int, dispatcher: str = "naive", **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.dispatcher = build_token_dispatcher(dispatcher, self.parallel, self.num_experts)
+
+    def held(self) -> Sequence[int]:
+        parallel = current_parallel()
+        return expert_range(self.num_experts, parallel.rank, parallel.size)
+
+    def run_experts(self, x: Tensor, topk: TopKOutput) -> Tensor:
+        tokens, size = x.shape[0], self.parallel.size
+        share = -(-tokens // size)
+        mine = slice(min(self.parallel.rank * share, tokens), min((self.parallel.rank + 1) * share, tokens))
+        y = self.run_own(x[mine], TopKOutput(topk.weights[mine], topk.ids[mine], topk.router_logits[mine]))
+        if size == 1:
+            return y
+        padded = torch.nn.functional.pad(y, (0, 0, 0, share - y.shape[0]))
+        return self.parallel.all_gather(padded, dim=0)[:tokens]
+
+    def run_own(self, x: Tensor, topk: TopKOutput) -> Tensor:
+        """x: [T, H], tokens of this rank alone, perhaps none; every rank calls it.  Returns [T, H]."""
+        received = self.dispatcher.dispatch(x, topk)
+        ids, weights = received.recv_local_expert_ids, received.recv_weights
+        if ids.ndim == 1:
+            ids, weights = ids.unsqueeze(-1), weights.unsqueeze(-1)
+        indexes = torch.where(ids < 0, -1, ids + self.held_from)
+        return self.dispatcher.combine(self.run_held(received.recv_hidden_states, indexes, weights))
+
+    @property
+    def held_from(self) -> int:
+        """The first of this rank's experts."""
+        return expert_range(self.num_experts, self.parallel.rank, self.parallel.size).start
+
+
+IMPLEMENTATIONS: dict[str, type[FusedMoE]] = {
+    "naive": NaiveFusedMoE,
+    "tp": TPFusedMoE,
+    "ep": EPFusedMoE,
+}
+
+
+def build_moe_block(impl: str, config: Any, **options: Any) -> FusedMoE:
+    """The sparse block of a model with this config.
+
+    impl: naive, tp, ep, or auto: ep where the current `Parallel` says so, else tp.
+    options: of `FusedMoE`; what they leave open is read from the config.
+    """
+    if impl == "auto":
+        impl = "ep" if current_parallel().expert_parallel else "tp"
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"there is no MoE block {impl!r}",
+            code="moe-block",
+            expected=" or ".join(("auto", *IMPLEMENTATIONS)),
+            found=impl,
+            fix=nearest(impl, IMPLEMENTATIONS),
+        )
+    if "router" not in options:
+        options.setdefault("renormalize", get_norm_topk_prob(config))
+    options.setdefault("activation", getattr(config, "hidden_act", None) or "silu")
+    return IMPLEMENTATIONS[impl](
+        config.hidden_size,
+        get_moe_intermediate_size(config),
+        get_num_experts(config),
+        get_num_experts_per_tok(config),
+        **options,
+    )
+
+
+def _activation(activation: str | GatedActivation) -> GatedActivation:
+    if isinstance(activation, GatedActivation):
+        return activation
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"unknown activation {activation!r}",
+            code="config-value",
+            file="config.json",
+            tensor="hidden_act",
+            expected=" or ".join(ACTIVATIONS),
+            found=repr(activation),
+        )
+    return ACTIVATIONS[activation]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,193 @@
+"""The experts of a layer in any format that linear layers have: `ExpertsMethod`.
+
+An expert is two products, gate and up in one and down, and each has a linear method. What the method says of one
+weight holds for every expert's: its tensors get an axis EXPERT, its layout is converted an expert at a time, and the
+kernel is chosen for all of them together.
+"""
+
+# T tokens, K experts a token, E experts held here, H hidden size
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.config import Execution
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, LazyWeights, on_meta
+from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.registry import (
+    ExpertsBias,
+    ExpertsProblem,
+    LinearProblem,
+    Packed,
+    Selection,
+    select,
+)
+from pymllm.quantization.base import LinearMethodBase, QuantizeMethodBase
+from pymllm.weights.loader import Written, copy_full_tensor, place_experts
+from pymllm.weights.spec import ExpertsShape
+
+
+@dataclass(frozen=True)
+class BoundExperts:
+    """The packed experts of a layer and the kernel that runs them, chosen once."""
+
+    selection: Selection[Any]
+    problem: ExpertsProblem
+    packed: Packed
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.packed.values())
+
+    def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, bias: ExpertsBias) -> Tensor:
+        """See `pymllm.kernels.registry.ExpertsKernel.run`."""
+        return self.selection.kernel.run(self.packed, self.problem, x, topk_ids, topk_weights, bias)
+
+    def canonical(self) -> ExpertsWeight:
+        """The weights in their canonical layout again."""
+        return self.selection.kernel.unpack(self.packed, self.problem)
+
+
+def bind_experts(weight: ExpertsWeight, activation: GatedActivation, execution: Execution) -> BoundExperts:
+    """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
+    device = probe_device(execution.device)
+    firsts = [experts[0] for experts in weight.products().values()]
+    *gate_up, down = (
+        LinearProblem(first.type, first.shape[1], first.shape[0], execution.dtype, device, execution.compute)
+        for first in firsts
+    )
+    reordered = any(isinstance(first, IntWeight) and first.input_order is not None for first in firsts)
+    problem = ExpertsProblem(tuple(gate_up), down, weight.num_experts, activation, reordered)
+    selection = select("experts", problem, execution.forced_kernel("experts"))
+    return BoundExperts(selection, problem, selection.kernel.pack(weight, problem))
+
+
+class Product(nn.Module):
+    """The checkpoint's tensors of one product of all experts, as parameters [E, ...], until they are packed."""
+
+    kind = "linear"
+    operation = "experts"
+
+    def __init__(self, shape: ExpertsShape, quant_method: LinearMethodBase, prefix: str) -> None:
+        super().__init__()
+        self.shape, self.quant_method, self.prefix = shape, quant_method, prefix
+        quant_method.check(shape.expert(shape.ids[0] if shape.ids else 0))
+        for spec in quant_method.weight_specs(shape.one):
+            local, slots = place_experts(spec, shape)
+            param = nn.Parameter(torch.empty(local, dtype=spec.dtype), requires_grad=False)
+            self.register_parameter(spec.name, param)
+            param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
+
+    def weight_loader(
+        self, param: Tensor, loaded_weight: Tensor, shard_id: tuple[int, int] | int = 0
+    ) -> None:
+        """Cut a full checkpoint tensor for this rank and write it to `param`.
+
+        shard_id: (expert, part) as the checkpoint counts them, or the part alone of stacked experts. A tensor of an
+        expert that another rank holds is left out.
+        """
+        expert, part = shard_id if isinstance(shard_id, tuple) else (None, shard_id)
+        if expert is not None and expert not in self.shape.ids:
+            return
+        position = None if expert is None else self.shape.ids.index(expert)
+        slots = [
+            slot
+            for slot in param.slots  # type: ignore[attr-defined]
+            if slot.expert == position and slot.part == part
+        ]
+        copy_full_tensor(param.data, slots, loaded_weight, param.written, 0, self.prefix)  # type: ignore[attr-defined]
+
+    def canonical(
+        self, tensors: Mapping[str, Tensor] | None = None, method: LinearMethodBase | None = None
+    ) -> LazyWeights:
+        """Each expert's canonical weight, from this product's parameters.
+
+        tensors: others in their place.  method: another than this product's to read them.
+        """
+        held = {name: p.data for name, p in self.named_parameters()} if tensors is None else tensors
+        shape, reader = self.shape, method or self.quant_method
+        specs = {spec.name: spec for spec in reader.weight_specs(shape.one)}
+
+        def one(position: int) -> CanonicalWeight:
+            mine = {name: shape.in_order(specs[name], tensor[position]) for name, tensor in held.items()}
+            return reader.to_canonical(mine, shape.expert(shape.ids[position]))
+
+        return LazyWeights(one, len(shape.ids))
+
+
+@dataclass(frozen=True)
+class ExpertsMethod(QuantizeMethodBase):
+    """gate_up: the method of gate and up as one weight, or one each where that cannot be.  down: down's."""
+
+    gate_up: tuple[LinearMethodBase, ...]
+    down: LinearMethodBase
+    name: ClassVar[str] = "experts"
+
+    def methods(self) -> dict[str, LinearMethodBase]:
+        """By product, as `ExpertsWeight.products` names them."""
+        names = ("gate_up",) if len(self.gate_up) == 1 else ("gate", "up")
+        return {**dict(zip(names, self.gate_up, strict=True)), "down": self.down}
+
+    def create_weights(
+        self, layer: Any, shapes: Mapping[str, ExpertsShape], **extra_weight_attrs: Any
+    ) -> None:  # type: ignore[override]
+        """Register the parameters of every product, in a module of its own.  shapes: by product."""
+        for product, method in self.methods().items():
+            layer.products[product] = Product(shapes[product], method, f"{layer.prefix} {product}")
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Bind the loaded experts to a kernel; the checkpoint's layout is freed.  A second call does nothing."""
+        if layer.bound is not None or layer.empty:
+            return
+        products: dict[str, Product] = dict(layer.products.items())
+        layer.bound = bind_experts(
+            experts_weight({name: product.canonical() for name, product in products.items()}),
+            layer.activation,
+            layer.execution_or_default(),
+        )
+        for product in products.values():
+            for name in list(product._parameters):
+                delattr(product, name)
+
+    def planned(self, layer: Any) -> ExpertsWeight:
+        """The canonical weights without their data, on the meta device."""
+
+        def one(product: Product) -> CanonicalWeight:
+            tensors = {
+                spec.name: torch.empty(place_experts(spec, product.shape)[0], dtype=spec.dtype, device="meta")
+                for spec in product.quant_method.weight_specs(product.shape.one)
+            }
+            return on_meta(product.canonical(tensors)[0])
+
+        made = {name: one(product) for name, product in layer.products.items()}
+        size = len(layer.products["down"].shape.ids)
+        return experts_weight({name: LazyWeights(lambda _, w=w: w, size) for name, w in made.items()})  # type: ignore[misc]
+
+    def apply(self, layer: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:  # type: ignore[override]
+        """x: [T, H].  topk_ids: [T, K], positions among the experts held here; below 0: none of them.
+        topk_weights: [T, K] float32.  Returns [T, H]: each token's weighted sum over its experts here."""
+        if layer.empty:
+            return torch.zeros_like(x)
+        if layer.bound is None:
+            raise ConfigError(
+                "the experts' weights are not packed yet",
+                code="not-packed",
+                tensor=layer.prefix,
+                fix="Load them, then call quant_method.process_weights_after_loading(layer).",
+            )
+        return layer.bound.run(x, topk_ids, topk_weights, layer.bias())
+
+    def describe(self) -> str:
+        return " | ".join(dict.fromkeys(method.describe() for method in self.methods().values()))
+
+
+def experts_weight(products: Mapping[str, Any]) -> ExpertsWeight:
+    """From the weights of each product, by name."""
+    return ExpertsWeight(tuple(w for name, w in products.items() if name != "down"), products["down"])
