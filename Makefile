@@ -118,8 +118,7 @@ build=build/native-$$($(NATIVE_PYTHON) -c 'import sys; print(sys.implementation.
 endef
 
 # A second build, with a copy of the package around it. Leaks are not looked for: Python itself keeps memory to its end.
-SANITIZE_TESTS ?= tests/kernels/test_native_int4.py tests/kernels/test_native_integer.py \
-  tests/kernels/test_native_attention.py
+SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,int4 integer experts float elementwise attention)
 sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
 	@rm -rf build/sanitize/site && mkdir -p build/sanitize/site && cp -R pymllm build/sanitize/site/ && \
 	rm -f build/sanitize/site/pymllm/_native* && \

@@ -42,7 +42,7 @@ template <class Body>
 void run_tiles(std::int64_t count, std::int64_t scratch_floats, int threads, const Body &body) {
   thread_local Scratch all;
   const auto team = static_cast<int>(std::min<std::int64_t>(threads, count));
-  float *scratch = all.at_least(team * scratch_floats); // before the team starts: a body must not throw
+  float *scratch = all.floats(team * scratch_floats); // before the team starts: a body must not throw
   std::atomic<std::int64_t> next{0};
   parallel_for(team, team, [&](std::int64_t begin, std::int64_t) {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
@@ -97,7 +97,7 @@ void attention(const Attention &problem, Isa isa, int threads) {
   if (tiles.empty()) return;
   thread_local Scratch partial_scratch;
   const std::int64_t width = path.few_rows * (problem.v.size + 2);
-  float *partials = pieces > 0 ? partial_scratch.at_least(pieces * width) : nullptr;
+  float *partials = pieces > 0 ? partial_scratch.floats(pieces * width) : nullptr;
   std::int64_t placed = 0;
   for (AttentionTile &tile : tiles)
     if (tile.partial != nullptr) tile.partial = partials + placed++ * width;

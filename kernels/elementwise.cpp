@@ -45,6 +45,13 @@ void silu_and_mul(const void *x, void *y, FloatType type, std::int64_t rows, std
                [&](std::int64_t begin, std::int64_t end) { path.silu_and_mul(x, y, type, begin, end, size); });
 }
 
+void gate_and_multiply(const float *x, float *y, const Gate &gate, std::int64_t rows, std::int64_t size, Isa isa,
+                       int threads) {
+  const ElementwisePath &path = path_of(isa);
+  parallel_for(rows, worthwhile_threads(rows * size * 12, threads),
+               [&](std::int64_t begin, std::int64_t end) { path.gate_and_multiply(x, y, gate, begin, end, size); });
+}
+
 void rotate(const void *x, void *y, const float *cos, const float *sin, FloatType type, std::int64_t tokens,
             std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size, std::int64_t token_stride, Isa isa,
             int threads) {

@@ -18,6 +18,15 @@ void rms_norm(const void *x, const void *residual, const void *weight, void *y, 
 // x: [rows, 2 size], gate first. y: [rows, size] = silu(gate) * up.
 void silu_and_mul(const void *x, void *y, FloatType type, std::int64_t rows, std::int64_t size, Isa isa, int threads);
 
+// What experts compute between their products, in float32. act: gate * sigmoid(gate), gelu's approximation by tanh, or
+// swiglu, whose gate is cut off above `limit`, and its up beyond it on either side: gate * sigmoid(alpha gate) * (up + 1).
+struct Gate {
+  enum Kind { silu, gelu_tanh, swiglu } kind;
+  float alpha, limit;
+};
+void gate_and_multiply(const float *x, float *y, const Gate &gate, std::int64_t rows, std::int64_t size, Isa isa,
+                       int threads);
+
 // Rotate the first rotary_size of each head, halves paired; the rest passes bit for bit. x: [tokens, heads, head_size],
 // tokens token_stride elements apart. cos, sin: [tokens, rotary_size / 2]. y: the same shape, contiguous; y may be x
 // where that is contiguous too.
@@ -30,6 +39,8 @@ struct ElementwisePath {
   void (*rms_norm)(const void *x, const void *residual, const void *weight, void *y, void *sum, FloatType type,
                    std::int64_t begin, std::int64_t end, std::int64_t size, float epsilon);
   void (*silu_and_mul)(const void *x, void *y, FloatType type, std::int64_t begin, std::int64_t end, std::int64_t size);
+  void (*gate_and_multiply)(const float *x, float *y, const Gate &gate, std::int64_t begin, std::int64_t end,
+                            std::int64_t size);
   void (*rotate)(const void *x, void *y, const float *cos, const float *sin, FloatType type, std::int64_t begin,
                  std::int64_t end, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size,
                  std::int64_t token_stride);

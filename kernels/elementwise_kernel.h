@@ -58,6 +58,29 @@ void silu_and_mul_rows(const void *x, void *y, FloatType type, std::int64_t begi
     }
 }
 
+void gate_and_multiply_rows(const float *x, float *y, const Gate &gate, std::int64_t begin, std::int64_t end,
+                            std::int64_t size) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float *g = x + row * 2 * size, *u = g + size;
+    float *to = y + row * size;
+    if (gate.kind == Gate::silu) {
+      for (std::int64_t i = 0; i < size; ++i) to[i] = g[i] / (1.0f + exponential(-g[i])) * u[i];
+    } else if (gate.kind == Gate::gelu_tanh) {  // (1 + tanh(z)) / 2 is sigmoid(2 z)
+      for (std::int64_t i = 0; i < size; ++i) {
+        const float z = 0.7978845608f * (g[i] + 0.044715f * g[i] * g[i] * g[i]);
+        to[i] = g[i] / (1.0f + exponential(-2.0f * z)) * u[i];
+      }
+    } else {
+      for (std::int64_t i = 0; i < size; ++i) {
+        const float a = g[i] > gate.limit ? gate.limit : g[i];
+        float b = u[i] > gate.limit ? gate.limit : u[i];
+        b = b < -gate.limit ? -gate.limit : b;
+        to[i] = a / (1.0f + exponential(-gate.alpha * a)) * (b + 1.0f);
+      }
+    }
+  }
+}
+
 void rotate_tokens(const void *x, void *y, const float *cos, const float *sin, FloatType type, std::int64_t begin,
                    std::int64_t end, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size,
                    std::int64_t token_stride) {
@@ -85,4 +108,4 @@ void rotate_tokens(const void *x, void *y, const float *cos, const float *sin, F
     }
 }
 
-constexpr ElementwisePath kElementwise = {rms_norm_rows, silu_and_mul_rows, rotate_tokens};
+constexpr ElementwisePath kElementwise = {rms_norm_rows, silu_and_mul_rows, gate_and_multiply_rows, rotate_tokens};

@@ -30,7 +30,7 @@ void float_linear(const FloatLinear &problem, Isa isa, int threads) {
   const std::int64_t panels = (problem.tokens + kPanel - 1) / kPanel;
   const std::int64_t panel = (problem.tokens + panels - 1) / panels;
   thread_local Scratch prepared_scratch, first_scratch;
-  float *prepared = prepared_scratch.at_least(panel * stride);
+  float *prepared = prepared_scratch.floats(panel * stride);
 
   const std::int64_t weight_bytes = outputs * inputs * (problem.weight_type == WeightType::e4m3 ? 1 : 2);
   for (std::int64_t first = 0; first < problem.tokens; first += panel) {
@@ -48,7 +48,7 @@ void float_linear(const FloatLinear &problem, Isa isa, int threads) {
       continue;
     }
     // Every thread's share before the team starts, because a body must not throw.
-    float *scratch = first_scratch.at_least(team * path.scratch_floats);
+    float *scratch = first_scratch.floats(team * path.scratch_floats);
     const std::int64_t blocks = (outputs + kRowBlock - 1) / kRowBlock;
     std::atomic<int> next{0};
     parallel_for(

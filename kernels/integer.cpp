@@ -1,44 +1,16 @@
 #include "integer.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
+#include "scratch.h"
 #include "threads.h"
 
 namespace pymllm::integer {
 namespace {
 
-constexpr std::int64_t kRowsAtATime = 192;  // 512 at once cost 4 %: their sums and codes leave the L2 cache
-constexpr std::int64_t kStepBlocks = 4;     // row blocks that a kernel advances together: threads take whole steps
+std::size_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Memory of one thread that lives as long as it does and only grows.
-class Scratch {
-public:
-  Scratch() = default;
-  Scratch(const Scratch &) = delete;
-  Scratch &operator=(const Scratch &) = delete;
-  ~Scratch() { release(); }
-
-  std::uint8_t *at_least(std::size_t bytes) {
-    if (bytes > capacity_) {
-      release();
-      data_ = ::operator new(bytes, kAlignment);
-      capacity_ = bytes;
-    }
-    return static_cast<std::uint8_t *>(data_);
-  }
-
-private:
-  static constexpr std::align_val_t kAlignment{64};
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, kAlignment);
-    data_ = nullptr;
-    capacity_ = 0;
-  }
-  void *data_ = nullptr;
-  std::size_t capacity_ = 0;
-};
+} // namespace
 
 const Kernels &kernels_of(Isa isa) {
   switch (isa) {
@@ -55,9 +27,19 @@ const Kernels &kernels_of(Isa isa) {
   }
 }
 
-std::size_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+std::size_t activation_bytes(const Weights &weights, std::int64_t rows) {
+  return static_cast<std::size_t>(rows * (weights.in_features + 8 * weights.groups()));
+}
 
-} // namespace
+Activations activations_in(std::uint8_t *memory, const Weights &weights, std::int64_t rows, int slices) {
+  Activations x{};
+  x.rows = rows;
+  x.slices = slices;
+  x.codes = reinterpret_cast<std::int8_t *>(memory);
+  x.scales = reinterpret_cast<float *>(memory + rows * weights.in_features);
+  x.negative_sums = reinterpret_cast<std::int32_t *>(x.scales + rows * weights.groups());
+  return x;
+}
 
 void linear(const Weights &weights, const Floats &floats, const Quantisation &quantisation, int threads, Isa isa) {
   const Kernels &kernels = kernels_of(isa);
@@ -76,13 +58,7 @@ void linear(const Weights &weights, const Floats &floats, const Quantisation &qu
                       static_cast<const std::uint8_t *>(floats.x) + token * weights.in_features * element, floats.bias,
                       static_cast<std::uint8_t *>(floats.y) + token * weights.out_features * element};
     const std::int64_t rows = tokens * slices;
-    std::uint8_t *memory = activations.at_least(static_cast<std::size_t>(rows * (weights.in_features + 8 * groups)));
-    Activations x{};
-    x.rows = rows;
-    x.slices = slices;
-    x.codes = reinterpret_cast<std::int8_t *>(memory);
-    x.scales = reinterpret_cast<float *>(memory + rows * weights.in_features);
-    x.negative_sums = reinterpret_cast<std::int32_t *>(x.scales + rows * groups);
+    const Activations x = activations_in(activations.at_least(activation_bytes(weights, rows)), weights, rows, slices);
 
     const std::int64_t macs = rows * weights.in_features * row_blocks * kBlockRows;
     const std::int64_t bytes = row_blocks * groups * weights.block_bytes();

@@ -113,6 +113,15 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512Vnni;
 
+const Kernels &kernels_of(Isa isa);
+
+constexpr std::int64_t kRowsAtATime = 192;  // 512 at once cost 4 %: their sums and codes leave the L2 cache
+constexpr std::int64_t kStepBlocks = 4;     // row blocks that a kernel advances together: threads take whole steps
+
+// Activations of `rows` rows for `weights` take so many bytes, and lie in memory so.
+std::size_t activation_bytes(const Weights &weights, std::int64_t rows);
+Activations activations_in(std::uint8_t *memory, const Weights &weights, std::int64_t rows, int slices);
+
 // Results do not depend on `threads`.
 void linear(const Weights &weights, const Floats &floats, const Quantisation &quantisation, int threads, Isa isa);
 

@@ -2,11 +2,14 @@
 // them here, at 4 us a tensor.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 
 #include "integer.h"
+#include "integer_experts.h"
 #include "roofline.h"
 
 namespace nb = nanobind;
@@ -75,6 +78,29 @@ void gather(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_fe
                   count, static_cast<integer::Dtype>(dtype), pointer<void>(rows), threads);
 }
 
+// Each product: (blocks, outputs, inputs, group, format, zero, row factors, biases).
+using ProductTuple =
+    std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int, int, std::uintptr_t, std::uintptr_t>;
+
+integer::Product product_of(const ProductTuple &t, int bias_dtype) {
+  return {weights_of(std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t),
+                     std::get<6>(t)),
+          pointer<const void>(std::get<7>(t)), static_cast<integer::Dtype>(bias_dtype)};
+}
+
+void experts(const ProductTuple &gate_up, const ProductTuple &down, std::int64_t count, int gate, float alpha,
+             float limit, int bias_dtype, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
+             std::uintptr_t y, std::int64_t tokens, std::int64_t top_k, int dtype, std::int64_t exact_tokens,
+             int exact_slices, int threads, int isa) {
+  const integer::Routing routing{pointer<const std::int64_t>(ids), pointer<const float>(weights), tokens, top_k};
+  for (std::int64_t i = 0; i < tokens * top_k; ++i)
+    if (routing.ids[i] >= count) throw nb::index_error("a token is routed to an expert that there is not");
+  integer::experts({product_of(gate_up, bias_dtype), product_of(down, bias_dtype), count,
+                    {static_cast<Gate::Kind>(gate), alpha, limit}},
+                   routing, static_cast<integer::Dtype>(dtype), pointer<const void>(x), pointer<void>(y),
+                   {exact_tokens, exact_slices}, threads, static_cast<Isa>(isa));
+}
+
 double roofline_read(std::uintptr_t data, std::int64_t bytes, int streams, int threads) {
   return roofline::read_seconds(pointer<const void>(data), bytes, streams, threads);
 }
@@ -94,6 +120,7 @@ void register_integer(nb::module_ &m) {
   m.def("integer_pack", &pack, released, "See kernels/integer.h.");
   m.def("integer_unpack", &unpack, released, "See kernels/integer.h.");
   m.def("integer_gather", &gather, released, "See kernels/integer.h.");
+  m.def("integer_experts", &experts, released, "See kernels/integer_experts.h.");
   m.def("roofline_read", &roofline_read, "Seconds to read (address, bytes) once.");
   m.def("roofline_pages", &roofline_pages, "Ask for huge pages, or for none, in untouched memory.");
   m.def("roofline_f32", &roofline::f32_peak, "Operations a second of fused multiply-adds.");

@@ -1,35 +1,43 @@
-// Memory of a thread that kernels use for intermediate results. For files without instruction set flags (isa.h).
+// Memory of a thread for intermediate results, which outlives a call: decoding makes the same calls thousands of times a
+// second. For files without instruction set flags (isa.h).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 
 namespace pymllm {
 
-// Grows and is kept, one a thread: decoding calls with the same sizes thousands of times a second.
+// Lives as long as its thread, and only grows. 64-byte aligned.
 class Scratch {
 public:
   Scratch() = default;
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() { release(); }
 
-  float *at_least(std::int64_t floats) {
-    if (floats > floats_) {
-      std::free(memory_);
-      floats_ = 0;
-      memory_ = std::malloc(static_cast<std::size_t>(floats) * sizeof(float) + 64);
-      if (memory_ == nullptr) throw std::bad_alloc();
-      floats_ = floats;
+  std::uint8_t *at_least(std::size_t bytes) {
+    if (bytes > capacity_) {
+      release();
+      data_ = ::operator new(bytes, kAlignment);
+      capacity_ = bytes;
     }
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_);
-    return reinterpret_cast<float *>((address + 63) & ~std::uintptr_t{63});
+    return static_cast<std::uint8_t *>(data_);
+  }
+
+  float *floats(std::int64_t count) {
+    return reinterpret_cast<float *>(at_least(static_cast<std::size_t>(count) * sizeof(float)));
   }
 
 private:
-  void *memory_ = nullptr;
-  std::int64_t floats_ = 0;
+  static constexpr std::align_val_t kAlignment{64};
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, kAlignment);
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+  void *data_ = nullptr;
+  std::size_t capacity_ = 0;
 };
 
 } // namespace pymllm

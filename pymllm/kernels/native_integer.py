@@ -154,7 +154,7 @@ def group_reason(kind: IntType | CodebookType, in_features: int, out_features: i
     return None
 
 
-def check_blocks(blocks: Tensor, shape: tuple[int, int, int]) -> None:
+def check_blocks(blocks: Tensor, shape: tuple[int, ...]) -> None:
     """The kernel reads as many bytes as the shape needs, without looking."""
     fits = blocks.shape == shape and blocks.dtype is torch.uint8 and blocks.is_contiguous() and blocks.is_cpu
     if not fits:

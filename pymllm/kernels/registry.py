@@ -50,6 +50,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference:ReferenceEmbedding",
     ),
     "experts": (
+        "pymllm.kernels.native_experts:NativeIntegerExperts",
         "pymllm.kernels.linear_experts:LinearExperts",
         "pymllm.kernels.reference_experts:ReferenceExperts",
     ),
