@@ -8,7 +8,7 @@ are one parallel loop, and what stands between the products is float32.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ ALL_TOKENS = 1 << 62
 class NativeIntegerExperts(LinearExperts):
     """Experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
 
-    name: ClassVar[str] = "native_experts"
+    name = "native_experts"
 
     def why_not(self, problem: ExpertsProblem) -> str | None:
         products = problem.products()
