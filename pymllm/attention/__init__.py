@@ -9,6 +9,7 @@ from pymllm.attention.metadata import (
     set_fetch_fn_for_attn_metadata,
     set_warming_up,
 )
+from pymllm.attention.triton import triton_attention, triton_grouped_attention
 
 __all__ = [
     "Attention",
@@ -20,4 +21,6 @@ __all__ = [
     "reset_warming_up",
     "set_fetch_fn_for_attn_metadata",
     "set_warming_up",
+    "triton_attention",
+    "triton_grouped_attention",
 ]

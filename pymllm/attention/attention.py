@@ -11,7 +11,7 @@ from pymllm.attention.metadata import fetch_attn_metadata
 from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVStoreKernel, PagedKV
-from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.reference_attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
 from pymllm.quantization.base import QuantizationConfig
@@ -130,18 +130,37 @@ def reference_torch_attention(
 
     cache: pages that hold this step's keys and values already; None: every request's tokens are all new.
     """
-    problem = AttentionProblem(
+    problem = problem_of(
+        q, k, v, metadata, probe_device(q.device.type), scale, cache, sliding_window, soft_cap, sinks
+    )
+    return ReferenceAttention().run(problem, q, k, v, metadata, cache, sinks)
+
+
+def problem_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    metadata: AttentionStep,
+    device: Device,
+    scale: float,
+    cache: PagedKV | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> AttentionProblem:
+    """The problem that these tensors pose to a kernel on `device`."""
+    return AttentionProblem(
         num_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],
         value_head_dim=v.shape[2],
         scale=scale,
         dtype=q.dtype,
-        device=probe_device(q.device.type),
+        device=device,
         kv=UnquantizedKVCacheMethod().kv_type(q.dtype) if cache is None else cache.type,
+        page_size=metadata.page_size,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks is not None,
         block_causal=not metadata.causal,
     )
-    return ReferenceAttention().run(problem, q, k, v, metadata, cache, sinks)

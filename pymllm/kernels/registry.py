@@ -55,11 +55,14 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference_experts:ReferenceExperts",
     ),
     "attention": (
+        "pymllm.kernels.triton.attention:TritonGroupedAttention",
+        "pymllm.kernels.triton.attention:TritonAttention",
         "pymllm.kernels.native_attention:NativeAttention",
         "pymllm.kernels.torch_attention:TorchAttention",
         "pymllm.kernels.reference_attention:ReferenceAttention",
     ),
     "kv_store": (
+        "pymllm.kernels.triton.attention:TritonKVStore",
         "pymllm.kernels.native_attention:NativeKVStore",
         "pymllm.kernels.torch_kv_store:TorchKVStore",
     ),

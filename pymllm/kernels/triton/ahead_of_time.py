@@ -250,11 +250,11 @@ def _cuda_usage(compiled: Any) -> tuple[int, int]:
 
 
 def _hip_usage(compiled: Any) -> tuple[int, int]:
-    """Vector registers and scratch bytes of a lane, from the assembly's own notes."""
+    """Vector registers, and the bytes of those spilled, of a lane, from the assembly's own notes."""
     text = compiled.asm["amdgcn"]
-    registers, scratch = (
-        re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")
+    registers, spilled = (
+        re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
     )
-    if registers is None or scratch is None:
+    if registers is None or spilled is None:
         raise ValueError("the assembly does not state its registers")
-    return int(registers[1]), int(scratch[1])
+    return int(registers[1]), 4 * int(spilled[1])

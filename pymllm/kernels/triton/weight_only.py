@@ -153,15 +153,11 @@ def default_tile(device: Device, size: int, out_features: int, words: int, per_w
         blocks = divide(out_features, tile.outputs)
         splits = _splits(words, 4 * tile.depth, 8 * processors, blocks)
         return Tile(tile.outputs, 1, tile.depth, splits, tile.warps, tile.stages)
-    if size <= 64:
-        tokens = max(size, 16)
-        blocks = divide(out_features, 64)
-        splits = _splits(words, 4 * 32, 2 * processors, blocks)
-        return Tile(64, tokens, 32, splits, warps=4, stages=_stages(64, tokens, 32, per_word, shared))
     if size < 512:
-        blocks = divide(out_features, 128) * (size // 64)
-        splits = _splits(words, 8 * 32, processors, blocks)
-        return Tile(128, 64, 32, splits, warps=8, stages=_stages(128, 64, 32, per_word, shared))
+        tokens = min(max(size, 16), 64)
+        blocks = divide(out_features, 64) * divide(size, 64)
+        splits = _splits(words, 4 * 32, 2 * processors, blocks)
+        return Tile(64, tokens, 32, splits, warps=8, stages=_stages(64, tokens, 32, per_word, shared))
     return None
 
 

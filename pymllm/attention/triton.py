@@ -1,0 +1,51 @@
+"""The Triton attention kernels as functions, for use and comparison outside a model."""
+
+# T tokens, H query heads, Hkv key heads, D head size, Dv value head size
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pymllm.attention.attention import problem_of
+from pymllm.kernels.attention import AttentionStep, PagedKV
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.triton.attention import TritonAttention, TritonGroupedAttention
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    metadata: AttentionStep,
+    *,
+    scale: float,
+    cache: PagedKV | None = None,
+    sinks: Tensor | None = None,
+    device: str = "cuda",
+    **features: Any,
+) -> Tensor:
+    """As `reference_torch_attention` (features: its sliding_window and soft_cap), each head by itself.
+
+    device: the one to choose tiles for; "cuda:sm90", say, under Triton's interpreter.
+    """
+    problem = problem_of(q, k, v, metadata, probe_device(device), scale, cache, sinks=sinks, **features)
+    return TritonAttention().run(problem, q, k, v, metadata, cache, sinks)
+
+
+def triton_grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    metadata: AttentionStep,
+    *,
+    scale: float,
+    cache: PagedKV | None = None,
+    sinks: Tensor | None = None,
+    device: str = "cuda",
+    **features: Any,
+) -> Tensor:
+    """As `triton_attention`, reading keys and values once for all heads that share them."""
+    problem = problem_of(q, k, v, metadata, probe_device(device), scale, cache, sinks=sinks, **features)
+    return TritonGroupedAttention().run(problem, q, k, v, metadata, cache, sinks)

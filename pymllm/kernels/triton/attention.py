@@ -1,0 +1,344 @@
+"""Paged attention in Triton: decoding divided over the keys, prompts in blocks of tokens, every kind of cache.
+
+Heads that share a key head are rows of one tile ("triton_grouped"), so keys and values are read once for all of them;
+"triton" takes each head by itself. No host synchronisation: how many blocks and splits there are follows from
+`max_seqlen_q`, `max_seqlen_k` and the number of requests alone, so a CUDA graph serves any requests within these.
+"""
+
+# R requests, T tokens of this step, H query heads, Hkv key heads, D head size, Dv value head size
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, PagedKV
+from pymllm.kernels.canonical import E4M3_MAX
+from pymllm.kernels.hardware import Device
+from pymllm.kernels.triton.ahead_of_time import Case
+from pymllm.kernels.triton.attention_kernels import attend, join_splits, store
+from pymllm.kernels.triton.launch import interpreting
+from pymllm.kernels.triton.requirements import FLOATS, why_not_device
+from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, next_power, tuned
+
+FAMILY = "attention"
+LARGEST_HEAD = 256
+LEAST_KEYS = 256  # of one split
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+
+
+class TritonGroupedAttention:
+    """All heads of a key head in one tile."""
+
+    name = "triton_grouped"
+
+    def group(self, problem: AttentionProblem) -> int:
+        """Heads of one tile."""
+        return problem.num_heads // problem.num_kv_heads
+
+    def why_not(self, problem: AttentionProblem) -> str | None:
+        if problem.dtype not in FLOATS:
+            return f"computes with float16 or bfloat16, not {problem.dtype}"
+        if problem.num_heads % problem.num_kv_heads:
+            return f"{problem.num_heads} query heads are not a multiple of {problem.num_kv_heads} key heads"
+        if max(problem.head_dim, problem.value_head_dim) > LARGEST_HEAD:
+            return f"takes heads of up to {LARGEST_HEAD}, not {problem.head_dim}"
+        if self.group(problem) > 64:
+            return f"takes up to 64 heads to a key head, not {self.group(problem)}"
+        if problem.kv.dtype not in (*FLOATS, *EIGHT_BIT):
+            return f"reads float16, bfloat16, fp8 and int8 caches, not {problem.kv}"
+        return why_not_device(problem.device)
+
+    def run(
+        self,
+        problem: AttentionProblem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: AttentionStep,
+        cache: PagedKV | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        requests, tokens, heads = step.num_reqs, q.shape[0], problem.num_heads
+        group, dv = self.group(problem), problem.value_head_dim
+        y = q.new_empty((tokens, heads, dv))
+        starts, lengths, pages, status, holes, hole_ends = step.once(
+            ("on device", q.device), lambda: _on_device(step, q.device)
+        )
+        tile = choose_tile(problem, step, group)
+        members = next_power(group)
+        splits, block_tokens = tile.splits, tile.tokens // members
+        sums = most = total = None
+        if splits > 1:
+            sums = q.new_empty((splits, tokens, heads, dv), dtype=torch.float32)
+            most, total = (q.new_empty((splits, tokens, heads), dtype=torch.float32) for _ in range(2))
+        if cache is None:
+            keys, values, key_scale, value_scale = k, v, None, None
+        else:
+            keys, values = (pages_of.flatten(0, 1) for pages_of in (cache.k, cache.v))
+            key_scale, value_scale = cache.k_scale, cache.v_scale
+        as_bytes = keys.dtype is torch.float8_e4m3fn
+        if as_bytes:
+            keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+        scaling = "none" if cache is None else cache.type.scaling
+        grid = (requests, divide(max(step.max_seqlen_q, 1), block_tokens), heads // group * splits)
+        attend.launch(
+            grid,
+            q if q.stride(-1) == 1 else q.contiguous(),
+            keys if keys.stride(-1) == 1 else keys.contiguous(),
+            values if values.stride(-1) == 1 else values.contiguous(),
+            key_scale,
+            value_scale,
+            sinks,
+            y if sums is None else sums,
+            most,
+            total,
+            starts,
+            lengths,
+            pages if cache is not None else None,
+            status,
+            holes,
+            hole_ends,
+            q.stride(0),
+            q.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            0 if pages is None else pages.stride(0),
+            tokens,
+            step.block_size,
+            float(problem.scale),
+            float(problem.soft_cap or 1.0),
+            heads,
+            problem.num_kv_heads,
+            GROUP=group,
+            SHARED=problem.num_heads // problem.num_kv_heads,
+            D=problem.head_dim,
+            DV=dv,
+            PAGE=0 if cache is None else cache.page_size,
+            WINDOW=problem.sliding_window or 0,
+            CAPPED=problem.soft_cap is not None,
+            SCALING=scaling,
+            BYTES=as_bytes,
+            BLOCKS=not step.causal,
+            PREFIX_CAUSAL=step.prefix_causal,
+            SPLITS=splits,
+            BLOCK_T=block_tokens,
+            BLOCK_G=members,
+            BLOCK_N=tile.depth,
+            BLOCK_D=max(16, next_power(problem.head_dim)),
+            BLOCK_DV=max(16, next_power(dv)),
+            UPCAST=interpreting(),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if sums is not None:
+            rows = tokens * heads
+            join_splits.launch(
+                (rows,),
+                sums,
+                most,
+                total,
+                y,
+                rows,
+                DV=dv,
+                SPLITS=splits,
+                BLOCK_DV=next_power(dv),
+                num_warps=2,
+            )
+        return y
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        """Decoding and prompts, every type of cache, and what models add: a window, a cap, sinks, odd head sizes."""
+        plain = AttentionProblem(
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            value_head_dim=128,
+            scale=0.1,
+            dtype=torch.bfloat16,
+            device=device,
+            kv=KVType(torch.bfloat16),
+        )
+        problems = {
+            "bfloat16 cache": plain,
+            "float16 cache": replace(plain, dtype=torch.float16, kv=KVType(torch.float16)),
+            "fp8 cache": replace(plain, kv=KVType(torch.float8_e4m3fn, "static")),
+            "int8 cache": replace(plain, kv=KVType(torch.int8, "token")),
+            "window, sinks": replace(plain, num_heads=64, head_dim=64, sliding_window=128, sinks=True),
+            "cap, heads of 256": replace(
+                plain, num_heads=16, head_dim=256, value_head_dim=256, soft_cap=50.0, sliding_window=4096
+            ),
+            "heads of 96": replace(plain, num_heads=8, head_dim=96, value_head_dim=96),
+        }
+        for name, problem in problems.items():
+            for requests, new, length in ((1, 1, 8192), (64, 1, 1024), (2, 512, 2048)):
+                title = f"{name}, {requests} x {new} tokens of {length}"
+                yield Case(title, lambda p=problem, r=requests, n=new, k=length: self._on_meta(p, r, n, k))  # type: ignore[misc]
+
+    def _on_meta(self, problem: AttentionProblem, requests: int, new: int, length: int) -> None:
+        step = AttentionStep(
+            cu_seqlens_q=torch.empty(requests + 1, dtype=torch.int32, device="meta"),
+            context_lens=torch.empty(requests, dtype=torch.int32, device="meta"),
+            page_tables=torch.empty((requests, length // 16), dtype=torch.int32, device="meta"),
+            max_seqlen_q=new,
+            max_seqlen_k=length,
+        )
+        q, k, v, cache = _meta_tensors(problem, requests * new, requests * length)
+        sinks = torch.empty(problem.num_heads, dtype=problem.dtype, device="meta") if problem.sinks else None
+        self.run(problem, q, k, v, step, cache, sinks)
+
+
+class TritonAttention(TritonGroupedAttention):
+    """One head a tile."""
+
+    name = "triton"
+
+    def group(self, problem: AttentionProblem) -> int:
+        return 1
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        return iter(list(super().cases(device))[:3])
+
+
+class TritonKVStore:
+    """Scale, round and write, a head of a token in each block; slots below 0 are skipped on the device."""
+
+    name = "triton"
+
+    def why_not(self, problem: AttentionProblem) -> str | None:
+        if problem.kv.dtype not in (*FLOATS, torch.float32, *EIGHT_BIT):
+            return f"writes floats, fp8 and int8, not {problem.kv}"
+        return why_not_device(problem.device)
+
+    def run(
+        self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
+    ) -> None:
+        assert step.slot_mapping is not None
+        kind, architecture = cache.type, architecture_of(problem.device)
+        hardware = architecture.fp8 and not interpreting()
+        for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+            size = new.shape[-1]
+            as_bytes = kind.dtype is torch.float8_e4m3fn
+            if new.stride(-1) != 1:
+                new = new.contiguous()
+            store.launch(
+                (new.shape[0], new.shape[1]),
+                new,
+                pages.view(torch.uint8) if as_bytes and not hardware else pages,
+                scales,
+                step.slot_mapping,
+                new.stride(0),
+                new.stride(1),
+                new.shape[1],
+                D=size,
+                LARGEST=E4M3_MAX if as_bytes else 127.0,
+                SCALING=kind.scaling,
+                INTEGER=kind.dtype is torch.int8,
+                BYTES=as_bytes,
+                HARDWARE=hardware,
+                BLOCK_D=next_power(size),
+                num_warps=1,
+            )
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        kinds = (
+            KVType(torch.bfloat16),
+            KVType(torch.float8_e4m3fn, "static"),
+            KVType(torch.float8_e4m3fn, "token"),
+            KVType(torch.int8, "token"),
+        )
+        for kind in kinds:
+            problem = AttentionProblem(
+                num_heads=32,
+                num_kv_heads=8,
+                head_dim=128,
+                value_head_dim=128,
+                scale=0.1,
+                dtype=torch.bfloat16,
+                device=device,
+                kv=kind,
+            )
+
+            def run(problem: AttentionProblem = problem) -> None:
+                _, k, v, cache = _meta_tensors(problem, 64, 1024)
+                slots = torch.empty(64, dtype=torch.int64, device="meta")
+                self.run(problem, k, v, cache, AttentionStep(slot_mapping=slots))
+
+            yield Case(f"{kind} cache", run)
+
+
+def choose_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> Tile:
+    """tokens of a tile: rows, heads of the group included; depth: keys; splits: of the keys, when decoding alone."""
+    decoding = step.max_seqlen_q <= 1
+    size = bucket(step.max_seqlen_q)
+    kind = f"d{problem.head_dim} g{group} {str(problem.kv.dtype).removeprefix('torch.')}"
+    shape = f"r{bucket(step.num_reqs)} k{bucket(step.max_seqlen_k)} {kind}" if decoding else f"t{size} {kind}"
+    return tuned(problem.device, FAMILY, shape) or _default_tile(problem, step, group)
+
+
+def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> Tile:
+    shared = architecture_of(problem.device).shared_bytes
+    widths = next_power(problem.head_dim) + next_power(problem.value_head_dim)
+    wide = widths > 256
+    members = next_power(group)
+    if step.max_seqlen_q <= 1:
+        rows, depth, warps = max(16, members), 32 if wide else 64, 8 if wide else 4
+        blocks = step.num_reqs * (problem.num_heads // group)
+        keys = min(bucket(step.max_seqlen_k), problem.sliding_window or bucket(step.max_seqlen_k))
+        splits = 1
+        while (
+            blocks * splits < 2 * problem.device.processors
+            and keys // (2 * splits) >= LEAST_KEYS
+            and splits < 64
+        ):
+            splits *= 2
+    else:
+        # Larger tiles of decoded keys or padded heads do not fit the registers (benchmarks/results/triton_aot.md).
+        small = wide or problem.kv.dtype in EIGHT_BIT or problem.head_dim != next_power(problem.head_dim)
+        small = small or not architecture_of(problem.device).is_nvidia
+        rows = max(members, min(next_power(step.max_seqlen_q) * members, 64 if small else 128), 16)
+        depth, warps, splits = 32 if small else 64, 8 if rows >= 128 or wide else 4, 1
+    stages = max(1, min(3, (shared - 2 * rows * widths) // (2 * depth * widths)))
+    return Tile(group, rows, depth, splits, warps, stages)
+
+
+def _on_device(step: AttentionStep, device: torch.device) -> tuple[Tensor | None, ...]:
+    """What kernels read of a step, on their device; a copy only where a strategy left it on the host."""
+    hole = step.mask_prefix_hole
+    tensors = (
+        step.cu_seqlens_q,
+        step.context_lens,
+        step.page_tables,
+        None if step.causal else step.status_table,
+        step.prefix_lens if hole else None,
+        step.padded_prefix_lens if hole else None,
+    )
+    return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
+
+
+def _meta_tensors(
+    problem: AttentionProblem, tokens: int, slots: int
+) -> tuple[Tensor, Tensor, Tensor, PagedKV]:
+    """q, k, v of one step, and a cache, on meta."""
+    heads, kv_heads, dims = (
+        problem.num_heads,
+        problem.num_kv_heads,
+        (problem.head_dim, problem.value_head_dim),
+    )
+    q = torch.empty((tokens, heads, dims[0]), dtype=problem.dtype, device="meta")
+    k, v = (torch.empty((tokens, kv_heads, dim), dtype=problem.dtype, device="meta") for dim in dims)
+    page = problem.page_size
+    pages = [
+        torch.empty((slots // page, page, kv_heads, dim), dtype=problem.kv.dtype, device="meta")
+        for dim in dims
+    ]
+    shape = {"none": None, "static": (kv_heads,), "token": (slots // page, page, kv_heads)}[
+        problem.kv.scaling
+    ]
+    scales = [None if shape is None else torch.empty(shape, device="meta") for _ in dims]
+    return q, k, v, PagedKV(problem.kv, pages[0], pages[1], scales[0], scales[1])
