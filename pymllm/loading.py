@@ -27,9 +27,11 @@ from pymllm.quantization.base import LinearMethodBase
 from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.checkpoint import TensorInfo
-from pymllm.weights.loader import Slot, Written, place, write
+from pymllm.weights.loader import Slot, Written, copy_full_tensor, place, write
 from pymllm.weights.memory import return_freed_memory
+from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
+from pymllm.weights.resolution import apply_resolved_weight
 from pymllm.weights.spec import ExpertsShape, LinearShape
 
 logger = logging.getLogger("pymllm")
@@ -111,6 +113,7 @@ def read_stored(
         local, slots = place(spec, shape)
         tensor = torch.zeros(local, dtype=spec.dtype)
         written = Written()
+        whole: set[str] = set()
         for slot in slots:
             found = next(
                 p
@@ -118,7 +121,15 @@ def read_stored(
                 if p.slot.names == slot.names and (len(slots) == 1 or p.slot.part == slot.part)
             )
             scalar = len(found.tensor.shape) != len(slot.source)
-            write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
+            if found.resolved is None:
+                write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
+            elif found.tensor.name not in whole:
+                whole.add(found.tensor.name)
+                loaded, part = (
+                    _read_transformed(found),
+                    None if found.resolved.shard_id is None else slot.part,
+                )
+                copy_full_tensor(tensor, slots, loaded, written, part, shape.name)
             target = tensor[slot.target] if slot.target else tensor
             if spec.scale:
                 _check_scale(found.tensor, target)
@@ -128,14 +139,30 @@ def read_stored(
     return tensors
 
 
+def _read_transformed(placement: Placement) -> Tensor:
+    """The full tensor of a resolved placement.  ConfigError if a loader of the module's own takes it."""
+    assert placement.resolved is not None
+    if placement.resolved.loader is not None:
+        raise ConfigError(
+            "a loader of the module's own takes this tensor, so what it means cannot be read again",
+            code="resolved-weight",
+            tensor=placement.tensor.name,
+        )
+    loaded = placement.tensor.read()
+    return loaded if placement.resolved.transform is None else placement.resolved.transform(loaded)
+
+
 def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     device = torch.device(prepared.execution.device)
     params = {(id(p.module), p.param): p.module for p in unit.placements}
+    resolved = {(id(p.module), p.param) for p in unit.placements if p.resolved is not None}
     for (_, name), module in params.items():
-        _materialise(module, name, device)
+        _materialise(module, name, device, keep=(id(module), name) in resolved)
     read: Counter[str] = Counter()  # one tensor may hold several parts of the layer
     for placement in unit.placements:
-        read[placement.tensor.name] += _read(placement)
+        name = placement.tensor.name
+        first = name not in read
+        read[name] += _read(placement) if placement.resolved is None else _read_resolved(placement, first)
     for tensor, nbytes in read.items():
         reason = f"also read for {unit.name}, which is tied to it" if tensor in report.loaded else ""
         report.tensors.append(TensorRecord(tensor, "tied" if reason else "loaded", nbytes, reason))
@@ -169,9 +196,17 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     report.final_bytes += sum(p.nbytes for p in module._parameters.values() if p is not None)
 
 
-def _materialise(module: nn.Module, name: str, device: torch.device) -> None:
-    """Give a meta parameter its memory: zeros where a share is padded, else unset until it is written."""
+def _materialise(module: nn.Module, name: str, device: torch.device, keep: bool = False) -> None:
+    """Give a meta parameter its memory: zeros where a share is padded, else unset until it is written.
+
+    keep: stay the same object, as a resolver has it.
+    """
     meta = getattr(module, name)
+    if name in module._buffers:
+        buffer = torch.empty_like(meta, device=device)
+        buffer.slots, buffer.written = None, Written()  # type: ignore[attr-defined]
+        torch.utils.swap_tensors(meta, buffer)
+        return
     param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
     slots = getattr(meta, "slots", None)
     if slots is not None and sum(slot.elements for slot in slots) != meta.numel():
@@ -179,7 +214,10 @@ def _materialise(module: nn.Module, name: str, device: torch.device) -> None:
     param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
     if hasattr(meta, "weight_loader"):
         param.weight_loader = meta.weight_loader  # type: ignore[attr-defined]
-    setattr(module, name, param)
+    if keep:
+        torch.utils.swap_tensors(meta, param)
+    else:
+        setattr(module, name, param)
 
 
 CHUNK_BYTES = 16 << 20  # read at a time where a dtype changes
@@ -212,6 +250,28 @@ def _read(placement: Placement) -> int:
 def read_slot(tensor: TensorInfo, slot: Slot) -> Tensor:
     """This rank's slice of a tensor, which may be stored with more dimensions of one element."""
     return tensor.read((*slot.source, *(slice(0, 1) for _ in tensor.shape))[: len(tensor.shape)])
+
+
+def _read_resolved(placement: Placement, first: bool) -> int:
+    """Carry out what a resolver says of a tensor, the first time that one of its placements is read.
+
+    Returns the bytes read.
+    """
+    tensor, said = placement.tensor, placement.resolved
+    assert said is not None
+    param = getattr(placement.module, placement.param)
+    if first:
+        before = param.written.elements
+        apply_resolved_weight(said, tensor.read().to(param.device))
+        if said.loader is not None:
+            count_loader(tensor.name, param, before)
+    target = param.data[placement.slot.target]
+    if placement.slot.spec.scale:
+        _check_scale(tensor, target)
+    if placement.slot.spec.refuse is not None:
+        shape: Any = placement.module.shape
+        _check_content(tensor, placement.slot.spec.refuse(target, shape.part(placement.slot.part)))
+    return tensor.nbytes if first else 0
 
 
 def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:
@@ -262,12 +322,14 @@ def _check_content(tensor: TensorInfo, why_not: str | None) -> None:
 
 def _check_all_written(module: nn.Module, name: str) -> None:
     param = getattr(module, name)
-    if param.slots is not None and param.written.elements != sum(slot.elements for slot in param.slots):
+    slots = param.slots
+    wanted = param.numel() if slots is None else sum(slot.elements for slot in slots)
+    if param.written.elements != wanted:
         raise CheckpointError(
             "part of the parameter was not written",
             code="half-written",
-            tensor=param.slots[0].tensor,
-            expected=f"{sum(slot.elements for slot in param.slots)} elements",
+            tensor=name if slots is None else slots[0].tensor,
+            expected=f"{wanted} elements",
             found=str(param.written.elements),
         )
 

@@ -267,13 +267,15 @@ def _match(
     matched = []
     for part, attribute, slot in slots:
         tensor = named.get(slot.tensor)
+        if tensor is None and slot.together and slot.part:
+            continue  # said for its first part
         if tensor is None:
             hint = nearest(slot.tensor, stray) if len(problems) < HINTS else ""
             text = f"missing; the adapter targets the layer, so needs it as {list(slot.source_shape)}. {hint}"
             problems.append(Problem("missing", slot.tensor, text.strip()))
             continue
         problem = mismatch(slot, tensor)
-        if problem is not None:
+        if problem is not None and problem not in problems:  # the tensor may hold several parts
             problems.append(problem)
         matched.append((part, attribute, slot, tensor))
     layers = {place.name for place in _places(model)}

@@ -134,12 +134,15 @@ def test_merging_is_sharded_too():
         assert relative_error(logits, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3"))
+@pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3", "gemma2", "phi3"))
 def test_live_peft_agrees_on_every_family(tmp_path, family):
-    """Tied embeddings, biases and norms of heads; needs peft."""
+    """Tied embeddings, biases and norms of heads, projections that the checkpoint has in one tensor; needs peft."""
     peft = pytest.importorskip("peft")
     checkpoint = write_checkpoint(tmp_path / "m", family, tie_word_embeddings=True)
-    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"])
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    if family == "phi3":
+        targets = ["qkv_proj", "gate_up_proj", "down_proj"]
+    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=targets)
     theirs = peft.get_peft_model(checkpoint.model, config)
     with torch.no_grad():
         for name, param in theirs.named_parameters():
@@ -147,9 +150,15 @@ def test_live_peft_agrees_on_every_family(tmp_path, family):
                 param.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         theirs.save_pretrained(tmp_path / "a")
         expected = theirs(checkpoint.ids[None], use_cache=False).logits[0]
-    model = load_model(checkpoint.folder, device="cpu", dtype="float32")
-    load_lora_weights(model, tmp_path / "a")
-    assert relative_error(logits_of(model, checkpoint.ids), expected) <= 1e-4
+
+    def work(_):
+        model = load_model(checkpoint.folder, device="cpu", dtype="float32")
+        load_lora_weights(model, tmp_path / "a")
+        return logits_of(model, checkpoint.ids)
+
+    for size in (1, 2):
+        for logits in simulate(size, work):
+            assert relative_error(logits, expected) <= 1e-4
 
 
 # --- over quantised weights
