@@ -81,6 +81,10 @@ class NativeElementwise:
         )
         return y
 
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        """As `TorchElementwise.gelu_and_mul`, which runs it: two torch operations."""
+        return TorchElementwise().gelu_and_mul(x)
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """As `TorchElementwise.rotate`; x may be a slice of a fused projection, with its tokens further apart."""
         _check(x)

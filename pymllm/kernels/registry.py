@@ -67,6 +67,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.torch_kv_store:TorchKVStore",
     ),
     "elementwise": (
+        "pymllm.kernels.vllm_layers:VllmElementwise",
         "pymllm.kernels.native_elementwise:NativeElementwise",
         "pymllm.kernels.torch_elementwise:TorchElementwise",
     ),

@@ -43,6 +43,11 @@ class TorchElementwise:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        """gelu(gate) * up, in the tanh approximation.  x: [*, 2N], gate first.  Returns [*, N]."""
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the first R elements of each head, halves paired; the rest passes bit for bit.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymllm.layers.elementwise import elementwise_kernel
@@ -22,6 +21,9 @@ class SiluAndMul(nn.Module):
 class GeluAndMul(nn.Module):
     """gelu(gate) * up, in the tanh approximation.  x: [*, 2N], gate first.  Returns [*, N]."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = elementwise_kernel()
+
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh") * up
+        return self.kernel.gelu_and_mul(x)

@@ -9,6 +9,8 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import ElementwiseProblem, Selection, select
 from pymllm.kernels.torch_elementwise import TorchElementwise
 
+ANY = TorchElementwise()
+
 
 def select_elementwise(execution: Execution) -> Selection[Any]:
     """The kernels for a model that runs as `execution` says, with the refused ones and why."""
@@ -19,4 +21,4 @@ def select_elementwise(execution: Execution) -> Selection[Any]:
 def elementwise_kernel() -> Any:
     """The current execution's kernels; a layer made on its own takes tensors of any kind, so torch's."""
     execution = current_execution()
-    return TorchElementwise() if execution is None else select_elementwise(execution).kernel
+    return ANY if execution is None else select_elementwise(execution).kernel

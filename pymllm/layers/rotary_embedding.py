@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError
+from pymllm.kernels.vllm_layers import VllmElementwise, VllmRotaryEmbeddingAdapter
 from pymllm.layers.elementwise import elementwise_kernel
 
 
@@ -183,7 +184,7 @@ def get_rope(
     base: float,
     rope_scaling: Mapping[str, Any] | None = None,
     rope_type: str = "default",
-) -> RotaryEmbedding:
+) -> RotaryEmbedding | VllmRotaryEmbeddingAdapter:
     """The rotary module for these settings; equal settings share one.
 
     rope_type: one of `ROPE_TYPES`; rope_scaling: that type's settings, named as in config.json.
@@ -193,7 +194,14 @@ def get_rope(
     # Models are built on the meta device; these few numbers are real from the start.
     with torch.device("cpu"):
         return _get_rope(
-            head_size, rotary_dim, max_position, float(base), settings, rope_type, current_execution()
+            head_size,
+            rotary_dim,
+            max_position,
+            float(base),
+            settings,
+            rope_type,
+            current_execution(),
+            elementwise_kernel(),
         )
 
 
@@ -206,7 +214,9 @@ def _get_rope(
     settings: str,
     rope_type: str,
     execution: Execution | None,
-) -> RotaryEmbedding:
+    kernel: Any,
+) -> RotaryEmbedding | VllmRotaryEmbeddingAdapter:
+    """kernel: what rotates, as part of the key."""
     if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
         raise ConfigError(
             "the rotated part of a head must be even and no larger than the head",
@@ -256,6 +266,11 @@ def _get_rope(
             tensor="rope_parameters",
             found=f"base {base}, {settings}",
         )
+    if isinstance(kernel, VllmElementwise):
+        dtype = None if execution is None else execution.dtype
+        theirs = kernel.make_rotary(head_size, rotary_dim, max_position, base, scaling, rope_type, dtype)
+        if theirs is not None:
+            return theirs
     cls = RotaryEmbedding if rotary_dim == head_size else PartialRotaryEmbedding
     return cls(head_size, rotary_dim, max_position, frequencies, scale)
 
