@@ -328,9 +328,9 @@ def match(
     extra = [] if resolved is None else resolved.modules_with_buffers(dict(_units(model)))
     for name, module in (*_units(model), *extra):
         placements = [] if resolved is None else resolved.placements(name, module, problems)
-        taken = {(id(p.module), p.param, p.slot.part) for p in placements}
+        taken = {(id(p.module), p.param, p.slot.part, p.slot.names) for p in placements}
         for holder, param_name, slot in _slots(name, module):
-            if (id(holder), param_name, slot.part) in taken:
+            if (id(holder), param_name, slot.part, slot.names) in taken:
                 continue
             names = slot.names if resolved is None else [n for n in slot.names if n not in resolved.places]
             tensor = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
