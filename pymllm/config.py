@@ -238,16 +238,21 @@ class RopeParameters:
             base = local
         if not isinstance(settings, Mapping):
             raise _bad_value("rope_parameters", settings, "an object")
-        kind = settings.get("rope_type") or settings.get("type") or "default"
-        if not isinstance(kind, str):
-            raise _bad_value("rope_type", kind, "a name")
+        scaling = settings.get("rope_type") or settings.get("type") or "default"
+        if not isinstance(scaling, str):
+            raise _bad_value("rope_type", scaling, "a name")
+        if (
+            "long_factor" in settings
+        ):  # early files call it su, or yarn, and have the trained length elsewhere
+            scaling, trained = "longrope", config.get("original_max_position_embeddings")
+            settings = {"original_max_position_embeddings": trained, **settings}
         for name in ROPE_NUMBERS:
             _number(name, settings.get(name), 0.0, zero=True)
         theta = settings.get("rope_theta") or base
         partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
         return cls(
             _number("rope_theta", theta, cls.theta),
-            kind,
+            scaling,
             _number("partial_rotary_factor", partial, cls.partial_rotary_factor),
             dict(settings),
         )

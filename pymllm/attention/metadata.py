@@ -72,6 +72,14 @@ def fetch_attn_metadata() -> AttnMetaDataBase:
     return _fetch()
 
 
+def current_attn_metadata() -> AttnMetaDataBase | None:
+    """The same, or None outside a runner's step."""
+    try:
+        return None if _fetch is None else _fetch()
+    except LookupError:  # of a context variable that no step has set
+        return None
+
+
 def set_warming_up(value: bool = True) -> None:
     """Say that the runs to come only warm up (a graph capture, say)."""
     global _warming_up

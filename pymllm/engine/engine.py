@@ -61,6 +61,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request.  RequestError if it can never run: too long for the model, or for the whole cache."""
         request.limit = min(request.limit, self.check(request.prompt, request.params))
+        request.restart_length = self.model.restart_length
         self.waiting.append(request)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:

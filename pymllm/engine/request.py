@@ -70,6 +70,7 @@ class Request:
     running_sequence: list[int] = field(default_factory=list)
     new_tokens: int = 0
     eos_token_generated: bool = False
+    restart_length: int | None = None  # `CausalLM.restart_length`
     block_size: int = 1  # a token at a time, no block and no limit of other strategies
     blocks: tuple[()] = ()
     max_nfe_reached: bool = False
@@ -83,9 +84,14 @@ class Request:
         return len(self.prompt) + len(self.answer)
 
     def start_step(self) -> list[int]:
-        """The tokens that the cache lacks, for the step to come: the prompt, or the last token."""
+        """The tokens that the cache lacks, for the step to come: the prompt, or the last token.
+
+        All tokens, where the request has grown to a length from which on the earlier keys are others.
+        """
         self.is_prefilling, self.new_tokens = not self.answer, 0
         self.running_sequence = self.answer[-1:] or self.prompt
+        if self.answer and self.length == self.restart_length:
+            self.running_sequence = self.prompt + self.answer
         return self.running_sequence
 
     # What `GenerationOutputs.record_step` reads besides.

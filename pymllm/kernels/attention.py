@@ -171,6 +171,15 @@ class AttentionStep:
         lengths = self.context_lens.tolist() if self.lengths is None else self.lengths
         return list(zip(starts[:-1], starts[1:], lengths, strict=True))
 
+    @property
+    def token_lengths(self) -> Tensor:
+        """[T] int32: the length of each new token's request after this step."""
+        starts, lengths = self.cu_seqlens_q, self.context_lens
+        assert starts is not None and lengths is not None
+        if self.max_seqlen_q == 1:
+            return lengths
+        return self.once("token lengths", lambda: lengths.repeat_interleave(starts.diff()))
+
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` returns, made once a step and shared by all its layers under `key`."""
         if key not in self._made:

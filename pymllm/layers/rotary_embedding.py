@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.attention.metadata import current_attn_metadata
 from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.vllm_layers import VllmElementwise, VllmRotaryEmbeddingAdapter
@@ -78,24 +79,62 @@ class PartialRotaryEmbedding(RotaryEmbedding):
 
 
 class DynamicNTKRotaryEmbedding(RotaryEmbedding):
-    """The base grows with the longest sequence of a call, once that is past the trained length."""
+    """The base grows with each request's length, once that is past the trained one."""
 
     def __init__(self, head_size: int, rotary_dim: int, max_position: int, base: float, factor: float):
         super().__init__(head_size, rotary_dim, max_position, default_frequencies(rotary_dim, base), 1.0)
         self.base, self.factor = base, factor
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        length = int(positions.max()) + 1 if positions.numel() else 1
-        angles = positions.float()[:, None] * self._frequencies(length).to(positions.device)
+        beyond = (request_lengths(positions).double() / self.max_position).clamp(min=1)  # [T]
+        growth = (self.factor * beyond - (self.factor - 1)) ** (self.rotary_dim / (self.rotary_dim - 2))
+        exponents = torch.arange(0, self.rotary_dim, 2, device=positions.device) / self.rotary_dim
+        frequencies = 1 / (self.base * growth[:, None]) ** exponents.double()
+        angles = positions.float()[:, None] * frequencies.float()
         return angles.cos(), angles.sin()
 
-    def _frequencies(self, length: int) -> Tensor:
-        if length <= self.max_position:
-            return self.inverse_frequencies
-        growth = self.factor * length / self.max_position - (self.factor - 1)
-        return default_frequencies(
-            self.rotary_dim, self.base * growth ** (self.rotary_dim / (self.rotary_dim - 2))
-        )
+
+class LongRotaryEmbedding(RotaryEmbedding):
+    """LongRoPE: one set of frequencies for requests up to the trained length, and another one for longer ones.
+
+    A request that grows past it needs its earlier keys again (`CausalLM.restart_length`).
+    """
+
+    def __init__(
+        self, head_size: int, rotary_dim: int, max_position: int, base: float, scaling: Mapping[str, Any]
+    ):
+        self.trained = int(scaling["original_max_position_embeddings"])
+        default = default_frequencies(rotary_dim, base)
+        short, long = (default / _factors(scaling[name], default) for name in ("short_factor", "long_factor"))
+        scale = scaling.get("attention_factor")
+        if scale is None:
+            growth = scaling.get("factor") or max_position / self.trained
+            scale = 1.0 if growth <= 1 else math.sqrt(1 + math.log(growth) / math.log(self.trained))
+        super().__init__(head_size, rotary_dim, max_position, short, float(scale))
+        self.long = RotaryEmbedding(head_size, rotary_dim, max_position, long, float(scale))
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        is_long = (request_lengths(positions) > self.trained).unsqueeze(-1)
+        (cos, sin), (long_cos, long_sin) = super().cos_sin(positions), self.long.cos_sin(positions)
+        return torch.where(is_long, long_cos, cos), torch.where(is_long, long_sin, sin)
+
+
+def request_lengths(positions: Tensor) -> Tensor:
+    """How long the request of each token is after this step; outside a runner's step all tokens are one's.
+
+    positions: [T].  Returns [T].
+    """
+    step = current_attn_metadata()
+    if step is not None and step.token_lengths.shape == positions.shape:
+        return step.token_lengths
+    return (positions.max() + 1).expand(positions.shape) if positions.numel() else positions
+
+
+def _factors(values: Any, frequencies: Tensor) -> Tensor:
+    factors = torch.tensor(values, dtype=torch.float32)
+    if factors.shape != frequencies.shape:
+        raise TypeError("one factor for each frequency")
+    return factors
 
 
 class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
@@ -168,13 +207,11 @@ def yarn_frequencies(
 
 def divided_frequencies(rotary_dim: int, base: float, scaling: Mapping[str, Any]) -> Tensor:
     """Each frequency divided by a factor of its own, as GGUF files store whatever scaling a model was given."""
-    frequencies, factors = default_frequencies(rotary_dim, base), torch.tensor(scaling["factors"])
-    if factors.shape != frequencies.shape:
-        raise TypeError("one factor for each frequency")
-    return frequencies / factors
+    frequencies = default_frequencies(rotary_dim, base)
+    return frequencies / _factors(scaling["factors"], frequencies)
 
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "factors")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "factors")
 
 
 def get_rope(
@@ -237,6 +274,11 @@ def _get_rope(
         if rope_type == "dynamic":
             # As transformers has it: past max_position_embeddings, whatever the original length was.
             return DynamicNTKRotaryEmbedding(head_size, rotary_dim, max_position, base, scaling["factor"])
+        if rope_type == "longrope":
+            embedding = LongRotaryEmbedding(head_size, rotary_dim, max_position, base, scaling)
+            if bool((embedding.inverse_frequencies * embedding.long.inverse_frequencies).isfinite().all()):
+                return embedding
+            raise ArithmeticError
         if rope_type == "llama3":
             frequencies = llama3_frequencies(rotary_dim, base, scaling)
         elif rope_type == "factors":

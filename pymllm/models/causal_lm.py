@@ -79,12 +79,14 @@ class CausalLM(nn.Module):
     """A decoder with its head.  Families define `make_attention` and `make_mlp`, given the layer's index and prefix.
 
     layer: what holds these two.  norm: every norm.  embedding_scale: of embedded tokens.
+    restart_length: a request that grows to it needs all its keys and values made anew.
     """
 
     config: ModelConfig
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     embedding_scale = 1.0
+    restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {
         r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config",
         r"rope_freqs\.weight": "factors of the rotary frequencies, which have become part of the config",

@@ -21,6 +21,12 @@ DEFAULTS = {
 class Model(CausalLM):
     """Phi3ForCausalLM."""
 
+    @property
+    def restart_length(self) -> int | None:  # type: ignore[override]
+        """Past the trained length, LongRoPE has other frequencies for all positions."""
+        rope = self.config.rope_parameters
+        return rope.scaling["original_max_position_embeddings"] + 1 if rope.rope_type == "longrope" else None
+
     def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         return SelfAttention(
             self.config, index, prefix=prefix, quant_config=quant_config, part_names=("qkv_proj",)

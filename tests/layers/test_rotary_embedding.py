@@ -26,6 +26,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "short_factor": [1.0 + i / 40 for i in range(HEAD // 2)],
+    "long_factor": [1.0 + i / 3 for i in range(HEAD // 2)],
+    "original_max_position_embeddings": 64,
+}
 SETTINGS = {
     "default": ("default", {}),
     "linear": ("linear", {"factor": 2.5}),
@@ -39,6 +44,8 @@ SETTINGS = {
     "yarn-mscale": ("yarn", YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}),
     "yarn-mscale-alone": ("yarn", YARN | {"mscale": 0.7}),
     "yarn-attention-factor": ("yarn", YARN | {"attention_factor": 1.5}),
+    "longrope": ("longrope", LONG),
+    "longrope-attention-factor": ("longrope", LONG | {"attention_factor": 1.25}),
     "yarn-shrinking": ("yarn", {"factor": 0.5, "original_max_position_embeddings": 512}),
 }
 
@@ -231,7 +238,10 @@ def test_an_odd_or_too_large_rotary_size_is_refused(rotary_dim):
 @pytest.mark.parametrize(
     "rope_type, settings, code, word",
     (
-        ("longrope", {}, "rope-type", "longrope"),
+        ("spiral", {}, "rope-type", "spiral"),
+        ("longrope", {}, "config-missing-setting", "original_max_position_embeddings"),
+        ("longrope", LONG | {"long_factor": [1.0]}, "config-value", "longrope"),
+        ("longrope", LONG | {"short_factor": [0.0] * (HEAD // 2)}, "config-value", "longrope"),
         ("linear", {}, "config-missing-setting", "factor"),
         ("dynamic", {}, "config-missing-setting", "factor"),
         ("llama3", {"factor": 8.0}, "config-missing-setting", "original_max_position_embeddings"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.engine.sampling import SamplingParams
 
 from ..checkpoints import write_checkpoint
@@ -29,6 +30,43 @@ def transformers_answer(model, prompt):
     with torch.no_grad():
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
     return ids[0, len(prompt) :].tolist()
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 40 for i in range(16)],
+    "long_factor": [1.0 + i / 3 for i in range(16)],
+}
+
+
+def test_answers_that_grow_past_the_trained_length(tmp_path):
+    """One prompt begins past it, one passes it on its way, one stays below it; together as alone."""
+    settings = {"rope_parameters": LONG, "original_max_position_embeddings": 18}
+    checkpoint = write_checkpoint(tmp_path / "m", "phi3", **settings)
+    llm = pymllm.LLM(checkpoint.folder, device="cpu", dtype="float32")
+    lengths = [NEW, 10, NEW]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in lengths]
+    expected = [transformers_answer(checkpoint.model, p)[:n] for p, n in zip(PROMPTS, lengths, strict=True)]
+    assert [list(output.token_ids) for output in llm.generate(PROMPTS, params)] == expected
+
+
+def test_requests_with_dynamic_rotary_scaling_do_not_change_each_other(tmp_path):
+    settings = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+    checkpoint = write_checkpoint(tmp_path / "m", "llama", max_position_embeddings=64, **settings)
+    llm = pymllm.LLM(checkpoint.folder, device="cpu", dtype="float32")
+    long, short = list(range(60)) + list(range(30)), [5, 6, 7]
+    alone = llm.engine.runner.logits(short)
+    step = AttnMetaDataBase(
+        cu_seqlens_q=torch.tensor([0, 90, 93], dtype=torch.int32),
+        context_lens=torch.tensor([90, 3], dtype=torch.int32),
+        max_seqlen_q=90,
+    )
+    ids, positions = torch.tensor(long + short), torch.tensor([*range(90), *range(3)])
+    set_fetch_fn_for_attn_metadata(lambda: step)
+    with torch.no_grad():
+        hidden = llm.model(ids, positions)
+    assert torch.allclose(llm.model.compute_logits(hidden[90:]), alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -159,6 +159,35 @@ def test_qwens_window_is_off_unless_asked_for(tmp_path, family):
     assert_equal_to_transformers(checkpoint)
 
 
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 40 for i in range(16)],
+    "long_factor": [1.0 + i / 3 for i in range(16)],
+}
+
+
+def as_phi3_files_are(name):
+    def edit(raw):
+        raw["rope_scaling"] = {"type": name, **{key: LONG[key] for key in ("short_factor", "long_factor")}}
+        raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
+
+    return edit
+
+
+@pytest.mark.parametrize("spelling", ("5", "longrope", "su"))
+@pytest.mark.parametrize("trained", (16, 64))
+def test_phi3s_long_rotary_positions(tmp_path, spelling, trained):
+    """A prompt of 24 tokens, below and above the trained length."""
+    checkpoint = write_checkpoint(
+        tmp_path / "m",
+        "phi3",
+        edit_config=None if spelling == "5" else as_phi3_files_are(spelling),
+        rope_parameters={"rope_theta": 5000.0, **LONG},
+        original_max_position_embeddings=trained,
+    )
+    assert_equal_to_transformers(checkpoint)
+
+
 # --- rotary settings, as transformers 5 and 4 spell them
 
 ROPES = {
