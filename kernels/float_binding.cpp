@@ -16,8 +16,8 @@ template <class T> const T *in(std::uintptr_t address) { return reinterpret_cast
 void *out(std::uintptr_t address) { return reinterpret_cast<void *>(address); }
 
 void linear(std::uintptr_t x, int type, std::uintptr_t weight, int weight_type, std::uintptr_t scales,
-            std::int64_t block_out, std::int64_t block_in, std::uintptr_t row_nan, std::uintptr_t bias,
-            std::uintptr_t y, std::int64_t tokens, std::int64_t out_features, std::int64_t in_features, int isa,
+            std::int64_t block_out, std::int64_t block_in, std::uintptr_t row_nan, std::uintptr_t table,
+            std::uintptr_t bias, std::uintptr_t y, std::int64_t tokens, std::int64_t out_features, std::int64_t in_features, int isa,
             int threads) {
   FloatLinear problem;
   problem.x = in<void>(x);
@@ -28,6 +28,7 @@ void linear(std::uintptr_t x, int type, std::uintptr_t weight, int weight_type, 
   problem.block_out = block_out;
   problem.block_in = block_in;
   problem.row_nan = in<float>(row_nan);
+  problem.table = in<float>(table);
   problem.bias = in<void>(bias);
   problem.y = out(y);
   problem.tokens = tokens;

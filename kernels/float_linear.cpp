@@ -32,7 +32,9 @@ void float_linear(const FloatLinear &problem, Isa isa, int threads) {
   thread_local Scratch prepared_scratch, first_scratch;
   float *prepared = prepared_scratch.floats(panel * stride);
 
-  const std::int64_t weight_bytes = outputs * inputs * (problem.weight_type == WeightType::e4m3 ? 1 : 2);
+  const std::int64_t bits_of_weight =
+      problem.weight_type == WeightType::codebook ? 4 : problem.weight_type == WeightType::e4m3 ? 8 : 16;
+  const std::int64_t weight_bytes = outputs * inputs * bits_of_weight / 8;
   for (std::int64_t first = 0; first < problem.tokens; first += panel) {
     const std::int64_t tokens = std::min(panel, problem.tokens - first);
     // Below 128 K activations one thread is done before a second has started.

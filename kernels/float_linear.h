@@ -1,4 +1,4 @@
-// y = x Wᵀ + bias over weights kept as bf16, f16 or fp8 e4m3, with float32 arithmetic.
+// y = x Wᵀ + bias over weights kept as bf16, f16, fp8 e4m3 or 4-bit codes of a codebook, with float32 arithmetic.
 //
 // Rows of W stay as the checkpoint has them, [O, I] and row-major. A row's sum is taken lane by lane over ascending
 // inputs and folded once at the end, in the same order in every regime: a token's result depends neither on the number
@@ -18,20 +18,21 @@
 namespace pymllm {
 
 enum class FloatType { f32 = 0, bf16 = 1, f16 = 2 };
-enum class WeightType { bf16 = 0, f16 = 1, e4m3 = 2 };
+enum class WeightType { bf16 = 0, f16 = 1, e4m3 = 2, codebook = 3 };
 
 struct FloatLinear {
   const void *x;  // [M, I], contiguous
   FloatType type; // of x, bias and y
-  const void *weight; // [O, I], contiguous
+  const void *weight; // [O, I], contiguous; codes of a codebook two a byte, the even input in the low nibble, I even
   WeightType weight_type;
-  // e4m3 only. scales: [ceil(O / block_out), ceil(I / block_in)]; a block side of 0 is the whole axis, and block_in is
+  // e4m3 and codebook only. scales: [ceil(O / block_out), ceil(I / block_in)]; a block side of 0 is the whole axis, and block_in is
   // otherwise a multiple of 64.
   const float *scales = nullptr;
   std::int64_t block_out = 0, block_in = 0;
   // e4m3 only, [O]: 0, or NaN for a row that holds a NaN code (its every product is NaN). The kernels read the NaN
   // codes as 480.
   const float *row_nan = nullptr;
+  const float *table = nullptr; // codebook only: 16 values
   const void *bias = nullptr; // [O]
   void *y = nullptr;          // [M, O]
   std::int64_t tokens = 0, out_features = 0, in_features = 0;

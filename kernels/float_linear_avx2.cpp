@@ -35,6 +35,24 @@ struct V : Lanes {
     out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
   }
   static int order_e4m3(int lane) { return lane % 16 * 2 + lane / 16; }
+
+  // Eight values in each of two registers: the codes' low three bits permute, the fourth chooses.
+  struct Table {
+    Vec low, high;
+  };
+  static Table load_table(const float *p) { return {load(p), load(p + 8)}; }
+  static Table scaled(const Table &table, Vec scale) { return {mul(table.low, scale), mul(table.high, scale)}; }
+  // 8 words of four codes: the first codes of all words, then their second, ...
+  static void decode_codebook(const std::uint8_t *p, int part, const Table &table, Vec *out) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    for (int i = 0; i < 2; ++i) {
+      const int shift = 4 * (2 * part + i);
+      const __m256i codes = _mm256_srli_epi32(words, shift);
+      const Vec low = _mm256_permutevar8x32_ps(table.low, codes), high = _mm256_permutevar8x32_ps(table.high, codes);
+      out[i] = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+    }
+  }
+  static int order_codebook(int lane) { return lane % 8 * 4 + lane / 8; }
 };
 
 #include "float_linear_kernel.h"

@@ -35,6 +35,22 @@ struct V : Lanes {
     out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
   }
   static int order_e4m3(int lane) { return lane % 32 * 2 + lane / 32; }
+
+  // 16 values in one register; a permutation looks at the low four bits of its lanes only.
+  struct Table {
+    Vec values;
+  };
+  static Table load_table(const float *p) { return {_mm512_loadu_ps(p)}; }
+  static Table scaled(const Table &table, Vec scale) { return {_mm512_mul_ps(table.values, scale)}; }
+  // 16 words of four codes: the first codes of all words, then their second, ...
+  static void decode_codebook(const std::uint8_t *p, int part, const Table &table, Vec *out) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    for (int i = 0; i < 2; ++i) {
+      const auto shift = static_cast<unsigned>(4 * (2 * part + i));
+      out[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), table.values);
+    }
+  }
+  static int order_codebook(int lane) { return lane % 16 * 4 + lane / 16; }
 };
 
 #include "float_linear_kernel.h"

@@ -5,27 +5,48 @@
 // fold4(v0, v1, v2, v3, out): the sums of four vectors; prefetch(p); and for each weight type
 //   decode_bf16 / decode_f16 / decode_e4m3(const uint8_t *group, int part, Vec *out)
 //     half of a group of weights: a group is kLanes * 2 weights of 16 bits, or kLanes * 4 of e4m3
-//   order_bf16 / order_e4m3(i): which input of the group lane i meets, the lanes of its vectors counted in turn
+//   decode_codebook: the same for 4-bit codes, of which a group has kLanes * 4, with a Table of what they mean
+//   order_bf16 / order_e4m3 / order_codebook(i): which input of the group lane i meets, the lanes of its vectors counted in turn
 // e4m3 values arrive divided by 256, as f16 has them; the row's scale makes up for it.
 
 constexpr int kTileRows = 4;
 constexpr int kPrefetchBytes = 2048; // 1024 costs 20 % at four tokens, 4096 gains nothing
 
+// kScalesTable: a block's scale goes into the table, once, and not to every weight: the same product.
 struct Bf16 {
-  static constexpr int bytes = 2, parts = 2, per_part = 1, group = 2 * V::kLanes;
-  static void decode(const std::uint8_t *p, int part, Vec *out) { V::decode_bf16(p, part, out); }
+  static constexpr int bits = 16, parts = 2, per_part = 1, group = 2 * V::kLanes;
+  static constexpr bool kScalesTable = false;
+  static void decode(const std::uint8_t *p, int part, const V::Table &, Vec *out) { V::decode_bf16(p, part, out); }
   static int order(int lane) { return V::order_bf16(lane); }
 };
 struct F16 {
-  static constexpr int bytes = 2, parts = 2, per_part = 1, group = 2 * V::kLanes;
-  static void decode(const std::uint8_t *p, int part, Vec *out) { V::decode_f16(p, part, out); }
+  static constexpr int bits = 16, parts = 2, per_part = 1, group = 2 * V::kLanes;
+  static constexpr bool kScalesTable = false;
+  static void decode(const std::uint8_t *p, int part, const V::Table &, Vec *out) { V::decode_f16(p, part, out); }
   static int order(int lane) { return lane; }
 };
 struct E4m3 {
-  static constexpr int bytes = 1, parts = 2, per_part = 2, group = 4 * V::kLanes;
-  static void decode(const std::uint8_t *p, int part, Vec *out) { V::decode_e4m3(p, part, out); }
+  static constexpr int bits = 8, parts = 2, per_part = 2, group = 4 * V::kLanes;
+  static constexpr bool kScalesTable = false;
+  static void decode(const std::uint8_t *p, int part, const V::Table &, Vec *out) { V::decode_e4m3(p, part, out); }
   static int order(int lane) { return V::order_e4m3(lane); }
 };
+struct Codebook {
+  static constexpr int bits = 4, parts = 2, per_part = 2, group = 4 * V::kLanes;
+  static constexpr bool kScalesTable = true;
+  static void decode(const std::uint8_t *p, int part, const V::Table &table, Vec *out) {
+    V::decode_codebook(p, part, table, out);
+  }
+  static int order(int lane) { return V::order_codebook(lane); }
+};
+
+template <class W> constexpr std::int64_t bytes_of(std::int64_t weights) { return weights * W::bits / 8; }
+
+inline V::Table table_of(const FloatLinear &problem) {
+  V::Table table{};
+  if (problem.table != nullptr) table = V::load_table(problem.table);
+  return table;
+}
 
 template <class W>
 void prepare_as(const FloatLinear &problem, std::int64_t first, std::int64_t tokens, float *prepared,
@@ -55,23 +76,22 @@ void prepare_as(const FloatLinear &problem, std::int64_t first, std::int64_t tok
 // What stands between a row's sum and its output.
 struct Epilogue {
   const FloatLinear &problem;
-  bool scaled_rows; // e4m3 with one scale a row; with several, the weights were scaled as they were decoded
+  bool scaled_rows; // one scale a row; with several, the weights were scaled as they were decoded
 
   float finish(float sum, std::int64_t row) const {
-    if (problem.weight_type == WeightType::e4m3) {
-      if (scaled_rows) sum *= scale(row, 0);
-      sum += problem.row_nan[row];
-    }
+    if (problem.scales != nullptr && scaled_rows) sum *= scale(row, 0);
+    if (problem.row_nan != nullptr) sum += problem.row_nan[row];
     if (problem.bias != nullptr) sum += read_float(problem.bias, problem.type, row);
     return sum;
   }
 
-  // Of the block that holds this row and input, times 256 (see the top).
+  // Of the block that holds this row and input; of e4m3, times 256 (see the top).
   float scale(std::int64_t row, std::int64_t input) const {
     const std::int64_t side = problem.block_in > 0 ? problem.block_in : problem.in_features;
     const std::int64_t columns = side > 0 ? (problem.in_features + side - 1) / side : 0;
     const std::int64_t line = problem.block_out > 0 ? row / problem.block_out : 0;
-    return problem.scales[line * columns + (side > 0 ? input / side : 0)] * 256.0f;
+    const float scale = problem.scales[line * columns + (side > 0 ? input / side : 0)];
+    return problem.weight_type == WeightType::e4m3 ? scale * 256.0f : scale;
   }
 
   void write(std::int64_t token, std::int64_t row, float value) const {
@@ -82,24 +102,24 @@ struct Epilogue {
   }
 };
 
-template <class W> void decode_group(const std::uint8_t *p, float *out) {
+template <class W> void decode_group(const std::uint8_t *p, const V::Table &table, float *out) {
   PYMLLM_UNROLL
   for (int part = 0; part < W::parts; ++part) {
     Vec w[W::per_part];
-    W::decode(p, part, w);
+    W::decode(p, part, table, w);
     PYMLLM_UNROLL
     for (int u = 0; u < W::per_part; ++u) V::store(out + (part * W::per_part + u) * V::kLanes, w[u]);
   }
 }
 
 // `count` inputs of one weight row (the last group may be partial), as float32.
-template <class W> void decode_row(const std::uint8_t *p, std::int64_t count, float *out) {
+template <class W> void decode_row(const std::uint8_t *p, std::int64_t count, const V::Table &table, float *out) {
   std::int64_t i = 0;
-  for (; i + W::group <= count; i += W::group) decode_group<W>(p + i * W::bytes, out + i);
+  for (; i + W::group <= count; i += W::group) decode_group<W>(p + bytes_of<W>(i), table, out + i);
   if (i < count) {
-    alignas(64) std::uint8_t last[W::group * W::bytes] = {};
-    std::memcpy(last, p + i * W::bytes, static_cast<std::size_t>(count - i) * W::bytes);
-    decode_group<W>(last, out + i);
+    alignas(64) std::uint8_t last[bytes_of<W>(W::group)] = {};
+    std::memcpy(last, p + bytes_of<W>(i), static_cast<std::size_t>(bytes_of<W>(count - i)));
+    decode_group<W>(last, table, out + i);
   }
 }
 
@@ -111,6 +131,7 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
   const std::int64_t inputs = problem.in_features, whole = inputs / W::group * W::group;
   const auto *weight = static_cast<const std::uint8_t *>(problem.weight);
   const Epilogue epilogue{problem, !Blocks};
+  const V::Table table = table_of(problem);
   const std::int64_t quarter = (end - begin + kTileRows - 1) / kTileRows;
   const std::int64_t side = Blocks ? problem.block_in : whole;
 
@@ -120,7 +141,7 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
     for (int r = 0; r < kTileRows; ++r) {
       rows[r] = begin + r * quarter + i;
       const std::int64_t row = rows[r] < end ? rows[r] : end - 1; // read again rather than branch
-      p[r] = weight + row * inputs * W::bytes;
+      p[r] = weight + row * bytes_of<W>(inputs);
     }
     Vec sums[kTileRows][Tokens];
     for (int r = 0; r < kTileRows; ++r)
@@ -128,22 +149,26 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
 
     for (std::int64_t at = 0; at < whole;) {
       Vec scale[kTileRows];
+      V::Table tables[kTileRows];
       std::int64_t stop = whole;
+      for (int r = 0; r < kTileRows; ++r) tables[r] = table;
       if (Blocks) {
         stop = at + side < whole ? at + side : whole;
-        for (int r = 0; r < kTileRows; ++r)
+        for (int r = 0; r < kTileRows; ++r) {
           scale[r] = V::set1(epilogue.scale(rows[r] < end ? rows[r] : end - 1, at));
+          if (W::kScalesTable) tables[r] = V::scaled(table, scale[r]);
+        }
       }
       for (; at < stop; at += W::group) {
         PYMLLM_UNROLL
-        for (int r = 0; r < kTileRows; ++r) V::prefetch(p[r] + at * W::bytes + kPrefetchBytes);
+        for (int r = 0; r < kTileRows; ++r) V::prefetch(p[r] + bytes_of<W>(at) + kPrefetchBytes);
         PYMLLM_UNROLL
         for (int part = 0; part < W::parts; ++part) {
           Vec w[kTileRows][W::per_part];
           PYMLLM_UNROLL
           for (int r = 0; r < kTileRows; ++r) {
-            W::decode(p[r] + at * W::bytes, part, w[r]);
-            if (Blocks)
+            W::decode(p[r] + bytes_of<W>(at), part, tables[r], w[r]);
+            if (Blocks && !W::kScalesTable)
               PYMLLM_UNROLL
               for (int u = 0; u < W::per_part; ++u) w[r][u] = V::mul(w[r][u], scale[r]);
           }
@@ -161,7 +186,7 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
     if (whole < inputs)
       for (int r = 0; r < kTileRows; ++r) {
         alignas(64) float last[W::group];
-        decode_row<W>(p[r] + whole * W::bytes, inputs - whole, last);
+        decode_row<W>(p[r] + bytes_of<W>(whole), inputs - whole, table, last);
         for (int v = 0; v < W::parts * W::per_part; ++v) {
           Vec w = V::load(last + v * V::kLanes);
           if (Blocks) w = V::mul(w, V::set1(epilogue.scale(rows[r] < end ? rows[r] : end - 1, whole)));
@@ -253,7 +278,8 @@ void blocked_rows(const FloatLinear &problem, const float *x, std::int64_t strid
   float *floats = scratch, *sums = scratch + blocking.rows * blocking.chunk;
   // Even tiles: 8 tokens are 4 + 4, not 6 + 2.
   const std::int64_t token_tiles = (tokens + V::kTokens - 1) / V::kTokens;
-  const std::int64_t line_bytes = inputs * W::bytes;
+  const std::int64_t line_bytes = bytes_of<W>(inputs);
+  const V::Table table = table_of(problem);
 
   for (std::int64_t block = begin; block < end; block += blocking.rows) {
     const std::int64_t rows = end - block < blocking.rows ? end - block : blocking.rows;
@@ -263,7 +289,7 @@ void blocked_rows(const FloatLinear &problem, const float *x, std::int64_t strid
       for (std::int64_t r = 0; r < tiles * kTileRows; ++r) {
         const std::int64_t row = block + (r < rows ? r : rows - 1);
         float *out = floats + r * blocking.chunk;
-        decode_row<W>(weight + row * line_bytes + at * W::bytes, count, out);
+        decode_row<W>(weight + row * line_bytes + bytes_of<W>(at), count, table, out);
         if (Blocks)
           for (std::int64_t i = 0; i < count;) {
             const std::int64_t side = problem.block_in, stop = ((at + i) / side + 1) * side - at;
@@ -286,10 +312,10 @@ void blocked_rows(const FloatLinear &problem, const float *x, std::int64_t strid
           std::int64_t lines = 0;
           const std::int64_t pair = token_tile; // the first two token tiles fetch two of the four rows each
           if (any_next && pair < 2) {
-            lines = (next_count * W::bytes + 63) / 64;
+            lines = (bytes_of<W>(next_count) + 63) / 64;
             for (int half = 0; half < 2; ++half) {
               const std::int64_t row = next_row + r * kTileRows + pair * 2 + half;
-              ahead[half] = weight + (row < end ? row : end - 1) * line_bytes + next_at * W::bytes;
+              ahead[half] = weight + (row < end ? row : end - 1) * line_bytes + bytes_of<W>(next_at);
             }
           }
           tile_of<V::kTokens>(blocking, some, floats + r * kTileRows * blocking.chunk, x + t * stride + at, stride, vectors,
@@ -329,6 +355,7 @@ void prepare(const FloatLinear &problem, std::int64_t first, std::int64_t tokens
              std::int64_t stride) {
   if (problem.weight_type == WeightType::bf16) prepare_as<Bf16>(problem, first, tokens, prepared, stride);
   else if (problem.weight_type == WeightType::f16) prepare_as<F16>(problem, first, tokens, prepared, stride);
+  else if (problem.weight_type == WeightType::codebook) prepare_as<Codebook>(problem, first, tokens, prepared, stride);
   else prepare_as<E4m3>(problem, first, tokens, prepared, stride);
 }
 
@@ -338,6 +365,10 @@ void rows(const FloatLinear &problem, const float *x, std::int64_t stride, std::
     rows_as<Bf16, false>(problem, x, stride, first, tokens, begin, end, scratch);
   else if (problem.weight_type == WeightType::f16)
     rows_as<F16, false>(problem, x, stride, first, tokens, begin, end, scratch);
+  else if (problem.weight_type == WeightType::codebook && problem.block_in > 0)
+    rows_as<Codebook, true>(problem, x, stride, first, tokens, begin, end, scratch);
+  else if (problem.weight_type == WeightType::codebook)
+    rows_as<Codebook, false>(problem, x, stride, first, tokens, begin, end, scratch);
   else if (problem.block_in > 0)
     rows_as<E4m3, true>(problem, x, stride, first, tokens, begin, end, scratch);
   else rows_as<E4m3, false>(problem, x, stride, first, tokens, begin, end, scratch);

@@ -34,6 +34,27 @@ struct V : Lanes {
     }
   }
   static int order_e4m3(int lane) { return lane; }
+
+  struct Table {
+    float values[16];
+  };
+  static Table load_table(const float *p) {
+    Table table;
+    std::memcpy(table.values, p, sizeof table.values);
+    return table;
+  }
+  static Table scaled(Table table, Vec scale) {
+    for (float &value : table.values) value *= scale.lane[0];
+    return table;
+  }
+  // 8 bytes of two codes, in order.
+  static void decode_codebook(const std::uint8_t *p, int part, const Table &table, Vec *out) {
+    for (int i = 0; i < 8; ++i) {
+      const std::uint8_t byte = p[4 * part + i / 2];
+      out[i / 4].lane[i % 4] = table.values[i % 2 == 0 ? byte & 15 : byte >> 4];
+    }
+  }
+  static int order_codebook(int lane) { return lane; }
 };
 
 #include "float_linear_kernel.h"

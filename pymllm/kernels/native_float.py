@@ -21,7 +21,8 @@ from pymllm.kernels.cpu import native_missing_reason, probe
 from pymllm.kernels.registry import LinearProblem, Packed
 
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in kernels/float_linear.h
-WEIGHT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}  # WeightType there
+# WeightType there; bytes are codes of a codebook, two in each
+WEIGHT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 FAST_PATHS = ("avx512_vnni", "avx2_vnni", "avx2")
 # With AVX512_BF16 torch multiplies pairs of bf16 and wins once arithmetic is the limit: 16 tokens take it 2.6 ms at
 # 4096 x 4096, and float32 arithmetic 3.4 (benchmarks/cpu_float_linear.py).
@@ -63,8 +64,9 @@ def run_native(
     scales: int = 0,
     block: tuple[int, int] = (0, 0),
     row_nan: int = 0,
+    table: int = 0,
 ) -> Tensor:
-    """Check, and call `float_linear`.  scales, row_nan: addresses, for fp8 weights only."""
+    """Check, and call `float_linear`.  scales, row_nan, table: addresses, for fp8 weights and codebooks."""
     # Every line costs: test_a_call_costs_few_microseconds.
     dtype, out_features, in_features, shape = (
         problem.dtype,
@@ -76,7 +78,11 @@ def run_native(
         raise ValueError(
             f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
         )
-    if weight.shape != (out_features, in_features) or not weight.is_contiguous() or not weight.is_cpu:
+    if (
+        weight.shape != (out_features, in_features // 2 if table else in_features)
+        or not weight.is_contiguous()
+        or not weight.is_cpu
+    ):
         raise ValueError(f"the weight must be [{out_features}, {in_features}], contiguous and on the CPU")
     bias_address = 0
     if bias is not None:
@@ -97,6 +103,7 @@ def run_native(
         block[0],
         block[1],
         row_nan,
+        table,
         bias_address,
         y.data_ptr(),
         y.numel() // out_features if out_features else 0,

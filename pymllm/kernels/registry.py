@@ -40,6 +40,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.native_fp4:NativeFp4",
         "pymllm.kernels.torch_int4pack:TorchInt4Pack",
         "pymllm.kernels.native_fp8:NativeFp8Linear",
+        "pymllm.kernels.native_codebook:NativeCodebook",
         "pymllm.kernels.reference:ReferenceLinear",
     ),
     "embedding": (

@@ -10,8 +10,17 @@ import pytest
 import torch
 
 from pymllm.kernels import cpu
-from pymllm.kernels.canonical import DenseType, DenseWeight, Fp8Type, Fp8Weight, IntType, on_meta
+from pymllm.kernels.canonical import (
+    CodebookWeight,
+    DenseType,
+    DenseWeight,
+    Fp8Type,
+    Fp8Weight,
+    IntType,
+    on_meta,
+)
 from pymllm.kernels.hardware import Device
+from pymllm.kernels.native_codebook import NativeCodebook
 from pymllm.kernels.native_float import TORCH_TOKENS, NativeFloatLinear
 from pymllm.kernels.native_fp8 import NativeFp8Linear
 from pymllm.kernels.registry import LinearProblem, select
@@ -53,6 +62,20 @@ def fp8_case(path, out_features, in_features, block, dtype):
     )
     problem = LinearProblem(weight.type, in_features, out_features, dtype, device(path))
     return NativeFp8Linear(), weight, problem
+
+
+def codebook_case(path, out_features, in_features, group, dtype):
+    generator = torch.Generator().manual_seed(1)
+    groups = -(-in_features // group)
+    weight = CodebookWeight(
+        torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, generator=generator),
+        torch.randn(16, generator=generator).sort().values,
+        torch.rand(out_features, groups, generator=generator) + 0.1,
+        "nf4",
+        min(group, in_features),
+    )
+    problem = LinearProblem(weight.type, in_features, out_features, dtype, device(path))
+    return NativeCodebook(), weight, problem
 
 
 def assert_as_exact_as_float32(y, x, weight, bias):
@@ -103,10 +126,30 @@ def test_fp8_weights_are_multiplied_as_exactly_as_float32_allows(path, block, dt
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_codes_of_a_codebook_are_multiplied_as_exactly_as_float32_allows(path, dtype):
+    for shape, group in (
+        ((1, 2), 64),
+        ((3, 30), 64),
+        ((5, 64), 64),
+        ((33, 130), 4096),
+        ((31, 192), 64),
+        ((70, 256), 128),
+        ((37, 1028), 4096),
+        ((36, 2112), 64),
+        ((9, 1152), 192),
+    ):
+        case = codebook_case(path, *shape, group, dtype)
+        for tokens in TOKENS[::2] if shape[1] > 500 else TOKENS:
+            check(*case, tokens)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("tokens", [97, 200])
 def test_a_prefill_in_several_panels_is_as_exact_as_a_small_one(path, tokens):
     check(*dense_case(path, 70, 1100, torch.bfloat16, torch.float32), tokens)
     check(*fp8_case(path, 70, 1100, (128, 128), torch.bfloat16), tokens)
+    check(*codebook_case(path, 70, 1152, 64, torch.bfloat16), tokens)
 
 
 @pytest.mark.parametrize("path", PATHS)
