@@ -18,7 +18,6 @@ from pymllm.kernels.native_fp8 import BLOCK_INPUTS
 from pymllm.kernels.reference import ReferenceLinear
 from pymllm.kernels.registry import LinearProblem, Packed
 
-
 PACKING = ReferenceLinear()
 
 
