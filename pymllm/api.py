@@ -8,7 +8,7 @@ import functools
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class LLM:
 
     model: a folder or a hub id; None: the model that comes with the package.  The other arguments are those of
     `pymllm.load_model`.  tensor_parallel_size: above 1, this process must be one of as many ranks (torchrun).
+    expert_parallel: ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     plan: what runs, and why.  Usable from several threads; they take turns.
     """
@@ -77,6 +78,7 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         tensor_parallel_size: int = 1,
         *,
+        expert_parallel: bool = False,
         compute: str = "auto",
         kernels: Mapping[str, str] | None = None,
         kv_cache: RuleSource = None,
@@ -84,7 +86,7 @@ class LLM:
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        self.parallel = choose_parallel(tensor_parallel_size)
+        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
             prepared = prepare(
                 shipped_model() if model is None else model,
@@ -350,8 +352,11 @@ class LLM:
         return StreamPiece(piece, token, request.output(text.text if text is not None else ""), logprobs)
 
 
-def choose_parallel(size: int) -> Parallel:
-    """The current `Parallel`, or the one that torchrun started.  ConfigError if its size is not the one asked for."""
+def choose_parallel(size: int, expert_parallel: bool = False) -> Parallel:
+    """The current `Parallel`, or the one that torchrun started.  ConfigError if its size is not the one asked for.
+
+    expert_parallel: divide experts whole; the current `Parallel` may also say so.
+    """
     parallel = current_parallel()
     if parallel.size == 1:
         parallel = Parallel.from_environment()
@@ -363,4 +368,4 @@ def choose_parallel(size: int) -> Parallel:
             found=str(parallel.size),
             fix=f"Start with: torchrun --nproc-per-node {size} -m pymllm ... (or your script).",
         )
-    return parallel
+    return replace(parallel, expert_parallel=expert_parallel or parallel.expert_parallel)

@@ -36,7 +36,8 @@ SCHEMA_VERSION = 1
 class PlannedLayer:
     """One layer under its checkpoint name (the parts of a fused layer stand alone).
 
-    kind: linear, embedding, lm_head or attention.  rule: the user's rule that decided, or None.  source: what decided.
+    kind: linear, experts, router, embedding, lm_head or attention.
+    rule: the user's rule that decided, or None.  source: what decided.
     numerics: how results differ from exact arithmetic; rounds_activations: whether more than to the activations' dtype.
     method: what runs; source_method: what the checkpoint holds.  refused: kernels asked before the chosen one.
     shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
@@ -369,6 +370,10 @@ def _share(slot: Any) -> float:
 def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:
     """What a user should know besides: fused layers that rules split, slow kernels, skipped tensors."""
     notes = []
+    if prepared.parallel.expert_parallel and not any(
+        isinstance(m, Experts) for m in prepared.model.modules()
+    ):
+        notes.append("expert_parallel divides nothing: the model has no experts")
     split = [
         module.prefix
         for module in prepared.model.modules()

@@ -113,6 +113,9 @@ def prepare(
             raise
         sizes = legal_tp_sizes(config, rules, execution, parallel.expert_parallel)
         error.fix = f"Sizes that work for this model: {', '.join(map(str, sizes))}."
+        whole_experts = legal_tp_sizes(config, rules, execution, expert_parallel=True)
+        if whole_experts != sizes:
+            error.fix += f" With expert_parallel: {', '.join(map(str, whole_experts))}."
         error.args = (str(error),)
         raise
     rules.lint()

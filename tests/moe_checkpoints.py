@@ -16,7 +16,7 @@ from torch import Tensor
 from .checkpoints import FORMATS, SIZES, Plain, TinyCheckpoint, Writer, save_tensors
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "intermediate_size": 192}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "intermediate_size": 256}
 LATENT = {
     "n_routed_experts": 8,
     "n_shared_experts": 2,
@@ -24,9 +24,9 @@ LATENT = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
     "kv_lora_rank": 64,
-    "qk_nope_head_dim": 16,
+    "qk_nope_head_dim": 48,
     "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
+    "v_head_dim": 16,
     "num_key_value_heads": 4,
     "head_dim": 16,
     "intermediate_size": 256,

@@ -66,6 +66,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         metavar="N",
         help="ranks to divide the model over; start N processes with torchrun",
     )
+    group.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="ranks hold whole experts, some each, instead of a share of every one",
+    )
     add_common_options(parser)
 
 

@@ -28,7 +28,7 @@ def execute(args: argparse.Namespace) -> int:
     from pymllm.planning import plan
 
     # A plan needs no other process, so a machine of any size can show the share of any rank.
-    with Parallel(args.rank, args.tensor_parallel_size):
+    with Parallel(args.rank, args.tensor_parallel_size, expert_parallel=args.expert_parallel):
         planned = plan(model_or_shipped(args.model), **model_arguments(args))
     if args.json:
         print_json(planned.to_dict())

@@ -86,6 +86,7 @@ def execute(args: argparse.Namespace) -> int:
     llm = LLM(
         model,
         tensor_parallel_size=args.tensor_parallel_size,
+        expert_parallel=args.expert_parallel,
         adapters=adapters,
         **model_arguments(args),
     )

@@ -22,7 +22,7 @@ def execute(args: argparse.Namespace) -> int:
     from pymllm.api import choose_parallel
     from pymllm.verification import verify
 
-    with choose_parallel(args.tensor_parallel_size):
+    with choose_parallel(args.tensor_parallel_size, args.expert_parallel):
         verification = verify(model_or_shipped(args.model), **model_arguments(args))
     if args.json:
         print_json(verification.to_dict())
