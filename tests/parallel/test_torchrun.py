@@ -22,13 +22,13 @@ def free_port():
         return server.getsockname()[1]
 
 
-def torchrun(*arguments, timeout=120):
+def torchrun(*arguments, ranks=2, timeout=120):
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
-        "2",
+        str(ranks),
         "--master-addr",
         "127.0.0.1",
     ]
