@@ -44,6 +44,8 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference:ReferenceLinear",
     ),
     "embedding": (
+        "pymllm.kernels.triton.embedding:TritonIntEmbedding",
+        "pymllm.kernels.triton.embedding:TritonFp8Embedding",
         "pymllm.kernels.torch_linear:TorchEmbedding",
         "pymllm.kernels.native_embedding:NativeInt4Embedding",
         "pymllm.kernels.native_embedding:NativeInt8Embedding",
@@ -69,6 +71,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
     ),
     "elementwise": (
         "pymllm.kernels.vllm_layers:VllmElementwise",
+        "pymllm.kernels.triton.elementwise:TritonElementwise",
         "pymllm.kernels.native_elementwise:NativeElementwise",
         "pymllm.kernels.torch_elementwise:TorchElementwise",
     ),

@@ -11,7 +11,7 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEVICE = probe_device("cuda" if torch.cuda.is_available() else "cuda:sm90")
 FLOATS = (torch.bfloat16, torch.float16)
 # One rounding: half a unit on a GPU. The interpreter truncates float32 to bfloat16, which is a whole one.
-UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9 if torch.cuda.is_available() else 2.0**-8}
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 if torch.cuda.is_available() else 2.0**-7}
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

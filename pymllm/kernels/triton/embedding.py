@@ -1,0 +1,137 @@
+"""Rows of a quantised table, gathered and expanded in one kernel; packed as linear kernels do, for tied heads."""
+
+# V rows of the table, H hidden size, N ids, W words a row
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.hardware import Device
+from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.triton.ahead_of_time import Case
+from pymllm.kernels.triton.fp8_weights import TritonFp8
+from pymllm.kernels.triton.int_weights import TritonInt
+from pymllm.kernels.triton.launch import kernel
+from pymllm.kernels.triton.operators import operator
+from pymllm.kernels.triton.tuning import divide, next_power
+from pymllm.kernels.triton.weight_only import coding_of
+from pymllm.kernels.triton.weight_only_kernels import scales_and_zeros
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+class _Gather(WeightOnlyLinear):
+    def numerics(self, problem: LinearProblem) -> str:
+        return "rows dequantised exactly"
+
+    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
+        weight = self.operands(packed)
+        like = torch.empty(0, dtype=problem.dtype, device=ids.device)
+        return gather(
+            ids,
+            weight.words,
+            weight.scales,
+            weight.zeros,
+            weight.row_scales,
+            like,
+            self.coding(packed, problem),
+        )
+
+    def cases(self, device: Device) -> Iterator[Case]:
+        weight = self.examples()[0]
+        out_features, in_features = weight.shape
+        problem = LinearProblem(weight.type, in_features, out_features, torch.bfloat16, device)
+        if self.why_not(problem) is None:
+            packed, ids = self.pack(weight, problem), torch.empty(64, dtype=torch.int64, device="meta")
+            yield Case(f"64 rows of {weight.type}", lambda: self.run(packed, problem, ids))
+
+
+class TritonIntEmbedding(_Gather, TritonInt):
+    """Of integers."""
+
+
+class TritonFp8Embedding(_Gather, TritonFp8):
+    """Of fp8."""
+
+
+@operator(
+    "gather_rows(Tensor ids, Tensor words, Tensor scales, Tensor? zeros, Tensor? row_scales, Tensor like, str coding)"
+    " -> Tensor",
+    lambda ids, words, scales, zeros, row_scales, like, coding: like.new_empty(
+        (*ids.shape, words.shape[1] * coding_of(coding).per_word)
+    ),
+)
+def gather(
+    ids: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    row_scales: Tensor | None,
+    like: Tensor,
+    coding: str,
+) -> Tensor:
+    """ids: any shape, int64.  words: [V, W].  like: of the result's dtype.  Returns [*ids.shape, H]."""
+    how = coding_of(coding)
+    rows, row_words = words.shape
+    y = like.new_empty((*ids.shape, row_words * how.per_word))
+    if ids.numel():
+        block = min(next_power(row_words), 256)
+        gather_rows.launch(
+            (ids.numel(), divide(row_words, block)),
+            ids.contiguous(),
+            words,
+            scales,
+            zeros,
+            row_scales,
+            y,
+            rows,
+            row_words,
+            BLOCK_W=block,
+            num_warps=4,
+            **how.constants,
+        )
+    return y
+
+
+@kernel
+def gather_rows(
+    ids,
+    words,
+    scales,
+    zeros,
+    row_scales,
+    y,
+    out_features,
+    row_words,
+    BLOCK_W: tl.constexpr,
+    DECODE: tl.constexpr,
+    N: tl.constexpr,
+    SPAN_WORDS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    SCALE_KIND: tl.constexpr,
+):
+    """ids: [N].  words: [V, W].  y: [N, H].  Grid: (N, W / BLOCK_W)."""
+    place = tl.program_id(0).to(tl.int64)
+    rows = tl.load(ids + place) + tl.arange(0, 1)
+    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask = (columns < row_words)[None, :]
+    tile = tl.load(words + rows[:, None] * row_words + columns[None, :], mask=mask, other=0)
+    scale, zero = scales_and_zeros(
+        scales, zeros, rows, columns, mask, out_features, GROUP_WORDS, GROUP_ROWS, OFFSET, ZERO, SCALE_KIND
+    )
+    if row_scales is not None:
+        scale *= tl.load(row_scales + rows)[:, None]
+    inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
+    target = y + place * (row_words * N) + inputs[None, :]
+    for n in tl.static_range(N):
+        value = (DECODE(tile, n) - zero) * scale
+        tl.store(target + n * SPAN_WORDS, value.to(y.dtype.element_ty), mask=mask)
