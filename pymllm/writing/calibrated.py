@@ -20,7 +20,7 @@ from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.config import Execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
-from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.layernorm import GemmaRMSNorm, RMSNorm
 from pymllm.layers.linear import WeightedLayer
 from pymllm.layers.mlp import GatedMLP
 from pymllm.models.causal_lm import DecoderLayer
@@ -87,6 +87,7 @@ class CalibratedModel:
         plain = RuledConfig(get_quantization_config("none").from_config({}))
         model = build_on_meta(prepared.config, plain, Execution(), Parallel())
         self.modules = dict(model.named_modules())
+        self.embedding_scale = model.model.embedding_scale
         self.prepared, self.calibration, self.scale_dtype = prepared, calibration, scale_dtype
         lengths = [len(window) for window in calibration.windows]
         self.ids = torch.tensor([token for window in calibration.windows for token in window])
@@ -144,6 +145,8 @@ class CalibratedModel:
                         view = getattr(module, placement.param).data[placement.slot.target]
                         view.copy_(placement.tensor.read().reshape(view.shape))
                         params[placement.tensor.name] = view
+                if isinstance(module, GemmaRMSNorm):
+                    module.process_weights_after_loading()
             for layer in step.layers:
                 if layer.name in weights:
                     weights[layer.name].copy_(layer.decode(read[layer.name]))
@@ -268,7 +271,7 @@ class _Block:
         """The step's output on the calibration text, [T, H]."""
         owner, module = self.owner, self.module
         if owner.hidden is None:
-            return module(owner.ids)
+            return module(owner.ids) * owner.embedding_scale
         if self.step.block is None:
             # The head's output is nobody's input.
             return module(owner.hidden) if isinstance(module, RMSNorm) else owner.hidden
@@ -340,13 +343,14 @@ class _Block:
             reader = f"{name}.self_attn.qkv_proj"
             groups.append(_ScaleGroup(qkv.shape.parts, reader, f"{name}.self_attn", norm=norm))
         if isinstance(module.mlp, GatedMLP):
-            norm = f"{name}.post_attention_layernorm.weight"
+            four = hasattr(module, "pre_feedforward_layernorm")
+            norm = f"{name}.{'pre_feedforward' if four else 'post_attention'}_layernorm.weight"
             gate_up, down = module.mlp.gate_up_proj, module.mlp.down_proj
             reader = f"{name}.mlp.gate_up_proj"
             groups.append(_ScaleGroup(gate_up.shape.parts, reader, f"{name}.mlp", norm=norm))
-            maker = gate_up.shape.parts[1]
-            down_name = f"{name}.mlp.down_proj"
-            groups.append(_ScaleGroup(down.shape.parts, down_name, down_name, layer=maker))
+            if not gate_up.shape.together:  # else the rows of up have no name of their own
+                maker, down_name = gate_up.shape.parts[1], f"{name}.mlp.down_proj"
+                groups.append(_ScaleGroup(down.shape.parts, down_name, down_name, layer=maker))
         return [group for group in groups if self._foldable(group, layers)]
 
     def _foldable(self, group: _ScaleGroup, layers: Mapping[str, SourceLayer]) -> bool:
@@ -357,7 +361,7 @@ class _Block:
         if not all(_is_integer(layers[name].target, layers[name]) for name in group.names):
             return False
         norm = None if group.norm is None else self.owner.modules[group.norm.removesuffix(".weight")]
-        return norm is None or (isinstance(norm, RMSNorm) and group.norm in self.params)
+        return norm is None or (type(norm) in (RMSNorm, GemmaRMSNorm) and group.norm in self.params)
 
     def fold(self, group: _ScaleGroup, scales: Tensor) -> dict[str, Tensor]:
         """Divide the input by `scales` [I] at its source and multiply the layers' weights; the changed tensors.
@@ -368,12 +372,16 @@ class _Block:
         if group.norm is not None:
             norm = self.params[group.norm]
             (info,) = (tensor for tensor in self.step.copied if tensor.name == group.norm)
-            stored = (norm / scales).to(info.dtype)
-            divided = stored.float()
+            module = self.owner.modules[group.norm.removesuffix(".weight")]
+            added = (
+                1.0 if isinstance(module, GemmaRMSNorm) else 0.0
+            )  # to the stored weight, once it is loaded
+            stored = (norm / scales - added).to(info.dtype)
+            divided = stored.float() + added
             usable = (divided != 0) & torch.isfinite(divided) & (norm != 0)
             scales = torch.where(usable, norm / divided, 1.0)
-            stored = torch.where(usable, stored, norm.to(info.dtype))
-            norm.copy_(stored)
+            stored = torch.where(usable, stored, (norm - added).to(info.dtype))
+            norm.copy_(stored.float() + added)
             changed[group.norm] = stored
         else:
             assert group.layer is not None
@@ -391,6 +399,8 @@ class _Block:
 def _views(module: WeightedLayer) -> dict[str, Tensor]:
     """The weight of each part, by the names under which rules know them."""
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if module.shape.together:
+        return {module.shape.parts[0]: weight.data}
     names = [module.prefix] if module.kind == "lm_head" else list(module.shape.parts)
     sizes = [span.size for span in module.shape.outputs]
     return dict(zip(names, weight.data.split(sizes), strict=True))

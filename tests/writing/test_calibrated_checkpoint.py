@@ -96,6 +96,23 @@ def test_scales_are_folded_so_that_eight_bits_still_compute_the_same(model, tmp_
     assert divergence(tmp_path / "out", model) < 2e-3
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_scales_are_folded_into_every_kind_of_norm(family, tmp_path):
+    """Norms that multiply by 1 + w and stand elsewhere; q, k and v in one tensor."""
+    there = write_checkpoint(tmp_path / "in", family, "none", vocab_size=4096)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped_model() / file, there.folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    calibration = {"calibrate": tmp_path / "text.txt", "algorithm": "awq", **OPTIONS}
+    pymllm.quantize_checkpoint(
+        there.folder, tmp_path / "out", {"**.layers.**": "int8:group_size=32"}, **calibration
+    )
+    after = load_tensors(tmp_path / "out")
+    norms = [name for name in there.tensors if "layernorm" in name and ".layers.0." in name]
+    assert sum(not torch.equal(after[name], there.tensors[name]) for name in norms) == 2
+    assert divergence(tmp_path / "out", there) < 2e-3
+
+
 def test_scales_are_folded_only_where_all_that_changes_is_quantised(model, tmp_path):
     calibration = {"calibrate": model.folder / "text.txt", "algorithm": "awq", **OPTIONS}
     rules = {"**.q_proj": "int4:group_size=64", "**.down_proj": "int4:group_size=64"}
