@@ -12,27 +12,31 @@ get no gradients, and some kernels pass none to their inputs.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pymllm.config import Execution, parse_dtype
 from pymllm.errors import ConfigError, RuleError
-from pymllm.kernels.canonical import DenseWeight
-from pymllm.kernels.registry import Operation, kernels_for
-from pymllm.layers.linear import WeightedLayer
-from pymllm.parallel import Parallel
-from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, get_quantization_config
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
+from pymllm.kernels.registry import Operation
+from pymllm.module_calibration import portions, read_calibration, record
+from pymllm.module_layers import QuantizedEmbedding, QuantizedLayer, QuantizedLinear, moved
+from pymllm.quantization.base import ConvertedLinearMethod, get_quantization_config
 from pymllm.quantization.binding import BoundWeight, bind, bind_shared
+from pymllm.quantization.calibration import (
+    InputStatistics,
+    needs_inputs,
+    quantize_calibrated,
+    without_static,
+)
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
 from pymllm.weights.spec import FLOATS, LinearShape, Span
 
-PACKED = "packed_"  # of buffers: packed_codes, packed_scales, ...
-FORMAT = "format"  # the buffer that says what the others are
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -41,7 +45,7 @@ class QuantizedModule:
     """One module that was replaced, by its path.
 
     kind: linear or embedding.  numerics: of the kernel, as in a plan.  bytes: of the weight alone.
-    tied_to: the module whose packed tensors this one shares.
+    tied_to: the module whose packed tensors this one shares.  calibration_rows: how many inputs it was rounded by.
     """
 
     prefix: str
@@ -53,16 +57,28 @@ class QuantizedModule:
     bytes_before: int
     bytes_after: int
     tied_to: str | None = None
+    calibration_rows: int = 0
 
 
 def quantize_model(
-    module: M, rules: RuleSource, *, dtype: str | torch.dtype | None = None, compute: str = "auto"
+    module: M,
+    rules: RuleSource,
+    calibration: Iterable[Any] | None = None,
+    *,
+    algorithm: str = "gptq",
+    act_order: bool = False,
+    dtype: str | torch.dtype | None = None,
+    compute: str = "auto",
 ) -> M:
     """Replace the submodules that `rules` name by quantised ones, in place, and return `module`.
 
     rules: as for `load_model`, over module paths ("bert.encoder.layer.*.attention.**=int4:group_size=64"); the first
     match wins, and "=none" leaves a module alone. What they can name: nn.Linear and nn.Embedding (subclasses too,
     unless they have a forward of their own) and transformers' Conv1D.
+    calibration: inputs to run the module on (each a tensor, a tuple of arguments, or a mapping of keyword arguments).
+    Integer weights are then rounded by what reaches them, and activations=static finds its scales.
+    algorithm: "gptq" (act_order: the inputs that matter most are rounded first), or "clip" (AWQ's search of ranges; its
+    input scales have no place in any module's forward to be folded into).
     dtype: of the arithmetic; None: each weight's own. Inputs are cast to it and outputs back to the inputs' dtype.
     compute: as for `load_model`.
 
@@ -77,11 +93,16 @@ def quantize_model(
         raise ConfigError(
             "unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute
         )
+    inputs = None if calibration is None else read_calibration(calibration, algorithm, act_order)
     jobs = _jobs(module, RuledConfig(get_quantization_config("none").from_config({}), read_rules(rules)))
     executions = {job.name: _execution(job, dtype, compute) for job in jobs}
+    sizes: dict[str, int] = {}
     for job in jobs:
         job.method.target.check(job.shape)
-        bind(job.method.planned(job.shape), executions[job.name], job.operation)
+        planned = job.planned(calibrated=inputs is not None)
+        bind(planned, executions[job.name], job.operation)
+        wants_gram = isinstance(planned, IntWeight) and planned.offsets is None and job.operation == "linear"
+        sizes[job.name] = job.shape.in_features if wants_gram else 0
     # What modules with one weight and one method have in common: they share the packed weight.
     keys = {job.name: (_identity(job.module), job.method, executions[job.name]) for job in jobs}
     shared: dict[Any, QuantizedLayer] = {}
@@ -91,16 +112,37 @@ def quantize_model(
         for name, child in module.named_modules(remove_duplicate=False)
         if _matrix_kind(child) is None
     }
-    for job in _drain(jobs):  # each module's floats are freed before the next one's are packed
-        other = shared.get(keys[job.name])
-        layer = job.replacement(executions[job.name], None if other is None else other.bound)
-        shared.setdefault(keys[job.name], layer)
-        shares = other is not None and _same_tensors(layer.bound, other.bound)
-        report.append(job.report(layer, other.prefix if shares and other is not None else None))
-        for name in job.names:
-            parent, _, attribute = name.rpartition(".")
-            setattr(owners[parent], attribute, layer)
-        del job
+    by_name = {job.name: job for job in jobs}
+    for run in portions(sizes) if inputs is not None else [list(sizes)]:
+        seen: dict[str, InputStatistics] = {}
+        if inputs is not None:
+            linear = {name: by_name[name].module for name in run if by_name[name].operation == "linear"}
+            seen = record(module, linear, sizes, inputs)
+            linear.clear()
+        portion = [by_name.pop(name) for name in run]
+        jobs = [job for job in jobs if job.name in by_name]
+        for job in _drain(portion):  # each module's floats are freed before the next one's are packed
+            other = shared.get(keys[job.name])
+            rounding = None
+            if inputs is not None and job.operation == "linear":
+                rounding = functools.partial(
+                    quantize_calibrated,
+                    job.method.target,
+                    shape=job.shape,
+                    statistics=seen.pop(job.name),
+                    algorithm=algorithm,
+                    act_order=act_order,
+                )
+            layer = job.replacement(executions[job.name], None if other is None else other.bound, rounding)
+            shared.setdefault(keys[job.name], layer)
+            shares = other is not None and _same_tensors(layer.bound, other.bound)
+            row = job.report(layer, other.prefix if shares and other is not None else None)
+            seen_rows = 0 if rounding is None else rounding.keywords["statistics"].rows
+            report.append(replace(row, calibration_rows=seen_rows))
+            for name in job.names:
+                parent, _, attribute = name.rpartition(".")
+                setattr(owners[parent], attribute, layer)
+            del job, rounding
     module.quantization = [*getattr(module, "quantization", []), *report]  # type: ignore[assignment]
     return module
 
@@ -152,14 +194,32 @@ class _Job:
         assert isinstance(dtype, torch.dtype)
         return LinearShape(Span.full(in_features), (Span.full(out_features),), (self.name,), dtype)
 
-    def replacement(self, execution: Execution, shared: BoundWeight | None) -> QuantizedLayer:
-        """shared: the same weight, packed for another module of the same method."""
+    def planned(self, *, calibrated: bool) -> CanonicalWeight:
+        """The weight that there will be, without data."""
+        target = without_static(self.method.target) if calibrated else self.method.target
+        planned = replace(self.method, target=target).planned(self.shape)
+        if calibrated and needs_inputs(self.method.target) and self.operation == "linear":
+            assert isinstance(planned, (IntWeight, Fp8Weight))
+            return replace(planned, activations="static", input_scales=torch.empty(1, device="meta"))
+        return planned
+
+    def replacement(
+        self,
+        execution: Execution,
+        shared: BoundWeight | None,
+        rounding: Callable[[Tensor], CanonicalWeight] | None,
+    ) -> QuantizedLayer:
+        """shared: the same weight, packed for another module of the same method.  rounding: by calibration inputs."""
         with torch.no_grad():
             if shared is not None:
                 bound = bind_shared(shared, execution, self.operation)
             else:
-                weight = DenseWeight(_matrix(self.module).detach())
-                bound = bind(self.method.convert(weight, self.shape), execution, self.operation)
+                floats = _matrix(self.module).detach()
+                if rounding is None:
+                    made = self.method.convert(DenseWeight(floats), self.shape)
+                else:
+                    made = moved(rounding(floats.to("cpu", torch.float32).contiguous()), floats.device)
+                bound = bind(made, execution, self.operation)
         kind = QuantizedEmbedding if self.operation == "embedding" else QuantizedLinear
         layer = kind(self.name, self.shape, self.method.target, execution, bound)
         layer.register_parameter("bias", getattr(self.module, "bias", None))
@@ -265,191 +325,3 @@ def _check_replaceable(module: nn.Module, name: str) -> None:
             if name
             else "Wrap it in another module, nn.Sequential say.",
         )
-
-
-class QuantizedLayer(WeightedLayer):
-    """A packed weight in the place of a module's own.  Its buffers are the packed tensors, and say what they are."""
-
-    bound: BoundWeight
-    operation: ClassVar[str] = "linear"
-
-    def __init__(
-        self,
-        prefix: str,
-        shape: LinearShape,
-        method: LinearMethodBase,
-        execution: Execution,
-        bound: BoundWeight,
-    ) -> None:
-        with execution, Parallel():
-            super().__init__(prefix, shape.dtype)
-        self.shape, self.quant_method = shape, method
-        self.in_features, self.out_features = shape.in_features, shape.out_features
-        self._hold(bound, execution)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as floats, decoded anew each time: for code that reads a module's weight besides calling it."""
-        return self.bound.canonical().dequantize(self.bound.problem.dtype)
-
-    def extra_repr(self) -> str:
-        kernel = self.bound.selection.kernel.name
-        return f"{self.out_features} x {self.in_features}, {self.quant_method.describe()} -> {kernel}"
-
-    def _hold(self, bound: BoundWeight, execution: Execution) -> None:
-        self.bound, self.execution = bound, execution
-        for name in list(self._buffers):
-            delattr(self, name)
-        for name, tensor in self._held().items():
-            self.register_buffer(PACKED + name, tensor)
-
-    def _held(self) -> dict[str, Tensor]:
-        """What a state dict holds of the weight."""
-        bound = self.bound
-        order = {} if bound.input_order is None else {"input_order": bound.input_order}
-        device = next(iter(bound.packed.values())).device
-        return {**bound.packed, **order, FORMAT: _as_bytes(_format_of(bound)).to(device)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """`to`, `half`, `cuda`...: packed tensors are never cast or moved as they are, but packed again."""
-        buffers = dict(self._buffers)
-        self._buffers.clear()
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(buffers)
-        bound = self.bound
-        first = next(iter(bound.packed.values()))
-        like = fn(torch.empty(0, dtype=bound.problem.dtype, device=first.device))
-        if (like.device, like.dtype) != (first.device, bound.problem.dtype):
-            dtype = like.dtype if like.dtype in FLOATS else bound.problem.dtype
-            assert self.execution is not None
-            execution = replace(self.execution, device=like.device.type, dtype=dtype)
-            weight = bound.canonical()
-            moved = {name: tensor.to(like.device) for name, tensor in weight.tensors().items()}
-            order = getattr(weight, "input_order", None)
-            if order is not None:
-                moved["input_order"] = order.to(like.device)
-            self._hold(bind(replace(weight, **moved), execution, self._operation()), execution)  # type: ignore[arg-type]
-        return self
-
-    def _operation(self) -> Operation:
-        return "embedding" if self.operation == "embedding" else "linear"
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        start = prefix + PACKED
-        saved = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-        if saved:
-            try:
-                bound = self._read(saved)
-            except ConfigError as error:
-                error_msgs.append(str(error))
-                return
-            assert self.execution is not None
-            self._hold(bound, self.execution)
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(start)}
-            state_dict |= {start + name: tensor for name, tensor in self._held().items()}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _read(self, saved: dict[str, Tensor]) -> BoundWeight:
-        """This layer's weight as another one saved it, packed for the kernel here.  ConfigError if unlike."""
-        bound, mine = self.bound, _format_of(self.bound)
-        try:
-            theirs = json.loads(bytes(saved.pop(FORMAT).cpu().tolist()))
-        except (KeyError, ValueError):
-            raise self._unlike(
-                "the state dict does not say what its packed tensors are", mine, "nothing"
-            ) from None
-        for setting in ("weight", "shape"):
-            if theirs.get(setting) != mine[setting]:
-                raise self._unlike(f"another {setting} was saved", mine[setting], theirs.get(setting))
-        kernels = {kernel.name: kernel for kernel in kernels_for(self._operation())}
-        kernel = kernels.get(theirs["kernel"])
-        if kernel is None:
-            raise self._unlike(
-                "it was packed for a kernel that is not known here", list(kernels), theirs["kernel"]
-            )
-        device = next(iter(bound.packed.values())).device
-        saved = {name: tensor.detach().to(device, copy=True) for name, tensor in saved.items()}
-        order = saved.pop("input_order", None)
-        dtype = getattr(torch, theirs["dtype"])
-        if kernel.name == bound.selection.kernel.name and dtype is bound.problem.dtype:
-            expected = {name: (t.shape, t.dtype) for name, t in bound.packed.items()}
-            found = {name: (t.shape, t.dtype) for name, t in saved.items()}
-            if expected != found:
-                raise self._unlike("its packed tensors are of other shapes", expected, found)
-            return replace(bound, packed=saved, input_order=order)
-        weight = kernel.unpack(saved, replace(bound.problem, dtype=dtype))
-        if order is not None:
-            weight = replace(weight, input_order=order)
-        assert self.execution is not None
-        return bind(weight, self.execution, self._operation())
-
-    def _unlike(self, problem: str, expected: Any, found: Any) -> ConfigError:
-        return ConfigError(
-            problem, code="state-dict", tensor=self.prefix, expected=str(expected), found=str(found)
-        )
-
-
-class QuantizedLinear(QuantizedLayer):
-    """nn.Linear's forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [*, I], any float dtype.  Returns [*, O] in the same dtype."""
-        inputs = x.to(self.bound.problem.dtype)
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        y = self.quant_method.apply(self, inputs, bias)
-        return (self.add_lora(inputs, y) if self.adapters else y).to(x.dtype)
-
-
-class QuantizedEmbedding(QuantizedLayer):
-    """nn.Embedding's forward."""
-
-    kind: ClassVar[str] = "embedding"
-    operation: ClassVar[str] = "embedding"
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.out_features
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.in_features
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape.  Returns [*ids.shape, H]."""
-        rows = self.quant_method.embed(self, ids)
-        return self.add_lora_rows(ids, rows) if self.adapters else rows
-
-
-def _format_of(bound: BoundWeight) -> dict[str, Any]:
-    """What a state dict must say of packed tensors for another kernel to read them."""
-    return {
-        "weight": str(bound.problem.weight),
-        "shape": [bound.problem.out_features, bound.problem.in_features],
-        "kernel": bound.selection.kernel.name,
-        "dtype": str(bound.problem.dtype).removeprefix("torch."),
-    }
-
-
-def _as_bytes(value: dict[str, Any]) -> Tensor:
-    """As a tensor, since safetensors holds nothing else."""
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def quantized_layers(module: nn.Module) -> Iterator[QuantizedLayer]:
-    """The layers that `quantize_model` put into `module`."""
-    for child in module.modules():
-        if isinstance(child, QuantizedLayer):
-            yield child

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pymllm
 from pymllm.errors import ConfigError, RuleError
 from pymllm.kernels import registry
-from pymllm.module_quantization import QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_layers
+from pymllm.module_layers import QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_layers
 from pymllm.quantization import binding
 
 from .checkpoints import random_model, relative_error
@@ -274,3 +274,86 @@ def test_what_cannot_be_replaced_is_refused_before_anything_changes():
     assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
     with pytest.raises(ConfigError, match=r"nn\.Sequential"):
         pymllm.quantize_model(nn.Linear(64, 64), {"**": FP8})
+
+
+# With calibration inputs
+
+
+def relative_change(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def batches(count: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 104, (2, 17), generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("algorithm", "act_order"), [("gptq", False), ("gptq", True), ("clip", False)])
+def test_calibration_brings_outputs_nearer_to_the_floats(family, algorithm, act_order):
+    rules = {LAYERS[family]: "int4:group_size=64"}
+    plain, calibrated = FAMILIES[family](), FAMILIES[family]()
+    expected = outputs(plain)
+    pymllm.quantize_model(plain, rules)
+    pymllm.quantize_model(calibrated, rules, [*batches(), IDS], algorithm=algorithm, act_order=act_order)
+    assert all(row.calibration_rows == 7 * 34 for row in calibrated.quantization)
+    limit = 0.8 if algorithm == "gptq" else 0.99
+    assert relative_change(outputs(calibrated), expected) < limit * relative_change(outputs(plain), expected)
+    assert cosine(outputs(calibrated), expected) >= 0.99
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping"])
+def test_inputs_may_be_tensors_arguments_or_keywords(kind):
+    shaped = {"tensor": IDS, "tuple": (IDS,), "mapping": {"input_ids": IDS, "use_cache": False}}
+    model = neox().train()
+    pymllm.quantize_model(model, {"**.dense": "int8:activations=static"}, [shaped[kind]])
+    assert model.training and model.gpt_neox.layers[0].training
+    peaks = {}
+    other = neox()
+    for name, module in other.named_modules():
+        if name.endswith(".dense"):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: peaks.__setitem__(name, float(args[0].abs().max()))
+            )
+    outputs(other)
+    for layer in quantized_layers(model):
+        scales = layer.bound.canonical().input_scales
+        assert scales.tolist() == pytest.approx([peaks[layer.prefix] / 127.5], rel=1e-5)
+
+
+def test_static_activations_round_as_their_scales_say():
+    model, expected = neox(), outputs(neox())
+    pymllm.quantize_model(model, {LAYERS["neox"]: "fp8:activations=static"}, batches(), compute="checkpoint")
+    assert 0.998 < cosine(outputs(model), expected) < 1 - 1e-7
+    again = neox()
+    with pytest.raises(ConfigError, match="example inputs"):
+        pymllm.quantize_model(again, {LAYERS["neox"]: "fp8:activations=static"})
+    assert not any(isinstance(module, QuantizedLayer) for module in again.modules())
+
+
+def test_layers_go_in_portions_where_their_statistics_would_not_fit(monkeypatch):
+    from pymllm import module_calibration
+
+    rules = {LAYERS["bert"]: "int4:group_size=64"}
+    whole, portioned = bert(), bert()
+    pymllm.quantize_model(whole, rules, batches())
+    monkeypatch.setattr(module_calibration, "MOST_BYTES", 5 * 4 * 128 * 128)
+    pymllm.quantize_model(portioned, rules, batches())
+    assert [row.prefix for row in portioned.quantization] == [row.prefix for row in whole.quantization]
+    # Later portions see what the earlier ones have become, so the weights differ; the quality does not.
+    expected = outputs(bert())
+    assert relative_change(outputs(portioned), expected) < 1.1 * relative_change(outputs(whole), expected)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "options", "needle"),
+    [
+        ([], {}, "no calibration inputs"),
+        (IDS, {}, "an iterable of inputs"),
+        ([IDS], {"algorithm": "awq"}, "gptq or clip"),
+        ([IDS], {"algorithm": "clip", "act_order": True}, "act order"),
+    ],
+)
+def test_calibration_that_cannot_be_used_is_refused(calibration, options, needle):
+    with pytest.raises(ConfigError, match=needle):
+        pymllm.quantize_model(neox(), {LAYERS["neox"]: "int4:group_size=64"}, calibration, **options)
