@@ -24,6 +24,7 @@ from pymllm.layers.layernorm import GemmaRMSNorm, RMSNorm
 from pymllm.layers.linear import WeightedLayer
 from pymllm.layers.mlp import GatedMLP
 from pymllm.models.causal_lm import DecoderLayer
+from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel
 from pymllm.preparation import Prepared, build_on_meta
 from pymllm.quantization.awq_search import search_scales
@@ -36,6 +37,7 @@ from pymllm.quantization.calibration import (
 )
 from pymllm.quantization.rules import RuledConfig
 from pymllm.writing.encoding import encode, fitted
+from pymllm.writing.float_experts import FloatExperts
 from pymllm.writing.layers import SourceLayer, Step
 
 ALGORITHMS = ("awq", "gptq")
@@ -125,6 +127,7 @@ class CalibratedModel:
             for unit in self.prepared.units
             if unit.name == step.name or unit.name.startswith(step.name + ".")
         ]
+        experts: dict[str, FloatExperts] = {}
         meta: list[tuple[nn.Module, str, nn.Parameter]] = []
         weights: dict[str, Tensor] = {}
         params: dict[str, Tensor] = {}
@@ -132,6 +135,10 @@ class CalibratedModel:
         try:
             for unit in units:
                 module = self.modules[unit.name]
+                if isinstance(module, Experts):
+                    experts[unit.name] = FloatExperts(module)
+                    weights |= experts[unit.name].weights
+                    continue
                 for name, param in list(module._parameters.items()):
                     if param is not None:
                         meta.append((module, name, param))
@@ -150,8 +157,10 @@ class CalibratedModel:
             for layer in step.layers:
                 if layer.name in weights:
                     weights[layer.name].copy_(layer.decode(read[layer.name]))
-            yield _Block(self, step, weights, params)
+            yield _Block(self, step, weights, params, experts)
         finally:
+            for made in experts.values():
+                made.close()
             for module, name, param in meta:
                 module.register_parameter(name, param)
 
@@ -163,11 +172,11 @@ class CalibratedModel:
             for group in block.scale_groups(layers):
                 changed |= self._fold(group, layers, block)
         for module_name, names in block.in_order(layers):
-            inputs = None
+            inputs: Mapping[str, Tensor | None] = {}
             if any(layers[name].target is not None for name in names):
-                inputs = block.inputs_of(module_name)
+                inputs = block.inputs_by_layer(module_name, names)
             for name in names:
-                yield self._quantised(layers[name], block.weights.get(name), inputs, read[name])
+                yield self._quantised(layers[name], block.weights.get(name), inputs.get(name), read[name])
 
     def _quantised(
         self, layer: SourceLayer, floats: Tensor | None, inputs: Tensor | None, stored: CanonicalWeight
@@ -262,9 +271,15 @@ class _Block:
     """A step with its weights.  weights: [O, I] float32 views by layer name; params: of the other tensors."""
 
     def __init__(
-        self, owner: CalibratedModel, step: Step, weights: Mapping[str, Tensor], params: Mapping[str, Tensor]
+        self,
+        owner: CalibratedModel,
+        step: Step,
+        weights: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
+        experts: Mapping[str, FloatExperts],
     ) -> None:
         self.owner, self.step, self.weights, self.params = owner, step, weights, params
+        self.experts = experts
         self.module = owner.modules[step.name]
 
     def run(self) -> Tensor:
@@ -305,6 +320,16 @@ class _Block:
         call = self.calls_of([name]).get(name)
         return None if call is None else call[0].flatten(0, -2).clone()
 
+    def inputs_by_layer(self, module: str, names: Sequence[str]) -> dict[str, Tensor | None]:
+        """The inputs of a module's layers: the same for all, but for experts, which see what is routed to them."""
+        if module not in self.experts:
+            return dict.fromkeys(names, self.inputs_of(module))
+        experts = self.experts[module]
+        experts.seen = {}
+        self.run()
+        seen, experts.seen = experts.seen, None
+        return {name: seen.get(name) for name in names}
+
     def runner_of(self, name: str) -> Callable[[], Tensor]:
         """Call a module again and again as the step calls it."""
         args = self.calls_of([name])[name]
@@ -322,14 +347,18 @@ class _Block:
     def in_order(self, layers: Mapping[str, SourceLayer]) -> list[tuple[str, list[str]]]:
         """The modules of the layers, in the order in which they run, each with its layers."""
         found: dict[str, list[str]] = {}
+        rounds: list[tuple[str, list[str]]] = []  # of experts: gate and up of all of them, then down
         for name, module in self.owner.modules.items():
+            if name in self.experts:
+                rounds += [(name, part) for part in self.experts[name].rounds]
             if isinstance(module, WeightedLayer):
                 parts = [p for p in (*module.shape.parts, module.prefix) if p in layers]
                 if parts and (name == self.step.name or name.startswith(f"{self.step.name}.")):
                     found[name] = list(dict.fromkeys(parts))
-        reached = {name for names in found.values() for name in names}
-        rest = [name for name in layers if name not in reached]
-        return [*found.items(), *((name, [name]) for name in rest)]
+        # Experts come last: shared ones, and those of other groups, read the same input and do not depend on them.
+        ordered = [*found.items(), *rounds]
+        assert {name for _, names in ordered for name in names} == set(layers)
+        return ordered
 
     def scale_groups(self, layers: Mapping[str, SourceLayer]) -> list[_ScaleGroup]:
         """Where scales can be folded exactly: behind a norm that only these layers read, and between up and down."""
@@ -348,7 +377,7 @@ class _Block:
             gate_up, down = module.mlp.gate_up_proj, module.mlp.down_proj
             reader = f"{name}.mlp.gate_up_proj"
             groups.append(_ScaleGroup(gate_up.shape.parts, reader, f"{name}.mlp", norm=norm))
-            if not gate_up.shape.together:  # else the rows of up have no name of their own
+            if len(gate_up.shape.parts) == 2:  # else the rows of up have no name of their own
                 maker, down_name = gate_up.shape.parts[1], f"{name}.mlp.down_proj"
                 groups.append(_ScaleGroup(down.shape.parts, down_name, down_name, layer=maker))
         return [group for group in groups if self._foldable(group, layers)]
@@ -399,7 +428,7 @@ class _Block:
 def _views(module: WeightedLayer) -> dict[str, Tensor]:
     """The weight of each part, by the names under which rules know them."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if module.shape.together:
+    if len(module.shape.parts) == 1 and module.kind == "linear":
         return {module.shape.parts[0]: weight.data}
     names = [module.prefix] if module.kind == "lm_head" else list(module.shape.parts)
     sizes = [span.size for span in module.shape.outputs]

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.loading import read_stored
+from pymllm.moe.experts import Experts
 from pymllm.preparation import Placement, Prepared, layer_parts
-from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
+from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
 from pymllm.quantization.rules import Rule
 from pymllm.weights.checkpoint import TensorInfo
 from pymllm.weights.spec import LinearShape
@@ -91,14 +92,19 @@ def steps_of(prepared: Prepared) -> list[Step]:
     layers: dict[str, list[SourceLayer]] = {}
     copied: dict[str, dict[str, TensorInfo]] = {}
     used: set[str] = set()
+    found: list[SourceLayer]
     for unit in prepared.units:
         step = _step_name(unit.name)
         layers.setdefault(step, [])
         copied.setdefault(step, {})
         if isinstance(unit.module, WeightedLayer):
-            for layer in _parts(unit.module, unit.placements, prepared):
-                layers[step].append(layer)
-                used |= {placement.tensor.name for placement in layer.placements}
+            found = list(_parts(unit.module, unit.placements, prepared))
+        elif isinstance(unit.module, Experts):
+            found = list(_experts(unit.module, unit.placements, prepared))
+        else:
+            found = []
+        layers[step] += found
+        used |= {placement.tensor.name for layer in found for placement in layer.placements}
         for placement in unit.placements:
             if placement.tensor.name not in used:
                 copied[step][placement.tensor.name] = placement.tensor
@@ -107,6 +113,30 @@ def steps_of(prepared: Prepared) -> list[Step]:
         for name, of in layers.items()
         for rest in (copied[name].values(),)
     ]
+
+
+def _experts(module: Experts, placements: tuple[Placement, ...], prepared: Prepared) -> Iterator[SourceLayer]:
+    """Every expert's layers.  Floats of all experts in one tensor are no layer: they are copied as they are.
+
+    ConfigError where such a tensor would have to be quantised, or written in another format.
+    """
+    for name, method, shape in module.parts_held():
+        source = method.source_method()
+        target = method.target if isinstance(method, ConvertedLinearMethod) else None
+        if module.layout.stacked:
+            if target is None and isinstance(source, UnquantizedLinearMethod):
+                continue
+            raise ConfigError(
+                "all experts lie in one tensor, which no spelling has a quantised form of",
+                code="spelling",
+                tensor=name,
+                expected="experts with tensors of their own, as experts.0.up_proj",
+                found=f"{source.describe()}, to be {target.describe() if target else 'kept'}",
+                fix=f"Leave it as it is ({name}=none is for floats), or load it with rules instead.",
+            )
+        own = tuple(p for p in placements if p.slot.prefix == name and p.slot.spec.name != "bias")
+        rule = prepared.quant.decisions[name].rule
+        yield SourceLayer(name, "linear", replace(shape, parts=(name,)), source, target, rule, own)
 
 
 def _step_name(unit: str) -> str:

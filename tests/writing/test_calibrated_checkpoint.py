@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from pymllm.api import shipped_model
 from pymllm.errors import ConfigError
 from pymllm.writing import output
 
-from ..checkpoints import load_tensors, write_checkpoint
+from ..checkpoints import (
+    SIZES,
+    TinyCheckpoint,
+    load_tensors,
+    random_model,
+    save_tensors,
+    write_checkpoint,
+)
 from ..forward import logits_of
 
 
@@ -37,8 +45,6 @@ def model(tmp_path_factory):
         if name.endswith("layernorm.weight"):
             tensors[name][::13] *= 8
             state[name].copy_(tensors[name])
-    from ..checkpoints import save_tensors
-
     save_tensors(folder, tensors)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(shipped_model() / file, folder)
@@ -111,6 +117,59 @@ def test_scales_are_folded_into_every_kind_of_norm(family, tmp_path):
     norms = [name for name in there.tensors if "layernorm" in name and ".layers.0." in name]
     assert sum(not torch.equal(after[name], there.tensors[name]) for name in norms) == 2
     assert divergence(tmp_path / "out", there) < 2e-3
+
+
+def test_experts_are_calibrated_on_what_is_routed_to_them(tmp_path):
+    there = write_moe(tmp_path / "in")
+    (tmp_path / "text.txt").write_text(TEXT)
+    rules = {"**.experts.*.*": "int4:group_size=32", "**.self_attn.**": "int8:group_size=32"}
+    errors = []
+    for name, options in (
+        ("plain", {}),
+        ("gptq", {"calibrate": tmp_path / "text.txt", **OPTIONS}),
+    ):
+        written = pymllm.quantize_checkpoint(there.folder, tmp_path / name, rules, **options)
+        assert sum(".experts." in layer.prefix for layer in written.layers) == 2 * 4 * 3
+        assert not written.notes
+        errors.append(divergence(tmp_path / name, there))
+    assert errors[1] < 0.8 * errors[0]
+    settings = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert [f"model.layers.{i}.mlp.gate" for i in range(2)] == settings["ignore"][:2]
+
+
+def write_moe(folder: Path) -> TinyCheckpoint:
+    """A tiny Qwen3-MoE, each expert with tensors of its own, and the shipped model's tokenizer."""
+    sizes = {
+        **SIZES,
+        "vocab_size": 4096,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": False,
+    }
+    config = transformers.Qwen3MoeConfig(**sizes, attn_implementation="eager")
+    model = random_model(config)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        prefix, stacked, _ = name.partition("experts.")
+        if stacked and name.endswith("gate_up_proj"):
+            for expert, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                tensors[f"{prefix}experts.{expert}.gate_proj.weight"] = gate
+                tensors[f"{prefix}experts.{expert}.up_proj.weight"] = up
+        elif stacked and name.endswith("down_proj"):
+            for expert, down in enumerate(tensor):
+                tensors[f"{prefix}experts.{expert}.down_proj.weight"] = down
+        else:
+            tensors[name] = tensor
+    folder.mkdir()
+    raw = json.loads(config.to_json_string()) | {"dtype": "float32", "architectures": ["Qwen3MoeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_tensors(folder, tensors)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped_model() / file, folder)
+    return TinyCheckpoint(folder, model, ())
 
 
 def test_scales_are_folded_only_where_all_that_changes_is_quantised(model, tmp_path):

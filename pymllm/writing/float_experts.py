@@ -1,0 +1,56 @@
+"""The experts of a layer in plain float32, one after the other: what runs while they are calibrated."""
+
+# T tokens, K experts a token, H hidden size, I intermediate size of one expert
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import ConfigError
+from pymllm.moe.experts import Experts
+
+
+class FloatExperts:
+    """Takes the place of an `Experts` module's forward until it is closed.
+
+    weights: [O, I] zeros by the checkpoint's names, to be filled.  rounds: names, in the order in which they run.
+    seen: a dict to have each layer's inputs recorded, or None.
+    """
+
+    def __init__(self, module: Experts) -> None:
+        if module.layout.stacked:
+            raise ConfigError(
+                "calibration through experts that lie in one tensor is not supported",
+                code="calibration",
+                tensor=module.prefix,
+                fix="Quantise without --calibrate.",
+            )
+        self.module = module
+        self.weights: dict[str, Tensor] = {}
+        for name, _, shape in module.parts_held():
+            self.weights[name] = torch.zeros(shape.out_features, shape.in_features)
+        parts = module.layout.parts()
+        gate_up, (down,) = parts["gate_up"], parts["down"]
+        self.names = {e: ([part.format(e) for part in gate_up], down.format(e)) for e in module.ids}
+        first = [name for names, _ in self.names.values() for name in names]
+        self.rounds = [first, [last for _, last in self.names.values()]]
+        self.seen: dict[str, Tensor] | None = None
+        module.forward = self.forward  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        del self.module.forward
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        y = torch.zeros_like(x)
+        for expert, (gate_up, down) in self.names.items():
+            rows, place = (topk_ids == expert).nonzero(as_tuple=True)
+            if not rows.numel():
+                continue
+            mine = x[rows]
+            hidden = self.module.activation(torch.cat([mine @ self.weights[n].t() for n in gate_up], dim=-1))
+            if self.seen is not None:
+                self.seen |= {**dict.fromkeys(gate_up, mine), down: hidden}
+            y.index_add_(0, rows, (hidden @ self.weights[down].t()) * topk_weights[rows, place].unsqueeze(1))
+        return y
