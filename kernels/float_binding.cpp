@@ -6,6 +6,7 @@
 #include "elementwise.h"
 #include "float_linear.h"
 #include "isa.h"
+#include "tape.h"
 
 namespace nb = nanobind;
 
@@ -59,10 +60,10 @@ void rotate_(std::uintptr_t x, std::uintptr_t y, std::uintptr_t cos, std::uintpt
 
 void register_float(nb::module_ &m) {
   const auto released = nb::call_guard<nb::gil_scoped_release>();
-  m.def("float_linear", &linear, released, "See kernels/float_linear.h.");
-  m.def("rms_norm", &rms_norm_, released, "See kernels/elementwise.h.");
-  m.def("silu_and_mul", &silu_and_mul_, released, "See kernels/elementwise.h.");
-  m.def("rotate", &rotate_, released, "See kernels/elementwise.h.");
+  m.def("float_linear", &Recorded<&linear>::call, released, "See kernels/float_linear.h.");
+  m.def("rms_norm", &Recorded<&rms_norm_>::call, released, "See kernels/elementwise.h.");
+  m.def("silu_and_mul", &Recorded<&silu_and_mul_>::call, released, "See kernels/elementwise.h.");
+  m.def("rotate", &Recorded<&rotate_>::call, released, "See kernels/elementwise.h.");
 }
 
 } // namespace pymllm

@@ -11,6 +11,7 @@
 #include "integer.h"
 #include "integer_experts.h"
 #include "roofline.h"
+#include "tape.h"
 
 namespace nb = nanobind;
 
@@ -116,11 +117,11 @@ void register_integer(nb::module_ &m) {
   m.def("isa_code",
         [](const std::string &name) { return static_cast<int>(name.empty() ? chosen_isa() : isa_named(name)); },
         "The number of a kernel path, of the chosen one for an empty name; ValueError if this CPU cannot run it.");
-  m.def("integer_linear", &linear, released, "See kernels/integer.h.");
+  m.def("integer_linear", &Recorded<&linear>::call, released, "See kernels/integer.h.");
   m.def("integer_pack", &pack, released, "See kernels/integer.h.");
   m.def("integer_unpack", &unpack, released, "See kernels/integer.h.");
-  m.def("integer_gather", &gather, released, "See kernels/integer.h.");
-  m.def("integer_experts", &experts, released, "See kernels/integer_experts.h.");
+  m.def("integer_gather", &Recorded<&gather>::call, released, "See kernels/integer.h.");
+  m.def("integer_experts", &Recorded<&experts>::call, released, "See kernels/integer_experts.h.");
   m.def("roofline_read", &roofline_read, "Seconds to read (address, bytes) once.");
   m.def("roofline_pages", &roofline_pages, "Ask for huge pages, or for none, in untouched memory.");
   m.def("roofline_f32", &roofline::f32_peak, "Operations a second of fused multiply-adds.");

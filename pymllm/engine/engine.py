@@ -41,7 +41,7 @@ class Engine:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
         self.max_length, self.end_tokens = max_length, end_tokens
-        self.runner = Runner(model, device)
+        self.runner = Runner(model, device, max_length)
         self._cache: PagedKVCache | None = None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []

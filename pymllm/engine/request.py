@@ -83,6 +83,10 @@ class Request:
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
 
+    @property
+    def last_token(self) -> int:
+        return self.answer[-1] if self.answer else self.prompt[-1]
+
     def start_step(self) -> list[int]:
         """The tokens that the cache lacks, for the step to come: the prompt, or the last token.
 

@@ -10,22 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
+from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
+from pymllm.engine.tape import NotRepeatable, record
+from pymllm.layers.linear import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.causal_lm import CausalLM
 
 # Of the step that this thread runs: ranks simulated by threads each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
 
+MAX_DECODING = 8  # batch sizes whose tensors and tapes are kept
+RECORDED_STEP = 3  # a batch of the same size has then come twice before
+
 
 class Runner:
     """One model on one device."""
 
-    def __init__(self, model: CausalLM, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: CausalLM, device: torch.device, max_length: int = 0) -> None:
+        self.model, self.device, self.max_length = model, device, max_length
+        self._decoding: dict[
+            tuple[int, int], DecodingBatch
+        ] = {}  # by requests and threads, the last used at the end
+        self._decoding_of: tuple[Any, ...] = ()  # what must be as it was when they were made
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
@@ -46,8 +57,18 @@ class Runner:
 
     @torch.no_grad()
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """Each request's tokens that the cache lacks (its prompt, or its last token).  Returns [R, V] logits."""
+        """Each request's tokens that the cache lacks (its prompt, or its last token).  Returns [R, V] logits.
+
+        They are good until the next step.
+        """
         new = [request.start_step() for request in requests]
+        if self.device.type == "cpu" and all(
+            len(tokens) == 1 and request.adapter is None
+            for tokens, request in zip(new, requests, strict=True)
+        ):
+            logits = self._decode(requests, cache)
+            if logits is not None:
+                return logits
         starts = [request.length - len(tokens) for request, tokens in zip(requests, new, strict=True)]
         positions = [
             p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))
@@ -76,6 +97,53 @@ class Runner:
         flat = [token for tokens in new for token in tokens]
         adapters = [request.adapter for request in requests]
         return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)))
+
+    def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
+        """One token each, from a tape where there is one.  None: this model needs what a tape cannot have."""
+        made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
+        if made_for != self._decoding_of:
+            self._decoding_of = made_for
+            self._decoding.clear()
+        key = (len(requests), torch.get_num_threads())
+        batch = self._decoding.pop(key, None)
+        if batch is None:
+            longest = min(self.max_length, cache.num_pages * cache.page_size)
+            columns = cache.pages_for(longest)
+            batch = DecodingBatch(len(requests), columns, cache.page_size, longest, self.device)
+        self._decoding[key] = batch
+        while len(self._decoding) > MAX_DECODING:
+            del self._decoding[next(iter(self._decoding))]
+        if batch.refused is not None:
+            return None
+        batch.fill(requests)
+        if batch.tape is not None and batch.trusted:
+            return batch.tape.play()
+        batch.steps += 1
+        try:
+            logits = self._forward_decoding(batch)
+            if batch.tape is not None:
+                batch.trusted = True
+                if not torch.equal(batch.tape.play(), logits):
+                    raise NotRepeatable("played back on another step, it gives other logits")
+            elif batch.steps == RECORDED_STEP:
+                if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()):
+                    raise NotRepeatable("modules of the model have hooks")
+                batch.tape = record(lambda: self._forward_decoding(batch), logits)
+        except NotRepeatable as reason:
+            batch.tape, batch.refused = None, str(reason)
+            return None
+        return logits
+
+    def _forward_decoding(self, batch: DecodingBatch) -> Tensor:
+        batch.step.restart()
+        set_fetch_fn_for_attn_metadata(_metadata.get)
+        token = _metadata.set(batch.step)
+        try:
+            logits = self.model.compute_logits(self.model(batch.ids, batch.positions), gather_all=True)
+        finally:
+            _metadata.reset(token)
+        assert logits is not None
+        return logits
 
     def _int32(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)

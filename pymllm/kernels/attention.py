@@ -148,6 +148,7 @@ class AttentionStep:
     prefix_lens: Tensor | None = None
     padded_prefix_lens: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _checked: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_reqs(self) -> int:
@@ -185,6 +186,19 @@ class AttentionStep:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def checked(self, key: Hashable, look: Callable[[], Made]) -> Made:
+        """As `once`, for what looks at the step's own tensors and keeps no number of them but where they are.
+
+        A step that is done again with other numbers in the same tensors (engine/tape.py) does not look again.
+        """
+        if key not in self._checked:
+            self._checked[key] = look()
+        return self._checked[key]
+
+    def restart(self) -> None:
+        """Forget what `once` made."""
+        self._made.clear()
 
     def slots(self, request: int, first: int) -> Tensor:
         """Where the positions from `first` of a request lie in the flattened pages.  Returns [length - first] int64."""

@@ -73,8 +73,8 @@ class NativeAttention:
             keys, values = cache.k, cache.v
             k_stride, v_stride = problem.num_kv_heads * head_dim, problem.num_kv_heads * value_dim
             k_scales, v_scales, scale_stride = _scales(cache)
-            pages = step.once(("native pages", cache.k.shape[:2]), lambda: _pages(step, cache))
-        starts = step.once("native requests", lambda: _requests(step, tokens))
+            pages = step.checked(("native pages", cache.k.shape[:2]), lambda: _pages(step, cache))
+        starts = step.checked("native requests", lambda: _requests(step, tokens))
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
             if sinks.shape != (heads,):
@@ -134,7 +134,7 @@ class NativeKVStore:
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        slots = step.once(("native slots", cache.k.shape[:2]), lambda: _slots(step, cache, k.shape[0]))
+        slots = step.checked(("native slots", cache.k.shape[:2]), lambda: _slots(step, cache, k.shape[0]))
         heads, isa, threads = (
             problem.num_kv_heads,
             isa_code(self.isa or problem.device.isa),

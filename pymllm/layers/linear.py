@@ -44,7 +44,20 @@ __all__ = [
 ]
 
 
-class WeightedLayer(LoRAMixin, nn.Module):
+class RevisedModule(nn.Module):
+    """A module that says when any of its kind has changed: what was recorded of a model (engine/tape.py) is then stale.
+
+    revision: how often an attribute (a packed weight, a method, an adapter) of any of them was set.
+    """
+
+    revision: ClassVar[int] = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        RevisedModule.revision += 1
+        super().__setattr__(name, value)
+
+
+class WeightedLayer(LoRAMixin, RevisedModule):
     """What linear layers, embeddings and heads share: a shape, a share of it, a `quant_method`, and adapters.
 
     kind: "linear", "embedding" or "lm_head", for formats and plans.  operation: which kernels run it.
@@ -413,7 +426,7 @@ class SplitLinearMethod(LinearMethodBase):
         return " | ".join(method.describe() for method in self.methods)
 
 
-class PartHolder(nn.Module):
+class PartHolder(RevisedModule):
     """The weights of one part of a split layer."""
 
     operation = "linear"

@@ -60,14 +60,21 @@ class RotaryEmbedding(nn.Module):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [T].  Returns cosines and sines [T, R/2], float32."""
         # On a GPU the table covers max_position from the start, so that no step waits for a maximum.
-        on_cpu = positions.device.type == "cpu"
-        length = int(positions.max()) + 1 if on_cpu and positions.numel() else 1
+        step, on_cpu = current_attn_metadata(), positions.device.type == "cpu"
+        if on_cpu and step is not None and step.max_seqlen_k:
+            length = step.max_seqlen_k
+        else:
+            length = int(positions.max()) + 1 if on_cpu and positions.numel() else 1
         cos, sin = self._table(length, positions.device)
         return cos[positions], sin[positions]
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [T]; query, key: [T, heads * D] or [T, heads, D].  Returns both rotated, in their shapes."""
-        cos, sin = self.cos_sin(positions)
+        step = current_attn_metadata()  # whose layers all have the same positions
+        if step is None:
+            cos, sin = self.cos_sin(positions)
+        else:
+            cos, sin = step.once((self, id(positions)), lambda: self.cos_sin(positions))
         return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

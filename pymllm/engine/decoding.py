@@ -1,0 +1,65 @@
+"""Steps in which every request brings one token: tensors that stay where they are, and the tape that plays them."""
+
+# R requests
+
+from __future__ import annotations
+
+import torch
+
+from pymllm.engine.request import Request
+from pymllm.engine.tape import RepeatedStep, Tape
+
+
+class DecodingBatch:
+    """The tensors of `size` requests, filled anew for each step.
+
+    columns: pages that a request may have.  max_length: tokens that one may have.
+    tape: None until it is recorded.  trusted: whether the tape has been tried on a second step.
+    refused: why there will be none.  steps: how often the batch was run without one.
+    """
+
+    def __init__(
+        self, size: int, columns: int, page_size: int, max_length: int, device: torch.device
+    ) -> None:
+        self.ids, self.positions, slots = torch.zeros((3, size), dtype=torch.int64, device=device)
+        lengths = torch.zeros(size, dtype=torch.int32, device=device)
+        self.step = RepeatedStep(
+            cu_seqlens_q=torch.arange(size + 1, dtype=torch.int32, device=device),
+            cu_seqlens_k=torch.zeros(size + 1, dtype=torch.int32, device=device),
+            max_seqlen_q=1,
+            max_seqlen_k=max_length,
+            slot_mapping=slots,
+            context_lens=lengths,
+            page_tables=torch.zeros((size, columns), dtype=torch.int32, device=device),
+            page_size=page_size,
+        )
+        self.tape: Tape | None = None
+        self.trusted, self.steps = False, 0
+        self.refused: str | None = None
+        self._rows: list[tuple[Request, int] | None] = [
+            None
+        ] * size  # whose pages each row holds, and how many
+
+    def fill(self, requests: list[Request]) -> None:
+        """Write this step's tokens, positions, slots and pages."""
+        step, size = self.step, self.step.page_size
+        last = [request.length - 1 for request in requests]
+        slots = [r.pages[p // size] * size + p % size for r, p in zip(requests, last, strict=True)]
+        numbers = torch.tensor([[request.last_token for request in requests], last, slots])
+        assert (
+            step.slot_mapping is not None and step.context_lens is not None and step.page_tables is not None
+        )
+        assert step.cu_seqlens_k is not None
+        for tensor, row in zip((self.ids, self.positions, step.slot_mapping), numbers, strict=True):
+            tensor.copy_(row)
+        step.context_lens.copy_(numbers[1] + 1)
+        step.cu_seqlens_k[1:] = step.context_lens.cumsum(0)
+        for row, request in enumerate(requests):
+            held = (request, len(request.pages))
+            if self._rows[row] != held:
+                step.page_tables[row, : held[1]] = torch.tensor(request.pages, dtype=torch.int32)
+                self._rows[row] = held
+
+    def forget(self) -> None:
+        """The model has changed: record again."""
+        self.tape, self.trusted, self.refused, self.steps = None, False, None, 0

@@ -1,0 +1,158 @@
+"""A decoding step recorded once and played again, with other numbers in the same tensors.
+
+While 200 MB of weights stream past, everything else has left the caches, and the Python between two kernels costs as
+much as a small kernel. A tape notes down what a step does: the native calls (`kernels/tape.h`) and torch's operations
+between them, with the addresses of all tensors. Playing it is one native call, and a torch operation where there is
+one. This is to a CPU what a captured graph is to a GPU.
+
+What could not be repeated is never recorded: a step whose work depends on numbers that Python reads from a tensor, on
+lengths that it has as Python integers, or on operations of another kind than torch's own. And a new tape is tried
+twice, on the step that it was recorded from, its intermediate tensors filled with NaN, and on the next one: it must
+give the same logits, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pymllm.attention import AttnMetaDataBase
+from pymllm.kernels.cpu import native_available
+
+MAX_BYTES = 64 << 20  # of a tape's intermediate tensors: they are kept, and none takes another's place
+
+
+class NotRepeatable(Exception):
+    """Why a step cannot be recorded."""
+
+
+@dataclass(eq=False)
+class RepeatedStep(AttnMetaDataBase):
+    """A step whose tensors will hold other numbers when it is played: what Python reads of it would be stale."""
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:  # type: ignore[override]
+        raise NotRepeatable("a kernel reads the requests' lengths in Python")
+
+
+class _NoPeeking(TorchFunctionMode):
+    """Refuses what reads a tensor's numbers without an operation that `_Notes` would see."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            raise NotRepeatable(f"{func.__name__} reads a tensor in Python")
+        return func(*args, **(kwargs or {}))
+
+
+class _Notes(TorchDispatchMode):
+    """Sees torch's operations while a step runs, and keeps every tensor that they make."""
+
+    def __init__(self, tape: Any) -> None:
+        super().__init__()
+        self.tape = tape
+        self.operations: list[tuple[int, Callable[[], None]]] = []  # after how many native calls, what
+        self.kept: list[Tensor] = []  # what operations gave, views too
+        self.made: list[Tensor] = []  # memory of their own
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, schema = str(func), func._schema
+        if _depends_on_numbers(func, args):
+            raise NotRepeatable(f"{name} depends on numbers in a tensor")
+        if func.namespace != "aten" or name.startswith(
+            "aten.lift_fresh"
+        ):  # that one comes from Python numbers
+            raise NotRepeatable(f"{name} cannot be noted down")
+        result = func(*args, **kwargs)
+        outputs = [
+            t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)
+        ]
+        self.kept += outputs
+        if schema.is_mutable:
+            self._then(lambda: func(*args, **kwargs))
+        elif any(returned.alias_info is not None for returned in schema.returns):
+            pass  # a view: the memory is another tensor's
+        elif name.split(".")[1] in _ALLOCATIONS:
+            self.made += outputs
+        else:
+            self.made += outputs
+            self._then(lambda: _again(func, args, kwargs, outputs))
+        return result
+
+    def _then(self, operation: Callable[[], None]) -> None:
+        self.operations.append((len(self.tape), operation))
+
+
+def _depends_on_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result's shape, or a Python value, follows from what a tensor holds."""
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    if func is torch.ops.aten.index.Tensor:  # rows by number have a known shape, by a mask they do not
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
+_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+
+
+def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> None:
+    result = func(*args, **kwargs)
+    results = result if isinstance(result, (tuple, list)) else [result]
+    for output, new in zip(outputs, results, strict=True):
+        output.copy_(new)
+
+
+@dataclass(eq=False)
+class Tape:
+    """A recorded step.  logits: the tensor that playing fills."""
+
+    logits: Tensor
+    native: Any
+    operations: list[tuple[int, Callable[[], None]]]
+    kept: list[Tensor] = field(repr=False)
+
+    def play(self) -> Tensor:
+        """Do it again.  Returns the logits, which the next call overwrites."""
+        position = 0
+        for after, operation in self.operations:
+            if after > position:
+                self.native.play(position, after)
+                position = after
+            operation()
+        self.native.play(position, len(self.native))
+        return self.logits
+
+
+def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
+    """A tape of `run`, which has just given `expected`.  NotRepeatable says why there is none."""
+    if not native_available():
+        raise NotRepeatable("the native kernels are not built")
+    from pymllm import _native
+
+    native = _native.Tape()
+    with _NoPeeking(), _Notes(native) as notes:
+        native.record()
+        try:
+            logits = run()
+        finally:
+            native.stop()
+    size = sum(tensor.nbytes for tensor in notes.made)
+    if size > MAX_BYTES:
+        raise NotRepeatable(f"its intermediate results take {math.ceil(size / 2**20)} MiB")
+    tape = Tape(logits, native, notes.operations, notes.kept)
+    for tensor in notes.made:
+        tensor.untyped_storage().fill_(255)  # NaN in every float type
+    if not torch.equal(tape.play(), expected):
+        raise NotRepeatable("played back, it gives other logits")
+    return tape
