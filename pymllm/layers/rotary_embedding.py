@@ -110,7 +110,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
     def __init__(
         self, head_size: int, rotary_dim: int, max_position: int, base: float, scaling: Mapping[str, Any]
     ):
-        self.trained = int(scaling["original_max_position_embeddings"])
+        self.trained = min(int(scaling["original_max_position_embeddings"]), 2**31 - 1)
         default = default_frequencies(rotary_dim, base)
         short, long = (default / _factors(scaling[name], default) for name in ("short_factor", "long_factor"))
         scale = scaling.get("attention_factor")

@@ -1,12 +1,15 @@
 """RMSNorm and the gated activations, against transformers and float64 formulas."""
 
+import contextlib
+
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pymllm.config import Execution
 from pymllm.layers.activation import GeluAndMul, SiluAndMul
-from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((0, 48), (1, 48), (5, 48), (2, 3, 48), (48,))
@@ -40,6 +43,25 @@ def test_rmsnorm_with_a_residual_returns_the_normed_sum_and_the_sum(dtype):
     normed, total = norm(x, residual)
     assert torch.equal(total, x + residual) and torch.equal(normed, norm(x + residual))
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1]), "inputs are left alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("under", (True, False), ids=("in a model", "alone"))
+def test_gemmas_norm_multiplies_by_one_more_than_its_weight_before_it_rounds(dtype, under):
+    with Execution(dtype=dtype) if under else contextlib.nullcontext():
+        ours = GemmaRMSNorm(48, 1e-5)
+    theirs = Gemma2RMSNorm(48, 1e-5)
+    x, residual = random((5, 48), dtype), random((5, 48), dtype, seed=2)
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}  # rounded once: the last bit alone may differ
+    assert torch.allclose(ours(x).float(), theirs(x).float(), **close), "a fresh norm multiplies by one"
+    weight = random((48,), scale=0.3, seed=1)
+    ours.weight.data.copy_(weight)  # as a checkpoint has it
+    ours.process_weights_after_loading()
+    theirs.weight.data.copy_(weight)
+    normed, total = ours(x, residual)
+    assert normed.dtype is total.dtype is dtype
+    assert torch.equal(total, x + residual)
+    assert torch.allclose(normed.float(), theirs(total).float(), **close)
 
 
 def test_rmsnorm_without_a_weight_and_the_default_epsilon():

@@ -404,8 +404,7 @@ def settings_of(raw):
 def test_no_value_of_any_setting_gives_more_than_an_error_of_our_own(tmp_path, fmt):
     """Or the model loads and runs: not every setting matters."""
     good = write_checkpoint(tmp_path / "m", "llama", fmt, num_hidden_layers=1)
-    path = good.folder / "config.json"
-    raw = json.loads(path.read_text())
+    raw = json.loads((good.folder / "config.json").read_text())
     for key in (
         "sliding_window",
         "layer_types",
@@ -415,9 +414,34 @@ def test_no_value_of_any_setting_gives_more_than_an_error_of_our_own(tmp_path, f
     ):
         raw[key] = None
     raw["quantization_config"]["ignored_layers"] = None
-    escaped = {}
     # The model's own settings once; then only the format's.
-    for holder, key in list(settings_of(raw if fmt == "awq-g64" else raw["quantization_config"])):
+    assert_only_errors_of_our_own(good, raw, raw if fmt == "awq-g64" else raw["quantization_config"])
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+
+
+@pytest.mark.parametrize(
+    "family, settings, absent",
+    (
+        ("gemma2", {}, ("sliding_window_pattern",)),
+        ("gemma3_text", {}, ("sliding_window_pattern", "rope_local_base_freq")),
+        ("phi3", {"rope_parameters": {"rope_theta": 1e4, **LONG}}, ("rope_scaling",)),
+    ),
+    ids=("gemma2", "gemma3_text", "phi3"),
+)
+def test_no_setting_of_other_families_gives_more_either(tmp_path, family, settings, absent):
+    good = write_checkpoint(tmp_path / "m", family, **settings)
+    raw = json.loads((good.folder / "config.json").read_text())
+    raw |= dict.fromkeys(absent)
+    assert_only_errors_of_our_own(good, raw, raw)
+
+
+def assert_only_errors_of_our_own(good, raw, settings):
+    """Whatever the settings are set to, one after the other."""
+    path = good.folder / "config.json"
+    escaped = {}
+    for holder, key in list(settings_of(settings)):
         before = holder[key]
         for value in GARBAGE:
             holder[key] = value
