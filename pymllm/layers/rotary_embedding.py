@@ -231,9 +231,12 @@ def get_rope(
 ) -> RotaryEmbedding | VllmRotaryEmbeddingAdapter:
     """The rotary module for these settings; equal settings share one.
 
-    rope_type: one of `ROPE_TYPES`; rope_scaling: that type's settings, named as in config.json.
+    rope_type: one of `ROPE_TYPES`; rope_scaling: that type's settings, named as in config.json, where the type may
+    stand, too.
     ConfigError for a type we do not have, a missing setting, or an odd or too large rotary_dim.
     """
+    if rope_type == "default" and rope_scaling:
+        rope_type = rope_scaling.get("rope_type") or rope_scaling.get("type") or rope_type
     settings = json.dumps(dict(rope_scaling or {}), sort_keys=True, default=str)
     # Models are built on the meta device; these few numbers are real from the start.
     with torch.device("cpu"):

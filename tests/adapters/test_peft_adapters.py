@@ -442,3 +442,32 @@ def test_enabled_layers_change_nothing_until_they_are_loaded():
     assert q.B.shape == (32, 4) and v.B.shape == (16, 4)
     load_lora_weights(model, GOLDEN / "attention")
     assert relative_error(logits_of(model, ids), expected) <= TOLERANCE
+
+
+def test_generation_with_an_adapter_follows_its_logits_token_by_token(tmp_path):
+    """The shipped model, whose decoding steps run natively: they must not run without the adapter."""
+    llm = pymllm.LLM(progress=False)
+    shape = llm.model.model.layers[0].mlp.down_proj.shape
+    draw = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
+    tensors = {}
+    for index in range(len(llm.model.model.layers)):
+        tensors[name.format(index, "A")] = torch.randn(4, shape.in_features, generator=draw) * 0.1
+        tensors[name.format(index, "B")] = torch.randn(shape.out_features, 4, generator=draw)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    prompt = llm.encode("import os\n")
+    plain = llm.generate(prompt, params)[0].token_ids
+    llm.load_adapter("odd", tmp_path)
+    assert llm.generate(prompt, params)[0].token_ids == plain
+    answer = llm.generate(prompt, params, adapter="odd")[0].token_ids
+    logits = llm.logits([*prompt, *answer], adapter="odd")
+    expected = logits[len(prompt) - 1 : -1].argmax(-1)
+    # The two kernels of a step and of a whole text may round apart where two tokens are all but equal.
+    chosen = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert bool((logits[len(prompt) - 1 : -1].max(-1).values - chosen <= 0.05).all()), (answer, expected)
+    assert answer != plain
+    mixed = llm.generate([prompt, prompt], params, adapter=["odd", None])
+    assert mixed[1].token_ids == plain and mixed[0].token_ids[:3] == answer[:3]
