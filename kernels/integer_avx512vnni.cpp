@@ -1,9 +1,9 @@
 // The integer linear with AVX-512 VNNI. Compiled with -mavx512*: see isa.h for what such a file must not contain.
 //
 // One kernel for every number of tokens (integer_avx512vnni_kernel.h): a group of 2 or 4 row blocks is applied to up to
-// 8 rows of activations. The commonest 4-bit codes (Format::fused) are unpacked in registers, and again for the next
-// rows, which costs nothing: three instructions beside 32 products, on other ports. Bytes are taken as they lie. Other
-// 4-bit codes, and what stands before any but the fused ones, are decoded into the L1 cache once a group.
+// 8 rows of activations. The commonest 4-bit codes (Format::fused, and those of a table with 8-bit scales) are unpacked in
+// registers, and again for the next rows, which costs nothing: three instructions beside 32 products, on other ports.
+// Bytes are taken as they lie. Other 4-bit codes, and all other headers, are decoded into the L1 cache once a group.
 #include <immintrin.h>
 
 #include "integer.h"
@@ -138,7 +138,7 @@ PYMLLM_INLINE void multiply_lines(const std::uint8_t *const *blocks, const Heade
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t next = x.rows * (tile + 1) / tiles;  // even tiles: 9 rows are 4 and 5, not 8 and 1
     const std::int64_t at = g * x.rows + row;
-    multiply_rows<kBlocks, kLines>(next - row, {blocks, header, weights.group, x.codes + at * weights.group,
+    multiply_rows<kBlocks, kLines>(next - row, {blocks, header, weights.format.table, weights.format.zero, weights.group, x.codes + at * weights.group,
                                                 x.negative_sums + at, x.scales + at, sums + row * kBlocks * kBlockRows});
     row = next;
   }
@@ -233,9 +233,15 @@ void multiply_values(const std::uint8_t *const *blocks, const Weights &weights, 
 template <int kBlocks>
 PYMLLM_INLINE void multiply_group(const std::uint8_t *const *blocks, const Weights &weights, const Activations &x,
                                   std::int64_t g, float *sums) {
-  if (!weights.format.fused())
+  const Format &format = weights.format;
+  const bool table = format.codes == Codes::nibbles && format.table != nullptr && format.zeros == Zeros::same;
+  if (table && format.scales == Scales::e4m3)
+    multiply_lines<kBlocks, Lines::e4m3>(blocks, nullptr, weights, x, g, sums);
+  else if (table && format.scales == Scales::e8m0)
+    multiply_lines<kBlocks, Lines::e8m0>(blocks, nullptr, weights, x, g, sums);
+  else if (!format.fused())
     multiply_values<kBlocks>(blocks, weights, x, g, sums);
-  else if (weights.format.scales == Scales::f16)
+  else if (format.scales == Scales::f16)
     multiply_lines<kBlocks, Lines::f16>(blocks, nullptr, weights, x, g, sums);
   else
     multiply_lines<kBlocks, Lines::bf16>(blocks, nullptr, weights, x, g, sums);

@@ -50,6 +50,8 @@ class NativeFp4(NativeIntegerLinear):
         values = torch.tensor([*E2M1, *(-value for value in E2M1)])
         if not weight.table.is_meta and not torch.equal(weight.table.float(), values):
             raise ValueError("the table is not e2m1")
+        if weight.scales.element_size() == 1 and not weight.scales.is_meta and has_nan(weight.scales):
+            raise ValueError("some scales are NaN")
         ones = weight.table.new_ones(problem.out_features, dtype=torch.float32)
         factors = E2M1_UNIT * (ones if weight.row_scales is None else weight.row_scales.float())
         kept = {"table": weight.table}
@@ -72,3 +74,9 @@ class NativeFp4(NativeIntegerLinear):
             kind.activations,
             packed.get("input_scales"),
         )
+
+
+def has_nan(scales: Tensor) -> bool:
+    """Whether 8-bit scales, e4m3 or e8m0, have NaN among them."""
+    bits = scales.view(torch.uint8)
+    return bool((bits == 255 if scales.dtype is torch.float8_e8m0fnu else (bits & 127) == 127).any())

@@ -14,6 +14,7 @@ from torch import Tensor
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.kernels.cpu import native_missing_reason
 from pymllm.kernels.native_float import FLOAT_TYPES, run_native
+from pymllm.kernels.reference import ReferenceEmbedding
 from pymllm.kernels.registry import LinearProblem, Packed
 
 BLOCK_INPUTS = 64  # a scale covers a multiple of so many inputs: one register of codes
@@ -74,6 +75,16 @@ class NativeFp8Linear:
         block = problem.weight.block  # type: ignore[union-attr]
         scales, row_nan = packed["scales"], packed["row_nan"]
         return run_native(problem, x, bias, packed["weight"], scales.data_ptr(), block, row_nan.data_ptr())
+
+
+class NativeFp8Embedding(NativeFp8Linear):
+    """Rows of the tensors that `NativeFp8Linear` multiplies, so that a tied head shares them."""
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "rows dequantised exactly"
+
+    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return ReferenceEmbedding().run(packed, problem, ids)
 
 
 def _row_nan(weight: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.native_embedding:NativeInt4Embedding",
         "pymllm.kernels.native_embedding:NativeInt8Embedding",
         "pymllm.kernels.native_embedding:NativeFp4Embedding",
+        "pymllm.kernels.native_fp8:NativeFp8Embedding",
         "pymllm.kernels.reference:ReferenceEmbedding",
     ),
     "experts": (

@@ -36,10 +36,15 @@ class TorchLinear:
 
 
 class TorchEmbedding(TorchLinear):
-    """torch.nn.functional.embedding."""
+    """torch.nn.functional.embedding.  A table in another dtype stays as it is: only its gathered rows are converted."""
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        if not isinstance(problem.weight, DenseType):
+            return f"gathers plain floats only, the table is {problem.weight}"
+        return None
 
     def numerics(self, problem: LinearProblem) -> str:
         return "rows as stored"
 
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
-        return F.embedding(ids, packed["weight"])
+        return F.embedding(ids, packed["weight"]).to(problem.dtype)

@@ -6,13 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pymllm.kernels.canonical import CodebookWeight, IntWeight, on_meta
+from pymllm.config import Execution
+from pymllm.kernels.canonical import CodebookWeight, DenseWeight, Fp8Weight, IntWeight, on_meta
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.native_embedding import NativeFp4Embedding, NativeInt4Embedding, NativeInt8Embedding
 from pymllm.kernels.native_fp4 import E2M1, NativeFp4
 from pymllm.kernels.native_int4 import NativeInt4
 from pymllm.kernels.native_int8 import NativeInt8
 from pymllm.kernels.registry import LinearProblem
+from pymllm.quantization.binding import bind, bind_shared
 
 from .integer_cases import FLOATS, HALF_UNIT, PATHS, assert_close, floats, needs_native
 
@@ -177,6 +179,24 @@ def test_a_row_of_a_table_is_the_dequantised_row_and_a_head_shares_its_bytes(nam
             kernel.run(packed, problem, bad)
 
 
+TABLES = {
+    "int4": lambda table: IntWeight.from_float(table, bits=4, group_size=32, symmetric=False),
+    "int8": lambda table: IntWeight.from_float(table, bits=8, group_size=128, symmetric=True),
+    "fp8": lambda table: Fp8Weight.from_float(table, block=(1, 0), activations="float"),
+    "bfloat16": lambda table: DenseWeight(table.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_tied_head_and_its_embedding_hold_one_copy(name, dtype):
+    execution = Execution(dtype=dtype, device="cpu")
+    embedding = bind(TABLES[name](floats(64, 128)), execution, "embedding")
+    head = bind_shared(embedding, execution, "linear")
+    assert head.packed is embedding.packed
+    assert "reference" not in (head.selection.kernel.name, embedding.selection.kernel.name)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("codes", (0, 255), ids=("lowest", "highest"))
 @pytest.mark.parametrize("value", (1.0, -1.0), ids=("positive", "negative"))
@@ -202,6 +222,27 @@ def test_a_token_that_is_not_finite_spoils_its_own_outputs_only(path, name, bad)
     assert bool(y[1].isnan().all())
     y[1] = clean[1]
     assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scales", (torch.float8_e4m3fn, torch.float8_e8m0fnu), ids=str)
+def test_every_8_bit_scale_is_read_as_it_is(path, scales):
+    codes = torch.arange(256, dtype=torch.uint8).view(scales)
+    # Those of e4m3 have both signs; beyond 2^100 the sums of products leave float32 before their activations' scale.
+    stored = codes[codes.float() < 2.0**100].view(torch.uint8)
+    stored = torch.nn.functional.pad(stored, (0, 256 - stored.numel()))
+    weight = dataclasses.replace(fp4((256, 32, 32), scales=scales), scales=stored.view(scales).unsqueeze(1))
+    weight = dataclasses.replace(weight, codes=torch.full_like(weight.codes, 2))  # 1.0
+    kernel, problem = NativeFp4(), problem_of(weight, path=path)
+    packed, x = kernel.pack(weight, problem), torch.zeros(3, 32)
+    x[:, 0] = 0.5
+    expected = weight.scales.float().flatten() / 2
+    for tokens in (1, 3):
+        y = kernel.run(packed, problem, x[:tokens], None)
+        assert torch.allclose(y, expected.expand(tokens, 256), rtol=1e-6, atol=0)
+    nan = torch.full_like(stored, 255).view(scales).unsqueeze(1)
+    with pytest.raises(ValueError, match="NaN"):
+        kernel.pack(dataclasses.replace(weight, scales=nan), problem)
 
 
 @pytest.mark.parametrize("path", PATHS)
