@@ -54,6 +54,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference:ReferenceEmbedding",
     ),
     "experts": (
+        "pymllm.kernels.triton.experts:TritonExperts",
         "pymllm.kernels.native_experts:NativeIntegerExperts",
         "pymllm.kernels.linear_experts:LinearExperts",
         "pymllm.kernels.reference_experts:ReferenceExperts",

@@ -61,7 +61,7 @@ class TritonFp8Embedding(_Gather, TritonFp8):
 
 
 @operator(
-    "gather_rows(Tensor ids, Tensor words, Tensor scales, Tensor? zeros, Tensor? row_scales, Tensor like, str coding)"
+    "gather_rows(Tensor ids, Tensor words, Tensor? scales, Tensor? zeros, Tensor? row_scales, Tensor like, str coding)"
     " -> Tensor",
     lambda ids, words, scales, zeros, row_scales, like, coding: like.new_empty(
         (*ids.shape, words.shape[1] * coding_of(coding).per_word)
@@ -70,7 +70,7 @@ class TritonFp8Embedding(_Gather, TritonFp8):
 def gather(
     ids: Tensor,
     words: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     zeros: Tensor | None,
     row_scales: Tensor | None,
     like: Tensor,

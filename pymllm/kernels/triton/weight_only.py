@@ -97,20 +97,20 @@ class Operands:
     """
 
     words: Tensor
-    scales: Tensor
+    scales: Tensor | None
     zeros: Tensor | None = None
     row_scales: Tensor | None = None
 
 
 @operator(
-    "weight_only_linear(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? row_scales, Tensor? bias, "
+    "weight_only_linear(Tensor x, Tensor words, Tensor? scales, Tensor? zeros, Tensor? row_scales, Tensor? bias, "
     "str coding, str device) -> Tensor",
     lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0])),
 )
 def weight_only_linear(
     x: Tensor,
     words: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     zeros: Tensor | None,
     row_scales: Tensor | None,
     bias: Tensor | None,
@@ -157,11 +157,11 @@ def default_tile(device: Device, size: int, out_features: int, words: int, per_w
         tokens = min(max(size, 16), 64)
         blocks = divide(out_features, 64) * divide(size, 64)
         splits = _splits(words, 4 * 32, 2 * processors, blocks)
-        return Tile(64, tokens, 32, splits, warps=8, stages=_stages(64, tokens, 32, per_word, shared))
+        return Tile(64, tokens, 32, splits, warps=8, stages=stages_within(shared, 64, tokens, 32, per_word))
     return None
 
 
-def _stages(outputs: int, tokens: int, depth: int, per_word: int, shared: int) -> int:
+def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
     """How many steps ahead a block may load into shared memory: 1 to 3."""
     step = depth * (4 * outputs + 2 * per_word * tokens)
     return max(1, min(3, (shared - 2048) // step))

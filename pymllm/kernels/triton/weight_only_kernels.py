@@ -51,10 +51,11 @@ def scales_and_zeros(
     """For each word of a tile: its scale, and what to subtract from its decoded codes."""
     group = (columns // GROUP_WORDS).to(tl.int64)
     stride = (out_features + GROUP_ROWS - 1) // GROUP_ROWS
-    scale = scale_value(
-        tl.load(scales + group[None, :] * stride + (rows // GROUP_ROWS)[:, None], mask=mask, other=0),
-        SCALE_KIND,
-    )
+    if scales is None:
+        scale = tl.full((rows.shape[0], columns.shape[0]), 1.0, tl.float32)
+    else:
+        place = group[None, :] * stride + (rows // GROUP_ROWS)[:, None]
+        scale = scale_value(tl.load(scales + place, mask=mask, other=0), SCALE_KIND)
     if zeros is None:
         zero = tl.full(scale.shape, OFFSET + ZERO, tl.float32)
     else:
@@ -79,7 +80,8 @@ def of_expert(
     """One expert's operands, of those of all."""
     groups = (row_words + GROUP_WORDS - 1) // GROUP_WORDS
     words += expert * out_features * row_words
-    scales += expert * groups * ((out_features + GROUP_ROWS - 1) // GROUP_ROWS)
+    if scales is not None:
+        scales += expert * groups * ((out_features + GROUP_ROWS - 1) // GROUP_ROWS)
     if zeros is not None:
         zeros += expert * groups * out_features
     if row_scales is not None:

@@ -53,15 +53,15 @@ def test_every_fp8_code_is_decoded_exactly_and_nan_stays_nan():
     assert expected.isnan().any()
 
 
-def codebook(scales, group, in_features, row_scales):
-    generator = torch.Generator().manual_seed(group)
-    codes = torch.randint(0, 16, (70, in_features), generator=generator, dtype=torch.uint8)
-    values = torch.rand((70, in_features // group), generator=generator)
+def codebook(scales, group, in_features, row_scales, out_features=70, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    shape = (out_features, in_features // group)
     if scales is torch.float8_e8m0fnu:
-        stored = torch.randint(120, 132, values.shape, generator=generator, dtype=torch.uint8).view(scales)
+        stored = torch.randint(120, 126, shape, generator=generator, dtype=torch.uint8).view(scales)
     else:
-        stored = (values + 0.1).to(scales)
-    rows = torch.rand(70, generator=generator) + 0.5 if row_scales else None
+        stored = (torch.rand(shape, generator=generator) + 0.1).to(scales)
+    rows = torch.rand(out_features, generator=generator) + 0.5 if row_scales else None
     return CodebookWeight(codes, torch.tensor(E2M1), stored, "e2m1", group, rows)
 
 
