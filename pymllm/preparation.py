@@ -325,8 +325,8 @@ def match(
         for _, _, slot in _slots(unit, module)
         for name in slot.names
     }
-    elsewhere = {name: slot for slot in _slots_elsewhere(model) for name in slot.names}
-    known |= dict.fromkeys(elsewhere)
+    elsewhere = list(_slots_elsewhere(model))
+    known |= dict.fromkeys(name for slot in elsewhere for name in slot.names)
     stray = [name for name in checkpoint.tensors if name not in known]
     extra = [] if resolved is None else resolved.modules_with_buffers(dict(_units(model)))
     for name, module in (*_units(model), *extra):
@@ -348,18 +348,20 @@ def match(
             placements.append(Placement(holder, param_name, slot, tensor))
         units.append(Unit(name, module, tuple(placements)))
     records = []
+    for slot in elsewhere:
+        tensor = next((checkpoint.tensors[n] for n in slot.names if n in checkpoint.tensors), None)
+        wrong = _missing(slot, stray) if tensor is None else mismatch(slot, tensor)
+        if wrong is not None:
+            problems.append(wrong)
+        if tensor is not None:
+            used.add(tensor.name)
+            records.append(TensorRecord(tensor.name, "skipped", 0, "another rank holds this expert"))
     if resolved is not None:
         used |= resolved.used
         problems += resolved.without_place()
         records += [TensorRecord(n, "skipped", 0, "the model's resolver skips it") for n in resolved.skipped]
     for tensor_name in checkpoint.tensors:
         if tensor_name in used:
-            continue
-        if tensor_name in elsewhere:
-            problem = mismatch(elsewhere[tensor_name], checkpoint.tensors[tensor_name])
-            if problem is not None:
-                problems.append(problem)
-            records.append(TensorRecord(tensor_name, "skipped", 0, "another rank holds this expert"))
             continue
         reason = _skip_reason(tensor_name, model, rules)
         if reason is None:

@@ -20,8 +20,9 @@ DEFAULTS = {
 
 
 class Model(llama.Model):
-    """MixtralForCausalLM.  The block is called block_sparse_moe in checkpoints, w1, w3 and w2 an expert's products."""
+    """MixtralForCausalLM.  Checkpoints call the block block_sparse_moe, and an expert's products w1, w3 and w2."""
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        prefix = prefix.removesuffix("mlp") + "block_sparse_moe"
+        if quant_config is None or f"{prefix}.gate" not in quant_config.stored_modules:
+            prefix = prefix.removesuffix("mlp") + "block_sparse_moe"
         return build_moe_block("auto", self.config, prefix=prefix, quant_config=quant_config)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, MissingExtraError, nearest
+from pymllm.errors import ConfigError, nearest
 from pymllm.moe.metadata import DispatcherStage, DispatchMetadata
 from pymllm.moe.topk import TopKOutput
 from pymllm.parallel import Parallel
@@ -172,7 +172,11 @@ def build_token_dispatcher(backend: str, parallel: Parallel, num_experts: int) -
         return NaiveA2ADispatcher(parallel, num_experts)
     if backend == "deepep":
         if importlib.util.find_spec("deep_ep") is None:
-            raise MissingExtraError("deep_ep", "deepep", "the DeepEP token dispatcher")
+            raise ConfigError(
+                "the DeepEP token dispatcher needs the package 'deep_ep', which is not installed",
+                code="missing-package",
+                fix="Install it from github.com/deepseek-ai/DeepEP, or use the naive dispatcher.",
+            )
         from pymllm.moe.deepep import DeepEPDispatcher
 
         return DeepEPDispatcher(parallel, num_experts)

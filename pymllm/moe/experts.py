@@ -162,6 +162,10 @@ class Experts(nn.Module):
         methods = self.quant_method.methods()
         return ((methods[name], shape.one) for name, shape in self.shapes(rank, size).items())
 
+    def slots(self) -> Iterator[Slot]:
+        """Where every tensor of these experts goes."""
+        return (slot for param in self.parameters() for slot in param.slots)  # type: ignore[attr-defined]
+
     def local_shares(self) -> list[tuple[LinearMethodBase, LinearShape]]:
         """The same for this rank."""
         return list(self.shares(self.parallel.rank, self.parallel.size))
@@ -236,8 +240,11 @@ def make_experts(
     *,
     tensor_parallel: bool = True,
     params_dtype: torch.dtype | None = None,
-) -> list[Experts]:
-    """The experts `held` of the layer's, in groups of one method each: nearly always one group."""
+) -> tuple[list[Experts], list[Experts]]:
+    """The experts `held` of the layer's, and the others, in groups of one method each: nearly always one group.
+
+    The others are for accounting alone: a rank checks that the checkpoint has what other ranks will read.
+    """
     layout = ExpertsLayout.find(prefix, quant_config)
     probe = _Probe(layout.stacked and size.transposed)
     methods: dict[int, ExpertsMethod] = {}
@@ -246,13 +253,18 @@ def make_experts(
         if layout.stacked:
             methods = dict.fromkeys(range(size.num_experts), methods[expert])
             break
-    groups: dict[ExpertsMethod, list[int]] = {} if held else {methods[0]: []}
-    for expert in held:
-        groups.setdefault(methods[expert], []).append(expert)
-    return [
-        Experts(size, layout, ids, method, tensor_parallel=tensor_parallel, params_dtype=params_dtype)
-        for method, ids in groups.items()
-    ]
+    others = () if layout.stacked else [expert for expert in methods if expert not in held]
+    groups: dict[tuple[bool, ExpertsMethod], list[int]] = {} if held else {(True, methods[0]): []}
+    for here, experts in ((True, held), (False, others)):
+        for expert in experts:
+            groups.setdefault((here, methods[expert]), []).append(expert)
+    made = {
+        (here, method): Experts(
+            size, layout, ids, method, tensor_parallel=tensor_parallel, params_dtype=params_dtype
+        )
+        for (here, method), ids in groups.items()
+    }
+    return [e for (here, _), e in made.items() if here], [e for (here, _), e in made.items() if not here]
 
 
 class _Probe(nn.Module):
@@ -278,15 +290,3 @@ def _method(
     gate_up, (down,) = of("gate_up"), of("down")
     alike = len(set(gate_up)) == 1 and (len(gate_up) == 1 or gate_up[0].fuses)
     return ExpertsMethod(tuple(gate_up[:1] if alike else gate_up), down)
-
-
-def slots_elsewhere(layer_groups: Sequence[Experts], num_experts: int) -> Iterator[Slot]:
-    """The slots of the layer's experts that other ranks hold, as this rank would have them."""
-    if not layer_groups or layer_groups[0].layout.stacked:
-        return
-    held = {expert for group in layer_groups for expert in group.ids}
-    others = tuple(expert for expert in range(num_experts) if expert not in held)
-    for product in layer_groups[0].products_of().values():
-        shape = replace(product.shape, ids=others)
-        for spec in product.quant_method.weight_specs(shape.one):
-            yield from place_experts(spec, shape)[1]

@@ -24,7 +24,7 @@ from pymllm.moe.config import (
     get_num_experts_per_tok,
 )
 from pymllm.moe.dispatcher import build_token_dispatcher, expert_range
-from pymllm.moe.experts import Experts, ExpertsSize, make_experts, slots_elsewhere
+from pymllm.moe.experts import Experts, ExpertsSize, make_experts
 from pymllm.moe.topk import GroupLimitedTopKRouter, TopKOutput, TopKRouter, build_topk_router
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig, add_weight
@@ -153,7 +153,8 @@ class FusedMoE(nn.Module):
             interleaved,
             transposed,
         )
-        self.experts = nn.ModuleList(self._make_experts(size, _join(prefix, "experts"), quant_config))
+        held, others = self._make_experts(size, _join(prefix, "experts"), quant_config)
+        self.experts, self._others = nn.ModuleList(held), tuple(others)
         self.shared = shared
         if expert_bias and isinstance(self.router, GroupLimitedTopKRouter):
             self.router.expert_bias_getter = lambda: self.gate.e_score_correction_bias  # type: ignore[assignment]
@@ -164,12 +165,12 @@ class FusedMoE(nn.Module):
 
     def _make_experts(
         self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
-    ) -> list[Experts]:
+    ) -> tuple[list[Experts], list[Experts]]:
         return make_experts(size, prefix, self.held(), quant_config, tensor_parallel=self.tensor_parallel)
 
     def slots_elsewhere(self) -> Iterator[Slot]:
         """The slots of experts that other ranks hold."""
-        return slots_elsewhere(list(self.experts), self.num_experts)  # type: ignore[arg-type]
+        return (slot for group in self._others for slot in group.slots())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [*, H].  Returns the same shape, and the router's logits [T, E]."""
@@ -201,7 +202,7 @@ class NaiveFusedMoE(FusedMoE):
 
     def _make_experts(
         self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
-    ) -> list[Experts]:
+    ) -> tuple[list[Experts], list[Experts]]:
         execution = current_execution()
         if execution is None:
             return super()._make_experts(size, prefix, quant_config)
