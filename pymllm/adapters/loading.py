@@ -13,13 +13,17 @@ from torch import nn
 
 from pymllm.adapters.config import WEIGHTS_FILE, LoRAConfig, load_lora_config
 from pymllm.errors import CheckpointError, ConfigError, nearest
+from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
 from pymllm.preparation import HINTS, mismatch, weighted_layers
+from pymllm.quantization.binding import bound_weight
 from pymllm.weights.loader import Slot, write
+from pymllm.weights.loader import place as place_tensor
 from pymllm.weights.report import Problem, raise_problems
 from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
+from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 logger = logging.getLogger("pymllm")
 
@@ -54,9 +58,13 @@ class _Place:
     layer: WeightedLayer
     part: int
 
+    @property
+    def shape(self) -> LinearShape:
+        return replace(self.layer.shape.part(self.part), parts=(self.name,))
+
     def make(self, config: LoRAConfig) -> LoRAPart:
         before = sum(span.size for span in self.layer.shape.outputs[: self.part])
-        shape = replace(self.layer.shape.part(self.part), parts=(self.name,))
+        shape = self.shape
         rows = slice(before, before + shape.out_features_local)
         return LoRAPart(
             self.layer.kind,
@@ -114,8 +122,10 @@ def load_lora_weights(
         problems: list[Problem] = []
         places = _targeted(model, config, problems)
         staged = _stage(places, config)
-        matched = _match(model, staged, file.tensors, problems)
+        matched, copies = _match(model, staged, file.tensors, problems)
         raise_problems(str(file.path), problems)
+        for place, slot, tensor in copies:
+            _check_copy(place, slot, tensor)
         for part, attribute, slot, tensor in matched:
             _read(part, attribute, slot, tensor)
     adapter = _attach(model, name, config, staged)
@@ -245,7 +255,9 @@ def _stage(places: list[_Place], config: LoRAConfig) -> list[tuple[_Place, LoRAP
     return [(place, place.make(config)) for place in places]
 
 
+COPY = "base_layer.weight"  # of a targeted embedding or head, which PEFT saves beside the matrices
 Matched = tuple[LoRAPart, str, Slot, TensorInfo]
+Copy = tuple[_Place, Slot, TensorInfo]
 
 
 def _match(
@@ -253,8 +265,11 @@ def _match(
     staged: list[tuple[_Place, LoRAPart]],
     tensors: Mapping[str, TensorInfo],
     problems: list[Problem],
-) -> list[Matched]:
-    """Each matrix with its tensor.  A tensor that is left over is a problem, as is a matrix without one."""
+) -> tuple[list[Matched], list[Copy]]:
+    """Each matrix with its tensor, and copies of base weights with theirs.
+
+    A tensor that is left over is a problem, as is a matrix without one.
+    """
     named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     slots = [
         (part, attribute, slot)
@@ -278,10 +293,43 @@ def _match(
         if problem is not None and problem not in problems:  # the tensor may hold several parts
             problems.append(problem)
         matched.append((part, attribute, slot, tensor))
+    copies = []
+    for place, _ in staged:
+        tensor = named.get(f"{place.name}.{COPY}")
+        if tensor is not None and place.layer.kind in ("embedding", "lm_head"):
+            stray.remove(f"{place.name}.{COPY}")
+            (slot,) = place_tensor(
+                WeightSpec(COPY, place.shape.dtype, (OUT, IN), accepts=FLOATS), place.shape
+            )[1]
+            problem = mismatch(slot, tensor)
+            problems += [] if problem is None else [problem]
+            copies.append((place, slot, tensor))
     layers = {place.name for place in _places(model)}
     for name in stray:
         problems.append(_unexpected(name, named[name].name, layers, wanted, len(problems) < HINTS))
-    return matched
+    return matched, copies
+
+
+def _check_copy(place: _Place, slot: Slot, tensor: TensorInfo) -> None:
+    """A copy of base weights must be what the model has.  CheckpointError if not, or if these are quantised."""
+    bound = bound_weight(place.layer)
+    weight = None if bound is None else bound.canonical()
+    if isinstance(weight, DenseWeight):
+        mine = weight.weight[slot.target]
+        if torch.equal(tensor.read(slot.source).to(mine.device, mine.dtype), mine):
+            return
+        found = "other weights, perhaps of a larger vocabulary or trained ones"
+    else:
+        found = "weights that cannot be compared, as the model's are quantised"
+    raise CheckpointError(
+        "the adapter brings base weights of its own",
+        code="adapter-base-weights",
+        file=str(tensor.file.path),
+        tensor=tensor.name,
+        expected="a copy of the model's, or none",
+        found=found,
+        fix="If they are the model's, save the adapter with save_embedding_layers=False.",
+    )
 
 
 def _unexpected(name: str, full: str, layers: set[str], wanted: set[str], hinted: bool) -> Problem:

@@ -223,7 +223,10 @@ class LoRAMixin:
                 fix="Unmerge it first.",
             )
         adapter.stack()
-        self.adapters[name] = adapter
+        self.adapters = {
+            **self.adapters,
+            name: adapter,
+        }  # set anew, so that what was recorded of the layer is stale
         self.add_module(_module_name(name), adapter)  # type: ignore[attr-defined]
 
     def detach_adapter(self, name: str) -> None:
@@ -234,7 +237,8 @@ class LoRAMixin:
                 code="lora-merged",
                 fix="Unmerge it first.",
             )
-        if self.adapters.pop(name, None) is not None:
+        if name in self.adapters:
+            self.adapters = {other: kept for other, kept in self.adapters.items() if other != name}
             delattr(self, _module_name(name))
         if self.active_adapter == name:
             self.active_adapter = None

@@ -32,6 +32,7 @@ from pymllm.swapping import swap
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of
+from .handwritten import random_adapter, with_deltas
 
 GOLDEN = Path(__file__).with_name("golden")
 BASE = GOLDEN / "base"
@@ -54,6 +55,7 @@ def base(**options):
 def copied(tmp_path, case, edit_tensors=None, **settings):
     """A copy of a golden adapter with other settings; None removes one."""
     folder = tmp_path / case
+    folder.parent.mkdir(exist_ok=True)
     shutil.copytree(GOLDEN / case, folder)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text()) | settings
@@ -164,36 +166,6 @@ def test_live_peft_agrees_on_every_family(tmp_path, family):
 # --- over quantised weights
 
 QUANTISED = ("awq-g32", "fp8-block", "fp8-tensor", "ct-channel")
-
-
-def random_adapter(folder, checkpoint, targets, rank=4, alpha=12, seed=0):
-    """An adapter for a tiny checkpoint, written by hand.  Returns scaling · B @ A by layer name."""
-    draw = torch.Generator().manual_seed(seed)
-    tensors, deltas = {}, {}
-    for name, module in checkpoint.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets:
-            A = torch.randn(rank, module.in_features, generator=draw) * module.in_features**-0.5
-            B = torch.randn(module.out_features, rank, generator=draw) * 0.2
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A
-            tensors[f"base_model.model.{name}.lora_B.weight"] = B
-            deltas[name] = alpha / rank * (B.double() @ A.double())
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return deltas
-
-
-def with_deltas(checkpoint, deltas):
-    """transformers' logits with these added to its weights."""
-    modules = dict(checkpoint.model.named_modules())
-    before = {name: modules[name].weight.data.clone() for name in deltas}
-    for name, delta in deltas.items():
-        modules[name].weight.data += delta.float()
-    logits = checkpoint.logits()
-    for name, weight in before.items():
-        modules[name].weight.data = weight
-    return logits
 
 
 @pytest.mark.parametrize("fmt", QUANTISED)
@@ -348,6 +320,36 @@ def test_a_tensor_without_a_layer_is_an_error_with_the_nearest_name(tmp_path):
     assert "no layer that takes adapters is called model.layers.7.self_attn.q_proj" in message
     assert "Nearest: model.layers.1.self_attn.q_proj" in message
     assert "model.layers.1.self_attn.q_proj.lora_A.weight: missing" in message
+
+
+@pytest.mark.parametrize("size", (1, 2))
+def test_a_copy_of_a_targeted_embedding_must_be_the_models(tmp_path, size):
+    """As PEFT saves it unless told otherwise."""
+    table = load_file(BASE / "model.safetensors")
+    names = {f"base_model.model.{name}.base_layer.weight": name for name in ("model.embed_tokens", "lm_head")}
+    copies = {saved: table[f"{name}.weight"] for saved, name in names.items()}
+    ids, expected = golden("vocabulary")
+    folder = copied(tmp_path, "vocabulary", lambda tensors: tensors.update(copies))
+    copies["base_model.model.lm_head.base_layer.weight"] = table["lm_head.weight"] + 1e-3
+    other = copied(tmp_path / "other", "vocabulary", lambda tensors: tensors.update(copies))
+    copies["base_model.model.lm_head.base_layer.weight"] = torch.zeros(48, 32)
+    larger = copied(tmp_path / "larger", "vocabulary", lambda tensors: tensors.update(copies))
+
+    def work(_):
+        model = base()
+        with pytest.raises(CheckpointError, match=r"base weights of its own.*other weights"):
+            load_lora_weights(model, other)
+        with pytest.raises(CheckpointError, match=r"expected \[41, 32\], found \[48, 32\]"):
+            load_lora_weights(model, larger)
+        assert not loaded_adapters(model)
+        load_lora_weights(model, folder)
+        return logits_of(model, ids)
+
+    for logits in simulate(size, work):
+        assert relative_error(logits, expected) <= TOLERANCE
+    model = base(quant="lm_head=int8")
+    with pytest.raises(CheckpointError, match="cannot be compared"):
+        load_lora_weights(model, folder)
 
 
 @pytest.mark.parametrize("whole", ("model.embed_tokens.weight", "lm_head.base_layer.weight"))

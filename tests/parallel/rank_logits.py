@@ -1,4 +1,4 @@
-"""What every rank of test_torchrun runs: rank_logits.py OUTPUT IDS FOLDER..."""
+"""What every rank of test_torchrun runs: rank_logits.py OUTPUT IDS FOLDER...; with FOLDER/adapter, if it is there."""
 
 import json
 import sys
@@ -18,6 +18,9 @@ def main() -> None:
     for folder in folders:
         llm = pymllm.LLM(folder, device="cpu", dtype="float32", tensor_parallel_size=2)
         results[Path(folder).name] = llm.logits(json.loads(ids))
+        if (Path(folder) / "adapter").is_dir():
+            llm.load_adapter("adapter", Path(folder) / "adapter")
+            results["adapter"] = llm.logits(json.loads(ids), adapter="adapter")
     torch.save(results, Path(output) / f"rank{llm.parallel.rank}.pt")
     leave_process_group()
 

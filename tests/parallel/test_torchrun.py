@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..adapters.handwritten import random_adapter, with_deltas
 from ..checkpoints import relative_error, write_checkpoint
 
 FORMATS = ("none", "awq-g32", "fp8-block")
@@ -44,7 +45,9 @@ def test_two_processes_give_the_logits_of_one(tmp_path):
     checkpoints = {
         fmt: write_checkpoint(tmp_path / fmt, "llama", fmt, num_key_value_heads=1) for fmt in FORMATS
     }
-    ids = next(iter(checkpoints.values())).ids
+    adapted = checkpoints["awq-g32"]
+    deltas = random_adapter(adapted.folder / "adapter", adapted, ("q_proj", "v_proj", "o_proj", "down_proj"))
+    ids = adapted.ids
     script = Path(__file__).with_name("rank_logits.py")
     folders = [checkpoint.folder for checkpoint in checkpoints.values()]
     done = torchrun(script, tmp_path, json.dumps(ids.tolist()), *folders)
@@ -53,6 +56,7 @@ def test_two_processes_give_the_logits_of_one(tmp_path):
         logits = torch.load(tmp_path / f"rank{rank}.pt")
         for fmt, checkpoint in checkpoints.items():
             assert relative_error(logits[fmt], checkpoint.logits(ids)) <= 1e-5, (rank, fmt)
+        assert relative_error(logits["adapter"], with_deltas(adapted, deltas)) <= 1e-4
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo here")
