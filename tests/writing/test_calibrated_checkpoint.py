@@ -24,6 +24,7 @@ from ..checkpoints import (
     write_checkpoint,
 )
 from ..forward import logits_of
+from .layouts import decode_compressed
 
 
 def lines(numbers: range) -> str:
@@ -135,6 +136,27 @@ def test_experts_are_calibrated_on_what_is_routed_to_them(tmp_path):
     assert errors[1] < 0.8 * errors[0]
     settings = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert [f"model.layers.{i}.mlp.gate" for i in range(2)] == settings["ignore"][:2]
+
+
+@pytest.mark.parametrize("method", ["int4:group_size=32,symmetric=true", "fp8"])
+def test_transformers_reads_experts_with_the_same_weights(method, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    there, out = write_moe(tmp_path / "in"), tmp_path / "out"
+    pymllm.quantize_checkpoint(there.folder, out, {"**.experts.*.*": method, "**.self_attn.**": method})
+    settings = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, quantization_config=settings
+    ).state_dict()
+    tensors = load_tensors(out)
+    for layer in range(2):
+        for expert in range(4):
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+            gate, up, down = (
+                decode_compressed(tensors, f"{prefix}.{p}_proj").float() for p in ("gate", "up", "down")
+            )
+            fused = theirs[f"model.layers.{layer}.mlp.experts.gate_up_proj"][expert]
+            assert torch.equal(fused, torch.cat([gate, up]))
+            assert torch.equal(theirs[f"model.layers.{layer}.mlp.experts.down_proj"][expert], down)
 
 
 def write_moe(folder: Path) -> TinyCheckpoint:
