@@ -20,6 +20,7 @@ _HOMES = {
     "load_model": "pymllm.loading",
     "plan": "pymllm.planning",
     "verify": "pymllm.verification",
+    "compare": "pymllm.comparison",
     "swap": "pymllm.swapping",
     "quantize_checkpoint": "pymllm.checkpoint_quantization",
     "quantize_model": "pymllm.module_quantization",
@@ -33,6 +34,7 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from pymllm.api import LLM
     from pymllm.checkpoint_quantization import quantize_checkpoint
+    from pymllm.comparison import compare
     from pymllm.engine.sampling import SamplingParams
     from pymllm.errors import PymllmError
     from pymllm.loading import load_model

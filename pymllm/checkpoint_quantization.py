@@ -27,7 +27,6 @@ from torch import Tensor
 
 import pymllm
 from pymllm.config import DTYPES
-from pymllm.engine.gguf_tokenizer import open_tokenizer
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
 from pymllm.parallel import Parallel
@@ -37,6 +36,7 @@ from pymllm.quantization.calibration import needs_inputs, without_static
 from pymllm.quantization.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.rules import RuleSource, read_rules
+from pymllm.text_windows import read_windows
 from pymllm.weights.checkpoint import Checkpoint, resolve_model_path
 from pymllm.weights.memory import return_freed_memory
 from pymllm.writing.awq import AWQSpelling
@@ -153,33 +153,6 @@ def quantize_checkpoint(
         _check_place(Path(out), folder, writer.estimated_bytes())
         with Output(Path(out), request, restart=restart) as output:
             return writer.write(output, str(model), rules_as_lines(rules), progress)
-
-
-LEAST_WINDOW = 32  # tokens; a text of fewer says nothing of a model's inputs
-
-
-def read_windows(prepared: Prepared, file: Path, tokens: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """About `tokens` token ids of a text file, in windows at even distances.  ConfigError for too short a text."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the calibration text cannot be read: {error}", code="calibration-text", file=str(file)
-        ) from None
-    ids = open_tokenizer(prepared.checkpoint).encode(text)
-    window = min(window, prepared.config.size("max_position_embeddings"), len(ids))
-    if window < LEAST_WINDOW or tokens < window:
-        raise ConfigError(
-            "there is too little to calibrate on",
-            code="calibration-text",
-            file=str(file),
-            expected=f"windows of at least {LEAST_WINDOW} tokens, and one of them",
-            found=f"{len(ids)} tokens of text, {tokens} asked for, in windows of {window}",
-        )
-    count = max(1, min(tokens, len(ids)) // window)
-    last = len(ids) - window
-    starts = [last * index // max(count - 1, 1) for index in range(count)]
-    return tuple(tuple(ids[start : start + window]) for start in starts)
 
 
 def rules_as_lines(rules: Any) -> list[str]:

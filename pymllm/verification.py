@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.divergence import EndToEnd, measure_end_to_end
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.registry import TOLERANCES
@@ -73,6 +74,7 @@ class Verification:
 
     model: str
     layers: list[LayerCheck]
+    end_to_end: EndToEnd | None = None
 
     @property
     def ok(self) -> bool:
@@ -80,7 +82,14 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         layers = [{**asdict(layer), "worst": layer.worst, "ok": layer.ok} for layer in self.layers]
-        return {"schema_version": 1, "model": self.model, "ok": self.ok, "layers": layers}
+        whole = None if self.end_to_end is None else asdict(self.end_to_end)
+        return {
+            "schema_version": 1,
+            "model": self.model,
+            "ok": self.ok,
+            "layers": layers,
+            "end_to_end": whole,
+        }
 
     def table(self, top: int | None = None) -> str:
         """The worst `top` layers (all without it), one a line."""
@@ -96,7 +105,8 @@ class Verification:
     def __str__(self) -> str:
         failed = sum(not layer.ok for layer in self.layers)
         verdict = "all within tolerance" if self.ok else f"{failed} FAIL"
-        return f"{self.table(10)}\n{self.model}: {len(self.layers)} layers against float64, {verdict}"
+        lines = [f"{self.table(10)}\n{self.model}: {len(self.layers)} layers against float64, {verdict}"]
+        return "\n".join(lines + (self.end_to_end.lines() if self.end_to_end else []))
 
 
 def verify(
@@ -109,27 +119,33 @@ def verify(
     kernels: Mapping[str, str] | None = None,
     kv_cache: RuleSource = None,
     revision: str | None = None,
+    end_to_end: bool = False,
+    text: str | Path | None = None,
+    tokens: int = 2048,
+    window: int = 512,
 ) -> Verification:
     """Check every layer that holds weights.
 
     path_or_model: a folder or hub id, which is loaded; or a loaded model (`load_model`'s, or an `LLM`), whose
-    checkpoint is read again. The other arguments are `load_model`'s and go with a path alone.
+    checkpoint is read again. The other arguments are `load_model`'s and go with a path alone, as these do:
+    end_to_end: also compare next-token distributions with those of the weights in float32, on random token ids.
+    text: the same on a text file, with its perplexity.  tokens, window: how many, in windows of how many.
     """
+    whole = None
     if isinstance(path_or_model, (str, Path)):
-        prepared = prepare(
-            path_or_model,
-            quant,
-            device=device,
-            dtype=dtype,
-            compute=compute,
-            kernels=kernels,
-            kv_cache=kv_cache,
-            revision=revision,
-        )
-        load_prepared(prepared)
+        where: dict[str, Any] = {
+            "path": path_or_model,
+            "quant": quant,
+            "device": device,
+            "revision": revision,
+        }
+        prepared = prepare(**where, dtype=dtype, compute=compute, kernels=kernels, kv_cache=kv_cache)
+        model = load_prepared(prepared)
+        if end_to_end or text is not None:
+            whole = measure_end_to_end(prepared, model, where, text=text, tokens=tokens, window=window)
     else:
         found = getattr(path_or_model, "prepared", None)
-        if quant is not None or not isinstance(found, Prepared):
+        if quant is not None or end_to_end or text is not None or not isinstance(found, Prepared):
             raise ConfigError(
                 "verify takes a checkpoint with rules, or a model that load_model made",
                 code="verify-argument",
@@ -140,9 +156,8 @@ def verify(
         checks = [
             check for unit in prepared.units for check in _check_unit(unit.module, unit.placements, prepared)
         ]
-    return Verification(
-        str(prepared.checkpoint.path), sorted(checks, key=lambda check: check.worst, reverse=True)
-    )
+    worst_first = sorted(checks, key=lambda check: check.worst, reverse=True)
+    return Verification(str(prepared.checkpoint.path), worst_first, whole)
 
 
 def _check_unit(module: nn.Module, placements: tuple[Placement, ...], prepared: Prepared) -> list[LayerCheck]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped
+from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped, positive
 from pymllm.cli.output import print_json
 
 
@@ -13,17 +14,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=int, default=10, metavar="N", help="how many of the worst layers; default: 10"
     )
-    parser.add_argument("--json", action="store_true", help="every layer as JSON")
+    group = parser.add_argument_group("the whole model")
+    group.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="also compare next-token distributions with those of the weights in float32, on random token ids",
+    )
+    group.add_argument("--text", type=Path, metavar="FILE", help="the same on a text, with its perplexity")
+    group.add_argument(
+        "--tokens", type=positive, default=2048, metavar="N", help="of the text; default: 2048"
+    )
+    group.add_argument(
+        "--window", type=positive, default=512, metavar="N", help="tokens that run together; default: 512"
+    )
+    group.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RULES",
+        help="sets of rules (separated by ';', or @FILE; '' is as stored) to compare: bytes, errors, answers",
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE", help="of --compare: error against bytes, as SVG")
+    parser.add_argument("--json", action="store_true", help="all of it as JSON (docs/verify-schema.md)")
 
 
 def execute(args: argparse.Namespace) -> int:
     if args.top < 1:
         args.parser.error("--top must be at least 1")
+    if args.plot and not args.compare:
+        args.parser.error("--plot shows what --compare has found")
+    if args.compare:
+        return _compare(args)
     from pymllm.api import choose_parallel
     from pymllm.verification import verify
 
     with choose_parallel(args.tensor_parallel_size, args.expert_parallel):
-        verification = verify(model_or_shipped(args.model), **model_arguments(args))
+        verification = verify(
+            model_or_shipped(args.model),
+            **model_arguments(args),
+            end_to_end=args.end_to_end,
+            text=args.text,
+            tokens=args.tokens,
+            window=args.window,
+        )
     if args.json:
         print_json(verification.to_dict())
     else:
@@ -31,4 +63,33 @@ def execute(args: argparse.Namespace) -> int:
         failed = sum(not layer.ok for layer in verification.layers)
         verdict = f"{failed} FAIL" if failed else "all within what rounding explains"
         print(f"{verification.model}: {len(verification.layers)} layers against float64, {verdict}")
+        if verification.end_to_end is not None:
+            print("\n".join(verification.end_to_end.lines()))
     return 0 if verification.ok else 1
+
+
+def _compare(args: argparse.Namespace) -> int:
+    arguments = model_arguments(args)
+    if arguments.pop("quant"):
+        args.parser.error("--compare has rules of its own; leave --quant out")
+    if args.tensor_parallel_size > 1:
+        args.parser.error("--compare runs in one process")
+    from pymllm.comparison import compare, require_matplotlib
+
+    if args.plot:
+        require_matplotlib()
+    found = compare(
+        model_or_shipped(args.model),
+        args.compare,
+        text=args.text,
+        tokens=args.tokens,
+        window=args.window,
+        **arguments,
+    )
+    if args.plot:
+        found.save_plot(args.plot)
+    if args.json:
+        print_json(found.to_dict())
+    else:
+        print(f"{found.table()}\n\n{found.layer_table(args.top)}")
+    return 0 if found.ok else 1
