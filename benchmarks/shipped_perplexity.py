@@ -1,4 +1,4 @@
-"""What rounding activations costs: perplexity of the shipped model on held-out source, by compute mode.
+"""What rounding costs: perplexity of the shipped model on held-out source, by compute mode and by KV cache method.
 
     python benchmarks/shipped_perplexity.py [--tokens 20000]
 
@@ -19,6 +19,15 @@ import pymllm
 
 MODULES = ("textwrap.py", "shlex.py", "calendar.py", "fractions.py", "sched.py", "statistics.py")
 WINDOW = 512
+RUNS = (
+    ("exact", "float32", "none"),
+    ("auto", "auto", "none"),
+    ("auto", "bfloat16", "none"),
+    ("exact", "float32", "bfloat16"),
+    ("exact", "float32", "int8"),
+    ("exact", "float32", "fp8"),
+    ("exact", "float32", "fp8:scale=token"),
+)
 
 
 def main() -> None:
@@ -30,9 +39,10 @@ def main() -> None:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     text = "\n".join((stdlib / name).read_text(encoding="utf-8") for name in MODULES)
     baseline = None
-    print(f"{'compute':<8} {'dtype':<9} {'kernel':<12} {'nats/token':>10} {'perplexity':>10} {'change':>8}")
-    for compute, dtype in (("exact", "float32"), ("auto", "auto"), ("auto", "bfloat16")):
-        llm = pymllm.LLM(compute=compute, dtype=dtype)
+    columns = f"{'compute':<8} {'dtype':<9} {'KV cache':<16} {'kernel':<12}"
+    print(f"{columns} {'nats/token':>10} {'perplexity':>10} {'change':>8}")
+    for compute, dtype, kv_cache in RUNS:
+        llm = pymllm.LLM(compute=compute, dtype=dtype, kv_cache=kv_cache)
         ids = llm.tokenizer.encode(text)[: args.tokens]
         loss = total = 0.0
         for start in range(0, len(ids) - 1, WINDOW):
@@ -46,7 +56,8 @@ def main() -> None:
         baseline = baseline or perplexity
         kernel = llm.plan.layer("model.layers.0.self_attn.q_proj").kernel
         change = f"{perplexity / baseline - 1:+.2%}"
-        print(f"{compute:<8} {dtype:<9} {kernel:<12} {loss / total:10.4f} {perplexity:10.3f} {change:>8}")
+        columns = f"{compute:<8} {dtype:<9} {kv_cache:<16} {kernel:<12}"
+        print(f"{columns} {loss / total:10.4f} {perplexity:10.3f} {change:>8}")
 
 
 if __name__ == "__main__":

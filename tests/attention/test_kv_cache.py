@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import DynamicCache
 
 import pymllm
+from pymllm.attention import AttnMetaDataBase
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import CheckpointError, ConfigError, RuleError
+from pymllm.kernels.registry import kernels_for
 from pymllm.loading import load_model
 from pymllm.parallel import simulate
+from pymllm.quantization.kv_cache import read_kv_scheme
 
 from ..checkpoints import load_tensors, relative_error, save_tensors, write_checkpoint
 from ..forward import logits_of
+from .steps import empty_pages, make_problem
 
 # Both sides round the same values but for the last bits of float32: a code that lies on a boundary may fall to the
 # other side, which moves one value of a head by its rounding error. What rounding does as a whole is ten times more.
@@ -298,3 +304,31 @@ def test_the_command_line_takes_methods_and_patterns(tmp_path, capsys):
     assert main(["plan", str(checkpoint.folder), "--device", "cpu", "--json", *options]) == 0
     rows = [row for row in json.loads(capsys.readouterr().out)["layers"] if row["kind"] == "attention"]
     assert [row["method"] for row in rows] == ["int8", "none"]
+
+
+# --- against the writer's own rounding
+
+VECTORS = sorted((Path(__file__).parents[2] / "quantization" / "kv_cache" / "vectors").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kernel", kernels_for("kv_store"), ids=lambda kernel: kernel.name)
+def test_pages_return_what_compressed_tensors_rounds_to_bit_for_bit(path, kernel):
+    with safe_open(path, "pt") as file:
+        method = read_kv_scheme(json.loads(file.metadata()["kv_cache_scheme"]))
+        x, scale, rounded = (file.get_tensor(name) for name in ("x", "scale", "rounded"))
+    _, heads, tokens, size = x.shape
+    problem = make_problem(num_kv_heads=heads, num_heads=heads, head_dim=size, kv=method.kv_type(x.dtype))
+    if kernel.why_not(problem) is not None:
+        pytest.skip(kernel.why_not(problem))
+    cache = empty_pages(problem, 1)
+    cache.k_scale = cache.v_scale = scale.flatten().expand(heads).contiguous()
+    slots = torch.arange(tokens)
+    x, rounded = (t[0].transpose(0, 1).contiguous() for t in (x, rounded))  # [T, Hkv, D]
+    kernel.run(problem, x, x, cache, AttnMetaDataBase(slot_mapping=slots))
+    for returned in cache.read(slots, torch.float32):
+        assert torch.equal(returned, rounded)
+
+
+def test_there_are_vectors():
+    assert len(VECTORS) == 4
