@@ -20,9 +20,10 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.layernorm import GemmaRMSNorm
 from pymllm.layers.linear import WeightedLayer
+from pymllm.matching import Placement, Unit
 from pymllm.models.causal_lm import CausalLM
 from pymllm.moe.experts import Experts
-from pymllm.preparation import Placement, Prepared, Unit, layer_parts, prepare
+from pymllm.preparation import Prepared, layer_parts, prepare
 from pymllm.quantization.base import LinearMethodBase
 from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.rules import RuleSource

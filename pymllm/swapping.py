@@ -22,9 +22,10 @@ from pymllm.errors import ConfigError, RuleError
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import PartHolder, SplitLinearMethod, WeightedLayer
+from pymllm.matching import Placement, Unit
 from pymllm.parallel import Parallel
 from pymllm.planning import make_plan
-from pymllm.preparation import Placement, Prepared, Unit, layer_parts, weighted_layers
+from pymllm.preparation import Prepared, layer_parts, weighted_layers
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
 from pymllm.quantization.binding import BoundWeight, bind_for, bind_shared, bound_weight
 from pymllm.quantization.rules import Decision, Rule, RuledConfig

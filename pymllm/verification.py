@@ -25,8 +25,9 @@ from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.loading import load_prepared, read_slot, read_stored
+from pymllm.matching import Placement
 from pymllm.moe.experts import Experts
-from pymllm.preparation import Placement, Prepared, layer_parts, prepare
+from pymllm.preparation import Prepared, layer_parts, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bound_weight
 from pymllm.quantization.experts import Product

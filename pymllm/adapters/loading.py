@@ -17,7 +17,8 @@ from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
-from pymllm.preparation import HINTS, mismatch, weighted_layers
+from pymllm.matching import HINTS, mismatch
+from pymllm.preparation import weighted_layers
 from pymllm.quantization.binding import bound_weight
 from pymllm.weights.loader import Slot, write
 from pymllm.weights.loader import place as place_tensor

@@ -20,8 +20,9 @@ from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.loading import read_stored
+from pymllm.matching import Placement
 from pymllm.moe.experts import Experts
-from pymllm.preparation import Placement, Prepared, layer_parts
+from pymllm.preparation import Prepared, layer_parts
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
 from pymllm.quantization.rules import Rule
 from pymllm.weights.checkpoint import TensorInfo
