@@ -190,9 +190,7 @@ def make_plan(prepared: Prepared) -> Plan:
             "rank": parallel.rank,
             "size": parallel.size,
             "expert_parallel": parallel.expert_parallel,
-            "legal_sizes": legal_tp_sizes(
-                prepared.config, prepared.quant, prepared.execution, parallel.expert_parallel
-            ),
+            "legal_sizes": legal_tp_sizes(prepared.model),
         },
         elementwise={
             "kernel": elementwise.kernel.name,

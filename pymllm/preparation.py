@@ -85,11 +85,14 @@ def prepare(
     except ShardingError as error:
         if parallel.size == 1:
             raise
-        sizes = legal_tp_sizes(config, rules, execution, parallel.expert_parallel)
+        shared, whole = (
+            legal_tp_sizes(build_on_meta(config, rules, execution, Parallel(expert_parallel=whole)))
+            for whole in (False, True)
+        )
+        sizes = whole if parallel.expert_parallel else shared
         error.fix = f"Sizes that work for this model: {', '.join(map(str, sizes))}."
-        whole_experts = legal_tp_sizes(config, rules, execution, expert_parallel=True)
-        if whole_experts != sizes:
-            error.fix += f" With expert_parallel: {', '.join(map(str, whole_experts))}."
+        if whole != sizes:
+            error.fix += f" With expert_parallel: {', '.join(map(str, whole))}."
         error.args = (str(error),)
         raise
     rules.lint()
@@ -241,26 +244,18 @@ def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShap
     return [(layer.quant_method, layer.shape, layer)]
 
 
-def legal_tp_sizes(
-    config: ModelConfig, rules: RuledConfig, execution: Execution, expert_parallel: bool = False
-) -> list[int]:
-    """The tensor-parallel sizes that every layer of the model can be divided over."""
-    model = build_on_meta(config, rules, execution, Parallel(expert_parallel=expert_parallel))
-    heads = config.size("num_attention_heads")
+def legal_tp_sizes(model: CausalLM) -> list[int]:
+    """The tensor-parallel sizes that every layer of the model can be divided over, whatever its own is."""
+    heads = model.config.size("num_attention_heads")
+    # Names apart, a deep model repeats a few layers.
     distinct: dict[Any, Any] = {
-        (type(layer), layer.quant_method, layer.shape): layer for layer in _unnamed(model)
+        (type(layer), layer.quant_method, replace(layer.shape, parts=("",) * len(layer.shape.parts))): layer
+        for layer in weighted_layers(model)
     }
     distinct |= {
         (e.quant_method, e.size, e.tensor_parallel): e for e in model.modules() if isinstance(e, Experts)
     }
     return [size for size in range(1, heads + 1) if heads % size == 0 and _all_shard(distinct.values(), size)]
-
-
-def _unnamed(model: nn.Module) -> Iterator[WeightedLayer]:
-    """All layers; their shapes lose their names, so that equal layers compare equal."""
-    for layer in weighted_layers(model):
-        layer.shape = replace(layer.shape, parts=tuple("" for _ in layer.shape.parts))
-        yield layer
 
 
 def _all_shard(layers: Any, size: int) -> bool:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError, RuleError
+from pymllm.experts_swapping import ExpertsState, choose_experts, encode, experts_of, swapped_experts
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import PartHolder, SplitLinearMethod, WeightedLayer
@@ -61,22 +63,21 @@ def swap(model: Any, pattern: str, method: str) -> Swap:
 
 
 def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
-    states: list[LayerState] = []
+    states: list[LayerState | ExpertsState] = []
     after = before
     with _together(before.parallel, before.execution.device), torch.no_grad():
         quant = SwappedConfig.over(before.quant, rule)
         wanted = {layer: quant.choose(layer) for layer in weighted_layers(root)}
+        experts = {layer: choose_experts(layer, quant) for layer in experts_of(root)}
         quant.check_matched()
         staged = _Staged(quant)
         for layer, methods in wanted.items():
             staged.add(layer, methods)
-        states = staged.changed()
+        states = [*staged.changed(), *filter(None, starmap(swapped_experts, experts.items()))]
         if states:
             after = replace(before, quant=quant, units=_placed_again(before, states))
     changed = [name for name in quant.chosen if _changed(quant, before.quant, name)]
-    result = Swap(
-        rule, changed, quant.unchanged, model, before, after, [LayerState.of(s.layer) for s in states], states
-    )
+    result = Swap(rule, changed, quant.unchanged, model, before, after, [s.before() for s in states], states)
     if states:
         result._redo()
     logger.info(str(result))
@@ -101,8 +102,8 @@ class Swap:
     model: Any = field(repr=False)
     _before: Prepared = field(repr=False)
     _after: Prepared = field(repr=False)
-    _old: list[LayerState] = field(repr=False)
-    _new: list[LayerState] = field(repr=False)
+    _old: list[LayerState | ExpertsState] = field(repr=False)
+    _new: list[LayerState | ExpertsState] = field(repr=False)
     _plan: Any = field(default=None, repr=False)
     state: str = "done"  # then "undone" or "committed"
 
@@ -199,6 +200,10 @@ class LayerState:
         holders = tuple(method.holders(layer)) if isinstance(method, SplitLinearMethod) else ()
         return cls(layer, method, bound_weight(layer), holders, getattr(layer, "shares_table", None))
 
+    def before(self) -> LayerState:
+        """What the layer runs now."""
+        return LayerState.of(self.layer)
+
     def same_as(self, other: LayerState) -> bool:
         """The very same tensors in the same method."""
         mine, others = ((s.bound, *s.holders) for s in (self, other))
@@ -229,12 +234,12 @@ def _check_unmerged(root: nn.Module) -> None:
             )
 
 
-def _install(states: list[LayerState]) -> None:
+def _install(states: Sequence[LayerState | ExpertsState]) -> None:
     for state in states:
         state.install()
 
 
-def _nbytes(states: list[LayerState]) -> int:
+def _nbytes(states: Sequence[LayerState | ExpertsState]) -> int:
     weights = [w for s in states for w in (s.bound, *map(bound_weight, s.holders)) if w is not None]
     packed = {tensor.data_ptr(): tensor.nbytes for weight in weights for tensor in weight.packed.values()}
     return sum(packed.values())
@@ -263,7 +268,7 @@ class SwappedConfig(RuledConfig):
         name = getattr(layer, "prefix", prefix) if getattr(layer, "kind", "linear") == "lm_head" else prefix
         for rule, target in self.swaps:
             decision = self.decisions[name]
-            if rule.matches(name) and not _runs_in(decision.method, target, rule):
+            if rule.applies(layer, name) and not _runs_in(decision.method, target, rule):
                 converted = ConvertedLinearMethod(decision.method, target)
                 self.decisions[name] = Decision(name, converted, "swap", rule)
         return self.decisions[name].method
@@ -271,14 +276,18 @@ class SwappedConfig(RuledConfig):
     def choose(self, layer: WeightedLayer) -> list[LinearMethodBase]:
         """The method of each of the layer's parts."""
         head = layer if isinstance(layer, ParallelLMHead) else None
-        parts = layer.shape.parts
-        methods = [self.get_quant_method(layer, part) or UnquantizedLinearMethod() for part in parts]
+        return [
+            self.choose_one(layer, part, part if head is None else head.prefix) for part in layer.shape.parts
+        ]
+
+    def choose_one(self, layer: nn.Module, stored: str, name: str | None = None) -> LinearMethodBase:
+        """The method of one weight.  stored: its name in the checkpoint; name: in decisions, if another."""
+        method, name = self.get_quant_method(layer, stored) or UnquantizedLinearMethod(), name or stored
         rule = self.swaps[-1][0]
-        for part in parts if head is None else [head.prefix]:
-            self.chosen.append(part)
-            if rule.matches(part) and self.decisions[part].rule is not rule:
-                self.unchanged.append(part)
-        return methods
+        self.chosen.append(name)
+        if rule.applies(layer, name) and self.decisions[name].rule is not rule:
+            self.unchanged.append(name)
+        return method
 
     def check_matched(self) -> None:
         """RuleError, with the nearest names, if the last rule matches no weight."""
@@ -365,16 +374,6 @@ class _Staged:
         return replace(old, method=method, bound=bound, shares_table=shares)
 
 
-def encode(
-    weight: CanonicalWeight, was: LinearMethodBase, method: LinearMethodBase, shape: Any
-) -> CanonicalWeight:
-    """A running weight of method `was` in `method`, step by step as `method` has been converted since."""
-    if method == was:
-        return weight
-    assert isinstance(method, ConvertedLinearMethod)
-    return method.convert(encode(weight, was, method.source, shape), shape)
-
-
 def cut_part(
     weight: CanonicalWeight, layer: WeightedLayer, index: int, method: LinearMethodBase
 ) -> CanonicalWeight:
@@ -419,9 +418,10 @@ def _scales_by_block(weight: Fp8Weight, side: int) -> Fp8Weight:
     return replace(weight, scales=coarse, block=(side, weight.block[1]))
 
 
-def _placed_again(prepared: Prepared, states: list[LayerState]) -> tuple[Unit, ...]:
+def _placed_again(prepared: Prepared, states: Sequence[LayerState | ExpertsState]) -> tuple[Unit, ...]:
     """The units with the places of weights that are on their own now, for `verify` to read them again."""
-    changed = {s.layer: s for s in states if s.holders or isinstance(s.layer, ParallelLMHead)}
+    layers = [state for state in states if isinstance(state, LayerState)]  # experts stay where they are
+    changed = {s.layer: s for s in layers if s.holders or isinstance(s.layer, ParallelLMHead)}
     units = {unit.module: unit for unit in prepared.units}
     result = []
     for unit in prepared.units:

@@ -173,6 +173,13 @@ class Experts(nn.Module):
     def products_of(self) -> dict[str, Product]:
         return dict(self.products.items())  # type: ignore[arg-type]
 
+    def names_by_product(self) -> Iterator[tuple[str, str]]:
+        """Every weight here: its product, and its checkpoint name."""
+        for product, module in self.products_of().items():
+            for name in dict.fromkeys(module.shape.one.parts):
+                for expert in self.ids[:1] if self.layout.stacked else self.ids:
+                    yield product, name.format(expert)
+
     def parts_held(self) -> Iterator[tuple[str, LinearMethodBase, LinearShape]]:
         """Every weight here by its checkpoint name: its product's method, and its shape alone."""
         for product in self.products_of().values():

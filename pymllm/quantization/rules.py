@@ -83,10 +83,10 @@ class Rule:
     def matches(self, name: str) -> bool:
         return _compile(self.pattern).fullmatch(name) is not None
 
-    @property
-    def names_one(self) -> bool:
-        """Whether the pattern says what it means to the end; only such a rule quantises a router."""
-        return not self.pattern.endswith("*") and not self.pattern.startswith("re:")
+    def applies(self, layer: nn.Module, name: str) -> bool:
+        """Whether it matches the layer's name; a router only by a pattern that says to the end what it means."""
+        vague = self.pattern.endswith("*") or self.pattern.startswith("re:")
+        return not (vague and getattr(layer, "kind", "linear") == "router") and self.matches(name)
 
     def build(self) -> LinearMethodBase:
         """The method it asks for.  ConfigError for an unknown method or option."""
@@ -196,10 +196,7 @@ class RuledConfig(QuantizationConfig):
             getattr(layer, "transposed", False)
         )
         decision = Decision(name, stored, self._checkpoint_source(stored, prefix))
-        rules = self.rules
-        if getattr(layer, "kind", "linear") == "router":
-            rules = tuple(rule for rule in rules if rule.names_one)
-        rule = next((rule for rule in rules if rule.matches(name)), None)
+        rule = next((rule for rule in self.rules if rule.applies(layer, name)), None)
         if rule is not None:
             decision = Decision(name, self._convert(stored, rule), "rule", rule)
         self.decisions[name] = decision
