@@ -41,11 +41,13 @@ class DecodingBatch:
         ] * size  # whose pages each row holds, and how many
 
     def fill(self, requests: list[Request]) -> None:
-        """Write this step's tokens, positions, slots and pages."""
+        """Write this step's tokens, positions, slots and pages; rows that no request has store nothing."""
         step, size = self.step, self.step.page_size
         last = [request.length - 1 for request in requests]
         slots = [r.pages[p // size] * size + p % size for r, p in zip(requests, last, strict=True)]
-        numbers = torch.tensor([[request.last_token for request in requests], last, slots])
+        spare = len(self._rows) - len(requests)
+        tokens = [request.last_token for request in requests]
+        numbers = torch.tensor([tokens + [0] * spare, last + [0] * spare, slots + [-1] * spare])
         assert (
             step.slot_mapping is not None and step.context_lens is not None and step.page_tables is not None
         )

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.engine.decoding import DecodingBatch
+from pymllm.engine.graphs import DecodingGraphs, why_not_captured
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.tape import NotRepeatable, record
@@ -36,6 +37,8 @@ class Runner:
         self._decoding: dict[
             tuple[int, int], DecodingBatch
         ] = {}  # by requests and threads, the last used at the end
+        self._graphs: DecodingGraphs | None = None
+        self.eager_reason: str | None = None  # why decoding on a GPU is not captured
         self._decoding_of: tuple[Any, ...] = ()  # what must be as it was when they were made
 
     @torch.no_grad()
@@ -67,6 +70,13 @@ class Runner:
             for tokens, request in zip(new, requests, strict=True)
         ):
             logits = self._decode(requests, cache)
+            if logits is not None:
+                return logits
+        if self.device.type == "cuda" and all(
+            len(tokens) == 1 and request.adapter is None
+            for tokens, request in zip(new, requests, strict=True)
+        ):
+            logits = self._decode_captured(requests, cache)
             if logits is not None:
                 return logits
         starts = [request.length - len(tokens) for request, tokens in zip(requests, new, strict=True)]
@@ -133,6 +143,20 @@ class Runner:
             batch.tape, batch.refused = None, str(reason)
             return None
         return logits
+
+    def _decode_captured(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
+        """One token each, from a CUDA graph.  None: this model cannot be captured, or there are too many requests."""
+        made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
+        if made_for != self._decoding_of or self._graphs is None:
+            self._decoding_of = made_for
+            longest = min(self.max_length, cache.num_pages * cache.page_size)
+
+            def make(size: int) -> DecodingBatch:
+                return DecodingBatch(size, cache.pages_for(longest), cache.page_size, longest, self.device)
+
+            self.eager_reason = why_not_captured(self.model)
+            self._graphs = DecodingGraphs(make, self._forward_decoding)
+        return None if self.eager_reason is not None else self._graphs.step(requests)
 
     def _forward_decoding(self, batch: DecodingBatch) -> Tensor:
         batch.step.restart()

@@ -34,6 +34,7 @@ class TritonGroupedAttention:
     """All heads of a key head in one tile."""
 
     name = "triton_grouped"
+    capturable = True
 
     def group(self, problem: AttentionProblem) -> int:
         """Heads of one tile."""
@@ -209,6 +210,7 @@ class TritonKVStore:
     """Scale, round and write, a head of a token in each block; slots below 0 are skipped on the device."""
 
     name = "triton"
+    capturable = True
 
     def why_not(self, problem: AttentionProblem) -> str | None:
         if problem.kv.dtype not in (*FLOATS, torch.float32, *EIGHT_BIT):

@@ -78,6 +78,7 @@ class TritonExperts(LinearExperts):
     """Grouped matmuls over all experts, for every weight that a weight-only kernel takes."""
 
     name = "triton_experts"
+    capturable = True
     layout = "triton words, stacked over experts"
 
     def linear_kernel(self, problem: LinearProblem) -> Any:

@@ -1,0 +1,82 @@
+"""Decoding over captured steps: everything but the capture itself, which needs a GPU (see the last test)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pymllm import LLM, SamplingParams
+from pymllm.engine.decoding import DecodingBatch
+from pymllm.engine.graphs import BUCKETS, DecodingGraphs, why_not_captured
+
+PROMPTS = [[5, 6, 7], [9] * 30, [11, 3, 200, 17, 8]]
+
+
+def answers(llm, prompts, count=24):
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    return [output.token_ids for output in llm.generate(prompts, params)]
+
+
+def played_back(run):
+    """Stands for a CUDA graph: the same step again, its result where the first one was."""
+    logits = run().clone()
+    return lambda: logits.copy_(run()), logits
+
+
+def with_graphs(llm, captures):
+    """Let `llm` decode through graphs that are played in Python; notes the size of each capture."""
+    runner = llm.engine.runner
+
+    def decode(requests, cache):
+        if not hasattr(runner, "test_graphs"):
+            longest = min(runner.max_length, cache.num_pages * cache.page_size)
+
+            def make(size):
+                captures.append(size)
+                return DecodingBatch(size, cache.pages_for(longest), cache.page_size, longest, runner.device)
+
+            runner.test_graphs = DecodingGraphs(make, runner._forward_decoding, played_back)
+        return runner.test_graphs.step(requests)
+
+    runner._decode = decode
+    return llm
+
+
+def test_answers_in_padded_buckets_are_those_without():
+    expected = answers(LLM(dtype="float32"), PROMPTS)
+    captures = []
+    llm = with_graphs(LLM(dtype="float32"), captures)
+    assert answers(llm, PROMPTS) == expected
+    assert captures == [4]  # three requests in a bucket of four, captured once
+    assert answers(llm, PROMPTS[:1]) == expected[:1] and captures == [4, 1]
+    assert answers(llm, PROMPTS) == expected and captures == [4, 1]
+
+
+def test_rows_that_no_request_has_store_nothing():
+    batch = DecodingBatch(4, 8, 16, 128, torch.device("cpu"))
+    request = type("Request", (), {"length": 21, "pages": [5, 3], "last_token": 7})()
+    batch.fill([request])
+    assert batch.ids.tolist() == [7, 0, 0, 0] and batch.positions.tolist() == [20, 0, 0, 0]
+    assert batch.step.slot_mapping.tolist() == [3 * 16 + 4, -1, -1, -1]
+    assert batch.step.context_lens.tolist() == [21, 1, 1, 1]
+
+
+def test_more_requests_than_any_graph_has_run_without():
+    graphs = DecodingGraphs(lambda size: None, lambda batch: None, played_back)
+    assert graphs.step([None] * (BUCKETS[-1] + 1)) is None
+
+
+def test_kernels_that_look_at_the_host_are_named_as_the_reason():
+    reason = why_not_captured(LLM(dtype="float32").model)
+    assert reason is not None and "looks at the host" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_gives_the_logits_of_an_eager_one():
+    llm = LLM(device="cuda", dtype="bfloat16")
+    expected = answers(llm, PROMPTS)
+    runner = llm.engine.runner
+    assert runner.eager_reason is None and runner._graphs is not None
+    runner.eager_reason = "this test wants none"
+    assert answers(llm, PROMPTS) == expected
