@@ -13,6 +13,8 @@ from typing import Any
 from pymllm.cli.options import add_common_options
 from pymllm.cli.output import print_json
 
+SHAPES_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="WHAT")
@@ -28,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="write triton_aot.json and triton_aot.md there"
     )
     add_common_options(aot)
+    tune = actions.add_parser("tune", help="find the fastest tiles on this GPU, and keep them in its file")
+    tune.add_argument(
+        "--shape",
+        action="append",
+        type=_shape,
+        metavar="OUTxIN",
+        help="a linear layer's outputs and inputs; default: those of an 8 B model",
+    )
+    tune.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64], help="rows; default: 1 16 64")
+    tune.add_argument("--out", type=Path, metavar="FILE", help="default: the file that this device reads")
+    add_common_options(tune)
     table = actions.add_parser("table", help="run a script of benchmarks/, from a clone")
     table.add_argument("name", help="gpu_linear, cpu_linear, ...")
     table.add_argument("rest", nargs=argparse.REMAINDER, help="the script's own options")
@@ -35,7 +48,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    return {"aot": _ahead_of_time, "table": _table}[args.action](args)
+    return {"aot": _ahead_of_time, "tune": _tune, "table": _table}[args.action](args)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    outputs, _, inputs = text.partition("x")
+    if not (outputs.isdecimal() and inputs.isdecimal() and int(outputs) and int(inputs)):
+        raise argparse.ArgumentTypeError(f"expected OUTPUTSxINPUTS, e.g. 4096x14336, not {text!r}")
+    return int(outputs), int(inputs)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from pymllm.kernels.hardware import probe_device
+    from pymllm.kernels.triton.experts import WEIGHTS
+    from pymllm.kernels.triton.timing import seconds_each
+    from pymllm.kernels.triton.tune import tune
+    from pymllm.kernels.triton.tuning import device_file, write_tuned
+
+    device = probe_device("cuda")  # a ConfigError without a GPU
+    path = args.out or device_file(device)
+    for kernel in (kernel for kernel in WEIGHTS if kernel.name != "dense"):
+        for out_features, in_features in args.shape or SHAPES_8B:
+            for tokens in args.tokens:
+                key, tile, seconds, default = tune(
+                    kernel,
+                    kernel.examples()[0],
+                    out_features,
+                    in_features,
+                    tokens,
+                    device,
+                    where=device.torch_device,
+                    clock=seconds_each,
+                )
+                write_tuned(path, {key: tile}, device)
+                print(f"{key}: {seconds * 1e6:.1f} us with {tile} (by rule: {default * 1e6:.1f} us)")
+    print(f"kept in {path}")
+    return 0
 
 
 def _ahead_of_time(args: argparse.Namespace) -> int:

@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,24 +141,31 @@ def _described(argument: Any) -> Any:
     return Pointer(argument.dtype, argument.storage_offset() * argument.element_size() % 16 == 0)
 
 
-def build(
-    tasks: list[Task], *, workers: int | None = None, progress: Callable[[Built], None] | None = None
-) -> list[Built]:
+def build(tasks: list[Task], *, workers: int | None = None) -> list[Built]:
     """Compile, several at a time, in processes without Triton's interpreter.  MissingExtraError without Triton."""
     if not triton_installed():
         raise MissingExtraError("triton", "triton", "compiling GPU kernels")
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
-        built = []
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            for result in pool.map(build_one, tasks):
-                built.append(result)
-                if progress is not None:
-                    progress(result)
+        built: list[Built] = []
+        count = workers or os.cpu_count() or 1
+        while len(built) < len(tasks):
+            # A compiler that crashes takes its process along: what follows is built one by one for a while.
+            built += _build_in_processes(tasks[len(built) :], count)
+            for task in tasks[len(built) : len(built) + count]:
+                built += _build_in_processes([task], 1) or [_row(task, error="the compiler crashed")]
         return built
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
+
+
+def _build_in_processes(tasks: list[Task], count: int) -> list[Built]:
+    """The results, up to the first that a crash left out."""
+    built: list[Built] = []
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool, suppress(BrokenProcessPool):
+        built.extend(pool.map(build_one, tasks))
+    return built
 
 
 def build_one(task: Task) -> Built:
@@ -171,6 +180,13 @@ def build_one(task: Task) -> Built:
     except Exception as problem:  # Triton and its tools fail in many ways; each is a row of the table
         said = [line for line in str(problem).splitlines() if line.strip(" ^")] or [""]
         error = f"{type(problem).__name__}: {getattr(problem, 'error_message', None) or said[-1]}"
+    seconds = round(time.perf_counter() - started, 2)
+    return _row(task, registers, stack, shared, seconds, error)
+
+
+def _row(
+    task: Task, registers: int = 0, stack: int = 0, shared: int = 0, seconds: float = 0.0, error: str = ""
+) -> Built:
     return Built(
         task.kernel,
         task.launch.kernel.name,
@@ -182,7 +198,7 @@ def build_one(task: Task) -> Built:
         task.architecture.shared_bytes,
         task.launch.constants.get("num_warps", 4),
         task.hot,
-        round(time.perf_counter() - started, 2),
+        seconds,
         error,
     )
 

@@ -279,8 +279,9 @@ def choose_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> T
     decoding = step.max_seqlen_q <= 1
     size = bucket(step.max_seqlen_q)
     kind = f"d{problem.head_dim} g{group} {str(problem.kv.dtype).removeprefix('torch.')}"
-    shape = f"r{bucket(step.num_reqs)} k{bucket(step.max_seqlen_k)} {kind}" if decoding else f"t{size} {kind}"
-    return tuned(problem.device, FAMILY, shape) or _default_tile(problem, step, group)
+    sizes = f"r{bucket(step.num_reqs)} k{bucket(step.max_seqlen_k)}" if decoding else f"t{size}"
+    shape = f"{FAMILY} {sizes} {kind}"
+    return tuned(problem.device, shape) or _default_tile(problem, step, group)
 
 
 def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> Tile:
@@ -289,7 +290,7 @@ def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) ->
     wide = widths > 256
     members = next_power(group)
     if step.max_seqlen_q <= 1:
-        rows, depth, warps = max(16, members), 32 if wide else 64, 8 if wide else 4
+        rows, depth, warps = max(16, members), 16 if wide else 64, 8 if wide else 4
         blocks = step.num_reqs * (problem.num_heads // group)
         keys = min(bucket(step.max_seqlen_k), problem.sliding_window or bucket(step.max_seqlen_k))
         splits = 1
@@ -304,7 +305,7 @@ def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) ->
         small = wide or problem.kv.dtype in EIGHT_BIT or problem.head_dim != next_power(problem.head_dim)
         small = small or not architecture_of(problem.device).is_nvidia
         rows = max(members, min(next_power(step.max_seqlen_q) * members, 64 if small else 128), 16)
-        depth, warps, splits = 32 if small else 64, 8 if rows >= 128 or wide else 4, 1
+        depth, warps, splits = 32 if small else 64, 8 if rows >= 64 else 4, 1
     stages = max(1, min(3, (shared - 2 * rows * widths) // (2 * depth * widths)))
     return Tile(group, rows, depth, splits, warps, stages)
 

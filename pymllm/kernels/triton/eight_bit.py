@@ -315,8 +315,8 @@ def _choose_tile(device: Device, tokens: int, weight: Tensor, groups: Groups) ->
     out_features, in_features = weight.shape
     size, depth = bucket(tokens), groups.depth()
     assert depth is not None
-    shape = f"t{size} o{out_features} i{in_features} d{depth} {'int8' if groups.integer else 'fp8'}"
-    return tuned(device, FAMILY, shape) or _default_tile(device, size, out_features, in_features, depth)
+    shape = f"{FAMILY} t{size} o{out_features} i{in_features} d{depth} {'int8' if groups.integer else 'fp8'}"
+    return tuned(device, shape) or _default_tile(device, size, out_features, in_features, depth)
 
 
 @functools.cache

@@ -28,9 +28,18 @@ from pymllm.kernels.triton.fp4_weights import TritonFp4
 from pymllm.kernels.triton.fp8_weights import TritonFp8
 from pymllm.kernels.triton.int_weights import TritonInt
 from pymllm.kernels.triton.launch import inline, interpreting, kernel
+from pymllm.kernels.triton.linear_cases import resized
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.tuning import architecture_of, divide, next_power
-from pymllm.kernels.triton.weight_only import WHOLE, Coding, Operands, coder, coding_of, stages_within
+from pymllm.kernels.triton.weight_only import (
+    WHOLE,
+    Coding,
+    Operands,
+    coder,
+    coding_of,
+    stages_within,
+    tile_depth,
+)
 from pymllm.kernels.triton.weight_only_kernels import multiply_one, multiply_tile
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
 
@@ -176,19 +185,6 @@ class TritonExperts(LinearExperts):
                 )
 
 
-def resized(weight: Any, out_features: int, in_features: int) -> Any:
-    """A weight on meta, made for another shape."""
-    fields = {}
-    old = weight.shape
-    for name, value in vars(weight).items():
-        if isinstance(value, Tensor) and name != "table":
-            sizes = (out_features, in_features)
-            shape = [max(1, n * new // was) for n, new, was in zip(value.shape, sizes, old, strict=False)]
-            value = torch.empty(shape, dtype=value.dtype, device="meta")
-        fields[name] = value
-    return type(weight)(**fields)
-
-
 def multiply_experts(
     x: Tensor,
     weight: Operands,
@@ -227,7 +223,7 @@ def multiply_experts(
         )
         return
     block_tokens, order, block_experts = rows
-    depth = 32 if coding.per_word > 1 else 64
+    depth = tile_depth(device, coding.per_word)
     shared = architecture_of(device).shared_bytes
     multiply_tile.launch(
         (divide(out_features, 64), block_experts.shape[0], 1),

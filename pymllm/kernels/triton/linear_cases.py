@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.hardware import Device
@@ -16,6 +17,39 @@ from pymllm.kernels.triton.ahead_of_time import Case
 
 EVEN, ODD = (4096, 14336), (1000, 960)  # (O, I): divided by every tile, and by none
 TOKENS = (1, 16, 64, 200, 2048)
+
+
+def resized(weight: Any, out_features: int, in_features: int) -> Any:
+    """A weight on meta, of another shape."""
+    sizes, old = (out_features, in_features), weight.shape
+    fields = dict(vars(weight))
+    for name, value in fields.items():
+        if isinstance(value, Tensor) and name != "table":
+            shape = [max(1, -(-n * new // was)) for n, new, was in zip(value.shape, sizes, old, strict=False)]
+            fields[name] = torch.empty(shape, dtype=value.dtype, device="meta")
+    return type(weight)(**fields)
+
+
+def random_like(weight: Any, out_features: int, in_features: int, seed: int, where: torch.device) -> Any:
+    """A weight like one on meta, of another shape, with random codes and scales of about 1/64."""
+    generator = torch.Generator().manual_seed(seed)
+    fields = dict(vars(resized(weight, out_features, in_features)))
+    for name, value in fields.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.dtype.itemsize > 1:
+            made = (torch.rand(value.shape, generator=generator) / 64 + 1 / 128).to(value.dtype)
+        elif value.dtype is torch.uint8:
+            top = 2 ** getattr(weight, "bits", 4)
+            made = torch.randint(0, top, value.shape, generator=generator, dtype=torch.uint8)
+        elif value.dtype is torch.float8_e8m0fnu:
+            made = torch.randint(118, 122, value.shape, generator=generator, dtype=torch.uint8).view(
+                value.dtype
+            )
+        else:
+            made = torch.randn(value.shape, generator=generator).clamp(-4, 4).to(value.dtype)
+        fields[name] = made.to(where)
+    return type(weight)(**fields)
 
 
 def linear_cases(

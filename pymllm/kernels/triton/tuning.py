@@ -1,6 +1,6 @@
 """How large a kernel's tiles are: a rule by default, or what `pymllm bench tune` measured on this very device.
 
-Tuned choices are data: `configs/<device>.json` beside this file maps "family shape" to a configuration. No kernel tunes
+Tuned choices are data: `configs/<device>.json` beside this file maps a shape to a configuration. No kernel tunes
 itself while it runs, so the same call does the same everywhere.
 """
 
@@ -55,9 +55,14 @@ def architecture_of(device: Device) -> Architecture:
     return device.architecture
 
 
-def tuned(device: Device, family: str, shape: str) -> Tile | None:
-    """What was measured to be best for this shape on this device; None: nothing was."""
-    return _read(device_file(device)).get(f"{family} {shape}")
+def is_older(architecture: Architecture) -> bool:
+    """Whether it is NVIDIA's, from before Hopper: both operands of a matrix product come from registers."""
+    return architecture.is_nvidia and architecture.capability < (9, 0)
+
+
+def tuned(device: Device, shape: str) -> Tile | None:
+    """What was measured to be best for this shape, "family and sizes", on this device; None: nothing was."""
+    return _read(device_file(device)).get(shape)
 
 
 def device_file(device: Device) -> Path:

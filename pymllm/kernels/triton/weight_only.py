@@ -11,7 +11,9 @@ expanded in registers, as the left operand, and the inner dimension is divided o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -22,7 +24,7 @@ from torch import Tensor
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.triton.launch import Inline, interpreting
 from pymllm.kernels.triton.operators import operator
-from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, tuned
+from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, is_older, tuned
 from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_one, multiply_tile
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,11 +140,28 @@ def _multiply(x: Tensor, weight: Operands, bias: Tensor | None, coding: Coding, 
     return y.view(*x.shape[:-1], out_features)
 
 
+_forced: ContextVar[Tile | None] = ContextVar("forced_tile", default=None)
+
+
+@contextmanager
+def forced_tile(tile: Tile) -> Iterator[None]:
+    """Use this tile for every shape, for tuning."""
+    token = _forced.set(tile)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def shape_key(tokens: int, out_features: int, words: int, coding: Coding) -> str:
+    """By which tuned tiles are found."""
+    return f"{FAMILY} t{bucket(tokens)} o{out_features} w{words} b{coding.bits} g{coding.group}"
+
+
 def choose_tile(device: Device, tokens: int, out_features: int, words: int, coding: Coding) -> Tile | None:
     """The tile for a shape: as tuned, or by rule.  None: expand the weights, and let torch multiply."""
-    size = bucket(tokens)
-    shape = f"t{size} o{out_features} w{words} b{coding.bits} g{coding.group}"
-    return tuned(device, FAMILY, shape) or default_tile(device, size, out_features, words, coding.per_word)
+    found = _forced.get() or tuned(device, shape_key(tokens, out_features, words, coding))
+    return found or default_tile(device, bucket(tokens), out_features, words, coding.per_word)
 
 
 def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile | None:
@@ -156,9 +175,19 @@ def default_tile(device: Device, size: int, out_features: int, words: int, per_w
     if size < 512:
         tokens = min(max(size, 16), 64)
         blocks = divide(out_features, 64) * divide(size, 64)
-        splits = _splits(words, 4 * 32, 2 * processors, blocks)
-        return Tile(64, tokens, 32, splits, warps=8, stages=stages_within(shared, 64, tokens, 32, per_word))
+        depth = tile_depth(device, per_word)
+        splits = _splits(words, 4 * depth, 2 * processors, blocks)
+        stages = stages_within(shared, 64, tokens, depth, per_word)
+        return Tile(64, tokens, depth, splits, warps=8, stages=stages)
     return None
+
+
+def tile_depth(device: Device, per_word: int) -> int:
+    """Words of a step: as many as the registers of a block hold expanded, beside its sums."""
+    if per_word == 1:
+        return 64
+    # Before Hopper both operands of a product are in registers: benchmarks/results/triton_aot.md shows what spills.
+    return 16 if is_older(architecture_of(device)) else 32
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:

@@ -1,13 +1,18 @@
 """Integer weights on the GPU: every bit width, group length and kind of zero point."""
 
+import itertools
+
 import pytest
 import torch
 
+from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import IntWeight
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import LinearProblem, select
-from pymllm.kernels.triton.int_weights import TritonInt
-from pymllm.kernels.triton.tuning import Tile, write_tuned
+from pymllm.kernels.triton import tuning, weight_only
+from pymllm.kernels.triton.int_weights import TritonInt, int_coding
+from pymllm.kernels.triton.tune import tune
+from pymllm.kernels.triton.tuning import Tile
 from pymllm.kernels.triton.words import pack_words, unpack_words
 
 from .gpu import DEVICE, FLOATS, HERE, moved, randn
@@ -81,25 +86,36 @@ def test_a_gpu_gets_it_and_the_others_say_why_not():
     assert "16 inputs" in (why_not(problem("cuda:sm90", kind=narrow)) or "")
 
 
-def test_a_tuned_tile_is_taken_from_the_device_file_and_changes_no_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("pymllm.kernels.triton.tuning.FOLDER", tmp_path)
+def test_a_tuned_tile_is_found_kept_and_used_without_changing_results(tmp_path, monkeypatch):
+    """A clock that likes large tiles stands for a GPU's."""
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    wanted = Tile(outputs=16, tokens=16, depth=16, splits=2)
+    slow = itertools.count(9, -1)
+    key, tile, seconds, default = tune(
+        TritonInt(),
+        TritonInt().examples()[1],
+        70,
+        512,
+        3,
+        DEVICE,
+        where=HERE,
+        clock=lambda calls: float(next(slow)),
+        tiles=lambda tokens, default: iter((default, wanted)),
+    )
+    assert (tile, seconds, default) == (wanted, 8.0, 9.0)
     weight = make(4, 128, 512, False)
     problem = problem_for(weight, torch.float16)
     packed, x = moved(TritonInt().pack(weight, problem)), randn(3, 512, dtype=torch.float16)
     before = TritonInt().run(packed, problem, x, None)
-    from pymllm.kernels.triton import tuning, weight_only
-
-    asked = []
-    monkeypatch.setattr(weight_only, "tuned", lambda *key: asked.append(key) or tuning.tuned(*key))
-    tile = Tile(outputs=16, tokens=16, depth=16, splits=2)
-    write_tuned(tuning.device_file(DEVICE), {"weight_only t4 o70 w64 b4 g128": tile}, DEVICE)
-    assert weight_only.choose_tile(DEVICE, 3, 70, 64, weight_only_coding()) == tile
-    after = TritonInt().run(packed, problem, x, None)
-    assert len(asked) == 2 and torch.allclose(before, after, rtol=2e-3, atol=2e-3)
-    assert after.device.type == HERE.type
+    tuning.write_tuned(tuning.device_file(DEVICE), {key: tile}, DEVICE)
+    assert weight_only.choose_tile(DEVICE, 3, 70, 64, int_coding("4", "128", "128")) == wanted
+    assert torch.allclose(before, TritonInt().run(packed, problem, x, None), rtol=2e-3, atol=2e-3)
 
 
-def weight_only_coding():
-    from pymllm.kernels.triton.int_weights import int_coding
-
-    return int_coding("4", "128", "128")
+def test_a_file_of_tiles_that_cannot_be_read_is_an_error_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning._read.cache_clear()
+    tuning.device_file(DEVICE).write_text('{"tiles": {"a": {"outputs": 1}}}')
+    with pytest.raises(ConfigError, match=r"\.json"):
+        tuning.tuned(DEVICE, "a")
+    tuning._read.cache_clear()

@@ -1,0 +1,74 @@
+"""Finding the fastest tiles of the weight-only kernels on the GPU that is here, for `pymllm bench tune`."""
+
+# T tokens, O out_features, I in_features
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from pymllm.kernels.hardware import Device
+from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.triton import weight_only
+from pymllm.kernels.triton.linear_cases import random_like
+from pymllm.kernels.triton.tuning import Tile, bucket
+from pymllm.kernels.triton.weight_only import Coding, coding_of, default_tile, shape_key
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
+
+Clock = Callable[[Sequence[Callable[[], object]]], float]
+SETS = 8
+
+
+def candidates(tokens: int, default: Tile) -> Iterator[Tile]:
+    """Tiles worth trying for so many rows, the default one first."""
+    yield default
+    splits = (1, 2, 4, 8)
+    if tokens == 1:
+        sizes = itertools.product((8, 16, 32), (32, 64, 128), splits, (2, 4, 8))
+        yield from (Tile(o, 1, depth, s, warps, 1) for o, depth, s, warps in sizes)
+    else:
+        rows = min(max(bucket(tokens), 16), 64)
+        more = itertools.product((32, 64, 128), (16, 32), splits, (4, 8), (1, 2, 3))
+        yield from (Tile(o, rows, depth, s, warps, stages) for o, depth, s, warps, stages in more)
+
+
+def tune(
+    kernel: WeightOnlyLinear,
+    example: object,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    device: Device,
+    *,
+    where: torch.device,
+    clock: Clock,
+    tiles: Callable[[int, Tile], Iterator[Tile]] = candidates,
+) -> tuple[str, Tile, float, float]:
+    """The fastest tile for one shape: its key, itself, its seconds, and those of the default tile.
+
+    A tile counts only if its results are those of the default one, within what float32 sums in another order explain.
+    """
+    weights = [random_like(example, out_features, in_features, seed, where) for seed in range(SETS)]
+    problem = LinearProblem(weights[0].type, in_features, out_features, torch.bfloat16, device)
+    packed = [dict(kernel.pack(weight, problem)) for weight in weights]
+    coding: Coding = coding_of(kernel.coding(packed[0], problem))
+    words = packed[0]["words"].shape[-1]
+    default = default_tile(device, bucket(tokens), out_features, words, coding.per_word)
+    if default is None:
+        raise ValueError(f"{tokens} rows are multiplied by torch, there is nothing to tune")
+    x = torch.randn(tokens, in_features, device=where, dtype=torch.bfloat16)
+    expected = None
+    timed: list[tuple[float, Tile]] = []
+    for tile in dict.fromkeys(tiles(tokens, default)):
+        with weight_only.forced_tile(tile):
+            try:
+                found = kernel.run(packed[0], problem, x, None).float()
+                expected = found if expected is None else expected
+                if (found - expected).abs().max() <= 2e-2 * expected.abs().max():
+                    timed.append((clock([lambda p=p: kernel.run(p, problem, x, None) for p in packed]), tile))  # type: ignore[misc]
+            except RuntimeError:  # Triton: more shared memory or registers than there are
+                continue
+    seconds, best = min(timed, key=lambda pair: pair[0])
+    return shape_key(tokens, out_features, words, coding), best, seconds, timed[0][0]
