@@ -167,7 +167,8 @@ def choose_execution(
 
     Asking for float32 is asking for float32 arithmetic: compute "auto" is then "exact".
     dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
-    either way, and whose CPU arithmetic is fastest and most exact in float32.
+    either way, and whose CPU arithmetic is fastest and most exact in float32; not with compute "checkpoint", as writers
+    round activations in the checkpoint's dtype.
     """
     if compute not in ("auto", "exact", "checkpoint"):
         raise ConfigError(
@@ -178,7 +179,7 @@ def choose_execution(
         chosen = parse_dtype(dtype)
         if chosen is torch.float32 and compute == "auto":
             compute = "exact"
-    elif where.type == "cpu" and stored.get_name() != "none":
+    elif where.type == "cpu" and stored.get_name() != "none" and compute != "checkpoint":
         chosen = torch.float32
     else:
         chosen = config.dtype or torch.float32

@@ -18,7 +18,20 @@ from torch import Tensor
 
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 
-Activations = Literal["float", "token", "tensor", "static", "group"]
+# How a checkpoint wants activations rounded; `kernels/activations.py` says what each is.
+# fmt: off
+Activations = Literal[
+    "float", "token", "tensor", "static", "group",
+    "token asym", "tensor asym", "static asym", "token asym reciprocal", "token fp8", "group mx",
+    "token product", "tensor product", "token product asym",
+]
+# fmt: on
+SYMMETRIC_ACTIVATIONS = (
+    "token",
+    "tensor",
+    "static",
+    "group",
+)  # to codes of the weight's own kind, without zero points
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class IntWeight:
     offsets: [O, I/G] float, in place of zeros.
     group_index: [I] int32, the group of each input, where they do not lie in order; group_size is then nominal.
     input_order: [I] int64; column j multiplies input input_order[j].  `bind` takes it off before a kernel packs.
-    input_scales: [P] float32, for activations "static".
+    input_scales: [P] float32, for activations "static".  input_zeros: [P], for "static asym".
     """
 
     codes: Tensor
@@ -146,6 +159,7 @@ class IntWeight:
     input_order: Tensor | None = None
     activations: Activations = "float"
     input_scales: Tensor | None = None
+    input_zeros: Tensor | None = None
 
     @property
     def type(self) -> IntType:
@@ -196,6 +210,7 @@ class IntWeight:
             "offsets": self.offsets,
             "group_index": self.group_index,
             "input_scales": self.input_scales,
+            "input_zeros": self.input_zeros,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 

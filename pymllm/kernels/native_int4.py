@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from pymllm.kernels.canonical import IntType
 from pymllm.kernels.native_integer import SCALES, NativeIntegerLinear, device_reason, group_reason
 from pymllm.kernels.registry import LinearProblem
@@ -17,6 +19,11 @@ def integer_reason(problem: LinearProblem) -> str | None:
         return f"takes groups that lie in order, the weight is {kind}"
     if kind.scales not in SCALES:
         return f"takes scales in float16, bfloat16 or float32, the weight has {kind.scales}"
+    if problem.compute == "checkpoint" and kind.activations != "float":
+        if "product" in kind.activations:
+            return f"rounds activations before it multiplies, the checkpoint wants {kind.activations}"
+        if problem.dtype is not torch.float32:  # 3.6e-2 from the writer's logits instead of 3.1e-2, w8a8
+            return f"keeps weights exact, which writers of quantised activations round to {problem.dtype}"
     return group_reason(kind, problem.in_features, problem.out_features) or device_reason(problem)
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymllm.kernels.activations import integer_product, quantise_activations
 from pymllm.kernels.canonical import (
-    E4M3_MAX,
     CanonicalWeight,
     CodebookType,
     CodebookWeight,
@@ -23,10 +23,9 @@ from pymllm.kernels.canonical import (
     DenseWeight,
     Fp8Type,
     Fp8Weight,
-    IntType,
     IntWeight,
 )
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 
 CHUNK_ELEMENTS = 1 << 21  # weights dequantised at a time: 8 MB as float32
 
@@ -94,6 +93,7 @@ def _unpack(packed: Packed, problem: LinearProblem, rows: slice | Tensor | None 
         group_index=packed.get("group_index"),
         activations=kind.activations,
         input_scales=static,
+        input_zeros=packed.get("input_zeros"),
     )
 
 
@@ -115,8 +115,18 @@ class ReferenceLinear:
         if _quantises_activations(problem):
             kind: Any = problem.weight
             element = {"fp8": "fp8", "int": "int8", "codebook": "fp4"}[kind.family]
+            if kind.activations in ("token fp8", "group mx"):
+                element = "fp8"
             return f"activations rounded to {element} ({kind.activations}), float32 accumulation"
         return "weights dequantised exactly, float32 accumulation"
+
+    def tolerance(self, problem: LinearProblem) -> float:
+        """Relative error that `verify` allows: twice what the rounding of activations explains, or the dtype's."""
+        rounding = {"int8": 1.2e-2, "fp8": 5e-2, "fp4": 2.5e-1}
+        said = self.numerics(problem)
+        return TOLERANCES[problem.dtype] + next(
+            (error for name, error in rounding.items() if name in said), 0.0
+        )
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         return _pack(weight)
@@ -126,7 +136,10 @@ class ReferenceLinear:
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         if _quantises_activations(problem):
-            x = quantise_activations(x, problem.weight, packed.get("input_scales"))  # type: ignore[arg-type]
+            kind: Any = problem.weight
+            if "product" in kind.activations:
+                return self._integer_product(packed, problem, x, bias)
+            x = quantise_activations(x, kind, packed.get("input_scales"), packed.get("input_zeros"))
         out_features, in_features = problem.out_features, problem.in_features
         step = max(1, CHUNK_ELEMENTS // max(in_features, 1))
         result = x.new_empty((*x.shape[:-1], out_features))
@@ -136,68 +149,20 @@ class ReferenceLinear:
             result[..., rows] = F.linear(x, weight)
         return result if bias is None else result + bias
 
+    @staticmethod
+    def _integer_product(packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        step = max(1, CHUNK_ELEMENTS // max(problem.in_features, 1))
+        result = x.new_empty((*x.shape[:-1], problem.out_features))
+        for start in range(0, problem.out_features, step):
+            rows = slice(start, min(start + step, problem.out_features))
+            weight = _unpack(packed, problem, rows)
+            assert isinstance(weight, IntWeight)
+            result[..., rows] = integer_product(x, weight)
+        return result if bias is None else result + bias
+
 
 def _quantises_activations(problem: LinearProblem) -> bool:
     return problem.compute == "checkpoint" and getattr(problem.weight, "activations", "float") != "float"
-
-
-def quantise_activations(
-    x: Tensor, kind: Fp8Type | IntType | CodebookType, input_scales: Tensor | None
-) -> Tensor:
-    """x as its codes would say it, in x's own dtype.  x: [*, I].
-
-    "token": a scale for each row; "group": for each group of inputs of a row; "tensor": for all of x; "static": the
-    checkpoint's (the largest of the parts' scales, which overflows in none of them).
-
-    All of it in x's dtype, as compressed-tensors does it: in bfloat16 a scale in float32 moves so many codes that the
-    logits end up twice as far from those of the checkpoint's writer.
-    """
-    if isinstance(kind, CodebookType):
-        return quantise_to_fp4(x, kind.group_size, input_scales)
-    largest = E4M3_MAX if kind.family == "fp8" else 127.5  # of int8 codes, halfway between -128 and 127
-    side = (kind.block[1] if isinstance(kind, Fp8Type) else kind.group_size) or x.shape[-1]
-    if kind.activations == "static":
-        scale = _needed(input_scales).max().to(x.dtype)
-    elif kind.activations == "tensor":
-        scale = x.abs().amax() / largest if x.numel() else x.new_ones(())
-    elif kind.activations == "group":
-        padded = F.pad(x, (0, -x.shape[-1] % side)).unflatten(-1, (-1, side))
-        scale = (padded.abs().amax(-1) / largest).repeat_interleave(side, dim=-1)[..., : x.shape[-1]]
-    else:
-        scale = x.abs().amax(-1, keepdim=True) / largest
-    scale = scale.clamp(min=torch.finfo(x.dtype).smallest_normal)
-    if kind.family == "fp8":
-        codes = (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
-    else:
-        codes = (x / scale).round().clamp(-128, 127)
-    return codes * scale
-
-
-def quantise_to_fp4(x: Tensor, group_size: int, global_scales: Tensor | None) -> Tensor:
-    """x rounded to e2m1 in groups.  x: [*, I].
-
-    global_scales: [P], nvfp4's: a group's scale is e4m3 over a global one (the smallest of the parts', which overflows
-    in none of them). None: mxfp4's powers of two, the next one up where the largest value would round past 6.
-    """
-    groups = F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
-    peak = groups.abs().amax(-1, keepdim=True)
-    if global_scales is not None:
-        over = global_scales.min()
-        stored = ((peak / 6).float() * over).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-        scale = torch.where(stored == 0, 0.125, stored) / over
-    else:
-        mantissa, exponent = torch.frexp(peak.float())  # peak = mantissa * 2**exponent, mantissa in [0.5, 1)
-        exponent = exponent - 1 + (mantissa >= 0.875).int() - 2
-        scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-126, 127))
-    rounded = nearest_e2m1(groups.float() / scale) * scale
-    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-
-
-def nearest_e2m1(values: Tensor) -> Tensor:
-    """Each value rounded to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, ties to even codes."""
-    size = values.abs().clamp(max=6.0)
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return torch.copysign((size / step).round() * step, values)
 
 
 class ReferenceEmbedding:

@@ -1,9 +1,11 @@
 """What compressed-tensors stores for a linear layer: one method a family. Its format file chooses among them.
 
 float8        weight e4m3 [O, I], weight_scale [1], [O, 1] or [ceil(O/b0), ceil(I/b1)], input_scale [1] if static
+mxfp8         weight e4m3 [O, I], weight_scale uint8 exponents [O, I/32]
 int packed    weight_packed int32 [O, ceil(I·bits/32)], weight_scale [O, I/G], weight_shape int64 [2],
               weight_zero_point int32 [ceil(O·bits/32), I/G] if asymmetric, weight_g_idx int32 [I] if in act order
-int unpacked  weight int8 [O, I], weight_scale [1], [O, 1] or [O, I/G], weight_zero_point int8 alike, input_scale [1]
+int unpacked  weight int8 [O, I], weight_scale [1], [O, 1] or [O, I/G], weight_zero_point int8 alike; for activations:
+              input_scale [1] if static, and input_zero_point [1] if these have zero points
 fp4           weight_packed uint8 [O, I/2], weight_scale e4m3 [O, I/16] and weight_global_scale f32 [1] (nvfp4),
               or uint8 exponents [O, I/32] (mxfp4); input_global_scale f32 [1]
 
@@ -32,36 +34,49 @@ from pymllm.quantization.integer_linear import (
     refuse_unordered,
     unpack_outputs,
 )
-from pymllm.quantization.packing import E2M1, pack_words, unpack_nibbles_low_first, unpack_words
+from pymllm.quantization.packing import (
+    E2M1,
+    pack_words,
+    refuse_nan_codes,
+    unpack_nibbles_low_first,
+    unpack_words,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
 
 NAME = "compressed-tensors"
 E8M0_NAN = 255
+MX_GROUP = 32
 
 
 @dataclass(frozen=True)
 class FloatQuantizedLinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a channel."""
+    """block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a channel.
+
+    e8m0: scales are the exponents of powers of two, in bytes.
+    """
 
     block: tuple[int, int]
     activations: Activations
+    e8m0: bool = False
     name: ClassVar[str] = NAME
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         per_tensor: tuple[Dim, ...] = (PART,)
         dims = per_tensor if self.block == (0, 0) else (OUT.every(self.block[0]), IN.every(self.block[1]))
-        specs: tuple[WeightSpec, ...] = (
-            WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN)),
-            WeightSpec("weight_scale", torch.float32, dims, accepts=FLOATS, scale=True),
-        )
+        scale = WeightSpec("weight_scale", torch.float32, dims, accepts=FLOATS, scale=True)
+        if self.e8m0:
+            scale = WeightSpec("weight_scale", torch.uint8, dims, refuse=_refuse_nan)
+        weight = WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes)
+        specs: tuple[WeightSpec, ...] = (weight, scale)
         if self.activations == "static":
             specs += (WeightSpec("input_scale", torch.float32, per_tensor, accepts=FLOATS, scale=True),)
         return specs
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        scales = tensors["weight_scale"]
         return Fp8Weight.from_parts(
             tensors["weight"],
-            tensors["weight_scale"],
+            scales.view(torch.float8_e8m0fnu).float() if self.e8m0 else scales,
             self.block,
             [span.size for span in shape.outputs],
             self.activations,
@@ -84,7 +99,8 @@ class FloatQuantizedLinearMethod(LinearMethodBase):
         granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
             self.block, f"block {self.block[0]}x{self.block[1]}"
         )
-        return f"{NAME} fp8 e4m3 per {granularity}, activations {self.activations}"
+        kind = "mxfp8" if self.e8m0 else f"fp8 e4m3 per {granularity}"
+        return f"{NAME} {kind}, activations {self.activations}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,8 @@ class IntQuantizedLinearMethod(LinearMethodBase):
 
     @property
     def fuses(self) -> bool:
-        return self.index != "act order"  # each part has an order of its own
+        # Each part has an order, or a zero point of its activations, of its own.
+        return self.index != "act order" and self.activations != "static asym"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         groups = group_dim(self.group_size, shape, indexed=self.index == "act order")
@@ -128,8 +145,10 @@ class IntQuantizedLinearMethod(LinearMethodBase):
             refuse = refuse_unknown_groups if self.index == "act order" else refuse_unordered
             check = functools.partial(refuse, group_size=self.group_size)
             specs.append(WeightSpec("weight_g_idx", torch.int32, (PART, IN), refuse=check))
-        if self.activations == "static":
+        if self.activations in ("static", "static asym"):
             specs.append(WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, scale=True))
+        if self.activations == "static asym":
+            specs.append(WeightSpec("input_zero_point", torch.int8, (PART,)))
         return tuple(specs)
 
     def check(self, shape: LinearShape) -> None:
@@ -159,6 +178,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
             index=tensors["weight_g_idx"] if self.index == "act order" else None,
             activations=self.activations,
             input_scales=tensors.get("input_scale"),
+            input_zeros=tensors.get("input_zero_point"),
         )
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
-"""Reading a `quantization_config`: the error for a value that is not supported, and lists of modules left alone."""
+"""Reading a `quantization_config`: the error for a value that is not supported, and patterns that name modules."""
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +12,11 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    from re import _parser as sre_parse  # type: ignore[attr-defined]
+else:
+    import sre_parse
 
 
 def unsupported(
@@ -53,8 +60,69 @@ def is_skipped(prefix: str, patterns: Iterable[str]) -> bool:
     """
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(
-        re.match(rf"(?:{pattern}){boundary}", prefix) or prefix.endswith(pattern) for pattern in patterns
+        prefix.endswith(pattern)
+        or compile_pattern(f"(?:{pattern}){boundary}", "modules_to_not_convert").match(prefix)
+        for pattern in patterns
     )
+
+
+MAX_PATTERN = 1000  # characters
+MAX_REPEATS = 5  # of any length; matching takes steps of the order of the name's length to this power
+LONG = 16  # times
+
+
+@functools.lru_cache(maxsize=4096)
+def compile_pattern(pattern: str, field: str, prefix: str = "") -> re.Pattern[str]:
+    """A regular expression of a checkpoint's config, which may be hostile.  prefix: what stands before it there.
+
+    ConfigError for one that is none, or that could take forever: too long, with too many repeats, or with repeats of
+    what itself repeats or has alternatives.
+    """
+    problem = None
+    if len(pattern) > MAX_PATTERN:
+        problem = f"longer than {MAX_PATTERN} characters"
+    else:
+        try:
+            compiled = re.compile(pattern)
+            problem = _too_slow(sre_parse.parse(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            problem = f"no regular expression ({error})"
+    if problem is None:
+        return compiled
+    raise ConfigError(
+        f"a pattern in {field} of the quantisation is {problem}",
+        code="quantization-config",
+        file="config.json",
+        tensor=f"quantization_config.{field}",
+        expected=f"at most {MAX_PATTERN} characters and {MAX_REPEATS} repeats, none within another",
+        found=repr((prefix + pattern)[:200]),
+    )
+
+
+def _too_slow(tree: Any) -> str | None:
+    """Why matching could take time without bound; None: it cannot."""
+    repeats = 0
+    pending: list[tuple[Any, bool]] = [(tree, False)]  # what is parsed, and whether a repeat is around it
+    while pending:
+        node, repeated = pending.pop()
+        if isinstance(node, sre_parse.SubPattern):
+            pending += [(item, repeated) for item in node.data]
+        elif isinstance(node, tuple) and node and str(node[0]) in REPEATS:
+            _, (_, most, body) = node
+            if repeated:
+                return "a repeat within a repeat"
+            repeats += most > LONG
+            pending.append((body, most > 1))
+        elif isinstance(node, tuple) and node and str(node[0]) == "BRANCH" and repeated:
+            return "a repeat of alternatives"
+        elif isinstance(node, (tuple, list)):
+            pending += [
+                (item, repeated) for item in node if isinstance(item, (tuple, list, sre_parse.SubPattern))
+            ]
+    return f"one of {repeats} repeats" if repeats > MAX_REPEATS else None
+
+
+REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
 def read_stored(tensor: Any) -> Tensor:
@@ -78,10 +146,7 @@ def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = Non
         problem, names = "a list of names", [names]
     for name in names:
         if problem is None and regex is not None and name.startswith(regex):
-            try:
-                re.compile(name.removeprefix(regex))
-            except re.error as error:
-                problem, names = f"regular expressions ({error})", [name]
+            compile_pattern(name.removeprefix(regex), field, regex)
     if problem is not None:
         raise ConfigError(
             f"{field} of the quantisation must hold {problem}",

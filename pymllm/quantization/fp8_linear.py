@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
 from pymllm.quantization.base import LinearMethodBase
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+from pymllm.quantization.packing import refuse_nan_codes
+from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class NamedFp8LinearMethod(LinearMethodBase):
     format: its name.  block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a channel.
     activations: "static" has an `input_scale` for each tensor.  weight, scale, input_scale: the tensors' names.
     flat_scale: a scale for each channel is stored as [O] instead of [O, 1].
+    spaced_scale: scales of blocks are stored as [O/b0, 1, I/b1, 1].
     """
 
     format: str
@@ -31,6 +33,7 @@ class NamedFp8LinearMethod(LinearMethodBase):
     scale: str = "weight_scale"
     input_scale: str = "input_scale"
     flat_scale: bool = False
+    spaced_scale: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -42,8 +45,10 @@ class NamedFp8LinearMethod(LinearMethodBase):
             dims = (PART,)
         elif self.flat_scale:
             dims = (OUT,)
+        elif self.spaced_scale:
+            dims = (dims[0], whole(1), dims[1], whole(1))
         specs: tuple[WeightSpec, ...] = (
-            WeightSpec(self.weight, torch.float8_e4m3fn, (OUT, IN)),
+            WeightSpec(self.weight, torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes),
             WeightSpec(self.scale, torch.float32, dims, accepts=FLOATS, scale=True),
         )
         if self.activations == "static":
@@ -53,7 +58,7 @@ class NamedFp8LinearMethod(LinearMethodBase):
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         return Fp8Weight.from_parts(
             tensors[self.weight],
-            tensors[self.scale],
+            tensors[self.scale].flatten(2).flatten(0, 1) if self.spaced_scale else tensors[self.scale],
             self.block,
             [span.size for span in shape.outputs],
             self.activations,

@@ -32,6 +32,7 @@ def grouped_weight(
     index: Tensor | None = None,
     activations: Activations = "float",
     input_scales: Tensor | None = None,
+    input_zeros: Tensor | None = None,
 ) -> IntWeight:
     """The canonical weight of codes [O, I] with scales and zeros [O, I/G] as `group_dim` stores them.
 
@@ -61,6 +62,7 @@ def grouped_weight(
         input_order=order,
         activations=activations,
         input_scales=input_scales,
+        input_zeros=input_zeros,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pymllm.kernels.reference import nearest_e2m1
+from pymllm.kernels.activations import nearest_e2m1
 
 # Values of the 4-bit codes 0..15; codes from 8 on are the negatives of those from 0.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -83,3 +83,14 @@ def pack_words(fields: Tensor, bits: int) -> Tensor:
     words.index_add_(2, start // 32, (wide << (start % 32)) & 0xFFFFFFFF)
     words.index_add_(2, start // 32 + 1, (wide << (start % 32)) >> 32)
     return words[:, :, :bits].flatten(1)[:, : -(-fields.shape[1] * bits // 32)].to(torch.int32)
+
+
+ROWS_AT_A_TIME = 4096  # bounds the memory of looking for NaN codes
+
+
+def refuse_nan_codes(stored: Tensor, shape: object) -> str | None:
+    """For a `WeightSpec.refuse`: float8_e4m3 codes that are NaN, which no writer makes of a weight."""
+    count = 0
+    for codes in stored.view(torch.uint8).split(ROWS_AT_A_TIME):
+        count += int(((codes & 0x7F) == 0x7F).sum())
+    return f"{count} of {stored.numel()} fp8 codes that are NaN" if count else None

@@ -192,10 +192,16 @@ class Written:
         return [region for regions in self.by_first.values() for region in regions]
 
     def add(self, region: Index, tensor: str) -> None:
-        first = (region[0].start, region[0].stop) if region else (0, 1)
-        near = self.by_first.setdefault(first, [])
+        self.refuse_twice(region, tensor)
+        first = _first(region)
         self.all_single &= first[1] - first[0] == 1
-        for other in near if self.all_single else self.regions:
+        self.by_first.setdefault(first, []).append(region)
+
+    def refuse_twice(self, region: Index, tensor: str) -> None:
+        """CheckpointError if any of the region has been written."""
+        first = _first(region)
+        single = self.all_single and first[1] - first[0] == 1
+        for other in self.by_first.get(first, []) if single else self.regions:
             if all(a.start < b.stop and b.start < a.stop for a, b in zip(region, other, strict=True)):
                 raise CheckpointError(
                     "its place in the layer has been written already",
@@ -204,7 +210,6 @@ class Written:
                     expected="every element written exactly once",
                     found=f"a second write to {_show(region)}",
                 )
-        near.append(region)
 
     @property
     def elements(self) -> int:
@@ -212,6 +217,10 @@ class Written:
 
     def clear(self) -> None:
         self.by_first.clear()
+
+
+def _first(region: Index) -> tuple[int, int]:
+    return (region[0].start, region[0].stop) if region else (0, 1)
 
 
 def _show(region: Index) -> str:
@@ -242,17 +251,18 @@ def copy_full_tensor(
     part: which part `loaded` is; None: the layer's only one, or all parts side by side along their output axis.
     Raises CheckpointError naming layer, tensor, expected and found where the shape does not fit.
     """
+    pieces = [(slots[part or 0], loaded)]
     if slots[0].together:
-        for slot in slots:
-            _copy_slot(param, slot, loaded, written, layer)
+        pieces = [(slot, loaded) for slot in slots]
     elif part is None and len(slots) > 1:
-        for slot, piece in zip(slots, _split_parts(slots, loaded, layer), strict=True):
-            _copy_slot(param, slot, piece, written, layer)
-    else:
-        _copy_slot(param, slots[part or 0], loaded, written, layer)
+        pieces = list(zip(slots, _split_parts(slots, loaded, layer), strict=True))
+    for slot, piece in pieces:  # all of them before any is written
+        _check_piece(slot, piece, written, layer)
+    for slot, piece in pieces:
+        write(param, slot, piece.reshape(slot.source_shape)[slot.source], written)
 
 
-def _copy_slot(param: Tensor, slot: Slot, loaded: Tensor, written: Written, layer: str) -> None:
+def _check_piece(slot: Slot, loaded: Tensor, written: Written, layer: str) -> None:
     if not same_shape(tuple(loaded.shape), slot.source_shape):
         raise CheckpointError(
             "the shape does not fit the layer",
@@ -264,7 +274,7 @@ def _copy_slot(param: Tensor, slot: Slot, loaded: Tensor, written: Written, laye
         )
     if loaded.dtype is not slot.spec.dtype and loaded.dtype not in slot.spec.accepts:
         raise wrong_dtype(slot, loaded.dtype)
-    write(param, slot, loaded.reshape(slot.source_shape)[slot.source], written)
+    written.refuse_twice(slot.target, slot.tensor)
 
 
 def _split_parts(slots: list[Slot], loaded: Tensor, layer: str) -> list[Tensor]:

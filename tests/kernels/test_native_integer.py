@@ -286,7 +286,11 @@ def test_activations_become_the_codes_that_the_checkpoint_asks_for(path, activat
         input_scales=torch.tensor([0.011, 0.017]) if activations == "static" else None,
     )
     kernel, problem = kernel_of(weight), problem_of(weight, dtype, path, "checkpoint")
-    assert kernel.why_not(problem) is None and f"int8 ({activations})" in kernel.numerics(problem)
+    assert f"int8 ({activations})" in kernel.numerics(problem)
+    if dtype is torch.float32:
+        assert kernel.why_not(problem) is None
+    else:  # right, but further from what the writers' own rounding of weights gives
+        assert "keeps weights exact" in kernel.why_not(problem)
     packed, weight64 = kernel.pack(weight, problem), weight.dequantize(torch.float64)
     for tokens in (0, 1, 3, 40):
         x = floats(tokens, 384, dtype=dtype)

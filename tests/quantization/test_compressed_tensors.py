@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pymllm.errors import ConfigError
+from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CodebookType, Fp8Type, IntType
-from pymllm.kernels.reference import quantise_activations
 from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallelLinear, SplitLinearMethod
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import get_quantization_config

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import (
     E4M3_MAX,
+    SYMMETRIC_ACTIVATIONS,
     Activations,
     CanonicalWeight,
     Fp8Type,
@@ -69,8 +70,8 @@ class EightBit:
         raise NotImplementedError
 
     def _why_not(self, problem: LinearProblem, activations: Activations) -> str | None:
-        if activations == "float":
-            return f"quantises activations to {self.element}, which the checkpoint does not ask for"
+        if activations not in SYMMETRIC_ACTIVATIONS:
+            return f"quantises activations to {self.element}, the checkpoint asks for {activations}"
         if problem.compute == "exact":
             return "quantises activations, which compute=exact forbids"
         if problem.dtype not in FLOATS:

@@ -3,6 +3,8 @@
     auto_round:auto_gptq             GPTQ, zero points minus one
     auto_round, auto_round:gptqmodel GPTQ, zero points as they are
     auto_round:auto_awq              AWQ (GEMM)
+    auto_round:llm_compressor        compressed-tensors' NVFP4, MXFP4 and MXFP8 (data_type nv_fp, mx_fp)
+    auto_round:fp8_static            float8 (data_type fp): weight e4m3 [O, I], weight_scale [O] or [1], input_scale [1]
 
 `extra_config` overrides settings for single layers; `block_name_to_quantize` names the blocks that are quantised.
 Checkpoints that AutoRound exports as plain gptq or awq name that as their quant_method.
@@ -18,12 +20,15 @@ from typing import Any
 from torch import nn
 
 from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import Activations
 from pymllm.quantization.base import (
     LinearMethodBase,
     QuantizationConfig,
     get_quantization_config,
     register_quantization,
 )
+from pymllm.quantization.fields import compile_pattern
+from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
 
 # packing_format: the format of the tensors, and what its own config must say besides
 PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,8 +38,16 @@ PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto_round": ("gptq", {"checkpoint_format": "gptq_v2"}),
     "auto_awq": ("awq", {"version": "gemm"}),
     "awq": ("awq", {"version": "gemm"}),
+    "llm_compressor": ("compressed-tensors", {}),
+    "fp8_static": ("", {}),
 }
-SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits")
+SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_dynamic")
+# (data_type, bits): compressed-tensors' name and what it stores
+FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
+    ("nv_fp", 4): ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
+    ("mx_fp", 4): ("mxfp4-pack-quantized", {"strategy": "group", "group_size": 32}),
+    ("mx_fp", 8): ("mxfp8-quantized", {"strategy": "group", "group_size": 32}),
+}
 FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 
 
@@ -51,7 +64,7 @@ class AutoRoundConfig(QuantizationConfig):
         blocks: tuple[str, ...] = (),
     ) -> None:
         self.packing, self.settings, self.layers, self.blocks = packing, settings, layers, blocks
-        self.formats: dict[tuple[Any, ...], QuantizationConfig | None] = {}
+        self.formats: dict[tuple[Any, ...], QuantizationConfig] = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -78,41 +91,99 @@ class AutoRoundConfig(QuantizationConfig):
 
     def see_checkpoint(self, tensors: Any) -> None:
         super().see_checkpoint(tensors)
-        for config in filter(None, self.formats.values()):
+        for config in self.formats.values():
             config.see_checkpoint(tensors)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         named = self._key(prefix)
         if named is None and self.blocks and not any(prefix.startswith(f"{block}.") for block in self.blocks):
             return None
-        config = self._format(named or "")
-        return None if config is None else config.get_quant_method(layer, prefix)
+        found = self._format(named or "")
+        if isinstance(found, LinearMethodBase):
+            linear = getattr(layer, "kind", "linear") == "linear" and not self.stored_as_float(prefix)
+            return found if linear else None
+        return None if found is None else found.get_quant_method(layer, prefix)
 
     def _key(self, prefix: str) -> str | None:
         """The entry of extra_config for this layer: its name, or a regular expression found in it."""
         if prefix in self.layers:
             return prefix
-        return next((key for key in self.layers if _is_pattern(key) and re.search(key, prefix)), None)
+        return next(
+            (
+                key
+                for key in self.layers
+                if _is_pattern(key) and compile_pattern(key, "extra_config").search(prefix)
+            ),
+            None,
+        )
 
-    def _format(self, key: str) -> QuantizationConfig | None:
+    def _format(self, key: str) -> QuantizationConfig | LinearMethodBase | None:
         """The format of layers under this entry of extra_config ("": all others); None: plain floats."""
         settings = {**self.settings, **{k: v for k, v in self.layers.get(key, {}).items() if v is not None}}
         at = f"extra_config.{key}." if key else ""
         if isinstance(settings.get("bits"), int) and settings["bits"] >= FLOAT_BITS:
             return None
-        for field, supported in (("data_type", ("int",)), ("act_bits", (FLOAT_BITS, 32))):
-            if settings.get(field, supported[0]) not in supported:
-                raise _unsupported(f"{at}{field}", settings[field], " or ".join(map(str, supported)))
+        element = settings.get("data_type", "int")
+        if element == "fp":
+            return _float8_method(settings, at)
+        if element != "int":
+            config = _float_blocks(settings, at)
+            if self.packing != "llm_compressor":
+                raise _unsupported(
+                    "packing_format", self.packing, f"auto_round:llm_compressor with {element}"
+                )
+        else:
+            act_bits = settings.get("act_bits", FLOAT_BITS)
+            if act_bits not in (FLOAT_BITS, 32):
+                raise _unsupported(f"{at}act_bits", act_bits, f"{FLOAT_BITS} or 32 with integer weights")
+            config = {k: settings.get(k) for k in ("bits", "group_size", "sym")}
+            config["zero_point"] = not config["sym"]
         name, more = PACKINGS[self.packing]
-        chosen = {k: settings.get(k) for k in ("bits", "group_size", "sym")}
-        identity = tuple(chosen.values())
+        if name not in (("compressed-tensors",) if element != "int" else ("gptq", "awq")):
+            raise _unsupported(f"{at}data_type", element, f"one that {self.packing!r} packs")
+        identity = tuple(map(repr, config.values()))
         if identity not in self.formats:
-            config = get_quantization_config(name).from_config(
-                {**chosen, "zero_point": not chosen["sym"], **more, "quant_method": name}
-            )
-            config.see_checkpoint(self.stored)
-            self.formats[identity] = config
+            read = get_quantization_config(name).from_config({**config, **more, "quant_method": name})
+            read.see_checkpoint(self.stored)
+            self.formats[identity] = read
         return self.formats[identity]
+
+
+def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """The compressed-tensors config of NVFP4, MXFP4 or MXFP8."""
+    element: Any = settings["data_type"]
+    bits: Any = settings.get("bits")
+    family = next((name for name in ("nv_fp", "mx_fp") if str(element).startswith(name)), element)
+    if (family, bits) not in FLOAT_BLOCKS:
+        known = ", ".join(f"{bits} bits of {name}" for name, bits in FLOAT_BLOCKS)
+        raise _unsupported(f"{at}data_type", f"{bits} bits of {element}", f"int, fp, {known}")
+    stored_as, layout = FLOAT_BLOCKS[family, bits]
+    kind = {"type": "float", "num_bits": bits, "symmetric": True, **layout}
+    act_bits = settings.get("act_bits", FLOAT_BITS)
+    if act_bits not in (bits, FLOAT_BITS, 32) or (
+        act_bits == bits and family not in str(settings.get("act_data_type"))
+    ):
+        raise _unsupported(f"{at}act_bits", act_bits, f"{bits} of {element}, or {FLOAT_BITS}")
+    group = {
+        "targets": ["Linear"],
+        "weights": {**kind, "dynamic": False},
+        "input_activations": {**kind, "dynamic": True} if act_bits == bits else None,
+    }
+    return {"format": stored_as, "config_groups": {"group_0": group}}
+
+
+def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
+    """e4m3 with a scale for the tensor (group_size 0) or for each row (-1)."""
+    if settings.get("bits") != 8:
+        raise _unsupported(f"{at}bits", settings.get("bits"), "8 with data_type fp")
+    blocks = {0: (0, 0), -1: (1, 0)}
+    size = settings.get("group_size")
+    if size not in blocks:
+        raise _unsupported(f"{at}group_size", size, "0 (the tensor) or -1 (a row) with data_type fp")
+    activations: Activations = "float"
+    if settings.get("act_bits", FLOAT_BITS) == 8:
+        activations = "token" if settings.get("act_dynamic", True) else "static"
+    return NamedFp8LinearMethod("auto-round", blocks[size], activations, flat_scale=True)
 
 
 def _is_pattern(key: str) -> bool:

@@ -6,6 +6,7 @@
     naive-quantized                         either of the two, by type
     nvfp4-pack-quantized                    fp4 in groups of 16
     mxfp4-pack-quantized                    fp4 in groups of 32
+    mxfp8-quantized                         float8 e4m3 in groups of 32, whose scales are powers of two
 
 The page with the layouts: quantization/compressed_tensors/README.md; for float8, quantization/fp8/README.md.
 """
@@ -24,11 +25,12 @@ from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import Activations
 from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
 from pymllm.quantization.compressed_linear import (
+    MX_GROUP,
     FloatQuantizedLinearMethod,
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
-from pymllm.quantization.fields import read_names
+from pymllm.quantization.fields import compile_pattern, read_names
 from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
 from pymllm.weights.spec import FLOATS
 
@@ -39,6 +41,7 @@ FORMATS = (
     "naive-quantized",
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
+    "mxfp8-quantized",
 )
 ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
 CLASS_NAME = re.compile(r"[A-Z]\w*")
@@ -152,7 +155,9 @@ def _rank(target: str, prefix: str) -> int | None:
 
 def _targets(pattern: str, prefix: str) -> bool:
     """Whether a target or ignore entry names this layer: exactly, or as `re:` from its start."""
-    return bool(re.match(pattern[3:], prefix)) if pattern.startswith("re:") else pattern == prefix
+    if pattern.startswith("re:"):
+        return compile_pattern(pattern[3:], "targets or ignore").match(prefix) is not None
+    return pattern == prefix
 
 
 def _refuse_conflicts(groups: Sequence[Group]) -> None:
@@ -188,6 +193,7 @@ def _read_group(name: str, group: Any, default_format: Any) -> Group:
         "float-quantized": _read_float8,
         "nvfp4-pack-quantized": _read_fp4,
         "mxfp4-pack-quantized": _read_fp4,
+        "mxfp8-quantized": _read_mxfp8,
     }.get(file_format, _read_int)
     method = read(f"{at}.weights", weights, file_format, activations)
     return Group(name, read_names(group, "targets", regex="re:"), method)
@@ -258,6 +264,19 @@ def _read_fp4(
     return Fp4LinearMethod(kind, quantised, kind == "nvfp4" and quantised != "float")
 
 
+def _read_mxfp8(
+    at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
+) -> LinearMethodBase:
+    _expect(at, weights, type="float", num_bits=8, strategy="group", group_size=MX_GROUP)
+    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    quantised = activations.read("float", 8, MX_GROUP)
+    if quantised not in ("float", "group"):
+        raise _unsupported(f"{activations.at}.strategy", quantised, "group")
+    return FloatQuantizedLinearMethod(
+        (1, MX_GROUP), "group mx" if quantised == "group" else "float", e8m0=True
+    )
+
+
 class _Activations:
     """`input_activations` of a group."""
 
@@ -265,15 +284,30 @@ class _Activations:
         self.at, self.settings = at, settings
 
     def read(self, element: str, bits: int, group_size: int) -> Activations:
-        """How activations are quantised; beside weights of this element, bits and group size, no other is supported."""
+        """How activations are quantised; beside weights of this element, bits and group size, few others are supported.
+
+        Integers may be asymmetric, and beside integer weights activations may be fp8, a scale a token.
+        """
         at, settings = self.at, self.settings
         if settings is None:
             return "float"
         if not isinstance(settings, Mapping):
             raise _unsupported(at, settings, "null, or an object")
-        _expect(at, settings, type=element, num_bits=bits)
-        _expect(at, {"symmetric": True, **settings}, symmetric=True)
         strategy, dynamic = settings.get("strategy"), settings.get("dynamic")
+        if element == "int" and settings.get("type") == "float":
+            _expect(
+                at,
+                {"symmetric": True, **settings},
+                num_bits=8,
+                strategy="token",
+                dynamic=True,
+                symmetric=True,
+            )
+            return "token fp8"
+        _expect(at, settings, type=element, num_bits=bits)
+        symmetric = element != "int" or _read_bool(at, settings, "symmetric", True)
+        if element != "int":
+            _expect(at, {"symmetric": True, **settings}, symmetric=True)
         if bits == 4:
             kind = "tensor_group" if group_size == 16 else "group"
             _expect(at, settings, strategy=kind, group_size=group_size)
@@ -283,13 +317,15 @@ class _Activations:
         if not dynamic:
             if strategy not in ("tensor", None):
                 raise _unsupported(f"{at}.strategy", strategy, "tensor, where dynamic is false")
-            return "static"
-        strategies: dict[Any, Activations] = {"token": "token", "tensor": "tensor", "group": "group"}
-        if not isinstance(strategy, str) or strategy not in strategies:
-            raise _unsupported(f"{at}.strategy", strategy, " or ".join(strategies))
+            return "static" if symmetric else "static asym"
+        known: dict[Any, Activations] = {"token": "token", "tensor": "tensor", "group": "group"}
+        if not symmetric:
+            known = {"token": "token asym", "tensor": "tensor asym"}
+        if not isinstance(strategy, str) or strategy not in known:
+            raise _unsupported(f"{at}.strategy", strategy, " or ".join(known))
         if strategy == "group":
             _expect(at, settings, group_size=group_size)
-        return strategies[strategy]
+        return known[strategy]
 
 
 def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:

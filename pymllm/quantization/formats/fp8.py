@@ -13,7 +13,6 @@ w = weight * scale. The page with the layouts: quantization/fp8/README.md.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,13 +30,14 @@ from pymllm.quantization.base import (
     parse_options,
     register_quantization,
 )
-from pymllm.quantization.fields import read_names
+from pymllm.quantization.fields import is_skipped, read_names
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
     read_kv_scheme,
     unused_kv_tensor,
 )
+from pymllm.quantization.packing import refuse_nan_codes
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
@@ -60,7 +60,7 @@ class Fp8LinearMethod(LinearMethodBase):
         elif self.block == (1, 0):
             names = names[::-1]
         specs = [
-            WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN)),
+            WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes),
             WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True),
         ]
         if self.activations == "static":
@@ -170,12 +170,7 @@ class Fp8Config(QuantizationConfig):
         return unused_kv_tensor(tensor)
 
     def _is_ignored(self, prefix: str) -> bool:
-        """As transformers reads the list: a pattern from the start to a segment's end, or a suffix."""
-        boundary = r"(?:(?<=\.)|(?=\.|$))"
-        return any(
-            re.match(rf"(?:{pattern}){boundary}", prefix) or prefix.endswith(pattern)
-            for pattern in self.modules_to_not_convert
-        )
+        return is_skipped(prefix, self.modules_to_not_convert)
 
 
 def _unsupported(field: str, value: Any, supported: str) -> ConfigError:

@@ -14,7 +14,6 @@ w = (code - zero) * scale of the input's group. The page with the layout: quanti
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -30,6 +29,7 @@ from pymllm.quantization.base import (
     parse_options,
     register_quantization,
 )
+from pymllm.quantization.fields import compile_pattern
 from pymllm.quantization.integer_linear import (
     group_dim,
     grouped_weight,
@@ -190,7 +190,9 @@ class GPTQConfig(QuantizationConfig):
         if self.stored_as_float(prefix):
             return None
         method, desc_act = self.method, self.desc_act
-        rule = next((rule for rule in self.dynamic if re.match(rule.pattern, prefix)), None)
+        rule = next(
+            (rule for rule in self.dynamic if compile_pattern(rule.pattern, "dynamic").match(prefix)), None
+        )
         if rule is not None:
             if rule.overrides is None:
                 return None
@@ -229,10 +231,7 @@ def _read_settings(
 def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
     """GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides settings; first match wins."""
     pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _unsupported(f"dynamic.{key}", key, f"a regular expression ({error})") from None
+    compile_pattern(pattern, "dynamic")
     if key.startswith("-:"):
         return DynamicRule(pattern, None)
     if not isinstance(overrides, Mapping):

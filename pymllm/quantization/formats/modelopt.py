@@ -7,8 +7,10 @@ NVFP4 (`quant_algo` NVFP4, W4A16_NVFP4):
     weight_scale_2  float32 []               multiplies, too
     input_scale     float32 []               W4A4: the same second level, for activations
 
-w = E2M1[code] * (weight_scale * weight_scale_2). FP8 (`quant_algo` FP8): weight float8_e4m3fn [O, I], weight_scale [],
-input_scale []. The page with the layouts: quantization/modelopt/README.md.
+w = E2M1[code] * (weight_scale * weight_scale_2). The others have a weight float8_e4m3fn [O, I]: FP8 with
+weight_scale [] and input_scale []; FP8_PER_CHANNEL_PER_TOKEN with weight_scale [O]; FP8_PB_WO with
+weight_scale [O/128, 1, I/128, 1].
+The page with the layouts: quantization/modelopt/README.md.
 """
 
 # I in_features, O out_features, P parts of a fused layer
@@ -46,7 +48,8 @@ from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 GROUP = 16
 LARGEST = 6.0  # of E2M1
 E4M3 = torch.float8_e4m3fn
-ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
+ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+BLOCK = 128  # of FP8_PB_WO, both sides
 KV_ALGORITHMS: dict[str, Literal["fp8", "int8"]] = {"FP8": "fp8", "INT8": "int8"}
 
 
@@ -98,7 +101,9 @@ class NVFP4LinearMethod(LinearMethodBase):
             codes.shape[1] // scales.shape[1],
             row_scales=rows,
             activations="group" if self.static_input else "float",
-            input_scales=tensors.get("input_scale"),
+            input_scales=tensors["input_scale"].reciprocal()
+            if self.static_input
+            else None,  # by which to divide
         )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
@@ -155,7 +160,14 @@ class ModelOptConfig(QuantizationConfig):
         settings = config.get("quantization", config)
         if not isinstance(settings, Mapping):
             raise unsupported("ModelOpt", "quantization", settings, "an object")
-        algo = read_choice("ModelOpt", settings, "quant_algo", None, [*ALGORITHMS, "MIXED_PRECISION"])
+        named = settings.get("quant_algo")
+        algo = read_choice(
+            "ModelOpt",
+            {"quant_algo": named.upper() if isinstance(named, str) else named},  # fp8_pb_wo is written small
+            "quant_algo",
+            None,
+            [*ALGORITHMS, "MIXED_PRECISION"],
+        )
         read_choice("ModelOpt", settings, "group_size", GROUP, [GROUP, None])
         layers = None
         if algo == "MIXED_PRECISION":
@@ -180,6 +192,10 @@ class ModelOptConfig(QuantizationConfig):
         static = f"{prefix}.input_scale" in self.stored if self.stored else algo != "W4A16_NVFP4"
         if algo == "FP8":
             return NamedFp8LinearMethod("modelopt", (0, 0), "static" if static else "float")
+        if algo == "FP8_PER_CHANNEL_PER_TOKEN":
+            return NamedFp8LinearMethod("modelopt", (1, 0), "token", flat_scale=True)
+        if algo == "FP8_PB_WO":
+            return NamedFp8LinearMethod("modelopt", (BLOCK, BLOCK), "float", spaced_scale=True)
         return NVFP4LinearMethod(static)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
@@ -209,6 +225,7 @@ def _read_layers(layers: Any) -> dict[str, str]:
     for name, settings in layers.items():
         within = f"quantization_config.quantized_layers.{name}."
         algo = settings.get("quant_algo") if isinstance(settings, Mapping) else None
+        algo = algo.upper() if isinstance(algo, str) else algo
         if algo not in ALGORITHMS:
             raise unsupported("ModelOpt", "quant_algo", algo, " or ".join(ALGORITHMS), within=within)
         if settings.get("group_size", GROUP) not in (GROUP, None):

@@ -13,7 +13,6 @@ quantization/quark/README.md.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 
 from pymllm.kernels.canonical import Activations
 from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
-from pymllm.quantization.fields import read_names, unsupported
+from pymllm.quantization.fields import compile_pattern, read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -118,7 +117,7 @@ def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, An
 def _names(pattern: str, prefix: str) -> bool:
     """Quark's patterns: `re:` and a regular expression, or a name with shell wildcards."""
     if pattern.startswith("re:"):
-        return re.search(pattern[3:], prefix) is not None
+        return compile_pattern(pattern[3:], "exclude").search(prefix) is not None
     return fnmatch.fnmatchcase(prefix, pattern)
 
 

@@ -195,7 +195,7 @@ class TorchAOConfig(QuantizationConfig):
             groups, inputs = scale.shape[0], 2 * data.shape[-1]
             return TorchAOInt4LinearMethod(0 if groups == 1 else inputs // groups, data.dtype, scale.dtype)
         block = _block(prefix, tuple(data.shape), tuple(scale.shape))
-        activations = _activations(prefix, settings.get("act_quant_kwargs"))
+        activations = _activations(prefix, settings, kind)
         if kind == FLOAT8:
             return NamedFp8LinearMethod("torchao", block, activations, weight=QDATA, scale=SCALE)
         if block[0] > 1:
@@ -264,8 +264,17 @@ def _bits(prefix: str, settings: Mapping[str, Any]) -> int:
     return int(str(name)[3:])
 
 
-def _activations(prefix: str, kwargs: Any) -> Activations:
-    """What `act_quant_kwargs` asks for; asymmetric activations are not rounded, which is closer to the float model."""
+def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activations:
+    """What `act_quant_kwargs`, or of intx `activation_quantization`, asks for."""
+    if kind == INTX:
+        asked = settings.get("activation_quantization")
+        name = asked.get("_data") if isinstance(asked, Mapping) else asked
+        if name not in (None, "INT8_ASYM_PER_TOKEN", "int8_asym_per_token"):
+            raise unsupported(
+                "torchao", "activation_quantization", asked, "int8_asym_per_token", within=f"{prefix}.weight."
+            )
+        return "float" if name is None else "token asym reciprocal"
+    kwargs = settings.get("act_quant_kwargs")
     if kwargs is None:
         return "float"
     data = kwargs.get("_data") if isinstance(kwargs, Mapping) else None
@@ -277,10 +286,13 @@ def _activations(prefix: str, kwargs: Any) -> Activations:
         "PerBlock": "group",
         "PerGroup": "group",
     }
+    if kind == INT8:
+        mapping = data.get("mapping_type") if data is not None else None
+        kinds = {"PerRow": "token product", "PerTensor": "tensor product"}
+        if isinstance(mapping, Mapping) and mapping.get("_data") == "ASYMMETRIC":
+            kinds = {"PerRow": "token product asym"}
     if data is None or name not in kinds:
         raise unsupported(
             "torchao", "act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight."
         )
-    mapping = data.get("mapping_type")
-    asymmetric = isinstance(mapping, Mapping) and mapping.get("_data") == "ASYMMETRIC"
-    return "float" if asymmetric else kinds[name]
+    return kinds[name]
