@@ -94,7 +94,7 @@ def compile_pattern(pattern: str, field: str, prefix: str = "") -> re.Pattern[st
         code="quantization-config",
         file="config.json",
         tensor=f"quantization_config.{field}",
-        expected=f"at most {MAX_PATTERN} characters and {MAX_REPEATS} repeats, none within another",
+        expected=f"a regular expression of at most {MAX_PATTERN} characters and {MAX_REPEATS} repeats, not nested",
         found=repr((prefix + pattern)[:200]),
     )
 

@@ -3,20 +3,25 @@
 # O out_features, I in_features, G group_size
 
 import copy
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import pymllm
 from pymllm.errors import ConfigError
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CodebookType, Fp8Type, IntType
 from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallelLinear, SplitLinearMethod
-from pymllm.parallel import Parallel
+from pymllm.parallel import Parallel, simulate
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.packing import pack_words
 from pymllm.weights.spec import LinearShape, Span
+
+from ..checkpoints import write_checkpoint
+from ..forward import logits_of
 
 LINEAR = SimpleNamespace(kind="linear")
 W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
@@ -107,10 +112,28 @@ GROUP = "config_groups.group_0"
             "block",
         ),
         (
-            settings(W8, "int-quantized", {**TOKEN8, "symmetric": False}),
+            settings(FP8, "float-quantized", {**TOKEN8, "type": "float", "symmetric": False}),
             f"{GROUP}.input_activations.symmetric",
             "False",
             "True",
+        ),
+        (
+            settings(W8, "int-quantized", {**TOKEN8, "symmetric": False, "strategy": "group"}),
+            f"{GROUP}.input_activations.strategy",
+            "'group'",
+            "token or tensor",
+        ),
+        (
+            settings(W4, "pack-quantized", {**TOKEN8, "type": "float", "strategy": "tensor"}),
+            f"{GROUP}.input_activations.strategy",
+            "'tensor'",
+            "'token'",
+        ),
+        (
+            settings({**FP8, "strategy": "group", "group_size": 64}, "mxfp8-quantized"),
+            f"{GROUP}.weights.group_size",
+            "64",
+            "32",
         ),
         (
             settings(W8, "int-quantized", {**TOKEN8, "num_bits": 4}),
@@ -385,10 +408,24 @@ def test_no_activations_and_zeros_stay_what_they_are(dtype, kind):
         assert torch.equal(quantise_activations(x, kind, None), x)
 
 
+MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+
+
 @pytest.mark.parametrize(
     ("weights", "fmt", "quantised", "expected"),
     [
         (W8, "int-quantized", TOKEN8, "token"),
+        (W8, "int-quantized", {**TOKEN8, "symmetric": False}, "token asym"),
+        (W8, "int-quantized", {**TOKEN8, "symmetric": False, "strategy": "tensor"}, "tensor asym"),
+        (
+            W8,
+            "int-quantized",
+            {**TOKEN8, "symmetric": False, "dynamic": False, "strategy": "tensor"},
+            "static asym",
+        ),
+        (W4, "pack-quantized", {**TOKEN8, "type": "float"}, "token fp8"),
+        (MXFP8, "mxfp8-quantized", None, "float"),
+        (MXFP8, "mxfp8-quantized", {**MXFP8, "dynamic": True}, "group mx"),
         (W8, "int-quantized", {**TOKEN8, "dynamic": False, "strategy": "tensor"}, "static"),
         (W4, "pack-quantized", TOKEN8, "token"),
         (
@@ -406,7 +443,7 @@ def test_activations_are_read_from_the_config(weights, fmt, quantised, expected)
     assert method.activations == expected and f"activations {expected}" in method.describe()
     shape = LinearShape(Span.full(64), (Span.full(8),), ("x",), torch.float32)
     names = {spec.name for spec in method.weight_specs(shape)}
-    assert ("input_scale" in names) is (expected == "static")
+    assert ("input_scale" in names) is expected.startswith("static")
     assert ("input_global_scale" in names) is (fmt == "nvfp4-pack-quantized")
     assert method.planned(shape).type.activations == expected
 
@@ -428,3 +465,100 @@ def test_a_layer_runs_its_activations_through_the_reference_when_asked():
     quantised = (x / step).round().clamp(-128, 127).double() * step.double()
     expected = quantised @ (codes.double() * scale.double()).t()
     assert (layer(x).double() - expected).norm() / expected.norm() < 1e-6
+
+
+def test_static_asymmetric_activations_keep_parts_apart_as_each_has_a_zero_point_of_its_own():
+    static = {**TOKEN8, "symmetric": False, "dynamic": False, "strategy": "tensor"}
+    method = method_of(settings(W8, "int-quantized", static))
+    assert not method.fuses
+    names = [
+        spec.name
+        for spec in method.weight_specs(LinearShape(Span.full(64), (Span.full(8),), ("x",), torch.float32))
+    ]
+    assert "input_scale" in names and "input_zero_point" in names
+
+
+@dataclass(frozen=True)
+class IntWeights:
+    """int8 a row, and static activations with a zero point."""
+
+    def config(self, ignored):
+        static = {**TOKEN8, "symmetric": False, "dynamic": False, "strategy": "tensor"}
+        return settings(W8, "int-quantized", static, ignore=["lm_head", *ignored])
+
+    def encode(self, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127.5
+        codes = (weight / scale).round().clamp(-128, 127)
+        stored = {"weight": codes.to(torch.int8), "weight_scale": scale}
+        stored |= {
+            "input_scale": torch.tensor([0.04]),
+            "input_zero_point": torch.tensor([17], dtype=torch.int8),
+        }
+        return stored, codes * scale
+
+
+@dataclass(frozen=True)
+class MXFP8Weights:
+    """e4m3 with powers of two for 32 inputs."""
+
+    def config(self, ignored):
+        return settings(MXFP8, "mxfp8-quantized", {**MXFP8, "dynamic": True}, ignore=["lm_head", *ignored])
+
+    def encode(self, weight):
+        groups = weight.unflatten(1, (-1, 32))
+        exponent = torch.floor(torch.log2(groups.abs().amax(-1))) - 8
+        codes = (groups / 2.0 ** exponent[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored = {"weight": codes.flatten(1), "weight_scale": (exponent + 127).to(torch.uint8)}
+        return stored, (codes.float() * 2.0 ** exponent[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("writer", (IntWeights(), MXFP8Weights()), ids=repr)
+def test_weights_are_exact_and_activations_rounded_only_where_the_checkpoint_is_to_decide(writer, tmp_path):
+    written = write_checkpoint(tmp_path, "llama", writer)
+    expected = written.logits()
+    assert pymllm.verify(tmp_path, device="cpu").ok
+
+    def run(parallel=None, **options):
+        return logits_of(pymllm.load_model(tmp_path, device="cpu", **options), written.ids)
+
+    for logits in (run(dtype="float32"), *simulate(2, lambda parallel: run(dtype="float32"))):
+        assert (logits - expected).norm() / expected.norm() < 1e-5
+    rounded = run(dtype="float32", compute="checkpoint")
+    assert 1e-3 < (rounded - expected).norm() / expected.norm() < 0.3
+    if isinstance(writer, MXFP8Weights):  # a static scale clips what `verify` makes large
+        assert pymllm.verify(tmp_path, device="cpu", compute="checkpoint").ok
+
+
+def test_compute_checkpoint_runs_in_the_checkpoints_dtype(tmp_path):
+    write_checkpoint(tmp_path, "llama", MXFP8Weights(), edit_config=lambda raw: raw.update(dtype="bfloat16"))
+    assert pymllm.load_model(tmp_path, device="cpu").prepared.execution.dtype is torch.float32
+    prepared = pymllm.load_model(tmp_path, device="cpu", compute="checkpoint").prepared
+    assert prepared.execution.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    (
+        "(a+)+b",
+        "(a|aa)*b",
+        "(?:.*x){3}",
+        ".*.*.*.*.*.*x",
+        "x" * 1001,
+        "(" * 500 + ")" * 500 + "*" * 2,
+        "a(",
+        "(a{1,30}){1,30}b",
+    ),
+)
+@pytest.mark.parametrize("field", ("ignore", "targets"))
+def test_a_pattern_that_could_take_forever_is_refused(pattern, field):
+    change = ("ignore", [f"re:{pattern}"]) if field == "ignore" else (f"{GROUP}.targets", [f"re:{pattern}"])
+    with pytest.raises(ConfigError) as caught:
+        read(changed(change, settings(ignore=[])))
+    assert caught.value.code == "quantization-config" and field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", (r".*mlp\.(gate|up)_proj$", r"model\.layers\.(?:1[0-9]|2\d)\..*", ".*layers.*self_attn.*")
+)
+def test_ordinary_patterns_are_taken(pattern):
+    assert read(settings(ignore=[f"re:{pattern}"])).ignore == (f"re:{pattern}",)

@@ -348,6 +348,34 @@ def test_autorounds_packing_names_the_format_of_the_tensors(packing, name, minus
     assert getattr(method, "zeros_minus_one", None) is minus_one
 
 
+@pytest.mark.parametrize(
+    ("config", "described"),
+    [
+        (
+            {
+                "data_type": "nv_fp",
+                "bits": 4,
+                "group_size": 16,
+                "act_bits": 4,
+                "act_data_type": "nv_fp4_with_static_gs",
+            },
+            "nvfp4",
+        ),
+        ({"data_type": "mx_fp", "bits": 4, "act_bits": 4, "act_data_type": "mx_fp"}, "mxfp4"),
+        ({"data_type": "mx_fp", "bits": 8, "act_bits": 16}, "mxfp8"),
+        ({"data_type": "fp", "bits": 8, "group_size": 0}, "fp8 e4m3 per tensor, activations float"),
+        (
+            {"data_type": "fp", "bits": 8, "group_size": -1, "act_bits": 8, "act_dynamic": False},
+            "per channel, activations static",
+        ),
+    ],
+)
+def test_autorounds_float_formats_are_those_of_their_data_type(config, described):
+    packing = "fp8_static" if config["data_type"] == "fp" else "llm_compressor"
+    read_config = read({**AUTO, **config, "packing_format": f"auto_round:{packing}"})
+    assert described in read_config.get_quant_method(LINEAR, "model.layers.0.mlp.up_proj").describe()
+
+
 def test_autorounds_extra_config_overrides_layers_by_name_and_pattern():
     config = read(
         {
@@ -371,8 +399,12 @@ def test_autorounds_extra_config_overrides_layers_by_name_and_pattern():
 @pytest.mark.parametrize(
     ("change", "field", "value"),
     [
-        ({"packing_format": "auto_round:llm_compressor"}, "packing_format", "llm_compressor"),
-        ({"data_type": "mx_fp"}, "data_type", "mx_fp"),
+        ({"packing_format": "auto_round:marlin"}, "packing_format", "marlin"),
+        ({"packing_format": "auto_round:llm_compressor"}, "data_type", "int"),
+        ({"data_type": "mx_fp"}, "packing_format", "auto_gptq"),
+        ({"data_type": "mx_fp", "bits": 6}, "data_type", "6 bits of mx_fp"),
+        ({"data_type": "fp", "bits": 4}, "bits", "4"),
+        ({"data_type": "fp", "bits": 8, "group_size": 128}, "group_size", "128"),
         ({"extra_config": {"a.b": {"act_bits": 8}}}, "extra_config.a.b.act_bits", "8"),
         ({"extra_config": [1]}, "extra_config", "[1]"),
     ],

@@ -60,6 +60,43 @@ class FP8:
         return tensors, codes.float() * scale
 
 
+@dataclass(frozen=True)
+class FP8Channels:
+    """A scale for each channel, [O]; activations a token."""
+
+    def config(self, ignored):
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN",
+            "ignore": ["lm_head", *ignored],
+        }
+
+    def encode(self, weight):
+        scale = weight.abs().amax(1) / 448
+        codes = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale": scale}, codes.float() * scale[:, None]
+
+
+@dataclass(frozen=True)
+class FP8Blocks:
+    """A scale for 128 x 128, [O/128, 1, I/128, 1]; the writer spells this algorithm small."""
+
+    def config(self, ignored):
+        return {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo", "ignore": ["lm_head", *ignored]}
+
+    def encode(self, weight):
+        rows, columns = -(-weight.shape[0] // 128), -(-weight.shape[1] // 128)
+        padded = torch.nn.functional.pad(
+            weight, (0, columns * 128 - weight.shape[1], 0, rows * 128 - weight.shape[0])
+        )
+        tiles = padded.reshape(rows, 128, columns, 128)
+        scale = tiles.abs().amax((1, 3), keepdim=True) / 448
+        codes = (tiles / scale).to(torch.float8_e4m3fn)
+        cut = slice(weight.shape[0]), slice(weight.shape[1])
+        meant = (codes.float() * scale).reshape(padded.shape)[cut]
+        return {"weight": codes.reshape(padded.shape)[cut], "weight_scale": scale}, meant
+
+
 def run(folder, written):
     return logits_of(pymllm.load_model(folder, device="cpu", dtype="float32", compute="exact"), written.ids)
 
@@ -71,7 +108,9 @@ def assert_right(folder, written):
         assert (logits - expected).norm() / expected.norm() < 1e-5
 
 
-@pytest.mark.parametrize("writer", (NVFP4(), NVFP4("W4A16_NVFP4"), FP8()), ids=repr)
+@pytest.mark.parametrize(
+    "writer", (NVFP4(), NVFP4("W4A16_NVFP4"), FP8(), FP8Channels(), FP8Blocks()), ids=repr
+)
 def test_a_checkpoint_answers_as_the_weights_it_means_on_one_rank_and_on_two(writer, tmp_path):
     assert_right(tmp_path, write_checkpoint(tmp_path, "llama", writer))
 
@@ -146,3 +185,20 @@ def test_mixed_precision_gives_each_layer_its_own(tmp_path):
 def test_a_config_that_cannot_be_read_names_field_and_value(settings, said):
     with pytest.raises(ConfigError, match=said):
         get_quantization_config("modelopt").from_config({"quant_method": "modelopt"} | settings)
+
+
+def test_the_static_second_level_of_nvfp4_activations_multiplies(tmp_path):
+    """x is rounded to e2m1 over (e4m3 scale of 16 inputs) * input_scale."""
+    from pymllm.kernels.activations import quantise_activations
+
+    written = write_checkpoint(tmp_path, "llama", NVFP4())
+    model = pymllm.load_model(tmp_path, device="cpu", dtype="float32", compute="checkpoint")
+    bound = model.model.layers[0].mlp.down_proj.bound
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    got = quantise_activations(x, bound.problem.weight, bound.packed["input_scales"])
+    groups = x.unflatten(1, (-1, 16))
+    stored = (groups.abs().amax(-1, keepdim=True) / 6 / 0.001).clamp(max=448).to(torch.float8_e4m3fn).float()
+    ratio = got.unflatten(1, (-1, 16)) / (stored * 0.001)
+    assert ((ratio.abs()[..., None] - E2M1[:8]).abs().amin(-1) < 1e-3).all()
+    assert (got - x).norm() / x.norm() < 0.15
+    assert (logits_of(model, written.ids) - written.logits()).norm() / written.logits().norm() < 0.6

@@ -231,7 +231,7 @@ def _read_settings(
 def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
     """GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides settings; first match wins."""
     pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
-    compile_pattern(pattern, "dynamic")
+    compile_pattern(pattern, f"dynamic.{key}", key.removesuffix(pattern))
     if key.startswith("-:"):
         return DynamicRule(pattern, None)
     if not isinstance(overrides, Mapping):
