@@ -155,7 +155,9 @@ def write_gguf(folder: Path) -> None:
 
 
 def write_onnx(folder: Path) -> None:
-    """onnxruntime-genai's own builder: int4 in blocks of 128, int8 activations, embedding shared with the head."""
+    """onnxruntime-genai's own builder: int4 in blocks of 128, int8 activations; the embedding, read a row at a time,
+    stays float32, because sharing it with an asymmetric head makes a model that does not load.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -167,7 +169,12 @@ def write_onnx(folder: Path) -> None:
     # The builder asks for a tokenizer, which nothing uses later.
     words = WordLevel({f"<{i}>": i for i in range(CONFIG["vocab_size"])}, unk_token="<0>")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(source)
-    options = {"block_size": GROUP, "accuracy_level": 4, "is_symmetric": "false", "shared_embeddings": "true"}
+    options = {
+        "block_size": GROUP,
+        "accuracy_level": 4,
+        "is_symmetric": "false",
+        "shared_embeddings": "false",
+    }
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(folder)]
     command += ["-p", "int4", "-e", "cpu", "-c", str(cache), "--extra_options"]
     subprocess.run([*command, *(f"{key}={value}" for key, value in options.items())], check=True)

@@ -25,6 +25,7 @@ class Graph:
         self.weights, self.config, self.group = weights, config, group
         self.kept: list[Any] = []
         self.sinks: list[Any] = []
+        self.variables: list[Any] = []
 
     def weight(self, name: str) -> np.ndarray:
         return np.asarray(self.weights.get_tensor(f"{name}.weight").float().numpy())
@@ -82,6 +83,7 @@ class Graph:
         info.data_shape = ov.PartialShape([-1, heads, -1, size])
         info.data_type, info.variable_id = ov.Type.f32, name
         variable = Variable(info)
+        self.variables.append(variable)
         shape = ops.concat([batch, ops.constant(np.array([heads, 0, size]))], 0)
         past = ops.read_value(ops.broadcast(np.float32(0), shape), variable)
         ordered = ops.gather(past, beam, ops.constant(np.int64(0)))
@@ -89,11 +91,10 @@ class Graph:
         self.sinks.append(ops.assign(both, variable))
         return both
 
-    def repeated(self, x: Any, batch: Any) -> Any:
-        """Each key head for all of its query heads."""
+    def repeated(self, x: Any, batch: Any, length: Any) -> Any:
+        """Each key head for all of its query heads.  The plugin fuses only where nothing asks for x's own shape."""
         queries, heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         size, each = self.config["head_dim"], queries // heads
-        length = ops.gather(ops.shape_of(x), ops.constant(np.array([2])), ops.constant(np.int64(0)))
         wide = ops.concat([batch, ops.constant(np.array([heads, each])), length, np.array([size])], 0)
         spread = ops.broadcast(ops.unsqueeze(x, np.array(2)), wide, "BIDIRECTIONAL")
         return ops.reshape(spread, np.array([0, queries, -1, size]), special_zero=True)
@@ -122,6 +123,7 @@ class Graph:
         cos, sin = (ops.unsqueeze(f(both), np.array(1)) for f in (ops.cos, ops.sin))
 
         bias = self.causal_bias(ids, mask, zero)
+        length = ops.gather(ops.shape_of(mask), ops.constant(np.array([1])), zero)
         for layer in range(config["num_hidden_layers"]):
             name = f"model.layers.{layer}"
             x = self.norm(hidden, f"{name}.input_layernorm")
@@ -132,7 +134,10 @@ class Graph:
             k = self.cached(self.rotate(k, cos, sin), f"past_key.{layer}", batch, beam)
             v = self.cached(v, f"past_value.{layer}", batch, beam)
             result = ops.scaled_dot_product_attention(
-                self.rotate(q, cos, sin), self.repeated(k, batch), self.repeated(v, batch), bias
+                self.rotate(q, cos, sin),
+                self.repeated(k, batch, length),
+                self.repeated(v, batch, length),
+                bias,
             )
             merged = ops.reshape(
                 ops.transpose(result, np.array([0, 2, 1, 3])),
@@ -151,7 +156,7 @@ class Graph:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "beam_idx": beam}
         for name, parameter in inputs.items():
             parameter.output(0).set_names({name})
-        return ov.Model([ops.result(logits)], self.sinks, list(inputs.values()), "llama")
+        return ov.Model([ops.result(logits)], self.sinks, list(inputs.values()), self.variables, "llama")
 
     def causal_bias(self, ids: Any, mask: Any, zero: Any) -> Any:
         """[B, 1, T, all] float: 0 where a query sees a key, else the least float."""

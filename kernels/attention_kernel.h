@@ -131,29 +131,21 @@ inline void multiply(const float *a, std::int64_t a_row, std::int64_t a_step, co
     multiply_rows<1>(a, a_row, a_step, b + j, b_row, c + j, c_row, rows, depth, at(j));
 }
 
-// s[r][k] = q[r] . keys[k], for rows and keys `stride` apart, padded with zeros; keys in fours.
+// s[r][k] = q[r] . keys[k], for rows and keys `stride` apart, padded with zeros; keys in blocks of the lanes.
 inline void dot_products(const float *q, const float *keys, std::int64_t stride, std::int64_t rows, std::int64_t count,
                          float *s) {
-  std::int64_t r = 0;
-  for (; r < rows; r += 2) {
-    const bool two = r + 1 < rows;
-    const float *q0 = q + r * stride, *q1 = two ? q0 + stride : q0;
-    for (std::int64_t k = 0; k < count; k += 4) {
-      Vec sum[2][4] = {};
-      for (int i = 0; i < 4; ++i) sum[0][i] = sum[1][i] = Lanes::zero();
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t k = 0; k < count; k += kLanes) {
+      Vec sum[kLanes];
+      PYMLLM_UNROLL_LANES
+      for (int i = 0; i < kLanes; ++i) sum[i] = Lanes::zero();
       for (std::int64_t d = 0; d < stride; d += kLanes) {
-        const Vec left0 = Lanes::load(q0 + d), left1 = Lanes::load(q1 + d);
-        PYMLLM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const Vec right = Lanes::load(keys + (k + i) * stride + d);
-          sum[0][i] = Lanes::fma(left0, right, sum[0][i]);
-          sum[1][i] = Lanes::fma(left1, right, sum[1][i]);
-        }
+        const Vec left = Lanes::load(q + r * stride + d);
+        PYMLLM_UNROLL_LANES
+        for (int i = 0; i < kLanes; ++i) sum[i] = Lanes::fma(left, Lanes::load(keys + (k + i) * stride + d), sum[i]);
       }
-      Lanes::fold4(sum[0][0], sum[0][1], sum[0][2], sum[0][3], s + r * kKeys + k);
-      if (two) Lanes::fold4(sum[1][0], sum[1][1], sum[1][2], sum[1][3], s + (r + 1) * kKeys + k);
+      Lanes::store(s + r * kKeys + k, Lanes::fold(sum));
     }
-  }
 }
 
 // ------------------------------------------------------------------------------------------------------------- softmax
@@ -241,25 +233,27 @@ void few(const Attention &problem, const AttentionTile &tile, float *scratch) {
   float *maximum = ones + value_size, *sum = maximum + rows;
   std::memset(scratch, 0, static_cast<std::size_t>(s - scratch) * sizeof(float)); // what pads rows must be zero
   for (std::int64_t i = 0; i < value_size; ++i) ones[i] = 1.0f;
+  Seen seen[kLanes];
+  prefetch(problem, tile, tile.key_begin);
   for (std::int64_t r = 0; r < rows; ++r) {
     read_query(problem, tile, r, q + r * key_size);
+    seen[r] = seen_by(problem, tile, r);
     maximum[r] = kUnseen;
     sum[r] = 0.0f;
   }
-  prefetch(problem, tile, tile.key_begin);
   for (std::int64_t begin = tile.key_begin; begin < tile.key_end; begin += kKeys) {
     const std::int64_t left = tile.key_end - begin, count = left < kKeys ? left : kKeys;
     prefetch(problem, tile, begin + kKeys);
     widen(problem, problem.k, tile, begin, count, key_size, keys);
     widen(problem, problem.v, tile, begin, count, value_size, values);
-    dot_products(q, keys, key_size, rows, (count + 3) / 4 * 4, s);
+    dot_products(q, keys, key_size, rows, padded(count), s);
     for (std::int64_t r = 0; r < rows; ++r) {
       float *row = s + r * kKeys;
       if (problem.soft_cap > 0.0f) cap_logits(row, count, problem.soft_cap);
-      const Seen seen = seen_by(problem, tile, r);
-      for (std::int64_t i = 0; begin + i < seen.begin && i < kKeys; ++i) row[i] = 2 * kUnseen;
-      for (std::int64_t i = seen.end - begin < count ? seen.end - begin : count; i < kKeys; ++i)
-        if (i >= 0) row[i] = 2 * kUnseen;
+      const std::int64_t first = seen[r].begin - begin;
+      const std::int64_t last = seen[r].end - begin < count ? seen[r].end - begin : count;
+      for (std::int64_t i = 0; i < first && i < kKeys; ++i) row[i] = 2 * kUnseen;
+      for (std::int64_t i = last > 0 ? last : 0; i < kKeys; ++i) row[i] = 2 * kUnseen;
       Vec most = Lanes::load(row);
       for (std::int64_t i = kLanes; i < kKeys; i += kLanes) most = Lanes::max(most, Lanes::load(row + i));
       const float found = Lanes::largest(most), top = found > maximum[r] ? found : maximum[r];

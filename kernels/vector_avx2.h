@@ -10,10 +10,18 @@
 
 #include "float_scalar.h"
 
+// GCC takes a function that only prefetches for one without effect, and drops calls of it.
+#if defined(__GNUC__)
+#define PYMLLM_KEEP(p) __asm__ volatile("" : : "r"(p))
+#else
+#define PYMLLM_KEEP(p) (void)(p)
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
 #define PYMLLM_UNROLL _Pragma("GCC unroll 8")
+#define PYMLLM_UNROLL_LANES _Pragma("GCC unroll 16")
 #else
 #define PYMLLM_UNROLL
+#define PYMLLM_UNROLL_LANES
 #endif
 
 namespace pymllm {
@@ -31,7 +39,10 @@ struct Lanes {
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+  static void prefetch(const void *p) {
+    _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
+    PYMLLM_KEEP(p);
+  }
 
   static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
     const auto half = [](Vec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
@@ -48,6 +59,21 @@ struct Lanes {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+  // The sums of 8 vectors, side by side.
+  static Vec fold(const Vec (&v)[8]) {
+    Vec pairs[4], fours[2];
+    PYMLLM_UNROLL_LANES
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    PYMLLM_UNROLL_LANES
+    for (int i = 0; i < 2; ++i) {
+      const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]);
+      fours[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                         _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
   }
 };
 

@@ -10,10 +10,18 @@
 
 #include "float_scalar.h"
 
+// GCC takes a function that only prefetches for one without effect, and drops calls of it.
+#if defined(__GNUC__)
+#define PYMLLM_KEEP(p) __asm__ volatile("" : : "r"(p))
+#else
+#define PYMLLM_KEEP(p) (void)(p)
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
 #define PYMLLM_UNROLL _Pragma("GCC unroll 8")
+#define PYMLLM_UNROLL_LANES _Pragma("GCC unroll 16")
 #else
 #define PYMLLM_UNROLL
+#define PYMLLM_UNROLL_LANES
 #endif
 
 namespace pymllm {
@@ -31,7 +39,10 @@ struct Lanes {
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+  static void prefetch(const void *p) {
+    _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
+    PYMLLM_KEEP(p);
+  }
 
   static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
     const auto half = [](Vec v) {
@@ -44,6 +55,24 @@ struct Lanes {
   }
   static float largest(Vec v) { return _mm512_reduce_max_ps(v); }
   static float total(Vec v) { return _mm512_reduce_add_ps(v); }
+
+  // The sums of 16 vectors, side by side.
+  static Vec fold(const Vec (&v)[16]) {
+    Vec pairs[8], fours[4];
+    PYMLLM_UNROLL_LANES
+    for (int i = 0; i < 8; ++i)
+      pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    PYMLLM_UNROLL_LANES
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto halves = [](Vec a, Vec b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const Vec low = halves(fours[0], fours[1]), high = halves(fours[2], fours[3]);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
 };
 
 inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {

@@ -9,6 +9,7 @@
 #include "float_scalar.h"
 
 #define PYMLLM_UNROLL
+#define PYMLLM_UNROLL_LANES
 
 namespace pymllm {
 namespace {
@@ -42,6 +43,7 @@ struct Lanes {
   static void prefetch(const void *p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p);
+    __asm__ volatile("" : : "r"(p)); // GCC drops calls of functions that only prefetch
 #else
     (void)p;
 #endif
@@ -60,6 +62,9 @@ struct Lanes {
     return most;
   }
   static float total(Vec v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
+
+  // The sums of 4 vectors, side by side.
+  static Vec fold(const Vec (&v)[4]) { return {{total(v[0]), total(v[1]), total(v[2]), total(v[3])}}; }
 };
 
 inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
