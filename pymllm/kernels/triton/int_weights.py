@@ -30,11 +30,14 @@ class TritonInt(WeightOnlyLinear):
 
     name = "triton_int"
     layout = "triton_int words"
+    bits: tuple[int, ...] = (4, 8)
 
     def why_not(self, problem: LinearProblem) -> str | None:
         kind = problem.weight
-        if not isinstance(kind, IntType) or kind.bits not in (4, 8):
-            return f"multiplies integers of 4 or 8 bits only, the weight is {kind}"
+        if not isinstance(kind, IntType) or kind.bits not in self.bits:
+            return (
+                f"multiplies integers of {' or '.join(map(str, self.bits))} bits only, the weight is {kind}"
+            )
         if not kind.plain:
             return f"takes integer zero points in groups that lie in order, the weight is {kind}"
         if span_of(kind.group_size) is None:
@@ -75,11 +78,11 @@ class TritonInt(WeightOnlyLinear):
 
     def examples(self) -> Sequence[CanonicalWeight]:
         kinds = ((4, 32, False), (4, 128, False), (4, 128, True), (8, 128, False), (8, 14336, True))
-        weights = [_meta_weight(*EVEN, bits, group, symmetric) for bits, group, symmetric in kinds]
-        return [*weights, _meta_weight(*ODD, 4, 32, False)]
+        weights = [meta_int_weight(*EVEN, bits, group, symmetric) for bits, group, symmetric in kinds]
+        return [*weights, meta_int_weight(*ODD, 4, 32, False)]
 
 
-def _meta_weight(out_features: int, in_features: int, bits: int, group: int, symmetric: bool) -> IntWeight:
+def meta_int_weight(out_features: int, in_features: int, bits: int, group: int, symmetric: bool) -> IntWeight:
     codes = torch.empty((out_features, in_features), dtype=torch.uint8, device="meta")
     scales = torch.empty((out_features, in_features // group), dtype=torch.float16, device="meta")
     return IntWeight(codes, scales, None if symmetric else scales.to(torch.uint8), bits, group)
