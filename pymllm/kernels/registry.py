@@ -30,6 +30,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.triton.eight_bit:TritonFp8Activations",
         "pymllm.kernels.triton.eight_bit:TritonInt8Activations",
         "pymllm.kernels.triton.int_weights:TritonInt",
+        "pymllm.kernels.triton.int2_weights:TritonInt2",
         "pymllm.kernels.triton.fp8_weights:TritonFp8",
         "pymllm.kernels.triton.fp4_weights:TritonFp4",
         "pymllm.kernels.native_float:NativeFloatLinear",

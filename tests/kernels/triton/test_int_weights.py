@@ -10,6 +10,7 @@ from pymllm.kernels.canonical import IntWeight
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import LinearProblem, select
 from pymllm.kernels.triton import tuning, weight_only
+from pymllm.kernels.triton.int2_weights import TritonInt2
 from pymllm.kernels.triton.int_weights import TritonInt, int_coding
 from pymllm.kernels.triton.tune import tune
 from pymllm.kernels.triton.tuning import Tile
@@ -33,6 +34,13 @@ def test_products_equal_float64(bits, group, in_features, symmetric):
     for dtype in FLOATS:
         check_round_trip(TritonInt(), weight, dtype)
         check_products(TritonInt(), weight, dtype)
+
+
+@pytest.mark.parametrize("symmetric", (True, False), ids=("sym", "asym"))
+def test_two_bits_equal_float64(symmetric):
+    weight = make(2, 64, 192, symmetric)
+    check_round_trip(TritonInt2(), weight, torch.float16)
+    check_products(TritonInt2(), weight, torch.float16)
 
 
 def test_long_rows_are_summed_in_float32_in_the_same_order_every_time():
