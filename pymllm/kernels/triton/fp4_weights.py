@@ -22,6 +22,7 @@ from pymllm.kernels.triton.words import pack_words, span_of, unpack_words
 if TYPE_CHECKING:
     import triton.language as tl
 
+SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
@@ -88,7 +89,7 @@ class TritonFp4(WeightOnlyLinear):
 def _meta_weight(out_features: int, in_features: int, scales: torch.dtype, group: int) -> CodebookWeight:
     return CodebookWeight(
         torch.empty((out_features, in_features), dtype=torch.uint8, device="meta"),
-        torch.empty(16, device="meta"),
+        torch.tensor((*SIZES, *(-size for size in SIZES))),
         torch.empty((out_features, in_features // group), dtype=scales, device="meta"),
         "e2m1",
         group,

@@ -23,9 +23,14 @@ def resized(weight: Any, out_features: int, in_features: int) -> Any:
     """A weight on meta, of another shape."""
     sizes, old = (out_features, in_features), weight.shape
     fields = dict(vars(weight))
+    if fields.get("group_size") == old[1]:
+        fields["group_size"] = in_features
     for name, value in fields.items():
         if isinstance(value, Tensor) and name != "table":
-            shape = [max(1, -(-n * new // was)) for n, new, was in zip(value.shape, sizes, old, strict=False)]
+            shape = [
+                1 if n == 1 else -(-n * new // was)  # one scale of an axis stays one
+                for n, new, was in zip(value.shape, sizes, old, strict=False)
+            ]
             fields[name] = torch.empty(shape, dtype=value.dtype, device="meta")
     return type(weight)(**fields)
 
@@ -36,6 +41,9 @@ def random_like(weight: Any, out_features: int, in_features: int, seed: int, whe
     fields = dict(vars(resized(weight, out_features, in_features)))
     for name, value in fields.items():
         if not isinstance(value, Tensor):
+            continue
+        if name == "table":
+            fields[name] = value.to(where)
             continue
         if value.dtype.itemsize > 1:
             made = (torch.rand(value.shape, generator=generator) / 64 + 1 / 128).to(value.dtype)

@@ -1,0 +1,86 @@
+"""Routed experts on the GPU: ours over int4, fp8, mxfp4 and bfloat16 weights, beside a bfloat16 matmul an expert.
+
+    python benchmarks/gpu_moe.py [--tokens 1 16 256] [--dry-run]
+
+128 experts of 768, eight a token, hidden size 2048. Shares are over the experts that the routing really uses.
+Writes results/gpu_moe.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from gpu_roofline import Table, device_for, parser
+from torch import Tensor
+
+from pymllm.kernels.canonical import ExpertsWeight, LazyWeights
+from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.kernels.linear_experts import run_by_expert
+from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem
+from pymllm.kernels.triton.experts import WEIGHTS, TritonExperts
+from pymllm.kernels.triton.linear_cases import random_like
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
+    args = options.parse_args()
+    experts, top_k, hidden, inner = (8, 2, 128, 128) if args.dry_run else (128, 8, 2048, 768)
+    if args.dry_run:
+        args.tokens = [1, 12]
+    device, where = device_for(args.dry_run)
+    table = Table("gpu_moe", "Routed experts on the GPU", args)
+    for kind in WEIGHTS:
+        example = kind.examples()[0]
+        gate_up = [random_like(example, 2 * inner, hidden, e, torch.device("cpu")) for e in range(experts)]
+        down = [random_like(example, hidden, inner, 1000 + e, torch.device("cpu")) for e in range(experts)]
+        first, second = (
+            LinearProblem(w[0].type, w[0].shape[1], w[0].shape[0], torch.bfloat16, device)
+            for w in (gate_up, down)
+        )
+        problem = ExpertsProblem((first,), second, experts, GatedActivation())
+        packed = TritonExperts().pack(ExpertsWeight((gate_up,), down), problem)
+        expert_bytes = sum(tensor.nbytes for tensor in packed.values()) // experts
+        for key, tensor in packed.items():
+            packed[key] = tensor.to(where)
+        for tokens in args.tokens:
+            x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=where)
+            ids, weights = _routing(tokens, experts, top_k, where)
+            used = int(ids[0].unique().numel())
+            table.measure(
+                f"{first.weight}, {tokens} tokens, {used} experts",
+                "triton_experts",
+                [
+                    lambda i=i, x=x, w=weights: TritonExperts().run(packed, problem, x, i, w, ExpertsBias())
+                    for i in ids
+                ],
+                nbytes=used * expert_bytes + 2 * x.nbytes,
+                operations=6 * tokens * top_k * hidden * inner,
+                expected=_reference(gate_up, down, x, ids[0], weights) if tokens <= 16 else None,
+            )
+    return table.finish()
+
+
+def _routing(tokens: int, experts: int, top_k: int, where: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Several routings, so that every call reads other experts, and the weights of each token's."""
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(tokens, experts, generator=generator) for _ in range(16)]
+    return [s.topk(top_k, dim=-1).indices.to(where) for s in scores], torch.full(
+        (tokens, top_k), 1 / top_k
+    ).to(where)
+
+
+def _reference(gate_up, down, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    activation = GatedActivation()
+    floats = [
+        LazyWeights(lambda e, w=w: w[e].dequantize(torch.float32).to(x.device), len(w))
+        for w in (gate_up, down)
+    ]  # type: ignore[misc]
+    return run_by_expert(
+        lambda e, rows: activation(rows @ floats[0][e].t()) @ floats[1][e].t(), x.float(), ids, weights
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

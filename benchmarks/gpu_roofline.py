@@ -1,0 +1,163 @@
+"""What a GPU can do at most, how the GPU tables time things, and how they are written: shared by gpu_*.py.
+
+Bandwidth is that of a kernel that only reads; each figure of a table stands beside the share of it that it reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymllm.kernels.hardware import Device, probe_device
+
+RESULTS = Path(__file__).parent / "results"
+READ_BYTES = 2 << 30
+BUDGET_S = 100  # of one script: what does not fit is left out, and the table says so
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="on the CPU, in Triton's interpreter (TRITON_INTERPRET=1), small shapes: checks that every row runs "
+        "and what it computes; writes and claims nothing",
+    )
+    made.add_argument("--budget", type=float, default=BUDGET_S, help="seconds; rows beyond them are left out")
+    return made
+
+
+def device_for(dry_run: bool) -> tuple[Device, torch.device]:
+    """The device that kernels choose for, and where tensors are."""
+    if dry_run:
+        return probe_device("cuda:sm90"), torch.device("cpu")
+    return probe_device("cuda"), torch.device("cuda")
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that one reduction over memory far larger than the caches reads."""
+    from pymllm.kernels.triton.timing import seconds_each
+
+    source = torch.empty(READ_BYTES // 4, dtype=torch.int32, device="cuda").fill_(1)
+    return READ_BYTES / seconds_each([source.sum])
+
+
+class Table:
+    """Rows of one script: each a work, its kernels' times, and the shares of the machine's limits."""
+
+    def __init__(self, name: str, title: str, options: argparse.Namespace) -> None:
+        self.name, self.title, self.options = name, title, options
+        self.started = time.perf_counter()
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
+        self.bandwidth = 0.0 if options.dry_run else read_bandwidth()
+
+    def measure(
+        self,
+        work: str,
+        kernel: str,
+        calls: Sequence[Callable[[], torch.Tensor]],
+        *,
+        nbytes: int,
+        operations: int,
+        expected: torch.Tensor | None = None,
+        tolerance: float = 2e-2,
+    ) -> None:
+        """Check one call against `expected`, then time all; a peer that cannot run this is a row that says why.
+
+        calls: the same work over different tensors.  nbytes, operations: of one call, the least it must move and do.
+        """
+        if time.perf_counter() - self.started > self.options.budget:
+            self.left_out.append(f"{kernel}, {work}")
+            return
+        row: dict[str, Any] = {"work": work, "kernel": kernel}
+        try:
+            found = calls[0]()
+            if expected is not None:
+                error = float((found.float() - expected).norm() / expected.norm())
+                row["relative_error"] = round(error, 5)
+                # The interpreter truncates to bfloat16 where a GPU rounds: twice the error.
+                allowed = tolerance * (2 if self.options.dry_run else 1)
+                if not error <= allowed:
+                    raise ValueError(f"relative error {error:.4f} is above {allowed}")
+            if not self.options.dry_run:
+                from pymllm.kernels.triton.timing import seconds_each
+
+                seconds = seconds_each(calls)
+                row["microseconds"] = round(seconds * 1e6, 2)
+                row["share_of_bandwidth"] = round(nbytes / seconds / self.bandwidth, 3)
+                row["tflops"] = round(operations / seconds / 1e12, 1)
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as problem:
+            said = str(problem).strip().splitlines() or [""]
+            row["failed"] = f"{type(problem).__name__}: {said[0]}"[:160]
+        self.rows.append(row)
+        shown = row.get("failed") or row.get("microseconds") or "ran"
+        print(f"{work:<44} {kernel:<26} {shown}", flush=True)
+
+    def finish(self) -> int:
+        """Write JSON, Markdown and, with matplotlib, a roofline plot.  1 if one of our kernels failed."""
+        failed = [row for row in self.rows if "failed" in row and row["kernel"].startswith("triton")]
+        if self.options.dry_run:
+            print(
+                f"{len(self.rows)} rows ran in the interpreter, {len(failed)} of ours failed; nothing is claimed"
+            )
+            return 1 if failed else 0
+        RESULTS.mkdir(exist_ok=True)
+        properties = torch.cuda.get_device_properties()
+        report = {
+            "device": properties.name,
+            "torch": torch.__version__,
+            "read_bandwidth": self.bandwidth,
+            "rows": self.rows,
+            "left_out": self.left_out,
+        }
+        (RESULTS / f"{self.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        lines = [
+            f"# {self.title}",
+            "",
+            f"{properties.name}, torch {torch.__version__}. A kernel that only reads reaches",
+        ]
+        lines[-1] += (
+            f" {self.bandwidth / 1e12:.2f} TB/s here; shares are of that. From CUDA graphs, over rotating weights."
+        )
+        lines += [
+            "",
+            "| work | kernel | µs | share of bandwidth | TFLOP/s | relative error |",
+            "| --- |" + " --- |" * 5,
+        ]
+        for row in self.rows:
+            cells = [
+                row.get(k, "") for k in ("microseconds", "share_of_bandwidth", "tflops", "relative_error")
+            ]
+            if "failed" in row:
+                cells = [row["failed"], "", "", ""]
+            lines.append(f"| {row['work']} | {row['kernel']} | " + " | ".join(map(str, cells)) + " |")
+        lines += ["", *(f"Left out, as the time was up: {text}." for text in self.left_out)]
+        (RESULTS / f"{self.name}.md").write_text("\n".join(lines).rstrip() + "\n")
+        self._plot()
+        return 1 if failed else 0
+
+    def _plot(self) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            print("no plot: matplotlib is not installed")
+            return
+        figure = Figure(figsize=(8, 5))
+        axes = figure.add_subplot()
+        for kernel in dict.fromkeys(row["kernel"] for row in self.rows):
+            rows = [row for row in self.rows if row["kernel"] == kernel and "microseconds" in row]
+            axes.plot(
+                [row["work"] for row in rows], [row["share_of_bandwidth"] for row in rows], "o-", label=kernel
+            )
+        axes.set_ylabel("share of measured read bandwidth")
+        axes.tick_params(axis="x", rotation=75)
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(RESULTS / f"{self.name}.png", dpi=120)
