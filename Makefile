@@ -23,12 +23,13 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test lint format native sanitize clean distclean
+.PHONY: help demo test gpu lint format native sanitize clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    complete a line of Python with the shipped model, and say how fast'
 	@echo 'make test    run the tests'
+	@echo 'make gpu     on a machine with a GPU: test, tune and measure its kernels'
 	@echo 'make lint    ruff, mypy, import-linter'
 	@echo 'make format  let ruff format the code and fix what it can'
 	@echo 'make native  build the C++ CPU kernels, and stop if that fails'
@@ -45,6 +46,14 @@ test: $(VENV)/.stamp-test $(NATIVE_STAMP)
 lint: $(VENV)/.stamp-lint
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy lint-imports; do \
 	  echo "*** $$check"; $(BIN)/$$check || status=1; done; exit $$status
+
+# On a machine with a GPU, and torch built for it: the tests compiled, the tiles tuned, the tables measured.
+gpu: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: see docs/gpu.md"'
+	$(BIN)/python -m pytest -q tests/kernels/triton tests/kernels/test_hardware.py tests/engine/test_graphs.py $(PYTEST_ARGS)
+	$(BIN)/python -m pymllm bench tune
+	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_decode; do \
+	  $(BIN)/python -m pymllm bench table $$table || status=1; done; exit $$status
 
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ Writes results/gpu_moe.json, .md and .png.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from gpu_roofline import Table, device_for, parser
@@ -51,10 +52,7 @@ def main() -> int:
             table.measure(
                 f"{first.weight}, {tokens} tokens, {used} experts",
                 "triton_experts",
-                [
-                    lambda i=i, x=x, w=weights: TritonExperts().run(packed, problem, x, i, w, ExpertsBias())
-                    for i in ids
-                ],
+                [partial(TritonExperts().run, packed, problem, x, i, weights, ExpertsBias()) for i in ids],
                 nbytes=used * expert_bytes + 2 * x.nbytes,
                 operations=6 * tokens * top_k * hidden * inner,
                 expected=_reference(gate_up, down, x, ids[0], weights) if tokens <= 16 else None,

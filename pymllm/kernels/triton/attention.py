@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -179,7 +180,8 @@ class TritonGroupedAttention:
         for name, problem in problems.items():
             for requests, new, length in ((1, 1, 8192), (64, 1, 1024), (2, 512, 2048)):
                 title = f"{name}, {requests} x {new} tokens of {length}"
-                yield Case(title, lambda p=problem, r=requests, n=new, k=length: self._on_meta(p, r, n, k))  # type: ignore[misc]
+                run = partial(self._on_meta, problem, requests, new, length)
+                yield Case(title, run, hot=new == 1)
 
     def _on_meta(self, problem: AttentionProblem, requests: int, new: int, length: int) -> None:
         step = AttentionStep(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pymllm.kernels.triton.ahead_of_time import Case
 
 EVEN, ODD = (4096, 14336), (1000, 960)  # (O, I): divided by every tile, and by none
 TOKENS = (1, 16, 64, 200, 2048)
+DECODED = 64  # rows that a step of decoding may have: beyond them, spilled registers cost little of the whole
 
 
 def resized(weight: Any, out_features: int, in_features: int) -> Any:
@@ -74,4 +76,5 @@ def linear_cases(
             for tokens in TOKENS[: len(TOKENS) if dtype is torch.bfloat16 else 2]:
                 x = torch.empty((tokens, in_features), dtype=dtype, device="meta")
                 name = f"{weight.type}, {str(dtype).removeprefix('torch.')}, {tokens} x {out_features} x {in_features}"
-                yield Case(name, lambda p=packed, q=problem, x=x: kernel.run(p, q, x, None))  # type: ignore[misc]
+                run = partial(kernel.run, packed, problem, x, None)
+                yield Case(name, run, hot=tokens <= DECODED)
