@@ -55,9 +55,9 @@ def architecture_of(device: Device) -> Architecture:
     return device.architecture
 
 
-def is_older(architecture: Architecture) -> bool:
-    """Whether it is NVIDIA's, from before Hopper: both operands of a matrix product come from registers."""
-    return architecture.is_nvidia and architecture.capability < (9, 0)
+def multiplies_from_registers(architecture: Architecture) -> bool:
+    """Whether both operands of a matrix product must be in registers: NVIDIA's, but Hopper and large Blackwells."""
+    return architecture.is_nvidia and architecture.capability[0] not in (9, 10)
 
 
 def tuned(device: Device, shape: str) -> Tile | None:

@@ -24,7 +24,14 @@ from torch import Tensor
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.triton.launch import Inline, interpreting
 from pymllm.kernels.triton.operators import operator
-from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, is_older, tuned
+from pymllm.kernels.triton.tuning import (
+    Tile,
+    architecture_of,
+    bucket,
+    divide,
+    multiplies_from_registers,
+    tuned,
+)
 from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_one, multiply_tile
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -186,8 +193,8 @@ def tile_depth(device: Device, per_word: int) -> int:
     """Words of a step: as many as the registers of a block hold expanded, beside its sums."""
     if per_word == 1:
         return 64
-    # Before Hopper both operands of a product are in registers: benchmarks/results/triton_aot.md shows what spills.
-    return 16 if is_older(architecture_of(device)) else 32
+    # benchmarks/results/triton_aot.md shows what spills.
+    return 16 if multiplies_from_registers(architecture_of(device)) else 32
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:

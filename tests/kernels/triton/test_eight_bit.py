@@ -48,7 +48,7 @@ def test_products_equal_float64_over_the_codes_that_the_reference_gives(kernel, 
         assert kernel.why_not(problem) is None
         packed = moved(kernel.pack(weight, problem))
         bias = randn(70, seed=1, dtype=dtype)
-        for tokens in (0, 1, 3, 130):
+        for tokens in (0, 1, 70):
             x = randn(tokens, weight.shape[1], seed=tokens, dtype=dtype)
             seen = quantise_activations(x, weight.type, packed.get("input_scales")).double()
             result = kernel.run(packed, problem, x, bias)
