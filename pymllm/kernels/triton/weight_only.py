@@ -194,7 +194,7 @@ def tile_depth(device: Device, per_word: int) -> int:
     if per_word == 1:
         return 64
     # benchmarks/results/triton_aot.md shows what spills.
-    return 16 if multiplies_from_registers(architecture_of(device)) else 32
+    return 16 if per_word > 8 or multiplies_from_registers(architecture_of(device)) else 32
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
