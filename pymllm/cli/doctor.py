@@ -22,7 +22,7 @@ EXTRAS = {
     "server": (("fastapi", "fastapi"), ("uvicorn", "uvicorn")),
     "grammar": (("xgrammar", "xgrammar"),),
     "ray": (("ray", "ray"),),
-    "writers": (("compressed_tensors", "compressed-tensors"), ("gguf", "gguf")),
+    "writers": (("compressed_tensors", "compressed-tensors"), ("gguf", "gguf"), ("peft", "peft")),
 }
 
 

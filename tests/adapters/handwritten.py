@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pymllm import LLM
+
 from ..checkpoints import TinyCheckpoint
 
 
@@ -48,3 +50,17 @@ def with_deltas(checkpoint: TinyCheckpoint, deltas: Mapping[str, Tensor]) -> Ten
     for name, weight in before.items():
         modules[name].weight.data = weight
     return logits
+
+
+def adapter_for_shipped(folder: Path, llm: LLM) -> None:
+    """An adapter on every down_proj of the shipped model, large enough to change its answers."""
+    shape = llm.model.model.layers[0].mlp.down_proj.shape
+    draw = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
+    tensors = {}
+    for index in range(len(llm.model.model.layers)):
+        tensors[name.format(index, "A")] = torch.randn(4, shape.in_features, generator=draw) * 0.1
+        tensors[name.format(index, "B")] = torch.randn(shape.out_features, 4, generator=draw)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))

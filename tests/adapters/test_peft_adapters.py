@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import pymllm
 from pymllm.adapters import (
@@ -27,12 +28,13 @@ from pymllm.adapters import (
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import CheckpointError, ConfigError, RequestError
 from pymllm.loading import load_model
+from pymllm.module_layers import quantized_layers
 from pymllm.parallel import simulate
 from pymllm.swapping import swap
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of
-from .handwritten import random_adapter, with_deltas
+from .handwritten import adapter_for_shipped, random_adapter, with_deltas
 
 GOLDEN = Path(__file__).with_name("golden")
 BASE = GOLDEN / "base"
@@ -207,6 +209,30 @@ def test_an_adapter_stays_when_its_layers_are_swapped(tmp_path):
     merge_lora_weights(model)
     with pytest.raises(ConfigError, match="merged"):
         swap(model, "**.mlp.**", "fp8")
+
+
+def test_adapters_go_on_a_module_that_quantize_model_filled():
+    """transformers' own model with our layers inside."""
+    ids, _ = golden("attention")
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval() for _ in range(2)
+    )
+    pymllm.quantize_model(model, "**.self_attn.*=int4:group_size=32", compute="exact")
+    tensors, linears = load_file(GOLDEN / "attention" / "adapter_model.safetensors"), 0
+    with torch.no_grad():
+        for layer in quantized_layers(model):
+            weight = layer.bound.canonical().dequantize(torch.float32)
+            name = f"base_model.model.{layer.prefix}.lora_{{}}.weight"
+            if name.format("A") in tensors:
+                weight = weight + 4 * tensors[name.format("B")] @ tensors[name.format("A")]
+                linears += 1
+            reference.get_submodule(layer.prefix).weight.copy_(weight)
+        adapter = load_lora_weights(model, GOLDEN / "attention")
+        assert linears == len(adapter.layers) == 4
+        assert relative_error(model(ids[None]).logits[0], reference(ids[None]).logits[0]) <= 1e-4
+    assert len(merge_lora_weights(model).unmerged) == 4
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load_lora_weights(model, GOLDEN / "vocabulary", name="other")  # its head is no layer of ours
 
 
 # --- several at once
@@ -449,16 +475,7 @@ def test_enabled_layers_change_nothing_until_they_are_loaded():
 def test_generation_with_an_adapter_follows_its_logits_token_by_token(tmp_path):
     """The shipped model, whose decoding steps run natively: they must not run without the adapter."""
     llm = pymllm.LLM(progress=False)
-    shape = llm.model.model.layers[0].mlp.down_proj.shape
-    draw = torch.Generator().manual_seed(0)
-    name = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
-    tensors = {}
-    for index in range(len(llm.model.model.layers)):
-        tensors[name.format(index, "A")] = torch.randn(4, shape.in_features, generator=draw) * 0.1
-        tensors[name.format(index, "B")] = torch.randn(shape.out_features, 4, generator=draw)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    adapter_for_shipped(tmp_path, llm)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     prompt = llm.encode("import os\n")
     plain = llm.generate(prompt, params)[0].token_ids

@@ -6,13 +6,12 @@ import json
 
 import openai
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import pymllm
 from pymllm.errors import ConfigError
 from pymllm.server.app import create_app
 
+from ..adapters.handwritten import adapter_for_shipped
 from .conftest import MODEL, serve
 
 PROMPT = "def read_lines(path):\n"
@@ -23,16 +22,7 @@ def adapted(tmp_path_factory):
     """The shipped model with an adapter that changes its answers."""
     folder = tmp_path_factory.mktemp("adapter")
     llm = pymllm.LLM(progress=False)
-    shape = llm.model.model.layers[0].mlp.down_proj.shape
-    draw = torch.Generator().manual_seed(0)
-    name = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
-    tensors = {}
-    for index in range(len(llm.model.model.layers)):
-        tensors[name.format(index, "A")] = torch.randn(4, shape.in_features, generator=draw) * 0.1
-        tensors[name.format(index, "B")] = torch.randn(shape.out_features, 4, generator=draw)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    adapter_for_shipped(folder, llm)
     llm.load_adapter("odd", folder)
     return llm, folder
 
