@@ -228,7 +228,8 @@ class RopeParameters:
     @classmethod
     def read(cls, config: ModelConfig, kind: str | None = None) -> RopeParameters:
         """kind: of a layer's attention; sliding layers have a base of their own in Gemma 3, and never a scaling."""
-        settings = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
+        given = config.raw.get("rope_parameters") or config.raw.get("rope_scaling")
+        settings = given or config.defaults.get("rope_parameters") or {}
         base, local = config.get("rope_theta"), config.get("rope_local_base_freq")
         if isinstance(settings, Mapping) and settings.keys() & set(ATTENTION_KINDS):
             settings = settings.get(kind or "full_attention") or {}

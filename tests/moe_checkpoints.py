@@ -155,6 +155,8 @@ def write_moe(
     oss = family == "gpt_oss"
     tensors: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items() if stacked else unstacked(model):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         layer, _, suffix = name.rpartition(".")
         is_matrix = ".layers." in name and suffix == "weight" and weight.ndim == 2
         if oss and ".experts." in name and weight.ndim == 3 and isinstance(writer, MXFP4):

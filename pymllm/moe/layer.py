@@ -282,7 +282,10 @@ def build_moe_block(impl: str, config: Any, **options: Any) -> FusedMoE:
             found=impl,
             fix=nearest(impl, IMPLEMENTATIONS),
         )
-    if "router" not in options:
+    if "router" not in options and get_norm_topk_prob(config) and "scoring_func" not in options:
+        # Softmax over all, made to sum to one, is softmax over the chosen; for a single expert, too.
+        options["scoring_func"] = "topk_softmax"
+    elif "router" not in options:
         options.setdefault("renormalize", get_norm_topk_prob(config))
     options.setdefault("activation", getattr(config, "hidden_act", None) or "silu")
     return IMPLEMENTATIONS[impl](
