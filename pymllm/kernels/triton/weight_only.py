@@ -198,9 +198,9 @@ def tile_depth(device: Device, per_word: int) -> int:
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
-    """How many steps ahead a block may load into shared memory: 1 to 3."""
+    """How many steps ahead a block may load into shared memory: 1 to 3; 2 where a step has many loads."""
     step = depth * (4 * outputs + 2 * per_word * tokens)
-    return max(1, min(3, (shared - 2048) // step))
+    return max(1, min(2 if per_word > 8 else 3, (shared - 2048) // step))
 
 
 def _splits(words: int, least: int, wanted: int, blocks: int) -> int:

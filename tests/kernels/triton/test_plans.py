@@ -1,6 +1,8 @@
 """What a plan for a GPU that is not here selects is what was compiled for it."""
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from pymllm.kernels.triton.ahead_of_time import gather_tasks
 from pymllm.planning import plan
 from tests.checkpoints import write_checkpoint
 
+TABLE = Path(__file__).parents[3] / "benchmarks" / "results" / "triton_aot.json"
 RULES = (None, {"**": "fp8"}, {"**.mlp.**": "mxfp4"}, {"**": "int8"})
 
 
@@ -34,6 +37,14 @@ def test_a_model_in_bfloat16_gets_our_attention_and_torch_s_matmuls(tmp_path):
     planned = plan(tmp_path, device="cuda:sm90", dtype="bfloat16")
     assert {layer.kernel for layer in planned.layers if layer.kind == "linear"} == {"torch"}
     assert {layer.kernel for layer in planned.layers if layer.kind == "attention"} == {"triton_grouped"}
+
+
+def test_the_committed_table_has_every_kernel_for_every_architecture_and_nothing_amiss():
+    rows = json.loads(TABLE.read_text())["launches"]
+    for architecture in ARCHITECTURES:
+        found = {row["kernel"] for row in rows if row["architecture"] == architecture}
+        assert found == compiled_kernels(architecture), architecture
+    assert [row for row in rows if row["verdict"] != "ok"] == []
 
 
 def test_every_registered_triton_kernel_says_what_to_compile():
