@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # The front door, loaded on first use: `import pymllm` alone imports no torch.
 _HOMES = {
     "LLM": "pymllm.api",
-    "load_model": "pymllm.loading",
+    "load_model": "pymllm.api",
     "plan": "pymllm.planning",
     "verify": "pymllm.verification",
     "compare": "pymllm.comparison",
@@ -32,12 +32,11 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from pymllm.api import LLM
+    from pymllm.api import LLM, load_model
     from pymllm.checkpoint_quantization import quantize_checkpoint
     from pymllm.comparison import compare
     from pymllm.engine.sampling import SamplingParams
     from pymllm.errors import PymllmError
-    from pymllm.loading import load_model
     from pymllm.module_quantization import quantize_model
     from pymllm.parallel import Parallel
     from pymllm.planning import plan

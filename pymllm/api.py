@@ -32,10 +32,12 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.tokenizer import TextStream
 from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading import load_prepared
+from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.planning import Plan, make_plan
-from pymllm.preparation import prepare
+from pymllm.preparation import Prepared, prepare
 from pymllm.quantization.rules import RuleSource
+from pymllm.weights.memory import refuse_too_large
 
 Prompt = str | Sequence[int]
 
@@ -67,6 +69,7 @@ class LLM:
     `pymllm.load_model`.  tensor_parallel_size: above 1, this process must be one of as many ranks (torchrun).
     expert_parallel: ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
+    check_memory: refuse, with numbers, a model that the plan says does not fit into what is free.
     plan: what runs, and why.  Usable from several threads; they take turns.
     """
 
@@ -85,6 +88,7 @@ class LLM:
         revision: str | None = None,
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        check_memory: bool = True,
     ) -> None:
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
@@ -99,6 +103,8 @@ class LLM:
                 revision=revision,
             )
             self.plan: Plan = make_plan(prepared)
+            if check_memory:
+                _refuse_too_large(prepared, self.plan)
             self.model = load_prepared(prepared, progress=progress)
         self.prepared = prepared
         self.config = prepared.config
@@ -350,6 +356,28 @@ class LLM:
             if text.stopped:
                 request.finish_reason = "stop"
         return StreamPiece(piece, token, request.output(text.text if text is not None else ""), logprobs)
+
+
+def load_model(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    progress: bool | None = None,
+    check_memory: bool = True,
+    **options: Any,
+) -> CausalLM:
+    """`pymllm.loading.load_model`, which see for the options, once the plan says that the model fits.
+
+    check_memory: whether to refuse, with numbers, a model that does not.
+    """
+    prepared = prepare(path, quant, **options)
+    if check_memory:
+        _refuse_too_large(prepared, make_plan(prepared))
+    return load_prepared(prepared, progress=progress)
+
+
+def _refuse_too_large(prepared: Prepared, plan: Plan) -> None:
+    refuse_too_large(plan.totals["peak_load_bytes"], prepared.execution.device, str(prepared.checkpoint.path))
 
 
 def choose_parallel(size: int, expert_parallel: bool = False) -> Parallel:

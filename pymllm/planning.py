@@ -21,7 +21,7 @@ from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.moe.experts import Experts
-from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare
+from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare, refused_tp_sizes
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bind
 from pymllm.quantization.experts import BoundExperts, bind_experts
@@ -78,6 +78,7 @@ class Plan:
     layers: list[PlannedLayer]
     totals: dict[str, int]
     notes: list[str]
+    rules: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -178,7 +179,7 @@ def make_plan(prepared: Prepared) -> Plan:
         "checkpoint_bytes": sum(tensor.nbytes for tensor in prepared.checkpoint.tensors.values()),
         "kv_cache_bytes_per_token": bytes_per_token(prepared.model),
     }
-    parallel = prepared.parallel
+    parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
     return Plan(
         model=str(prepared.checkpoint.path),
@@ -190,7 +191,9 @@ def make_plan(prepared: Prepared) -> Plan:
             "rank": parallel.rank,
             "size": parallel.size,
             "expert_parallel": parallel.expert_parallel,
-            "legal_sizes": legal_tp_sizes(prepared.model),
+            "legal_sizes": legal,
+            "refused_sizes": {str(size): why for size, why in refused_tp_sizes(prepared.model).items()},
+            "weight_bytes_by_size": {str(size): _weight_bytes(prepared, binder, size) for size in legal},
         },
         elementwise={
             "kernel": elementwise.kernel.name,
@@ -199,7 +202,54 @@ def make_plan(prepared: Prepared) -> Plan:
         layers=layers,
         totals=totals,
         notes=_notes(prepared, layers),
+        rules=_rules(prepared),
     )
+
+
+def _rules(prepared: Prepared) -> list[dict[str, Any]]:
+    """For each of the user's rules: how many layers it names, and how many it decides as the first that does."""
+    found = []
+    for rules, decisions in (
+        (prepared.quant.rules, prepared.quant.decisions),
+        (prepared.quant.kv_rules, prepared.quant.kv_decisions),
+    ):
+        for rule in rules:
+            matched = [name for name in decisions if rule.matches(name)]
+            decided = [name for name in matched if decisions[name].rule is rule]
+            taken = [name for name in matched if decisions[name].rule is not rule]
+            found.append(
+                {
+                    "rule": str(rule),
+                    "matches": len(matched),
+                    "decides": len(decided),
+                    "shadowed_by": list(dict.fromkeys(str(decisions[name].rule) for name in taken)),
+                }
+            )
+    return found
+
+
+def _weight_bytes(prepared: Prepared, binder: _Binder, size: int) -> int:
+    """The packed weights of the first rank of `size`: layers by their shares; experts as evenly as they divide."""
+    total = 0
+    counted: dict[Any, int] = {}
+    for unit in prepared.units:
+        module = unit.module
+        if isinstance(module, WeightedLayer):
+            if isinstance(module, ParallelLMHead) and module.shares_table:
+                continue
+            parts = layer_parts(module)
+            shape = module.shape_for(0, size, module.shape.parts)
+            for index, (method, _, _) in enumerate(parts):
+                share = shape if len(parts) == 1 else shape.part(index)
+                key = (method, module.operation, share.inputs, share.outputs)
+                if key not in counted:
+                    counted[key] = binder(method, share, module.operation).nbytes
+                total += counted[key]
+        elif isinstance(module, Experts):
+            total += 0 if module.empty else binder.experts(module).nbytes * prepared.parallel.size // size
+        else:
+            total += sum(p.nbytes for p in module._parameters.values() if p is not None)
+    return total
 
 
 class _Binder:

@@ -247,6 +247,12 @@ def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShap
 
 def legal_tp_sizes(model: CausalLM) -> list[int]:
     """The tensor-parallel sizes that every layer of the model can be divided over, whatever its own is."""
+    heads, refused = model.config.size("num_attention_heads"), refused_tp_sizes(model)
+    return [size for size in range(1, heads + 1) if heads % size == 0 and size not in refused]
+
+
+def refused_tp_sizes(model: CausalLM) -> dict[int, str]:
+    """Why the model cannot be divided over other sizes: those that divide the heads, and the powers of two to them."""
     heads = model.config.size("num_attention_heads")
     # Names apart, a deep model repeats a few layers.
     distinct: dict[Any, Any] = {
@@ -256,10 +262,20 @@ def legal_tp_sizes(model: CausalLM) -> list[int]:
     distinct |= {
         (e.quant_method, e.size, e.tensor_parallel): e for e in model.modules() if isinstance(e, Experts)
     }
-    return [size for size in range(1, heads + 1) if heads % size == 0 and _all_shard(distinct.values(), size)]
+    reasons = {
+        size: f"{heads} attention heads cannot be divided over {size} ranks"
+        for size in (2**power for power in range(1, heads.bit_length()))
+        if heads % size
+    }
+    for size in range(2, heads + 1):
+        reason = _why_not_divided(distinct.values(), size) if heads % size == 0 else None
+        if reason is not None:
+            reasons[size] = reason
+    return dict(sorted(reasons.items()))
 
 
-def _all_shard(layers: Any, size: int) -> bool:
+def _why_not_divided(layers: Any, size: int) -> str | None:
+    """What first stands in the way of this size; None: nothing."""
     try:
         for layer in layers:
             for rank in range(size):
@@ -273,6 +289,6 @@ def _all_shard(layers: Any, size: int) -> bool:
                 for index, method in enumerate(methods):
                     for spec in method.weight_specs(shape.part(index) if len(methods) > 1 else shape):
                         place(spec, shape.part(index) if len(methods) > 1 else shape)
-    except ShardingError:
-        return False
-    return True
+    except ShardingError as error:
+        return error.message.lstrip(": ")
+    return None

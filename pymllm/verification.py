@@ -33,6 +33,7 @@ from pymllm.quantization.binding import BoundWeight, bound_weight
 from pymllm.quantization.experts import Product
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Written, place_experts, write
+from pymllm.weights.memory import refuse_too_large
 from pymllm.weights.spec import LinearShape
 
 ROWS = 5
@@ -124,12 +125,14 @@ def verify(
     text: str | Path | None = None,
     tokens: int = 2048,
     window: int = 512,
+    check_memory: bool = True,
 ) -> Verification:
     """Check every layer that holds weights.
 
     path_or_model: a folder or hub id, which is loaded; or a loaded model (`load_model`'s, or an `LLM`), whose
     checkpoint is read again. The other arguments are `load_model`'s and go with a path alone, as these do:
     end_to_end: also compare next-token distributions with those of the weights in float32, on random token ids.
+    check_memory: refuse, with numbers, a model that does not fit.
     text: the same on a text file, with its perplexity.  tokens, window: how many, in windows of how many.
     """
     whole = None
@@ -141,6 +144,9 @@ def verify(
             "revision": revision,
         }
         prepared = prepare(**where, dtype=dtype, compute=compute, kernels=kernels, kv_cache=kv_cache)
+        if check_memory:
+            needed = make_plan(prepared).totals["peak_load_bytes"]
+            refuse_too_large(needed, prepared.execution.device, str(prepared.checkpoint.path))
         model = load_prepared(prepared)
         if end_to_end or text is not None:
             whole = measure_end_to_end(prepared, model, where, text=text, tokens=tokens, window=window)

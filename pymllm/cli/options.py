@@ -60,6 +60,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument(
+        "--no-memory-check",
+        action="store_false",
+        dest="check_memory",
+        help="load even if the plan says that it does not fit",
+    )
+    group.add_argument(
         "--tensor-parallel-size",
         type=positive,
         default=1,

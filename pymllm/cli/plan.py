@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped
 from pymllm.cli.output import console, print_json, readable_size
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from pymllm.plan_difference import PlanDifference
     from pymllm.planning import Plan, PlannedLayer
 
 
@@ -20,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--rank", type=int, default=0, help="whose share to show, of --tensor-parallel-size")
     parser.add_argument("--all", action="store_true", help="every layer on a line of its own")
+    parser.add_argument(
+        "--diff", type=Path, metavar="OTHER.json", help="what would change against a plan saved with --json"
+    )
     parser.add_argument("--json", action="store_true", help="the whole plan as JSON (docs/plan-schema.md)")
 
 
@@ -27,10 +33,21 @@ def execute(args: argparse.Namespace) -> int:
     from pymllm.parallel import Parallel
     from pymllm.planning import plan
 
+    saved = None
+    if args.diff:
+        from pymllm.plan_difference import compare_plans, read_plan
+
+        saved = read_plan(args.diff)
     # A plan needs no other process, so a machine of any size can show the share of any rank.
     with Parallel(args.rank, args.tensor_parallel_size, expert_parallel=args.expert_parallel):
         planned = plan(model_or_shipped(args.model), **model_arguments(args))
-    if args.json:
+    if saved is not None:
+        difference = compare_plans(saved, planned)
+        if args.json:
+            print_json(difference.to_dict())
+        else:
+            print_difference(difference, console())
+    elif args.json:
         print_json(planned.to_dict())
     else:
         print_plan(planned, console(), every_layer=args.all)
@@ -52,12 +69,73 @@ def print_plan(plan: Plan, out: Console, *, every_layer: bool = False, reasons: 
         f"tensor-parallel sizes that work: {', '.join(map(str, size['legal_sizes']))}"
     )
     if reasons:
+        _print_ranks(size, out)
+        for rule in plan.rules:
+            if rule["decides"] < rule["matches"]:
+                out.print(
+                    f"rule {rule['rule']} decides {rule['decides']} of the {rule['matches']} layers it names, "
+                    f"the others go to {', '.join(rule['shadowed_by'])}",
+                    style="yellow",
+                )
+    if reasons:
         for kernel, numerics in dict.fromkeys((layer.kernel, layer.numerics) for layer in plan.layers):
             out.print(f"{kernel} computes with: {numerics}", style="dim")
         for refusal, count in _refusals(plan).items():
             out.print(f"not chosen for {count} layer{'s' * (count > 1)}: {refusal}", style="dim")
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow")
+
+
+def _print_ranks(sizes: Mapping[str, Any], out: Console) -> None:
+    """What a rank would hold for each size that works, and why others do not."""
+    if len(sizes["legal_sizes"]) > 1:
+        each = ", ".join(
+            f"{size}: {readable_size(nbytes)}" for size, nbytes in sizes["weight_bytes_by_size"].items()
+        )
+        out.print(f"weights a rank, by tensor-parallel size: {each}", style="dim")
+    for size, why in sizes["refused_sizes"].items():
+        out.print(f"not {size} ranks: {why}", style="dim")
+
+
+def print_difference(difference: PlanDifference, out: Console) -> None:
+    """From the saved plan to this one: settings, layers that change alike on one line, totals."""
+    if difference.empty:
+        out.print("nothing would change")
+        return
+    for name, (before, after) in difference.settings.items():
+        out.print(f"{name}: {before} -> {after}")
+    if difference.changed:
+        table = _table("#", "layers", "method", "kernel", "size")
+        for first, names, old, new in difference.groups():
+            method, kernel = (
+                _arrow(first.before.get(key), first.after.get(key)) for key in ("method_detail", "kernel")
+            )
+            table.add_row(
+                str(len(names)),
+                common_pattern(names),
+                method,
+                kernel,
+                f"{readable_size(old)} -> {readable_size(new)}",
+            )
+        out.print(table)
+    for sign, names in (
+        ("only in this plan", difference.added),
+        ("only in the saved one", difference.removed),
+    ):
+        if names:
+            out.print(f"{len(names)} layers {sign}: {common_pattern(names)}")
+    for name, (before, after) in difference.totals.items():
+        out.print(
+            f"{name}: {readable_size(before)} -> {readable_size(after)} ({readable_change(after - before)})"
+        )
+
+
+def readable_change(nbytes: int) -> str:
+    return f"{'-' if nbytes < 0 else '+'}{readable_size(abs(nbytes))}"
+
+
+def _arrow(before: Any, after: Any) -> str:
+    return str(after) if before == after else f"{before} -> {after}"
 
 
 def _table(*columns: str) -> Table:

@@ -89,6 +89,7 @@ def execute(args: argparse.Namespace) -> int:
         expert_parallel=args.expert_parallel,
         adapters=adapters,
         **model_arguments(args),
+        check_memory=args.check_memory,
     )
     startup_seconds = time.perf_counter() - started
     params = llm.default_params(**chosen)

@@ -108,7 +108,9 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     from pymllm.api import LLM
     from pymllm.server.app import create_app
 
-    llm = LLM(args.model, adapters=dict(args.adapter), **model_arguments(args))
+    llm = LLM(
+        args.model, adapters=dict(args.adapter), **model_arguments(args), check_memory=args.check_memory
+    )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(llm, model_name=name, api_key=args.api_key, max_waiting=args.max_waiting)
     config = uvicorn.Config(

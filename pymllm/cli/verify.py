@@ -51,6 +51,7 @@ def execute(args: argparse.Namespace) -> int:
         verification = verify(
             model_or_shipped(args.model),
             **model_arguments(args),
+            check_memory=args.check_memory,
             end_to_end=args.end_to_end,
             text=args.text,
             tokens=args.tokens,

@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system while loading."""
+"""Memory of the machine: how much there is for a model, and giving back what was freed while loading."""
 
 from __future__ import annotations
 
@@ -6,6 +6,70 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pymllm.errors import ConfigError
+
+# Version 2 of control groups, then version 1: the limit, what is used, and what of that is only cache.
+CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that this process could still take on `device` ("cpu" or "cuda"); None where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    found = [_system_memory(Path("/proc/meminfo")), _cgroup_memory(Path("/sys/fs/cgroup"))]
+    known = [nbytes for nbytes in found if nbytes is not None]
+    return min(known) if known else None
+
+
+def refuse_too_large(needed: int, device: str, model: str) -> None:
+    """ConfigError "out-of-memory", with the numbers, if loading would take more than there is."""
+    available = available_memory(device)
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"loading would take up to {needed / 1e9:.2f} GB on {device}, and {available / 1e9:.2f} GB are free",
+            code="out-of-memory",
+            file=model,
+            expected=f"at most {available} bytes",
+            found=f"{needed} bytes, as `pymllm plan` predicts",
+            fix="Choose smaller formats (--quant '**.layers.**=int4'), divide the model over ranks "
+            "(--tensor-parallel-size), free memory, or try all the same with --no-memory-check "
+            "(check_memory=False).",
+        )
+
+
+def _system_memory(meminfo: Path) -> int | None:
+    """What the kernel says could be had without swapping."""
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _cgroup_memory(root: Path) -> int | None:
+    """What is left of the control group's limit; None without one."""
+    for limit_file, used_file, stat_file, cache in CGROUPS:
+        try:
+            limit, used = (int((root / file).read_text()) for file in (limit_file, used_file))
+            stat = dict(line.split() for line in (root / stat_file).read_text().splitlines())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        return max(limit - used + int(stat.get(cache, 0)), 0)
+    return None
 
 
 def return_freed_memory() -> None:
