@@ -1,0 +1,124 @@
+"""Every format that we can write as the source, every method that rules know as the target: the shipped model.
+
+    python benchmarks/any_to_any.py [--write]
+
+The shipped model is written once in each source format; each copy is then loaded with each target method for all layers
+of its blocks, and verified. Errors are relative distances of all weights, together, to those of the float16 copy:
+of the source format alone, of the target alone, and of the target made from the source. The last must not be more than
+the sum of the first two (times 1.05: a target's error on rounded weights is not quite its error on the originals).
+Prints a table; --write also puts it into results/any_to_any.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pymllm
+from pymllm.api import shipped_model
+from pymllm.preparation import layer_parts, weighted_layers
+from pymllm.quantization.binding import bound_weight
+
+BLOCKS = "model.layers.**"
+SOURCES = {
+    "float16": "none",
+    "awq g128 (as shipped)": None,
+    "awq g64": "awq:group_size=64",
+    "ct int4 g32 asym": "int4:group_size=32",
+    "ct int4 g128 sym mse": "int4:symmetric=true,scale=mse",
+    "ct int8 channel": "int8",
+    "ct int8 w8a8": "int8:activations=token",
+    "ct fp8 channel": "fp8",
+    "ct fp8 tensor": "fp8:granularity=tensor",
+    "ct fp8 block": "fp8:granularity=block",
+}
+TARGETS = (
+    "none",
+    "awq",
+    "awq:group_size=32,zero_point=false",
+    "int4:group_size=64,scale=mse",
+    "int4:scale=hqq",
+    "int4:group_size=-1,symmetric=true",
+    "int8",
+    "int8:group_size=32,symmetric=false",
+    "fp8",
+    "fp8:granularity=tensor",
+    "fp8:granularity=block",
+    "mxfp4",
+    "gptq",
+)
+
+
+def weights_of(folder: Path, rules: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """Every weight of the blocks that runs, by name, and whether all kernels verify."""
+    model = pymllm.load_model(folder, rules, progress=False)
+    found = {}
+    for layer in weighted_layers(model):
+        for _, shape, holder in layer_parts(layer):
+            if ".layers." in shape.name:
+                found[shape.name] = bound_weight(holder).canonical().dequantize(torch.float32)
+    return found, pymllm.verify(model).ok
+
+
+def joined(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def distance(weights: dict[str, Tensor], original: Tensor) -> float:
+    return float((joined(weights) - original).norm() / original.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    bad = []
+    with tempfile.TemporaryDirectory() as scratch:
+        floats = Path(scratch) / "floats"
+        pymllm.quantize_checkpoint(shipped_model(), floats, [f"{BLOCKS}=none"])
+        original = joined(weights_of(floats, [])[0])
+        alone = {t: distance(weights_of(floats, [f"{BLOCKS}={t}"])[0], original) for t in TARGETS}
+        lines = [
+            "| source \\ target | its own error | " + " | ".join(TARGETS) + " |",
+            "| --- | --- | " + " | ".join("---" for _ in TARGETS) + " |",
+            "| (the target's own error) | | " + " | ".join(f"{alone[t]:.4f}" for t in TARGETS) + " |",
+        ]
+        for name, rule in SOURCES.items():
+            folder = shipped_model()
+            if rule is not None:
+                folder = Path(scratch) / name.replace(" ", "-")
+                pymllm.quantize_checkpoint(shipped_model(), folder, [f"{BLOCKS}={rule}"])
+            source = distance(weights_of(folder, [])[0], original)
+            cells = []
+            for target in TARGETS:
+                weights, ok = weights_of(folder, [f"{BLOCKS}={target}"])
+                error = distance(weights, original)
+                within = ok and error <= 1.05 * (source + alone[target]) + 1e-6
+                cells.append(f"{error:.4f}" + ("" if within else " **!**"))
+                if not within:
+                    bad.append(f"{name} -> {target}: {error:.4f}, kernels {'ok' if ok else 'FAIL'}")
+            lines.append(f"| {name} | {source:.4f} | " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    pairs = len(SOURCES) * len(TARGETS)
+    verdict = f"{pairs - len(bad)} of {pairs} pairs load, verify, and err no more than both formats do."
+    print("\n".join([*lines[:3], verdict, *bad]))
+    if args.write:
+        intro = (__doc__ or "").split("\n\n")[0]
+        page = Path(__file__).parent / "results" / "any_to_any.md"
+        page.write_text(
+            f"# Any format to any method\n\n{intro}\n`python benchmarks/any_to_any.py --write`\n\n"
+        )
+        with page.open("a") as file:
+            file.write("\n".join([*lines, "", verdict, *bad]) + "\n")
+    if bad:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
