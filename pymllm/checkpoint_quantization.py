@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import pymllm
 from pymllm.config import DTYPES
+from pymllm.engine.gguf_tokenizer import GGUFTokenizer, open_tokenizer
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
 from pymllm.parallel import Parallel
@@ -416,6 +418,8 @@ class _Writer:
         untied = tied and self.prepared.model.lm_head.prefix in notes
         for path in files_to_copy(checkpoint.path):
             output.add_file(path.name, path.read_bytes())
+        for file, content in _tokenizer_files(checkpoint).items():
+            output.add_file(file, content)
         card = model_card(
             checkpoint.path,
             Path(name).name if Path(name).exists() else name,
@@ -443,6 +447,23 @@ class _Writer:
         dropped = Counter(record.reason for record in self.prepared.records)
         found += [f"{count} tensors were not carried over: {reason}." for reason, count in dropped.items()]
         return found
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """A GGUF file's tokenizer as the files that folders have; nothing where it has none that is known."""
+    tokenizer = open_tokenizer(checkpoint)
+    if not isinstance(tokenizer, GGUFTokenizer) or not tokenizer.available:
+        return {}
+    settings = {name: token for name, token in tokenizer.settings.items() if token is not None}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    files = {
+        "tokenizer.json": tokenizer.encoder.tokenizer.to_str(pretty=True),  # type: ignore[attr-defined]
+        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+    }
+    template = checkpoint.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
+        files["chat_template.jinja"] = template
+    return {name: text.encode() for name, text in files.items()}
 
 
 def _digest_of(calibration: Calibration) -> str:

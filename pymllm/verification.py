@@ -27,6 +27,7 @@ from pymllm.layers.linear import WeightedLayer
 from pymllm.loading import load_prepared, read_slot, read_stored
 from pymllm.matching import Placement
 from pymllm.moe.experts import Experts
+from pymllm.planning import make_plan
 from pymllm.preparation import Prepared, layer_parts, prepare
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bound_weight

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import pymllm
@@ -122,7 +123,6 @@ def test_mixed_rules_are_config_groups_that_this_package_reads_back_exactly(tmp_
 
 def test_transformers_and_compressed_tensors_read_the_same_weights(bf16, tmp_path):
     pytest.importorskip("compressed_tensors")
-    import transformers
     from compressed_tensors.compressors import BaseCompressor
 
     pymllm.quantize_checkpoint(bf16.folder, tmp_path / "out", MIXED)
@@ -148,8 +148,6 @@ def test_transformers_and_compressed_tensors_read_the_same_weights(bf16, tmp_pat
 
 def test_asymmetric_groups_are_read_by_transformers(bf16, tmp_path):
     pytest.importorskip("compressed_tensors")
-    import transformers
-
     pymllm.quantize_checkpoint(bf16.folder, tmp_path / "out", {BLOCKS: "int4:group_size=64"})
     # transformers 5.23 cannot hold packed zero points, whoever wrote them; it dequantises such checkpoints instead.
     settings = transformers.CompressedTensorsConfig(dequantize=True)
@@ -203,6 +201,24 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     assert not (out / output.STAGING).exists()
     llm = pymllm.LLM(out)
     assert llm.generate("def f(x):", pymllm.SamplingParams(max_tokens=4))[0].text
+
+
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path):
+    from ..gguf_files import write_gguf
+
+    write_gguf(tmp_path / "m.gguf", "qwen2", "Q8_0", hidden_size=128)
+    rules = ["model.embed_tokens=none", "**.mlp.**=int4:group_size=64"]
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens=none"):
+        pymllm.quantize_checkpoint(tmp_path / "m.gguf", tmp_path / "out", rules[1:])
+    pymllm.quantize_checkpoint(tmp_path / "m.gguf", tmp_path / "out", rules)
+    before = pymllm.LLM(tmp_path / "m.gguf", rules, dtype="float32")
+    after = pymllm.LLM(tmp_path / "out", dtype="float32")
+    ids = torch.arange(20)
+    # Scales of int4 are rounded to the dtype that the config says, and codes chosen for that.
+    assert relative_error(after.logits(ids), before.logits(ids)) < 0.05
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("hello", "it's<|end|>x"):
+        assert theirs.encode(text) == after.encode(text) == before.encode(text)
 
 
 # What cannot be written
