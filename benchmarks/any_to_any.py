@@ -3,10 +3,10 @@
     python benchmarks/any_to_any.py [--write]
 
 The shipped model's weights, decoded to floats and moved by noise of the size of their own rounding so that they lie on
-no format's grid, are written once in each source format; each copy is then loaded with each target method for all layers
-of the blocks, and verified. Errors are relative distances of all weights, together, to those floats: of the source
-format alone, of the target alone, and of the target made from the source. The last must not be more than
-the sum of the first two (times 1.05: a target's error on rounded weights is not quite its error on the originals).
+no format's grid, are written once in each source format; each copy is then loaded with each target method for all
+layers of the blocks, and verified. Errors are relative distances of all weights, together, to those floats: of the
+source format alone, of the target alone, and of the target made from the source. The last must not be more than the
+sum of the first two (times 1.05: a target's error on rounded weights is not quite its error on the originals).
 Prints a table; --write also puts it into results/any_to_any.md.
 """
 
