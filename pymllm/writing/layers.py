@@ -94,6 +94,7 @@ def steps_of(prepared: Prepared) -> list[Step]:
     copied: dict[str, dict[str, TensorInfo]] = {}
     used: set[str] = set()
     found: list[SourceLayer]
+    _refuse_resolved(prepared)
     for unit in prepared.units:
         step = _step_name(unit.name)
         layers.setdefault(step, [])
@@ -114,6 +115,19 @@ def steps_of(prepared: Prepared) -> list[Step]:
         for name, of in layers.items()
         for rest in (copied[name].values(),)
     ]
+
+
+def _refuse_resolved(prepared: Prepared) -> None:
+    """Tensors that a model's own resolver changes while they load are not what is stored, and cannot be written so."""
+    for unit in prepared.units:
+        for placement in unit.placements:
+            if placement.resolved is not None:
+                raise ConfigError(
+                    "the model resolves its weights in its own way, which files cannot say",
+                    code="spelling",
+                    tensor=placement.tensor.name,
+                    fix="Load the model with rules instead: --quant.",
+                )
 
 
 def _experts(module: Experts, placements: tuple[Placement, ...], prepared: Prepared) -> Iterator[SourceLayer]:
