@@ -71,7 +71,8 @@ class GGUFTokenizer(Tokenizer):
 
     @property
     def available(self) -> bool:
-        return isinstance(self._get("tokens"), list) and self._get("model") in ("gpt2", "llama")
+        kind = self._get("model")
+        return isinstance(self._get("tokens"), list) and isinstance(kind, str) and kind in ("gpt2", "llama")
 
     @functools.cached_property
     def encoder(self) -> Encoder:
