@@ -221,7 +221,8 @@ class AttentionStep:
             cached = length - (stop - start)
             query = torch.arange(cached, length, device=device)[:, None]
             key = torch.arange(first, length, device=device)[None, :]
-            reading = self.status_table is None or int(self.status_table[request]) == 0
+            table = self.status_table
+            reading = table is None or self.once("states", table.tolist)[request] == 0
             if self.block_size == 1 or (self.prefix_causal and reading):
                 seen = key <= query
             else:
