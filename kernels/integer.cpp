@@ -48,9 +48,8 @@ void linear(const Weights &weights, const Floats &floats, const Quantisation &qu
   const std::int64_t parts = (floats.tokens * slices + kRowsAtATime - 1) / kRowsAtATime;
   const std::size_t element = element_bytes(floats.dtype);
   thread_local Scratch activations;
-  float tensor_scale = quantisation.scale;
-  if (quantisation.demand == Demand::tensor)
-    tensor_scale = demanded_scale(largest_magnitude(floats, floats.tokens * weights.in_features), floats.dtype);
+  Quantisation demanded = quantisation;
+  if (demanded.demand == Demand::tensor) demanded.scale = kernels.demanded_tensor_scale(floats, weights);
 
   for (std::int64_t i = 0; i < parts; ++i) {
     const std::int64_t token = floats.tokens * i / parts, tokens = floats.tokens * (i + 1) / parts - token;
@@ -70,7 +69,7 @@ void linear(const Weights &weights, const Floats &floats, const Quantisation &qu
       });
     else
       parallel_for(tokens, quantisers, [&](std::int64_t first, std::int64_t last) {
-        quantise_as_demanded(part, weights, quantisation, tensor_scale, x, first, last);
+        kernels.quantise_as_demanded(part, weights, demanded, x, first, last);
       });
     const std::int64_t steps = (row_blocks + kStepBlocks - 1) / kStepBlocks;
     parallel_for(steps, team, [&](std::int64_t first, std::int64_t last) {

@@ -94,7 +94,7 @@ struct Quantisation {
   int slices;  // of Demand::none: 1 (int8 activations), 2 (relative error 2e-5) or 3 (1e-7)
   Demand demand = Demand::none;
   std::int64_t group = 0;  // for Demand::group
-  float scale = 0;         // for Demand::stored, in x's dtype already
+  float scale = 0;         // for Demand::stored and ::tensor, in x's dtype already
 };
 
 // What one instruction set provides. No function allocates or throws.
@@ -102,6 +102,10 @@ struct Kernels {
   // Groups [first, last) of all tokens.
   void (*quantise)(const Floats &floats, const Weights &weights, const Activations &out, std::int64_t first,
                    std::int64_t last);
+  // Tokens [first, last), as a checkpoint demands it; and the scale for Demand::tensor.
+  void (*quantise_as_demanded)(const Floats &floats, const Weights &weights, const Quantisation &quantisation,
+                               const Activations &out, std::int64_t first, std::int64_t last);
+  float (*demanded_tensor_scale)(const Floats &floats, const Weights &weights);
   // Row blocks [first, last) of y. scratch: scratch_bytes(...) bytes, 64-byte aligned, one per thread.
   void (*multiply)(const Weights &weights, const Activations &x, const Floats &floats, std::int64_t first,
                    std::int64_t last, void *scratch);
@@ -124,12 +128,6 @@ Activations activations_in(std::uint8_t *memory, const Weights &weights, std::in
 
 // Results do not depend on `threads`.
 void linear(const Weights &weights, const Floats &floats, const Quantisation &quantisation, int threads, Isa isa);
-
-// Tokens [first, last), as a checkpoint demands it. tensor_scale: for Demand::tensor and ::stored.
-void quantise_as_demanded(const Floats &floats, const Weights &weights, const Quantisation &quantisation,
-                          float tensor_scale, const Activations &out, std::int64_t first, std::int64_t last);
-float largest_magnitude(const Floats &floats, std::int64_t elements);
-float demanded_scale(float largest, Dtype dtype);
 
 // What a checkpoint stores, row by row. group: of the scales and zeros, a multiple of the blocks'.
 struct Stored {

@@ -9,6 +9,7 @@
 
 #include "integer.h"
 #include "integer_block.h"
+#include "integer_demand.h"
 #include "integer_scale.h"
 
 #if defined(__GNUC__)
@@ -287,9 +288,9 @@ void multiply(const Weights &weights, const Activations &x, const Floats &floats
 } // namespace
 
 #if defined(PYMLLM_AVX_VNNI)
-const Kernels kAvx2Vnni{quantise, multiply, scratch_bytes};
+const Kernels kAvx2Vnni{quantise, quantise_as_demanded, demanded_tensor_scale, multiply, scratch_bytes};
 #else
-const Kernels kAvx2{quantise, multiply, scratch_bytes};
+const Kernels kAvx2{quantise, quantise_as_demanded, demanded_tensor_scale, multiply, scratch_bytes};
 #endif
 
 } // namespace pymllm::integer

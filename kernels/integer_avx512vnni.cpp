@@ -8,6 +8,7 @@
 
 #include "integer.h"
 #include "integer_avx512vnni_kernel.h"
+#include "integer_demand.h"
 #include "integer_scale.h"
 
 #define PYMLLM_INLINE static inline __attribute__((always_inline))
@@ -286,6 +287,6 @@ void multiply(const Weights &weights, const Activations &x, const Floats &floats
 
 } // namespace
 
-const Kernels kAvx512Vnni{quantise, multiply, scratch_bytes};
+const Kernels kAvx512Vnni{quantise, quantise_as_demanded, demanded_tensor_scale, multiply, scratch_bytes};
 
 } // namespace pymllm::integer

@@ -5,6 +5,7 @@
 
 #include "integer.h"
 #include "integer_block.h"
+#include "integer_demand.h"
 #include "integer_scale.h"
 
 namespace pymllm::integer {
@@ -93,6 +94,6 @@ void multiply(const Weights &weights, const Activations &x, const Floats &floats
 
 } // namespace
 
-const Kernels kPortable{quantise, multiply, scratch_bytes};
+const Kernels kPortable{quantise, quantise_as_demanded, demanded_tensor_scale, multiply, scratch_bytes};
 
 } // namespace pymllm::integer
