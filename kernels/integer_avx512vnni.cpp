@@ -132,14 +132,14 @@ std::size_t scratch_bytes(const Weights &weights, std::int64_t rows, std::int64_
 
 // One group of kBlocks row blocks, for all rows; adds to sums [R][kBlocks][16].
 template <int kBlocks, Lines kLines>
-PYMLLM_INLINE void multiply_lines(const std::uint8_t *const *blocks, const Header *header, const Weights &weights,
-                                  const Activations &x, std::int64_t g, float *sums) {
+PYMLLM_INLINE void multiply_lines(const std::uint8_t *const *blocks, const Header *header, const CodeTable *table,
+                                  const Weights &weights, const Activations &x, std::int64_t g, float *sums) {
   const std::int64_t tiles = (x.rows + kTileRows<kBlocks> - 1) / kTileRows<kBlocks>;
   std::int64_t row = 0;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t next = x.rows * (tile + 1) / tiles;  // even tiles: 9 rows are 4 and 5, not 8 and 1
     const std::int64_t at = g * x.rows + row;
-    multiply_rows<kBlocks, kLines>(next - row, {blocks, header, weights.format.table, weights.format.zero, weights.group, x.codes + at * weights.group,
+    multiply_rows<kBlocks, kLines>(next - row, {blocks, header, table, weights.group, x.codes + at * weights.group,
                                                 x.negative_sums + at, x.scales + at, sums + row * kBlocks * kBlockRows});
     row = next;
   }
@@ -209,7 +209,7 @@ void multiply_values(const std::uint8_t *const *blocks, const Weights &weights, 
     lines[b] = blocks[b] + format.header_bytes();
   }
   if (format.codes == Codes::bytes) {
-    multiply_lines<kBlocks, Lines::streamed>(lines, &header, weights, x, g, sums);
+    multiply_lines<kBlocks, Lines::streamed>(lines, &header, nullptr, weights, x, g, sums);
   } else {
     alignas(64) std::uint8_t values[kBlocks][kMaxGroup * kBlockRows];
     const std::uint8_t *source = format.table == nullptr ? kSameValues : format.table;
@@ -218,7 +218,7 @@ void multiply_values(const std::uint8_t *const *blocks, const Weights &weights, 
       decode_lines(lines[b], weights.group, table, values[b]);
       lines[b] = values[b];
     }
-    multiply_lines<kBlocks, Lines::cached>(lines, &header, weights, x, g, sums);
+    multiply_lines<kBlocks, Lines::cached>(lines, &header, nullptr, weights, x, g, sums);
   }
   if (format.zeros != Zeros::offsets) return;
   for (std::int64_t row = 0; row < x.rows; ++row) {
@@ -235,17 +235,23 @@ template <int kBlocks>
 PYMLLM_INLINE void multiply_group(const std::uint8_t *const *blocks, const Weights &weights, const Activations &x,
                                   std::int64_t g, float *sums) {
   const Format &format = weights.format;
-  const bool table = format.codes == Codes::nibbles && format.table != nullptr && format.zeros == Zeros::same;
-  if (table && format.scales == Scales::e4m3)
-    multiply_lines<kBlocks, Lines::e4m3>(blocks, nullptr, weights, x, g, sums);
-  else if (table && format.scales == Scales::e8m0)
-    multiply_lines<kBlocks, Lines::e8m0>(blocks, nullptr, weights, x, g, sums);
-  else if (!format.fused())
+  if (format.codes == Codes::nibbles && format.table != nullptr && format.zeros == Zeros::same &&
+      format.scales >= Scales::e4m3) {
+    CodeTable table;
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(table.values),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i *>(format.table)));
+    table.zero = format.zero;
+    if (format.scales == Scales::e4m3)
+      multiply_lines<kBlocks, Lines::e4m3>(blocks, nullptr, &table, weights, x, g, sums);
+    else
+      multiply_lines<kBlocks, Lines::e8m0>(blocks, nullptr, &table, weights, x, g, sums);
+  } else if (!format.fused()) {
     multiply_values<kBlocks>(blocks, weights, x, g, sums);
-  else if (format.scales == Scales::f16)
-    multiply_lines<kBlocks, Lines::f16>(blocks, nullptr, weights, x, g, sums);
-  else
-    multiply_lines<kBlocks, Lines::bf16>(blocks, nullptr, weights, x, g, sums);
+  } else if (format.scales == Scales::f16) {
+    multiply_lines<kBlocks, Lines::f16>(blocks, nullptr, nullptr, weights, x, g, sums);
+  } else {
+    multiply_lines<kBlocks, Lines::bf16>(blocks, nullptr, nullptr, weights, x, g, sums);
+  }
 }
 
 template <int kBlocks>

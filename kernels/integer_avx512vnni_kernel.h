@@ -26,12 +26,21 @@ struct Header {
   float offsets[4][kBlockRows];
 };
 
+// What a kernel over codes of a table needs, in one place: every operand takes a register. Offsets: TABLE_KERNEL.
+struct CodeTable {
+  std::uint8_t values[16];
+  std::int32_t zero;  // of all codes
+  std::uint32_t nibbles = 0x0f0f0f0f;
+  std::uint32_t least_e8m0 = 0x00400000;  // 2^-127, what code 0 means, has no exponent to be shifted to
+  std::uint32_t e4m3_bits = 0xbf80bf80;
+  float e4m3_unit = 256.0f;
+};
+
 // What a kernel reads: codes [R][group], negative_sums [R], scales [R]; it adds to sums [R][kBlocks][16].
 struct KernelArguments {
   const std::uint8_t *const *blocks;  // of values: their lines
   const Header *header;               // of values
-  const std::uint8_t *table;          // of codes of a table
-  std::int32_t zero;                  // of the same, for all of them
+  const CodeTable *table;             // of codes of a table
   std::int64_t group;
   const std::int8_t *codes;
   const std::int32_t *negative_sums;
@@ -40,9 +49,6 @@ struct KernelArguments {
 };
 
 constexpr std::uint32_t kNibbles = 0x0f0f0f0f;
-constexpr std::uint32_t kLeastE8m0 = 0x00400000;  // 2^-127, what code 0 means, has no exponent to be shifted to
-constexpr std::uint32_t kE4m3Bits = 0xbf80bf80;
-constexpr float kE4m3Unit = 256.0f;
 
 // Ahead in each stream, in bytes: two blocks of group 128. Of the memory limit of a Zen 5 (39 GB/s a core) one token
 // reaches 0.98 with it, 0.84 with one block, 0.92 with three. Slower memory is content with less, and loses nothing.
@@ -119,13 +125,13 @@ constexpr float kE4m3Unit = 256.0f;
   "vpmovzxbw (%[block" b "]),%%ymm" low "\n"               \
   "vpsllw $8,%%ymm" low ",%%ymm" low "\n"                  \
   "vpsraw $1,%%ymm" low ",%%ymm" low "\n"                  \
-  "vpandd %[e4m3_bits]%{1to8%},%%ymm" low ",%%ymm" low "\n" \
+  "vpandd 28(%[table])%{1to8%},%%ymm" low ",%%ymm" low "\n" \
   "vcvtph2ps %%ymm" low ",%%zmm" low "\n"                  \
-  "vmulps %[e4m3_unit]%{1to16%},%%zmm" low ",%%zmm" low "\n"
+  "vmulps 32(%[table])%{1to16%},%%zmm" low ",%%zmm" low "\n"
 #define LOAD_e8m0(b, low, high)              \
   "vpmovzxbd (%[block" b "]),%%zmm" low "\n" \
   "vpslld $23,%%zmm" low ",%%zmm" low "\n"   \
-  "vpmaxud %[least_e8m0]%{1to16%},%%zmm" low ",%%zmm" low "\n"
+  "vpmaxud 24(%[table])%{1to16%},%%zmm" low ",%%zmm" low "\n"
 #define LOAD_cached(b, low, high) "vmovups 256+64*" b "(%[header]),%%zmm" low "\n"
 #define LOAD_streamed LOAD_cached
 #define FINISH(acc, low)                                          \
@@ -153,9 +159,10 @@ constexpr float kE4m3Unit = 256.0f;
 #define OUTPUTS_HIGH_FAR OUTPUTS_HIGH_NEAR, [high4] "+r"(high4)
 #define INPUTS2 [block0] "r"(k.blocks[0]), [block1] "r"(k.blocks[1])
 #define INPUTS4 INPUTS2, [block2] "r"(k.blocks[2]), [block3] "r"(k.blocks[3])
-#define INPUTS                                                                                                \
-  [lines] "r"(lines), [stride] "r"(stride), [stride3] "r"(3 * stride), [negative_sums] "r"(k.negative_sums), \
-      [scales] "r"(k.scales), [sums] "r"(k.sums)
+#define INPUTS [lines] "r"(lines), INPUTS_BUT_LINES
+#define INPUTS_BUT_LINES                                                                                          \
+  [stride] "r"(stride), [stride3] "r"(3 * stride), [negative_sums] "r"(k.negative_sums), [scales] "r"(k.scales), \
+      [sums] "r"(k.sums)
 #define CLOBBERED                                                                                                \
   "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
       "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",   \
@@ -188,10 +195,10 @@ constexpr float kE4m3Unit = 256.0f;
     [[maybe_unused]] const std::int8_t *low4 = low + 4 * k.group, *high4 = high + 4 * k.group;                    \
     const std::int64_t lines = k.group * 8, stride = k.group;                                                     \
     std::int64_t at = 0;                                                                                          \
-    __asm__ volatile("vbroadcasti32x4 %[table],%%zmm26\n"                                                         \
-                     "vpbroadcastd %[zero],%%zmm27\n" EACH##BLOCKS(LOAD_SAME_ZEROS)                               \
+    __asm__ volatile("vbroadcasti32x4 (%[table]),%%zmm26\n"                                                       \
+                     "vpbroadcastd 16(%[table]),%%zmm27\n" EACH##BLOCKS(LOAD_SAME_ZEROS)                               \
                          ROWS##BLOCKS##_##COUNT(START_ROW##BLOCKS)                                                \
-                     "vpbroadcastd %[nibbles],%%zmm25\n"                                                          \
+                     "vpbroadcastd 20(%[table]),%%zmm25\n"                                                        \
                      ".p2align 5\n"                                                                               \
                      "1:\n" EACH##BLOCKS(UNPACK_TABLE) ROWS##BLOCKS##_##COUNT(LOW_ROW##BLOCKS)                    \
                          ROWS##BLOCKS##_##COUNT(HIGH_ROW##BLOCKS) STEP_##REACH STEP_HIGH_##REACH                  \
@@ -199,9 +206,7 @@ constexpr float kE4m3Unit = 256.0f;
                      "cmp %[lines],%[at]\n"                                                                       \
                      "jne 1b\n" EACH##BLOCKS(LOAD_##LINES) ROWS##BLOCKS##_##COUNT(FINISH_ROW##BLOCKS)             \
                      : OUTPUTS_##REACH, OUTPUTS_HIGH_##REACH                                                      \
-                     : INPUTS##BLOCKS, INPUTS, [nibbles] "m"(kNibbles), [table] "m"(k.table[0]),                  \
-                       [zero] "m"(k.zero), [least_e8m0] "m"(kLeastE8m0), [e4m3_bits] "m"(kE4m3Bits),              \
-                       [e4m3_unit] "m"(kE4m3Unit)                                                                 \
+                     : INPUTS##BLOCKS, INPUTS_BUT_LINES, [lines] "m"(lines), [table] "r"(k.table)                \
                      : CLOBBERED);                                                                                \
   }
 
@@ -257,6 +262,7 @@ KERNELS(VALUES_KERNEL, cached)
 #undef FINISH
 #undef STRIP
 #undef INPUTS
+#undef INPUTS_BUT_LINES
 #undef CLOBBERED
 
 template <int kBlocks>
