@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.errors import ConfigError
+from pymllm.quantization.fields import compile_pattern
 from pymllm.weights.checkpoint import resolve_model_path
 from pymllm.weights.safetensors_file import parse_json_object
 from pymllm.weights.tensor_file import read_small_file
@@ -198,10 +199,11 @@ def _patterns(value: Any, file: Path, name: str, read: Any) -> dict[str, Any]:
 
 
 def _check_pattern(pattern: str, file: Path, name: str) -> None:
+    """An adapter may be hostile: a pattern that is none, or that could take forever, is refused."""
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _error(file, name, pattern, f"a regular expression ({error})") from None
+        compile_pattern(pattern, name)
+    except ConfigError as error:
+        raise _error(file, name, pattern, error.expected or "a regular expression") from None
 
 
 def _error(file: Path, name: str, found: Any, expected: str, fix: str | None = None) -> ConfigError:
