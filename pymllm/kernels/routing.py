@@ -35,7 +35,7 @@ class Routing:
 
     @property
     def renormalizes(self) -> bool:
-        """Whether weights are divided by their sum: over the chosen, softmax has made it one; one expert keeps its own."""
+        """Whether weights are divided by their sum: softmax over the chosen has made it one already."""
         return self.renormalize and self.top_k > 1 and self.scoring != "topk_softmax"
 
 
