@@ -31,6 +31,24 @@ _X86_FEATURES = frozenset(
 )
 _ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
 
+# What Python calls in the extension: one that lacks a part was built from older sources.
+NATIVE_PARTS = (
+    "Tape",
+    "attention",
+    "float_linear",
+    "integer_experts",
+    "integer_gather",
+    "integer_linear",
+    "integer_pack",
+    "integer_unpack",
+    "isa_code",
+    "probe",
+    "rms_norm",
+    "rotate",
+    "silu_and_mul",
+    "store_kv",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CpuInfo:
@@ -80,7 +98,7 @@ def probe() -> CpuInfo:
 @functools.lru_cache(maxsize=1)
 def _load_native() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("pymllm._native"), None
+        native = importlib.import_module("pymllm._native")
     except ModuleNotFoundError as error:
         if error.name != "pymllm._native":
             raise
@@ -94,6 +112,13 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
             f"the native CPU kernels are built but do not load ({error}): quantised layers run on slower torch "
             "operations on the CPU. Install pymllm again with this Python (in a clone: make native)"
         )
+    missing = [part for part in NATIVE_PARTS if not hasattr(native, part)]
+    if missing:
+        return None, (
+            f"the native CPU kernels are older than the Python code: they lack {', '.join(missing)}. Quantised layers "
+            "run on slower torch operations on the CPU. Install pymllm again (in a clone, rebuild: make native)"
+        )
+    return native, None
 
 
 def _choose_path(features: frozenset[str], forced: str) -> str:

@@ -1,5 +1,6 @@
 """The probe against what Linux itself says, forced kernel paths, and life without the extension."""
 
+import ast
 import json
 import os
 import platform
@@ -168,3 +169,39 @@ def test_the_extension_and_python_know_the_same_paths(monkeypatch):
     monkeypatch.setenv("PYMLLM_CPU_ISA", "?")
     with pytest.raises(ValueError, match="Choose one of: " + ", ".join(cpu._PATHS)):
         _native.probe()
+
+
+# An extension that is older than the Python code
+
+
+def test_every_part_that_python_calls_is_looked_for():
+    """Another list than NATIVE_PARTS would let a stale extension through, as an AttributeError in the first forward."""
+    called = set()
+    for file in Path(cpu.__file__).parents[1].rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        called |= {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("native()", "_native")
+        }
+    assert called | {"probe"} == set(cpu.NATIVE_PARTS)
+
+
+STALE = """
+import sys, types
+stale = types.ModuleType("pymllm._native")
+for part in ("probe", "isa_code", "integer_linear"):
+    setattr(stale, part, lambda *arguments: 1 / 0)
+sys.modules["pymllm._native"] = stale
+"""
+
+
+def test_a_stale_extension_is_named_and_never_called():
+    result = subprocess.run(
+        [sys.executable, "-c", STALE + PRINT_PROBE], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert info["native"] is False
+    assert "older than the Python code: they lack Tape, attention, float_linear" in info["reason"]
+    assert "probe" not in info["reason"] and info["reason"].endswith("(in a clone, rebuild: make native)")
