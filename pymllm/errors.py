@@ -9,14 +9,19 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+NEAREST = "Nearest:"
+BRIEF = 8  # of many alike that a terminal is shown
 
 
 class PymllmError(Exception):
     """Base of all errors raised on purpose.
 
     code: a stable short name, e.g. "truncated".  file, tensor, expected, found, fix: optional parts of the message.
+    brief: the message for a terminal, where it is long; `str(error)` has all of it.
     """
 
     def __init__(
@@ -29,16 +34,23 @@ class PymllmError(Exception):
         expected: str | None = None,
         found: str | None = None,
         fix: str | None = None,
+        brief: str | None = None,
     ) -> None:
         self.message, self.code, self.file, self.tensor = message, code, file, tensor
         self.expected, self.found, self.fix = expected, found, fix
+        self.brief = None if brief == message else brief
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        where = ", ".join(
-            str(part) for part in (self.file, self.tensor) if part and str(part) not in self.message
-        )
-        text = f"{where}: {self.message}" if where else self.message
+        return self._paragraph(self.message)
+
+    def shortened(self) -> str:
+        """As `str`, but with `brief` where there is one."""
+        return self._paragraph(self.brief or self.message)
+
+    def _paragraph(self, message: str) -> str:
+        where = ", ".join(str(part) for part in (self.file, self.tensor) if part and not _says(message, part))
+        text = f"{where}: {message}" if where else message
         text = text.rstrip(".")
         if self.expected is not None:
             text += f"; expected {self.expected}"
@@ -91,10 +103,22 @@ class MissingExtraError(PymllmError, ImportError):
         )
 
 
+def _says(message: str, name: str) -> bool:
+    """Whether a message names a file or tensor: the whole name, and not as a hint at another one."""
+    statement = message.partition(NEAREST)[0]
+    return re.search(rf"(?<![\w.-]){re.escape(str(name))}(?![\w-]|\.\w)", statement) is not None
+
+
+def first_few(items: Sequence[str], separator: str = ", ", count: int = BRIEF) -> str:
+    """For `brief`: the first items, and how many there are besides."""
+    more = len(items) - count
+    return separator.join([*items[:count], f"and {more} more"] if more > 0 else items)
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """A hint such as "Nearest: a, b." naming the candidates most like `name`; empty when none is like it."""
     close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.6)
-    return f"Nearest: {', '.join(close)}." if close else ""
+    return f"{NEAREST} {', '.join(close)}." if close else ""
 
 
 def fetch_factory_name(factory: Any) -> str:

@@ -1,4 +1,4 @@
-"""Names in errors: what a registry has bound."""
+"""What errors say, all of it or for a terminal, and the names in them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import functools
 
 import pytest
 
-from pymllm.errors import fetch_factory_name
+from pymllm.errors import CheckpointError, fetch_factory_name, first_few, nearest
 from pymllm.quantization.base import QuantizationConfig, list_quantization_methods, register_quantization
+from pymllm.weights.report import Problem, raise_problems
 
 
 class Factory:
@@ -57,3 +58,63 @@ def test_a_name_that_is_taken_is_an_error_that_says_by_whom():
     taken = list_quantization_methods()[0]
     with pytest.raises(ValueError, match=r"registered already, by pymllm\.quantization\.formats\."):
         register_quantization(taken)(QuantizationConfig)
+
+
+# What an error says
+
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("message", "named_in_front"),
+    [
+        ("there is no place for it", True),
+        (f"{WEIGHT} has no place", False),
+        (f"{WEIGHT}: no place. ", False),
+        (f"it has no place, unlike {WEIGHT}_scale_inv", True),  # another tensor, whose name begins alike
+        (f"it has no place, unlike x.{WEIGHT}", True),
+        (
+            f"nothing reads it. {nearest(WEIGHT, [WEIGHT])}",
+            True,
+        ),  # a hint does not say which tensor it is about
+        (f"nothing reads it. {nearest('up_proj', ['up_proj.weight', 'up_proj'])}", True),
+    ],
+)
+def test_an_error_names_its_tensor_once_and_never_leaves_it_to_the_hint(message, named_in_front):
+    text = str(CheckpointError(message, code="unexpected", tensor=WEIGHT))
+    assert text.startswith(f"{WEIGHT}: {message[:10]}") == named_in_front
+    assert WEIGHT in text
+
+
+def test_the_parts_of_an_error_make_one_paragraph():
+    error = CheckpointError(
+        "the shape is wrong", code="shape", file="a", tensor="b", expected="[1]", found="[2]", fix="Do this."
+    )
+    assert str(error) == "a, b: the shape is wrong; expected [1], found [2]. Do this."
+    assert error.shortened() == str(error) and error.brief is None
+
+
+def test_only_the_terminals_version_of_a_list_is_cut():
+    names = [f"layer.{index}" for index in range(1490)]
+    error = CheckpointError(
+        f"missing: {', '.join(names)}", code="missing", brief=f"missing: {first_few(names)}", fix="Get them."
+    )
+    assert all(name in str(error) for name in names)
+    assert error.shortened() == f"missing: {', '.join(names[:8])}, and 1482 more. Get them."
+    whole = CheckpointError(
+        f"missing: {', '.join(names[:8])}", code="x", brief=f"missing: {first_few(names[:8])}"
+    )
+    assert whole.brief is None  # nothing is left out
+
+
+def test_problems_of_every_kind_are_shown_however_many_there_are_of_one():
+    problems = [Problem("missing", f"a.{index}", "it is not there") for index in range(1490)]
+    problems.append(Problem("dtype", "b", "it is int3"))
+    with pytest.raises(CheckpointError) as caught:
+        raise_problems("folder", problems)
+    assert caught.value.code == "checkpoint-mismatch"
+    assert all(f"  {problem.tensor}: {problem.text}" in str(caught.value) for problem in problems)
+    shown = caught.value.shortened().splitlines()
+    assert shown[0] == "folder: 1491 problems, nothing was loaded:"
+    assert shown[8:] == ["  a.7: it is not there", "  and 1482 more", "  b: it is int3."]

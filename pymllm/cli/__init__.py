@@ -82,5 +82,8 @@ def _execute(args: argparse.Namespace) -> int:
     except PymllmError as error:
         sys.stdout.flush()
         where = f" (rank {rank()})" if rank() else ""
-        print(f"error{where}: {error}", file=sys.stderr)
+        if error.brief is None or args.verbose or getattr(args, "json", False):
+            print(f"error{where}: {error}", file=sys.stderr)
+        else:
+            print(f"error{where}: {error.shortened()} --verbose lists all of them.", file=sys.stderr)
         return 1

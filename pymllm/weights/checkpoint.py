@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, first_few
 from pymllm.weights.safetensors_file import SafetensorsFile, parse_json_object
 from pymllm.weights.tensor_file import TensorFile, TensorInfo, check_tensor_name, read_small_file
 
@@ -262,11 +262,13 @@ def _check_shards_exist(path: Path, shards: Sequence[str]) -> None:
         fix = "Download the missing files"
         if SINGLE not in missing and os.path.exists(path / SINGLE):
             fix += f", or delete the index to use {SINGLE}"
+        head = f"{len(missing)} of {len(shards)} shards are missing:"
         raise CheckpointError(
-            f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}",
+            f"{head} {', '.join(missing)}",
             code="shards-missing",
             file=str(path / INDEX),
             fix=fix + ".",
+            brief=f"{head} {first_few(missing)}",
         )
 
 
@@ -299,12 +301,12 @@ def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tens
         if name not in weight_map:
             problems[name] = f"{name!r} is in {info.file.path.name} but is not mapped"
     if problems:
-        listed = "; ".join(list(problems.values())[:10])
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        head, listed = "the index and the shards disagree:", list(problems.values())
         raise CheckpointError(
-            f"the index and the shards disagree: {listed}{more}",
+            f"{head} {'; '.join(listed)}",
             code="index-disagrees",
             file=str(path),
             tensor=next(iter(problems)),
             fix="The files are of different saves: download all of them again.",
+            brief=f"{head} {first_few(listed, '; ')}",
         )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymllm.errors import CheckpointError, nearest
+from pymllm.errors import CheckpointError, first_few, nearest
 from pymllm.weights.checkpoint import Checkpoint, merge_tensors
 from pymllm.weights.gguf_file import GGUFFile
 from pymllm.weights.tensor_file import TensorInfo
@@ -162,11 +162,13 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     paths = [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
     missing = [other.name for other in paths if not other.exists()]
     if missing:
+        head = f"{len(missing)} of {count} files of the model are missing:"
         raise CheckpointError(
-            f"{len(missing)} of {count} files of the model are missing: {', '.join(missing[:10])}",
+            f"{head} {', '.join(missing)}",
             code="shards-missing",
             file=str(path),
             fix="Download the missing files.",
+            brief=f"{head} {first_few(missing)}",
         )
     if number != 0:
         raise CheckpointError(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, first_few
 
 Status = Literal["loaded", "tied", "skipped"]
 
@@ -63,12 +63,16 @@ def raise_problems(file: str, problems: Iterable[Problem]) -> None:
     found = list(problems)
     if not found:
         return
-    codes = {problem.code for problem in found}
     if len(found) == 1:
         raise CheckpointError(found[0].text, code=found[0].code, file=file, tensor=found[0].tensor)
+    head = f"{len(found)} problems, nothing was loaded:"
+    lines: dict[str, list[str]] = {}
+    for problem in found:
+        lines.setdefault(problem.code, []).append(f"{problem.tensor}: {problem.text}")
     raise CheckpointError(
-        f"{len(found)} problems, nothing was loaded:\n" + "\n".join(f"  {p.tensor}: {p.text}" for p in found),
-        code=codes.pop() if len(codes) == 1 else "checkpoint-mismatch",
+        "\n  ".join([head, *(line for alike in lines.values() for line in alike)]),
+        code=found[0].code if len(lines) == 1 else "checkpoint-mismatch",
         file=file,
         tensor=found[0].tensor,
+        brief="\n  ".join([head, *(first_few(alike, "\n  ") for alike in lines.values())]),
     )

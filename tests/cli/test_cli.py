@@ -19,8 +19,9 @@ from pymllm.api import shipped_model
 from pymllm.cli import VERBS, main
 from pymllm.cli.plan import common_pattern
 from pymllm.cli.run import DEMO_PROMPT, names_a_model
+from pymllm.errors import BRIEF
 from pymllm.kernels.registry import KERNELS
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import edit_config, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +140,18 @@ def test_wrong_usage_is_2_and_names_the_verb(arguments, capsys):
 )
 def test_what_cannot_be_done_is_one_paragraph_and_1(arguments, needle, capsys):
     assert_one_error(main(arguments), capsys.readouterr(), needle)
+
+
+def test_a_long_list_of_problems_is_cut_unless_all_of_it_is_asked_for(tmp_path, capsys):
+    write_checkpoint(tmp_path, "llama", num_hidden_layers=2)
+    edit_config(tmp_path, num_hidden_layers=1)  # the tensors of the other layer have no place
+    assert_one_error(
+        main(["plan", str(tmp_path)]), capsys.readouterr(), "and 1 more. --verbose lists all of them."
+    )
+    for option in ("--verbose", "--json"):
+        assert main(["plan", str(tmp_path), option]) == 1
+        text = capsys.readouterr().err
+        assert "more" not in text and text.count("model.layers.1.") == 9 > BRIEF
 
 
 def test_a_kernel_path_that_does_not_exist_is_an_error_like_any_other(monkeypatch, capsys):
