@@ -345,11 +345,10 @@ def add_answers(answers, ids, weights, y, size, TOP_K: tl.constexpr, BLOCK: tl.c
     """answers: [T·K, H] float32.  ids, weights: [T, K].  y: [T, H].  Grid: (T, H / BLOCK)."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < size
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(TOP_K):
         slot = token * TOP_K + k
-        used = tl.load(ids + slot) >= 0  # else its answer was never written
-        answer = tl.load(answers + slot * size + columns, mask=mask & used, other=0.0)
+        written = tl.where(tl.load(ids + slot) >= 0, size, 0)  # an unused slot's answer never was
+        answer = tl.load(answers + slot * size + columns, mask=columns < written, other=0.0)
         total += answer * tl.load(weights + slot).to(tl.float32)
-    tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=columns < size)
