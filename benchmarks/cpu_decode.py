@@ -122,6 +122,9 @@ def measure(peer: str, models: Path, threads: int, turns: int, python: str) -> l
             worker.close()
 
 
+DISTURBED = 1.1  # of the limit: more than a probe's noise explains
+
+
 def weight_bytes(kind: str) -> int:
     """What one token reads of the weights: all layers and the head."""
     count = sum(outputs * inputs for outputs, inputs in linear_shapes().values())
@@ -147,11 +150,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             one, eight = by[1], by[8]
             limit = one["read_gb_per_s"] * 1e9 / weight_bytes(one["ours"])
+            share = one["decode_ours"] / limit
             lines.append(
                 f"| {peer} | {one['prefill_peer']:.0f} | {one['decode_peer']:.1f} | {eight['decode_peer']:.0f} "
                 f"| {one['ours']}: {one['prefill_ours']:.0f} / {one['decode_ours']:.1f} / {eight['decode_ours']:.0f} "
                 f"| **{one['prefill_ratio']:.2f} / {one['decode_ratio']:.2f} / {eight['decode_ratio']:.2f}** "
-                f"| {one['decode_ours'] / limit:.2f} | {one['read_gb_per_s']:.1f} | {one['agreement']:.4f} |"
+                f"| {f'{share:.2f}' if share <= DISTURBED else '?'} | {one['read_gb_per_s']:.1f} | {one['agreement']:.4f} |"
             )
     return lines
 
@@ -170,7 +174,8 @@ def render() -> None:
         "",
         "Tokens a second; medians of paired turns (ours, peer, ours, peer, each in a process of its own). Ratios: ours "
         "over the peer's, the median over the turns. Of the limit: our decoding, batch 1, over what reading the packed "
-        "weights once a token at the bandwidth probed between the turns allows. Agreement: the cosine of the logits "
+        "weights once a token at the bandwidth probed between the turns allows (?: the probe was disturbed, and is below "
+        "what decoding itself read). Agreement: the cosine of the logits "
         "after one prompt, ours and the peer's; with random weights every rounding by itself is at 0.85 to 0.88 to the "
         "floats'.",
         "",
