@@ -155,7 +155,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 f"| {peer} | {one['prefill_peer']:.0f} | {one['decode_peer']:.1f} | {eight['decode_peer']:.0f} "
                 f"| {one['ours']}: {one['prefill_ours']:.0f} / {one['decode_ours']:.1f} / {eight['decode_ours']:.0f} "
                 f"| **{one['prefill_ratio']:.2f} / {one['decode_ratio']:.2f} / {eight['decode_ratio']:.2f}** "
-                f"| {f'{share:.2f}' if share <= DISTURBED else '?'} | {one['read_gb_per_s']:.1f} | {one['agreement']:.4f} |"
+                f"| {f'{share:.2f}' if share <= DISTURBED else '?'} | {one['read_gb_per_s']:.1f} "
+                f"| {one['agreement']:.4f} |"
             )
     return lines
 
@@ -174,10 +175,9 @@ def render() -> None:
         "",
         "Tokens a second; medians of paired turns (ours, peer, ours, peer, each in a process of its own). Ratios: ours "
         "over the peer's, the median over the turns. Of the limit: our decoding, batch 1, over what reading the packed "
-        "weights once a token at the bandwidth probed between the turns allows (?: the probe was disturbed, and is below "
-        "what decoding itself read). Agreement: the cosine of the logits "
-        "after one prompt, ours and the peer's; with random weights every rounding by itself is at 0.85 to 0.88 to the "
-        "floats'.",
+        "weights once a token at the bandwidth probed between the turns allows (?: the probe was disturbed, and is "
+        "below what decoding itself read). Agreement: the cosine of the logits after one prompt, ours and the peer's; "
+        "with random weights every rounding by itself is at 0.85 to 0.88 to the floats'.",
         "",
         "OpenVINO runs a graph of our making in the form of its exporters (cpu_decode_openvino.py); its plugin takes "
         "attention apart there instead of fusing it with the cache, so an exporter's own model may decode faster.",
