@@ -193,12 +193,10 @@ SIDES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "num_experts",
-    "n_routed_experts",
-    "num_local_experts",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 MOST_PACKED = 32  # 1-bit codes in int32 words: no stored element stands for more
 
 
@@ -207,6 +205,9 @@ def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
     most_layers = len(checkpoint.tensors)
     longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
     sizes = {name: config.size(name) for name in SIDES if config.raw.get(name) is not None}
+    for name in EXPERT_COUNTS:  # 0: a model whose layers are all dense
+        if config.raw.get(name) is not None and repr(config.raw[name]) != "0":
+            sizes[name] = config.size(name)
     sizes["num_attention_heads x head_dim"] = config.size("num_attention_heads") * config.head_dim
     limits = {
         "num_hidden_layers": (

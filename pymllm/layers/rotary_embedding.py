@@ -207,7 +207,10 @@ def yarn_frequencies(
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    ramp = ((torch.arange(rotary_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    width = (
+        high - low or 0.001
+    )  # below 0 where all wavelengths are longer than the trained length: all are kept
+    ramp = ((torch.arange(rotary_dim // 2).float() - low) / width).clamp(0, 1)
     kept = default_frequencies(rotary_dim, base)
     return kept / factor * ramp + kept * (1 - ramp), float(attention)
 

@@ -75,6 +75,7 @@ class Model(llama.Model):
                 config.size("hidden_size"),
                 config.size("moe_intermediate_size") * config.size("n_shared_experts"),
                 config.hidden_act,
+                bias=config.mlp_bias,
                 prefix=f"{prefix}.shared_experts",
                 quant_config=quant_config,
             )

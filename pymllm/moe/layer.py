@@ -70,13 +70,14 @@ class SharedExpertMLP(nn.Module):
         intermediate_size: int,
         activation: str = "silu",
         *,
+        bias: bool = False,
         gate_prefix: str | None = None,
         prefix: str = "",
         quant_config: QuantizationConfig | None = None,
     ) -> None:
         super().__init__()
         self.mlp = GatedMLP(
-            hidden_size, intermediate_size, activation, prefix=prefix, quant_config=quant_config
+            hidden_size, intermediate_size, activation, bias=bias, prefix=prefix, quant_config=quant_config
         )
         self.gate = None
         if gate_prefix is not None:

@@ -32,6 +32,7 @@ class TopKRouter(nn.Module):
     """
 
     scoring_funcs: tuple[str, ...] = ("softmax", "sigmoid", "topk_softmax")
+    single_weighs_one = False  # whether renormalising makes the weight of a token's only expert one
 
     def __init__(self, top_k: int, *, renormalize: bool = True, scoring_func: str = "softmax") -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class TopKRouter(nn.Module):
         """[T, K] scores of the chosen experts as their weights."""
         if self.scoring_func == "topk_softmax":
             return scores.softmax(-1)
-        if self.renormalize and self.top_k > 1:
+        if self.renormalize and (self.top_k > 1 or self.single_weighs_one):
             return scores / (scores.sum(-1, keepdim=True) + SMALLEST_SUM)
         return scores
 
@@ -89,6 +90,8 @@ class GroupLimitedTopKRouter(TopKRouter):
     group_score: of a group, the sum of its best two ("top2", DeepSeek-V3) or its best one ("max", V2).
     routed_scaling_factor: multiplies the weights, after they were made to sum to one.
     """
+
+    single_weighs_one = True  # as DeepSeek-V3 in transformers
 
     def __init__(
         self,

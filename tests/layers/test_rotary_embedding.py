@@ -41,6 +41,10 @@ SETTINGS = {
     "yarn-without-a-trained-length": ("yarn", {"factor": 4.0}),
     "yarn-no-truncate": ("yarn", YARN | {"truncate": False}),
     "yarn-betas": ("yarn", YARN | {"beta_fast": 16.0, "beta_slow": 2.0}),
+    "yarn-all-kept": (
+        "yarn",
+        {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 16.0},
+    ),
     "yarn-mscale": ("yarn", YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}),
     "yarn-mscale-alone": ("yarn", YARN | {"mscale": 0.7}),
     "yarn-attention-factor": ("yarn", YARN | {"attention_factor": 1.5}),

@@ -70,7 +70,11 @@ SETTINGS = {
         "every-other-layer": {"decoder_sparse_step": 2},
         "windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     },
-    "qwen3_moe": {"not-renormalised": {"norm_topk_prob": False}, "tied": {"tie_word_embeddings": True}},
+    "qwen3_moe": {
+        "not-renormalised": {"norm_topk_prob": False},
+        "tied": {"tie_word_embeddings": True},
+        "no-experts": {"num_experts": 0, "mlp_only_layers": []},
+    },
     "olmoe": {
         "clipped": {"clip_qkv": 0.5, "norm_topk_prob": True},
         "biased": {"attention_bias": True},
@@ -78,10 +82,12 @@ SETTINGS = {
     },
     "deepseek_v2": {
         "greedy": {"topk_method": "greedy", "routed_scaling_factor": 3.0},
+        "biases-of-mlps": {"mlp_bias": True},
         "low-rank-queries": {"q_lora_rank": 48, "attention_bias": True},
         "yarn": {"rope_parameters": YARN},
     },
     "deepseek_v3": {
+        "one-expert-a-token": {"num_experts_per_tok": 1},
         "not-renormalised": {"norm_topk_prob": False},
         "halves": {"rope_interleave": False},
         "yarn": {"rope_parameters": YARN},
