@@ -61,6 +61,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference_experts:ReferenceExperts",
     ),
     "attention": (
+        "pymllm.kernels.flashinfer_attention:FlashInferAttention",
         "pymllm.kernels.triton.attention:TritonGroupedAttention",
         "pymllm.kernels.triton.attention:TritonAttention",
         "pymllm.kernels.native_attention:NativeAttention",

@@ -1,0 +1,163 @@
+"""FlashInfer's paged attention for steps that read prompts, for who has the package installed.
+
+FlashInfer plans a step on the host before it runs, which a CUDA graph cannot hold. Steps in which every request brings
+one token are therefore left to `TritonGroupedAttention`, as is what FlashInfer has no form for: steps without pages,
+and those of strategies that decode blocks. Nothing of FlashInfer is imported before a step needs it.
+"""
+
+# R requests, T tokens of this step, H query heads, Hkv key heads, D head size, P page size
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import KernelError
+from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
+from pymllm.kernels.triton.attention import TritonGroupedAttention
+
+HEAD_SIZES = (64, 128, 256)  # those that FlashInfer compiles for every architecture from sm80 on
+WORKSPACE_BYTES = 128 << 20  # what its documentation asks for
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A step's requests that bring tokens, as FlashInfer is told of them; all int32, on the host but for `pages`.
+
+    query_starts: [R + 1].  page_starts: [R + 1], where the pages of each begin in `pages`, [pages], on the device.
+    last_lengths: [R], tokens in the last page of each, 1 to P.
+    """
+
+    query_starts: Tensor
+    page_starts: Tensor
+    pages: Tensor
+    last_lengths: Tensor
+
+
+class FlashInferAttention:
+    """Prompts by FlashInfer's BatchPrefillWithPagedKVCacheWrapper, decoding by Triton."""
+
+    name = "flashinfer"
+    capturable = True  # what a graph holds is decoding, which is Triton's
+
+    def __init__(self) -> None:
+        self.decoding = TritonGroupedAttention()
+        self.wrappers: dict[AttentionProblem, Any] = {}
+
+    def why_not(self, problem: AttentionProblem) -> str | None:
+        architecture = problem.device.architecture
+        if problem.device.type != "cuda" or architecture is None or not architecture.is_nvidia:
+            return "needs an NVIDIA GPU"
+        if problem.dtype not in (torch.float16, torch.bfloat16):
+            return f"computes with float16 or bfloat16, not {problem.dtype}"
+        if not problem.kv.keeps(problem.dtype):
+            return f"reads caches of the queries' dtype, not {problem.kv}"
+        if problem.head_dim not in HEAD_SIZES or problem.value_head_dim != problem.head_dim:
+            heads = f"{problem.head_dim} and {problem.value_head_dim}"
+            return f"takes heads of {', '.join(map(str, HEAD_SIZES))}, keys' and values' alike, not {heads}"
+        if problem.sinks:
+            return "has no attention sinks"
+        if problem.block_causal:
+            return "has no blocks that see themselves"
+        why = self.decoding.why_not(problem)
+        return (
+            _why_not_installed() if why is None else f"leaves decoding to {self.decoding.name}, which {why}"
+        )
+
+    def run(
+        self,
+        problem: AttentionProblem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: AttentionStep,
+        cache: PagedKV | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As `AttentionKernel.run`."""
+        if cache is None or step.max_seqlen_q <= 1 or not step.causal:
+            return self.decoding.run(problem, q, k, v, step, cache, sinks)
+        wrapper = step.once(("flashinfer", problem), lambda: self._planned(problem, step, q.device))
+        return wrapper.run(q if q.is_contiguous() else q.contiguous(), (cache.k, cache.v))
+
+    def _planned(self, problem: AttentionProblem, step: AttentionStep, device: torch.device) -> Any:
+        """The problem's wrapper, told of this step.  Compiles FlashInfer's kernel the first time."""
+        requests = step.once(("flashinfer requests", device), lambda: requests_of(step, device))
+        try:
+            wrapper = self.wrappers.get(problem)
+            if wrapper is None:
+                wrapper = _package().BatchPrefillWithPagedKVCacheWrapper(_workspace(device), "NHD")
+                self.wrappers[problem] = wrapper
+            wrapper.plan(
+                requests.query_starts,
+                requests.page_starts,
+                requests.pages,
+                requests.last_lengths,
+                problem.num_heads,
+                problem.num_kv_heads,
+                problem.head_dim,
+                step.page_size,
+                causal=True,
+                sm_scale=problem.scale,
+                # Positions before its own that a query sees, where ours counts its own too.
+                window_left=-1 if problem.sliding_window is None else problem.sliding_window - 1,
+                logits_soft_cap=problem.soft_cap,
+                q_data_type=problem.dtype,
+                kv_data_type=problem.dtype,
+            )
+        except RuntimeError as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise KernelError(
+                f"FlashInfer could not prepare its kernel: {said}",
+                code="flashinfer",
+                fix=f"Force another kernel: --kernel attention={self.decoding.name}.",
+            ) from error
+        return wrapper
+
+
+def requests_of(step: AttentionStep, device: torch.device) -> Requests:
+    """The requests of a step that bring tokens."""
+    assert step.page_tables is not None
+    bringing = [(row, *span) for row, span in enumerate(step.spans) if span[1] > span[0]]
+    lengths = torch.tensor([length for _, _, _, length in bringing], dtype=torch.int32)
+    counts = (lengths + step.page_size - 1) // step.page_size
+    starts = torch.zeros(len(bringing) + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    first = torch.tensor([row * step.page_tables.shape[1] for row, *_ in bringing])  # in the tables laid flat
+    places = (first - starts[:-1]).repeat_interleave(counts) + torch.arange(int(starts[-1]))
+    return Requests(
+        torch.tensor([bringing[0][1], *(stop for _, _, stop, _ in bringing)], dtype=torch.int32),
+        starts,
+        step.page_tables.to(device).flatten()[places.to(device)].int(),
+        (lengths - 1) % step.page_size + 1,
+    )
+
+
+@functools.cache
+def _workspace(device: torch.device) -> Tensor:
+    """Where FlashInfer keeps parts of sums; of all layers, which run one after the other."""
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _package() -> Any:
+    return importlib.import_module("flashinfer")
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
+    """Why FlashInfer cannot be had here; its kernels come compiled in a package of their own, or need nvcc."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return "needs the package flashinfer (pip install 'pymllm[flashinfer]')"
+    if importlib.util.find_spec("flashinfer_jit_cache") is None:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None:
+            return "needs nvcc to compile its kernels, or the package flashinfer-jit-cache"
+    return None
