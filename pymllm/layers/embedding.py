@@ -62,7 +62,7 @@ class VocabParallelEmbedding(WeightedLayer):
         rows = self.quant_method.embed(self, local)
         if self.adapters:
             self.add_lora_rows(local, rows)
-        rows = rows * mine.unsqueeze(-1)
+        rows = torch.where(mine.unsqueeze(-1), rows, 0)  # not a product: another id's row may hold infinities
         return self.parallel.all_reduce(rows)
 
 

@@ -13,6 +13,7 @@ resolve to equal methods is one matmul. What belongs to a layer lives on the lay
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -183,9 +184,12 @@ def layer_shape(
 
 
 def add_weight(layer: nn.Module, spec: WeightSpec, shape: LinearShape, **attrs: Any) -> None:
-    """Register the parameter for `spec` on `layer`, ready for `weight_loader`."""
+    """Register the parameter for `spec` on `layer`, ready for `weight_loader`: zeros where the share is padded."""
     local, slots = place(spec, shape)
-    param = nn.Parameter(torch.empty(local, dtype=spec.dtype), requires_grad=False)
+    padded = sum(slot.elements for slot in slots) != math.prod(local)
+    param = nn.Parameter(
+        (torch.zeros if padded else torch.empty)(local, dtype=spec.dtype), requires_grad=False
+    )
     layer.register_parameter(spec.name, param)
     loader = {"weight_loader": layer.weight_loader} if hasattr(layer, "weight_loader") else {}
     set_weight_attrs(param, {"slots": slots, "written": Written(), **loader, **attrs})
