@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.moe.experts import Experts
+from pymllm.moe.layer import FusedMoE
 from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare, refused_tp_sizes
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bind
@@ -79,6 +80,7 @@ class Plan:
     totals: dict[str, int]
     notes: list[str]
     rules: list[dict[str, Any]] = field(default_factory=list)
+    routing: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -203,7 +205,24 @@ def make_plan(prepared: Prepared) -> Plan:
         totals=totals,
         notes=_notes(prepared, layers),
         rules=_rules(prepared),
+        routing=_plan_routing(modules.values()),
     )
+
+
+def _plan_routing(modules: Iterable[Any]) -> list[dict[str, Any]]:
+    """The kernel of every router, those that have the same choice together."""
+    chosen: dict[Any, list[str]] = {}
+    for module in modules:
+        if isinstance(module, FusedMoE) and module.router.selection is not None:
+            chosen.setdefault(module.router.selection, []).append(module.gate.prefix)
+    return [
+        {
+            "prefixes": prefixes,
+            "kernel": selection.kernel.name,
+            "refused": [asdict(refusal) for refusal in selection.refused],
+        }
+        for selection, prefixes in chosen.items()
+    ]
 
 
 def _rules(prepared: Prepared) -> list[dict[str, Any]]:

@@ -281,15 +281,17 @@ def _why_not_divided(layers: Any, size: int) -> str | None:
         for layer in layers:
             for rank in range(size):
                 if isinstance(layer, Experts):
-                    for method, shape in layer.shares(rank, size):
-                        for spec in method.weight_specs(shape):
-                            place(spec, shape)
-                    continue
-                shape = layer.shape_for(rank, size, layer.shape.parts)
-                methods = getattr(layer.quant_method, "methods", (layer.quant_method,))
-                for index, method in enumerate(methods):
-                    for spec in method.weight_specs(shape.part(index) if len(methods) > 1 else shape):
-                        place(spec, shape.part(index) if len(methods) > 1 else shape)
+                    shares = list(layer.shares(rank, size))
+                else:
+                    shape = layer.shape_for(rank, size, layer.shape.parts)
+                    methods = getattr(layer.quant_method, "methods", (layer.quant_method,))
+                    shares = [
+                        (m, shape.part(i) if len(methods) > 1 else shape) for i, m in enumerate(methods)
+                    ]
+                for method, share in shares:
+                    method.check(share)
+                    for spec in method.weight_specs(share):
+                        place(spec, share)
     except ShardingError as error:
         return error.message.lstrip(": ")
     return None

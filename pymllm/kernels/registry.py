@@ -1,9 +1,9 @@
 """Which kernel runs a problem, and why not the others.
 
 A kernel is a class with a `name`, `why_not(problem) -> str | None`, and what its operation needs (below; for attention,
-`kernels/attention.py`). Adding one is a file and one line in `KERNELS`, whose order is the order of preference; the
-reference is always last and runs everything. `select` walks it once, when a layer is packed (or planned), and keeps
-every refusal with its reason.
+`kernels/attention.py`; for routing, `kernels/routing.py`). Adding one is a file and one line in `KERNELS`, whose order
+is the order of preference; the reference is always last and runs everything. `select` walks it once, when a layer is
+packed (or planned), and keeps every refusal with its reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, WeightType
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
 
-Operation = Literal["linear", "embedding", "experts", "attention", "kv_store", "elementwise"]
+Operation = Literal["linear", "embedding", "experts", "routing", "attention", "kv_store", "elementwise"]
 Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
@@ -59,6 +59,10 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.native_experts:NativeIntegerExperts",
         "pymllm.kernels.linear_experts:LinearExperts",
         "pymllm.kernels.reference_experts:ReferenceExperts",
+    ),
+    "routing": (
+        "pymllm.kernels.triton.routing:TritonRouting",
+        "pymllm.kernels.torch_routing:TorchRouting",
     ),
     "attention": (
         "pymllm.kernels.flashinfer_attention:FlashInferAttention",

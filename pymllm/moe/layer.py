@@ -145,6 +145,7 @@ class FusedMoE(nn.Module):
                 quant_config=quant_config,
                 params_dtype=router_dtype,
             )
+        self.router.bind(num_experts, self.gate.params_dtype)
         size = ExpertsSize(
             hidden_size,
             intermediate_size,

@@ -1,6 +1,10 @@
-"""Routers: from the logits of a token to its experts and their weights."""
+"""Routers: from the logits of a token to its experts and their weights.
 
-# T tokens, E experts, K experts a token, N groups of experts
+A router has a rule (`kernels/routing.py`); the kernel that computes it is chosen when a block of a model takes the
+router, and is torch's for one on its own.
+"""
+
+# T tokens, E experts, K experts a token
 
 from __future__ import annotations
 
@@ -11,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.config import current_execution
 from pymllm.errors import ConfigError, nearest
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.registry import Selection, select
+from pymllm.kernels.routing import Routing, RoutingKernel, RoutingProblem
+from pymllm.kernels.torch_routing import TorchRouting
 
-SMALLEST_SUM = 1e-20  # added to a sum of weights that is divided by
+ANY = TorchRouting()
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,6 @@ class TopKRouter(nn.Module):
     """
 
     scoring_funcs: tuple[str, ...] = ("softmax", "sigmoid", "topk_softmax")
-    single_weighs_one = False  # whether renormalising makes the weight of a token's only expert one
 
     def __init__(self, top_k: int, *, renormalize: bool = True, scoring_func: str = "softmax") -> None:
         super().__init__()
@@ -41,27 +49,30 @@ class TopKRouter(nn.Module):
         if scoring_func not in self.scoring_funcs:
             raise _bad("scoring_func", " or ".join(self.scoring_funcs), scoring_func)
         self.top_k, self.renormalize, self.scoring_func = top_k, renormalize, scoring_func
+        self.selection: Selection[RoutingKernel] | None = None
+
+    @property
+    def routing(self) -> Routing | None:
+        """The rule that kernels compute; None: this router computes its own in `forward`."""
+        return None
+
+    def bind(self, num_experts: int, dtype: torch.dtype) -> None:
+        """Choose the kernel for logits [T, num_experts] of this dtype in the current execution, if there is one."""
+        execution = current_execution()
+        if execution is not None and self.routing is not None:
+            problem = RoutingProblem(self.routing, num_experts, dtype, probe_device(execution.device))
+            self.selection = select("routing", problem, execution.forced_kernel("routing"))
 
     def forward(self, router_logits: Tensor) -> TopKOutput:
         """router_logits: [T, E], any float dtype."""
         raise NotImplementedError
 
-    def _scores(self, router_logits: Tensor) -> Tensor:
-        """[T, E] float32."""
+    def _route(self, routing: Routing, router_logits: Tensor, bias: Tensor | None = None) -> TopKOutput:
         if self.top_k > router_logits.shape[-1]:
             raise _bad("num_experts_per_tok", f"at most the {router_logits.shape[-1]} experts", self.top_k)
-        logits = router_logits.float()
-        if self.scoring_func == "topk_softmax":
-            return logits
-        return logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
-
-    def _weigh(self, scores: Tensor) -> Tensor:
-        """[T, K] scores of the chosen experts as their weights."""
-        if self.scoring_func == "topk_softmax":
-            return scores.softmax(-1)
-        if self.renormalize and (self.top_k > 1 or self.single_weighs_one):
-            return scores / (scores.sum(-1, keepdim=True) + SMALLEST_SUM)
-        return scores
+        kernel = ANY if self.selection is None else self.selection.kernel
+        weights, ids = kernel.run(routing, router_logits, bias)
+        return TopKOutput(weights, ids, router_logits)
 
 
 class NaiveTopKRouter(TopKRouter):
@@ -78,9 +89,17 @@ class NaiveTopKRouter(TopKRouter):
         super().__init__(top_k, renormalize=renormalize, scoring_func=scoring_func)
         self.routed_scaling_factor = routed_scaling_factor
 
+    @property
+    def routing(self) -> Routing:
+        return Routing(
+            top_k=self.top_k,
+            scoring=self.scoring_func,  # type: ignore[arg-type]  # checked when it was made
+            renormalize=self.renormalize,
+            scale=self.routed_scaling_factor,
+        )
+
     def forward(self, router_logits: Tensor) -> TopKOutput:
-        chosen, ids = self._scores(router_logits).topk(self.top_k, dim=-1)
-        return TopKOutput(self._weigh(chosen) * self.routed_scaling_factor, ids, router_logits)
+        return self._route(self.routing, router_logits)
 
 
 class GroupLimitedTopKRouter(TopKRouter):
@@ -90,8 +109,6 @@ class GroupLimitedTopKRouter(TopKRouter):
     group_score: of a group, the sum of its best two ("top2", DeepSeek-V3) or its best one ("max", V2).
     routed_scaling_factor: multiplies the weights, after they were made to sum to one.
     """
-
-    single_weighs_one = True  # as DeepSeek-V3 in transformers
 
     def __init__(
         self,
@@ -123,20 +140,22 @@ class GroupLimitedTopKRouter(TopKRouter):
         self.n_group, self.topk_group, self.group_score = n_group, topk_group, group_score
         self.routed_scaling_factor, self.expert_bias_getter = routed_scaling_factor, expert_bias_getter
 
+    @property
+    def routing(self) -> Routing:
+        return Routing(
+            top_k=self.top_k,
+            scoring=self.scoring_func,  # type: ignore[arg-type]  # checked when it was made
+            renormalize=self.renormalize,
+            single_weighs_one=True,  # as DeepSeek-V3 in transformers
+            scale=self.routed_scaling_factor,
+            groups=self.n_group,
+            kept_groups=self.topk_group,
+            group_best=min(2, self.group_size) if self.group_score == "top2" else 1,
+        )
+
     def forward(self, router_logits: Tensor) -> TopKOutput:
-        scores = self._scores(router_logits)
         bias = None if self.expert_bias_getter is None else self.expert_bias_getter()
-        ranked = scores if bias is None else scores + bias.float()
-        groups = ranked.unflatten(-1, (self.n_group, self.group_size))  # [T, N, E/N]
-        best = min(2, self.group_size) if self.group_score == "top2" else 1
-        kept = (
-            groups.topk(best, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
-        )  # [T, topk_group]
-        allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, kept, True)
-        ranked = groups.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-        ids = ranked.topk(self.top_k, dim=-1).indices
-        weights = self._weigh(scores.gather(-1, ids)) * self.routed_scaling_factor
-        return TopKOutput(weights, ids, router_logits)
+        return self._route(self.routing, router_logits, bias)
 
 
 ROUTERS: dict[str, type[TopKRouter]] = {"naive": NaiveTopKRouter, "group_limited": GroupLimitedTopKRouter}

@@ -36,6 +36,17 @@ def test_sizes_that_do_not_work_have_a_reason(tmp_path):
     assert "splits a group of 8" in ranks["refused_sizes"]["8"]
 
 
+def test_a_size_that_splits_the_groups_of_a_rule_is_refused_with_a_reason(tmp_path):
+    """384 inputs are three groups of 128; half of them, 192, are none."""
+    folder = write_checkpoint(tmp_path, intermediate_size=384).folder
+    rules = {"**.down_proj": "int4:group_size=128"}
+    ranks = pymllm.plan(folder, rules).tensor_parallel
+    assert 2 not in ranks["legal_sizes"]
+    assert "groups of 128 do not divide" in ranks["refused_sizes"]["2"]
+    with Parallel(0, 2), pytest.raises(ConfigError, match="Sizes that work for this model: 1"):
+        pymllm.plan(folder, rules)
+
+
 def test_bytes_of_a_rank_are_what_its_own_plan_says(folder):
     one = pymllm.plan(folder).tensor_parallel
     assert one["legal_sizes"] == [1, 2, 4]
