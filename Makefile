@@ -20,10 +20,10 @@ PIP_INSTALL = $(BIN)/python -m pip install -qq --no-input --disable-pip-version-
 # no renamed file can make stale, and a change of a kernel rebuilds that kernel only.
 EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL) --no-build-isolation
 
-NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
+NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize clean distclean
+.PHONY: help demo test gpu lint format native sanitize arm-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make format  let ruff format the code and fix what it can'
 	@echo 'make native  build the C++ CPU kernels, and stop if that fails'
 	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
+	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
@@ -138,9 +139,13 @@ sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test
 	"$$cmake" --build build/sanitize --parallel 2 && "$$cmake" --install build/sanitize --prefix build/sanitize/site && \
 	cd build/sanitize/site && \
 	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" && \
-	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 \
-	"$$python" -m pytest -q --capture=sys -p no:cacheprovider --rootdir ../../.. -c ../../../pyproject.toml \
+	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$PWD" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	"$$python" -m pytest -n 2 -q --capture=sys -p no:cacheprovider --rootdir ../../.. -c ../../../pyproject.toml \
 	$(addprefix ../../../,$(SANITIZE_TESTS))
+
+# No Python for the emulated processor: C++ programs against float64. Needs a cross compiler and qemu, and says so.
+arm-check:
+	@CMAKE=$$(command -v cmake || echo $(BIN)/cmake) PYTHON=$(NATIVE_PYTHON) tests/kernels/arm/check
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -40,6 +40,15 @@ struct PathRule {
   std::vector<const char *> needs;
 };
 
+// On ARM, whether the compiler had the dot products (sources.cmake); elsewhere it is the CPU that lacks them.
+#if defined(PYMLLM_ARM64) && !defined(PYMLLM_NEON_DOTPROD)
+constexpr bool kNeonIsBuilt = false;
+#else
+constexpr bool kNeonIsBuilt = true;
+#endif
+
+bool is_built(const PathRule &rule) { return kNeonIsBuilt || rule.name != std::string("neon_dotprod"); }
+
 // Best first. pymllm/kernels/cpu.py has the same table for installs without this module; a test compares the two.
 const std::vector<PathRule> &path_rules() {
   static const std::vector<PathRule> rules = {
@@ -349,7 +358,8 @@ CpuProbe probe_cpu() {
   read_system(probe);
   read_caches_from_cpuid(probe);
   for (const PathRule &rule : path_rules())
-    if (std::all_of(rule.needs.begin(), rule.needs.end(),
+    if (is_built(rule) &&
+        std::all_of(rule.needs.begin(), rule.needs.end(),
                     [&](const char *feature) { return has(probe.features, feature); }))
       probe.runnable_paths.emplace_back(rule.name);
   return probe;
@@ -359,6 +369,9 @@ std::string choose_path(const CpuProbe &probe, const std::string &forced) {
   if (forced.empty()) return probe.runnable_paths.front();
   for (const PathRule &rule : path_rules()) {
     if (forced != rule.name) continue;
+    if (!is_built(rule))
+      throw std::invalid_argument("PYMLLM_CPU_ISA=" + forced + ": the compiler of this build did not have it. " +
+                                  "It can run: " + join(probe.runnable_paths) + ".");
     std::vector<std::string> missing;
     for (const char *feature : rule.needs)
       if (!has(probe.features, feature)) missing.emplace_back(feature);

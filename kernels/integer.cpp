@@ -23,7 +23,10 @@ const Kernels &kernels_of(Isa isa) {
   case Isa::avx2_vnni: return kAvx2Vnni;
   case Isa::avx2: return kAvx2;
 #endif
-  default: return kPortable;  // neon_dotprod too: nobody has written and run that path yet
+#if defined(PYMLLM_NEON_DOTPROD)  // where the compiler has it: sources.cmake
+  case Isa::neon_dotprod: return kNeonDotprod;
+#endif
+  default: return kPortable;
   }
 }
 

@@ -113,6 +113,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
+extern const Kernels kNeonDotprod;
 extern const Kernels kAvx2;
 extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512Vnni;

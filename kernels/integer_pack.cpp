@@ -109,7 +109,7 @@ void gather(const Weights &weights, std::int64_t inputs, const std::int64_t *ids
         const std::int64_t end = std::min(group, inputs - g * group);
         for (std::int64_t k = 0; k < end; ++k) {
           const auto value = static_cast<float>(value_of(format, read_code(format, group, block, r, k)));
-          // Two roundings, not one: this file is compiled without contraction (CMakeLists.txt).
+          // Two roundings, not one: this file is compiled without contraction (sources.cmake).
           const float product = (value - zero) * scale;
           store_float(dtype, rows, i * inputs + g * group + k,
                       format.zeros == Zeros::offsets ? product + offset : product);
