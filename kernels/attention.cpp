@@ -20,6 +20,9 @@ const AttentionPath &path_of(Isa isa) {
   if (isa == Isa::avx512_vnni) return attention_avx512();
   if (isa == Isa::avx2 || isa == Isa::avx2_vnni) return attention_avx2();
 #endif
+#if defined(PYMLLM_NEON_DOTPROD)
+  if (isa == Isa::neon_dotprod) return attention_neon();
+#endif
   (void)isa;
   return attention_portable();
 }

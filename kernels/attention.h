@@ -80,5 +80,8 @@ const AttentionPath &attention_portable();
 const AttentionPath &attention_avx2();
 const AttentionPath &attention_avx512();
 #endif
+#if defined(PYMLLM_NEON_DOTPROD)
+const AttentionPath &attention_neon();
+#endif
 
 } // namespace pymllm

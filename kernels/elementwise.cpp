@@ -18,6 +18,9 @@ const ElementwisePath &path_of(Isa isa) {
   if (isa == Isa::avx512_vnni) return elementwise_avx512();
   if (isa == Isa::avx2 || isa == Isa::avx2_vnni) return elementwise_avx2();
 #endif
+#if defined(PYMLLM_NEON_DOTPROD)
+  if (isa == Isa::neon_dotprod) return elementwise_neon();
+#endif
   (void)isa;
   return elementwise_portable();
 }

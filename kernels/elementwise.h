@@ -51,5 +51,8 @@ const ElementwisePath &elementwise_portable();
 const ElementwisePath &elementwise_avx2();
 const ElementwisePath &elementwise_avx512();
 #endif
+#if defined(PYMLLM_NEON_DOTPROD)
+const ElementwisePath &elementwise_neon();
+#endif
 
 } // namespace pymllm

@@ -14,6 +14,9 @@ const FloatLinearPath &path_of(Isa isa) {
   if (isa == Isa::avx512_vnni) return float_linear_avx512();
   if (isa == Isa::avx2 || isa == Isa::avx2_vnni) return float_linear_avx2();
 #endif
+#if defined(PYMLLM_NEON_DOTPROD)
+  if (isa == Isa::neon_dotprod) return float_linear_neon();
+#endif
   (void)isa;
   return float_linear_portable();
 }

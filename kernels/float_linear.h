@@ -61,5 +61,8 @@ const FloatLinearPath &float_linear_portable();
 const FloatLinearPath &float_linear_avx2();
 const FloatLinearPath &float_linear_avx512();
 #endif
+#if defined(PYMLLM_NEON_DOTPROD)
+const FloatLinearPath &float_linear_neon();
+#endif
 
 } // namespace pymllm

@@ -56,6 +56,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64" AND NOT MSVC)
   unset(CMAKE_REQUIRED_FLAGS)
   if(PYMLLM_COMPILES_DOTPROD)
     list(APPEND kernel_definitions PYMLLM_NEON_DOTPROD)
+    add_kernels("" attention_neon elementwise_neon float_linear_neon) # every 64-bit ARM has what these use
     add_kernels("${neon_flags}" integer_neon)
   endif()
 endif()

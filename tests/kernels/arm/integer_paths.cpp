@@ -1,19 +1,16 @@
-// The integer linear on an ARM processor, every path that it can run: against float64, against sums in int64, and the
-// NEON path against the portable one. `make arm-check` runs this under emulation on any machine; on an ARM machine the
-// tests in Python also force the paths, over the same kernels.
+// The integer linear on an ARM processor, every path that it can run: against float64, against sums in int64, and one
+// path against another.
 //
-// integer_paths PATH: PATH is what the probe must choose here. T tokens, O outputs, I inputs, G group of a block
+// T tokens, O outputs, I inputs, G group of a block
 #include <cmath>
-#include <cstdio>
 #include <cstring>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../../../kernels/cpu_probe.h"
 #include "../../../kernels/integer.h"
 #include "../../../kernels/integer_block.h"
+#include "paths.h"
 
 using namespace pymllm;
 using namespace pymllm::integer;
@@ -21,19 +18,6 @@ using namespace pymllm::integer;
 namespace {
 
 using Bytes = std::vector<std::uint8_t>;
-
-std::mt19937 g_generator(1);
-std::vector<Isa> g_paths;  // the best first, portable last
-long g_compared = 0, g_wrong = 0;
-
-std::int64_t between(std::int64_t least, std::int64_t most) {
-  return std::uniform_int_distribution<std::int64_t>(least, most)(g_generator);
-}
-
-template <class Name> void expect(bool right, const Name &name) {
-  ++g_compared;
-  if (!right && ++g_wrong <= 20) std::printf("WRONG %s\n", name().c_str());
-}
 
 constexpr std::uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
@@ -199,12 +183,11 @@ void check_products(const Layer &layer, std::int64_t tokens, int slices, Dtype d
 // x: [T, I] with groups of zeros, of tiny and of large values, and, where `strange`, infinities and NaN.
 std::vector<float> activations(const Layer &layer, std::int64_t tokens, bool strange) {
   const std::int64_t filled = layer.weights.in_features;
-  std::normal_distribution<float> normal;
   std::vector<float> x;
   for (std::int64_t t = 0; t < tokens; ++t)
     for (std::int64_t i = 0; i < filled; ++i) {
       const std::int64_t kind = (t + i / layer.c.group) % 7;
-      float value = normal(g_generator) * (kind == 0 ? 0.0f : kind == 1 ? 0x1p-120f : kind == 2 ? 900.0f : 1.0f);
+      float value = normal() * (kind == 0 ? 0.0f : kind == 1 ? 0x1p-120f : kind == 2 ? 900.0f : 1.0f);
       if (strange && t % 3 == 1 && i % 50 == 3) value = i % 100 == 3 ? NAN : t % 2 == 0 ? INFINITY : -INFINITY;
       x.push_back(i < layer.c.inputs ? value : 0.0f);
     }
@@ -304,6 +287,8 @@ void check(const Case &c) {
 }
 
 void check_all() {
+  if (g_paths.size() > 1)
+    expect(&kernels_of(g_paths[0]) != &kPortable, [] { return std::string("the path is not compiled in"); });
   for (int bits = 0; bits <= 8; ++bits) {
     if (bits == 1) continue;
     for (const Zeros zeros : {Zeros::same, Zeros::each, Zeros::offsets})
@@ -330,15 +315,4 @@ void check_all() {
 
 } // namespace
 
-int main(int count, char **arguments) {
-  const CpuProbe probe = probe_cpu();
-  const std::string chosen = choose_path(probe, ""), wanted = count > 1 ? arguments[1] : chosen;
-  if (chosen != wanted)
-    return std::printf("WRONG: the probe chooses %s, not %s\n", chosen.c_str(), wanted.c_str()), 1;
-  for (const std::string &path : probe.runnable_paths) g_paths.push_back(isa_named(path));
-  if (g_paths.size() > 1 && &kernels_of(g_paths[0]) == &kPortable)
-    return std::printf("WRONG: %s is not compiled in\n", chosen.c_str()), 1;
-  check_all();
-  std::printf("integer kernels, %s: %ld results compared, %ld wrong\n", chosen.c_str(), g_compared, g_wrong);
-  return g_wrong == 0 ? 0 : 1;
-}
+int main(int count, char **arguments) { return run_checks("integer", count, arguments, check_all); }
