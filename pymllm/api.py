@@ -34,7 +34,8 @@ from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading import load_prepared
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
-from pymllm.planning import Plan, make_plan
+from pymllm.planned import Plan
+from pymllm.planning import make_plan
 from pymllm.preparation import Prepared, prepare
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.memory import refuse_too_large

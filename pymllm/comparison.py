@@ -12,7 +12,8 @@ from typing import Any
 
 from pymllm.divergence import EndToEnd
 from pymllm.errors import ConfigError, MissingExtraError
-from pymllm.planning import Plan, plan
+from pymllm.planned import Plan
+from pymllm.planning import plan
 from pymllm.verification import Verification, verify
 
 SCHEMA_VERSION = 1

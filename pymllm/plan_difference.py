@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.errors import ConfigError
-from pymllm.planning import SCHEMA_VERSION, Plan
+from pymllm.planned import SCHEMA_VERSION, Plan
 
 COMPARED = ("kind", "method", "method_detail", "source_method", "kernel", "shape", "shape_local", "bytes")
 SETTINGS = ("model", "model_type", "device", "dtype", "compute")

@@ -1,7 +1,6 @@
 """The plan: what would run, with which kernel, why, and what it takes; from config and headers alone.
 
-`pymllm plan DIR --json` prints `Plan.to_dict()`, a stable schema (docs/plan-schema.md). Loading executes the same
-`Prepared` that the plan shows, so what runs is what was planned.
+Loading executes the same `Prepared` that the plan shows, so what runs is what was planned.
 """
 
 from __future__ import annotations
@@ -9,19 +8,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pymllm.attention import Attention, bytes_per_token
+from pymllm.engine.graphs import why_not_captured
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.refusals import explain
 from pymllm.kernels.registry import TOLERANCES
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.embedding import ParallelLMHead
 from pymllm.layers.linear import WeightedLayer
 from pymllm.moe.experts import Experts
 from pymllm.moe.layer import FusedMoE
+from pymllm.planned import Plan, PlannedLayer
 from pymllm.preparation import Prepared, layer_parts, legal_tp_sizes, prepare, refused_tp_sizes
 from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import BoundWeight, bind
@@ -29,97 +31,6 @@ from pymllm.quantization.experts import BoundExperts, bind_experts
 from pymllm.quantization.kv_cache import QuantizedKVCacheMethod
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.spec import LinearShape
-
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer under its checkpoint name (the parts of a fused layer stand alone).
-
-    kind: linear, experts, router, embedding, lm_head or attention.
-    rule: the user's rule that decided, or None.  source: what decided.
-    numerics: how results differ from exact arithmetic; rounds_activations: whether more than to the activations' dtype.
-    method: what runs; source_method: what the checkpoint holds.  refused: kernels asked before the chosen one.
-    shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
-    fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
-    kv_bytes_per_token: of an attention layer's keys and values, on this rank.
-    """
-
-    prefix: str
-    kind: str
-    rule: str | None
-    source: str
-    method: str
-    method_detail: str
-    source_method: str
-    kernel: str
-    numerics: str
-    rounds_activations: bool
-    refused: list[dict[str, str]]
-    shape: list[int]
-    shape_local: list[int]
-    bytes: int
-    fused_with: list[str] = field(default_factory=list)
-    tied_to: str | None = None
-    kv_bytes_per_token: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """See the module; `to_dict` is the JSON, `str` a summary for people."""
-
-    model: str
-    model_type: str
-    device: str
-    dtype: str
-    compute: str
-    tensor_parallel: dict[str, Any]
-    elementwise: dict[str, Any]
-    layers: list[PlannedLayer]
-    totals: dict[str, int]
-    notes: list[str]
-    rules: list[dict[str, Any]] = field(default_factory=list)
-    routing: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    def layer(self, prefix: str) -> PlannedLayer:
-        """The layer of this checkpoint name.  KeyError without one."""
-        return next(layer for layer in self.layers if layer.prefix == prefix)
-
-    def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
-        """Layers that differ in nothing but name and shape, together: (the first one, all their names)."""
-        grouped: dict[Any, list[PlannedLayer]] = {}
-        for layer in self.layers:
-            key = (layer.kind, layer.method_detail, layer.kernel, layer.source, layer.rule)
-            grouped.setdefault(key, []).append(layer)
-        return [(group[0], [layer.prefix for layer in group]) for group in grouped.values()]
-
-    def __str__(self) -> str:
-        ranks = self.tensor_parallel
-        lines = [
-            f"{self.model} ({self.model_type}) on {self.device}, {self.dtype} activations, "
-            f"rank {ranks['rank']} of {ranks['size']} (sizes that work: {', '.join(map(str, ranks['legal_sizes']))})"
-        ]
-        for first, names in self.groups():
-            group = [layer for layer in self.layers if layer.prefix in set(names)]
-            if first.kind == "attention":
-                size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
-            else:
-                size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
-            why = f"rule {first.rule}" if first.rule else first.source
-            lines.append(
-                f"  {len(names):4d} x {first.kind:<9} {first.method_detail} -> {first.kernel} "
-                f"({first.numerics}); {size}; {why}"
-            )
-        lines.append(
-            f"  weights {self.totals['weight_bytes'] / 1e6:.1f} MB, at most "
-            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, "
-            f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token"
-        )
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 def plan(
@@ -183,6 +94,8 @@ def make_plan(prepared: Prepared) -> Plan:
     }
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
+    on_gpu = probe_device(prepared.execution.device).type != "cpu"
+    eager = why_not_captured(prepared.model, binder.experts_kernel) if on_gpu else None
     return Plan(
         model=str(prepared.checkpoint.path),
         model_type=str(prepared.config.raw.get("model_type")),
@@ -199,13 +112,14 @@ def make_plan(prepared: Prepared) -> Plan:
         },
         elementwise={
             "kernel": elementwise.kernel.name,
-            "refused": [asdict(refusal) for refusal in elementwise.refused],
+            "refused": explain(elementwise),
         },
         layers=layers,
         totals=totals,
-        notes=_notes(prepared, layers),
+        notes=_notes(prepared, layers, eager),
         rules=_rules(prepared),
         routing=_plan_routing(modules.values()),
+        decoding_graph={"captured": eager is None, "why_not": eager} if on_gpu else None,
     )
 
 
@@ -219,7 +133,7 @@ def _plan_routing(modules: Iterable[Any]) -> list[dict[str, Any]]:
         {
             "prefixes": prefixes,
             "kernel": selection.kernel.name,
-            "refused": [asdict(refusal) for refusal in selection.refused],
+            "refused": explain(selection),
         }
         for selection, prefixes in chosen.items()
     ]
@@ -292,6 +206,10 @@ class _Binder:
             self.known[key] = bind_experts(module.quant_method.planned(module), module.activation, execution)
         return self.known[key]
 
+    def experts_kernel(self, module: Experts) -> Any:
+        """The kernel for a layer's experts; None where this rank has none of them."""
+        return None if module.empty else self.experts(module).selection.kernel
+
 
 def _plan_weighted(
     module: WeightedLayer, binder: _Binder, prepared: Prepared
@@ -326,7 +244,7 @@ def _plan_weighted(
                     kernel=bound.selection.kernel.name,
                     numerics=bound.selection.kernel.numerics(bound.problem),
                     rounds_activations=rounds_activations(bound),
-                    refused=[asdict(refusal) for refusal in bound.selection.refused],
+                    refused=explain(bound.selection),
                     shape=[alone.out_features, alone.in_features],
                     shape_local=[alone.out_features_local, alone.in_features_local],
                     bytes=0 if shared else part_bytes,
@@ -348,7 +266,7 @@ def _plan_experts(module: Experts, binder: _Binder, prepared: Prepared) -> tuple
     elements = sum(linear.in_features * linear.out_features for linear in problem.products().values())
     elements *= problem.num_experts
     described = (kernel.name, kernel.numerics(problem), rounds_activations(bound))
-    refused = [asdict(refusal) for refusal in bound.selection.refused]
+    refused = explain(bound.selection)
     held = len(module.ids) if module.layout.stacked else 1
     for name, method, shape in module.parts_held():
         decision = prepared.quant.decisions[name]
@@ -417,7 +335,7 @@ def _plan_attention(module: Attention, prepared: Prepared) -> PlannedLayer:
         kernel=kernel.name,
         numerics=rounding + ("float32 accumulation" if numerics is None else numerics(problem)),
         rounds_activations=False,
-        refused=[asdict(refusal) for refusal in module.selection.refused],
+        refused=explain(module.selection),
         shape=[
             prepared.config.size("num_attention_heads"),
             module.shape.out_features,
@@ -434,9 +352,14 @@ def _share(slot: Any) -> float:
     return slot.elements / max(math.prod(slot.source_shape), 1)
 
 
-def _notes(prepared: Prepared, layers: list[PlannedLayer]) -> list[str]:
-    """What a user should know besides: fused layers that rules split, slow kernels, skipped tensors."""
+def _notes(prepared: Prepared, layers: list[PlannedLayer], eager: str | None) -> list[str]:
+    """What a user should know besides: fused layers that rules split, slow kernels, skipped tensors.
+
+    eager: why a GPU's decoding steps are not captured, if they are not.
+    """
     notes = []
+    if eager is not None:
+        notes.append(f"decoding runs without a captured CUDA graph, an operation at a time: {eager}")
     if prepared.parallel.expert_parallel and not any(
         isinstance(m, Experts) for m in prepared.model.modules()
     ):

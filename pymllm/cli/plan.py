@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pymllm.plan_difference import PlanDifference
-    from pymllm.planning import Plan, PlannedLayer
+    from pymllm.planned import Plan, PlannedLayer
+
+
+MOST_OFFERS = 2  # refused kernels that are named unless all are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--rank", type=int, default=0, help="whose share to show, of --tensor-parallel-size")
     parser.add_argument("--all", action="store_true", help="every layer on a line of its own")
+    parser.add_argument("--why", action="store_true", help="every kernel that was refused, and the reason")
     parser.add_argument(
         "--diff", type=Path, metavar="OTHER.json", help="what would change against a plan saved with --json"
     )
@@ -50,12 +55,17 @@ def execute(args: argparse.Namespace) -> int:
     elif args.json:
         print_json(planned.to_dict())
     else:
-        print_plan(planned, console(), every_layer=args.all)
+        print_plan(planned, console(), every_layer=args.all, why=args.why)
     return 0
 
 
-def print_plan(plan: Plan, out: Console, *, every_layer: bool = False, reasons: bool = True) -> None:
-    """The plan as a table, its totals and notes below.  reasons: also what kernels compute, and refused ones."""
+def print_plan(
+    plan: Plan, out: Console, *, every_layer: bool = False, reasons: bool = True, why: bool = False
+) -> None:
+    """The plan as a table, its totals and notes below.
+
+    reasons: also what kernels compute, and the refused ones that matter.  why: all refused ones.
+    """
     size = plan.tensor_parallel
     ranks = f", rank {size['rank']} of {size['size']}" if size["size"] > 1 else ""
     out.print(f"{plan.model}", style="bold")
@@ -78,10 +88,10 @@ def print_plan(plan: Plan, out: Console, *, every_layer: bool = False, reasons: 
                     style="yellow",
                 )
     if reasons:
-        for kernel, numerics in dict.fromkeys((layer.kernel, layer.numerics) for layer in plan.layers):
-            out.print(f"{kernel} computes with: {numerics}", style="dim")
-        for refusal, count in _refusals(plan).items():
-            out.print(f"not chosen for {count} layer{'s' * (count > 1)}: {refusal}", style="dim")
+        for kind, kernel, numerics in dict.fromkeys((x.kind, x.kernel, x.numerics) for x in plan.layers):
+            out.print(f"{kernel} ({kind}) computes with: {numerics}", style="dim")
+        for line in refusal_lines(plan, every=why):
+            out.print(line, style="dim")
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow")
 
@@ -193,14 +203,59 @@ def _why(layer: PlannedLayer) -> str:
     )
 
 
-def _refusals(plan: Plan) -> dict[str, int]:
-    """How many layers each refused kernel was refused for, by "name: reason"."""
-    counts: dict[str, int] = {}
+@dataclass(frozen=True)
+class _Refused:
+    """Alike refusals of one kernel.  layers: how many; nbytes: of their weights."""
+
+    kernel: str
+    kind: str
+    why: str
+    cause: str
+    fix: str
+    layers: int
+    nbytes: int
+
+    @property
+    def named(self) -> str:
+        return f"{self.kernel} ({self.layers} x {self.kind})"
+
+
+def refusal_lines(plan: Plan, *, every: bool) -> list[str]:
+    """What to say of the kernels that were asked before the chosen ones.
+
+    First those that another setting, or something to install, would allow: of the largest weights, unless every one is
+    wanted. Kernels for other devices are one line in any case.
+    """
+    refused = _refused(plan)
+    offers: dict[str, list[str]] = {}
+    for r in sorted(refused, key=lambda r: -r.nbytes):
+        if r.cause in ("setting", "installation"):
+            offers.setdefault(f"{r.why}; {r.fix} would allow it" if r.fix else r.why, []).append(r.named)
+    lines = [f"not chosen: {', '.join(named)}: {why}" for why, named in offers.items()]
+    elsewhere = [r for r in refused if r.cause == "device"]
+    if every:
+        lines += [f"not chosen: {r.named}: {r.why}" for r in refused if r.cause == "layer"]
+        if elsewhere:
+            lines.append(
+                f"not chosen, as they are for other devices: {', '.join(r.named for r in elsewhere)}"
+            )
+        return lines
+    lines = lines[:MOST_OFFERS]
+    more = len(refused) - sum(map(len, list(offers.values())[:MOST_OFFERS]))
+    if more:
+        devices = f", {len(elsewhere)} of them by kernels for other devices" if elsewhere else ""
+        lines.append(f"{more} more refusals{devices}: see --why")
+    return lines
+
+
+def _refused(plan: Plan) -> list[_Refused]:
+    """Refusals that are alike for several layers as one, in the order of the plan."""
+    layers: dict[tuple[str, str, str, str, str], list[PlannedLayer]] = {}
     for layer in plan.layers:
         for refusal in layer.refused:
-            text = f"{refusal['kernel']} ({layer.kind}): {refusal['why']}"
-            counts[text] = counts.get(text, 0) + 1
-    return counts
+            key = (refusal["kernel"], layer.kind, refusal["why"], refusal["cause"], refusal["fix"])
+            layers.setdefault(key, []).append(layer)
+    return [_Refused(*key, len(alike), sum(x.bytes for x in alike)) for key, alike in layers.items()]
 
 
 def common_pattern(names: list[str]) -> str:

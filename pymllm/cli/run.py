@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pymllm.api import LLM
     from pymllm.engine.outputs import GenerationOutputs
     from pymllm.engine.request import RequestOutput
-    from pymllm.planning import Plan
+    from pymllm.planned import Plan
 
 DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
 DEMO_SEED, DEMO_TOKENS = 2, 52

@@ -81,16 +81,24 @@ def capture_cuda_graph(run: Callable[[], Tensor]) -> Captured:
     return graph.replay, result
 
 
-def why_not_captured(model: nn.Module) -> str | None:
-    """The first thing that keeps a decoding step of `model` from being captured; None: nothing does."""
+def bound_kernel(experts: Experts) -> Any:
+    """The kernel that a layer's experts run; None before they are packed."""
+    return None if experts.bound is None else experts.bound.selection.kernel
+
+
+def why_not_captured(model: nn.Module, experts_kernel: Callable[[Experts], Any] = bound_kernel) -> str | None:
+    """The first thing that keeps a decoding step of `model` from being captured; None: nothing does.
+
+    experts_kernel: what a layer's experts run, or will run; None for a layer that has none here.
+    """
     for name, module in model.named_modules():
         kernels: list[Any] = []
         if isinstance(module, Attention):
             kernels = [module.selection.kernel, module.store_selection.kernel]
-        elif isinstance(module, Experts) and module.bound is not None:
-            kernels = [module.bound.selection.kernel]
+        elif isinstance(module, Experts):
+            kernels = [experts_kernel(module)]
         for kernel in kernels:
-            if not getattr(kernel, "capturable", False):
+            if kernel is not None and not getattr(kernel, "capturable", False):
                 return f"{name} runs {kernel.name}, which looks at the host within a step"
         if getattr(getattr(module, "parallel", None), "size", 1) > 1:
             return f"{name} is divided over ranks"

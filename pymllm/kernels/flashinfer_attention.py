@@ -44,6 +44,7 @@ class FlashInferAttention:
     """Prompts by FlashInfer's BatchPrefillWithPagedKVCacheWrapper, decoding by Triton."""
 
     name = "flashinfer"
+    device_type = "cuda"  # the only one it runs on
     capturable = True  # what a graph holds is decoding, which is Triton's
 
     def __init__(self) -> None:

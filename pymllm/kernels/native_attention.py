@@ -29,6 +29,7 @@ class NativeAttention:
     """One pass over what a step sees.  isa: a kernel path, for tests; None: the one that runs here."""
 
     name = "native"
+    device_type = "cpu"  # the only one it runs on
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa
@@ -113,6 +114,7 @@ class NativeKVStore:
     """Copies, rounds to floats, or scales and rounds to int8.  isa: as `NativeAttention`."""
 
     name = "native"
+    device_type = "cpu"  # the only one it runs on
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa

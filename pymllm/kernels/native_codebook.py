@@ -25,6 +25,7 @@ class NativeCodebook:
     """Codes of nf4 or fp4 × activations of any float dtype, in float32."""
 
     name = "native_codebook"
+    device_type = "cpu"  # the only one it runs on
     layout = PACKING.layout
 
     def why_not(self, problem: LinearProblem) -> str | None:

@@ -18,6 +18,7 @@ class NativeElementwise:
     """One pass over memory for each.  isa: a kernel path, for tests; None: the one that runs here."""
 
     name = "native"
+    device_type = "cpu"  # the only one it runs on
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa

@@ -33,6 +33,7 @@ class NativeIntegerExperts(LinearExperts):
     """Experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
 
     name = "native_experts"
+    device_type = "cpu"  # the only one it runs on
 
     def why_not(self, problem: ExpertsProblem) -> str | None:
         products = problem.products()

@@ -119,6 +119,7 @@ class NativeFloatLinear:
     """bf16 or f16 weights × activations of any float dtype, in float32."""
 
     name = "native_bf16"
+    device_type = "cpu"  # the only one it runs on
     layout = "dense"  # the tensor as it is: an embedding may share it
 
     def why_not(self, problem: LinearProblem) -> str | None:

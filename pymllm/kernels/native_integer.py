@@ -176,6 +176,7 @@ def device_reason(problem: LinearProblem) -> str | None:
 class NativeIntegerLinear:
     """int8 (or, exactly, several int8) activations × integer codes."""
 
+    device_type = "cpu"  # the only one it runs on
     name: ClassVar[str]
     layout: ClassVar[str]
     # So many tokens are multiplied float-exactly at no cost, by the dtype of the activations.

@@ -151,7 +151,7 @@ Packed = Mapping[str, Tensor]
 
 
 class Kernel(Protocol):
-    """What every kernel has."""
+    """What every kernel has; one for a kind of device alone also has `device_type`, "cpu" or "cuda"."""
 
     name: str
 
@@ -248,10 +248,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Selection(Generic[K]):
-    """The chosen kernel and the refusals before it.  forced: the user named it."""
+    """The kernel that was chosen for a problem, and the refusals before it.  forced: the user named it."""
 
     kernel: K
-    refused: tuple[Refusal, ...]
+    operation: Operation
+    problem: Any
+    refused: tuple[Refusal, ...] = ()
     forced: bool = False
 
 
@@ -287,7 +289,7 @@ def select(operation: Operation, problem: Any, forced: str | None = None) -> Sel
     for kernel in kernels:
         why = kernel.why_not(problem)
         if why is None:
-            return Selection(kernel, tuple(refused), forced is not None)
+            return Selection(kernel, operation, problem, tuple(refused), forced is not None)
         refused.append(Refusal(kernel.name, why))
     raise KernelError(
         f"no {operation} kernel can run this layer: " + "; ".join(f"{r.kernel}: {r.why}" for r in refused),

@@ -19,6 +19,7 @@ class TorchInt4Pack:
     """Group-wise int4; scales and zeros are kept in the activations' dtype, as torch wants them."""
 
     name = "torch_int4pack"
+    device_type = "cpu"  # the only one it runs on
     layout = "torch_int4pack"
 
     def why_not(self, problem: LinearProblem) -> str | None:

@@ -15,6 +15,7 @@ class TorchScaledMM:
     """W8A8: a scale for each output channel and each token."""
 
     name = "torch_scaled_mm"
+    device_type = "cuda"  # the only one it runs on
     layout = "fp8_channel"
 
     def why_not(self, problem: LinearProblem) -> str | None:

@@ -232,7 +232,7 @@ def test_plan_prints_groups_or_all_layers(awq, capsys):
         "awq int4 g64",
         "rule **.mlp.**=fp8",
         "model.layers.*.mlp.*",
-        "not chosen for",
+        "more refusals",
         "KV cache",
     ):
         assert needle in text
@@ -240,6 +240,36 @@ def test_plan_prints_groups_or_all_layers(awq, capsys):
     text = capsys.readouterr().out
     for layer in pymllm.plan(str(awq)).layers:
         assert layer.prefix in text
+
+
+def test_plan_names_the_refusals_that_a_user_can_change_and_all_of_them_with_why(awq, capsys):
+    arguments = ["plan", str(awq), "--device", "cuda:sm90", "--dtype", "float32", "--quant", "**.mlp.**=fp8"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("not chosen")]
+    assert len(lines) == 2 and all(line.endswith("dtype=bfloat16 would allow it") for line in lines)
+    assert "triton_fp8_w8a8 (6 x linear), torch_scaled_mm (6 x linear): quantises activations" in lines[0]
+    assert "triton_fp8 (6 x linear), triton_int (8 x linear): multiplies float16 or bfloat16" in lines[1]
+    planned = pymllm.plan(str(awq), {"**.mlp.**": "fp8"}, device="cuda:sm90", dtype="float32")
+    refused = {(r["kernel"], r["why"], r["cause"]) for layer in planned.layers for r in layer.refused}
+    kinds = {(layer.kind, r["kernel"], r["why"]) for layer in planned.layers for r in layer.refused}
+    assert f"{len(kinds) - 4} more refusals, " in text  # four are named in the two lines
+    assert "reference (linear) computes with: weights dequantised exactly" in text
+    assert main([*arguments, "--why"]) == 0
+    lines = " ".join(capsys.readouterr().out.split()).split("not chosen")[1:]
+    for kernel, why, cause in refused:
+        assert any(kernel in line and (why in line or cause == "device") for line in lines), (kernel, why)
+    assert sum("for other devices" in line for line in lines) == 1
+
+
+def test_plan_says_what_to_install_once(awq):
+    script = (
+        "import sys; sys.modules['pymllm._native'] = None\nfrom pymllm.cli import main\nmain(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", script, "plan", str(awq)]
+    text = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert text.count("the native CPU kernels are not built") == 1
+    assert "native_int4 (14 x linear), native (2 x attention): the native CPU kernels" in text
 
 
 def test_names_are_covered_by_the_narrowest_pattern():

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from pymllm import LLM, SamplingParams
+from pymllm.api import shipped_model
 from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.graphs import BUCKETS, DecodingGraphs, why_not_captured
+from pymllm.planning import plan
+
+from ..moe_checkpoints import write_moe
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11, 3, 200, 17, 8]]
 
@@ -71,6 +75,28 @@ def test_kernels_that_look_at_the_host_are_named_as_the_reason():
     assert reason is not None and "looks at the host" in reason
 
 
+@pytest.mark.parametrize(
+    ("dtype", "experts", "forced", "culprit"),
+    [
+        ("bfloat16", False, {}, None),
+        ("float32", False, {}, "model.layers.0.self_attn.attn runs torch_sdpa"),
+        ("bfloat16", True, {}, None),
+        ("bfloat16", True, {"experts": "linear"}, "model.layers.0.mlp.experts.0 runs linear"),
+    ],
+)
+def test_a_plan_says_whether_a_gpu_would_capture_its_decoding_steps(
+    dtype, experts, forced, culprit, tmp_path
+):
+    folder = write_moe(tmp_path, "qwen3_moe", "awq-g32").folder if experts else shipped_model()
+    planned = plan(folder, device="cuda:sm90", dtype=dtype, kernels=forced)
+    notes = [note for note in planned.notes if note.startswith("decoding runs without a captured CUDA graph")]
+    assert planned.decoding_graph["captured"] == (culprit is None) == (not notes)
+    if culprit is not None:
+        why = planned.decoding_graph["why_not"]
+        assert why.startswith(culprit) and notes[0].endswith(why)
+    assert plan(folder, device="cpu", dtype=dtype).decoding_graph is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_step_gives_the_logits_of_an_eager_one():
@@ -78,5 +104,6 @@ def test_a_captured_step_gives_the_logits_of_an_eager_one():
     expected = answers(llm, PROMPTS)
     runner = llm.engine.runner
     assert runner.eager_reason is None and runner._graphs is not None
+    assert llm.plan.decoding_graph == {"captured": True, "why_not": None}
     runner.eager_reason = "this test wants none"
     assert answers(llm, PROMPTS) == expected

@@ -35,6 +35,7 @@ class TritonGroupedAttention:
     """All heads of a key head in one tile."""
 
     name = "triton_grouped"
+    device_type = "cuda"  # the only one it runs on
     capturable = True
 
     def group(self, problem: AttentionProblem) -> int:
@@ -212,6 +213,7 @@ class TritonKVStore:
     """Scale, round and write, a head of a token in each block; slots below 0 are skipped on the device."""
 
     name = "triton"
+    device_type = "cuda"  # the only one it runs on
     capturable = True
 
     def why_not(self, problem: AttentionProblem) -> str | None:

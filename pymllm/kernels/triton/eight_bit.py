@@ -61,6 +61,7 @@ class Groups:
 class EightBit:
     """What both kinds of element share."""
 
+    device_type = "cuda"  # the only one it runs on
     name: str
     layout: str
     element: str

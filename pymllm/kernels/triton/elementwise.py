@@ -31,6 +31,7 @@ class TritonElementwise:
     """A row, or a part of one, for each block."""
 
     name = "triton"
+    device_type = "cuda"  # the only one it runs on
 
     def why_not(self, problem: ElementwiseProblem) -> str | None:
         if problem.dtype not in (*FLOATS, torch.float32):

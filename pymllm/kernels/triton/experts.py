@@ -87,6 +87,7 @@ class TritonExperts(LinearExperts):
     """Grouped matmuls over all experts, for every weight that a weight-only kernel takes."""
 
     name = "triton_experts"
+    device_type = "cuda"  # the only one it runs on
     capturable = True
     layout = "triton words, stacked over experts"
 

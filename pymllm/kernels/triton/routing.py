@@ -34,6 +34,7 @@ class TritonRouting:
     """A token for each block; groups are rows of a tile."""
 
     name = "triton_routing"
+    device_type = "cuda"  # the only one it runs on
 
     def why_not(self, problem: RoutingProblem) -> str | None:
         if problem.dtype not in (*FLOATS, torch.float32):

@@ -20,6 +20,7 @@ from pymllm.kernels.triton.weight_only import Operands, weight_only_linear
 class WeightOnlyLinear(ABC):
     """x @ weight.T, the weight expanded as it is read."""
 
+    device_type = "cuda"  # the only one it runs on
     name: str
     layout: str
 

@@ -135,4 +135,5 @@ def test_a_plan_says_which_kernel_routes_and_why(tmp_path):
     assert all(prefix.endswith("mlp.gate") for prefix in planned["prefixes"])
     (planned,) = plan(tmp_path / "m", device="cpu").routing
     assert planned["kernel"] == "torch"
-    assert planned["refused"] == [{"kernel": "triton_routing", "why": "needs a GPU"}]
+    (refused,) = planned["refused"]
+    assert refused == {"kernel": "triton_routing", "why": "needs a GPU", "cause": "device", "fix": ""}

@@ -1,0 +1,105 @@
+"""What a plan says: every layer with its method and kernel, and what it takes.
+
+`Plan.to_dict()` is what `pymllm plan DIR --json` prints, a stable schema: docs/plan-schema.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer under its checkpoint name (the parts of a fused layer stand alone).
+
+    kind: linear, experts, router, embedding, lm_head or attention.
+    rule: the user's rule that decided, or None.  source: what decided.
+    numerics: how results differ from exact arithmetic; rounds_activations: whether more than to the activations' dtype.
+    method: what runs; source_method: what the checkpoint holds.
+    refused: kernels asked before the chosen one, and what their refusals come down to (`kernels/refusals.py`).
+    shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
+    fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
+    kv_bytes_per_token: of an attention layer's keys and values, on this rank.
+    """
+
+    prefix: str
+    kind: str
+    rule: str | None
+    source: str
+    method: str
+    method_detail: str
+    source_method: str
+    kernel: str
+    numerics: str
+    rounds_activations: bool
+    refused: list[dict[str, str]]
+    shape: list[int]
+    shape_local: list[int]
+    bytes: int
+    fused_with: list[str] = field(default_factory=list)
+    tied_to: str | None = None
+    kv_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one rank; `to_dict` is the JSON, `str` a summary for people.
+
+    decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
+    """
+
+    model: str
+    model_type: str
+    device: str
+    dtype: str
+    compute: str
+    tensor_parallel: dict[str, Any]
+    elementwise: dict[str, Any]
+    layers: list[PlannedLayer]
+    totals: dict[str, int]
+    notes: list[str]
+    rules: list[dict[str, Any]] = field(default_factory=list)
+    routing: list[dict[str, Any]] = field(default_factory=list)
+    decoding_graph: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def layer(self, prefix: str) -> PlannedLayer:
+        """The layer of this checkpoint name.  KeyError without one."""
+        return next(layer for layer in self.layers if layer.prefix == prefix)
+
+    def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
+        """Layers that differ in nothing but name and shape, together: (the first one, all their names)."""
+        grouped: dict[Any, list[PlannedLayer]] = {}
+        for layer in self.layers:
+            key = (layer.kind, layer.method_detail, layer.kernel, layer.source, layer.rule)
+            grouped.setdefault(key, []).append(layer)
+        return [(group[0], [layer.prefix for layer in group]) for group in grouped.values()]
+
+    def __str__(self) -> str:
+        ranks = self.tensor_parallel
+        lines = [
+            f"{self.model} ({self.model_type}) on {self.device}, {self.dtype} activations, "
+            f"rank {ranks['rank']} of {ranks['size']} (sizes that work: {', '.join(map(str, ranks['legal_sizes']))})"
+        ]
+        for first, names in self.groups():
+            group = [layer for layer in self.layers if layer.prefix in set(names)]
+            if first.kind == "attention":
+                size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
+            else:
+                size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
+            why = f"rule {first.rule}" if first.rule else first.source
+            lines.append(
+                f"  {len(names):4d} x {first.kind:<9} {first.method_detail} -> {first.kernel} "
+                f"({first.numerics}); {size}; {why}"
+            )
+        lines.append(
+            f"  weights {self.totals['weight_bytes'] / 1e6:.1f} MB, at most "
+            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, "
+            f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token"
+        )
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
