@@ -1,4 +1,4 @@
-"""Paged decode attention on the GPU: ours over bfloat16, fp8 and int8 caches, beside SDPA over gathered keys.
+"""Paged decode attention on the GPU: ours over bfloat16, fp8 and int8 caches, beside SDPA and FlashInfer.
 
     python benchmarks/gpu_attention.py [--dry-run]
 
@@ -8,23 +8,27 @@ Shuffled pages of 16 tokens, 32 heads over 8 key heads of 128. Writes results/gp
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from gpu_peers import flashinfer_decode
 from gpu_roofline import Table, device_for, parser
 from torch import Tensor
 
-from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, PagedKV
+from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVType, PagedKV
 from pymllm.kernels.reference_attention import ReferenceAttention
 from pymllm.kernels.torch_attention import TorchAttention
 from pymllm.kernels.triton.attention import TritonGroupedAttention, TritonKVStore
 
+Case = tuple[Tensor, Tensor, Tensor, AttentionStep, PagedKV]
 KINDS = (KVType(torch.bfloat16), KVType(torch.float8_e4m3fn, "static"), KVType(torch.int8, "token"))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__)
-    args = options.parse_args()
-    works = [(1, 40), (3, 20)] if args.dry_run else [(1, 8192), (1, 65536), (32, 4096), (128, 1024)]
+    args = options.parse_args(arguments)
+    works = [(2, 20)] if args.dry_run else [(1, 8192), (1, 65536), (32, 4096), (128, 1024)]
     device, where = device_for(args.dry_run)
     table = Table("gpu_attention", "Paged decode attention on the GPU", args)
     for requests, length in works:
@@ -45,11 +49,17 @@ def main() -> int:
             nbytes = requests * length * kind.bytes_per_token(8, 128, 128)
             work = f"{requests} requests of {length}, {kind}"
             expected = ReferenceAttention().run(problem, q, k, v, step, cache).float()
-            for kernel in (TritonGroupedAttention(), TorchAttention()):
+            makers = {
+                kernel.name: partial(_calls, kernel, problem, cases)
+                for kernel in (TritonGroupedAttention(), TorchAttention())
+            }
+            if kind.keeps(problem.dtype):
+                makers["flashinfer"] = partial(_flashinfer_calls, problem, cases)
+            for name, make in makers.items():
                 table.measure(
                     work,
-                    kernel.name,
-                    [lambda c=c, kernel=kernel, p=problem: kernel.run(p, *c) for c in cases],
+                    name,
+                    make,
                     nbytes=nbytes,
                     operations=4 * requests * length * 32 * 128,
                     expected=expected,
@@ -57,9 +67,17 @@ def main() -> int:
     return table.finish()
 
 
-def _case(
-    problem: AttentionProblem, requests: int, length: int, seed: int, where: torch.device
-) -> tuple[Tensor, Tensor, Tensor, AttentionStep, PagedKV]:
+def _calls(
+    kernel: AttentionKernel, problem: AttentionProblem, cases: list[Case]
+) -> list[Callable[[], Tensor]]:
+    return [partial(kernel.run, problem, *case) for case in cases]
+
+
+def _flashinfer_calls(problem: AttentionProblem, cases: list[Case]) -> list[Callable[[], Tensor]]:
+    return [flashinfer_decode(problem, q, step, cache) for q, _, _, step, cache in cases]
+
+
+def _case(problem: AttentionProblem, requests: int, length: int, seed: int, where: torch.device) -> Case:
     """One new token for each request, and pages in random order that hold everything."""
     generator = torch.Generator().manual_seed(seed)
     pages = -(-length // 16)

@@ -1,4 +1,4 @@
-"""Linear layers on the GPU: ours in every format beside cuBLAS in bfloat16, torch's int4 matmul.
+"""Linear layers on the GPU: ours in every format beside cuBLAS in bfloat16, torch's int4 and fp8 products, gemlite.
 
     python benchmarks/gpu_linear.py [--shapes 8192x8192 4096x4096] [--tokens 1 4 16 64 128 512 2048] [--dry-run]
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from gpu_peers import peers_of
 from gpu_roofline import Table, device_for, parser
 from torch import Tensor
 
 from pymllm.kernels.canonical import Fp8Weight, IntWeight
+from pymllm.kernels.hardware import Device
 from pymllm.kernels.registry import LinearProblem, select
 from pymllm.kernels.triton.linear_cases import random_like
 
@@ -30,89 +34,81 @@ def formats() -> Iterator[tuple[str, object]]:
     yield "int8 channel", IntWeight(codes, scales[:, :1].float(), None, 8, 256, activations="token")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--shapes", nargs="+", default=["8192x8192", "4096x4096"], help="OUTPUTSxINPUTS")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 128, 512, 2048])
-    args = options.parse_args()
+    args = options.parse_args(arguments)
     if args.dry_run:
         args.shapes, args.tokens = ["256x512"], [1, 3, 70]
     device, where = device_for(args.dry_run)
     table = Table("gpu_linear", "Linear layers on the GPU", args)
     for shape in args.shapes:
-        out_features, in_features = map(int, shape.split("x"))
-        for tokens in args.tokens:
-            x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=where)
-            work = f"{tokens} x {out_features} x {in_features}"
-            operations = 2 * tokens * out_features * in_features
-            dense_bytes = 2 * out_features * in_features
-            sets = 2 if args.dry_run else min(64, sets_for(dense_bytes))
-            dense = [
-                torch.randn(out_features, in_features, dtype=torch.bfloat16, device=where)
-                for _ in range(sets)
-            ]
-            calls: list[Callable[[], Tensor]] = [
-                lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense
-            ]  # type: ignore[misc]
-            table.measure(work, "cuBLAS bfloat16", calls, nbytes=dense_bytes, operations=operations)
-            del dense, calls
-            for name, example in formats():
-                _measure_format(table, name, example, (out_features, in_features), x, device, where, work)
-            if not args.dry_run:
-                _measure_torch_int4(table, (out_features, in_features), x, work)
+        sizes = tuple(map(int, shape.split("x")))
+        _measure_dense(table, sizes, where)
+        for name, example in formats():
+            _measure_format(table, name, example, sizes, device, where)
     return table.finish()
 
 
-def sets_for(nbytes: int) -> int:
+def _sets(table: Table, nbytes: int) -> int:
+    """So many copies of a weight that no cache holds them all."""
     from pymllm.kernels.triton.timing import sets_beyond_caches
 
-    return sets_beyond_caches(nbytes)
+    return 2 if table.options.dry_run else min(64, sets_beyond_caches(nbytes))
 
 
-def _measure_format(table, name, example, shape, x, device, where, work) -> None:  # type: ignore[no-untyped-def]
-    """Our chosen kernel for a format, checked against float64 over the weights that it packed."""
-    out_features, in_features = shape
-    first = random_like(example, out_features, in_features, 0, where)
-    problem = LinearProblem(first.type, in_features, out_features, torch.bfloat16, device)
+def _tokens(table: Table, sizes: tuple[int, int], where: torch.device) -> Iterator[tuple[str, int, Tensor]]:
+    """For each number of tokens: what the work is called, its operations, and x."""
+    out_features, in_features = sizes
+    for tokens in table.options.tokens:
+        x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=where)
+        operations = 2 * tokens * out_features * in_features
+        yield f"{tokens} x {out_features} x {in_features}", operations, x
+
+
+def _measure_dense(table: Table, sizes: tuple[int, int], where: torch.device) -> None:
+    """What a model gets without quantisation."""
+    nbytes = 2 * sizes[0] * sizes[1]
+    weights = [torch.randn(*sizes, dtype=torch.bfloat16, device=where) for _ in range(_sets(table, nbytes))]
+    for work, operations, x in _tokens(table, sizes, where):
+        table.measure(
+            work,
+            "cuBLAS bfloat16",
+            lambda x=x: [lambda w=w: F.linear(x, w) for w in weights],  # type: ignore[misc]
+            nbytes=nbytes,
+            operations=operations,
+        )
+
+
+def _measure_format(
+    table: Table, name: str, example: object, sizes: tuple[int, int], device: Device, where: torch.device
+) -> None:
+    """Our chosen kernel for a format, then its peers, checked against float64 over the weights that all packed."""
+    first = random_like(example, *sizes, 0, where)
+    problem = LinearProblem(first.type, sizes[1], sizes[0], torch.bfloat16, device)
     kernel = select("linear", problem).kernel
     nbytes = sum(t.nbytes for t in kernel.pack(first, problem).values())
-    sets = 2 if table.options.dry_run else min(64, sets_for(nbytes))
-    packed = [dict(kernel.pack(first, problem)) for _ in range(sets)]
-    packed = [
-        {key: t.clone() for key, t in one.items()} for one in packed
-    ]  # other addresses: caches do not help
-    expected = (x.double() @ first.dequantize(torch.float64).t()).float()
-    quantises = getattr(kernel, "error", 0.0)
-    table.measure(
-        f"{name}, {work}",
-        kernel.name,
-        [lambda p=p: kernel.run(p, problem, x, None) for p in packed],
-        nbytes=nbytes + x.nbytes + 2 * x.shape[0] * out_features,
-        operations=2 * x.shape[0] * out_features * in_features,
-        expected=expected,
-        tolerance=2e-2 + quantises,
-    )
+    sets = _sets(table, nbytes)
+    packed = [{key: t.clone() for key, t in kernel.pack(first, problem).items()} for _ in range(sets)]
+    exact = first.dequantize(torch.float64).t()
 
+    def ours(x: Tensor) -> list[Callable[[], Tensor]]:
+        return [lambda p=p: kernel.run(p, problem, x, None) for p in packed]  # type: ignore[misc]
 
-def _measure_torch_int4(table, shape, x, work) -> None:  # type: ignore[no-untyped-def]
-    """torch's own int4 matmul."""
-    out_features, in_features = shape
-    nbytes = out_features * in_features // 2 + out_features * in_features // 128 * 4
-    sets = min(64, sets_for(nbytes))
-
-    def pack() -> tuple[Tensor, Tensor]:
-        codes = torch.randint(0, 255, (out_features, in_features // 2), dtype=torch.uint8, device="cuda")
-        scales = torch.rand(in_features // 128, out_features, 2, dtype=torch.bfloat16, device="cuda") / 64
-        return torch._convert_weight_to_int4pack(codes, 8), scales
-
-    try:
-        weights = [pack() for _ in range(sets)]
-    except RuntimeError as problem:
-        print(f"torch's int4 matmul is left out: {problem}", file=sys.stderr)
-        return
-    calls = [lambda w=w: torch._weight_int4pack_mm(x, w[0], 128, w[1]) for w in weights]  # type: ignore[misc]
-    operations = 2 * x.shape[0] * out_features * in_features
-    table.measure(f"int4 g128, {work}", "torch int4pack", calls, nbytes=nbytes, operations=operations)
+    makers = [(kernel.name, ours, getattr(kernel, "error", 0.0))]
+    makers += [(peer.name, partial(peer.calls, [first] * sets), peer.error) for peer in peers_of(first)]
+    for kernel_name, calls, rounding in makers:
+        for work, operations, x in _tokens(table, sizes, where):
+            table.measure(
+                f"{name}, {work}",
+                kernel_name,
+                partial(calls, x),
+                nbytes=nbytes + x.nbytes + 2 * x.shape[0] * sizes[0],
+                operations=operations,
+                expected=(x.double() @ exact).float(),
+                tolerance=2e-2 + rounding,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Routed experts on the GPU: ours over int4, fp8, mxfp4 and bfloat16 weights, beside a bfloat16 matmul an expert.
+"""Routed experts on the GPU: ours over int4, fp8, mxfp4 and bfloat16 weights, beside torch's grouped matmul.
 
     python benchmarks/gpu_moe.py [--tokens 1 16 256] [--dry-run]
 
@@ -12,21 +12,24 @@ import sys
 from functools import partial
 
 import torch
+from gpu_peers import grouped_mm_experts
 from gpu_roofline import Table, device_for, parser
 from torch import Tensor
 
-from pymllm.kernels.canonical import ExpertsWeight, LazyWeights
+from pymllm.kernels.canonical import DenseType, ExpertsWeight, LazyWeights
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.linear_experts import run_by_expert
 from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem
 from pymllm.kernels.triton.experts import WEIGHTS, TritonExperts
 from pymllm.kernels.triton.linear_cases import random_like
 
+DISTINCT = 8  # experts of the same content lie in places of their own, so reading them costs the same
 
-def main() -> int:
+
+def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
-    args = options.parse_args()
+    args = options.parse_args(arguments)
     experts, top_k, hidden, inner = (8, 2, 128, 128) if args.dry_run else (128, 8, 2048, 768)
     if args.dry_run:
         args.tokens = [1, 12]
@@ -34,8 +37,11 @@ def main() -> int:
     table = Table("gpu_moe", "Routed experts on the GPU", args)
     for kind in WEIGHTS:
         example = kind.examples()[0]
-        gate_up = [random_like(example, 2 * inner, hidden, e, torch.device("cpu")) for e in range(experts)]
-        down = [random_like(example, hidden, inner, 1000 + e, torch.device("cpu")) for e in range(experts)]
+        gate_up, down = (
+            [random_like(example, *shape, e, torch.device("cpu")) for e in range(DISTINCT)]
+            * (experts // DISTINCT)
+            for shape in ((2 * inner, hidden), (hidden, inner))
+        )
         first, second = (
             LinearProblem(w[0].type, w[0].shape[1], w[0].shape[0], torch.bfloat16, device)
             for w in (gate_up, down)
@@ -45,18 +51,31 @@ def main() -> int:
         expert_bytes = sum(tensor.nbytes for tensor in packed.values()) // experts
         for key, tensor in packed.items():
             packed[key] = tensor.to(where)
+        dense = isinstance(first.weight, DenseType)
+        floats = (
+            [torch.stack([w.weight for w in part]).to(where) for part in (gate_up, down)] if dense else []
+        )
         for tokens in args.tokens:
             x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=where)
             ids, weights = _routing(tokens, experts, top_k, where)
             used = int(ids[0].unique().numel())
-            table.measure(
-                f"{first.weight}, {tokens} tokens, {used} experts",
-                "triton_experts",
-                [partial(TritonExperts().run, packed, problem, x, i, weights, ExpertsBias()) for i in ids],
-                nbytes=used * expert_bytes + 2 * x.nbytes,
-                operations=6 * tokens * top_k * hidden * inner,
-                expected=_reference(gate_up, down, x, ids[0], weights) if tokens <= 16 else None,
-            )
+            run = TritonExperts().run
+            makers = {
+                "triton_experts": [partial(run, packed, problem, x, i, weights, ExpertsBias()) for i in ids]
+            }
+            if dense:
+                makers["torch _grouped_mm"] = [
+                    partial(grouped_mm_experts, *floats, x, i, weights) for i in ids
+                ]
+            for kernel, calls in makers.items():
+                table.measure(
+                    f"{first.weight}, {tokens} tokens, {used} experts",
+                    kernel,
+                    lambda calls=calls: calls,  # type: ignore[misc]
+                    nbytes=used * expert_bytes + 2 * x.nbytes,
+                    operations=6 * tokens * top_k * hidden * inner,
+                    expected=_reference(gate_up, down, x, ids[0], weights) if tokens <= 16 else None,
+                )
     return table.finish()
 
 
