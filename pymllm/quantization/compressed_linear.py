@@ -1,6 +1,6 @@
 """What compressed-tensors stores for a linear layer: one method a family. Its format file chooses among them.
 
-float8        weight e4m3 [O, I], weight_scale [1], [O, 1] or [ceil(O/b0), ceil(I/b1)], input_scale [1] if static
+float8        weight e4m3 [O, I], weight_scale [1], [O, 1], [O, I/G] or [⌈O/b0⌉, ⌈I/b1⌉], input_scale [1] if static
 mxfp8         weight e4m3 [O, I], weight_scale uint8 exponents [O, I/32]
 int packed    weight_packed int32 [O, ceil(I·bits/32)], weight_scale [O, I/G], weight_shape int64 [2],
               weight_zero_point int32 [ceil(O·bits/32), I/G] if asymmetric, weight_g_idx int32 [I] if in act order

@@ -84,6 +84,16 @@ def compressed(raw):
     raw["quantization_config"]["kv_cache_scheme"] = KV8
 
 
+def compressed_cache_alone(raw):
+    raw["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": KV8,
+    }
+
+
 def fp8_static(raw):
     raw["quantization_config"]["kv_cache_scheme"] = "static"
 
@@ -118,6 +128,7 @@ def quark(raw):
 
 SPELLINGS = {
     "compressed-tensors": ("ct-channel", compressed, CT_NAMES),
+    "compressed-tensors, the cache alone": ("none", compressed_cache_alone, CT_NAMES),
     "fp8": ("fp8-block", fp8_static, CT_NAMES),
     "fp8, one scale for both": ("fp8-block", fp8_static, ("kv_scale",)),
     "modelopt": ("fp8-tensor-static", modelopt, PROJ_NAMES),

@@ -20,7 +20,7 @@ from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.packing import pack_words
 from pymllm.weights.spec import LinearShape, Span
 
-from ..checkpoints import write_checkpoint
+from ..checkpoints import CompressedFP8, relative_error, write_checkpoint
 from ..forward import logits_of
 
 LINEAR = SimpleNamespace(kind="linear")
@@ -107,8 +107,14 @@ GROUP = "config_groups.group_0"
         ),
         (
             settings({**FP8, "strategy": "group"}, "float-quantized"),
+            f"{GROUP}.weights.group_size",
+            "None",
+            "positive integer",
+        ),
+        (
+            settings({**FP8, "strategy": "attn_head"}, "float-quantized"),
             f"{GROUP}.weights.strategy",
-            "'group'",
+            "'attn_head'",
             "block",
         ),
         (
@@ -562,3 +568,15 @@ def test_a_pattern_that_could_take_forever_is_refused(pattern, field):
 )
 def test_ordinary_patterns_are_taken(pattern):
     assert read(settings(ignore=[f"re:{pattern}"])).ignore == (f"re:{pattern}",)
+
+
+def test_float8_with_a_scale_for_every_group_of_inputs(tmp_path):
+    def by_group(raw):
+        weights = raw["quantization_config"]["config_groups"]["group_0"]["weights"]
+        weights |= {"strategy": "group", "group_size": 32}
+        del weights["block_structure"]
+
+    writer = CompressedFP8("block", block=(1, 32))
+    checkpoint = write_checkpoint(tmp_path / "m", "llama", writer, edit_config=by_group)
+    model = pymllm.load_model(checkpoint.folder, dtype="float32", device="cpu")
+    assert relative_error(logits_of(model, checkpoint.ids), checkpoint.logits()) <= 1e-5

@@ -78,7 +78,8 @@ class CompressedTensorsConfig(QuantizationConfig):
         if config.get("transform_config"):
             raise _unsupported("transform_config", config["transform_config"], "none")
         settings = config.get("config_groups")
-        if not isinstance(settings, Mapping) or not settings:
+        # Without a group, only the cache of keys and values is quantised.
+        if not isinstance(settings, Mapping) or not (settings or config.get("kv_cache_scheme")):
             raise _unsupported("config_groups", settings, "an object of groups")
         groups = [_read_group(name, group, config.get("format")) for name, group in settings.items()]
         _refuse_conflicts(groups)
@@ -214,10 +215,16 @@ def _read_float8(
         ):
             raise _unsupported(f"{at}.block_structure", structure, "two positive integers")
         block = (structure[0], structure[1])
+    elif strategy == "group":
+        if type(weights.get("group_size")) is not int or weights["group_size"] <= 0:
+            raise _unsupported(
+                f"{at}.group_size", weights.get("group_size"), "a positive integer with strategy group"
+            )
+        block = (1, weights["group_size"])
     elif strategy in ("tensor", "channel"):
         block = (0, 0) if strategy == "tensor" else (1, 0)
     else:
-        raise _unsupported(f"{at}.strategy", strategy, "tensor, channel or block")
+        raise _unsupported(f"{at}.strategy", strategy, "tensor, channel, group or block")
     return FloatQuantizedLinearMethod(block, activations.read("float", 8, block[1]))
 
 
