@@ -36,6 +36,7 @@ from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Written, place_experts, write
 from pymllm.weights.memory import refuse_too_large
 from pymllm.weights.spec import LinearShape
+from pymllm.writing.encoding import relative_error
 
 ROWS = 5
 MAGNITUDES = {"ordinary": 1.0, "large": 200.0}  # f16 sums stay below 65504 for the layers that models have
@@ -296,9 +297,3 @@ def _answers(weights: dict[str, list[Tensor]], module: Experts, rows: Tensor) ->
         y = module.activation(hidden) @ weights["down"][expert].double().t()
         answers.append(y if bias.down is None else y + bias.down[expert].double().cpu())
     return torch.cat(answers)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, Frobenius; absolute where `want` is zero."""
-    norm = float(want.norm())
-    return float((got - want).norm()) / (norm if norm > 0 else 1.0)

@@ -36,7 +36,7 @@ from pymllm.quantization.calibration import (
     without_static,
 )
 from pymllm.quantization.rules import RuledConfig
-from pymllm.writing.encoding import encode, fitted
+from pymllm.writing.encoding import encode, fitted, relative_error
 from pymllm.writing.float_experts import FloatExperts
 from pymllm.writing.layers import SourceLayer, Step
 
@@ -199,8 +199,7 @@ class CalibratedModel:
         else:
             weight = self._round(layer, before, inputs)
         floats.copy_(weight.dequantize(torch.float32))
-        norm = float(before.norm())
-        return MadeLayer(layer, weight, float((floats - before).norm()) / (norm or 1.0))
+        return MadeLayer(layer, weight, relative_error(floats, before))
 
     def _round(self, layer: SourceLayer, weight: Tensor, inputs: Tensor) -> CanonicalWeight:
         assert layer.target is not None
