@@ -10,6 +10,7 @@
 
 #include "../../../kernels/integer.h"
 #include "../../../kernels/integer_block.h"
+#include "../../../kernels/integer_experts.h"
 #include "paths.h"
 
 using namespace pymllm;
@@ -275,6 +276,66 @@ void check_rows(const Layer &layer) {
   }
 }
 
+// Layers of one shape, one an expert, as one product.
+struct Stack {
+  std::vector<Layer> layers;
+  Bytes blocks;
+  Product product{};
+
+  Stack(const Case &c, std::int64_t count) {
+    for (std::int64_t e = 0; e < count; ++e) {
+      layers.emplace_back(c, false);
+      blocks.insert(blocks.end(), layers.back().blocks.begin(), layers.back().blocks.end());
+    }
+    product.first = layers[0].weights;
+    product.first.blocks = blocks.data();
+  }
+  const Layer &of(std::int64_t expert) const { return layers[static_cast<std::size_t>(expert)]; }
+};
+
+// silu between two products in three slices: what is left is float32's error.
+void check_experts(int bits, std::int64_t tokens, std::int64_t top_k) {
+  const std::int64_t count = 3, hidden = 96, intermediate = 64;
+  const Stack gate_up({bits, Scales::f16, Zeros::each, 2 * intermediate, hidden, 32, 32, false}, count);
+  const Stack down({bits, Scales::f16, Zeros::each, hidden, intermediate, 32, 32, false}, count);
+  std::vector<std::int64_t> ids;
+  std::vector<float> shares, x;
+  for (std::int64_t i = 0; i < tokens * top_k; ++i) {
+    ids.push_back(between(-1, count - 1));  // below 0: none
+    shares.push_back(static_cast<float>(between(1, 9)) / 8);
+  }
+  for (std::int64_t i = 0; i < tokens * hidden; ++i) x.push_back(normal());
+  std::vector<double> sums(static_cast<std::size_t>(tokens * hidden)), parts(sums.size());
+  for (std::int64_t slot = 0; slot < tokens * top_k; ++slot) {
+    const std::int64_t expert = ids[static_cast<std::size_t>(slot)], token = slot / top_k;
+    if (expert < 0) continue;
+    const auto dot = [&](std::int64_t o) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < hidden; ++i)
+        sum += gate_up.of(expert).value(o, i) * x[static_cast<std::size_t>(token * hidden + i)];
+      return sum;
+    };
+    for (std::int64_t i = 0; i < intermediate; ++i) {
+      const double gate = dot(i), between_both = gate / (1 + std::exp(-gate)) * dot(intermediate + i);
+      for (std::int64_t o = 0; o < hidden; ++o) {
+        const double part = down.of(expert).value(o, i) * between_both * shares[static_cast<std::size_t>(slot)];
+        sums[static_cast<std::size_t>(token * hidden + o)] += part;
+        parts[static_cast<std::size_t>(token * hidden + o)] += std::fabs(part);
+      }
+    }
+  }
+  for (const Isa path : g_paths) {
+    std::vector<float> y(sums.size());
+    experts({gate_up.product, down.product, count, {Gate::silu, 0, 0}}, {ids.data(), shares.data(), tokens, top_k},
+            Dtype::f32, x.data(), y.data(), {tokens * top_k, 3}, 1, path);
+    for (std::size_t i = 0; i < sums.size(); ++i)
+      expect(std::fabs(y[i] - sums[i]) <= 1e-5 * parts[i] + 1e-5, [&] {
+        return "experts, bits " + std::to_string(bits) + " T " + std::to_string(tokens) + ", " + std::to_string(y[i]) +
+               " for " + std::to_string(sums[i]);
+      });
+  }
+}
+
 void check(const Case &c) {
   const Layer exact(c, true), layer(c, false);
   for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
@@ -310,6 +371,8 @@ void check_all() {
       for (const int slices : {1, 2, 3}) check_linear(layer, tokens, slices);
     }
   }
+  for (const int bits : {0, 4, 8})
+    for (const std::int64_t tokens : {1, 2, 9}) check_experts(bits, tokens, 2);
   check_linear(Layer({4, Scales::bf16, Zeros::each, 50, 1024, 128, 128, false}, false), 70, 3);  // in two parts
 }
 
