@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
 from pymllm.engine.gguf_tokenizer import open_tokenizer
 from pymllm.engine.outputs import GenerationOutputs
-from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
+from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
-from pymllm.engine.tokenizer import TextStream
+from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading import load_prepared
 from pymllm.models.causal_lm import CausalLM
@@ -46,19 +47,6 @@ Prompt = str | Sequence[int]
 def shipped_model() -> Path:
     """The folder of the small trained model that comes with the package."""
     return Path(__file__).parent / "shipped_model"
-
-
-@dataclass(frozen=True)
-class StreamPiece:
-    """A step of a streamed answer.
-
-    text: may be empty while a character is incomplete.  output: once it is finished.  logprobs: if asked for.
-    """
-
-    text: str
-    token_id: int
-    output: RequestOutput | None = None
-    logprobs: TokenLogprobs | None = None
 
 
 class LLM:
@@ -303,60 +291,36 @@ class LLM:
         outputs: GenerationOutputs | None = None,
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Run requests to their end, one piece a token, with the index of the request."""
-        requests = [
-            Request(
-                ids,
-                p,
-                len(ids) + p.max_tokens if p.max_tokens is not None else self.engine.max_length,
-                adapter,
-                index,
-            )
-            for index, (ids, p, adapter) in enumerate(zip(prompts, params, adapters, strict=True))
-        ]
-        texts = [TextStream(self.tokenizer, p.stop) if self.tokenizer.available else None for p in params]
-        unfinished = {id(request) for request in requests}
+        with self.session() as session:
+            for index, (ids, p, adapter) in enumerate(zip(prompts, params, adapters, strict=True)):
+                self.check_adapter(adapter)
+                session.add(ids, p, adapter, index)
+            while session.unfinished:
+                started = time.perf_counter()
+                stepped = session.step()
+                if outputs is not None:
+                    outputs.record_step([request for request, _ in stepped], time.perf_counter() - started)
+                for request, piece in stepped:
+                    if request.error is not None:
+                        raise request.error
+                    if piece is not None:
+                        yield request.req_id, piece
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Session]:
+        """The engine for this thread alone, for requests that come and go; what has not finished ends with it."""
         with self._lock:
-            if self.engine.running or self.engine.waiting:  # the lock lets its own thread in again
+            if not self.engine.idle:  # the lock lets its own thread in again
                 raise RequestError(
                     "this thread has a stream that has not ended",
                     code="stream-open",
                     fix="Read it to its end or close it first; to batch prompts, pass them together.",
                 )
+            session = Session(self.engine, self.tokenizer)
             try:
-                for request in requests:
-                    self.check_adapter(request.adapter)
-                    self.engine.add(request)
-                while unfinished:
-                    started = time.perf_counter()
-                    stepped = self.engine.step()
-                    seconds = time.perf_counter() - started
-                    pieces = [(r.req_id, self._piece(r, texts[r.req_id])) for r in stepped]
-                    if outputs is not None:
-                        outputs.record_step(stepped, seconds)
-                    for request, (_, piece) in zip(stepped, pieces, strict=True):
-                        if piece.output is not None:
-                            unfinished.remove(id(request))
-                    yield from pieces
+                yield session
             finally:
-                for request in requests:
-                    if id(request) in unfinished:
-                        self.engine.abort(request)
-
-    def _piece(self, request: Request, text: TextStream | None) -> StreamPiece:
-        token = request.answer[-1]
-        ended_by_token = request.finish_reason == "stop"
-        piece = "" if text is None or ended_by_token else text.push(token)
-        if text is not None and text.stopped and request.finish_reason is None:
-            request.finish_reason = "stop"
-            self.engine.retire(request)
-        logprobs = request.logprobs[-1] if request.logprobs else None
-        if request.finish_reason is None:
-            return StreamPiece(piece, token, logprobs=logprobs)
-        if text is not None:
-            piece += text.finish()
-            if text.stopped:
-                request.finish_reason = "stop"
-        return StreamPiece(piece, token, request.output(text.text if text is not None else ""), logprobs)
+                session.close()
 
 
 def load_model(

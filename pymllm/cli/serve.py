@@ -1,4 +1,4 @@
-"""`pymllm serve`: OpenAI-style HTTP over one model, one request at a time.  docs/serving.md has the whole of it."""
+"""`pymllm serve`: OpenAI-style HTTP over one model.  docs/serving.md has the whole of it."""
 
 from __future__ import annotations
 
@@ -44,11 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter that clients choose by NAME as their model; repeatable",
     )
     group.add_argument(
-        "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait; default: 64"
+        "--max-running", type=int, default=64, metavar="N", help="prompts answered at a time; default: 64"
+    )
+    group.add_argument(
+        "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.max_running < 1:
+        args.parser.error("--max-running must be at least 1")
     if args.max_waiting < 0:
         args.parser.error("--max-waiting must not be negative")
     names = [name for name, _ in args.adapter]
@@ -107,18 +112,25 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
 
     from pymllm.api import LLM
     from pymllm.server.app import create_app
+    from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
     llm = LLM(
         args.model, adapters=dict(args.adapter), **model_arguments(args), check_memory=args.check_memory
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
-    app = create_app(llm, model_name=name, api_key=args.api_key, max_waiting=args.max_waiting)
+    app = create_app(
+        llm,
+        model_name=name,
+        api_key=args.api_key,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+    )
     config = uvicorn.Config(
         app,
-        http="h11",  # bounds the size of headers, as httptools does not
+        http=HeaderTimeoutProtocol,  # of h11, which bounds the size of headers, as httptools does not
         ws="none",
         lifespan="off",
-        limit_concurrency=SPARE_CONNECTIONS + args.max_waiting,
+        limit_concurrency=SPARE_CONNECTIONS + args.max_running + args.max_waiting,
         log_level=logging.INFO if args.verbose else logging.WARNING,
         access_log=args.verbose,
         server_header=False,
@@ -129,7 +141,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         say("warning: other machines can reach this server, and it has no API key.")
     # uvicorn drains on a signal, then raises it again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    greeting = f"Serving {name} at http://{shown}:{port}/v1, one request at a time. Ctrl+C stops."
+    greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops."
     make_server(config, greeting).run(sockets=[listener])
     return 0
 

@@ -36,9 +36,8 @@ class DecodingBatch:
         self.tape: Tape | None = None
         self.trusted, self.steps = False, 0
         self.refused: str | None = None
-        self._rows: list[tuple[Request, int] | None] = [
-            None
-        ] * size  # whose pages each row holds, and how many
+        # Whose pages each row holds: how often they were taken before, and how many.
+        self._rows: list[tuple[Request, int, int] | None] = [None] * size
 
     def fill(self, requests: list[Request]) -> None:
         """Write this step's tokens, positions, slots and pages; rows that no request has store nothing."""
@@ -57,9 +56,9 @@ class DecodingBatch:
         step.context_lens.copy_(numbers[1] + 1)
         step.cu_seqlens_k[1:] = step.context_lens.cumsum(0)
         for row, request in enumerate(requests):
-            held = (request, len(request.pages))
+            held = (request, request.preemptions, len(request.pages))
             if self._rows[row] != held:
-                step.page_tables[row, : held[1]] = torch.tensor(request.pages, dtype=torch.int32)
+                step.page_tables[row, : held[2]] = torch.tensor(request.pages, dtype=torch.int32)
                 self._rows[row] = held
 
     def forget(self) -> None:

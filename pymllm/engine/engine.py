@@ -1,32 +1,27 @@
-"""The engine: admits requests while pages last, steps all that run together, finishes them one by one."""
+"""The engine: runs the scheduler's steps, samples, and finishes requests one by one."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request, TokenLogprobs
 from pymllm.engine.runner import Runner
-from pymllm.engine.sampling import SamplingParams, sample
+from pymllm.engine.sampling import SamplingParams, likeliest, sample
+from pymllm.engine.scheduler import Scheduler
 from pymllm.errors import RequestError
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel
 
-MAX_BATCH = 64
 DEFAULT_CACHE_TOKENS = 16384
 CACHE_MEMORY_SHARE = 0.25  # of what is free, at most
 
 
 class Engine:
-    """Continuous batching over a paged KV cache.
-
-    A request gets the pages for all it may ever hold when it is admitted, so that none is ever evicted; the others
-    wait in order. New requests are prefilled together, then every step decodes one token of each.
-    """
+    """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules."""
 
     def __init__(
         self,
@@ -42,27 +37,30 @@ class Engine:
         self.device, self.dtype = device, dtype
         self.max_length, self.end_tokens = max_length, end_tokens
         self.runner = Runner(model, device, max_length)
-        self._cache: PagedKVCache | None = None
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
 
-    @property
+    @cached_property
     def cache(self) -> PagedKVCache:
         """Made on first use, so that logits alone need none."""
-        if self._cache is None:
-            page_bytes = PagedKVCache.bytes_per_page(self.model)
-            wanted = max(self.max_length, DEFAULT_CACHE_TOKENS)
-            affordable = int(_free_memory(self.device) * CACHE_MEMORY_SHARE) // page_bytes
-            pages = max(1, min(PagedKVCache.pages_for(wanted), affordable))
-            pages = self.parallel.broadcast_object(pages)
-            self._cache = PagedKVCache(self.model, pages, self.device)
-        return self._cache
+        page_bytes = PagedKVCache.bytes_per_page(self.model)
+        wanted = max(self.max_length, DEFAULT_CACHE_TOKENS)
+        affordable = int(_free_memory(self.device) * CACHE_MEMORY_SHARE) // page_bytes
+        pages = max(1, min(PagedKVCache.pages_for(wanted), affordable))
+        return PagedKVCache(self.model, self.parallel.broadcast_object(pages), self.device)
+
+    @cached_property
+    def scheduler(self) -> Scheduler:
+        return Scheduler(self.cache, whole=self.model.keys_depend_on_length)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is here."""
+        return not self.scheduler.running and not self.scheduler.waiting
 
     def add(self, request: Request) -> None:
         """Queue a request.  RequestError if it can never run: too long for the model, or for the whole cache."""
         request.limit = min(request.limit, self.check(request.prompt, request.params))
         request.restart_length = self.model.restart_length
-        self.waiting.append(request)
+        self.scheduler.waiting.append(request)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """The tokens that a request may have in all.  RequestError if this model can never run it."""
@@ -91,53 +89,71 @@ class Engine:
         return longest
 
     def step(self) -> list[Request]:
-        """Admit what fits, run the model once, sample.  Returns the requests that got a token."""
-        new = self._admit()
-        batch = new or list(self.running)
+        """Run the model once and sample.  Returns the requests that took part.
+
+        One that read a part of its prompt has no new token. One whose own step failed has its `error`, and is out.
+        """
+        batch = self.scheduler.schedule()
         if not batch:
             return []
-        logits = self.runner.step(batch, self.cache)
-        for request, row in zip(batch, logits, strict=True):
-            token, logprobs = sample(row, request.sampler, request.answer)
-            token = self.parallel.broadcast_object(token)
-            if logprobs is not None:
-                request.logprobs.append(_top(token, logprobs, request.params.logprobs or 0))
+        ran, logits = self._run(batch)
+        ready = [index for index, request in enumerate(ran) if request.end_step()]
+        if len(ready) < len(ran):
+            ran, logits = [ran[index] for index in ready], logits[ready]
+        tokens, logprobs = self._choose(ran, logits)
+        for request, token, row in zip(ran, self.parallel.broadcast_object(tokens), logprobs, strict=True):
+            if token is None:
+                continue
+            if row is not None:
+                request.logprobs.append(_top(token, row, request.params.logprobs or 0))
             request.add_token(token, self.end_tokens)
-        if new:
-            self.running += new
-        for request in [request for request in self.running if request.finish_reason is not None]:
-            self._release(request)
+        for request in batch:
+            if request.finish_reason is not None:
+                self.scheduler.remove(request)
         return batch
 
     def abort(self, request: Request) -> None:
         """End a request wherever it is; its pages are free at once."""
         request.finish_reason = request.finish_reason or "abort"
-        if request in self.waiting:
-            self.waiting.remove(request)
-        self._release(request)
+        self.scheduler.remove(request)
 
-    def retire(self, request: Request) -> None:
-        """A running request that ended for a reason outside the engine (a stop string)."""
-        if request in self.running:
-            self._release(request)
+    def _run(self, batch: list[Request]) -> tuple[list[Request], torch.Tensor]:
+        """The requests that could be run, and their logits [R, V].
 
-    def _admit(self) -> list[Request]:
-        new: list[Request] = []
-        while self.waiting and len(self.running) + len(new) < MAX_BATCH:
-            needed = PagedKVCache.pages_for(self.waiting[0].limit)
-            if needed > len(self.cache.free):
-                break
-            request = self.waiting.popleft()
-            request.pages = self.cache.allocate(needed)
-            request.admitted_at = time.perf_counter()
-            new.append(request)
-        return new
+        If a step of several fails, each is run alone: only the one to blame fails again. Running tokens twice is
+        harmless, as they write the same keys and values.
+        """
+        try:
+            return batch, self.runner.step(batch, self.cache)
+        except Exception as error:
+            if self.parallel.size > 1:
+                raise  # other ranks may not have failed
+            if len(batch) == 1:
+                batch[0].fail(error)
+        ran, rows = [], [torch.empty((0, self.model.config.size("vocab_size")))]
+        for request in batch if len(batch) > 1 else ():
+            try:
+                rows.append(self.runner.step([request], self.cache).clone())
+                ran.append(request)
+            except Exception as error:
+                request.fail(error)
+        return ran, torch.cat([row.to(rows[-1]) for row in rows])
 
-    def _release(self, request: Request) -> None:
-        if request in self.running:  # not there if its first step failed
-            self.running.remove(request)
-        self.cache.release(request.pages)
-        request.pages = []
+    def _choose(
+        self, requests: list[Request], logits: torch.Tensor
+    ) -> tuple[list[int | None], list[torch.Tensor | None]]:
+        """A token for each request, None if that failed; and its log-probabilities [V] if it wants them."""
+        tokens: list[int | None] = likeliest(logits, [request.sampler for request in requests])
+        rows: list[torch.Tensor | None] = [None] * len(requests)
+        if None in tokens:
+            logits = logits.cpu()
+        for index, request in enumerate(requests):
+            if tokens[index] is None:
+                try:
+                    tokens[index], rows[index] = sample(logits[index], request.sampler, request.answer)
+                except Exception as error:
+                    request.fail(error)
+        return tokens, rows
 
 
 def _top(token: int, logprobs: torch.Tensor, count: int) -> TokenLogprobs:

@@ -52,6 +52,8 @@ class Request:
 
     limit: the tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active one.
     req_id: which of the caller's prompts it is.  is_prefilling, running_sequence, new_tokens: of its latest step.
+    computed: its first so many tokens have keys and values in `pages`.  preemptions: how often it lost them.
+    error: what its own step raised; it is finished then.
     """
 
     prompt: list[int]
@@ -61,6 +63,9 @@ class Request:
     req_id: int = 0
     answer: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    preemptions: int = 0
+    error: Exception | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     admitted_at: float = 0.0
@@ -87,16 +92,30 @@ class Request:
     def last_token(self) -> int:
         return self.answer[-1] if self.answer else self.prompt[-1]
 
-    def start_step(self) -> list[int]:
-        """The tokens that the cache lacks, for the step to come: the prompt, or the last token.
+    @property
+    def missing(self) -> int:
+        """How many of its tokens the cache lacks."""
+        return self.length - self.computed
 
-        All tokens, where the request has grown to a length from which on the earlier keys are others.
-        """
-        self.is_prefilling, self.new_tokens = not self.answer, 0
-        self.running_sequence = self.answer[-1:] or self.prompt
-        if self.answer and self.length == self.restart_length:
-            self.running_sequence = self.prompt + self.answer
-        return self.running_sequence
+    def start_step(self, count: int) -> int:
+        """The next `count` tokens that the cache lacks are to be run.  Returns how many."""
+        start, read = self.computed, len(self.prompt)
+        self.is_prefilling, self.new_tokens = start < read, 0
+        if start >= read:
+            self.running_sequence = self.answer[start - read : start - read + count]
+        elif start + count <= read:
+            self.running_sequence = self.prompt[start : start + count]
+        else:
+            self.running_sequence = (self.prompt + self.answer)[start : start + count]
+        return count
+
+    def end_step(self) -> bool:
+        """They have been run.  Whether the cache now has all, so that another token follows."""
+        self.computed += len(self.running_sequence)
+        return self.computed == self.length
+
+    def fail(self, error: Exception) -> None:
+        self.error, self.finish_reason = error, "abort"
 
     # What `GenerationOutputs.record_step` reads besides.
 
@@ -133,6 +152,8 @@ class Request:
         self.last_token_at = now
         self.answer.append(token)
         self.new_tokens += 1
+        if self.length == self.restart_length:
+            self.computed = 0
         ends = token in self.params.stop_token_ids or (token in end_tokens and not self.params.ignore_eos)
         if ends:
             self.finish_reason, self.eos_token_generated = "stop", True

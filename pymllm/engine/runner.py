@@ -60,33 +60,24 @@ class Runner:
 
     @torch.no_grad()
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """Each request's tokens that the cache lacks (its prompt, or its last token).  Returns [R, V] logits.
+        """The tokens that the scheduler gave each request.  Returns [R, V] logits, after the last of each.
 
         They are good until the next step.
         """
-        new = [request.start_step() for request in requests]
-        if self.device.type == "cpu" and all(
-            len(tokens) == 1 and request.adapter is None
-            for tokens, request in zip(new, requests, strict=True)
-        ):
-            logits = self._decode(requests, cache)
+        new = [request.running_sequence for request in requests]
+        if all(r.adapter is None and len(r.running_sequence) == r.missing == 1 for r in requests):
+            decode = {"cpu": self._decode, "cuda": self._decode_captured}.get(self.device.type)
+            logits = None if decode is None else decode(requests, cache)
             if logits is not None:
                 return logits
-        if self.device.type == "cuda" and all(
-            len(tokens) == 1 and request.adapter is None
-            for tokens, request in zip(new, requests, strict=True)
-        ):
-            logits = self._decode_captured(requests, cache)
-            if logits is not None:
-                return logits
-        starts = [request.length - len(tokens) for request, tokens in zip(requests, new, strict=True)]
+        starts = [request.computed for request in requests]
         positions = [
             p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))
         ]
         owners = [request for request, tokens in zip(requests, new, strict=True) for _ in tokens]
         size = cache.page_size
         slots = [o.pages[p // size] * size + p % size for o, p in zip(owners, positions, strict=True)]
-        lengths = [request.length for request in requests]
+        lengths = [start + len(tokens) for start, tokens in zip(starts, new, strict=True)]
         bounds_q, bounds_k = ([0, *accumulate(counts)] for counts in (map(len, new), lengths))
         most = max(len(request.pages) for request in requests)
         pages = [request.pages + [0] * (most - len(request.pages)) for request in requests]

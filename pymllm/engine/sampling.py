@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is that of the highest logit as it stands, and nothing else is asked for."""
+        penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        return self.greedy and self.logprobs is None and not self.logit_bias and not penalties
+
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -126,6 +133,13 @@ class SamplerState:
                 self.generator.seed()
             else:
                 self.generator.manual_seed(self.params.seed % 2**63)
+
+
+def likeliest(logits: Tensor, states: Sequence[SamplerState]) -> list[int | None]:
+    """The next token of each request that only wants the likeliest one; None for the others.  logits: [R, V]."""
+    plain = [state.params.takes_likeliest for state in states]
+    tokens = logits.argmax(-1).tolist() if any(plain) else plain
+    return [token if wanted else None for token, wanted in zip(tokens, plain, strict=True)]
 
 
 def sample(logits: Tensor, state: SamplerState, answer: list[int]) -> tuple[int, Tensor | None]:

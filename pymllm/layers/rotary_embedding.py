@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ class RotaryEmbedding(nn.Module):
     """Rotates heads, or their first `rotary_dim` elements, halves paired (the NeoX style).
 
     inverse_frequencies: [R/2].  attention_scaling multiplies cosines and sines (yarn).
+    by_length: angles depend on a request's length besides the position.
     """
+
+    by_length: ClassVar[bool] = False
 
     def __init__(
         self, head_size: int, rotary_dim: int, max_position: int, inverse_frequencies: Tensor, scale: float
@@ -88,6 +91,8 @@ class PartialRotaryEmbedding(RotaryEmbedding):
 class DynamicNTKRotaryEmbedding(RotaryEmbedding):
     """The base grows with each request's length, once that is past the trained one."""
 
+    by_length = True
+
     def __init__(self, head_size: int, rotary_dim: int, max_position: int, base: float, factor: float):
         super().__init__(head_size, rotary_dim, max_position, default_frequencies(rotary_dim, base), 1.0)
         self.base, self.factor = base, factor
@@ -106,6 +111,8 @@ class LongRotaryEmbedding(RotaryEmbedding):
 
     A request that grows past it needs its earlier keys again (`CausalLM.restart_length`).
     """
+
+    by_length = True
 
     def __init__(
         self, head_size: int, rotary_dim: int, max_position: int, base: float, scaling: Mapping[str, Any]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pymllm.config import ModelConfig
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.rotary_embedding import RotaryEmbedding
 from pymllm.quantization.base import QuantizationConfig
 
 
@@ -115,6 +116,11 @@ class CausalLM(nn.Module):
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         raise NotImplementedError
+
+    @property
+    def keys_depend_on_length(self) -> bool:
+        """Whether the keys of a token are others where more tokens follow in the same step."""
+        return any(module.by_length for module in self.modules() if isinstance(module, RotaryEmbedding))
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""

@@ -1,1 +1,1 @@
-"""A thin OpenAI-style HTTP server: one request at a time, nothing ignored.  docs/serving.md has the whole of it."""
+"""A thin OpenAI-style HTTP server: requests share steps, nothing is ignored.  docs/serving.md has the whole of it."""

@@ -14,8 +14,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from pymllm.api import LLM, StreamPiece
+from pymllm.api import LLM
 from pymllm.engine.sampling import SamplingParams
+from pymllm.engine.scheduler import MAX_REQUESTS
+from pymllm.engine.session import StreamPiece
 from pymllm.errors import ConfigError, PymllmError, RequestError
 from pymllm.server.answers import ChatAnswer, CompletionAnswer, usage_of
 from pymllm.server.gate import OPEN_PATH, NoSuchModel, add_gate, error_body, read_body
@@ -30,17 +32,22 @@ T = TypeVar("T")
 
 
 def create_app(
-    llm: LLM, *, model_name: str, api_key: str | None = None, max_waiting: int = MAX_WAITING
+    llm: LLM,
+    *,
+    model_name: str,
+    api_key: str | None = None,
+    max_running: int = MAX_REQUESTS,
+    max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
     """The application for one loaded model.
 
     model_name: what clients call it; adapters are called by their own names.  api_key: demanded of every request but
-    /health.  max_waiting: requests that may wait for their turn; more get 503.
+    /health.  max_running: prompts that are answered together.  max_waiting: those that may wait; more get 503.
     """
     # No schema pages: bodies are read by protocol.py, of which FastAPI knows nothing.
     app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)
     add_gate(app, api_key)
-    service = _Service(llm, model_name, max_waiting)
+    service = _Service(llm, model_name, max_running, max_waiting)
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def create_app(
 class _Service:
     """Both endpoints: read the request, take a place in the line, generate, answer."""
 
-    def __init__(self, llm: LLM, model_name: str, max_waiting: int) -> None:
+    def __init__(self, llm: LLM, model_name: str, max_running: int, max_waiting: int) -> None:
         if model_name in llm.adapters:
             raise ConfigError(
                 f"an adapter is called {model_name!r}, as the model itself",
@@ -82,8 +89,8 @@ class _Service:
                 fix="Choose another name for one of them.",
             )
         self.llm, self.model_name = llm, model_name
-        self.worker = Worker(llm, max_waiting)
-        _ = llm.engine.cache  # made now: a machine without room for it fails before it serves
+        # Makes the KV cache too: a machine without room for it fails before it serves.
+        self.worker = Worker(llm, max_running, max_waiting)
 
     def adapter_of(self, name: str | None) -> str | None:
         """The adapter that a request's `model` asks for; None: the model itself."""

@@ -1,16 +1,22 @@
-"""Requests take turns on the model: one thread generates, a bounded line waits, and whoever leaves is aborted."""
+"""One thread steps the model for all requests: those that come join those that run, and whoever leaves is aborted."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
+import logging
+import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pymllm.api import LLM, StreamPiece
-from pymllm.engine.request import RequestOutput
+from pymllm.api import LLM
+from pymllm.engine.request import Request, RequestOutput
 from pymllm.engine.sampling import SamplingParams
+from pymllm.engine.session import Session, StreamPiece
+
+logger = logging.getLogger("pymllm")
+
+Item = tuple[int, StreamPiece] | Exception | None
 
 
 class Busy(Exception):
@@ -18,53 +24,58 @@ class Busy(Exception):
 
 
 class Worker:
-    """The line before one model.  max_waiting: requests that may wait beside the one that runs."""
+    """The thread before one model.  max_running: prompts answered at a time.  max_waiting: those that may wait."""
 
-    def __init__(self, llm: LLM, max_waiting: int) -> None:
-        self.llm, self.max_waiting = llm, max_waiting
-        self.admitted = 0
-        self.turn = asyncio.Lock()  # first come, first served
-        self.thread = ThreadPoolExecutor(1, "generation")
+    def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
+        self.llm = llm
+        llm.engine.scheduler.max_requests = max_running
+        self.room = max_running + max_waiting
+        self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
+        self._thread = ThreadPoolExecutor(1, "generation")
 
-    def check_room(self) -> None:
-        """Busy if no more requests may wait."""
-        if self.admitted > self.max_waiting:
+    def check_room(self, prompts: int = 1) -> None:
+        """Busy if no more prompts may come."""
+        if prompts > self.room:
             raise Busy
 
     def start(
         self, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None = None
     ) -> Generation:
-        """Take a place in the line.  Busy if there is none."""
-        self.check_room()
-        self.admitted += 1
+        """Take places in the line.  Busy if there are too few."""
+        self.check_room(len(prompts))
+        self.room -= len(prompts)
         generation = Generation(self, prompts, params, adapter)
-        generation.task.add_done_callback(self._leave)
+        self._arrived.put(generation)
+        self._thread.submit(self._work)
         return generation
 
-    def _leave(self, task: asyncio.Task[None]) -> None:
-        self.admitted -= 1
+    def _work(self) -> None:
+        """In the thread: answer until no request is left, and let go of the model, which others may use as well."""
+        if self._arrived.empty():  # answered in an earlier round
+            return
+        with self.llm.session() as session:
+            _Round(session, self._arrived).run()
 
 
 class Generation:
     """One request's pieces, as an async iterator of (index of the prompt, piece).
 
-    `close` aborts it wherever it is: waiting at once, running after the step under way.
+    `close` aborts it wherever it is, before the next step.
     """
 
     def __init__(
         self, worker: Worker, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None
     ) -> None:
         self.worker, self.prompts, self.params, self.adapter = worker, prompts, params, adapter
-        self.closed = threading.Event()
-        self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[tuple[int, StreamPiece] | Exception | None] = asyncio.Queue()
-        self.task = asyncio.create_task(self._run())
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Item] = asyncio.Queue()
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> tuple[int, StreamPiece]:
-        item = await self.pieces.get()
+        item = await self._items.get()
         if item is None:
             raise StopAsyncIteration
         if isinstance(item, Exception):
@@ -77,22 +88,77 @@ class Generation:
         return [finished[index] for index in range(len(self.prompts))]
 
     def close(self) -> None:
-        self.closed.set()
-        self.task.cancel()
+        self.closed = True
 
-    async def _run(self) -> None:
+    def deliver(self, item: tuple[int, StreamPiece]) -> None:
+        """From the generating thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has gone, and so has the client
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+    def leave(self, error: Exception | None = None) -> None:
+        """From the generating thread, once: nothing more comes, and the places are free."""
+
+        def end() -> None:
+            self.worker.room += len(self.prompts)
+            self._items.put_nowait(error)
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(end)
+
+
+class _Round:
+    """From the first request on until none is left."""
+
+    def __init__(self, session: Session, arrived: queue.SimpleQueue[Generation]) -> None:
+        self.session, self.arrived = session, arrived
+        self.requests: dict[Generation, list[Request]] = {}  # unfinished ones
+        self.owners: dict[Request, Generation] = {}
+
+    def run(self) -> None:
         try:
-            async with self.worker.turn:
-                await self.loop.run_in_executor(self.worker.thread, self._generate)
-            self.pieces.put_nowait(None)
-        except Exception as error:  # for whoever awaits the pieces
-            self.pieces.put_nowait(error)
-
-    def _generate(self) -> None:
-        """In the worker's thread, which alone steps the engine."""
-        pieces = self.worker.llm.stream_all(self.prompts, self.params, adapter=self.adapter)
-        with contextlib.closing(pieces) as stream:
-            for item in stream:
-                if self.closed.is_set():
+            while True:
+                while not self.arrived.empty():
+                    self._take(self.arrived.get())
+                for generation in [generation for generation in self.requests if generation.closed]:
+                    self._end(generation)
+                if not self.requests:
                     return
-                self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+                for request, piece in self.session.step():
+                    self._hand_out(request, piece)
+        except Exception as error:
+            logger.exception("all requests under way have failed")
+            for generation in list(self.requests):
+                self._end(generation, error)
+
+    def _take(self, generation: Generation) -> None:
+        self.requests[generation] = []
+        if generation.closed:
+            return
+        try:
+            generation.worker.llm.check_adapter(generation.adapter)
+            for index, prompt in enumerate(generation.prompts):
+                request = self.session.add(prompt, generation.params, generation.adapter, index)
+                self.requests[generation].append(request)
+                self.owners[request] = generation
+        except Exception as error:
+            self._end(generation, error)
+
+    def _hand_out(self, request: Request, piece: StreamPiece | None) -> None:
+        generation = self.owners.get(request)
+        if generation is None:  # aborted within this step, after another of its prompts failed
+            return
+        if piece is not None:
+            generation.deliver((request.req_id, piece))
+        if request.finish_reason is None:
+            return
+        self.requests[generation].remove(request)
+        del self.owners[request]
+        if request.error is not None or not self.requests[generation]:
+            self._end(generation, request.error)
+
+    def _end(self, generation: Generation, error: Exception | None = None) -> None:
+        for request in self.requests.pop(generation):
+            del self.owners[request]
+            if request in self.session.unfinished:
+                self.session.abort(request)
+        generation.leave(error)

@@ -9,6 +9,7 @@ from pymllm import LLM, SamplingParams
 from pymllm.api import shipped_model
 from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.graphs import BUCKETS, DecodingGraphs, why_not_captured
+from pymllm.engine.request import Request
 from pymllm.planning import plan
 
 from ..moe_checkpoints import write_moe
@@ -58,7 +59,7 @@ def test_answers_in_padded_buckets_are_those_without():
 
 def test_rows_that_no_request_has_store_nothing():
     batch = DecodingBatch(4, 8, 16, 128, torch.device("cpu"))
-    request = type("Request", (), {"length": 21, "pages": [5, 3], "last_token": 7})()
+    request = Request([1] * 20, SamplingParams(), 40, answer=[7], pages=[5, 3])
     batch.fill([request])
     assert batch.ids.tolist() == [7, 0, 0, 0] and batch.positions.tolist() == [20, 0, 0, 0]
     assert batch.step.slot_mapping.tolist() == [3 * 16 + 4, -1, -1, -1]

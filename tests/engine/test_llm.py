@@ -66,7 +66,7 @@ def test_a_batch_answers_as_its_requests_alone(llm):
 def test_waiting_requests_are_admitted_as_pages_return(monkeypatch):
     llm = LLM(dtype="float32")
     few = PagedKVCache(llm.model, 8, torch.device("cpu"))
-    monkeypatch.setattr(llm.engine, "_cache", few)
+    monkeypatch.setattr(llm.engine, "cache", few)
     prompts = [[1, 2, 3 + i] for i in range(6)]  # each needs 3 of the 8 pages
     outputs = llm.generate(prompts, greedy(40))
     assert [len(o.token_ids) for o in outputs] == [40] * 6
@@ -117,7 +117,7 @@ def test_closing_a_stream_gives_its_pages_back(llm):
     assert len(llm.engine.cache.free) < before
     stream.close()
     assert len(llm.engine.cache.free) == before
-    assert not llm.engine.running and not llm.engine.waiting
+    assert llm.engine.idle
 
 
 def test_an_answer_ends_at_the_models_length(llm):

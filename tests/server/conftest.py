@@ -16,6 +16,7 @@ import uvicorn
 
 import pymllm
 from pymllm.server.app import create_app
+from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
 MODEL = "shipped"
 
@@ -36,7 +37,7 @@ class Served:
 def serve(llm: Any, **settings: Any) -> Iterator[Served]:
     """Run the app until the block ends."""
     app = create_app(llm, model_name=MODEL, **settings)
-    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="error")
+    config = uvicorn.Config(app, http=HeaderTimeoutProtocol, ws="none", lifespan="off", log_level="error")
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

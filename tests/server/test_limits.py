@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from pymllm.errors import KernelError
+from pymllm.server import header_timeout
 from pymllm.server.gate import MAX_BODY_BYTES
 from tests.server.conftest import MODEL, serve
 
@@ -132,6 +133,32 @@ def test_a_false_content_length_is_refused(served, length, status):
     assert_alive(served)
 
 
+@pytest.mark.parametrize("requests_before", [0, 1])
+@pytest.mark.parametrize("started", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, requests_before, started):
+    if requests_before and not started:
+        pytest.skip("an idle connection is kept for a while, by uvicorn's own rule")
+    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+        for _ in range(requests_before):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = b""
+            while not received.endswith(b"}"):
+                received += connection.recv(1000)
+        connection.sendall(started)
+        received = b""
+        while more := connection.recv(1000):
+            received += more
+        assert received.startswith(b"HTTP/1.1 408") and b"headers" in received
+
+
+def test_an_answer_may_take_longer_than_headers_may(served, monkeypatch, llm):
+    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
+    slow_down(llm, monkeypatch)
+    status, answer, _ = post(served, {"prompt": "x", "max_tokens": 5, "logit_bias": LONG["logit_bias"]})
+    assert status == 200 and answer["usage"]["completion_tokens"] == 5
+
+
 def test_large_headers_are_refused(served):
     assert post(served, {"prompt": "x"}, headers={"X-Filler": "a" * 20_000})[0] == 431
     assert_alive(served)
@@ -202,23 +229,25 @@ def test_a_client_that_leaves_is_aborted_within_a_step_or_two(llm, monkeypatch, 
 
 
 def test_a_client_that_leaves_while_it_waits_never_runs(llm, monkeypatch):
-    with serve(llm) as served:
+    with serve(llm, max_running=1) as served:
         slow_down(llm, monkeypatch)
-        inner, prompts = llm.stream_all, []
-        monkeypatch.setattr(llm, "stream_all", lambda p, *a, **k: (prompts.append(p), inner(p, *a, **k))[1])
+        inner, ran = llm.engine.runner.step, set()
+        monkeypatch.setattr(
+            llm.engine.runner, "step", lambda batch, *a: (ran.update(batch), inner(batch, *a))[1]
+        )
         first = send(served, LONG)
-        wait_until(lambda: len(prompts) == 1)
+        wait_until(lambda: len(ran) == 1)
         second = send(served, LONG)
-        time.sleep(0.3)
+        wait_until(lambda: len(llm.engine.scheduler.waiting) == 1)
         second.close()
-        time.sleep(0.3)
+        wait_until(lambda: not llm.engine.scheduler.waiting)
         first.close()
         assert_alive(served)
-        assert len(prompts) == 2  # the first, and assert_alive's
+        assert len(ran) == 2  # the first, and assert_alive's
 
 
 def test_the_line_is_bounded_and_says_when_to_come_back(llm, monkeypatch):
-    with serve(llm, max_waiting=0) as served:
+    with serve(llm, max_running=1, max_waiting=0) as served:
         slow_down(llm, monkeypatch)
         stream = served.client().completions.create(model=MODEL, stream=True, **LONG)
         next(stream)
@@ -229,8 +258,9 @@ def test_the_line_is_bounded_and_says_when_to_come_back(llm, monkeypatch):
         wait_until(lambda: post(served, {"prompt": "x", "max_tokens": 1})[0] == 200)
 
 
-def test_waiting_requests_take_turns(llm):
-    with serve(llm) as served:
+@pytest.mark.parametrize("running", [1, 64])
+def test_clients_at_the_same_time_all_get_their_own_answers(llm, running):
+    with serve(llm, max_running=running) as served:
         texts = {}
 
         def ask(number):
@@ -244,6 +274,48 @@ def test_waiting_requests_take_turns(llm):
             thread.join(60)
         params = llm.default_params(temperature=0.0, max_tokens=4)
         assert texts == {number: llm.generate(f"x = {number}\n", params)[0].text for number in range(6)}
+
+
+def test_clients_at_the_same_time_share_the_steps(llm, monkeypatch):
+    with serve(llm) as served:
+        steps = slow_down(llm, monkeypatch)
+        connections = [
+            send(served, {"prompt": f"x = {n}\n", "max_tokens": 6, "logit_bias": LONG["logit_bias"]})
+            for n in range(8)
+        ]
+        for connection in connections:
+            connection.settimeout(30)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            connection.close()
+        assert 6 <= len(steps) <= 12  # one after the other they take 48
+
+
+def test_only_the_request_that_fails_within_a_shared_step_is_told_so(llm, monkeypatch):
+    with serve(llm) as served:
+        inner = llm.engine.runner.step
+
+        def step(batch, cache):
+            time.sleep(0.05)
+            if any(request.params.seed == 13 and len(request.answer) == 3 for request in batch):
+                raise KernelError("unlucky", code="kernel-refused")
+            return inner(batch, cache)
+
+        body = {"prompt": "import os\n", "max_tokens": 10, "temperature": 0}
+        expected = post(served, body)[1]["choices"][0]["text"]
+        monkeypatch.setattr(llm.engine.runner, "step", step)
+        answers = {}
+
+        def ask(seed):
+            answers[seed] = post(served, {**body, "seed": seed})
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in (12, 13, 14)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert answers[13][0] == 500 and "unlucky" in answers[13][1]["error"]["message"]
+        assert [answers[seed][1]["choices"][0]["text"] for seed in (12, 14)] == [expected] * 2
+        assert llm.engine.idle
 
 
 @pytest.mark.parametrize(

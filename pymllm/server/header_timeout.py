@@ -1,0 +1,51 @@
+"""uvicorn's HTTP/1.1 protocol with a time limit for a request's headers, which it has none for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pymllm.server.gate import error_body
+
+HEADER_SECONDS = 10.0
+
+
+class HeaderTimeoutProtocol(H11Protocol):
+    """Answers 408 and closes where headers have not come HEADER_SECONDS after the connection, or their first byte."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:  # headers are there, or were never ones
+            self._stop_waiting()
+        elif self.conn.trailing_data[0] and self._deadline is None:  # the next request's have begun
+            self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_headers(self) -> None:
+        self._deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        body = json.dumps(error_body(408, f"the headers did not arrive within {HEADER_SECONDS:g} seconds"))
+        self.transport.write(
+            "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        self.transport.close()
