@@ -7,6 +7,7 @@ Exit codes: 0, 1 for an error or a check that fails, 2 for wrong usage, 130 for 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -22,11 +23,15 @@ VERBS = {
     "doctor": "show what this machine and this installation can do",
 }
 BROKEN_PIPE = 141  # what a shell shows for a process that SIGPIPE ended
+CANNOT_WRITE = (errno.ENOSPC, errno.EFBIG, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.  argv: without the program's name; None: the process's own.  Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         args = _parser(argv).parse_args(argv)
         return _execute(args)
@@ -35,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read us is gone. The interpreter's last flush must not fail on the same pipe again.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno not in CANNOT_WRITE:
+            raise
+        # The interpreter's last flush must not fail on the same file again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        if isinstance(error, BrokenPipeError):  # whoever read us is gone
+            return BROKEN_PIPE
+        print(f"error: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

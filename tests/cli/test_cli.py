@@ -176,6 +176,22 @@ def test_a_reader_that_goes_away_is_no_error(awq):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("verb", ("plan", "doctor"))
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_1(awq, verb):
+    command = [sys.executable, "-m", "pymllm", verb] + ([str(awq)] if verb == "plan" else [])
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: No space left on device.\n"
+
+
+def test_a_closed_stdout_is_no_error(awq):
+    shell = f'"{sys.executable}" -m pymllm plan "{awq}" >&-'
+    done = subprocess.run(shell, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_verbose_logs_a_line_for_the_load(awq, capsys):
     assert main(["verify", str(awq), "--verbose"]) == 0
     assert re.search(r"^\d\d:\d\d:\d\d INFO loaded .* MB .* s .*awq", capsys.readouterr().err, re.MULTILINE)
