@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pymllm.attention.attention import Attention
 from pymllm.config import ModelConfig
+from pymllm.kernels.quantised_rows import RowCodes
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from pymllm.layers.rotary_embedding import get_rope
@@ -88,8 +89,13 @@ class SelfAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
+    @property
+    def input_codes(self) -> RowCodes | None:
+        """How `hidden` may come quantised."""
+        return None if self._forward_pre_hooks or self._forward_hooks else self.qkv_proj.input_codes
+
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """positions: [T]; hidden: [T, hidden_size].  Returns [T, hidden_size]."""
+        """positions: [T]; hidden: [T, hidden_size], or quantised as `input_codes` says.  Returns [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)

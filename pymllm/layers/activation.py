@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pymllm.layers.elementwise import elementwise_kernel
+from pymllm.layers.elementwise import codes_between, elementwise_kernel
 
 
 class SiluAndMul(nn.Module):
@@ -14,8 +14,10 @@ class SiluAndMul(nn.Module):
         super().__init__()
         self.kernel = elementwise_kernel()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernel.silu_and_mul(x)
+    def forward(self, x: Tensor, taker: nn.Module | None = None) -> Tensor:
+        """taker: as `RMSNorm.forward`."""
+        codes = codes_between(self, taker, x.shape[-1] // 2)
+        return self.kernel.silu_and_mul(x) if codes is None else self.kernel.silu_and_mul(x, codes)
 
 
 class GeluAndMul(nn.Module):
@@ -25,5 +27,7 @@ class GeluAndMul(nn.Module):
         super().__init__()
         self.kernel = elementwise_kernel()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernel.gelu_and_mul(x)
+    def forward(self, x: Tensor, taker: nn.Module | None = None) -> Tensor:
+        """taker: as `RMSNorm.forward`."""
+        codes = codes_between(self, taker, x.shape[-1] // 2)
+        return self.kernel.gelu_and_mul(x) if codes is None else self.kernel.gelu_and_mul(x, codes)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from pymllm.config import Execution, current_execution
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.quantised_rows import RowCodes
 from pymllm.kernels.registry import ElementwiseProblem, Selection, select
 from pymllm.kernels.torch_elementwise import TorchElementwise
 
@@ -22,3 +25,15 @@ def elementwise_kernel() -> Any:
     """The current execution's kernels; a layer made on its own takes tensors of any kind, so torch's."""
     execution = current_execution()
     return ANY if execution is None else select_elementwise(execution).kernel
+
+
+def codes_between(giver: nn.Module, taker: Any, size: int) -> RowCodes | None:
+    """How the kernel of `giver` may quantise its result of rows of `size`, which `taker` alone is given.
+
+    None: the result is floats, since `taker` takes them (it has no `input_codes`), or because somebody looks at it.
+    """
+    why_not = getattr(giver.kernel, "why_not_codes", None)
+    if why_not is None or taker is None or giver._forward_hooks:
+        return None
+    codes = getattr(taker, "input_codes", None)
+    return codes if codes is not None and why_not(codes, size) is None else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.layers.elementwise import elementwise_kernel
+from pymllm.layers.elementwise import codes_between, elementwise_kernel
 
 
 class RMSNorm(nn.Module):
@@ -30,8 +30,16 @@ class RMSNorm(nn.Module):
         weight = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype), requires_grad=False)
         self.register_parameter("weight", weight if has_weight else None)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual)."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, taker: nn.Module | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual).
+
+        taker: who alone is given the normed x. Where it asks for codes, they are what it is given: `QuantisedRows`.
+        """
+        codes = codes_between(self, taker, x.shape[-1])
+        if codes is not None:
+            return self.kernel.rms_norm(x, self.weight, self.eps, residual, codes)
         return self.kernel.rms_norm(x, self.weight, self.eps, residual)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.quantised_rows import RowCodes
 from pymllm.layers.lora import LoRAMixin
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import (
@@ -28,6 +29,7 @@ from pymllm.quantization.base import (
     load_into,
     set_weight_attrs,
 )
+from pymllm.quantization.binding import bound_weight
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, side_by_side
 
 __all__ = [
@@ -172,8 +174,26 @@ class LinearBase(WeightedLayer):
         )
         self._setup(parts, quant_method, quant_config, bias)
 
+    @property
+    def input_codes(self) -> RowCodes | None:
+        """How `forward` takes x as `QuantisedRows`; None: only floats, as it is more than a kernel that reads them."""
+        bound = bound_weight(self)
+        if bound is None or bound.input_order is not None or self.adapters:
+            return None
+        if self._forward_pre_hooks or self._forward_hooks:
+            return None
+        if (
+            type(self.quant_method).apply is not LinearMethodBase.apply
+        ):  # a method that does more than the kernel
+            return None
+        ask = getattr(bound.selection.kernel, "input_codes", None)
+        return None if ask is None else ask(bound.problem)
+
     def forward(self, x: Tensor) -> Tensor:
-        """x: [*, I] (or this rank's share of I).  Returns [*, O] (or this rank's share of O)."""
+        """x: [*, I] (or this rank's share of I), or quantised as `input_codes` says.
+
+        Returns [*, O] (or this rank's share of O).
+        """
         raise NotImplementedError
 
     def extra_repr(self) -> str:

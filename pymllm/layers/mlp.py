@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
+from pymllm.kernels.quantised_rows import RowCodes
 from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from pymllm.quantization.base import QuantizationConfig
@@ -59,6 +60,11 @@ class GatedMLP(nn.Module):
             intermediate_size, hidden_size, bias, prefix=f"{prefix}.down_proj", quant_config=quant_config
         )
 
+    @property
+    def input_codes(self) -> RowCodes | None:
+        """How x may come quantised."""
+        return None if self._forward_pre_hooks or self._forward_hooks else self.gate_up_proj.input_codes
+
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, hidden_size].  Returns the same shape."""
-        return self.down_proj(self.act(self.gate_up_proj(x)))
+        """x: [T, hidden_size], or quantised as `input_codes` says.  Returns [T, hidden_size]."""
+        return self.down_proj(self.act(self.gate_up_proj(x), self.down_proj))

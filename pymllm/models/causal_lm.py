@@ -32,11 +32,11 @@ class DecoderLayer(nn.Module):
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """positions: [T]; hidden, residual: [T, H].  Returns this layer's output and the sum before it."""
         if residual is None:
-            residual, hidden = hidden, self.input_layernorm(hidden)
+            residual, hidden = hidden, self.input_layernorm(hidden, taker=self.self_attn)
         else:
-            hidden, residual = self.input_layernorm(hidden, residual)
+            hidden, residual = self.input_layernorm(hidden, residual, self.self_attn)
         hidden = self.self_attn(positions, hidden)
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        hidden, residual = self.post_attention_layernorm(hidden, residual, self.mlp)
         output = self.mlp(hidden)
         return output[0] if isinstance(
             output, tuple

@@ -41,11 +41,11 @@ class FourNormLayer(DecoderLayer):
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """positions: [T]; hidden, residual: [T, H].  Returns this layer's output and the sum before it."""
         if residual is None:
-            residual, hidden = hidden, self.input_layernorm(hidden)
+            residual, hidden = hidden, self.input_layernorm(hidden, taker=self.self_attn)
         else:
-            hidden, residual = self.input_layernorm(hidden, residual)
+            hidden, residual = self.input_layernorm(hidden, residual, self.self_attn)
         hidden = self.post_attention_layernorm(self.self_attn(positions, hidden))
-        hidden, residual = self.pre_feedforward_layernorm(hidden, residual)
+        hidden, residual = self.pre_feedforward_layernorm(hidden, residual, self.mlp)
         return self.post_feedforward_layernorm(self.mlp(hidden)), residual
 
 

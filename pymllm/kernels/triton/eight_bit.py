@@ -27,6 +27,7 @@ from pymllm.kernels.canonical import (
     IntWeight,
 )
 from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
 from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.eight_bit_kernels import multiply_scaled, quantise_rows
@@ -91,23 +92,27 @@ class EightBit:
     def tolerance(self, problem: LinearProblem) -> float:
         return TOLERANCES[problem.dtype] + self.error
 
-    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+    def input_codes(self, problem: LinearProblem) -> RowCodes | None:
+        """How `run` takes x already quantised; None: only a scale that this kernel knows, or one of all rows."""
+        kind, groups = problem.weight, self.groups(problem)
+        assert isinstance(kind, (Fp8Type, IntType))
+        if kind.activations not in ("token", "group"):
+            return None
+        return RowCodes(groups.integer, 0 if groups.x_inputs == WHOLE else groups.x_inputs)
+
+    def run(
+        self, packed: Packed, problem: LinearProblem, x: Tensor | QuantisedRows, bias: Tensor | None
+    ) -> Tensor:
+        """x: [*, I] in the problem's dtype, or quantised as `input_codes` says.  Returns [*, O]."""
         groups = self.groups(problem)
         kind = problem.weight
         assert isinstance(kind, (Fp8Type, IntType))
-        return eight_bit_linear(
-            x,
-            packed["weight"],
-            packed["scales"],
-            packed.get("zeros"),
-            packed.get("input_scales"),
-            bias,
-            kind.activations,
-            groups.x_inputs,
-            groups.inputs,
-            groups.outputs,
-            problem.device.spec,
-        )
+        weight, scales, zeros = packed["weight"], packed["scales"], packed.get("zeros")
+        sides, device = (groups.x_inputs, groups.inputs, groups.outputs), problem.device.spec
+        if isinstance(x, QuantisedRows):
+            return multiply_eight_bit(x.codes, x.scales, weight, scales, zeros, bias, x.dtype, *sides, device)
+        static = packed.get("input_scales")
+        return eight_bit_linear(x, weight, scales, zeros, static, bias, kind.activations, *sides, device)
 
 
 class TritonFp8Activations(EightBit):
@@ -242,21 +247,52 @@ def eight_bit_linear(
     device: str,
 ) -> Tensor:
     """x: [*, I] floats.  weight: [O, I] fp8 or int8.  The groups as in `Groups`.  Returns [*, O]."""
-    groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
     rows = x.reshape(-1, x.shape[-1])
+    if not rows.shape[0]:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
+    codes, x_scales = quantise(rows, groups, activations, input_scales)
+    y = multiply_eight_bit(
+        codes, x_scales, weight, scales, zeros, bias, x.dtype, x_inputs, inputs, outputs, device
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@operator(
+    "multiply_eight_bit(Tensor codes, Tensor x_scales, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, "
+    "ScalarType dtype, int x_inputs, int inputs, int outputs, str device) -> Tensor",
+    lambda codes, x_scales, weight, scales, zeros, bias, dtype, *rest: codes.new_empty(
+        (*codes.shape[:-1], weight.shape[0]), dtype=dtype
+    ),
+)
+def multiply_eight_bit(
+    codes: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    x_inputs: int,
+    inputs: int,
+    outputs: int,
+    device: str,
+) -> Tensor:
+    """codes: [*, I] fp8 or int8, as the weight's.  x_scales: [rows, I / x_inputs].  Returns [*, O] in dtype."""
+    groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
+    rows = codes.reshape(-1, codes.shape[-1])
     out_features = weight.shape[0]
-    y = x.new_empty((rows.shape[0], out_features))
+    y = codes.new_empty((rows.shape[0], out_features), dtype=dtype)
     if rows.shape[0]:
-        codes, x_scales = quantise(rows, groups, activations, input_scales)
-        if _torch_multiplies(codes, weight, groups, y):
+        if _torch_multiplies(rows, weight, groups, y):
             column = scales.float().expand(1, out_features)
             torch._scaled_mm(
-                codes, weight.t(), scale_a=x_scales, scale_b=column, bias=bias, out_dtype=y.dtype, out=y
+                rows, weight.t(), scale_a=x_scales, scale_b=column, bias=bias, out_dtype=dtype, out=y
             )
         else:
             tile = _choose_tile(probe_device(device), rows.shape[0], weight, groups)
-            _multiply(codes, x_scales, weight, scales, zeros, bias, y, groups, tile)
-    return y.view(*x.shape[:-1], out_features)
+            _multiply(rows, x_scales, weight, scales, zeros, bias, y, groups, tile)
+    return y.view(*codes.shape[:-1], out_features)
 
 
 def quantise(

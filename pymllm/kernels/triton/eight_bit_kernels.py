@@ -45,6 +45,27 @@ def rounded(value, dtype: tl.constexpr, HARDWARE: tl.constexpr):
     return result
 
 
+@inline
+def scale_of(
+    peak, dtype: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """Scales of values whose largest magnitudes are `peak`, rounded to dtype."""
+    return tl.maximum(rounded(tl.div_rn(peak, LARGEST), dtype, HARDWARE), SMALLEST)
+
+
+@inline
+def encoded(
+    values, scale, dtype: tl.constexpr, LOW: tl.constexpr, INTEGER: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """Codes of values over scales of the same shape; quotients are rounded to dtype first."""
+    quotient = rounded(tl.div_rn(values, scale), dtype, HARDWARE)
+    if INTEGER:
+        code = tl.minimum(tl.maximum(round_half_even(quotient), LOW), 127.0).to(tl.int8)
+    else:
+        code = to_e4m3(tl.minimum(tl.maximum(quotient, LOW), -LOW), HARDWARE)
+    return code
+
+
 @kernel
 def quantise_rows(
     x,
@@ -74,17 +95,11 @@ def quantise_rows(
     dtype = x.dtype.element_ty
     values = tl.load(x + token * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if static is None:
-        scale = tl.div_rn(tl.max(tl.abs(values), axis=0), LARGEST)
+        scale = scale_of(tl.max(tl.abs(values), axis=0), dtype, LARGEST, SMALLEST, HARDWARE)
     else:
-        scale = tl.load(static).to(tl.float32)
-    scale = tl.maximum(rounded(scale, dtype, HARDWARE), SMALLEST)
-    quotient = rounded(tl.div_rn(values, tl.full((BLOCK,), 1.0, tl.float32) * scale), dtype, HARDWARE)
-    if INTEGER:
-        code = tl.minimum(tl.maximum(round_half_even(quotient), LOW), 127.0)
-        tl.store(codes + token * in_features + columns, code.to(tl.int8), mask=mask)
-    else:
-        code = to_e4m3(tl.minimum(tl.maximum(quotient, LOW), -LOW), HARDWARE)
-        tl.store(codes + token * in_features + columns, code, mask=mask)
+        scale = tl.maximum(rounded(tl.load(static).to(tl.float32), dtype, HARDWARE), SMALLEST)
+    code = encoded(values, tl.full((BLOCK,), 1.0, tl.float32) * scale, dtype, LOW, INTEGER, HARDWARE)
+    tl.store(codes + token * in_features + columns, code, mask=mask)
     tl.store(scales + token * groups + group, scale)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm, silu·mul and rotary positions on the GPU, each in one pass over memory.
+"""RMSNorm, gated activations and rotary positions on the GPU, each in one pass over memory.
 
 Roundings are those of `torch_elementwise`: results differ by float32 rounding before the last step.
 """
@@ -8,21 +8,20 @@ Roundings are those of `torch_elementwise`: results differ by float32 rounding b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pymllm.kernels.hardware import Device
+from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
 from pymllm.kernels.registry import ElementwiseProblem
 from pymllm.kernels.triton.ahead_of_time import Case
-from pymllm.kernels.triton.launch import kernel
+from pymllm.kernels.triton.elementwise_kernels import gate_rows, norm_rows, rotate_heads
 from pymllm.kernels.triton.operators import operator
+from pymllm.kernels.triton.quantised_elementwise import gate_quantised, norm_quantised, why_not_codes
 from pymllm.kernels.triton.requirements import FLOATS, why_not_device
 from pymllm.kernels.triton.tuning import divide, next_power
-
-if TYPE_CHECKING:
-    import triton.language as tl
 
 LONGEST_ROW = 1 << 15
 
@@ -38,16 +37,33 @@ class TritonElementwise:
             return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
         return why_not_device(problem.device)
 
+    def why_not_codes(self, codes: RowCodes, size: int) -> str | None:
+        """Why results of rows of `size` are not given as such codes."""
+        return why_not_codes(codes, size)
+
     def rms_norm(
-        self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `TorchElementwise.rms_norm`."""
-        normed, summed = rms_norm(x, weight, eps, residual)
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
+        codes: RowCodes | None = None,
+    ) -> Tensor | QuantisedRows | tuple[Tensor | QuantisedRows, Tensor]:
+        """As `TorchElementwise.rms_norm`; the normed x as codes where they are asked for."""
+        normed: Tensor | QuantisedRows
+        if codes is None:
+            normed, summed = rms_norm(x, weight, eps, residual)
+        else:
+            normed, summed = norm_quantised(x, weight, eps, residual, codes)
         return normed if residual is None else (normed, summed)
 
-    def silu_and_mul(self, x: Tensor) -> Tensor:
-        """As `TorchElementwise.silu_and_mul`."""
-        return silu_and_mul(x)
+    def silu_and_mul(self, x: Tensor, codes: RowCodes | None = None) -> Tensor | QuantisedRows:
+        """As `TorchElementwise.silu_and_mul`; as codes where they are asked for."""
+        return gate_and_mul(x, "silu") if codes is None else gate_quantised(x, "silu", codes)
+
+    def gelu_and_mul(self, x: Tensor, codes: RowCodes | None = None) -> Tensor | QuantisedRows:
+        """As `TorchElementwise.gelu_and_mul`; as codes where they are asked for."""
+        return gate_and_mul(x, "gelu") if codes is None else gate_quantised(x, "gelu", codes)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """As `TorchElementwise.rotate`; x may be a slice of a fused projection."""
@@ -65,7 +81,25 @@ class TritonElementwise:
             yield Case(f"norm, {title}", lambda x=x: self.rms_norm(x, x[0], 1e-6))  # type: ignore[misc]
             yield Case(f"norm of a sum, {title}", lambda x=x: self.rms_norm(x, x[0], 1e-6, x))  # type: ignore[misc]
             yield Case(f"silu, {title}", lambda x=x: self.silu_and_mul(x))  # type: ignore[misc]
+            yield Case(f"gelu, {title}", lambda x=x: self.gelu_and_mul(x))  # type: ignore[misc]
             yield Case(f"rotate, {title}", lambda q=q, t=table: self.rotate(q, t, t))  # type: ignore[misc]
+        for hidden, tokens in ((4096, 1), (14336, 512)):
+            x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device="meta")
+            pair = torch.empty((tokens, 2 * hidden), dtype=torch.bfloat16, device="meta")
+            for codes in codes_for(device):
+                title = f"{codes}, {tokens} x {hidden}"
+                yield Case(
+                    f"norm of a sum to {title}", partial(self.rms_norm, x, x[0], 1e-6, x, codes), tokens == 1
+                )
+                yield Case(f"silu to {title}", partial(self.silu_and_mul, pair, codes), tokens == 1)
+
+
+def codes_for(device: Device) -> Iterator[RowCodes]:
+    """Those that linear kernels of the device ask for."""
+    yield RowCodes(True)
+    if device.architecture is not None and device.architecture.fp8:
+        yield RowCodes(False)
+        yield RowCodes(False, 128)
 
 
 @operator(
@@ -104,9 +138,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
     return y, summed
 
 
-@operator("silu_and_mul(Tensor x) -> Tensor", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
-def silu_and_mul(x: Tensor) -> Tensor:
-    """x: [*, 2N], gate first.  Returns [*, N]."""
+@operator(
+    "gate_and_mul(Tensor x, str activation) -> Tensor",
+    lambda x, activation: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+)
+def gate_and_mul(x: Tensor, activation: str) -> Tensor:
+    """x: [*, 2N], gate first.  activation: "silu" or "gelu", in the tanh approximation.  Returns [*, N]."""
     size = x.shape[-1] // 2
     rows = x.reshape(-1, 2 * size)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -114,7 +151,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if y.numel():
         block = min(next_power(size), 1024)
         grid = (rows.shape[0], divide(size, block))
-        gate_rows.launch(grid, rows, y, size, rows.stride(0), BLOCK=block, num_warps=4)
+        gate_rows.launch(grid, rows, y, size, rows.stride(0), ACTIVATION=activation, BLOCK=block, num_warps=4)
     return y
 
 
@@ -141,89 +178,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             num_warps=1,
         )
     return y
-
-
-@kernel
-def norm_rows(
-    x,
-    residual,
-    weight,
-    y,
-    summed,
-    size,
-    x_stride,
-    residual_stride,
-    eps,
-    FLOAT_WEIGHT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """x, residual: [T, H].  y, summed: [T, H].  WHOLE: a row fits one block, and is read once.  Grid: (T,)."""
-    row = tl.program_id(0).to(tl.int64)
-    dtype = y.dtype.element_ty
-    lanes = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    values = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        columns = start + lanes
-        mask = columns < size
-        values = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        if residual is not None:
-            values += tl.load(residual + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            total = values.to(dtype)
-            tl.store(summed + row * size + columns, total, mask=mask)
-            values = total.to(tl.float32)
-        squares += values * values
-    factor = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / size + eps)
-    for start in range(0, size, BLOCK):
-        columns = start + lanes
-        mask = columns < size
-        if not WHOLE:
-            if residual is not None:
-                values = tl.load(summed + row * size + columns, mask=mask, other=0.0).to(tl.float32)
-            else:
-                values = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        result = values * factor
-        if weight is not None:
-            factors = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-            if not FLOAT_WEIGHT:
-                result = result.to(dtype).to(tl.float32)
-            result *= factors
-        tl.store(y + row * size + columns, result.to(dtype), mask=mask)
-
-
-@kernel
-def gate_rows(x, y, size, stride, BLOCK: tl.constexpr):
-    """x: [T, 2N].  y: [T, N].  Grid: (T, N / BLOCK)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < size
-    gate = tl.load(x + row * stride + columns, mask=mask, other=0.0)
-    up = tl.load(x + row * stride + size + columns, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    active = (wide / (1.0 + tl.exp2(-1.4426950408889634 * wide))).to(gate.dtype).to(tl.float32)
-    tl.store(y + row * size + columns, (active * up.to(tl.float32)).to(gate.dtype), mask=mask)
-
-
-@kernel
-def rotate_heads(
-    x, cos, sin, y, stride, head_stride, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
-    """x: [T, heads, SIZE].  cos, sin: [T, HALF].  y: [T, heads, SIZE].  Grid: (T, heads)."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < HALF
-    source = x + token * stride + head * head_stride
-    target = y + (token * tl.num_programs(1) + head) * SIZE
-    first = tl.load(source + lanes, mask=mask, other=0.0)
-    second = tl.load(source + HALF + lanes, mask=mask, other=0.0)
-    c = tl.load(cos + token * HALF + lanes, mask=mask, other=0.0)
-    s = tl.load(sin + token * HALF + lanes, mask=mask, other=0.0)
-    one, other = first.to(tl.float32), second.to(tl.float32)
-    tl.store(target + lanes, (one * c - other * s).to(first.dtype), mask=mask)
-    tl.store(target + HALF + lanes, (other * c + one * s).to(first.dtype), mask=mask)
-    if SIZE > 2 * HALF:
-        rest = lanes < SIZE - 2 * HALF
-        tl.store(
-            target + 2 * HALF + lanes, tl.load(source + 2 * HALF + lanes, mask=rest, other=0.0), mask=rest
-        )

@@ -23,7 +23,7 @@ from pymllm.kernels.linear_experts import LinearExperts
 from pymllm.kernels.reference import ReferenceLinear
 from pymllm.kernels.registry import TOLERANCES, ExpertsBias, ExpertsProblem, LinearProblem, Packed
 from pymllm.kernels.triton.ahead_of_time import Case
-from pymllm.kernels.triton.elementwise import silu_and_mul
+from pymllm.kernels.triton.elementwise import gate_and_mul
 from pymllm.kernels.triton.fp4_weights import TritonFp4
 from pymllm.kernels.triton.fp8_weights import TritonFp8
 from pymllm.kernels.triton.int_weights import TritonInt
@@ -148,7 +148,9 @@ class TritonExperts(LinearExperts):
             hidden = torch.cat(halves, dim=-1)
             if bias.gate_up is not None:
                 hidden = hidden + bias.gate_up[ids.flatten().clamp(min=0)]
-        hidden = silu_and_mul(hidden) if problem.activation.kind == "silu" else problem.activation(hidden)
+        hidden = (
+            gate_and_mul(hidden, "silu") if problem.activation.kind == "silu" else problem.activation(hidden)
+        )
         answers = multiply("down", hidden, bias.down, 1, torch.float32)
         size = x.shape[-1]
         block = min(next_power(size), 1024)
