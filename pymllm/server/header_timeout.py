@@ -1,9 +1,11 @@
-"""uvicorn's HTTP/1.1 protocol with a time limit for a request's headers, which it has none for."""
+"""uvicorn's HTTP/1.1 protocol with a time limit for a request's headers, and JSON for a request that is none."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from http import HTTPStatus
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -43,9 +45,20 @@ class HeaderTimeoutProtocol(H11Protocol):
 
     def _too_slow(self) -> None:
         self._deadline = None
-        body = json.dumps(error_body(408, f"the headers did not arrive within {HEADER_SECONDS:g} seconds"))
+        self._refuse(408, f"the headers did not arrive within {HEADER_SECONDS:g} seconds")
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls, while it handles h11's error, for a request that cannot be read."""
+        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+            self._refuse(431, "the headers are too large")
+        else:
+            self._refuse(400, "this is no HTTP/1.1 request")
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = json.dumps(error_body(status, message))
         self.transport.write(
-            "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            "Content-Type: application/json\r\nConnection: close\r\n"
             f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         self.transport.close()

@@ -159,8 +159,28 @@ def test_an_answer_may_take_longer_than_headers_may(served, monkeypatch, llm):
     assert status == 200 and answer["usage"]["completion_tokens"] == 5
 
 
-def test_large_headers_are_refused(served):
-    assert post(served, {"prompt": "x"}, headers={"X-Filler": "a" * 20_000})[0] == 431
+@pytest.mark.parametrize("size", (20_000, 60_000))
+def test_large_headers_are_refused(served, size):
+    assert post(served, {"prompt": "x"}, headers={"X-Filler": "a" * size})[0] == 431
+    assert_alive(served)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nX-Filler: " + b"a" * 70_000, 431),
+        (b"\x00\x01\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n", 400),
+    ],
+)
+def test_what_is_no_request_gets_an_error_object_too(served, sent, status):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+        connection.sendall(sent)
+        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    head, _, body = answer.partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
     assert_alive(served)
 
 
