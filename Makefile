@@ -53,7 +53,7 @@ gpu: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: see docs/gpu.md"'
 	$(BIN)/python -m pytest -q tests/kernels/triton tests/kernels/test_hardware.py tests/engine/test_graphs.py $(PYTEST_ARGS)
 	$(BIN)/python -m pymllm bench tune
-	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_decode; do \
+	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_elementwise gpu_decode; do \
 	  $(BIN)/python -m pymllm bench table $$table || status=1; done; exit $$status
 
 format: $(VENV)/.stamp-lint

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from gpu_peers import flashinfer_decode
-from gpu_roofline import Table, device_for, parser
+from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVType, PagedKV
@@ -26,7 +26,7 @@ KINDS = (KVType(torch.bfloat16), KVType(torch.float8_e4m3fn, "static"), KVType(t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, BUDGET_S)
     args = options.parse_args(arguments)
     works = [(2, 20)] if args.dry_run else [(1, 8192), (1, 65536), (32, 4096), (128, 1024)]
     device, where = device_for(args.dry_run)

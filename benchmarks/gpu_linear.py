@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from gpu_peers import peers_of
-from gpu_roofline import Table, device_for, parser
+from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
 from pymllm.kernels.canonical import Fp8Weight, IntWeight
@@ -35,7 +35,7 @@ def formats() -> Iterator[tuple[str, object]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, BUDGET_S)
     options.add_argument("--shapes", nargs="+", default=["8192x8192", "4096x4096"], help="OUTPUTSxINPUTS")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 128, 512, 2048])
     args = options.parse_args(arguments)

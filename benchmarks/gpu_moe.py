@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from gpu_peers import grouped_mm_experts
-from gpu_roofline import Table, device_for, parser
+from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
 from pymllm.kernels.canonical import DenseType, ExpertsWeight, LazyWeights
@@ -27,7 +27,7 @@ DISTINCT = 8  # experts of the same content lie in places of their own, so readi
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, BUDGET_S)
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
     args = options.parse_args(arguments)
     experts, top_k, hidden, inner = (8, 2, 128, 128) if args.dry_run else (128, 8, 2048, 768)
