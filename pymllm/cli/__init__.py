@@ -16,14 +16,29 @@ from collections.abc import Sequence
 VERBS = {
     "run": "generate text",
     "plan": "show which method and kernel every layer gets, and why, without loading",
-    "verify": "check every layer's kernel against float64",
+    "verify": "check what every layer's kernel computes against float64",
     "quantize": "write a quantised checkpoint that other programs read too",
     "serve": "answer OpenAI-style requests over HTTP",
-    "bench": "build, tune and measure kernels",
+    "bench": "build, tune and measure kernels (for who works on them)",
     "doctor": "show what this machine and this installation can do",
 }
+FIRST_STEPS = """first steps:
+  pymllm run --demo              the small model that comes along answers
+  pymllm doctor                  what this machine can run, and what is missing
+  pymllm plan MODEL              a folder or hub id: each layer's method and kernel
+  pymllm run MODEL "a prompt"    without MODEL: the small one
+
+`pymllm VERB --help` explains a verb."""
 BROKEN_PIPE = 141  # what a shell shows for a process that SIGPIPE ended
 CANNOT_WRITE = (errno.ENOSPC, errno.EFBIG, errno.EIO)
+
+
+class _Paragraphs(argparse.HelpFormatter):
+    """Wraps what is before and after the options; a paragraph with indented lines stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill, parts = super()._fill_text, text.split("\n\n")
+        return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
-        args = _parser(argv).parse_args(argv)
-        return _execute(args)
+        parser = _parser(argv)
+        if not argv:
+            parser.print_help(sys.stderr)
+            return 2
+        return _execute(_parse(parser, argv))
     except SystemExit as stop:  # argparse: 2 after a usage error, 0 after --help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -58,21 +76,37 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pymllm",
         description="Run a language model, every weight through the method that fits it.",
-        epilog="`pymllm VERB --help` explains a verb.",
+        epilog=FIRST_STEPS,
+        formatter_class=_Paragraphs,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pymllm {pymllm.__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
     called = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in VERBS.items():
         verb = verbs.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=_Paragraphs,
+            allow_abbrev=False,
         )
         if name == called:
             module = importlib.import_module(f"pymllm.cli.{name}")
             module.add_arguments(verb)
             verb.set_defaults(execute=module.execute, parser=verb)
     return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Words may stand anywhere among the options, where argparse leaves those behind an option over."""
+    args, left = parser.parse_known_args(argv)
+    words = getattr(args, "words", None)
+    if left and words is not None and not any(word.startswith("-") for word in left):
+        args.words, left = [*words, *left], []
+    if left:
+        args.parser.error(f"unrecognized arguments: {' '.join(left)}")  # with the usage of the verb
+    return args
 
 
 def _execute(args: argparse.Namespace) -> int:

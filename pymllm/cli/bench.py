@@ -18,8 +18,8 @@ SHAPES_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="WHAT")
-    aot = actions.add_parser(
-        "aot", help="compile every GPU kernel ahead of time, for every architecture; needs no GPU"
+    aot = _action(
+        actions, "aot", "compile every GPU kernel ahead of time, for every architecture; needs no GPU"
     )
     aot.add_argument("--arch", action="append", metavar="NAME", help="sm90, gfx942, ...; default: all")
     aot.add_argument("--only", default="", metavar="TEXT", help="kernels with this in their name")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="write triton_aot.json and triton_aot.md there"
     )
     add_common_options(aot)
-    tune = actions.add_parser("tune", help="find the fastest tiles on this GPU, and keep them in its file")
+    tune = _action(actions, "tune", "find the fastest tiles on this GPU, and keep them in its file")
     tune.add_argument(
         "--shape",
         action="append",
@@ -38,13 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUTxIN",
         help="a linear layer's outputs and inputs; default: those of an 8 B model",
     )
-    tune.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64], help="rows; default: 1 16 64")
+    tune.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[1, 16, 64],
+        metavar="N",
+        help="rows of the input; default: 1 16 64",
+    )
     tune.add_argument("--out", type=Path, metavar="FILE", help="default: the file that this device reads")
     add_common_options(tune)
-    table = actions.add_parser("table", help="run a script of benchmarks/, from a clone")
-    table.add_argument("name", help="gpu_linear, cpu_linear, ...")
+    table = _action(actions, "table", "run a script of benchmarks/, from a clone")
+    table.add_argument("name", metavar="NAME", help="gpu_linear, cpu_linear, ...")
     table.add_argument("rest", nargs=argparse.REMAINDER, help="the script's own options")
     add_common_options(table)
+
+
+def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = actions.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    return added
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -7,7 +7,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from dataclasses import asdict
+import shutil
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pymllm.cli.options import add_common_options
@@ -15,14 +18,25 @@ from pymllm.cli.output import print_json
 
 SCHEMA_VERSION = 1
 CORE = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
-# Extra: (what is imported, what pip calls it) of each of its packages, as pyproject.toml has them.
+
+
+@dataclass(frozen=True)
+class Extra:
+    """purpose: what it is for.  packages: (what is imported, what pip calls it) of each, as pyproject.toml has them."""
+
+    purpose: str
+    packages: tuple[tuple[str, str], ...]
+
+
 EXTRAS = {
-    "triton": (("triton", "triton"),),
-    "flashinfer": (("flashinfer", "flashinfer-python"),),
-    "server": (("fastapi", "fastapi"), ("uvicorn", "uvicorn")),
-    "grammar": (("xgrammar", "xgrammar"),),
-    "ray": (("ray", "ray"),),
-    "writers": (("compressed_tensors", "compressed-tensors"), ("gguf", "gguf"), ("peft", "peft")),
+    "triton": Extra("GPU kernels, and compiling them for other machines", (("triton", "triton"),)),
+    "flashinfer": Extra("attention over prompts on NVIDIA GPUs", (("flashinfer", "flashinfer-python"),)),
+    "server": Extra("pymllm serve", (("fastapi", "fastapi"), ("uvicorn", "uvicorn"))),
+    "plot": Extra("pymllm verify --compare --plot", (("matplotlib", "matplotlib"),)),
+    "writers": Extra(
+        "other programs' writers, to test against",
+        (("compressed_tensors", "compressed-tensors"), ("gguf", "gguf"), ("peft", "peft")),
+    ),
 }
 
 
@@ -36,7 +50,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print("\n".join(lines(report)))
+        print("\n".join(_wrapped(line) for line in lines(report)))
     return 1 if report["problems"] else 0
 
 
@@ -50,6 +64,7 @@ def examine() -> dict[str, Any]:
         "gpus": _examine_gpus(problems),
         "formats": _list_formats(problems),
         "kernels": _list_kernels(problems),
+        "kernels_for_other_devices": _list_kernels(problems, elsewhere=True),
         "extras": _list_extras(),
         "problems": problems,
     }
@@ -58,7 +73,7 @@ def examine() -> dict[str, Any]:
 def _versions() -> dict[str, str | None]:
     import pymllm
 
-    names = dict.fromkeys([*CORE, *(pip for packages in EXTRAS.values() for _, pip in packages)])
+    names = dict.fromkeys([*CORE, *(pip for extra in EXTRAS.values() for _, pip in extra.packages)])
     return {
         "pymllm": pymllm.__version__,
         "python": platform.python_version(),
@@ -117,20 +132,30 @@ def _list_formats(problems: list[str]) -> list[str]:
     return sorted(list_quantization_methods())
 
 
-def _list_kernels(problems: list[str]) -> dict[str, list[str]]:
-    """By operation, the preferred one first."""
+def _list_kernels(problems: list[str], *, elsewhere: bool = False) -> dict[str, list[str]]:
+    """By operation, the preferred one first.  elsewhere: only those for a device that this machine lacks."""
     if problems:
         return {}
+    import torch
+
     from pymllm.kernels.registry import KERNELS, kernels_for
 
-    return {operation: [kernel.name for kernel in kernels_for(operation)] for operation in KERNELS}
+    here = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    return {
+        operation: [
+            kernel.name
+            for kernel in kernels_for(operation)
+            if not elsewhere or getattr(kernel, "device_type", "cpu") not in here
+        ]
+        for operation in KERNELS
+    }
 
 
 def _list_extras() -> dict[str, dict[str, Any]]:
     found = {}
-    for extra, packages in EXTRAS.items():
-        missing = [pip for module, pip in packages if importlib.util.find_spec(module) is None]
-        found[extra] = {"present": not missing, "missing": missing}
+    for name, extra in EXTRAS.items():
+        missing = [pip for module, pip in extra.packages if importlib.util.find_spec(module) is None]
+        found[name] = {"purpose": extra.purpose, "present": not missing, "missing": missing}
     return found
 
 
@@ -162,11 +187,27 @@ def lines(report: dict[str, Any]) -> list[str]:
         text.append("gpu        none that torch can use")
     text.append(f"formats    {', '.join(report['formats'])}")
     for operation, names in report["kernels"].items():
-        text.append(f"kernels    {operation}: {', '.join(names)}")
+        others = report["kernels_for_other_devices"][operation]
+        usable = ", ".join(name for name in names if name not in others)
+        lacking = f"; not on this machine: {', '.join(others)}" if others else ""
+        text.append(f"kernels    {operation}: {usable}{lacking}")
     for extra, state in report["extras"].items():
-        absent = f"absent: {', '.join(state['missing'])}; pip install 'pymllm[{extra}]'"
-        text.append(f"extra      {extra}: {'present' if state['present'] else absent}")
-    return text + [f"PROBLEM    {problem}" for problem in report["problems"]]
+        absent = f"no {', '.join(state['missing'])}: pip install 'pymllm[{extra}]'"
+        text.append(f"extra      {extra} ({state['purpose']}): {'present' if state['present'] else absent}")
+    text += [f"PROBLEM    {problem}" for problem in report["problems"]]
+    if not report["problems"]:
+        text.append("all well   pymllm runs here; to see it: pymllm run --demo")
+    return text
+
+
+def _wrapped(line: str) -> str:
+    """For a terminal: a long line goes on below its text."""
+    if not sys.stdout.isatty():
+        return line
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(
+        line, columns, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _size(nbytes: int | None) -> str:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = "the small model that comes with pymllm"
+ABOUT_RULES = """PATTERN is a layer's name in the checkpoint, as `pymllm plan --all` lists them; * stands for one part
+between dots, ** for any number of them. METHOD: int4, int8, fp8, ..., or none for floats."""
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-v", "--verbose", action="store_true", help="log one line for each phase")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="log one line for each phase; long lists whole"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
@@ -20,29 +24,25 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         parser.add_argument(
             "model", nargs="?", metavar="MODEL", help=f"a folder, or a hub id org/name; default: {SHIPPED}"
         )
-    group = parser.add_argument_group("the model")
-    # One list for both options, as the order of rules matters: the first match wins.
+    group = parser.add_argument_group("the model", ABOUT_RULES)
+    add_rule_options(group, "'**.mlp.**=fp8'")
     group.add_argument(
-        "--quant",
-        action="append",
-        metavar="PATTERN=METHOD[:KEY=VALUE,...]",
-        help="the method of the layers that match, e.g. '**.mlp.**=fp8'; repeatable, first match wins",
+        "--device",
+        default="auto",
+        help="auto (a GPU where torch has one), cpu or cuda; only to plan for: cuda:sm90, hip:gfx942, ...",
     )
     group.add_argument(
-        "--quant-file",
-        action="append",
-        type=Path,
-        dest="quant",
-        metavar="FILE",
-        help="such rules, one a line",
+        "--dtype",
+        default="auto",
+        help="of activations: float32, float16, bfloat16 or auto (the checkpoint's; "
+        "on a CPU, float32 if it is quantised)",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda; to plan: cuda:sm90, hip:gfx942")
-    group.add_argument("--dtype", default="auto", help="of activations: auto, float32, float16 or bfloat16")
     group.add_argument(
         "--compute",
         choices=("auto", "exact", "checkpoint"),
         default="auto",
-        help="whether kernels may quantise activations: where it helps, never, or as the checkpoint demands",
+        help="whether kernels may round activations to fewer bits: where that is faster (auto, the default), never "
+        "(exact), or just as the checkpoint asks for (checkpoint)",
     )
     group.add_argument(
         "--kernel",
@@ -50,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         type=_kernel,
         default=[],
         metavar="OPERATION=NAME",
-        help="force a kernel, e.g. linear=reference; repeatable",
+        help="force a kernel, e.g. linear=reference; `pymllm doctor` lists them; repeatable",
     )
     group.add_argument(
         "--kv-cache",
@@ -75,9 +75,27 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument(
         "--expert-parallel",
         action="store_true",
-        help="ranks hold whole experts, some each, instead of a share of every one",
+        help="of a model with experts: each rank holds some of them whole, not a share of every one",
     )
     add_common_options(parser)
+
+
+def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:
+    """--quant and --quant-file, which fill one list: the order of rules matters, as the first match wins."""
+    group.add_argument(
+        "--quant",
+        action="append",
+        metavar="PATTERN=METHOD[:KEY=VALUE,...]",
+        help=f"the method of the layers that match, e.g. {example}; repeatable, the first match wins",
+    )
+    group.add_argument(
+        "--quant-file",
+        action="append",
+        type=Path,
+        dest="quant",
+        metavar="FILE",
+        help="such rules, one a line",
+    )
 
 
 def adapter(text: str) -> tuple[str, str]:

@@ -20,14 +20,30 @@ if TYPE_CHECKING:
     from pymllm.planned import Plan, PlannedLayer
 
 
+EXAMPLES = """Nothing but config.json and the headers of the weight files is read: a plan of any model takes about a
+second.
+
+examples:
+  pymllm plan org/name
+  pymllm plan ./model --quant '**.mlp.**=fp8' --quant 'lm_head=none' --why
+  pymllm plan ./model --device cuda:sm90     what a machine with such a GPU would do
+  pymllm plan ./model --json > before.json
+  pymllm plan ./model --compute exact --diff before.json"""
 MOST_OFFERS = 2  # refused kernels that are named unless all are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "pymllm plan [MODEL] [options]", EXAMPLES
     add_model_options(parser)
-    parser.add_argument("--rank", type=int, default=0, help="whose share to show, of --tensor-parallel-size")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="whose share to show, of --tensor-parallel-size; default: 0",
+    )
     parser.add_argument("--all", action="store_true", help="every layer on a line of its own")
-    parser.add_argument("--why", action="store_true", help="every kernel that was refused, and the reason")
+    parser.add_argument("--why", action="store_true", help="every kernel that was not chosen, and the reason")
     parser.add_argument(
         "--diff", type=Path, metavar="OTHER.json", help="what would change against a plan saved with --json"
     )

@@ -5,57 +5,63 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pymllm.cli.options import add_common_options, positive
+from pymllm.cli.options import ABOUT_RULES, add_common_options, add_rule_options, positive
 from pymllm.cli.output import print_json
+
+EXAMPLES = """A layer without a rule keeps its weights. A run that was stopped and is asked for again goes on where it
+was.
+
+examples:
+  pymllm quantize org/name OUT --quant '**.layers.**=int4'
+  pymllm quantize org/name OUT --quant '**.layers.**=awq' --calibrate text.txt
+  pymllm quantize org/name OUT --quant '**.mlp.**=fp8' --quant '**.self_attn.**=int8'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "pymllm quantize MODEL OUT --quant PATTERN=METHOD [options]", EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="a folder, or a hub id org/name")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write, new or of a stopped run")
-    group = parser.add_argument_group("what to write")
-    group.add_argument(
-        "--quant",
-        action="append",
-        metavar="PATTERN=METHOD[:KEY=VALUE,...]",
-        help="the method of the layers that match, e.g. '**.layers.**=int4:scale=mse'; repeatable, first match wins",
-    )
-    group.add_argument(
-        "--quant-file",
-        action="append",
-        type=Path,
-        dest="quant",
-        metavar="FILE",
-        help="such rules, one a line",
-    )
+    group = parser.add_argument_group("what to write", ABOUT_RULES)
+    add_rule_options(group, "'**.layers.**=int4:scale=mse'")
     group.add_argument(
         "--format",
         choices=("auto", "awq", "compressed-tensors"),
         default="auto",
-        help="how the checkpoint spells it; auto: awq where all rules ask for awq, else compressed-tensors",
+        help="of the checkpoint; auto: awq where all rules ask for awq, else compressed-tensors",
     )
-    group.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weight file; default: 5GB")
+    group.add_argument(
+        "--shard-size", default="5GB", metavar="SIZE", help="of a weight file, at most; default: 5GB"
+    )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="a text file; integer weights are rounded by what it makes of their inputs",
+        help="a text file that the model is run on: integer weights are then rounded to suit what layers get as inputs",
     )
     group.add_argument(
         "--algorithm",
         choices=("auto", "awq", "gptq"),
         default="auto",
-        help="how; auto: awq for format awq, else gptq",
+        help="how they are rounded; auto: awq for format awq, else gptq",
     )
     group.add_argument(
         "--act-order", action="store_true", help="gptq: round the inputs that matter most first"
     )
     group.add_argument(
-        "--calibration-tokens", type=positive, default=16384, metavar="N", help="of the text; default: 16384"
+        "--calibration-tokens",
+        type=positive,
+        default=16384,
+        metavar="N",
+        help="tokens of the text; default: 16384",
     )
     group.add_argument(
-        "--window", type=positive, default=512, metavar="N", help="tokens that run together; default: 512"
+        "--window",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of the text that run together; default: 512",
     )
     parser.add_argument(
         "--restart", action="store_true", help="throw away what an unfinished run of another request left"

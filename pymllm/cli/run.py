@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from pymllm.engine.request import RequestOutput
     from pymllm.planned import Plan
 
+EPILOG = """A single MODEL-or-PROMPT is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id
+org/name; else it is a prompt for the small model that comes with pymllm. With --prompt it is always MODEL. Without a
+prompt, stdin is the prompt, unless it is a terminal. Sampling that is not given is as the checkpoint's
+generation_config.json recommends.
+
+examples:
+  pymllm run --demo
+  pymllm run "def fibonacci(n):" --max-tokens 64
+  pymllm run org/name --chat "What is a monad?" --stats
+  pymllm run ./model --quant '**.mlp.**=fp8' < prompt.txt"""
 DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
 DEMO_SEED, DEMO_TOKENS = 2, 52
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -27,12 +37,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "pymllm run [MODEL] [PROMPT] [options]"
-    parser.epilog = (
-        "A single MODEL-or-PROMPT is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id "
-        "org/name; else it is a prompt for the shipped model. With --prompt it is always MODEL. Without a prompt, "
-        "stdin is the prompt, unless it is a terminal. Sampling that is not given is as the checkpoint's "
-        "generation_config.json recommends."
-    )
+    parser.epilog = EPILOG
     parser.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help=f"default MODEL: {SHIPPED}")
     parser.add_argument("-p", "--prompt", help="the prompt, whatever it looks like")
     parser.add_argument(
@@ -50,11 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most; default: 128")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--min-p", type=float, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, metavar="X")
-    group.add_argument("--seed", type=int)
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="only the likeliest tokens, of probability P together"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens already there are less likely"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="the same answer each time")
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
     group = parser.add_argument_group("output")
     group.add_argument(

@@ -22,19 +22,33 @@ SPARE_CONNECTIONS = 256  # beside those that wait: idle ones, and clients still 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+EXAMPLES = """examples:
+  pymllm serve ./model
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"prompt": "Once upon", "max_tokens": 16}'
+
+docs/serving.md has the whole of it."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "pymllm serve [MODEL] [options]", EXAMPLES
     add_model_options(parser)
     group = parser.add_argument_group("the server")
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: this machine alone"
     )
-    group.add_argument("--port", type=_port, default=8000, help="default: 8000; 0 takes a free one")
+    group.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="default: 8000; 0 takes a free one"
+    )
     group.add_argument(
         "--api-key",
+        metavar="KEY",
         default=os.environ.get("PYMLLM_API_KEY"),
         help="demanded of every request but /health; better given as PYMLLM_API_KEY, which other users cannot see",
     )
-    group.add_argument("--model-name", help="what clients call the model; default: MODEL's last part")
+    group.add_argument(
+        "--model-name", metavar="NAME", help="what clients call the model; default: MODEL's last part"
+    )
     group.add_argument(
         "--adapter",
         action="append",

@@ -8,11 +8,19 @@ from pathlib import Path
 from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped, positive
 from pymllm.cli.output import print_json
 
+EXAMPLES = """The exit code is 1 if a layer is further off than its kernel's rounding explains.
+
+examples:
+  pymllm verify ./model
+  pymllm verify ./model --quant '**.mlp.**=fp8' --text FILE
+  pymllm verify ./model --text FILE --compare '' '**.mlp.**=fp8' '**.mlp.**=int4; **.self_attn.**=int8'"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "pymllm verify [MODEL] [options]", EXAMPLES
     add_model_options(parser)
     parser.add_argument(
-        "--top", type=int, default=10, metavar="N", help="how many of the worst layers; default: 10"
+        "--top", type=int, default=10, metavar="N", help="show so many layers, the worst first; default: 10"
     )
     group = parser.add_argument_group("the whole model")
     group.add_argument(
@@ -20,12 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also compare next-token distributions with those of the weights in float32, on random token ids",
     )
-    group.add_argument("--text", type=Path, metavar="FILE", help="the same on a text, with its perplexity")
+    group.add_argument("--text", type=Path, metavar="FILE", help="the same on this text, with its perplexity")
     group.add_argument(
-        "--tokens", type=positive, default=2048, metavar="N", help="of the text; default: 2048"
+        "--tokens", type=positive, default=2048, metavar="N", help="tokens of the text; default: 2048"
     )
     group.add_argument(
-        "--window", type=positive, default=512, metavar="N", help="tokens that run together; default: 512"
+        "--window",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of the text that run together; default: 512",
     )
     group.add_argument(
         "--compare",

@@ -41,7 +41,7 @@ def _cause(refusal: Refusal, operation: Operation, problem: Any) -> tuple[Cause,
     kernel = next(kernel for kernel in kernels_for(operation) if kernel.name == refusal.kernel)
     if getattr(kernel, "device_type", problem.device.type) != problem.device.type:
         return "device", ""
-    if refusal.why == native_missing_reason() or "pip install" in refusal.why:
+    if refusal.why == native_missing_reason() or any(word in refusal.why for word in ("pip install", "nvcc")):
         return "installation", ""
     for setting, changed in _other_settings(problem):
         if kernel.why_not(changed) is None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import pymllm
 from pymllm import verification
 from pymllm.api import shipped_model
-from pymllm.cli import VERBS, main
+from pymllm.cli import VERBS, _parse, _parser, main
 from pymllm.cli.plan import common_pattern
 from pymllm.cli.run import DEMO_PROMPT, names_a_model
 from pymllm.errors import BRIEF
@@ -82,6 +83,27 @@ def test_help_of_the_command_and_of_every_verb_loads_no_torch():
     assert all(verb in result.stdout for verb in VERBS)
 
 
+def test_the_command_alone_gives_its_help_and_an_unknown_argument_the_usage_of_the_verb(capsys):
+    assert main([]) == 2
+    assert "first steps:" in capsys.readouterr().err
+    assert main(["plan", "model", "another"]) == 2
+    assert capsys.readouterr().err.startswith("usage: pymllm plan [MODEL] [options]\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_narrow_terminal_and_its_examples_are_understood(verb, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    head, _, examples = text.partition("\nexamples:\n")
+    assert [line for line in head.splitlines() if len(line) > 80] == []
+    parser = _parser([verb])
+    for line in examples.splitlines():
+        example = re.split(r" {2,}|[<>]", line.strip())[0]
+        if example.startswith("pymllm "):
+            assert _parse(parser, shlex.split(example)[1:]).verb == verb
+
+
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pymllm {pymllm.__version__}\n"
@@ -99,6 +121,8 @@ def test_the_version_is_told(capsys):
         ["plan", "--js"],  # no abbreviations: a later option must not change what a script means
         ["verify", "--top", "0"],
         ["run", "model", "prompt", "more"],
+        ["run", "model", "--chat", "prompt", "more"],
+        ["run", "model", "prompt", "--jsn"],
         ["run", "model", "prompt", "--prompt", "another"],
         ["run", "--max-tokens", "few"],
         ["run", "\udcff"],
@@ -415,7 +439,8 @@ def test_a_lone_word_is_a_model_or_a_prompt(word, is_model):
 def test_run_takes_model_and_prompt_in_every_form(llm, capsys):
     folder, prompt = str(shipped_model()), "a/b"
     ids = len(llm.encode(prompt))
-    for words in ([folder, prompt], [folder, "--prompt", prompt], ["--prompt", prompt]):
+    forms = [folder, prompt], [folder, "--prompt", prompt], ["--prompt", prompt]
+    for words in (*forms, [folder, "--seed", "1", prompt], ["--seed", "1", folder, prompt]):
         assert main(["run", *words, "--max-tokens", "1", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["prompt_tokens"] == ids
 
@@ -473,7 +498,10 @@ def test_doctor_tells_versions_cpu_formats_kernels_and_extras(capsys):
     assert all(
         names[-1] in ("reference", "torch") for names in report["kernels"].values()
     )  # these refuse nothing
-    assert set(report["extras"]) == {"triton", "flashinfer", "server", "grammar", "ray", "writers"}
+    for operation, names in report["kernels_for_other_devices"].items():
+        assert set(names) < set(report["kernels"][operation])
+    assert ("triton_int" in report["kernels_for_other_devices"]["linear"]) == (report["gpus"] == [])
+    assert set(report["extras"]) == {"triton", "flashinfer", "server", "plot", "writers"}
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("awq", "reference", "server", report["cpu"]["best_path"]))
@@ -491,8 +519,8 @@ def test_the_extras_that_doctor_knows_are_those_of_pyproject():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
     declared = dict(re.findall(r"^(\w+) = \[(.*)\]", section, re.MULTILINE))
-    for extra, packages in EXTRAS.items():
-        assert re.findall(r'"([\w-]+)', declared[extra]) == [pip for _, pip in packages]
+    for name, extra in EXTRAS.items():
+        assert re.findall(r'"([\w-]+)', declared[name]) == [pip for _, pip in extra.packages]
 
 
 # `python -m pymllm`, as a user starts it
