@@ -197,3 +197,19 @@ def test_only_who_alone_reads_a_result_gets_codes():
     assert "gate_rows_to_codes" in launches(layer)
     norm = RMSNorm(256)
     assert isinstance(norm(torch.randn(2, 256), taker=layer.mlp), torch.Tensor), "torch's kernels give floats"
+
+
+def test_torch_compile_keeps_norm_gate_and_product_as_operators_that_hand_codes_on():
+    weight = next(weights())
+    problem = problem_for(weight, torch.bfloat16)
+    kernel = select("linear", problem).kernel
+    packed, codes = moved(kernel.pack(weight, problem)), kernel.input_codes(problem)
+
+    def run(x, residual):
+        rows, total = OURS.rms_norm(x, None, 1e-6, residual, codes)
+        return kernel.run(packed, problem, rows, None), OURS.gelu_and_mul(total, codes).codes.float()
+
+    x, residual = (randn(3, 256, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(compiled(x, residual), run(x, residual), strict=True):
+        assert torch.equal(found, expected)

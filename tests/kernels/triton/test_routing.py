@@ -98,6 +98,16 @@ def test_no_tokens_and_tensors_without_data():
         assert weights.shape == ids.shape == (logits.shape[0], 2) and weights.device == logits.device
 
 
+def test_torch_compile_keeps_the_kernel_as_one_operator():
+    logits, bias = randn(4, 24), randn(24, seed=1)
+    routing = RULES["groups by their best two"][1]
+    compiled = torch.compile(TritonRouting().run, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(
+        compiled(routing, logits, bias), TritonRouting().run(routing, logits, bias), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
 def test_what_it_cannot_run_goes_to_torch():
     def chosen(experts=8, dtype=torch.bfloat16, device=DEVICE, **rule):
         problem = RoutingProblem(Routing(top_k=2, **rule), experts, dtype, device)
