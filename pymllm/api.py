@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
+import reprlib
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +194,7 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids are checked against the vocabulary.  RequestError names the first bad one."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         vocabulary = self.config.size("vocab_size")
         bad = next((token for token in ids if not 0 <= token < vocabulary), None)
         if bad is not None:
@@ -207,7 +210,7 @@ class LLM:
     def logits(self, token_ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Logits after each of the tokens, from one forward without a cache.  Returns [T, V] float32 on the CPU."""
         self.check_adapter(adapter)
-        ids = self.encode(token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids)
+        ids = self.encode(token_ids)  # type: ignore[arg-type]
         if not ids:
             return torch.zeros((0, self.config.size("vocab_size")))
         with self._lock:
@@ -279,7 +282,9 @@ class LLM:
 
     @staticmethod
     def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        if isinstance(prompts, Tensor):
+            prompts = prompts.tolist()
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
             return [prompts]  # type: ignore[list-item]
         return list(prompts)  # type: ignore[arg-type]
 
@@ -339,6 +344,22 @@ def load_model(
     if check_memory:
         _refuse_too_large(prepared, make_plan(prepared))
     return load_prepared(prepared, progress=progress)
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """A prompt of token ids, whatever holds them."""
+    try:
+        return [
+            operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)
+        ]
+    except TypeError:
+        raise RequestError(
+            "a prompt is neither text nor token ids",
+            code="prompt",
+            tensor="prompt",
+            expected="a string, or a sequence of whole numbers",
+            found=reprlib.repr(prompt),
+        ) from None
 
 
 def _refuse_too_large(prepared: Prepared, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from pymllm.config import Execution
 from pymllm.layers.linear import WeightedLayer
 from pymllm.quantization.base import LinearMethodBase, QuantizationConfig
 from pymllm.quantization.binding import bind_shared, bound_weight
-from pymllm.weights.spec import Span
+from pymllm.weights.spec import Span, refuse_sizes
 
 
 class VocabParallelEmbedding(WeightedLayer):
@@ -37,6 +37,8 @@ class VocabParallelEmbedding(WeightedLayer):
         bias: bool = False,
     ) -> None:
         super().__init__(prefix, params_dtype)
+        what = prefix or type(self).__name__
+        refuse_sizes(what, num_embeddings=[num_embeddings], embedding_dim=[embedding_dim])
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._setup(self.stored_names(), quant_method, quant_config, bias)
         share = self.shape.outputs[0]
@@ -123,9 +125,19 @@ class ParallelLMHead(VocabParallelEmbedding):
         execution = self.execution or Execution(dtype=self.params_dtype, device=bound.problem.device.type)
         self.bound = bind_shared(bound, execution, "linear")
 
+    def _table(self) -> VocabParallelEmbedding:
+        """What holds the weights: the embedding, where its table is this head's and neither is packed."""
+        if not self.shares_table or bound_weight(self) is not None:
+            return self
+        assert self.tied_to is not None
+        if bound_weight(self.tied_to) is None:
+            return self.tied_to
+        self.pack_tied()
+        return self
+
     def forward(self, x: Tensor, gather_all: bool = False) -> Tensor | None:  # type: ignore[override]
         """x: [*, H].  Returns logits [*, V] on rank 0 and None elsewhere; gather_all: on every rank."""
-        logits = self.quant_method.logits(self, x, self.bias)
+        logits = self.quant_method.logits(self._table(), x, self.bias)
         if self.adapters:
             self.add_lora(x, logits)
         if self.fp32_logits:

@@ -30,7 +30,7 @@ from pymllm.quantization.base import (
     set_weight_attrs,
 )
 from pymllm.quantization.binding import bound_weight
-from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, side_by_side
+from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, refuse_sizes, side_by_side
 
 __all__ = [
     "ColumnParallelLinear",
@@ -164,6 +164,8 @@ class LinearBase(WeightedLayer):
         params_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(prefix, params_dtype)
+        what = prefix or type(self).__name__
+        refuse_sizes(what, in_features=[in_features], out_features=output_sizes)
         self.in_features, self.output_sizes = in_features, tuple(output_sizes)
         self.out_features = sum(output_sizes)
         parent = prefix.rpartition(".")[0]
@@ -243,7 +245,13 @@ class ColumnParallelLinear(LinearBase):
         **options: Any,
     ) -> None:
         self.gather_output = gather_output
-        super().__init__(in_features, output_sizes or [out_features], bias, quant_method, **options)
+        super().__init__(
+            in_features,
+            [out_features] if output_sizes is None else output_sizes,
+            bias,
+            quant_method,
+            **options,
+        )
         self.out_features_per_partition = self.shape.out_features_local
         self.output_start_index = self.shape.outputs[0].start
         self.output_end_index = self.shape.outputs[0].stop
@@ -312,7 +320,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         **options: Any,
     ) -> None:
         self.head_size, self.total_num_heads = head_size, total_num_heads
-        self.total_num_kv_heads = total_num_kv_heads or total_num_heads
+        self.total_num_kv_heads = total_num_heads if total_num_kv_heads is None else total_num_kv_heads
         kv_size = self.total_num_kv_heads * head_size
         super().__init__(
             hidden_size,

@@ -274,13 +274,7 @@ def _get_rope(
     kernel: Any,
 ) -> RotaryEmbedding | VllmRotaryEmbeddingAdapter:
     """kernel: what rotates, as part of the key."""
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
-        raise ConfigError(
-            "the rotated part of a head must be even and no larger than the head",
-            code="rope-dim",
-            expected=f"an even number up to {head_size}",
-            found=str(rotary_dim),
-        )
+    _check_rotary_dim(head_size, rotary_dim)
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
             f"unknown rotary scaling {rope_type!r}",
@@ -337,10 +331,21 @@ def _get_rope(
     return cls(head_size, rotary_dim, max_position, frequencies, scale)
 
 
+def _check_rotary_dim(head_size: int, rotary_dim: int) -> None:
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
+        raise ConfigError(
+            "the rotated part of a head must be even and no larger than the head",
+            code="rope-dim",
+            expected=f"an even number up to {head_size}",
+            found=str(rotary_dim),
+        )
+
+
 def get_gemma4_proportional_rope(
     head_size: int, rotary_dim: int, max_position: int, base: float
 ) -> Gemma4ProportionalRotaryEmbedding:
     """The cached factory of Gemma's proportional rotary embedding."""
+    _check_rotary_dim(head_size, rotary_dim)
     with torch.device("cpu"):
         return _get_proportional_rope(head_size, rotary_dim, max_position, float(base), current_execution())
 

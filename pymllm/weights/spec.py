@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pymllm.errors import ShardingError
+from pymllm.errors import ConfigError, ShardingError
 
 
 class Axis(enum.Enum):
@@ -188,6 +190,19 @@ class Span:
             expected=f"edges at multiples of {granule}",
             found=f"{self.start}:{self.stop} of {self.total}",
         )
+
+
+def refuse_sizes(layer: str, **sizes: Sequence[Any]) -> None:
+    """ConfigError for a size of a layer that is no whole number of at least 1, or for none where there must be some."""
+    for name, values in sizes.items():
+        bad = [value for value in values if not isinstance(value, Integral) or value < 1]
+        if bad or not values:
+            raise ConfigError(
+                f"{layer}: {name} cannot be this",
+                code="layer-size",
+                expected="a whole number of at least 1",
+                found=repr(bad[0]) if bad else "none",
+            )
 
 
 def side_by_side(spans: tuple[Span, ...]) -> tuple[Span, ...]:

@@ -126,6 +126,22 @@ def test_an_answer_ends_at_the_models_length(llm):
     assert (len(output.token_ids), output.finish_reason) == (4, "length")
 
 
+@pytest.mark.parametrize("prompt", ([1.5], [[1, 2]], [None]), ids=repr)
+def test_what_is_no_prompt_is_refused(llm, prompt):
+    for call in (llm.logits, lambda ids: llm.generate([ids])):
+        with pytest.raises(RequestError, match="neither text nor token ids"):
+            call(prompt)
+
+
+def test_token_ids_may_be_a_tensor(llm):
+    ids, params = [5, 6, 7], SamplingParams(max_tokens=4, temperature=0)
+    expected = llm.generate([ids], params)[0].token_ids
+    for prompts in (torch.tensor(ids), torch.tensor([ids]), [torch.tensor(ids)]):
+        (output,) = llm.generate(prompts, params)
+        assert output.token_ids == expected
+    assert torch.equal(llm.logits(torch.tensor(ids)), llm.logits(ids))
+
+
 @pytest.mark.parametrize(
     ("prompt", "code"),
     [([], "prompt-empty"), ([10**6], "token-id"), ([-1], "token-id"), ([5] * 5000, "prompt-too-long")],

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 
+from pymllm.errors import ConfigError
 from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
@@ -18,7 +19,7 @@ from pymllm.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from pymllm.layers.rotary_embedding import get_rope
+from pymllm.layers.rotary_embedding import get_gemma4_proportional_rope, get_rope
 from pymllm.parallel import simulate
 from pymllm.quantization.base import QuantizationConfig, UnquantizedLinearMethod
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
@@ -171,3 +172,47 @@ def test_the_rotary_type_may_stand_among_the_settings():
     named = get_rope(8, 8, 16, 1e4, scaling)
     assert named is get_rope(8, 8, 16, 1e4, scaling, "linear")
     assert torch.allclose(named.inverse_frequencies * 2, get_rope(8, 8, 16, 1e4, None).inverse_frequencies)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: Linear(0, 4), "0"),
+        (lambda: Linear(4, -1), "-1"),
+        (lambda: ColumnParallelLinear("8", 4), "'8'"),
+        (lambda: RowParallelLinear(8, 4.0), "4.0"),
+        (lambda: MergedColumnParallelLinear(8, []), "none"),
+        (lambda: MergedColumnParallelLinear(8, [4, 0]), "0"),
+        (lambda: QKVParallelLinear(16, 4, 4, 0), "0"),
+        (lambda: VocabParallelEmbedding(0, 8), "0"),
+        (lambda: ParallelLMHead(8, 2.5), "2.5"),
+    ],
+)
+def test_a_size_that_no_layer_can_have_is_refused(make, found):
+    with pytest.raises(ConfigError, match="whole number of at least 1") as error:
+        make()
+    assert error.value.found == found
+
+
+@pytest.mark.parametrize("make", (get_rope, get_gemma4_proportional_rope))
+@pytest.mark.parametrize("rotary_dim", (0, 3, 10))
+def test_a_rotated_part_that_no_head_can_have_is_refused(make, rotary_dim):
+    with pytest.raises(ConfigError, match="even number up to 8"):
+        make(8, rotary_dim, 16, 1e4)
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("size", (1, 2))
+def test_a_tied_head_works_before_the_table_is_packed_and_after(packed, size):
+    table, x = torch.randn(11, 6), torch.randn(3, 6)
+
+    def work(_):
+        embedding = VocabParallelEmbedding(11, 6)
+        head = ParallelLMHead(11, 6, tied_to=embedding)
+        embedding.weight_loader(embedding.weight, table)
+        if packed:
+            embedding.quant_method.process_weights_after_loading(embedding)
+        return head(x, gather_all=True)
+
+    for logits in simulate(size, work):
+        torch.testing.assert_close(logits, x @ table.t())
