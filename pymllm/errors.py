@@ -121,6 +121,20 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     return f"{NEAREST} {', '.join(close)}." if close else ""
 
 
+def unknown_name(
+    what: str, name: str, known: Iterable[str], *, code: str, error: type[PymllmError] = ConfigError
+) -> PymllmError:
+    """The error for a name that is none of those there are."""
+    known = list(known)
+    return error(
+        f"there is no {what} {name!r}",
+        code=code,
+        expected=" or ".join(known),
+        found=name,
+        fix=nearest(name, known),
+    )
+
+
 def fetch_factory_name(factory: Any) -> str:
     """What a registry has bound, as "module.qualified.name", behind its partials and decorators.
 

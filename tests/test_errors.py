@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from pymllm.errors import CheckpointError, fetch_factory_name, first_few, nearest
+from pymllm.errors import CheckpointError, KernelError, fetch_factory_name, first_few, nearest, unknown_name
 from pymllm.quantization.base import QuantizationConfig, list_quantization_methods, register_quantization
 from pymllm.weights.report import Problem, raise_problems
 
@@ -118,3 +118,11 @@ def test_problems_of_every_kind_are_shown_however_many_there_are_of_one():
     shown = caught.value.shortened().splitlines()
     assert shown[0] == "folder: 1491 problems, nothing was loaded:"
     assert shown[8:] == ["  a.7: it is not there", "  and 1482 more", "  b: it is int3."]
+
+
+def test_an_unknown_name_is_told_with_all_there_are_and_the_nearest():
+    error = unknown_name("router", "navie", ("naive", "group_limited"), code="router", error=KernelError)
+    assert isinstance(error, KernelError) and error.code == "router"
+    assert str(error) == (
+        "there is no router 'navie'; expected naive or group_limited, found navie. Nearest: naive."
+    )

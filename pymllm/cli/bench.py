@@ -101,20 +101,14 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _ahead_of_time(args: argparse.Namespace) -> int:
-    from pymllm.errors import ConfigError, nearest
+    from pymllm.errors import unknown_name
     from pymllm.kernels.hardware import ARCHITECTURES
     from pymllm.kernels.triton.ahead_of_time import build, gather_tasks
 
     architectures = args.arch or list(ARCHITECTURES)
     for name in architectures:
         if name not in ARCHITECTURES:
-            raise ConfigError(
-                f"there is no architecture {name!r}",
-                code="architecture",
-                expected=" or ".join(ARCHITECTURES),
-                found=name,
-                fix=nearest(name, ARCHITECTURES),
-            )
+            raise unknown_name("architecture", name, ARCHITECTURES, code="architecture")
     tasks = [task for name in architectures for task in gather_tasks([name], only=args.only)[: args.limit]]
     built = build(tasks, workers=args.workers)
     rows = [{**vars(row), "verdict": row.verdict} for row in built]

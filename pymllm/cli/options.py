@@ -144,17 +144,12 @@ def model_or_shipped(model: str | None) -> str | Path:
 
 
 def _check_operations(operations: list[str]) -> None:
-    from pymllm.errors import ConfigError
+    from pymllm.errors import unknown_name
     from pymllm.kernels.registry import KERNELS
 
     for operation in operations:
         if operation not in KERNELS:
-            raise ConfigError(
-                f"there is no operation {operation!r} to force a kernel of",
-                code="kernel-operation",
-                expected=" or ".join(KERNELS),
-                found=operation,
-            )
+            raise unknown_name("kernel operation", operation, KERNELS, code="kernel-operation")
 
 
 def _check_isa() -> None:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymllm.attention import AttnMetaDataBase
-from pymllm.kernels.cpu import native_available
+from pymllm.kernels.cpu import native, native_available
 
 MAX_BYTES = 64 << 20  # of a tape's intermediate tensors: they are kept, and none takes another's place
 
@@ -138,19 +138,17 @@ def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
     """A tape of `run`, which has just given `expected`.  NotRepeatable says why there is none."""
     if not native_available():
         raise NotRepeatable("the native kernels are not built")
-    from pymllm import _native
-
-    native = _native.Tape()
-    with _NoPeeking(), _Notes(native) as notes:
-        native.record()
+    calls = native().Tape()
+    with _NoPeeking(), _Notes(calls) as notes:
+        calls.record()
         try:
             logits = run()
         finally:
-            native.stop()
+            calls.stop()
     size = sum(tensor.nbytes for tensor in notes.made)
     if size > MAX_BYTES:
         raise NotRepeatable(f"its intermediate results take {math.ceil(size / 2**20)} MiB")
-    tape = Tape(logits, native, notes.operations, notes.kept)
+    tape = Tape(logits, calls, notes.operations, notes.kept)
     for tensor in notes.made:
         tensor.untyped_storage().fill_(255)  # NaN in every float type
     if not torch.equal(tape.play(), expected):

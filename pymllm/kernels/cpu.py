@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Kernel paths, best first, with the features each needs. kernels/cpu_probe.cpp has the same table for the native side.
 _PATHS: Mapping[str, tuple[str, ...]] = {
@@ -79,16 +80,30 @@ def native_missing_reason() -> str | None:
     return _load_native()[1]
 
 
+@functools.cache
+def native() -> Any:
+    """The extension, for kernels that were chosen because `native_available`."""
+    from pymllm import _native
+
+    return _native
+
+
+@functools.cache
+def isa_code(name: str | None) -> int:
+    """The extension's number of a kernel path; None: the one that the probe chose."""
+    return native().isa_code(name or "")
+
+
 def probe() -> CpuInfo:
     """Ask the CPU what it can run. A few file reads: ask once and keep the answer.
 
     The environment variable PYMLLM_CPU_ISA forces a lower kernel path.
     Raises ValueError if it names no path, or one that this CPU cannot run.
     """
-    native, _ = _load_native()
-    if native is None:
+    extension, _ = _load_native()
+    if extension is None:
         return _probe_from_files()
-    found = native.probe()
+    found = extension.probe()
     found["features"] = frozenset(name for name, present in found["features"].items() if present)
     found["runnable_paths"] = tuple(found["runnable_paths"])
     found["brand"] = found["brand"] or _unnamed(found["arch"])
@@ -98,7 +113,7 @@ def probe() -> CpuInfo:
 @functools.lru_cache(maxsize=1)
 def _load_native() -> tuple[ModuleType | None, str | None]:
     try:
-        native = importlib.import_module("pymllm._native")
+        extension = importlib.import_module("pymllm._native")
     except ModuleNotFoundError as error:
         if error.name != "pymllm._native":
             raise
@@ -112,13 +127,13 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
             f"the native CPU kernels are built but do not load ({error}): quantised layers run on slower torch "
             "operations on the CPU. Install pymllm again with this Python (in a clone: make native)"
         )
-    missing = [part for part in NATIVE_PARTS if not hasattr(native, part)]
+    missing = [part for part in NATIVE_PARTS if not hasattr(extension, part)]
     if missing:
         return None, (
             f"the native CPU kernels are older than the Python code: they lack {', '.join(missing)}. Quantised layers "
             "run on slower torch operations on the CPU. Install pymllm again (in a clone, rebuild: make native)"
         )
-    return native, None
+    return extension, None
 
 
 def _choose_path(features: frozenset[str], forced: str) -> str:

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pymllm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,25 @@ class GatedActivation:
 
     def __str__(self) -> str:
         return self.kind if self.kind != "swiglu" else f"swiglu alpha {self.alpha} limit {self.limit}"
+
+
+# By what configs call them.
+ACTIVATIONS = {
+    "silu": GatedActivation("silu"),
+    "gelu_pytorch_tanh": GatedActivation("gelu_tanh"),
+    "gelu_tanh": GatedActivation("gelu_tanh"),
+}
+
+
+def activation_of(hidden_act: Any) -> GatedActivation:
+    """The one that a config names.  ConfigError for another."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
+        raise ConfigError(
+            f"unknown activation {hidden_act!r}",
+            code="config-value",
+            file="config.json",
+            tensor="hidden_act",
+            expected=" or ".join(ACTIVATIONS),
+            found=repr(hidden_act),
+        )
+    return ACTIVATIONS[hidden_act]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,7 @@ def _named_device(device: str, which: str) -> Device:
     architecture = ARCHITECTURES.get(which)
     if architecture is None or architecture.spec != device:
         names = [known.spec for known in ARCHITECTURES.values()]
-        raise ConfigError(
-            f"there is no architecture {device!r} to plan for",
-            code="device",
-            expected=" or ".join(names),
-            found=device,
-            fix=nearest(device, names),
-        )
+        raise unknown_name("architecture", device, names, code="device")
     return Device(
         "cuda",
         f"a GPU of architecture {which}",

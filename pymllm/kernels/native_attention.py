@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
-from pymllm.kernels.cpu import native_missing_reason
-from pymllm.kernels.native_float import FLOAT_TYPES, isa_code, native
+from pymllm.kernels.cpu import isa_code, native, native_missing_reason
+from pymllm.kernels.native_float import FLOAT_TYPES
 
 # KVElement in kernels/attention.h
 ELEMENTS = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight
 from pymllm.kernels.cpu import native_missing_reason
-from pymllm.kernels.native_float import FLOAT_TYPES, run_native
+from pymllm.kernels.native_float import run_native, why_not_floats
 from pymllm.kernels.native_fp8 import BLOCK_INPUTS
 from pymllm.kernels.reference import ReferenceLinear
 from pymllm.kernels.registry import LinearProblem, Packed
@@ -32,14 +32,9 @@ class NativeCodebook:
         kind = problem.weight
         if not isinstance(kind, CodebookType) or kind.codebook not in ("nf4", "fp4"):
             return f"multiplies codes of nf4 or fp4 only, the weight is {kind}"
-        if problem.device.type != "cpu":
-            return "runs on the CPU only"
-        if problem.dtype not in FLOAT_TYPES:
-            return f"computes over float32, float16 or bfloat16 activations, not {problem.dtype}"
-        if problem.compute == "checkpoint" and kind.activations != "float":
-            return (
-                f"keeps activations as floats, compute=checkpoint wants them quantised ({kind.activations})"
-            )
+        why = why_not_floats(problem, kind.activations)
+        if why is not None:
+            return why
         if kind.scales is not torch.float32:
             return f"takes scales in float32, the weight has {kind.scales}"
         if kind.group_size < problem.in_features and kind.group_size % BLOCK_INPUTS:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pymllm.kernels.cpu import native_missing_reason
-from pymllm.kernels.native_float import FLOAT_TYPES, isa_code, native
+from pymllm.kernels.cpu import isa_code, native, native_missing_reason
+from pymllm.kernels.native_float import FLOAT_TYPES
 from pymllm.kernels.registry import ElementwiseProblem
 from pymllm.kernels.torch_elementwise import TorchElementwise
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pymllm.kernels.cpu import native
 from pymllm.kernels.native_fp4 import NativeFp4
 from pymllm.kernels.native_int4 import NativeInt4
 from pymllm.kernels.native_int8 import NativeInt8
@@ -21,7 +22,6 @@ from pymllm.kernels.native_integer import (
     NativeIntegerLinear,
     blocks_of,
     check_blocks,
-    native,
 )
 from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 

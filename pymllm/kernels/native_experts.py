@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymllm.kernels.cpu import isa_code, native
 from pymllm.kernels.linear_experts import LinearExperts
 from pymllm.kernels.native_integer import (
     DTYPES,
@@ -20,8 +21,6 @@ from pymllm.kernels.native_integer import (
     NativeIntegerLinear,
     blocks_of,
     check_blocks,
-    isa_code,
-    native,
 )
 from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem, Packed
 

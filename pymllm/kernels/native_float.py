@@ -10,14 +10,13 @@ where many tokens are left to torch (below, and in `numerics`), torch decides.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, DenseType, DenseWeight
-from pymllm.kernels.cpu import native_missing_reason, probe
+from pymllm.kernels.cpu import isa_code, native, native_missing_reason, probe
 from pymllm.kernels.registry import LinearProblem, Packed
 
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in kernels/float_linear.h
@@ -27,19 +26,6 @@ FAST_PATHS = ("avx512_vnni", "avx2_vnni", "avx2")  # measured to be faster than 
 # With AVX512_BF16 torch multiplies pairs of bf16 and wins once arithmetic is the limit: 16 tokens take it 2.6 ms at
 # 4096 x 4096, and float32 arithmetic 3.4 (benchmarks/cpu_float_linear.py).
 TORCH_TOKENS = 8
-
-
-@functools.cache
-def native() -> Any:
-    from pymllm import _native
-
-    return _native
-
-
-@functools.cache
-def isa_code(name: str | None) -> int:
-    """The number of a kernel path; None: the one that the probe chose."""
-    return native().isa_code(name or "")
 
 
 @functools.cache
@@ -113,6 +99,17 @@ def run_native(
         torch.get_num_threads(),
     )
     return y
+
+
+def why_not_floats(problem: LinearProblem, wanted: str) -> str | None:
+    """What keeps activations from being multiplied as they are.  wanted: how the checkpoint has them quantised."""
+    if problem.device.type != "cpu":
+        return "runs on the CPU only"
+    if problem.dtype not in FLOAT_TYPES:
+        return f"computes over float32, float16 or bfloat16 activations, not {problem.dtype}"
+    if problem.compute == "checkpoint" and wanted != "float":
+        return f"keeps activations as floats, compute=checkpoint wants them quantised ({wanted})"
+    return None
 
 
 class NativeFloatLinear:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.kernels.cpu import native_missing_reason
-from pymllm.kernels.native_float import FLOAT_TYPES, run_native
+from pymllm.kernels.native_float import run_native, why_not_floats
 from pymllm.kernels.reference import ReferenceEmbedding
 from pymllm.kernels.registry import LinearProblem, Packed
 
@@ -33,14 +33,9 @@ class NativeFp8Linear:
         kind = problem.weight
         if not isinstance(kind, Fp8Type):
             return f"multiplies fp8 only, the weight is {kind}"
-        if problem.device.type != "cpu":
-            return "runs on the CPU only"
-        if problem.dtype not in FLOAT_TYPES:
-            return f"computes over float32, float16 or bfloat16 activations, not {problem.dtype}"
-        if problem.compute == "checkpoint" and kind.activations != "float":
-            return (
-                f"keeps activations as floats, compute=checkpoint wants them quantised ({kind.activations})"
-            )
+        why = why_not_floats(problem, kind.activations)
+        if why is not None:
+            return why
         if kind.block[1] % BLOCK_INPUTS:
             return f"takes a scale for a multiple of {BLOCK_INPUTS} inputs, the weight has {kind}"
         return native_missing_reason()

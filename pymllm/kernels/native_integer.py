@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
-from pymllm.kernels.cpu import native_missing_reason
+from pymllm.kernels.cpu import isa_code, native, native_missing_reason
 from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 
 BLOCK_ROWS = 16
@@ -39,19 +39,6 @@ TABLE_E2M1 = 1
 E2M1_ZERO, E2M1_UNIT = 12, 0.5  # the table holds 12 + 2 * value
 # A 16-bit float is rounded to 4e-3 or 5e-4 on the way out: two slices (2e-5) are exact enough, float32 takes three.
 EXACT_SLICES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
-
-
-@functools.cache
-def native() -> Any:
-    from pymllm import _native
-
-    return _native
-
-
-@functools.cache
-def isa_code(name: str | None) -> int:
-    """The number of a kernel path; None: the one that the probe chose."""
-    return native().isa_code(name or "")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pymllm.errors import KernelError, nearest
+from pymllm.errors import KernelError, unknown_name
 from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, WeightType
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
@@ -278,13 +278,7 @@ def select(operation: Operation, problem: Any, forced: str | None = None) -> Sel
         kernels = tuple(kernel for kernel in kernels if kernel.name == forced)
         if not kernels:
             names = [kernel.name for kernel in kernels_for(operation)]
-            raise KernelError(
-                f"there is no {operation} kernel {forced!r}",
-                code="kernel-unknown",
-                expected=" or ".join(names),
-                found=forced,
-                fix=nearest(forced, names),
-            )
+            raise unknown_name(f"{operation} kernel", forced, names, code="kernel-unknown", error=KernelError)
     refused: list[Refusal] = []
     for kernel in kernels:
         why = kernel.why_not(problem)

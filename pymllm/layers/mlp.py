@@ -6,17 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError
+from pymllm.kernels.gated_activation import activation_of
 from pymllm.kernels.quantised_rows import RowCodes
 from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from pymllm.quantization.base import QuantizationConfig
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "silu": SiluAndMul,
-    "gelu_pytorch_tanh": GeluAndMul,
-    "gelu_tanh": GeluAndMul,
-}
+GATED: dict[str, type[nn.Module]] = {"silu": SiluAndMul, "gelu_tanh": GeluAndMul}  # by `GatedActivation.kind`
 
 
 class GatedMLP(nn.Module):
@@ -37,15 +33,7 @@ class GatedMLP(nn.Module):
         quant_config: QuantizationConfig | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"unknown activation {activation!r}",
-                code="config-value",
-                file="config.json",
-                tensor="hidden_act",
-                expected=" or ".join(ACTIVATIONS),
-                found=repr(activation),
-            )
+        kind = activation_of(activation).kind
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden_size,
             [intermediate_size, intermediate_size],
@@ -55,7 +43,7 @@ class GatedMLP(nn.Module):
             prefix=f"{prefix}.gate_up_proj",
             quant_config=quant_config,
         )
-        self.act = ACTIVATIONS[activation]()
+        self.act = GATED[kind]()
         self.down_proj = RowParallelLinear(
             intermediate_size, hidden_size, bias, prefix=f"{prefix}.down_proj", quant_config=quant_config
         )

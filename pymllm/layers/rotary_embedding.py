@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pymllm.attention.metadata import current_attn_metadata
 from pymllm.config import Execution, current_execution
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, unknown_name
 from pymllm.kernels.vllm_layers import VllmElementwise, VllmRotaryEmbeddingAdapter
 from pymllm.layers.elementwise import elementwise_kernel
 
@@ -276,12 +276,7 @@ def _get_rope(
     """kernel: what rotates, as part of the key."""
     _check_rotary_dim(head_size, rotary_dim)
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(
-            f"unknown rotary scaling {rope_type!r}",
-            code="rope-type",
-            expected=" or ".join(ROPE_TYPES),
-            found=rope_type,
-        )
+        raise unknown_name("rotary scaling", rope_type, ROPE_TYPES, code="rope-type")
     scaling = json.loads(settings)
     scale = 1.0
     try:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, unknown_name
 from pymllm.moe.metadata import DispatcherStage, DispatchMetadata
 from pymllm.moe.topk import TopKOutput
 from pymllm.parallel import Parallel
@@ -180,10 +180,4 @@ def build_token_dispatcher(backend: str, parallel: Parallel, num_experts: int) -
         from pymllm.moe.deepep import DeepEPDispatcher
 
         return DeepEPDispatcher(parallel, num_experts)
-    raise ConfigError(
-        f"there is no token dispatcher {backend!r}",
-        code="dispatcher",
-        expected=" or ".join(BACKENDS),
-        found=backend,
-        fix=nearest(backend, BACKENDS),
-    )
+    raise unknown_name("token dispatcher", backend, BACKENDS, code="dispatcher")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, nearest
-from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.errors import unknown_name
+from pymllm.kernels.gated_activation import GatedActivation, activation_of
 from pymllm.layers.linear import Linear
 from pymllm.layers.mlp import GatedMLP
 from pymllm.moe.config import (
@@ -30,12 +30,6 @@ from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig, add_weight
 from pymllm.weights.loader import Slot
 from pymllm.weights.spec import FLOATS, OUT, WeightSpec
-
-ACTIVATIONS = {
-    "silu": GatedActivation("silu"),
-    "gelu_pytorch_tanh": GatedActivation("gelu_tanh"),
-    "gelu_tanh": GatedActivation("gelu_tanh"),
-}
 
 
 class RouterLinear(Linear):
@@ -150,7 +144,7 @@ class FusedMoE(nn.Module):
             hidden_size,
             intermediate_size,
             num_experts,
-            _activation(activation),
+            activation if isinstance(activation, GatedActivation) else activation_of(activation),
             bias,
             interleaved,
             transposed,
@@ -277,13 +271,7 @@ def build_moe_block(impl: str, config: Any, **options: Any) -> FusedMoE:
     if impl == "auto":
         impl = "ep" if current_parallel().expert_parallel else "tp"
     if impl not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"there is no MoE block {impl!r}",
-            code="moe-block",
-            expected=" or ".join(("auto", *IMPLEMENTATIONS)),
-            found=impl,
-            fix=nearest(impl, IMPLEMENTATIONS),
-        )
+        raise unknown_name("MoE block", impl, ("auto", *IMPLEMENTATIONS), code="moe-block")
     if "router" not in options and get_norm_topk_prob(config) and "scoring_func" not in options:
         # Softmax over all, made to sum to one, is softmax over the chosen; for a single expert, too.
         options["scoring_func"] = "topk_softmax"
@@ -297,21 +285,6 @@ def build_moe_block(impl: str, config: Any, **options: Any) -> FusedMoE:
         get_num_experts_per_tok(config),
         **options,
     )
-
-
-def _activation(activation: str | GatedActivation) -> GatedActivation:
-    if isinstance(activation, GatedActivation):
-        return activation
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ConfigError(
-            f"unknown activation {activation!r}",
-            code="config-value",
-            file="config.json",
-            tensor="hidden_act",
-            expected=" or ".join(ACTIVATIONS),
-            found=repr(activation),
-        )
-    return ACTIVATIONS[activation]
 
 
 def _join(prefix: str, name: str) -> str:

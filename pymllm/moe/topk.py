@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, unknown_name
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import Selection, select
 from pymllm.kernels.routing import Routing, RoutingKernel, RoutingProblem
@@ -164,13 +164,7 @@ ROUTERS: dict[str, type[TopKRouter]] = {"naive": NaiveTopKRouter, "group_limited
 def build_topk_router(impl: str = "naive", **options: Any) -> TopKRouter:
     """The router of this name (naive, group_limited) with its options.  ConfigError for an unknown one."""
     if impl not in ROUTERS:
-        raise ConfigError(
-            f"there is no router {impl!r}",
-            code="router",
-            expected=" or ".join(ROUTERS),
-            found=impl,
-            fix=nearest(impl, ROUTERS),
-        )
+        raise unknown_name("router", impl, ROUTERS, code="router")
     return ROUTERS[impl](**options)
 
 

@@ -24,9 +24,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight, Fp8Weight, IntWeight
 from pymllm.quantization.base import LinearMethodBase
+from pymllm.quantization.groups import check_groups
 from pymllm.quantization.integer_linear import (
     group_dim,
     grouped_weight,
@@ -152,7 +152,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         return tuple(specs)
 
     def check(self, shape: LinearShape) -> None:
-        _check_groups(self.group_size, shape)
+        check_groups(self.group_size, shape)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         middle = 2 ** (self.bits - 1)
@@ -242,7 +242,7 @@ class Fp4LinearMethod(LinearMethodBase):
         return tuple(specs)
 
     def check(self, shape: LinearShape) -> None:
-        _check_groups(self.group_size, shape)
+        check_groups(self.group_size, shape)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         codes = unpack_nibbles_low_first(tensors["weight_packed"])
@@ -288,14 +288,3 @@ def _refuse_nan(scales: Tensor, shape: LinearShape) -> str | None:
     bits = scales.view(torch.uint8)
     bad = bits == E8M0_NAN if scales.dtype is not torch.float8_e4m3fn else (bits & 127) == 127
     return f"{int(bad.sum())} scales of {bad.numel()} that are NaN" if bool(bad.any()) else None
-
-
-def _check_groups(group_size: int, shape: LinearShape) -> None:
-    if group_size > 0 and shape.in_features % group_size:
-        raise ConfigError(
-            f"groups of {group_size} do not divide the {shape.in_features} inputs",
-            code="group-size",
-            tensor=shape.name,
-            expected=f"a multiple of {group_size}",
-            found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
-        )

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, unknown_name
 from pymllm.kernels.attention import AttentionStep, KVType, PagedKV, Scaling
 from pymllm.kernels.registry import select
 from pymllm.quantization.base import QuantizeMethodBase, StoredTensor, add_weight, one_of, parse_options
@@ -191,13 +191,7 @@ def build_kv_method(name: str, options: Mapping[str, str]) -> KVCacheMethodBase 
         scale = parse_options(name, options, {"scale": one_of("checkpoint", "token")}).get("scale", default)
         return QuantizedKVCacheMethod(kind, "token" if scale == "token" else "static")
     if name not in KV_METHODS:
-        raise ConfigError(
-            f"there is no KV cache method {name!r}",
-            code="unknown-method",
-            expected=" or ".join(KV_METHODS),
-            found=name,
-            fix=nearest(name, KV_METHODS),
-        )
+        raise unknown_name("KV cache method", name, KV_METHODS, code="unknown-method")
     parse_options(name, options, {})
     if name == "auto":
         return None

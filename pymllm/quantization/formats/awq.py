@@ -28,6 +28,7 @@ from pymllm.quantization.base import (
     register_quantization,
 )
 from pymllm.quantization.fields import read_names
+from pymllm.quantization.groups import OTHER_SIZE, check_groups
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 NIBBLE_COLUMNS = (
@@ -60,15 +61,7 @@ class AWQLinearMethod(LinearMethodBase):
         )
 
     def check(self, shape: LinearShape) -> None:
-        if self.group_size > 0 and shape.in_features % self.group_size:
-            raise ConfigError(
-                f"groups of {self.group_size} do not divide the {shape.in_features} inputs",
-                code="group-size",
-                tensor=shape.name,
-                expected=f"a multiple of {self.group_size}",
-                found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
-                fix="Use a group size that divides every layer's inputs, or -1 for whole rows.",
-            )
+        check_groups(self.group_size, shape, fix=OTHER_SIZE)
         for part, span in zip(shape.names, shape.outputs, strict=True):
             if span.total % PER_WORD:
                 raise ConfigError(

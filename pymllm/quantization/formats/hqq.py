@@ -24,6 +24,7 @@ from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
 from pymllm.quantization.fields import read_names, unsupported
+from pymllm.quantization.groups import check_groups
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
 
 PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in a stored element
@@ -55,14 +56,7 @@ class HQQLinearMethod(LinearMethodBase):
         )
 
     def check(self, shape: LinearShape) -> None:
-        if shape.in_features % self.group_size:
-            raise ConfigError(
-                f"HQQ groups of {self.group_size} do not divide the {shape.in_features} inputs of a row",
-                code="group-size",
-                tensor=shape.name,
-                expected=f"a multiple of {self.group_size} inputs",
-                found=str(shape.in_features),
-            )
+        check_groups(self.group_size, shape, what="HQQ groups")
         per_word = PER_WORD[self.bits]
         for part, span in zip(shape.names, shape.outputs, strict=True):
             groups = span.total * shape.in_features // self.group_size

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
 from pymllm.quantization.base import (
     LinearMethodBase,
@@ -29,6 +29,7 @@ from pymllm.quantization.base import (
     parse_options,
     register_quantization,
 )
+from pymllm.quantization.groups import check_groups, check_share
 from pymllm.weights.spec import LinearShape, WeightSpec
 
 # How far `scale=mse` stretches or shrinks the range of a group. Past 1 for symmetric codes, whose top one lies half a
@@ -63,23 +64,9 @@ class IntegerLinearMethod(LinearMethodBase):
         raise _only_a_target(self.name)
 
     def check(self, shape: LinearShape) -> None:
-        size, local = self.group_size, shape.in_features_local
-        if size > 0 and shape.in_features % size:
-            raise ConfigError(
-                f"groups of {size} do not divide the {shape.in_features} inputs",
-                code="group-size",
-                tensor=shape.name,
-                expected=f"a multiple of {size}",
-                found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
-                fix=f"Give the rule another group_size, or -1 for whole rows: {self.name}:group_size=-1.",
-            )
-        if size > 0 and local > size and local % size:
-            raise ShardingError(
-                f"{shape.name}: this rank has {local} inputs, which groups of {size} do not divide",
-                code="tp-granule",
-                expected=f"a multiple of {size}",
-                found=str(local),
-            )
+        fix = f"Give the rule another group_size, or -1 for whole rows: {self.name}:group_size=-1."
+        check_groups(self.group_size, shape, fix=fix)
+        check_share(self.group_size, shape)
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         in_features = weight.shape[1]

@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, CodebookWeight
 from pymllm.quantization.base import (
     LinearMethodBase,
@@ -35,6 +34,7 @@ from pymllm.quantization.base import (
 )
 from pymllm.quantization.fields import read_choice, read_names, unsupported
 from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.groups import check_groups, check_share
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
@@ -72,22 +72,8 @@ class NVFP4LinearMethod(LinearMethodBase):
         return specs
 
     def check(self, shape: LinearShape) -> None:
-        if shape.in_features % GROUP:
-            raise ConfigError(
-                f"NVFP4 has blocks of {GROUP} inputs, which do not divide {shape.in_features}",
-                code="group-size",
-                tensor=shape.name,
-                expected=f"a multiple of {GROUP} inputs",
-                found=str(shape.in_features),
-            )
-        local = shape.in_features_local
-        if local > GROUP and local % GROUP:
-            raise ShardingError(
-                f"{shape.name}: this rank has {local} inputs, which blocks of {GROUP} do not divide",
-                code="tp-granule",
-                expected=f"a multiple of {GROUP}",
-                found=str(local),
-            )
+        check_groups(GROUP, shape, what="NVFP4 blocks")
+        check_share(GROUP, shape, what="blocks")
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         codes, scales = unpack_nibbles_low_first(tensors["weight"]), tensors["weight_scale"]

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight
 from pymllm.quantization.base import (
     LinearMethodBase,
@@ -27,6 +26,7 @@ from pymllm.quantization.base import (
     register_quantization,
 )
 from pymllm.quantization.fields import is_skipped, read_choice, read_names, unsupported
+from pymllm.quantization.groups import check_groups, check_share
 from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
@@ -59,22 +59,8 @@ class MXFP4LinearMethod(LinearMethodBase):
         )
 
     def check(self, shape: LinearShape) -> None:
-        if shape.in_features % GROUP:
-            raise ConfigError(
-                f"MXFP4 has blocks of {GROUP} inputs, which do not divide {shape.in_features}",
-                code="group-size",
-                tensor=shape.name,
-                expected=f"a multiple of {GROUP} inputs",
-                found=str(shape.in_features),
-            )
-        local = shape.in_features_local
-        if local > GROUP and local % GROUP:
-            raise ShardingError(
-                f"{shape.name}: this rank has {local} inputs, which blocks of {GROUP} do not divide",
-                code="tp-granule",
-                expected=f"a multiple of {GROUP}",
-                found=str(local),
-            )
+        check_groups(GROUP, shape, what="MXFP4 blocks")
+        check_share(GROUP, shape, what="blocks")
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         packed = tensors["blocks"].flatten(1) if self.blocks else tensors["weight"]
