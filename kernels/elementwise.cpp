@@ -1,6 +1,7 @@
 #include "elementwise.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "float_scalar.h"
 #include "threads.h"
@@ -63,6 +64,20 @@ void rotate(const void *x, void *y, const float *cos, const float *sin, FloatTyp
                [&](std::int64_t begin, std::int64_t end) {
                  path.rotate(x, y, cos, sin, type, begin, end, heads, head_size, rotary_size, token_stride);
                });
+}
+
+void widen(const void *x, float *y, FloatType type, std::int64_t count, Isa isa, int threads) {
+  const ElementwisePath &path = path_of(isa);
+  parallel_for(count, worthwhile_threads(count * (4 + bytes_of(type)), threads),
+               [&](std::int64_t begin, std::int64_t end) { path.widen(x, y, type, begin, end); });
+}
+
+void copy_rows(const void *table, std::int64_t rows, std::int64_t row_bytes, const std::int64_t *ids,
+               std::int64_t count, void *y) {
+  for (std::int64_t i = 0; i < count; ++i)
+    std::memcpy(static_cast<char *>(y) + i * row_bytes,
+                static_cast<const char *>(table) + (ids[i] < 0 ? ids[i] + rows : ids[i]) * row_bytes,
+                static_cast<std::size_t>(row_bytes));
 }
 
 } // namespace pymllm

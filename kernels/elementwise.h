@@ -34,6 +34,13 @@ void rotate(const void *x, void *y, const float *cos, const float *sin, FloatTyp
             std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size, std::int64_t token_stride,
             Isa isa, int threads);
 
+// y[i] = x[i] as float32.
+void widen(const void *x, float *y, FloatType type, std::int64_t count, Isa isa, int threads);
+
+// Rows `ids` of a table, row_bytes each, one after another; negative ids count from the end. Every row must be there.
+void copy_rows(const void *table, std::int64_t rows, std::int64_t row_bytes, const std::int64_t *ids,
+               std::int64_t count, void *y);
+
 // A piece of each, in a file for each instruction set.
 struct ElementwisePath {
   void (*rms_norm)(const void *x, const void *residual, const void *weight, void *y, void *sum, FloatType type,
@@ -44,6 +51,7 @@ struct ElementwisePath {
   void (*rotate)(const void *x, void *y, const float *cos, const float *sin, FloatType type, std::int64_t begin,
                  std::int64_t end, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size,
                  std::int64_t token_stride);
+  void (*widen)(const void *x, float *y, FloatType type, std::int64_t begin, std::int64_t end);
 };
 
 const ElementwisePath &elementwise_portable();

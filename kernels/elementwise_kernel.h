@@ -108,4 +108,9 @@ void rotate_tokens(const void *x, void *y, const float *cos, const float *sin, F
     }
 }
 
-constexpr ElementwisePath kElementwise = {rms_norm_rows, silu_and_mul_rows, gate_and_multiply_rows, rotate_tokens};
+void widen_piece(const void *x, float *y, FloatType type, std::int64_t begin, std::int64_t end) {
+  read_strip(x, begin, end - begin, type, y + begin);
+}
+
+constexpr ElementwisePath kElementwise = {rms_norm_rows, silu_and_mul_rows, gate_and_multiply_rows, rotate_tokens,
+                                          widen_piece};

@@ -1,6 +1,7 @@
 // The Python face of float_linear and elementwise. Pointers come checked by pymllm/kernels/native_*.py.
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "elementwise.h"
@@ -56,6 +57,18 @@ void rotate_(std::uintptr_t x, std::uintptr_t y, std::uintptr_t cos, std::uintpt
          rotary_size, token_stride, static_cast<Isa>(isa), threads);
 }
 
+void widen_(std::uintptr_t x, std::uintptr_t y, int type, std::int64_t count, int isa, int threads) {
+  widen(in<void>(x), static_cast<float *>(out(y)), static_cast<FloatType>(type), count, static_cast<Isa>(isa), threads);
+}
+
+void copy_rows_(std::uintptr_t table, std::int64_t rows, std::int64_t row_bytes, std::uintptr_t ids,
+                std::int64_t count, std::uintptr_t y) {
+  const auto *first = in<std::int64_t>(ids);
+  if (!std::all_of(first, first + count, [&](std::int64_t id) { return id >= -rows && id < rows; }))
+    throw nb::index_error("a row is outside the table");
+  copy_rows(in<void>(table), rows, row_bytes, first, count, out(y));
+}
+
 } // namespace
 
 void register_float(nb::module_ &m) {
@@ -64,6 +77,8 @@ void register_float(nb::module_ &m) {
   m.def("rms_norm", &Recorded<&rms_norm_>::call, released, "See kernels/elementwise.h.");
   m.def("silu_and_mul", &Recorded<&silu_and_mul_>::call, released, "See kernels/elementwise.h.");
   m.def("rotate", &Recorded<&rotate_>::call, released, "See kernels/elementwise.h.");
+  m.def("widen", &Recorded<&widen_>::call, released, "See kernels/elementwise.h.");
+  m.def("copy_rows", &Recorded<&copy_rows_>::call, released, "See kernels/elementwise.h.");
 }
 
 } // namespace pymllm

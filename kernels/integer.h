@@ -138,8 +138,7 @@ struct Stored {
   std::int64_t inputs, group;
 };
 
-// `blocks` may be fresh pages: asks for huge ones before touching them. Codes of filled-up inputs are irrelevant, as
-// activations are 0 there.
+// Codes of filled-up inputs are irrelevant, as activations are 0 there.
 void pack(const Weights &shape, const Stored &stored, std::uint8_t *blocks, int threads);
 void unpack(const Weights &weights, const Stored &stored, int threads);
 

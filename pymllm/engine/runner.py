@@ -58,18 +58,22 @@ class Runner:
         )
         return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
-    @torch.no_grad()
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
         """The tokens that the scheduler gave each request.  Returns [R, V] logits, after the last of each.
 
         They are good until the next step.
         """
-        new = [request.running_sequence for request in requests]
         if all(r.adapter is None and len(r.running_sequence) == r.missing == 1 for r in requests):
             decode = {"cpu": self._decode, "cuda": self._decode_captured}.get(self.device.type)
             logits = None if decode is None else decode(requests, cache)
             if logits is not None:
                 return logits
+        return self._read(requests, cache)
+
+    @torch.no_grad()
+    def _read(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
+        """A step that is not one of decoding, or is not played."""
+        new = [request.running_sequence for request in requests]
         starts = [request.computed for request in requests]
         positions = [
             p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))
@@ -149,6 +153,7 @@ class Runner:
             self._graphs = DecodingGraphs(make, self._forward_decoding)
         return None if self.eager_reason is not None else self._graphs.step(requests)
 
+    @torch.no_grad()
     def _forward_decoding(self, batch: DecodingBatch) -> Tensor:
         batch.step.restart()
         set_fetch_fn_for_attn_metadata(_metadata.get)

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymllm.attention import AttnMetaDataBase
-from pymllm.kernels.cpu import native, native_available
+from pymllm.kernels.cpu import isa_code, native, native_available
+from pymllm.kernels.native_float import FLOAT_TYPES
 
 MAX_BYTES = 64 << 20  # of a tape's intermediate tensors: they are kept, and none takes another's place
 
@@ -75,9 +76,7 @@ class _Notes(TorchDispatchMode):
         ):  # that one comes from Python numbers
             raise NotRepeatable(f"{name} cannot be noted down")
         result = func(*args, **kwargs)
-        outputs = [
-            t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)
-        ]
+        outputs = _tensors_in((result,))
         self.kept += outputs
         if schema.is_mutable:
             self._then(lambda: func(*args, **kwargs))
@@ -87,7 +86,10 @@ class _Notes(TorchDispatchMode):
             self.made += outputs
         else:
             self.made += outputs
-            self._then(lambda: _again(func, args, kwargs, outputs))
+            if _call_natively(func, args, result):
+                self.kept += _tensors_in(args)
+            else:
+                self._then(lambda: _again(func, args, kwargs, outputs))
         return result
 
     def _then(self, operation: Callable[[], None]) -> None:
@@ -101,6 +103,46 @@ def _depends_on_numbers(func: Any, args: tuple[Any, ...]) -> bool:
     if func is torch.ops.aten.index.Tensor:  # rows by number have a known shape, by a mask they do not
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return torch.Tag.dynamic_output_shape in func.tags
+
+
+def _tensors_in(args: tuple[Any, ...]) -> list[Tensor]:
+    flat = [t for arg in args for t in (arg if isinstance(arg, (tuple, list)) else [arg])]
+    return [t for t in flat if isinstance(t, Tensor)]
+
+
+def _call_natively(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    """Make a native call, which is thereby recorded, that does what `func` did; False: there is none.
+
+    The operations that decoders have: float32 logits, and rows of a table of sines. Played by torch they cost 100 us
+    a step.
+    """
+    if not isinstance(result, Tensor) or result.device.type != "cpu" or not result.is_contiguous():
+        return False
+    if func is torch.ops.aten._to_copy.default:
+        x = args[0]
+        if x.dtype not in FLOAT_TYPES or result.dtype is not torch.float32 or not x.is_contiguous():
+            return False
+        native().widen(
+            x.data_ptr(),
+            result.data_ptr(),
+            FLOAT_TYPES[x.dtype],
+            x.numel(),
+            isa_code(None),
+            torch.get_num_threads(),
+        )
+        return True
+    if func is torch.ops.aten.index.Tensor:
+        table, ids = args[0], args[1][0]
+        if len(args[1]) != 1 or ids.dtype is not torch.int64 or not ids.is_contiguous():
+            return False
+        if not table.is_contiguous() or table.ndim != 2:
+            return False
+        row_bytes = table.shape[1] * table.element_size()
+        native().copy_rows(
+            table.data_ptr(), table.shape[0], row_bytes, ids.data_ptr(), ids.numel(), result.data_ptr()
+        )
+        return True
+    return False
 
 
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}

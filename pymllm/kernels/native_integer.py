@@ -19,6 +19,7 @@ from torch import Tensor
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
 from pymllm.kernels.cpu import isa_code, native, native_missing_reason
+from pymllm.kernels.packed_memory import empty_packed
 from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
 
 BLOCK_ROWS = 16
@@ -295,9 +296,8 @@ def _rounded(x: Tensor, packed: Packed, problem: LinearProblem) -> Tensor:
 def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: LinearProblem) -> Tensor:
     """[ceil(O/16), ceil(I/G), bytes] uint8."""
     plan = blocks_of(problem)
-    blocks = torch.empty(plan.shape, dtype=torch.uint8, device=codes.device)
-    if blocks.is_meta:
-        return blocks
+    if codes.is_meta:
+        return torch.empty(plan.shape, dtype=torch.uint8, device="meta")
     zero_dtype = torch.float32 if plan.zeros == ZERO_OFFSETS else torch.uint8
     if codes.dtype is not torch.uint8 or (zeros is not None and zeros.dtype is not zero_dtype):
         raise TypeError("codes and zeros are uint8, and offsets float32, in the canonical layout")
@@ -309,6 +309,7 @@ def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: Li
     stored = (outputs, -(-inputs // plan.stored_group))
     if scales.shape != stored or (zeros is not None and zeros.shape != stored):
         raise ValueError(f"scales and zeros must be {stored}, the scales are {tuple(scales.shape)}")
+    blocks = empty_packed(plan.shape)
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     native().integer_pack(

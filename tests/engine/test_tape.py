@@ -146,6 +146,19 @@ def test_torchs_own_operations_are_played_too():
     assert torch.equal(tape.play(), expected)
 
 
+def test_float32_logits_and_rows_of_a_table_need_no_torch():
+    table, ids, x = torch.randn(9, 4), torch.tensor([3, -1]), torch.randn(2, 4).to(torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        return torch.stack((x.float(), table[ids]))
+
+    tape = record(run, run())
+    assert len(tape.operations) == 1 and len(tape.native) == 2  # stack is torch's
+    x.copy_(torch.randn(2, 4))
+    ids.copy_(torch.tensor([-9, 8]))
+    assert torch.equal(tape.play(), torch.stack((x.float(), table[ids])))
+
+
 def test_other_numbers_of_threads_have_tapes_of_their_own():
     llm = LLM(dtype="float32")
     before = torch.get_num_threads()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pymllm.kernels import cpu
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native_elementwise import NativeElementwise
+from pymllm.kernels.native_float import FLOAT_TYPES, isa_code, native
 from pymllm.kernels.registry import ElementwiseProblem, select
 from pymllm.kernels.torch_elementwise import TorchElementwise
 
@@ -135,6 +136,33 @@ def test_rotary_reads_slices_of_a_fused_projection(path):
     assert torch.equal(rotate(x, cos, sin, isa=path), rotate(x.contiguous(), cos, sin, isa=path))
     crossed = floats(4, 64, 2, dtype=torch.float32).transpose(1, 2)
     assert torch.equal(rotate(crossed, cos, sin, isa=path), rotate(crossed.contiguous(), cos, sin, isa=path))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_widening_is_what_torch_does(path, dtype):
+    for count in (0, 1, 7, 16, 33, 257, 70001):
+        x = floats(count, dtype=dtype, scale=100.0)
+        if count > 6:
+            x[:6] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-7])
+        y = torch.empty(count)
+        native().widen(x.data_ptr(), y.data_ptr(), FLOAT_TYPES[dtype], count, isa_code(path), 2)
+        assert torch.equal(y.isnan(), x.isnan())
+        assert torch.equal(y.nan_to_num(3.0).view(torch.int32), x.float().nan_to_num(3.0).view(torch.int32))
+
+
+def test_rows_of_a_table_are_what_torch_takes():
+    table, ids = torch.randn(9, 5), torch.tensor([0, 8, -1, -9, 3, 3])
+    y = torch.empty(6, 5)
+
+    def copy(ids):
+        native().copy_rows(table.data_ptr(), 9, 20, ids.data_ptr(), ids.numel(), y.data_ptr())
+
+    copy(ids)
+    assert torch.equal(y, table[ids])
+    for wrong in (9, -10):
+        with pytest.raises(IndexError, match="outside the table"):
+            copy(torch.tensor([0, wrong]))
 
 
 @pytest.mark.parametrize("path", PATHS)
