@@ -38,13 +38,13 @@ from pymllm.quantization.packing import (
     E2M1,
     pack_words,
     refuse_nan_codes,
+    refuse_nan_scales,
     unpack_nibbles_low_first,
     unpack_words,
 )
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
 
 NAME = "compressed-tensors"
-E8M0_NAN = 255
 MX_GROUP = 32
 
 
@@ -65,7 +65,7 @@ class FloatQuantizedLinearMethod(LinearMethodBase):
         dims = per_tensor if self.block == (0, 0) else (OUT.every(self.block[0]), IN.every(self.block[1]))
         scale = WeightSpec("weight_scale", torch.float32, dims, accepts=FLOATS, scale=True)
         if self.e8m0:
-            scale = WeightSpec("weight_scale", torch.uint8, dims, refuse=_refuse_nan)
+            scale = WeightSpec("weight_scale", torch.uint8, dims, refuse=refuse_nan_scales)
         weight = WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes)
         specs: tuple[WeightSpec, ...] = (weight, scale)
         if self.activations == "static":
@@ -233,10 +233,10 @@ class Fp4LinearMethod(LinearMethodBase):
         grid = (OUT, IN.every(self.group_size))
         specs = [WeightSpec("weight_packed", torch.uint8, (OUT, IN.packed(2)))]
         if self.kind == "nvfp4":
-            specs.append(WeightSpec("weight_scale", torch.float8_e4m3fn, grid, refuse=_refuse_nan))
+            specs.append(WeightSpec("weight_scale", torch.float8_e4m3fn, grid, refuse=refuse_nan_scales))
             specs.append(WeightSpec("weight_global_scale", torch.float32, (PART,), scale=True))
         else:
-            specs.append(WeightSpec("weight_scale", self.scale_dtype, grid, refuse=_refuse_nan))
+            specs.append(WeightSpec("weight_scale", self.scale_dtype, grid, refuse=refuse_nan_scales))
         if self.global_activations:
             specs.append(WeightSpec("input_global_scale", torch.float32, (PART,), scale=True))
         return tuple(specs)
@@ -282,9 +282,3 @@ def _refuse_shape(stored: Tensor, shape: LinearShape) -> str | None:
     expected = [shape.out_features, shape.in_features]
     found = stored.flatten().tolist()
     return None if found == expected else f"the shape {found}, where the layer has {expected}"
-
-
-def _refuse_nan(scales: Tensor, shape: LinearShape) -> str | None:
-    bits = scales.view(torch.uint8)
-    bad = bits == E8M0_NAN if scales.dtype is not torch.float8_e4m3fn else (bits & 127) == 127
-    return f"{int(bad.sum())} scales of {bad.numel()} that are NaN" if bool(bad.any()) else None

@@ -86,6 +86,14 @@ def pack_words(fields: Tensor, bits: int) -> Tensor:
 
 
 ROWS_AT_A_TIME = 4096  # bounds the memory of looking for NaN codes
+E8M0_NAN = 255
+
+
+def refuse_nan_scales(scales: Tensor, shape: object) -> str | None:
+    """For a `WeightSpec.refuse`: NaN among scales that are float8_e4m3, or the exponents of powers of two."""
+    bits = scales.view(torch.uint8)
+    bad = bits == E8M0_NAN if scales.dtype is not torch.float8_e4m3fn else (bits & 127) == 127
+    return f"{int(bad.sum())} scales of {bad.numel()} that are NaN" if bool(bad.any()) else None
 
 
 def refuse_nan_codes(stored: Tensor, shape: object) -> str | None:

@@ -37,7 +37,7 @@ from pymllm.quantization.kv_cache import (
     read_kv_scheme,
     unused_kv_tensor,
 )
-from pymllm.quantization.packing import refuse_nan_codes
+from pymllm.quantization.packing import refuse_nan_codes, refuse_nan_scales
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
@@ -46,10 +46,14 @@ SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True)
 class Fp8LinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; 0 is the whole axis: (0, 0) a tensor, (1, 0) a channel."""
+    """block: the (outputs, inputs) that share a scale; 0 is the whole axis: (0, 0) a tensor, (1, 0) a channel.
+
+    exponent_bytes: scales are stored as the exponents of powers of two, in plain bytes.
+    """
 
     block: tuple[int, int] = (1, 0)
     activations: Activations = "token"
+    exponent_bytes: bool = False
     name: ClassVar[str] = "fp8"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
@@ -59,10 +63,10 @@ class Fp8LinearMethod(LinearMethodBase):
             names, dims = names[::-1], (PART,)
         elif self.block == (1, 0):
             names = names[::-1]
-        specs = [
-            WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes),
-            WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True),
-        ]
+        scale = WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True)
+        if self.exponent_bytes:
+            scale = WeightSpec(names[0], torch.uint8, dims, aliases=names[1:], refuse=refuse_nan_scales)
+        specs = [WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes), scale]
         if self.activations == "static":
             alias = ("activation_scale",)
             specs.append(
@@ -73,6 +77,8 @@ class Fp8LinearMethod(LinearMethodBase):
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
         assert scales is not None
+        if self.exponent_bytes:
+            scales = scales.view(torch.float8_e8m0fnu).float()
         return Fp8Weight.from_parts(
             tensors["weight"],
             scales,
@@ -155,11 +161,12 @@ class Fp8Config(QuantizationConfig):
         if not (is_linear or has_scale) or self._is_ignored(prefix) or self.stored_as_float(prefix):
             return None
         static = self.activation_scheme == "static"
-        if self.block is not None:
-            return Fp8LinearMethod(self.block, "static" if static else "group")
         stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
+        in_bytes = stored is not None and stored.dtype is torch.uint8
+        if self.block is not None:
+            return Fp8LinearMethod(self.block, "static" if static else "group", in_bytes)
         per_channel = stored is not None and math.prod(stored.shape) > 1
-        return Fp8LinearMethod((1, 0) if per_channel else (0, 0), "static" if static else "token")
+        return Fp8LinearMethod((1, 0) if per_channel else (0, 0), "static" if static else "token", in_bytes)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
         """AutoFP8 writes "static" where others write an object."""
