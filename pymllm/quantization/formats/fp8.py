@@ -41,6 +41,7 @@ from pymllm.quantization.packing import refuse_nan_codes, refuse_nan_scales
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
+SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
 
 
@@ -174,6 +175,10 @@ class Fp8Config(QuantizationConfig):
         return QuantizedKVCacheMethod("fp8") if scheme == "static" else read_kv_scheme(scheme)
 
     def skip_reason(self, tensor: str) -> str | None:
+        """transformers leaves a weight that its blocks do not divide in floats, beside scales that it never set."""
+        prefix, _, suffix = tensor.rpartition(".")
+        if suffix in SCALES and self.stored_as_float(prefix):
+            return "a scale of a weight that is stored in floats, which has none"
         return unused_kv_tensor(tensor)
 
     def _is_ignored(self, prefix: str) -> bool:
