@@ -64,33 +64,6 @@ def scales_and_zeros(
     return scale, zero
 
 
-@inline
-def of_expert(
-    expert,
-    words,
-    scales,
-    zeros,
-    row_scales,
-    bias,
-    out_features,
-    row_words,
-    GROUP_WORDS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-):
-    """One expert's operands, of those of all."""
-    groups = (row_words + GROUP_WORDS - 1) // GROUP_WORDS
-    words += expert * out_features * row_words
-    if scales is not None:
-        scales += expert * groups * ((out_features + GROUP_ROWS - 1) // GROUP_ROWS)
-    if zeros is not None:
-        zeros += expert * groups * out_features
-    if row_scales is not None:
-        row_scales += expert * out_features
-    if bias is not None:
-        bias += expert * out_features
-    return words, scales, zeros, row_scales, bias
-
-
 @kernel
 def multiply_one(
     x,
@@ -130,9 +103,17 @@ def multiply_one(
         if expert < 0:
             return
         x += slot // TOP_K * x_stride
-        words, scales, zeros, row_scales, bias = of_expert(
-            expert, words, scales, zeros, row_scales, bias, out_features, row_words, GROUP_WORDS, GROUP_ROWS
-        )
+        groups = (row_words + GROUP_WORDS - 1) // GROUP_WORDS
+        words += expert * out_features * row_words
+        # Not in a function: Triton 3.6 has none that returns a None.
+        if scales is not None:
+            scales += expert * groups * ((out_features + GROUP_ROWS - 1) // GROUP_ROWS)
+        if zeros is not None:
+            zeros += expert * groups * out_features
+        if row_scales is not None:
+            row_scales += expert * out_features
+        if bias is not None:
+            bias += expert * out_features
     total = tl.zeros((BLOCK_O, BLOCK_W), tl.float32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, row_words), BLOCK_W):
         columns = start + tl.arange(0, BLOCK_W)
@@ -224,9 +205,17 @@ def multiply_tile(
         if expert < 0:
             return
         token = tl.load(slots + token)
-        words, scales, zeros, row_scales, bias = of_expert(
-            expert, words, scales, zeros, row_scales, bias, out_features, row_words, GROUP_WORDS, GROUP_ROWS
-        )
+        groups = (row_words + GROUP_WORDS - 1) // GROUP_WORDS
+        words += expert * out_features * row_words
+        # Not in a function: Triton 3.6 has none that returns a None.
+        if scales is not None:
+            scales += expert * groups * ((out_features + GROUP_ROWS - 1) // GROUP_ROWS)
+        if zeros is not None:
+            zeros += expert * groups * out_features
+        if row_scales is not None:
+            row_scales += expert * out_features
+        if bias is not None:
+            bias += expert * out_features
     token_mask = token < tokens
     x_rows = (token // TOP_K).to(tl.int64)[None, :] * x_stride
     total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
