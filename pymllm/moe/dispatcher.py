@@ -66,6 +66,10 @@ class TokenDispatcher(ABC):
         self.combine_a(answers)
         return self.combine_b()
 
+    def reset(self) -> None:
+        """Forget a dispatch whose answers will never come, so that the next one can begin."""
+        self.stage = DispatcherStage.INITIAL
+
     @abstractmethod
     def dispatch_a(self, hidden_states: Tensor, topk: TopKOutput) -> None: ...
 

@@ -242,12 +242,18 @@ class EPFusedMoE(FusedMoE):
 
     def run_own(self, x: Tensor, topk: TopKOutput) -> Tensor:
         """x: [T, H], tokens of this rank alone, perhaps none; every rank calls it.  Returns [T, H]."""
-        received = self.dispatcher.dispatch(x, topk)
-        ids, weights = received.recv_local_expert_ids, received.recv_weights
-        if ids.ndim == 1:
-            ids, weights = ids.unsqueeze(-1), weights.unsqueeze(-1)
-        indexes = torch.where(ids < 0, -1, ids + self.held_from)
-        return self.dispatcher.combine(self.run_held(received.recv_hidden_states, indexes, weights))
+        try:
+            received = self.dispatcher.dispatch(x, topk)
+            ids, weights = received.recv_local_expert_ids, received.recv_weights
+            if ids.ndim == 1:
+                ids, weights = ids.unsqueeze(-1), weights.unsqueeze(-1)
+            indexes = torch.where(ids < 0, -1, ids + self.held_from)
+            return self.dispatcher.combine(self.run_held(received.recv_hidden_states, indexes, weights))
+        except (
+            BaseException
+        ):  # out of memory, say: the next request must find the dispatcher at its beginning
+            self.dispatcher.reset()
+            raise
 
     @property
     def held_from(self) -> int:

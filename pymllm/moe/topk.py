@@ -154,6 +154,9 @@ class GroupLimitedTopKRouter(TopKRouter):
         )
 
     def forward(self, router_logits: Tensor) -> TopKOutput:
+        if router_logits.shape[-1] != self.n_group * self.group_size:
+            found = f"logits of {router_logits.shape[-1]}"
+            raise _bad("num_experts", f"{self.n_group * self.group_size}, as the router was made for", found)
         bias = None if self.expert_bias_getter is None else self.expert_bias_getter()
         return self._route(self.routing, router_logits, bias)
 

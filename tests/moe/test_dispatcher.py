@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pymllm.errors import ConfigError
-from pymllm.moe import NaiveA2ADispatcher, TopKOutput, build_token_dispatcher
+from pymllm.moe import EPFusedMoE, NaiveA2ADispatcher, TopKOutput, build_token_dispatcher
 from pymllm.moe.dispatcher import expert_range
 from pymllm.parallel import Parallel, simulate
 
@@ -118,3 +118,18 @@ def test_backends_by_name(monkeypatch):
         found.dispatch(*tokens_of(0, (3,), 2))
     with pytest.raises(ConfigError, match="equally many experts"):
         build_token_dispatcher("deepep", Parallel(0, 2), 3)
+
+
+def test_a_step_that_fails_leaves_the_dispatcher_ready_for_the_next_one(monkeypatch):
+    block, x = EPFusedMoE(8, 16, 4, 2), torch.randn(3, 8)
+    torch.nn.init.normal_(block.gate.weight)
+
+    def fails(*_):
+        raise MemoryError("no room for the experts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "run_held", fails)
+        with pytest.raises(MemoryError):
+            block(x)
+    monkeypatch.setattr(block, "run_held", lambda hidden, ids, weights: hidden * weights)
+    torch.testing.assert_close(block(x)[0], x)  # the weights of a token sum to one

@@ -179,6 +179,13 @@ def test_more_experts_a_token_than_there_are():
         NaiveTopKRouter(9)(logits())
 
 
+@pytest.mark.parametrize("experts", (6, 10))
+def test_logits_of_other_experts_than_the_groups_were_made_of(experts):
+    router = GroupLimitedTopKRouter(2, num_experts=8, n_group=2, topk_group=1)
+    with pytest.raises(ConfigError, match=f"expected 8, .*logits of {experts}"):
+        router(torch.zeros(3, experts))
+
+
 def test_an_unknown_block_names_those_there_are():
     with pytest.raises(ConfigError, match="auto or naive or tp or ep"):
         build_moe_block("fast", config(hidden_size=8, intermediate_size=8, num_experts=2))
