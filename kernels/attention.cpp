@@ -77,8 +77,10 @@ void attention(const Attention &problem, Isa isa, int threads) {
       tile.key_end = length - fresh + (row + tile.rows - 1) / group + 1;
       most_rows = std::max(most_rows, tile.rows);
       const std::int64_t keys = tile.key_end - tile.key_begin;
+      // 8 rows of 160 keys take 10 us: of few rows, one and a key cost as much as two elements read.
+      const std::int64_t row_bytes = rows <= path.few_rows ? tile.rows / 2 : tile.rows / 16;
       work += keys * problem.kv_heads * (problem.k.size + problem.v.size) *
-              std::max(element_bytes(problem.k.element), tile.rows / 16);
+              std::max(element_bytes(problem.k.element), row_bytes);
       const std::int64_t piece = std::max(kPieceKeys, (keys / kMostPieces + kKeys) / kKeys * kKeys);
       for (tile.kv_head = 0; tile.kv_head < problem.kv_heads; ++tile.kv_head) {
         if (rows > path.few_rows || keys <= piece) {
