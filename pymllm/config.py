@@ -21,12 +21,14 @@ class Execution:
     """How layers run: where, in which activation dtype, how exactly, with which kernels forced.
 
     kernels: pairs (operation, kernel name).  Current for a `with` block while a model is built.
+    kept_floats: tensors whose floats stay in the checkpoint's dtype, narrower than `dtype`, by name.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     compute: Any = "exact"
     kernels: tuple[tuple[str, str], ...] = ()
+    kept_floats: Mapping[str, torch.dtype] = field(default_factory=dict, compare=False, repr=False)
 
     def forced_kernel(self, operation: str) -> str | None:
         return dict(self.kernels).get(operation)

@@ -17,7 +17,9 @@ from torch import nn
 
 from pymllm.config import Execution, ModelConfig, parse_dtype
 from pymllm.errors import CheckpointError, ConfigError, ShardingError
+from pymllm.kernels.cpu import native_missing_reason
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native_float import FAST_PATHS, NativeFloatLinear
 from pymllm.layers.linear import SplitLinearMethod, WeightedLayer
 from pymllm.matching import Unit, match
 from pymllm.models import build_model, read_model_config
@@ -72,6 +74,7 @@ def prepare(
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
+    execution = replace(execution, kept_floats=floats_to_keep(checkpoint, execution))
     if execution.dtype not in stored.get_supported_act_dtypes():
         raise ConfigError(
             f"{stored.get_name()} cannot run with {execution.dtype} activations",
@@ -184,6 +187,17 @@ def choose_execution(
     else:
         chosen = config.dtype or torch.float32
     return Execution(where.spec, chosen, compute, tuple((kernels or {}).items()))
+
+
+def floats_to_keep(checkpoint: Checkpoint, execution: Execution) -> dict[str, torch.dtype]:
+    """The 16-bit tensors that stay so under float32 arithmetic: where a kernel widens them as it reads them."""
+    forced = execution.forced_kernel("linear") not in (None, NativeFloatLinear.name)
+    if execution.dtype is not torch.float32 or execution.device != "cpu" or forced:
+        return {}
+    if native_missing_reason() is not None or probe_device("cpu").isa not in FAST_PATHS:
+        return {}
+    narrow = (torch.float16, torch.bfloat16)
+    return {name: tensor.dtype for name, tensor in checkpoint.tensors.items() if tensor.dtype in narrow}
 
 
 SIDES = (

@@ -36,6 +36,7 @@ _ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": 
 NATIVE_PARTS = (
     "Tape",
     "attention",
+    "copy_rows",
     "float_linear",
     "integer_experts",
     "integer_gather",
@@ -48,6 +49,7 @@ NATIVE_PARTS = (
     "rotate",
     "silu_and_mul",
     "store_kv",
+    "widen",
 )
 
 

@@ -125,6 +125,13 @@ class WeightedLayer(LoRAMixin, RevisedModule):
         else:
             self.register_parameter("bias", None)
 
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """The dtype that plain weights keep, the same for all parts (`Execution.kept_floats`); None: the layer's."""
+        kept = self.execution.kept_floats if self.execution else {}
+        first, *others = (kept.get(f"{part}.weight") for part in self.shape.parts)
+        return first if all(other is first for other in others) else None
+
     def weight_loader(self, param: Tensor, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
         """Cut a full checkpoint tensor for this rank and write it to `param`.
 

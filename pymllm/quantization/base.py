@@ -214,21 +214,26 @@ def load_into(param: Tensor, loaded: Tensor, part: int | None, layer: str) -> No
 
 @dataclass(frozen=True)
 class UnquantizedLinearMethod(LinearMethodBase):
-    """Plain float weights.  transposed: stored [I, O], as some checkpoints have the experts of a layer."""
+    """Plain float weights.
+
+    transposed: stored [I, O], as some checkpoints have the experts of a layer.
+    dtype: in which they are held, for kernels that widen them as they go; None: the layer's own.
+    """
 
     transposed: bool = False
+    dtype: torch.dtype | None = None
     name: ClassVar[str] = "none"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         dims = (IN, OUT) if self.transposed else (OUT, IN)
-        return (WeightSpec("weight", shape.dtype, dims, accepts=FLOATS),)
+        return (WeightSpec("weight", self.dtype or shape.dtype, dims, accepts=FLOATS),)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         weight = tensors["weight"]
         return DenseWeight(weight.t().contiguous() if self.transposed else weight)
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        return DenseWeight(weight.to(shape.dtype))
+        return DenseWeight(weight.to(self.dtype or shape.dtype))
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, DenseWeight)

@@ -195,6 +195,8 @@ class RuledConfig(QuantizationConfig):
         stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod(
             getattr(layer, "transposed", False)
         )
+        if stored == UnquantizedLinearMethod():
+            stored = UnquantizedLinearMethod(dtype=getattr(layer, "kept_dtype", None))
         decision = Decision(name, stored, self._checkpoint_source(stored, prefix))
         rule = next((rule for rule in self.rules if rule.applies(layer, name)), None)
         if rule is not None:

@@ -203,5 +203,5 @@ def test_a_stale_extension_is_named_and_never_called():
     assert result.returncode == 0, result.stderr
     info = json.loads(result.stdout)
     assert info["native"] is False
-    assert "older than the Python code: they lack Tape, attention, float_linear" in info["reason"]
+    assert "older than the Python code: they lack Tape, attention, copy_rows, " in info["reason"]
     assert "probe" not in info["reason"] and info["reason"].endswith("(in a clone, rebuild: make native)")

@@ -53,7 +53,9 @@ def test_a_setting_that_is_named_works_and_where_none_is_none_would(models, name
                     assert kernel not in {other["kernel"] for other in again.refused}, (layer, fix)
                 elif refusal["cause"] == "layer":
                     assert (layer.prefix, kernel) not in taken, (layer, refusal)
-    assert named
+    assert named or (name, device) == ("dense", "cpu"), (
+        "every kernel for plain weights runs under every setting there"
+    )
 
 
 @pytest.mark.parametrize("name", ("dense", "experts"))

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from pymllm.kernels import cpu
+
 from ..checkpoints import AWQ, SIZES
 
 ROOT = Path(__file__).parents[2]
 # The claim is about 1 GB: PYMLLM_TEST_CHECKPOINT_MB=1000 measures just that.
 MEGABYTES = int(os.environ.get("PYMLLM_TEST_CHECKPOINT_MB", "300"))
-# Beside the weights: the modules of the model, report and plan, and what torch's operators allocate on first use.
-CONSTANT = 24 << 20
+# Beside the weights: the modules of the model, report and plan, what torch's operators allocate on first use, and what
+# the C library keeps of what was freed: 45 MB here, at 300 MB and at 1 GB alike.
+CONSTANT = 48 << 20 if MEGABYTES < 1000 else 0
 
 
 def python(*arguments, timeout=300):
@@ -95,10 +98,9 @@ def test_peak_memory_while_loading_is_the_packed_model_and_a_little(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert sizes["read"] == stored
-    # float32 activations on a CPU: embedding and head are twice their float16, the rest stays packed.
-    assert stored <= sizes["final"] <= 1.35 * stored
+    # Packed weights have their own layout; embedding and head stay float16 where a native kernel widens them.
+    assert stored <= sizes["final"] <= (1.1 if cpu.native_available() else 1.35) * stored
     assert sizes["peak"] <= 1.15 * sizes["final"] + CONSTANT
-    # The C library keeps some of what was freed, 45 MB here, at 300 MB and at 1 GB alike.
     assert sizes["resident"] <= sizes["final"] + (64 << 20), "what loading used is given back"
 
 
