@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import RequestError
+from pymllm.errors import KernelError, RequestError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
+CANDIDATES = 1024  # which top_p tries first, before all tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,18 @@ def sample(logits: Tensor, state: SamplerState, answer: list[int]) -> tuple[int,
     logits = _penalise(logits, params, state.prompt, answer)
     if params.greedy:
         return int(logits.argmax()), logprobs
-    logits = _cut(logits / params.temperature, params)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=state.generator)), logprobs
+    logits, tokens = _cut(logits / params.temperature, params)
+    chosen = _draw(logits, state.generator)
+    return chosen if tokens is None else int(tokens[chosen]), logprobs
+
+
+def _draw(logits: Tensor, generator: torch.Generator | None) -> int:
+    """An index by its probability: the place of one random number among their running sums."""
+    sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    if not bool(sums[-1] > 0):
+        raise KernelError("the model's logits are not numbers", code="logits-nan")
+    number = torch.rand((), dtype=torch.float64, generator=generator) * sums[-1]
+    return min(int(torch.searchsorted(sums, number, right=True)), len(sums) - 1)
 
 
 def _penalise(logits: Tensor, params: SamplingParams, prompt: list[int], answer: list[int]) -> Tensor:
@@ -167,7 +178,7 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: list[int], answer:
         for token, bias in params.logit_bias:
             logits[token] += bias
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt, *answer}))
+        seen = torch.tensor([*{*prompt, *answer}])
         values = logits[seen]
         penalty = params.repetition_penalty
         logits = logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
@@ -177,15 +188,24 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: list[int], answer:
     return logits
 
 
-def _cut(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Drop what top_k, min_p and top_p exclude; the likeliest token always stays."""
+def _cut(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """What top_k, min_p and top_p leave: logits, and their tokens (None: all); the likeliest token always stays."""
     if 0 < params.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
     if params.min_p > 0:
         probabilities = logits.softmax(-1)
         logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)
-    if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.index_fill(0, order[before >= params.top_p], -math.inf)
-    return logits
+    if params.top_p == 1:
+        return logits, None
+    total = logits.logsumexp(-1)
+    for count in (
+        min(CANDIDATES, logits.numel()),
+        logits.numel(),
+    ):  # sorting all takes 10 ms for 128,000 tokens
+        best = logits.topk(count)
+        mass = (best.values - total).exp().double()
+        before = mass.cumsum(-1) - mass
+        if before[-1] >= params.top_p:
+            break
+    kept = before < params.top_p
+    return best.values[kept], best.indices[kept]

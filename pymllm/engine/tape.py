@@ -64,6 +64,11 @@ class _Notes(TorchDispatchMode):
         self.kept: list[Tensor] = []  # what operations gave, views too
         self.made: list[Tensor] = []  # memory of their own
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's question: yes would wrap the method below, and import all of its compiler at the first call."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -169,3 +172,13 @@ def test_other_numbers_of_threads_have_tapes_of_their_own():
     finally:
         torch.set_num_threads(before)
     assert {threads for _, threads in llm.engine.runner._decoding} == {before, before + 1}
+
+
+def test_recording_a_step_does_not_import_torchs_compiler():
+    """It takes the better part of a second, in the middle of the first answer."""
+    script = (
+        "import sys, pymllm; llm = pymllm.LLM(); llm.generate([[5, 6, 7]]); "
+        "assert any(batch.tape for batch in llm.engine.runner._decoding.values()); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
