@@ -39,11 +39,12 @@ class GatedActivation:
         return self.kind if self.kind != "swiglu" else f"swiglu alpha {self.alpha} limit {self.limit}"
 
 
-# By what configs call them.
+# By what configs call them; some have several names for one formula.
 ACTIVATIONS = {
-    "silu": GatedActivation("silu"),
-    "gelu_pytorch_tanh": GatedActivation("gelu_tanh"),
-    "gelu_tanh": GatedActivation("gelu_tanh"),
+    **dict.fromkeys(("silu", "swish"), GatedActivation("silu")),
+    **dict.fromkeys(
+        ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new", "gelu_fast"), GatedActivation("gelu_tanh")
+    ),
 }
 
 

@@ -4,10 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pymllm.config import Execution
+from pymllm.kernels.gated_activation import ACTIVATIONS, activation_of
 from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.layernorm import GemmaRMSNorm, RMSNorm
 
@@ -101,3 +103,9 @@ def test_gated_activations_equal_their_formulas(dtype, shape):
 def test_gated_activations_of_large_values_stay_finite():
     x = torch.tensor([[-1e4, 1e4, 2.0, 3.0]])
     assert SiluAndMul()(x).tolist() == [[0.0, 3e4]] and GeluAndMul()(x).tolist() == [[0.0, 3e4]]
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() & ACT2FN.keys()))
+def test_activations_are_those_that_transformers_calls_so(name):
+    gate, up = torch.linspace(-6, 6, 501), torch.linspace(1, 2, 501)
+    assert torch.allclose(activation_of(name)(torch.cat((gate, up))), ACT2FN[name](gate) * up, atol=1e-6)
