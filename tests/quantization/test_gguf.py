@@ -219,7 +219,8 @@ def test_a_sentencepiece_tokenizer_merges_by_score_and_knows_every_byte(tmp_path
     for text in ("hello world", "hello", "whello hellohelloworld", "é!", "hold<tool>hello"):
         ids = llm.tokenizer.encode(text)
         if "<" not in text:  # after an added token llama.cpp puts a space again, transformers does not
-            assert ids == reference.encode(text)
+            expected = reference.encode(text)
+            assert ids == [1, *expected[expected[0] == 1 :]]  # transformers 5.20 leaves the first out
         assert ids[0] == 1
     assert llm.tokenizer.decode(llm.tokenizer.encode("hello éworld")) == "hello éworld"
     assert llm.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])[:2] == [1, 284]
