@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pymllm
 from pymllm.api import shipped_model
-from pymllm.preparation import layer_parts, weighted_layers
+from pymllm.layers.linear import layer_parts, weighted_layers
 from pymllm.quantization.binding import bound_weight
 
 BLOCKS = "model.layers.**"

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from pymllm.kernels import cpu
 from pymllm.kernels.canonical import DenseWeight, Fp8Weight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native_float import TORCH_TOKENS, NativeFloatLinear
-from pymllm.kernels.native_fp8 import NativeFp8Linear
-from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.float_linear import TORCH_TOKENS, NativeFloatLinear
+from pymllm.kernels.native.fp8 import NativeFp8Linear
 
 SHAPES = ((4096, 4096), (4096, 14336))
 COLD_BYTES = 256 << 20  # of bf16 weights in rotation, several times any cache here

@@ -26,9 +26,10 @@ from torch import Tensor
 from pymllm import _native
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native_fp4 import E2M1
-from pymllm.kernels.reference import ReferenceLinear
-from pymllm.kernels.registry import LinearProblem, select
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.fp4 import E2M1
+from pymllm.kernels.reference.linear import ReferenceLinear
+from pymllm.kernels.registry import select
 
 # M tokens, O out_features, I in_features, G group_size
 

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymllm import _native
+from pymllm.kernels.aten.int4pack import TorchInt4Pack
 from pymllm.kernels.canonical import IntWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native_int4 import NativeInt4
-from pymllm.kernels.registry import LinearProblem
-from pymllm.kernels.torch_int4pack import TorchInt4Pack
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.int4 import NativeInt4
 
 # M tokens, O out_features, I in_features, G group_size
 

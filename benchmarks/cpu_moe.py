@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymllm.kernels.canonical import ExpertsWeight, IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import LinearExperts, slots_by_expert
-from pymllm.kernels.native_experts import NativeIntegerExperts
-from pymllm.kernels.reference_experts import ReferenceExperts
-from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem
+from pymllm.kernels.native.experts import NativeIntegerExperts
+from pymllm.kernels.reference.experts import ReferenceExperts
 
 # T tokens, K experts a token, E experts, H hidden size, I intermediate size
 

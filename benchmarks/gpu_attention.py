@@ -16,9 +16,9 @@ from gpu_peers import flashinfer_decode
 from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
+from pymllm.kernels.aten.attention import TorchAttention
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVType, PagedKV
-from pymllm.kernels.reference_attention import ReferenceAttention
-from pymllm.kernels.torch_attention import TorchAttention
+from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.triton.attention import TritonGroupedAttention, TritonKVStore
 
 Case = tuple[Tensor, Tensor, Tensor, AttentionStep, PagedKV]

@@ -21,7 +21,7 @@ from gpu_roofline import BUDGET_S, GRACE_S, stop_after
 
 from pymllm import LLM, SamplingParams
 from pymllm.api import shipped_model
-from pymllm.planning import plan
+from pymllm.planning.make_plan import plan
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]

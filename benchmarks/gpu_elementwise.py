@@ -20,8 +20,8 @@ from gpu_peers import quantise_tokens
 from gpu_roofline import Table, device_for, parser
 from torch import Tensor
 
+from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
-from pymllm.kernels.torch_elementwise import TorchElementwise
 from pymllm.kernels.triton.eight_bit import WHOLE, Groups, quantise
 from pymllm.kernels.triton.elementwise import TritonElementwise
 

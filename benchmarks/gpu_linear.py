@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import Fp8Weight, IntWeight
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.registry import LinearProblem, select
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import select
 from pymllm.kernels.triton.linear_cases import random_like
 
 

@@ -17,9 +17,10 @@ from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
 from pymllm.kernels.canonical import DenseType, ExpertsWeight, LazyWeights
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import run_by_expert
-from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem
 from pymllm.kernels.triton.experts import WEIGHTS, TritonExperts
 from pymllm.kernels.triton.linear_cases import random_like
 

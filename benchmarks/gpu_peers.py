@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
 from pymllm.kernels.canonical import E4M3_MAX, Fp8Weight, IntWeight
-from pymllm.kernels.flashinfer_attention import WORKSPACE_BYTES, requests_of
+from pymllm.kernels.flashinfer.attention import WORKSPACE_BYTES, requests_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pymllm import _native
-from pymllm.kernels.cpu import probe
+from pymllm.kernels.native.extension import probe
 
 RESULTS = Path(__file__).parent / "results"
 PROBE_BYTES = 64 << 20  # read at a time, from a buffer of four times that: beyond the caches

@@ -2,7 +2,7 @@
 
     python examples/quantize_tiny_model.py --model tiny-model --out pymllm/shipped_model
 
-Two searches of pymllm.quantization.awq_search minimise output errors on calibration text.  The first finds a scale
+Two searches of pymllm.quantization.rounding.awq minimise output errors on calibration text.  The first finds a scale
 for each input channel, folded into the operation before; the second finds how far each group's range may be clipped.
 Then every linear layer of the blocks is rounded to nearest.  Embedding and norms stay float16.
 
@@ -29,8 +29,8 @@ from train_tiny_model import (
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pymllm.kernels.canonical import IntWeight
-from pymllm.quantization.awq_search import grams_of, round_with_clipping, search_scales
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.rounding.awq import grams_of, round_with_clipping, search_scales
 from pymllm.weights.spec import LinearShape, Span
 
 GROUP_SIZE = 128

@@ -1,4 +1,4 @@
-// The Python face of attention.h. Pointers come checked by pymllm/kernels/native_attention.py.
+// The Python face of attention.h. Pointers come checked by pymllm/kernels/native/attention.py.
 #include <nanobind/nanobind.h>
 
 #include <cstdint>

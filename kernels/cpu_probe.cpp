@@ -49,7 +49,7 @@ constexpr bool kNeonIsBuilt = true;
 
 bool is_built(const PathRule &rule) { return kNeonIsBuilt || rule.name != std::string("neon_dotprod"); }
 
-// Best first. pymllm/kernels/cpu.py has the same table for installs without this module; a test compares the two.
+// Best first. pymllm/kernels/native/extension.py has the same table for installs without this module; a test compares the two.
 const std::vector<PathRule> &path_rules() {
   static const std::vector<PathRule> rules = {
       {"avx512_vnni", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}},

@@ -1,4 +1,4 @@
-// pymllm._native.integer_*: addresses as integers, checked by pymllm/kernels/native_integer.py. nb::ndarray would check
+// pymllm._native.integer_*: addresses as integers, checked by pymllm/kernels/native/integer.py. nb::ndarray would check
 // them here, at 4 us a tensor.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>

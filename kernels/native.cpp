@@ -46,7 +46,7 @@ nb::dict probe() {
 } // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() = "Native CPU kernels of pymllm. Use them through pymllm.kernels.cpu.";
+  m.doc() = "Native CPU kernels of pymllm. Use them through pymllm.kernels.native.extension.";
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
   pymllm::register_attention(m);

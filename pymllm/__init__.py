@@ -18,12 +18,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "pymllm.api",
     "load_model": "pymllm.api",
-    "plan": "pymllm.planning",
-    "verify": "pymllm.verification",
-    "compare": "pymllm.comparison",
-    "swap": "pymllm.swapping",
-    "quantize_checkpoint": "pymllm.checkpoint_quantization",
-    "quantize_model": "pymllm.module_quantization",
+    "plan": "pymllm.planning.make_plan",
+    "verify": "pymllm.checking.verify",
+    "compare": "pymllm.checking.compare",
+    "swap": "pymllm.swapping.swap",
+    "quantize_checkpoint": "pymllm.writing.quantize_checkpoint",
+    "quantize_model": "pymllm.modules.quantize_model",
     "SamplingParams": "pymllm.engine.sampling",
     "Parallel": "pymllm.parallel",
     "PymllmError": "pymllm.errors",
@@ -33,15 +33,15 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from pymllm.api import LLM, load_model
-    from pymllm.checkpoint_quantization import quantize_checkpoint
-    from pymllm.comparison import compare
+    from pymllm.checking.compare import compare
+    from pymllm.checking.verify import verify
     from pymllm.engine.sampling import SamplingParams
     from pymllm.errors import PymllmError
-    from pymllm.module_quantization import quantize_model
+    from pymllm.modules.quantize_model import quantize_model
     from pymllm.parallel import Parallel
-    from pymllm.planning import plan
-    from pymllm.swapping import swap
-    from pymllm.verification import verify
+    from pymllm.planning.make_plan import plan
+    from pymllm.swapping.swap import swap
+    from pymllm.writing.quantize_checkpoint import quantize_checkpoint
 
 
 def __getattr__(name: str) -> Any:

@@ -29,19 +29,19 @@ from pymllm.adapters import (
 )
 from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
-from pymllm.engine.gguf_tokenizer import open_tokenizer
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import ConfigError, RequestError, nearest
-from pymllm.loading import load_prepared
+from pymllm.loading.load import load_prepared
+from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
-from pymllm.planned import Plan
-from pymllm.planning import make_plan
-from pymllm.preparation import Prepared, prepare
+from pymllm.planning.make_plan import make_plan
+from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
+from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.weights.memory import refuse_too_large
 
 Prompt = str | Sequence[int]
@@ -173,7 +173,7 @@ class LLM:
     @functools.cached_property
     def generation_config(self) -> dict[str, Any]:
         """The checkpoint's generation_config.json; {} without one."""
-        from pymllm.engine.tokenizer import read_json
+        from pymllm.text.tokenizer import read_json
 
         return read_json(self.path / "generation_config.json")
 
@@ -336,7 +336,7 @@ def load_model(
     check_memory: bool = True,
     **options: Any,
 ) -> CausalLM:
-    """`pymllm.loading.load_model`, which see for the options, once the plan says that the model fits.
+    """`pymllm.loading.load.load_model`, which see for the options, once the plan says that the model fits.
 
     check_memory: whether to refuse, with numbers, a model that does not.
     """

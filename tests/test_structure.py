@@ -20,7 +20,7 @@ def parts_of_the_package() -> set[str]:
 
 
 def test_the_page_has_every_part_of_the_package_once():
-    assert sorted([*PARTS, "module_calibration.py"]) == sorted(parts_of_the_package())
+    assert sorted(PARTS) == sorted(parts_of_the_package())
 
 
 def test_the_page_has_the_folders_of_the_repository():

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.errors import ConfigError
-from pymllm.quantization.fields import compile_pattern
-from pymllm.weights.checkpoint import resolve_model_path
+from pymllm.quantization.storage.fields import compile_pattern
+from pymllm.weights.opening import resolve_model_path
 from pymllm.weights.safetensors_file import parse_json_object
 from pymllm.weights.tensor_file import read_small_file
 

@@ -15,14 +15,12 @@ from pymllm.adapters.config import WEIGHTS_FILE, LoRAConfig, load_lora_config
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.embedding import ParallelLMHead
-from pymllm.layers.linear import WeightedLayer
+from pymllm.layers.linear import WeightedLayer, weighted_layers
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
-from pymllm.matching import HINTS, mismatch
-from pymllm.preparation import weighted_layers
 from pymllm.quantization.binding import bound_weight
 from pymllm.weights.loader import Slot, write
 from pymllm.weights.loader import place as place_tensor
-from pymllm.weights.report import Problem, raise_problems
+from pymllm.weights.report import HINTS, Problem, mismatch, raise_problems
 from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 

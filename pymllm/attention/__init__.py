@@ -1,7 +1,8 @@
 """The boundary between a strategy's attention metadata and the attention kernels."""
 
 from pymllm.attention.attention import Attention, bytes_per_token, reference_torch_attention
-from pymllm.attention.metadata import (
+from pymllm.attention.triton import triton_attention, triton_grouped_attention
+from pymllm.layers.step import (
     AttnMetaDataBase,
     fetch_attn_metadata,
     is_warming_up,
@@ -9,7 +10,6 @@ from pymllm.attention.metadata import (
     set_fetch_fn_for_attn_metadata,
     set_warming_up,
 )
-from pymllm.attention.triton import triton_attention, triton_grouped_attention
 
 __all__ = [
     "Attention",

@@ -7,13 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pymllm.attention.metadata import fetch_attn_metadata
 from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVStoreKernel, PagedKV
 from pymllm.kernels.hardware import Device, probe_device
-from pymllm.kernels.reference_attention import ReferenceAttention
+from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
+from pymllm.layers.step import fetch_attn_metadata
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.kv_cache import KVCacheMethodBase, UnquantizedKVCacheMethod
 from pymllm.weights.spec import LinearShape, Span

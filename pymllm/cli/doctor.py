@@ -90,7 +90,7 @@ def _version(package: str) -> str | None:
 
 
 def _examine_cpu(problems: list[str]) -> dict[str, Any]:
-    from pymllm.kernels.cpu import native_available, native_missing_reason, probe
+    from pymllm.kernels.native.extension import native_available, native_missing_reason, probe
 
     forced = os.environ.get("PYMLLM_CPU_ISA") or None
     native = {"present": native_available(), "missing_reason": native_missing_reason()}

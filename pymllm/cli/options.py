@@ -156,7 +156,7 @@ def _check_isa() -> None:
     """PYMLLM_CPU_ISA is the user's; a wrong one is an error like any other."""
     if "PYMLLM_CPU_ISA" in os.environ:
         from pymllm.errors import ConfigError
-        from pymllm.kernels.cpu import probe
+        from pymllm.kernels.native.extension import probe
 
         try:
             probe()

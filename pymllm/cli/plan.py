@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pymllm.plan_difference import PlanDifference
-    from pymllm.planned import Plan, PlannedLayer
+    from pymllm.planning.difference import PlanDifference
+    from pymllm.planning.plan import Plan, PlannedLayer
 
 
 EXAMPLES = """Nothing but config.json and the headers of the weight files is read: a plan of any model takes about a
@@ -52,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from pymllm.parallel import Parallel
-    from pymllm.planning import plan
+    from pymllm.planning.make_plan import plan
 
     saved = None
     if args.diff:
-        from pymllm.plan_difference import compare_plans, read_plan
+        from pymllm.planning.difference import compare_plans, read_plan
 
         saved = read_plan(args.diff)
     # A plan needs no other process, so a machine of any size can show the share of any rank.

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     if not args.quant:
         args.parser.error("say what to quantise, e.g. --quant '**.layers.**=int4'")
-    from pymllm.checkpoint_quantization import quantize_checkpoint
+    from pymllm.writing.quantize_checkpoint import quantize_checkpoint
 
     written = quantize_checkpoint(
         args.model,

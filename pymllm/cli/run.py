@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pymllm.api import LLM
     from pymllm.engine.outputs import GenerationOutputs
     from pymllm.engine.request import RequestOutput
-    from pymllm.planned import Plan
+    from pymllm.planning.plan import Plan
 
 EPILOG = """A single MODEL-or-PROMPT is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id
 org/name; else it is a prompt for the small model that comes with pymllm. With --prompt it is always MODEL. Without a

@@ -57,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.compare:
         return _compare(args)
     from pymllm.api import choose_parallel
-    from pymllm.verification import verify
+    from pymllm.checking.verify import verify
 
     with choose_parallel(args.tensor_parallel_size, args.expert_parallel):
         verification = verify(
@@ -87,7 +87,7 @@ def _compare(args: argparse.Namespace) -> int:
         args.parser.error("--compare has rules of its own; leave --quant out")
     if args.tensor_parallel_size > 1:
         args.parser.error("--compare runs in one process")
-    from pymllm.comparison import compare, require_matplotlib
+    from pymllm.checking.compare import compare, require_matplotlib
 
     if args.plot:
         require_matplotlib()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pymllm.engine.engine import Engine
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
-from pymllm.engine.tokenizer import TextStream, Tokenizer
+from pymllm.text.tokenizer import TextStream, Tokenizer
 
 
 @dataclass(frozen=True)

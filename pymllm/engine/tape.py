@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymllm.attention import AttnMetaDataBase
-from pymllm.kernels.cpu import isa_code, native, native_available
-from pymllm.kernels.native_float import FLOAT_TYPES
+from pymllm.kernels.native.extension import isa_code, native, native_available
+from pymllm.kernels.native.float_linear import FLOAT_TYPES
 
 MAX_BYTES = 64 << 20  # of a tape's intermediate tensors: they are kept, and none takes another's place
 

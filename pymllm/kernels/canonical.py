@@ -432,3 +432,9 @@ def on_meta(weight: CanonicalWeight) -> CanonicalWeight:
         for value in (getattr(weight, field.name),)
     }
     return type(weight)(**tensors)  # type: ignore[arg-type]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|, Frobenius; absolute where `want` is zero."""
+    norm = float(want.norm())
+    return float((got - want).norm()) / (norm if norm > 0 else 1.0)

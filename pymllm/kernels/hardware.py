@@ -93,7 +93,7 @@ def probe_device(device: str = "auto") -> Device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
-        from pymllm.kernels.cpu import native_available, probe
+        from pymllm.kernels.native.extension import native_available, probe
 
         info = probe()
         return Device("cpu", info.brand, isa=info.best_path if native_available() else None)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, LazyWeights
-from pymllm.kernels.reference import ReferenceLinear
-from pymllm.kernels.registry import TOLERANCES, ExpertsBias, ExpertsProblem, LinearProblem, Packed, select
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.reference.linear import ReferenceLinear
+from pymllm.kernels.registry import Packed, select
 
 INPUT_ORDER = "input_order"  # beside what a linear kernel packed: which input each column multiplies
 

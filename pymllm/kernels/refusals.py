@@ -14,8 +14,8 @@ import torch
 
 from pymllm.kernels.attention import KVType
 from pymllm.kernels.canonical import DenseType
-from pymllm.kernels.cpu import native_missing_reason
 from pymllm.kernels.hardware import ARCHITECTURES, Device, probe_device
+from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.registry import Operation, Refusal, Selection, kernels_for
 
 Cause = Literal["device", "installation", "setting", "layer"]

@@ -12,15 +12,11 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from pymllm.errors import KernelError, unknown_name
-from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, WeightType
-from pymllm.kernels.gated_activation import GatedActivation
-from pymllm.kernels.hardware import Device
 
 Operation = Literal["linear", "embedding", "experts", "routing", "attention", "kv_store", "elementwise"]
 Compute = Literal["auto", "exact", "checkpoint"]
@@ -33,118 +29,57 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.triton.int2_weights:TritonInt2",
         "pymllm.kernels.triton.fp8_weights:TritonFp8",
         "pymllm.kernels.triton.fp4_weights:TritonFp4",
-        "pymllm.kernels.native_float:NativeFloatLinear",
-        "pymllm.kernels.torch_linear:TorchLinear",
-        "pymllm.kernels.torch_scaled_mm:TorchScaledMM",
-        "pymllm.kernels.native_int4:NativeInt4",
-        "pymllm.kernels.native_int8:NativeInt8",
-        "pymllm.kernels.native_fp4:NativeFp4",
-        "pymllm.kernels.torch_int4pack:TorchInt4Pack",
-        "pymllm.kernels.native_fp8:NativeFp8Linear",
-        "pymllm.kernels.native_codebook:NativeCodebook",
-        "pymllm.kernels.reference:ReferenceLinear",
+        "pymllm.kernels.native.float_linear:NativeFloatLinear",
+        "pymllm.kernels.aten.linear:TorchLinear",
+        "pymllm.kernels.aten.scaled_mm:TorchScaledMM",
+        "pymllm.kernels.native.int4:NativeInt4",
+        "pymllm.kernels.native.int8:NativeInt8",
+        "pymllm.kernels.native.fp4:NativeFp4",
+        "pymllm.kernels.aten.int4pack:TorchInt4Pack",
+        "pymllm.kernels.native.fp8:NativeFp8Linear",
+        "pymllm.kernels.native.codebook:NativeCodebook",
+        "pymllm.kernels.reference.linear:ReferenceLinear",
     ),
     "embedding": (
         "pymllm.kernels.triton.embedding:TritonIntEmbedding",
         "pymllm.kernels.triton.embedding:TritonFp8Embedding",
-        "pymllm.kernels.torch_linear:TorchEmbedding",
-        "pymllm.kernels.native_embedding:NativeInt4Embedding",
-        "pymllm.kernels.native_embedding:NativeInt8Embedding",
-        "pymllm.kernels.native_embedding:NativeFp4Embedding",
-        "pymllm.kernels.native_fp8:NativeFp8Embedding",
-        "pymllm.kernels.reference:ReferenceEmbedding",
+        "pymllm.kernels.aten.linear:TorchEmbedding",
+        "pymllm.kernels.native.embedding:NativeInt4Embedding",
+        "pymllm.kernels.native.embedding:NativeInt8Embedding",
+        "pymllm.kernels.native.embedding:NativeFp4Embedding",
+        "pymllm.kernels.native.fp8:NativeFp8Embedding",
+        "pymllm.kernels.reference.linear:ReferenceEmbedding",
     ),
     "experts": (
         "pymllm.kernels.triton.experts:TritonExperts",
-        "pymllm.kernels.native_experts:NativeIntegerExperts",
+        "pymllm.kernels.native.experts:NativeIntegerExperts",
         "pymllm.kernels.linear_experts:LinearExperts",
-        "pymllm.kernels.reference_experts:ReferenceExperts",
+        "pymllm.kernels.reference.experts:ReferenceExperts",
     ),
     "routing": (
         "pymllm.kernels.triton.routing:TritonRouting",
-        "pymllm.kernels.torch_routing:TorchRouting",
+        "pymllm.kernels.aten.routing:TorchRouting",
     ),
     "attention": (
-        "pymllm.kernels.flashinfer_attention:FlashInferAttention",
+        "pymllm.kernels.flashinfer.attention:FlashInferAttention",
         "pymllm.kernels.triton.attention:TritonGroupedAttention",
         "pymllm.kernels.triton.attention:TritonAttention",
-        "pymllm.kernels.native_attention:NativeAttention",
-        "pymllm.kernels.torch_attention:TorchAttention",
-        "pymllm.kernels.reference_attention:ReferenceAttention",
+        "pymllm.kernels.native.attention:NativeAttention",
+        "pymllm.kernels.aten.attention:TorchAttention",
+        "pymllm.kernels.reference.attention:ReferenceAttention",
     ),
     "kv_store": (
         "pymllm.kernels.triton.attention:TritonKVStore",
-        "pymllm.kernels.native_attention:NativeKVStore",
-        "pymllm.kernels.torch_kv_store:TorchKVStore",
+        "pymllm.kernels.native.attention:NativeKVStore",
+        "pymllm.kernels.aten.kv_store:TorchKVStore",
     ),
     "elementwise": (
-        "pymllm.kernels.vllm_layers:VllmElementwise",
+        "pymllm.kernels.vllm.elementwise:VllmElementwise",
         "pymllm.kernels.triton.elementwise:TritonElementwise",
-        "pymllm.kernels.native_elementwise:NativeElementwise",
-        "pymllm.kernels.torch_elementwise:TorchElementwise",
+        "pymllm.kernels.native.elementwise:NativeElementwise",
+        "pymllm.kernels.aten.elementwise:TorchElementwise",
     ),
 }
-
-# Relative error (Frobenius) that an exact kernel may have: the weight and the result are rounded to the activation
-# dtype (2^-9 or 2^-12 each), and sums to float32 (about sqrt(I) units of 2^-24).
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-
-
-@dataclass(frozen=True)
-class LinearProblem:
-    """One rank's linear layer (or embedding table), as a kernel sees it.
-
-    compute: "auto" lets a kernel round activations to fewer bits where that is faster; "exact" forbids it;
-    "checkpoint" demands just what the checkpoint asks for.
-    """
-
-    weight: WeightType
-    in_features: int
-    out_features: int
-    dtype: torch.dtype
-    device: Device
-    compute: Compute = "auto"
-
-
-@dataclass(frozen=True)
-class ExpertsProblem:
-    """One rank's experts of one layer, each `down(activation(gate_up(x)))`, as a kernel sees them.
-
-    gate_up: the product of one expert, [2·I, H]; or two, gate's and up's, where they are not one weight.
-    down: [H, I].  num_experts: how many this rank holds.
-    reordered: weights may have an `input_order`, another one for each expert, which `pack` must keep.
-    """
-
-    gate_up: tuple[LinearProblem, ...]
-    down: LinearProblem
-    num_experts: int
-    activation: GatedActivation
-    reordered: bool = False
-
-    def products(self) -> dict[str, LinearProblem]:
-        """The products by name, as `ExpertsWeight.products`."""
-        names = ("gate_up",) if len(self.gate_up) == 1 else ("gate", "up")
-        return {**dict(zip(names, self.gate_up, strict=True)), "down": self.down}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.down.dtype
-
-    @property
-    def device(self) -> Device:
-        return self.down.device
-
-    @property
-    def compute(self) -> Compute:
-        return self.down.compute
-
-
-@dataclass(frozen=True)
-class ElementwiseProblem:
-    """Norms, gated activations and rotary positions, which one kernel set runs for a whole model."""
-
-    dtype: torch.dtype
-    device: Device
 
 
 Packed = Mapping[str, Tensor]
@@ -157,82 +92,6 @@ class Kernel(Protocol):
 
     def why_not(self, problem: Any) -> str | None:
         """None if it can run `problem`, else the reason in a few words."""
-
-
-class LinearKernel(Kernel, Protocol):
-    """`x @ weight.T + bias` over packed weights.  `layout` names what `pack` makes: equal names, equal bytes."""
-
-    layout: str
-
-    def numerics(self, problem: LinearProblem) -> str:
-        """How results differ from exact arithmetic over the stored weights, for a plan to show.
-
-        A kernel whose error exceeds what the activations' dtype explains also has `tolerance(problem) -> float`, the
-        relative error that it owns up to.
-        """
-
-    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
-        """Weights in this kernel's own order.  Also runs on meta tensors: a plan counts its bytes."""
-
-    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
-        """What `pack` was given, bit for bit."""
-
-    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x: [*, I] in the problem's dtype.  Returns [*, O]."""
-
-
-class EmbeddingKernel(Kernel, Protocol):
-    """Rows of a packed table; `pack` and `layout` as for a linear layer, so that a tied head can share them."""
-
-    layout: str
-
-    def numerics(self, problem: LinearProblem) -> str: ...
-
-    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed: ...
-
-    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight: ...
-
-    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
-        """ids: any shape, within the table.  Returns [*ids.shape, I] in the problem's dtype."""
-
-
-class ExpertsBias(NamedTuple):
-    """gate_up: [E, 2·I], the gate's first; down: [E, H].  None: there is none."""
-
-    gate_up: Tensor | None = None
-    down: Tensor | None = None
-
-
-class ExpertsKernel(Kernel, Protocol):
-    """The experts of a layer over packed weights: routed tokens in, their weighted sum out.
-
-    `pack` is given one canonical weight an expert and product, and may use the packing of a linear kernel for each;
-    `kernels/linear_experts.py` does, for every linear kernel there is.
-    """
-
-    layout: str
-
-    def numerics(self, problem: ExpertsProblem) -> str:
-        """As a linear kernel's; `tolerance(problem)` too."""
-
-    def pack(self, weight: ExpertsWeight, problem: ExpertsProblem) -> Packed:
-        """The weights of all experts in this kernel's own order.  Also runs on meta tensors."""
-
-    def unpack(self, packed: Packed, problem: ExpertsProblem) -> ExpertsWeight:
-        """What `pack` was given, bit for bit."""
-
-    def run(
-        self,
-        packed: Packed,
-        problem: ExpertsProblem,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        bias: ExpertsBias,
-    ) -> Tensor:
-        """x: [T, H] in the problem's dtype.  topk_ids: [T, K] int64, which of the packed experts; below 0: none.
-        topk_weights: [T, K] float32.  Returns [T, H] in the problem's dtype: for each token, the sum over its K
-        experts of weight times answer, accumulated in float32.  T and K may be 0, and an expert may come up twice."""
 
 
 K = TypeVar("K")

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from pymllm.config import Execution, current_execution
+from pymllm.kernels.aten.elementwise import TorchElementwise
+from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.quantised_rows import RowCodes
-from pymllm.kernels.registry import ElementwiseProblem, Selection, select
-from pymllm.kernels.torch_elementwise import TorchElementwise
+from pymllm.kernels.registry import Selection, select
 
 ANY = TorchElementwise()
 

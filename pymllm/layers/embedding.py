@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pymllm.config import Execution
 from pymllm.layers.linear import WeightedLayer
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig
+from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.binding import bind_shared, bound_weight
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import Span, refuse_sizes
 
 

@@ -8,7 +8,7 @@ creates the weights, packs them, multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,15 +21,11 @@ from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.quantised_rows import RowCodes
 from pymllm.layers.lora import LoRAMixin
 from pymllm.parallel import current_parallel
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    UnquantizedLinearMethod,
-    add_weight,
-    load_into,
-    set_weight_attrs,
-)
+from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.parameters import add_weight, load_into, set_weight_attrs
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, refuse_sizes, side_by_side
 
 __all__ = [
@@ -477,3 +473,18 @@ class PartHolder(RevisedModule):
     def weight_loader(self, param: Tensor, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
         """As `WeightedLayer.weight_loader`, for the one part that this is."""
         load_into(param, loaded_weight, None, self.prefix)
+
+
+def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
+    """The layers that hold a quant_method, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, WeightedLayer):
+            yield module
+
+
+def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShape, nn.Module]]:
+    """The layer's packed weights: one, or one for each part where their methods differ."""
+    if isinstance(layer.quant_method, SplitLinearMethod):
+        holders = layer.quant_method.holders(layer)
+        return [(holder.quant_method, holder.shape, holder) for holder in holders]
+    return [(layer.quant_method, layer.shape, layer)]

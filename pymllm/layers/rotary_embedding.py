@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.attention.metadata import current_attn_metadata
 from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError, unknown_name
-from pymllm.kernels.vllm_layers import VllmElementwise, VllmRotaryEmbeddingAdapter
+from pymllm.kernels.vllm.elementwise import VllmElementwise, VllmRotaryEmbeddingAdapter
 from pymllm.layers.elementwise import elementwise_kernel
+from pymllm.layers.step import current_attn_metadata
 
 
 class RotaryEmbedding(nn.Module):

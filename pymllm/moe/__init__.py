@@ -1,7 +1,8 @@
 """Mixture of experts: config readers, routers, dispatchers and blocks.  Models use the builders."""
 
+from pymllm.moe.backends import build_token_dispatcher
+from pymllm.moe.build import build_mlp_or_moe, build_moe_block
 from pymllm.moe.config import (
-    build_mlp_or_moe,
     get_decoder_sparse_step,
     get_first_k_dense_replace,
     get_mlp_only_layers,
@@ -15,7 +16,6 @@ from pymllm.moe.dispatcher import (
     DispatcherOutput,
     NaiveA2ADispatcher,
     TokenDispatcher,
-    build_token_dispatcher,
 )
 from pymllm.moe.layer import (
     EPFusedMoE,
@@ -24,7 +24,6 @@ from pymllm.moe.layer import (
     SharedExpertMLP,
     SparseMoEBlock,
     TPFusedMoE,
-    build_moe_block,
 )
 from pymllm.moe.metadata import DispatcherStage, DispatchMetadata, ExpertExecutionMetadata, RouterMetadata
 from pymllm.moe.topk import (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-B = TypeVar("B")
+from collections.abc import Sequence
+from typing import Any
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -67,19 +65,3 @@ def is_moe_layer(config: Any, layer: int) -> bool:
         return layer >= first_dense
     step = get_decoder_sparse_step(config)
     return step > 0 and (layer + 1) % step == 0
-
-
-def build_mlp_or_moe(
-    config: Any, layer: int, dense_factory: Callable[[], B], moe_factory: Callable[[], B] | None = None
-) -> B:
-    """The block of this layer: experts where `is_moe_layer` says so, else what `dense_factory` makes.
-
-    moe_factory: makes the experts; None: `build_moe_block` with the config's settings.
-    """
-    if not is_moe_layer(config, layer):
-        return dense_factory()
-    if moe_factory is not None:
-        return moe_factory()
-    from pymllm.moe.layer import build_moe_block
-
-    return build_moe_block("auto", config)  # type: ignore[return-value]

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, unknown_name
+from pymllm.errors import ConfigError
 from pymllm.moe.metadata import DispatcherStage, DispatchMetadata
 from pymllm.moe.topk import TopKOutput
 from pymllm.parallel import Parallel
@@ -165,23 +164,3 @@ def check_routed(hidden_states: Tensor, topk: TopKOutput, num_experts: int) -> N
         raise ValueError(
             f"expert ids must lie in 0..{num_experts - 1}, found {int(ids.min())}..{int(ids.max())}"
         )
-
-
-BACKENDS = ("naive", "deepep")
-
-
-def build_token_dispatcher(backend: str, parallel: Parallel, num_experts: int) -> TokenDispatcher:
-    """The dispatcher of this name: naive, or deepep (needs the package deep_ep and NVIDIA GPUs)."""
-    if backend == "naive":
-        return NaiveA2ADispatcher(parallel, num_experts)
-    if backend == "deepep":
-        if importlib.util.find_spec("deep_ep") is None:
-            raise ConfigError(
-                "the DeepEP token dispatcher needs the package 'deep_ep', which is not installed",
-                code="missing-package",
-                fix="Install it from github.com/deepseek-ai/DeepEP, or use the naive dispatcher.",
-            )
-        from pymllm.moe.deepep import DeepEPDispatcher
-
-        return DeepEPDispatcher(parallel, num_experts)
-    raise unknown_name("token dispatcher", backend, BACKENDS, code="dispatcher")

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution, current_execution
 from pymllm.errors import CheckpointError
+from pymllm.kernels.experts import ExpertsBias
 from pymllm.kernels.gated_activation import GatedActivation
-from pymllm.kernels.registry import ExpertsBias
 from pymllm.parallel import current_parallel
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, UnquantizedLinearMethod
+from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.experts import BoundExperts, ExpertsMethod, Product
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.loader import Slot, Written, place_experts
 from pymllm.weights.spec import FLOATS, OUT, ExpertsShape, LinearShape, Span, WeightSpec
 

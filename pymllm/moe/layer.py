@@ -13,21 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import unknown_name
 from pymllm.kernels.gated_activation import GatedActivation, activation_of
 from pymllm.layers.linear import Linear
 from pymllm.layers.mlp import GatedMLP
-from pymllm.moe.config import (
-    get_moe_intermediate_size,
-    get_norm_topk_prob,
-    get_num_experts,
-    get_num_experts_per_tok,
-)
-from pymllm.moe.dispatcher import build_token_dispatcher, expert_range
+from pymllm.moe.backends import build_token_dispatcher
+from pymllm.moe.dispatcher import expert_range
 from pymllm.moe.experts import Experts, ExpertsSize, make_experts
 from pymllm.moe.topk import GroupLimitedTopKRouter, TopKOutput, TopKRouter, build_topk_router
 from pymllm.parallel import current_parallel
-from pymllm.quantization.base import QuantizationConfig, add_weight
+from pymllm.quantization.base import QuantizationConfig
+from pymllm.quantization.parameters import add_weight
 from pymllm.weights.loader import Slot
 from pymllm.weights.spec import FLOATS, OUT, WeightSpec
 
@@ -259,38 +254,6 @@ class EPFusedMoE(FusedMoE):
     def held_from(self) -> int:
         """The first of this rank's experts."""
         return expert_range(self.num_experts, self.parallel.rank, self.parallel.size).start
-
-
-IMPLEMENTATIONS: dict[str, type[FusedMoE]] = {
-    "naive": NaiveFusedMoE,
-    "tp": TPFusedMoE,
-    "ep": EPFusedMoE,
-}
-
-
-def build_moe_block(impl: str, config: Any, **options: Any) -> FusedMoE:
-    """The sparse block of a model with this config.
-
-    impl: naive, tp, ep, or auto: ep where the current `Parallel` says so, else tp.
-    options: of `FusedMoE`; what they leave open is read from the config.
-    """
-    if impl == "auto":
-        impl = "ep" if current_parallel().expert_parallel else "tp"
-    if impl not in IMPLEMENTATIONS:
-        raise unknown_name("MoE block", impl, ("auto", *IMPLEMENTATIONS), code="moe-block")
-    if "router" not in options and get_norm_topk_prob(config) and "scoring_func" not in options:
-        # Softmax over all, made to sum to one, is softmax over the chosen; for a single expert, too.
-        options["scoring_func"] = "topk_softmax"
-    elif "router" not in options:
-        options.setdefault("renormalize", get_norm_topk_prob(config))
-    options.setdefault("activation", getattr(config, "hidden_act", None) or "silu")
-    return IMPLEMENTATIONS[impl](
-        config.hidden_size,
-        get_moe_intermediate_size(config),
-        get_num_experts(config),
-        get_num_experts_per_tok(config),
-        **options,
-    )
 
 
 def _join(prefix: str, name: str) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError, unknown_name
+from pymllm.kernels.aten.routing import TorchRouting
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import Selection, select
 from pymllm.kernels.routing import Routing, RoutingKernel, RoutingProblem
-from pymllm.kernels.torch_routing import TorchRouting
 
 ANY = TorchRouting()
 

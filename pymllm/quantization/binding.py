@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from pymllm.config import Execution
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import LinearProblem, Operation, Packed, Selection, select
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Operation, Packed, Selection, select
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,12 @@ from torch import Tensor, nn
 from pymllm.config import Execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, LazyWeights, on_meta
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import (
-    ExpertsBias,
-    ExpertsProblem,
-    LinearProblem,
-    Packed,
-    Selection,
-    select,
-)
-from pymllm.quantization.base import LinearMethodBase, QuantizeMethodBase
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed, Selection, select
+from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase
 from pymllm.weights.loader import Written, copy_full_tensor, place_experts
 from pymllm.weights.spec import ExpertsShape
 

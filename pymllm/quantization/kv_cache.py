@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from pymllm.errors import ConfigError, unknown_name
 from pymllm.kernels.attention import AttentionStep, KVType, PagedKV, Scaling
 from pymllm.kernels.registry import select
-from pymllm.quantization.base import QuantizeMethodBase, StoredTensor, add_weight, one_of, parse_options
+from pymllm.quantization.method import QuantizeMethodBase, StoredTensor
+from pymllm.quantization.options import one_of, parse_options
+from pymllm.quantization.parameters import add_weight
 from pymllm.weights.spec import FLOATS, OUT, PART, LinearShape, WeightSpec, whole
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}

@@ -22,19 +22,16 @@ from torch import nn
 
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError, RuleError, nearest
-from pymllm.quantization.base import (
-    ConvertedLinearMethod,
-    LinearMethodBase,
-    QuantizationConfig,
-    UnquantizedLinearMethod,
-    get_quantization_config,
-)
+from pymllm.quantization.base import QuantizationConfig, get_quantization_config
+from pymllm.quantization.converted import ConvertedLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
     UnquantizedKVCacheMethod,
     build_kv_method,
 )
+from pymllm.quantization.method import LinearMethodBase
 
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
 RULE_OPTIONS = re.compile(r":.*")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pymllm.engine.request import RequestOutput, TokenLogprobs
-from pymllm.engine.tokenizer import Tokenizer
+from pymllm.text.tokenizer import Tokenizer
 
 
 def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, int]:

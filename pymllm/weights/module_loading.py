@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError, ConfigError, nearest
-from pymllm.weights.checkpoint import Checkpoint, resolve_model_path
+from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.loader import Written
+from pymllm.weights.opening import open_checkpoint, resolve_model_path
 from pymllm.weights.report import LoadReport, Problem, TensorRecord, raise_problems
 from pymllm.weights.resolution import (
     ResolvedWeight,
@@ -39,7 +40,7 @@ def load_model(model: nn.Module, config: Any) -> LoadReport:
     """
     report = LoadReport()
     started = time.perf_counter()
-    with Checkpoint.open(resolve_model_path(_folder(config))) as checkpoint:
+    with open_checkpoint(resolve_model_path(_folder(config))) as checkpoint:
         places, problems = _places(model, config, checkpoint)
         raise_problems(str(checkpoint.path), problems)
         _count_writes(model)

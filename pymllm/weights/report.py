@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pymllm.errors import CheckpointError, first_few
+from pymllm.errors import CheckpointError, first_few, nearest
+from pymllm.weights.loader import Slot, same_shape
+from pymllm.weights.tensor_file import TensorInfo
 
 Status = Literal["loaded", "tied", "skipped"]
 
@@ -76,3 +78,26 @@ def raise_problems(file: str, problems: Iterable[Problem]) -> None:
         tensor=found[0].tensor,
         brief="\n  ".join([head, *(first_few(alike, "\n  ") for alike in lines.values())]),
     )
+
+
+HINTS = 20  # problems that get a hint: comparing names is slow, and a checkpoint may be wrong in all of them
+
+
+def missing(slot: Slot, stray: Sequence[str]) -> Problem:
+    """stray: the checkpoint's tensors that nothing asks for, among which a misspelt one would be."""
+    wanted = f"{str(slot.spec.dtype).removeprefix('torch.')} {list(slot.source_shape)}"
+    hint = nearest(slot.tensor, stray)
+    return Problem("missing", slot.tensor, f"missing; the layer needs it as {wanted}. {hint}".strip())
+
+
+def mismatch(slot: Slot, tensor: TensorInfo) -> Problem | None:
+    """What of a tensor's dtype or shape does not fit its place."""
+    if tensor.dtype is not slot.spec.dtype and tensor.dtype not in slot.spec.accepts:
+        allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        found = str(tensor.dtype).removeprefix("torch.")
+        return Problem("dtype", tensor.name, f"wrong dtype; expected {expected}, found {found}")
+    if not same_shape(tensor.shape, slot.source_shape):
+        expected, found = str(list(slot.source_shape)), str(list(tensor.shape))
+        return Problem("shape", tensor.name, f"wrong shape; expected {expected}, found {found}")
+    return None

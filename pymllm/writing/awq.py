@@ -12,8 +12,9 @@ import torch
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, UnquantizedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import LinearShape
 from pymllm.writing.spelling import SpelledLayer, cannot_express
 

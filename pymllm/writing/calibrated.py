@@ -19,24 +19,25 @@ from torch import Tensor, nn
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.config import Execution
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight, relative_error
 from pymllm.layers.layernorm import GemmaRMSNorm, RMSNorm
 from pymllm.layers.linear import WeightedLayer
 from pymllm.layers.mlp import GatedMLP
+from pymllm.loading.prepare import Prepared, build_on_meta
 from pymllm.models.causal_lm import DecoderLayer
 from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel
-from pymllm.preparation import Prepared, build_on_meta
-from pymllm.quantization.awq_search import search_scales
-from pymllm.quantization.base import LinearMethodBase, get_quantization_config
-from pymllm.quantization.calibration import (
+from pymllm.quantization.base import get_quantization_config
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.rounding.awq import search_scales
+from pymllm.quantization.rounding.calibrated import (
     InputStatistics,
     needs_inputs,
     quantize_calibrated,
     without_static,
 )
 from pymllm.quantization.rules import RuledConfig
-from pymllm.writing.encoding import encode, fitted, relative_error
+from pymllm.writing.encoding import encode, fitted
 from pymllm.writing.float_experts import FloatExperts
 from pymllm.writing.layers import SourceLayer, Step
 

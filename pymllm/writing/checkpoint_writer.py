@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pymllm
-from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
-from pymllm.preparation import Prepared
-from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
-from pymllm.quantization.calibration import needs_inputs, without_static
-from pymllm.quantization.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
+from pymllm.loading.prepare import Prepared
+from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.rounding.calibrated import needs_inputs, without_static
+from pymllm.quantization.storage.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
 from pymllm.weights.memory import return_freed_memory
 from pymllm.writing.calibrated import CalibratedModel, Calibration
-from pymllm.writing.encoding import encode, relative_error
+from pymllm.writing.encoding import encode
 from pymllm.writing.layers import SourceLayer, Step, steps_of
 from pymllm.writing.output import Output, storable
 from pymllm.writing.side_files import config_json, files_to_copy, model_card
@@ -104,7 +106,7 @@ class CheckpointWriter:
         }
         config = hashlib.blake2b(repr(sorted(checkpoint.config.items())).encode(), digest_size=16)
         return {
-            "pymllm": pymllm.__version__,
+            "pymllm": importlib.metadata.version("pymllm"),
             "model": str(checkpoint.path.resolve()),
             "model files": files,
             "model config": config.hexdigest(),
@@ -296,7 +298,7 @@ class CheckpointWriter:
             spelling=self.spelling.name,
             calibration=None if self.calibration is None else self.calibration.describe(),
             notes=self._notes(notes),
-            version=pymllm.__version__,
+            version=importlib.metadata.version("pymllm"),
         )
         output.add_file("README.md", card)
         output.add_file("config.json", config_json(checkpoint.config, quantization, untied=untied))

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, UnquantizedLinearMethod
-from pymllm.quantization.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.storage.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
 from pymllm.weights.spec import LinearShape
 from pymllm.writing.spelling import SpelledLayer, cannot_express
 

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import CheckpointError
-from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
-from pymllm.quantization.base import LinearMethodBase
+from pymllm.kernels.canonical import (
+    E4M3_MAX,
+    CanonicalWeight,
+    DenseWeight,
+    Fp8Weight,
+    IntWeight,
+)
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import LinearShape
 
 
@@ -72,9 +78,3 @@ def recoded(weight: IntWeight, floats: Tensor) -> IntWeight:
     zeros = middle if weight.zeros is None else weight.zeros.float().unsqueeze(-1)
     codes = (groups / weight.scales.float().unsqueeze(-1)).round() + zeros
     return replace(weight, codes=codes.clamp(0, 2**weight.bits - 1).to(torch.uint8).flatten(1))
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, Frobenius; absolute where `want` is zero."""
-    norm = float(want.norm())
-    return float((got - want).norm()) / (norm if norm > 0 else 1.0)

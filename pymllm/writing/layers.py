@@ -18,15 +18,17 @@ from torch import Tensor
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.embedding import ParallelLMHead
-from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import read_stored
-from pymllm.matching import Placement
+from pymllm.layers.linear import WeightedLayer, layer_parts
+from pymllm.loading.match import Placement
+from pymllm.loading.prepare import Prepared
+from pymllm.loading.stored import read_stored
 from pymllm.moe.experts import Experts
-from pymllm.preparation import Prepared, layer_parts
-from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase, UnquantizedLinearMethod
+from pymllm.quantization.converted import ConvertedLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import Rule
-from pymllm.weights.checkpoint import TensorInfo
 from pymllm.weights.spec import LinearShape
+from pymllm.weights.tensor_file import TensorInfo
 
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymllm.weights.checkpoint import CONFIG, INDEX
+from pymllm.weights.folder import CONFIG, INDEX
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 LEGAL = re.compile(r"(?i)(licen[cs]e|notice|use_policy|acceptable_use)")

@@ -16,7 +16,7 @@ import torch
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
-from pymllm.quantization.base import LinearMethodBase
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import LinearShape
 
 

@@ -27,10 +27,10 @@ from pymllm.adapters import (
 )
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import CheckpointError, ConfigError, RequestError
-from pymllm.loading import load_model
-from pymllm.module_layers import quantized_layers
+from pymllm.loading.load import load_model
+from pymllm.modules.layers import quantized_layers
 from pymllm.parallel import simulate
-from pymllm.swapping import swap
+from pymllm.swapping.swap import swap
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of

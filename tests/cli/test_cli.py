@@ -136,7 +136,7 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pymllm.planning.plan", interrupted)
+    monkeypatch.setattr("pymllm.planning.make_plan.plan", interrupted)
     assert main(["plan"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -33,7 +33,9 @@ def test_verify_fails_with_1_and_strict_json(monkeypatch, capsys):
         packed_exact=True,
         quantisation_error=0.0,
     )
-    monkeypatch.setattr("pymllm.verification.verify", lambda *a, **k: verification.Verification("m", [bad]))
+    monkeypatch.setattr(
+        "pymllm.checking.verify.verify", lambda *a, **k: verification.Verification("m", [bad])
+    )
     assert main(["verify"]) == 1
     assert "FAIL" in capsys.readouterr().out
     assert main(["verify", "--json"]) == 1

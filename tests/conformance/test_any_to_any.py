@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.registry import TOLERANCES
+from pymllm.kernels.linear import TOLERANCES
 from pymllm.layers.linear import Linear
-from pymllm.quantization.base import ConvertedLinearMethod, LinearMethodBase
 from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.converted import ConvertedLinearMethod
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import Rule
 
 from .vectors import Vector, load_layer, name_of, one_of_each_method

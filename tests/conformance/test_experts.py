@@ -9,16 +9,11 @@ import pytest
 import torch
 
 from pymllm.kernels.canonical import DenseWeight, ExpertsWeight, on_meta
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import (
-    TOLERANCES,
-    ExpertsBias,
-    ExpertsProblem,
-    LinearProblem,
-    kernels_for,
-    select,
-)
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.registry import kernels_for, select
 from pymllm.quantization.base import get_quantization_config
 from pymllm.weights.spec import LinearShape, Span
 

@@ -6,7 +6,8 @@ import torch
 from pymllm.config import Execution
 from pymllm.kernels.canonical import on_meta
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import LinearProblem, kernels_for
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import kernels_for
 from pymllm.quantization.binding import bind, bound_weight
 
 from .vectors import ROOT, Vector, all_vectors, name_of

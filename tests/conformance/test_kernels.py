@@ -7,7 +7,8 @@ import torch
 
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import LinearProblem, kernels_for
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import kernels_for
 
 from .vectors import all_vectors, name_of
 
@@ -131,7 +132,7 @@ def test_the_reference_gives_the_same_in_chunks_of_any_size(name, monkeypatch):
     expected = x.double() @ weight.dequantize(torch.float64).t()
     bound = (x.double().abs() @ weight.dequantize(torch.float64).abs().t()) * weight.shape[1] * 2.0**-23
     for rows in (1, 7, 33):
-        monkeypatch.setattr("pymllm.kernels.reference.CHUNK_ELEMENTS", rows * weight.shape[1])
+        monkeypatch.setattr("pymllm.kernels.reference.linear.CHUNK_ELEMENTS", rows * weight.shape[1])
         assert ((kernel.run(packed, problem, x, None).double() - expected).abs() <= bound + 1e-30).all()
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.linear import Linear, LinearBase
 from pymllm.parallel import Parallel
-from pymllm.quantization.base import LinearMethodBase, get_quantization_config
+from pymllm.quantization.base import get_quantization_config
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import Axis, LinearShape, Span, WeightSpec
 
 ROOT = Path(__file__).parents[2] / "quantization"

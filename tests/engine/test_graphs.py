@@ -10,7 +10,7 @@ from pymllm.api import shipped_model
 from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.graphs import BUCKETS, DecodingGraphs, why_not_captured
 from pymllm.engine.request import Request
-from pymllm.planning import plan
+from pymllm.planning.make_plan import plan
 
 from ..moe_checkpoints import write_moe
 

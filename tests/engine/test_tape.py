@@ -12,7 +12,7 @@ import pymllm.engine.runner as runner_module
 from pymllm import LLM, SamplingParams
 from pymllm.engine.tape import NotRepeatable, record
 from pymllm.kernels import cpu
-from pymllm.swapping import swap
+from pymllm.swapping.swap import swap
 
 pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
 

@@ -11,7 +11,8 @@ import torch
 from pymllm.kernels.activations import integer_product, quantise_activations
 from pymllm.kernels.canonical import Fp8Type, IntType, IntWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import LinearProblem, kernels_for
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import kernels_for
 
 
 def values(rows=4, columns=64):

@@ -15,7 +15,7 @@ import torch
 from pymllm.errors import KernelError
 from pymllm.kernels import flashinfer_attention as family
 from pymllm.kernels.attention import KVType
-from pymllm.kernels.flashinfer_attention import FlashInferAttention
+from pymllm.kernels.flashinfer.attention import FlashInferAttention
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select
 from tests.attention.steps import make_case, make_problem

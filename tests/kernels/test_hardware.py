@@ -5,8 +5,8 @@ import pytest
 from pymllm.api import shipped_model
 from pymllm.errors import ConfigError
 from pymllm.kernels.hardware import ARCHITECTURES, probe_device
-from pymllm.loading import load_model
-from pymllm.planning import plan
+from pymllm.loading.load import load_model
+from pymllm.planning.make_plan import plan
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -9,7 +9,7 @@ import torch
 from pymllm.attention import AttnMetaDataBase
 from pymllm.kernels import cpu
 from pymllm.kernels.attention import KVType
-from pymllm.kernels.native_attention import NativeAttention, NativeKVStore
+from pymllm.kernels.native.attention import NativeAttention, NativeKVStore
 
 from ..attention.steps import KV_TYPES, empty_pages, make_case, make_problem
 
@@ -119,7 +119,7 @@ def test_python_threads_at_once_give_what_one_gives():
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_stored_values_equal_torchs_conversion(path, dtype, stored):
-    from pymllm.kernels.torch_kv_store import TorchKVStore
+    from pymllm.kernels.aten.kv_store import TorchKVStore
 
     kind = KVType(stored, "token" if stored is torch.int8 else "none")
     problem = make_problem(dtype=dtype, kv=kind, num_kv_heads=3, head_dim=33, value_head_dim=20)

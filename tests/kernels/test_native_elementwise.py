@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from pymllm.kernels import cpu
+from pymllm.kernels.aten.elementwise import TorchElementwise
+from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native_elementwise import NativeElementwise
-from pymllm.kernels.native_float import FLOAT_TYPES, isa_code, native
-from pymllm.kernels.registry import ElementwiseProblem, select
-from pymllm.kernels.torch_elementwise import TorchElementwise
+from pymllm.kernels.native.elementwise import NativeElementwise
+from pymllm.kernels.native.float_linear import FLOAT_TYPES, isa_code, native
+from pymllm.kernels.registry import select
 
 pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
 
@@ -212,7 +213,7 @@ def test_torch_gives_the_same_within_rounding(dtype):
 def test_the_registry_chooses_it_on_a_cpu_and_torch_without_the_extension(monkeypatch):
     problem = ElementwiseProblem(torch.float32, probe_device("cpu"))
     assert select("elementwise", problem).kernel.name == "native"
-    monkeypatch.setattr("pymllm.kernels.native_elementwise.native_missing_reason", lambda: "not built")
+    monkeypatch.setattr("pymllm.kernels.native.elementwise.native_missing_reason", lambda: "not built")
     select.cache_clear()
     try:
         chosen = select("elementwise", problem)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pymllm.kernels.canonical import ExpertsWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.native_experts import NativeIntegerExperts
-from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.experts import NativeIntegerExperts
 
 from .integer_cases import FLOATS, PATHS, floats, needs_native
 from .test_native_integer import fp4, integers

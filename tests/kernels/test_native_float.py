@@ -20,10 +20,11 @@ from pymllm.kernels.canonical import (
     on_meta,
 )
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.native_codebook import NativeCodebook
-from pymllm.kernels.native_float import TORCH_TOKENS, NativeFloatLinear
-from pymllm.kernels.native_fp8 import NativeFp8Linear
-from pymllm.kernels.registry import LinearProblem, select
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.codebook import NativeCodebook
+from pymllm.kernels.native.float_linear import TORCH_TOKENS, NativeFloatLinear
+from pymllm.kernels.native.fp8 import NativeFp8Linear
+from pymllm.kernels.registry import select
 
 # M tokens, O out_features, I in_features
 

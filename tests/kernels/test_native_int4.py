@@ -15,9 +15,9 @@ import torch
 from pymllm.kernels import cpu
 from pymllm.kernels.canonical import DenseType, IntType, IntWeight, on_meta
 from pymllm.kernels.hardware import Device, probe_device
-from pymllm.kernels.native_int4 import NativeInt4
-from pymllm.kernels.native_integer import blocks_of
-from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.int4 import NativeInt4
+from pymllm.kernels.native.integer import blocks_of
 
 from .integer_cases import FLOATS, PATHS, assert_close, floats, needs_native, relative_error
 
@@ -274,7 +274,7 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(monkeypatch):
         assert reason in (KERNEL.why_not(refused) or ""), reason
     assert KERNEL.why_not(problem) == cpu.native_missing_reason()
     monkeypatch.setattr(
-        "pymllm.kernels.native_integer.native_missing_reason",
+        "pymllm.kernels.native.integer.native_missing_reason",
         lambda: "the native CPU kernels are not built: …",
     )
     assert "not built" in KERNEL.why_not(problem)

@@ -9,11 +9,11 @@ import torch
 from pymllm.config import Execution
 from pymllm.kernels.canonical import CodebookWeight, DenseWeight, Fp8Weight, IntWeight, on_meta
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.native_embedding import NativeFp4Embedding, NativeInt4Embedding, NativeInt8Embedding
-from pymllm.kernels.native_fp4 import E2M1, NativeFp4
-from pymllm.kernels.native_int4 import NativeInt4
-from pymllm.kernels.native_int8 import NativeInt8
-from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.embedding import NativeFp4Embedding, NativeInt4Embedding, NativeInt8Embedding
+from pymllm.kernels.native.fp4 import E2M1, NativeFp4
+from pymllm.kernels.native.int4 import NativeInt4
+from pymllm.kernels.native.int8 import NativeInt8
 from pymllm.quantization.binding import bind, bind_shared
 
 from .integer_cases import FLOATS, HALF_UNIT, PATHS, assert_close, floats, needs_native

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pymllm.kernels import packed_memory
-from pymllm.kernels.packed_memory import HUGE_PAGE, empty_packed
+from pymllm.kernels.native.packed_memory import HUGE_PAGE, empty_packed
 
 
 def test_weights_lie_aligned_and_apart():

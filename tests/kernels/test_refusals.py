@@ -9,8 +9,8 @@ import pytest
 from pymllm.api import shipped_model
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import KERNELS, kernels_for
-from pymllm.planned import Plan
-from pymllm.planning import plan
+from pymllm.planning.make_plan import plan
+from pymllm.planning.plan import Plan
 from tests.moe_checkpoints import write_moe
 
 RULES = {"**.mlp.**": "fp8", "**.self_attn.q_proj": "int8"}

@@ -13,9 +13,10 @@ import torch
 
 from pymllm.config import Execution
 from pymllm.kernels import vllm_layers
+from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import KERNELS, ElementwiseProblem
-from pymllm.kernels.vllm_layers import (
+from pymllm.kernels.registry import KERNELS
+from pymllm.kernels.vllm.elementwise import (
     VllmRotaryEmbeddingAdapter,
     clear_vllm_layer_caches,
     get_vllm_gelu_and_mul_cls,
@@ -29,8 +30,8 @@ from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.rotary_embedding import RotaryEmbedding, get_rope
-from pymllm.loading import load_model
-from pymllm.planning import plan
+from pymllm.loading.load import load_model
+from pymllm.planning.make_plan import plan
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of
@@ -148,7 +149,7 @@ def why_not(device="cpu", dtype=torch.float32):
 
 
 def test_it_is_an_ordinary_entry_of_the_registry():
-    assert "pymllm.kernels.vllm_layers:VllmElementwise" in KERNELS["elementwise"]
+    assert "pymllm.kernels.vllm.elementwise:VllmElementwise" in KERNELS["elementwise"]
 
 
 def test_off_by_default_and_nothing_of_it_is_imported(tmp_path, monkeypatch):

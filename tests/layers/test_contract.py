@@ -21,8 +21,9 @@ from pymllm.layers.linear import (
 )
 from pymllm.layers.rotary_embedding import get_gemma4_proportional_rope, get_rope
 from pymllm.parallel import simulate
-from pymllm.quantization.base import QuantizationConfig, UnquantizedLinearMethod
+from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 
 REQUIRED = inspect.Parameter.empty
 # What may be given by position, in this order.

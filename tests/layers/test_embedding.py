@@ -11,10 +11,10 @@ import torch
 
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.parallel import Parallel, simulate
-from pymllm.quantization.base import UnquantizedLinearMethod
 from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 
 from ..checkpoints import AWQ, FP8, CompressedFP8, Plain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pymllm.errors import CheckpointError, PymllmError
-from pymllm.loading import load_model
+from pymllm.loading.load import load_model
 
 
 def refused(folder, reads, error=CheckpointError, **options) -> PymllmError:

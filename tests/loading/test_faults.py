@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pymllm.errors import CheckpointError, ShardingError
-from pymllm.loading import load_model
+from pymllm.loading.load import load_model
 from pymllm.parallel import Parallel
 
 from .. import checkpoints

@@ -7,7 +7,7 @@ import torch
 
 import pymllm
 from pymllm.kernels import cpu
-from pymllm.kernels.native_float import FAST_PATHS
+from pymllm.kernels.native.float_linear import FAST_PATHS
 
 from ..checkpoints import Plain, write_checkpoint
 

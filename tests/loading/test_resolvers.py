@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from pymllm.attention.self_attention import SelfAttention
+from pymllm.checking.verify import verify
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.layers.mlp import GatedMLP
-from pymllm.loading import load_model
+from pymllm.loading.load import load_model
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import simulate
-from pymllm.planning import plan
-from pymllm.verification import verify
+from pymllm.planning.make_plan import plan
 from pymllm.weights.resolution import ResolvedWeight
 
 from ..checkpoints import relative_error, save_tensors, write_checkpoint

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.checking.verify import verify
 from pymllm.errors import CheckpointError, RuleError, ShardingError
-from pymllm.loading import load_model
+from pymllm.loading.load import load_model
 from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel, simulate
-from pymllm.planning import plan
-from pymllm.verification import verify
+from pymllm.planning.make_plan import plan
 
 from ..checkpoints import edit_config, encode_e4m3, load_tensors, relative_error, save_tensors
 from ..forward import logits_of

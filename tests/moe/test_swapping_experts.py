@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.checking.verify import verify
 from pymllm.errors import ConfigError, RuleError
-from pymllm.loading import load_model
+from pymllm.loading.load import load_model
 from pymllm.moe.experts import Experts
-from pymllm.verification import verify
 
 from ..checkpoints import relative_error
 from ..forward import logits_of

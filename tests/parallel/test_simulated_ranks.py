@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 
-from pymllm.loading import load_model
+from pymllm.loading.load import load_model
+from pymllm.loading.prepare import prepare
 from pymllm.parallel import Parallel, simulate
-from pymllm.planning import make_plan
-from pymllm.preparation import prepare
+from pymllm.planning.make_plan import make_plan
 
 from ..checkpoints import FAMILIES, relative_error, write_checkpoint
 from ..forward import logits_of

@@ -13,11 +13,10 @@ import pymllm
 from pymllm.api import shipped_model
 from pymllm.errors import RuleError
 from pymllm.kernels.refusals import explain
-from pymllm.layers.linear import WeightedLayer
-from pymllm.loading import load_model
+from pymllm.layers.linear import WeightedLayer, layer_parts
+from pymllm.loading.load import load_model
 from pymllm.parallel import Parallel
-from pymllm.planning import plan
-from pymllm.preparation import layer_parts
+from pymllm.planning.make_plan import plan
 from pymllm.quantization.binding import bound_weight
 from pymllm.weights.tensor_file import TensorInfo
 

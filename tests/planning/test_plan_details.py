@@ -10,7 +10,7 @@ import pymllm
 from pymllm import Parallel
 from pymllm.cli import main
 from pymllm.errors import ConfigError
-from pymllm.plan_difference import compare_plans
+from pymllm.planning.difference import compare_plans
 from pymllm.weights import memory
 
 from ..checkpoints import write_checkpoint

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import IntWeight
-from pymllm.quantization.awq_search import grams_of, round_with_clipping, search_scales
-from pymllm.quantization.calibration import InputStatistics, quantize_calibrated
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 from pymllm.quantization.formats.integer import IntegerLinearMethod
-from pymllm.quantization.gptq_rounding import round_with_hessian
+from pymllm.quantization.rounding.awq import grams_of, round_with_clipping, search_scales
+from pymllm.quantization.rounding.calibrated import InputStatistics, quantize_calibrated
+from pymllm.quantization.rounding.gptq import round_with_hessian
 from pymllm.weights.spec import LinearShape, Span
 
 N, O, I = 300, 24, 128

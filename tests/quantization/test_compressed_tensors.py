@@ -17,7 +17,7 @@ from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallel
 from pymllm.parallel import Parallel, simulate
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.binding import bound_weight
-from pymllm.quantization.packing import pack_words
+from pymllm.quantization.storage.packing import pack_words
 from pymllm.weights.spec import LinearShape, Span
 
 from ..checkpoints import CompressedFP8, relative_error, write_checkpoint

@@ -22,7 +22,7 @@ from pymllm.layers.linear import (
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config
 from pymllm.quantization.binding import bind, bound_weight
-from pymllm.quantization.packing import pack_words, unpack_words
+from pymllm.quantization.storage.packing import pack_words, unpack_words
 from pymllm.weights.spec import LinearShape, Span
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}

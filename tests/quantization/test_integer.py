@@ -9,8 +9,10 @@ import pymllm
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.layers.linear import Linear, RowParallelLinear
 from pymllm.parallel import Parallel, simulate
-from pymllm.quantization.base import ConvertedLinearMethod, UnquantizedLinearMethod, get_quantization_config
+from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.converted import ConvertedLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.rules import Rule
 from pymllm.weights.spec import LinearShape, Span
 

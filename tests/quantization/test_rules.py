@@ -9,16 +9,16 @@ import torch
 
 from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.layers.linear import SplitLinearMethod
-from pymllm.loading import load_model
-from pymllm.preparation import prepare
+from pymllm.loading.load import load_model
+from pymllm.loading.prepare import prepare
 from pymllm.quantization import base
 from pymllm.quantization.base import (
     QuantizationConfig,
-    UnquantizedLinearMethod,
     get_quantization_config,
     list_quantization_methods,
     register_quantization,
 )
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.rules import Rule, read_rules
 
 from ..checkpoints import AWQ, edit_config, random_model, relative_error, write_checkpoint

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from pymllm.errors import CheckpointError
-from pymllm.weights.checkpoint import SafetensorsFile
+from pymllm.weights.safetensors_file import SafetensorsFile
 
 
 def random_tensor(shape, dtype, seed=0):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pymllm.errors import CheckpointError
 from pymllm.weights import safetensors_file, tensor_file
-from pymllm.weights.checkpoint import SafetensorsFile
+from pymllm.weights.safetensors_file import SafetensorsFile
 
 from . import hostile
 from .opening import random_tensor, same_bytes, write

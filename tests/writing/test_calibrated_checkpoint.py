@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 def divergence(folder: Path, there) -> float:
     """Mean KL divergence of next tokens from the float model's, on text of the kind that was calibrated on."""
-    ids = torch.tensor(pymllm.engine.tokenizer.Tokenizer(there.folder).encode(lines(range(130, 140)))[:120])
+    ids = torch.tensor(pymllm.text.tokenizer.Tokenizer(there.folder).encode(lines(range(130, 140)))[:120])
     found = logits_of(pymllm.load_model(folder, dtype="float32"), ids).log_softmax(-1)
     expected = there.logits(ids).log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
@@ -216,7 +216,7 @@ def test_static_scales_are_those_of_the_inputs_that_transformers_sees(model, tmp
         calibrate=model.folder / "text.txt",
         **OPTIONS,
     )
-    ids = pymllm.engine.tokenizer.Tokenizer(model.folder).encode(TEXT)
+    ids = pymllm.text.tokenizer.Tokenizer(model.folder).encode(TEXT)
     last = len(ids) - 128
     windows = torch.tensor([ids[last * i // 7 : last * i // 7 + 128] for i in range(8)])
     peaks = {}

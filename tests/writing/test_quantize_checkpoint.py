@@ -16,7 +16,7 @@ from torch import Tensor
 import pymllm
 from pymllm.api import shipped_model
 from pymllm.errors import CheckpointError, ConfigError, RuleError
-from pymllm.weights.checkpoint import Checkpoint
+from pymllm.weights.opening import open_checkpoint
 from pymllm.writing import output
 
 from ..checkpoints import load_tensors, relative_error, save_tensors, write_checkpoint
@@ -361,7 +361,7 @@ def test_another_request_is_refused_unless_it_starts_anew(bf16, stopped):
         pymllm.quantize_checkpoint(bf16.folder, stopped, {BLOCKS: "int8"})
     assert caught.value.code == "resume-changed" and "--restart" in str(caught.value)
     written = pymllm.quantize_checkpoint(bf16.folder, stopped, {BLOCKS: "int8"}, restart=True)
-    assert written.resumed == 0 and Checkpoint.open(stopped)
+    assert written.resumed == 0 and open_checkpoint(stopped)
 
 
 def test_two_processes_cannot_write_one_folder(bf16, stopped):

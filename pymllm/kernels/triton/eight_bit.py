@@ -27,8 +27,9 @@ from pymllm.kernels.canonical import (
     IntWeight,
 )
 from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
-from pymllm.kernels.registry import TOLERANCES, LinearProblem, Packed
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.eight_bit_kernels import multiply_scaled, quantise_rows
 from pymllm.kernels.triton.launch import interpreting

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
-from pymllm.kernels.registry import ElementwiseProblem
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.elementwise_kernels import gate_rows, norm_rows, rotate_heads
 from pymllm.kernels.triton.operators import operator

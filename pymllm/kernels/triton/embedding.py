@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.fp8_weights import TritonFp8
 from pymllm.kernels.triton.int_weights import TritonInt

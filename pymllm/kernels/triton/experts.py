@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, DenseType, DenseWeight, ExpertsWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.linear_experts import LinearExperts
-from pymllm.kernels.reference import ReferenceLinear
-from pymllm.kernels.registry import TOLERANCES, ExpertsBias, ExpertsProblem, LinearProblem, Packed
+from pymllm.kernels.reference.linear import ReferenceLinear
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.elementwise import gate_and_mul
 from pymllm.kernels.triton.fp4_weights import TritonFp4

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
 from pymllm.kernels.triton.requirements import why_not_float_activations

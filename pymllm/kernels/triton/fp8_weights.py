@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
 from pymllm.kernels.triton.requirements import why_not_float_activations

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pymllm.kernels.canonical import CanonicalWeight, IntType
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.int_weights import TritonInt, meta_int_weight
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.registry import Compute, LinearProblem
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Compute
 from pymllm.kernels.triton.ahead_of_time import Case
 
 EVEN, ODD = (4096, 14336), (1000, 960)  # (O, I): divided by every tile, and by none

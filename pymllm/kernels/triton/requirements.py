@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton.launch import interpreting
 
 FLOATS = (torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton import weight_only
 from pymllm.kernels.triton.linear_cases import random_like
 from pymllm.kernels.triton.tuning import Tile, bucket

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.hardware import Device
-from pymllm.kernels.registry import LinearProblem, Packed
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.linear_cases import linear_cases
 from pymllm.kernels.triton.weight_only import Operands, weight_only_linear

@@ -21,14 +21,10 @@ from torch import nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    get_quantization_config,
-    register_quantization,
-)
-from pymllm.quantization.fields import compile_pattern
-from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.base import QuantizationConfig, get_quantization_config, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.storage.fields import compile_pattern
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
 # packing_format: the format of the tensors, and what its own config must say besides
 PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {

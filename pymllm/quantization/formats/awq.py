@@ -20,15 +20,11 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    one_of,
-    parse_options,
-    register_quantization,
-)
-from pymllm.quantization.fields import read_names
-from pymllm.quantization.groups import OTHER_SIZE, check_groups
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import one_of, parse_options
+from pymllm.quantization.storage.fields import read_names
+from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 NIBBLE_COLUMNS = (

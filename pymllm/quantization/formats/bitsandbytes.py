@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
-from pymllm.quantization.fields import is_skipped, read_choice, read_names, read_stored, unsupported
-from pymllm.quantization.packing import unpack_nibbles_high_first
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, read_stored, unsupported
+from pymllm.quantization.storage.packing import unpack_nibbles_high_first
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
 
 QUANT_TYPES = ("nf4", "fp4")

@@ -23,15 +23,16 @@ from torch import nn
 
 from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import Activations
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
-from pymllm.quantization.compressed_linear import (
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
+from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.storage.compressed_linear import (
     MX_GROUP,
     FloatQuantizedLinearMethod,
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
-from pymllm.quantization.fields import compile_pattern, read_names
-from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
+from pymllm.quantization.storage.fields import compile_pattern, read_names
 from pymllm.weights.spec import FLOATS
 
 FORMATS = (

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
-from pymllm.quantization.fields import is_skipped, read_names, unsupported
-from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
 METHOD = NamedFp8LinearMethod("fbgemm-fp8", (1, 0), "token")
 

@@ -22,22 +22,17 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    needs_calibration,
-    one_of,
-    parse_options,
-    register_quantization,
-)
-from pymllm.quantization.fields import is_skipped, read_names
+from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
     read_kv_scheme,
     unused_kv_tensor,
 )
-from pymllm.quantization.packing import refuse_nan_codes, refuse_nan_scales
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import needs_calibration, one_of, parse_options
+from pymllm.quantization.storage.fields import is_skipped, read_names
+from pymllm.quantization.storage.packing import refuse_nan_codes, refuse_nan_scales
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")

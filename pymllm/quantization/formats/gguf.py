@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
-from pymllm.quantization.fields import unsupported
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.storage.fields import unsupported
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec
 
 # Codes, scales and (where groups have them) offsets of blocks [N, K, bytes]: [N, K, values], [N, K, groups].

@@ -23,21 +23,18 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    parse_options,
-    register_quantization,
-)
-from pymllm.quantization.fields import compile_pattern
-from pymllm.quantization.integer_linear import (
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import parse_options
+from pymllm.quantization.storage.fields import compile_pattern
+from pymllm.quantization.storage.integer_linear import (
     group_dim,
     grouped_weight,
     refuse_unknown_groups,
     refuse_unordered,
     unpack_outputs,
 )
-from pymllm.quantization.packing import pack_words, unpack_words
+from pymllm.quantization.storage.packing import pack_words, unpack_words
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 BITS = (2, 3, 4, 8)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
-from pymllm.quantization.fields import read_names, unsupported
-from pymllm.quantization.groups import check_groups
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.storage.fields import read_names, unsupported
+from pymllm.quantization.storage.groups import check_groups
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
 
 PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in a stored element

@@ -26,15 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, CodebookWeight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    parse_options,
-    register_quantization,
-)
-from pymllm.quantization.fields import read_choice, read_names, unsupported
-from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
-from pymllm.quantization.groups import check_groups, check_share
+from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
@@ -42,7 +34,12 @@ from pymllm.quantization.kv_cache import (
     unsupported_kv_cache,
     unused_kv_tensor,
 )
-from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import parse_options
+from pymllm.quantization.storage.fields import read_choice, read_names, unsupported
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.groups import check_groups, check_share
+from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 GROUP = 16

@@ -19,15 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    parse_options,
-    register_quantization,
-)
-from pymllm.quantization.fields import is_skipped, read_choice, read_names, unsupported
-from pymllm.quantization.groups import check_groups, check_share
-from pymllm.quantization.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import parse_options
+from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, unsupported
+from pymllm.quantization.storage.groups import check_groups, check_share
+from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32

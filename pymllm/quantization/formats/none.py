@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pymllm.quantization.base import (
-    LinearMethodBase,
-    QuantizationConfig,
-    UnquantizedLinearMethod,
-    parse_options,
-    register_quantization,
-)
+from pymllm.kernels.canonical import CanonicalWeight, DenseWeight
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import parse_options
+from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
+
+if TYPE_CHECKING:
+    pass
 
 
 @register_quantization("none")
@@ -35,3 +39,41 @@ class UnquantizedConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         return None
+
+
+@dataclass(frozen=True)
+class UnquantizedLinearMethod(LinearMethodBase):
+    """Plain float weights.
+
+    transposed: stored [I, O], as some checkpoints have the experts of a layer.
+    dtype: in which they are held, for kernels that widen them as they go; None: the layer's own.
+    """
+
+    transposed: bool = False
+    dtype: torch.dtype | None = None
+    name: ClassVar[str] = "none"
+
+    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
+        dims = (IN, OUT) if self.transposed else (OUT, IN)
+        return (WeightSpec("weight", self.dtype or shape.dtype, dims, accepts=FLOATS),)
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
+        weight = tensors["weight"]
+        return DenseWeight(weight.t().contiguous() if self.transposed else weight)
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        return DenseWeight(weight.to(self.dtype or shape.dtype))
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, DenseWeight)
+        return {"weight": weight.weight.contiguous()}
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if bound_weight(layer) is None:  # a layer used on its own, never packed
+            return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+        return super().apply(layer, x, bias)
+
+    def embed(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        if bound_weight(layer) is None:
+            return nn.functional.embedding(ids, layer.weight)  # type: ignore[arg-type]
+        return super().embed(layer, ids)

@@ -20,15 +20,16 @@ from typing import Any
 from torch import nn
 
 from pymllm.kernels.canonical import Activations
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, register_quantization
-from pymllm.quantization.fields import compile_pattern, read_names, unsupported
-from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
     unsupported_kv_cache,
     unused_kv_tensor,
 )
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
 BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}
 

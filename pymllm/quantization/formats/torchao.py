@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
-from pymllm.quantization.base import LinearMethodBase, QuantizationConfig, StoredTensor, register_quantization
-from pymllm.quantization.fields import is_skipped, read_names, unsupported
-from pymllm.quantization.fp8_linear import NamedFp8LinearMethod
-from pymllm.quantization.packing import unpack_nibbles_low_first
+from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.packing import unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"

@@ -4,7 +4,7 @@
 
 import torch
 
-from pymllm.kernels.registry import LinearProblem
+from pymllm.kernels.linear import LinearProblem
 
 from .gpu import DEVICE, HERE, UNIT, moved, randn
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pymllm.attention import triton_attention, triton_grouped_attention
+from pymllm.kernels.aten.kv_store import TorchKVStore
 from pymllm.kernels.attention import AttentionStep, KVType
-from pymllm.kernels.torch_kv_store import TorchKVStore
 from pymllm.kernels.triton import attention as family
 from pymllm.kernels.triton.attention import TritonAttention, TritonGroupedAttention, TritonKVStore
 from tests.attention.steps import empty_pages, make_case, make_problem

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pymllm.kernels.torch_elementwise import TorchElementwise
+from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.kernels.triton import elementwise
 from pymllm.kernels.triton.elementwise import TritonElementwise
 from pymllm.kernels.triton.embedding import TritonFp8Embedding, TritonIntEmbedding

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pymllm.kernels.canonical import DenseWeight, ExpertsWeight, Fp8Weight, IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
-from pymllm.kernels.registry import ExpertsBias, ExpertsProblem, LinearProblem
+from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton.experts import TritonExperts, sorted_slots
 
 from .gpu import DEVICE, HERE, UNIT, randn

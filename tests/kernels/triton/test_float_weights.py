@@ -6,7 +6,7 @@ import torch
 from pymllm.kernels.canonical import CodebookWeight, Fp8Weight
 from pymllm.kernels.triton.fp4_weights import TritonFp4
 from pymllm.kernels.triton.fp8_weights import TritonFp8
-from pymllm.quantization.packing import E2M1
+from pymllm.quantization.storage.packing import E2M1
 
 from .gpu import FLOATS, randn
 from .linear_checks import check_products, check_round_trip

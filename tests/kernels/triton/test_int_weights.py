@@ -8,7 +8,8 @@ import torch
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import IntWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.registry import LinearProblem, select
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import select
 from pymllm.kernels.triton import tuning, weight_only
 from pymllm.kernels.triton.int2_weights import TritonInt2
 from pymllm.kernels.triton.int_weights import TritonInt, int_coding

@@ -10,7 +10,7 @@ from pymllm.api import shipped_model
 from pymllm.kernels.hardware import ARCHITECTURES
 from pymllm.kernels.registry import KERNELS, kernels_for
 from pymllm.kernels.triton.ahead_of_time import gather_tasks
-from pymllm.planning import plan
+from pymllm.planning.make_plan import plan
 from tests.checkpoints import write_checkpoint
 from tests.moe_checkpoints import write_moe
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pymllm.config import Execution
+from pymllm.kernels.aten.routing import TorchRouting
 from pymllm.kernels.registry import select
 from pymllm.kernels.routing import Routing, RoutingProblem
-from pymllm.kernels.torch_routing import TorchRouting
 from pymllm.kernels.triton.routing import TritonRouting
 from pymllm.moe import build_topk_router
-from pymllm.planning import plan
+from pymllm.planning.make_plan import plan
 from tests.moe_checkpoints import write_moe
 
 from .gpu import DEVICE, FLOATS, HERE, randn

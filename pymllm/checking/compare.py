@@ -1,0 +1,181 @@
+"""Several sets of rules for one model, side by side: bytes, errors of weights, and what becomes of the answers.
+
+pymllm.compare("org/model", ["", "**.layers.**=int8", "**.layers.**=int4"], text="held-out.txt")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pymllm.checking.divergence import EndToEnd
+from pymllm.checking.verify import Verification, verify
+from pymllm.errors import ConfigError, MissingExtraError
+from pymllm.planning.make_plan import plan
+from pymllm.planning.plan import Plan
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ComparedLayer:
+    """One layer (parts that run in one matmul together) under one set of rules.
+
+    error: relative distance of its weights to the stored ones.  bytes: packed.
+    """
+
+    prefix: str
+    kind: str
+    method: str
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of rules.  name: the rules as they were given.  ok: whether its kernels verify."""
+
+    name: str
+    rules: list[str]
+    ok: bool
+    weight_bytes: int
+    layers: list[ComparedLayer]
+    end_to_end: EndToEnd
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All sets of rules, in the order in which they were given."""
+
+    model: str
+    candidates: list[Candidate]
+
+    @property
+    def ok(self) -> bool:
+        return all(candidate.ok for candidate in self.candidates)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, "ok": self.ok, **asdict(self)}
+
+    def table(self) -> str:
+        """One line a set of rules, then the layers whose errors differ most for their bytes."""
+        with_text = any(candidate.end_to_end.perplexity for candidate in self.candidates)
+        title = f"{'weights':>10} {'KL':>9} {'top 1':>8}"
+        lines = [title + (f" {'perplexity':>10}" if with_text else "") + "  rules"]
+        for index, candidate in enumerate(self.candidates):
+            whole = candidate.end_to_end
+            against = whole.rules or whole.kernels
+            line = f"{candidate.weight_bytes / 1e6:8.1f}MB {against.kl:9.2e} {against.top1:8.2%}"
+            if with_text:
+                line += f" {whole.perplexity.get('model', float('nan')):10.3f}"
+            failed = "" if candidate.ok else "  (a kernel FAILS: pymllm verify)"
+            lines.append(f"{line}  {chr(ord('A') + index % 26)}: {candidate.name or 'as stored'}{failed}")
+        return "\n".join(lines)
+
+    def layer_table(self, top: int | None = None) -> str:
+        """Every layer's error and bytes under each set of rules, largest errors first."""
+        names = list(dict.fromkeys(layer.prefix for c in self.candidates for layer in c.layers))
+        by_name = [{layer.prefix: layer for layer in c.layers} for c in self.candidates]
+        names.sort(key=lambda name: -max(c[name].error for c in by_name if name in c))
+        letters = [chr(ord("A") + index % 26) for index in range(len(by_name))]
+        lines = ["".join(f"{f'error {c}':>10} {f'kB {c}':>9}" for c in letters) + "  layer"]
+        for name in names[:top]:
+            cells = "".join(
+                f"{c[name].error:10.2e} {c[name].bytes / 1e3:9.1f}" if name in c else " " * 20
+                for c in by_name
+            )
+            lines.append(f"{cells}  {name}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{self.layer_table(10)}"
+
+    def save_plot(self, file: str | Path) -> None:
+        """Error against bytes, a point a layer, as SVG (or what the ending says).  Needs the extra `plot`."""
+        figure = require_matplotlib()(figsize=(9, 6), layout="constrained")
+        axes = figure.add_subplot()
+        for index, candidate in enumerate(self.candidates):
+            layers = [layer for layer in candidate.layers if layer.bytes]
+            axes.scatter(
+                [layer.bytes for layer in layers],
+                [layer.error for layer in layers],
+                s=18,
+                alpha=0.7,
+                label=f"{chr(ord('A') + index % 26)}: {candidate.name or 'as stored'}"[:80],
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1e-4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("bytes of the layer's packed weights")
+        axes.set_ylabel("relative error of the weights, to the stored ones")
+        axes.set_title(self.model)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        try:
+            figure.savefig(file)
+        except (OSError, ValueError) as error:  # an ending that matplotlib does not know
+            raise ConfigError(f"the plot cannot be written: {error}", code="plot", file=str(file)) from None
+
+
+def require_matplotlib() -> Any:
+    """matplotlib's Figure.  MissingExtraError without it: ask before what takes long."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plot", "a plot") from None
+    return Figure
+
+
+def compare(
+    path: str | Path,
+    candidates: Sequence[str],
+    *,
+    text: str | Path | None = None,
+    tokens: int = 2048,
+    window: int = 512,
+    **options: Any,
+) -> Comparison:
+    """Load the model under each set of rules in turn, verify it and measure its answers.
+
+    candidates: rules separated by ";", or "@FILE"; "": as stored.  text: a file to measure on; None: random token ids.
+    options: of `load_model`, but for quant.
+    """
+    found = []
+    for name in candidates:
+        rules = split_rules(name)
+        planned = plan(path, rules, **options)
+        verification = verify(
+            path, rules, end_to_end=True, text=text, tokens=tokens, window=window, **options
+        )
+        assert verification.end_to_end is not None
+        found.append(
+            Candidate(
+                name,
+                rules,
+                verification.ok,
+                planned.totals["weight_bytes"],
+                _layers(planned, verification),
+                verification.end_to_end,
+            )
+        )
+    return Comparison(str(path), found)
+
+
+def split_rules(text: str) -> list[str]:
+    """The rules of one candidate: separated by ";", or "@FILE"."""
+    return [rule.strip() for rule in text.split(";") if rule.strip()]
+
+
+def _layers(planned: Plan, verification: Verification) -> list[ComparedLayer]:
+    sizes = {layer.prefix: layer.bytes for layer in planned.layers}
+    experts = {check.prefix for check in verification.layers if check.kind == "experts"}
+    found = []
+    for check in verification.layers:
+        parts = check.prefix.split(" + ")
+        if check.prefix in experts:
+            parts = [name for name in sizes if name.startswith(f"{check.prefix}.")]
+        nbytes = sum(sizes.get(part, 0) for part in parts)
+        found.append(ComparedLayer(check.prefix, check.kind, check.method, nbytes, check.quantisation_error))
+    return found

@@ -1,0 +1,71 @@
+"""torch._scaled_mm: fp8 weights and fp8 activations on the tensor cores of recent GPUs."""
+
+# T tokens, O out_features, I in_features
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, Fp8Type, Fp8Weight
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.registry import Packed
+
+
+class TorchScaledMM:
+    """W8A8: a scale for each output channel and each token."""
+
+    name = "torch_scaled_mm"
+    device_type = "cuda"  # the only one it runs on
+    layout = "fp8_channel"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind = problem.weight
+        if not isinstance(kind, Fp8Type):
+            return f"multiplies fp8 only, the weight is {kind}"
+        if problem.device.type != "cuda":
+            return "needs a CUDA device"
+        if problem.device.capability is None or problem.device.capability < (8, 9):
+            return f"needs compute capability 8.9, {problem.device.name} has {problem.device.capability}"
+        architecture = problem.device.architecture
+        if architecture is not None and not architecture.fp8:
+            return f"{problem.device.name} does not multiply float8_e4m3fn"
+        if kind.block not in ((0, 0), (1, 0)):
+            return f"takes one scale a tensor or channel, the weight has {kind}"
+        if kind.activations != "token":
+            return f"quantises activations per token, the checkpoint wants {kind.activations!r}"
+        if problem.compute == "exact":
+            return "quantises activations, which compute=exact forbids"
+        if problem.dtype is not torch.bfloat16:
+            return f"writes bfloat16, the activations are {problem.dtype}"
+        if problem.in_features % 16 or problem.out_features % 16:
+            return f"needs multiples of 16, the weight is {problem.out_features} x {problem.in_features}"
+        return None
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "activations rounded to fp8 per token, accumulated on tensor cores"
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, Fp8Weight)
+        scales = weight.scales.expand(weight.shape[0], 1).contiguous()
+        return {"weight": weight.weight, "scales": scales}
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, Fp8Type)
+        scales = packed["scales"] if kind.block == (1, 0) else packed["scales"][:1]
+        return Fp8Weight(packed["weight"], scales, kind.block, kind.activations)
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, problem.in_features)
+        scale = (rows.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)
+        codes = (rows / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        result = torch._scaled_mm(
+            codes,
+            packed["weight"].t(),
+            scale_a=scale,
+            scale_b=packed["scales"].t(),
+            bias=bias,
+            out_dtype=torch.bfloat16,
+        )
+        return result.view(*x.shape[:-1], problem.out_features)

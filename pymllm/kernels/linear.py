@@ -1,0 +1,70 @@
+"""What linear and embedding kernels are given, and what they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.canonical import CanonicalWeight, WeightType
+from pymllm.kernels.hardware import Device
+from pymllm.kernels.registry import Compute, Kernel, Packed
+
+# Relative error (Frobenius) that an exact kernel may have: the weight and the result are rounded to the activation
+# dtype (2^-9 or 2^-12 each), and sums to float32 (about sqrt(I) units of 2^-24).
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One rank's linear layer (or embedding table), as a kernel sees it.
+
+    compute: "auto" lets a kernel round activations to fewer bits where that is faster; "exact" forbids it;
+    "checkpoint" demands just what the checkpoint asks for.
+    """
+
+    weight: WeightType
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: Device
+    compute: Compute = "auto"
+
+
+class LinearKernel(Kernel, Protocol):
+    """`x @ weight.T + bias` over packed weights.  `layout` names what `pack` makes: equal names, equal bytes."""
+
+    layout: str
+
+    def numerics(self, problem: LinearProblem) -> str:
+        """How results differ from exact arithmetic over the stored weights, for a plan to show.
+
+        A kernel whose error exceeds what the activations' dtype explains also has `tolerance(problem) -> float`, the
+        relative error that it owns up to.
+        """
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        """Weights in this kernel's own order.  Also runs on meta tensors: a plan counts its bytes."""
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        """What `pack` was given, bit for bit."""
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [*, I] in the problem's dtype.  Returns [*, O]."""
+
+
+class EmbeddingKernel(Kernel, Protocol):
+    """Rows of a packed table; `pack` and `layout` as for a linear layer, so that a tied head can share them."""
+
+    layout: str
+
+    def numerics(self, problem: LinearProblem) -> str: ...
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed: ...
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight: ...
+
+    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
+        """ids: any shape, within the table.  Returns [*ids.shape, I] in the problem's dtype."""

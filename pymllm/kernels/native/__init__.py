@@ -1,0 +1,1 @@
+"""Kernels of the C++ extension, one file an operation and a kind of weight."""

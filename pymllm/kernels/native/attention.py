@@ -1,0 +1,225 @@
+"""Attention over pages, and storing in them, on the CPU in C++: `kernels/attention.h` says how.
+
+Arithmetic is float32 whatever keys and values are stored as. A row's result depends neither on the requests beside it
+nor on the threads.
+"""
+
+# R requests, T tokens of this step, H query heads, Hkv key heads, D head size, Dv value head size, P page size
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
+from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
+from pymllm.kernels.native.float_linear import FLOAT_TYPES
+
+# KVElement in kernels/attention.h
+ELEMENTS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
+
+
+class NativeAttention:
+    """One pass over what a step sees.  isa: a kernel path, for tests; None: the one that runs here."""
+
+    name = "native"
+    device_type = "cpu"  # the only one it runs on
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = isa
+
+    def why_not(self, problem: AttentionProblem) -> str | None:
+        if problem.device.type != "cpu":
+            return "runs on the CPU only"
+        if problem.dtype not in FLOAT_TYPES:
+            return f"computes over float32, float16 or bfloat16, not {problem.dtype}"
+        if problem.kv.dtype not in ELEMENTS:
+            return f"reads no cache of {problem.kv}"
+        if problem.block_causal:
+            return "sees what lies before a position, not whole blocks"
+        return native_missing_reason()
+
+    def run(
+        self,
+        problem: AttentionProblem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: AttentionStep,
+        cache: PagedKV | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        # Every line counts: test_a_call_costs_few_microseconds.
+        tokens, heads, head_dim = q.shape
+        value_dim = problem.value_head_dim
+        if q.dtype is not problem.dtype or not q.is_cpu or (heads, head_dim) != _heads(problem):
+            raise ValueError(
+                f"q must be [T, {problem.num_heads}, {problem.head_dim}] {problem.dtype} on the CPU"
+            )
+        q = _heads_adjoining(q)
+        if cache is None:
+            if k.dtype is not problem.dtype or v.dtype is not problem.dtype:
+                raise ValueError(f"k and v must be {problem.dtype}, not {k.dtype} and {v.dtype}")
+            keys, values = _heads_adjoining(k), _heads_adjoining(v)
+            k_stride, v_stride = keys.stride(0), values.stride(0)
+            k_scales, v_scales, scale_stride = 0, 0, 0
+            pages = _NO_PAGES
+        else:
+            keys, values = cache.k, cache.v
+            k_stride, v_stride = problem.num_kv_heads * head_dim, problem.num_kv_heads * value_dim
+            k_scales, v_scales, scale_stride = _scales(cache)
+            pages = step.checked(("native pages", cache.k.shape[:2]), lambda: _pages(step, cache))
+        starts = step.checked("native requests", lambda: _requests(step, tokens))
+        if sinks is not None:
+            sinks = sinks.detach().to(torch.float32).contiguous()
+            if sinks.shape != (heads,):
+                raise ValueError(f"sinks must be [{heads}], not {list(sinks.shape)}")
+        y = q.new_empty((tokens, heads, value_dim))
+        native().attention(
+            q.data_ptr(),
+            y.data_ptr(),
+            FLOAT_TYPES[q.dtype],
+            q.stride(0),
+            keys.data_ptr(),
+            k_scales,
+            head_dim,
+            k_stride,
+            values.data_ptr(),
+            v_scales,
+            value_dim,
+            v_stride,
+            ELEMENTS[keys.dtype],
+            scale_stride,
+            *pages[:3],
+            *starts[:3],
+            0 if sinks is None else sinks.data_ptr(),
+            heads,
+            problem.num_kv_heads,
+            problem.scale,
+            problem.soft_cap or 0.0,
+            problem.sliding_window or 0,
+            isa_code(self.isa or problem.device.isa),
+            torch.get_num_threads(),
+        )
+        return y
+
+
+class NativeKVStore:
+    """Copies, rounds to floats, or scales and rounds to int8.  isa: as `NativeAttention`."""
+
+    name = "native"
+    device_type = "cpu"  # the only one it runs on
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = isa
+
+    def why_not(self, problem: AttentionProblem) -> str | None:
+        if problem.device.type != "cpu":
+            return "runs on the CPU only"
+        if problem.dtype not in FLOAT_TYPES:
+            return f"stores float32, float16 or bfloat16 activations, not {problem.dtype}"
+        kind = problem.kv
+        floats = kind.scaling == "none" and kind.dtype in FLOAT_TYPES
+        codes = kind.scaling == "token" and kind.dtype is torch.int8
+        if not floats and not codes:
+            return f"stores floats, and int8 with a scale a token's head, not {kind}"
+        if codes and max(problem.head_dim, problem.value_head_dim) > MAX_CODED_HEAD:
+            return f"stores int8 heads of up to {MAX_CODED_HEAD}"
+        return native_missing_reason()
+
+    def run(
+        self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
+    ) -> None:
+        slots = step.checked(("native slots", cache.k.shape[:2]), lambda: _slots(step, cache, k.shape[0]))
+        heads, isa, threads = (
+            problem.num_kv_heads,
+            isa_code(self.isa or problem.device.isa),
+            torch.get_num_threads(),
+        )
+        for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+            new = _heads_adjoining(new)
+            tokens, given, size = new.shape
+            if new.dtype is not problem.dtype or not new.is_cpu or (given, size) != pages.shape[2:]:
+                raise ValueError(
+                    f"new keys and values must be [T, {heads}, {pages.shape[3]}] {problem.dtype}"
+                )
+            native().store_kv(
+                new.data_ptr(),
+                FLOAT_TYPES[new.dtype],
+                new.stride(0),
+                pages.data_ptr(),
+                ELEMENTS[pages.dtype],
+                size,
+                heads * size,
+                0 if scales is None else scales.data_ptr(),
+                slots.data_ptr(),
+                tokens,
+                heads,
+                isa,
+                threads,
+            )
+
+
+MAX_CODED_HEAD = 256  # kStrip in kernels/strips.h
+_NO_PAGES: tuple[int, int, int, Tensor | None] = (0, 0, 1, None)
+
+
+def _heads(problem: AttentionProblem) -> tuple[int, int]:
+    return problem.num_heads, problem.head_dim
+
+
+def _heads_adjoining(x: Tensor) -> Tensor:
+    """[T, heads, D] with the heads of a token side by side; tokens may be further apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _scales(cache: PagedKV) -> tuple[int, int, int]:
+    if cache.k_scale is None or cache.v_scale is None:
+        return 0, 0, 0
+    return (
+        cache.k_scale.data_ptr(),
+        cache.v_scale.data_ptr(),
+        cache.k.shape[2] if cache.type.scaling == "token" else 0,
+    )
+
+
+# The native code reads addresses: what a step's tensors say is checked, once a step. Each result keeps its tensors.
+
+
+def _pages(step: AttentionStep, cache: PagedKV) -> tuple[int, int, int, Tensor | None]:
+    assert step.page_tables is not None and step.context_lens is not None
+    table = step.page_tables.to("cpu", torch.int32).contiguous()
+    pages, size = cache.k.shape[:2]
+    lengths = step.context_lens
+    if table.numel() and (int(table.min()) < 0 or int(table.max()) >= pages):
+        raise ValueError(f"page tables name pages outside 0 to {pages - 1}")
+    if lengths.numel() and int(lengths.max()) > table.shape[1] * size:
+        raise ValueError(f"a request of {int(lengths.max())} tokens has {table.shape[1]} pages of {size}")
+    return table.data_ptr(), table.shape[1], size, table
+
+
+def _requests(step: AttentionStep, tokens: int) -> tuple[int, int, int, Tensor, Tensor]:
+    assert step.cu_seqlens_q is not None and step.context_lens is not None
+    starts = step.cu_seqlens_q.to("cpu", torch.int32).contiguous()
+    lengths = step.context_lens.to("cpu", torch.int32).contiguous()
+    counts = starts[1:] - starts[:-1]
+    if starts.numel() != lengths.numel() + 1 or int(starts[0]) != 0 or int(starts[-1]) != tokens:
+        raise ValueError(f"cu_seqlens_q must be [R + 1] from 0 to {tokens}, for {lengths.numel()} requests")
+    if bool((counts < 0).any()) or bool((lengths < counts).any()):
+        raise ValueError("a request has fewer tokens than it has new ones")
+    return starts.data_ptr(), lengths.data_ptr(), lengths.numel(), starts, lengths
+
+
+def _slots(step: AttentionStep, cache: PagedKV, tokens: int) -> Tensor:
+    assert step.slot_mapping is not None
+    slots = step.slot_mapping.to("cpu", torch.int64).contiguous()
+    total = cache.k.shape[0] * cache.k.shape[1]
+    if slots.shape != (tokens,) or (tokens and int(slots.max()) >= total):
+        raise ValueError(f"slot_mapping must be [{tokens}], below {total}")
+    return slots

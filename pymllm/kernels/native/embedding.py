@@ -1,0 +1,77 @@
+"""Rows of packed tables on the CPU, in C++: read out of the very bytes that the linear kernels multiply.
+
+A tied head therefore shares the table with its embedding. A row is what dequantising would give, bit for bit.
+"""
+
+# O rows of the table, I its width
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.native.extension import native
+from pymllm.kernels.native.fp4 import NativeFp4
+from pymllm.kernels.native.int4 import NativeInt4
+from pymllm.kernels.native.int8 import NativeInt8
+from pymllm.kernels.native.integer import (
+    BLOCK_ROWS,
+    DTYPES,
+    NativeIntegerLinear,
+    blocks_of,
+    check_blocks,
+)
+from pymllm.kernels.registry import Packed
+
+
+class NativeIntegerEmbedding(NativeIntegerLinear):
+    """What the embeddings below share."""
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        if problem.out_features < BLOCK_ROWS:
+            return f"packs {BLOCK_ROWS} rows at a time, the table has {problem.out_features}"
+        return super().why_not(problem)  # type: ignore[misc]
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "rows dequantised exactly"
+
+    def tolerance(self, problem: LinearProblem) -> float:
+        return TOLERANCES[problem.dtype]
+
+    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
+        blocks, factors = packed["blocks"], packed.get("row_factors")
+        plan = blocks_of(problem)
+        check_blocks(blocks, plan.shape)
+        ids = ids.to("cpu", torch.int64).contiguous()
+        rows = torch.empty((*ids.shape, problem.in_features), dtype=problem.dtype)
+        native().integer_gather(
+            blocks.data_ptr(),
+            problem.out_features,
+            plan.in_features,
+            plan.group,
+            plan.format,
+            plan.zero,
+            0 if factors is None else factors.data_ptr(),
+            problem.in_features,
+            ids.data_ptr(),
+            ids.numel(),
+            DTYPES[problem.dtype],
+            rows.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return rows
+
+
+class NativeInt4Embedding(NativeIntegerEmbedding, NativeInt4):
+    name: ClassVar[str] = NativeInt4.name
+
+
+class NativeInt8Embedding(NativeIntegerEmbedding, NativeInt8):
+    name: ClassVar[str] = NativeInt8.name
+
+
+class NativeFp4Embedding(NativeIntegerEmbedding, NativeFp4):
+    name: ClassVar[str] = NativeFp4.name

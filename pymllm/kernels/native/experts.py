@@ -1,0 +1,134 @@
+"""All routed experts of a layer in one call, over integer weights on the CPU: `kernels/integer_experts.h`.
+
+Packed as the linear kernels pack them. Tokens are sorted by expert and quantised once, the row blocks of all experts
+are one parallel loop, and what stands between the products is float32.
+"""
+
+# T tokens, K experts a token, E experts, H hidden size, I intermediate size
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.linear_experts import LinearExperts
+from pymllm.kernels.native.extension import isa_code, native
+from pymllm.kernels.native.integer import (
+    DTYPES,
+    EXACT_SLICES,
+    NativeIntegerLinear,
+    blocks_of,
+    check_blocks,
+)
+from pymllm.kernels.registry import Packed
+
+GATES = {"silu": 0, "gelu_tanh": 1, "swiglu": 2}  # Gate::Kind in kernels/elementwise.h
+ALL_TOKENS = 1 << 62
+
+
+class NativeIntegerExperts(LinearExperts):
+    """Experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
+
+    name = "native_experts"
+    device_type = "cpu"  # the only one it runs on
+
+    def why_not(self, problem: ExpertsProblem) -> str | None:
+        products = problem.products()
+        for product, linear in products.items():
+            kernel = self.linear_kernel(linear)
+            if not isinstance(kernel, NativeIntegerLinear):
+                return (
+                    f"takes products that native kernels over integers run, {product} goes to {kernel.name}"
+                )
+            if linear.compute == "checkpoint" and linear.weight.activations != "float":  # type: ignore[union-attr]
+                return "quantises activations in its own way, which compute=checkpoint forbids"
+            if blocks_of(linear).in_features != linear.in_features:
+                return f"takes inputs in whole blocks, {product} has {linear.in_features}"
+        if "gate_up" not in products:
+            return "takes gate and up as one weight"
+        if problem.reordered:
+            return "takes inputs in order"
+        return None
+
+    def numerics(self, problem: ExpertsProblem) -> str:
+        kernels = {linear: self.linear_kernel(linear) for linear in problem.products().values()}
+        said = dict.fromkeys(kernel.numerics(linear) for linear, kernel in kernels.items())
+        return f"routed experts in one call, float32 between products; {'; '.join(said)}"
+
+    def run(
+        self,
+        packed: Packed,
+        problem: ExpertsProblem,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        bias: ExpertsBias,
+    ) -> Tensor:
+        dtype, gate_up, down = problem.dtype, problem.gate_up[0], problem.down
+        if x.dtype is not dtype or not x.is_cpu or x.ndim != 2 or x.shape[1] != gate_up.in_features:
+            raise ValueError(
+                f"x must be [T, {gate_up.in_features}] {dtype} on the CPU, not {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+        tokens, top_k = topk_ids.shape
+        if tokens != x.shape[0] or topk_weights.shape != topk_ids.shape:
+            raise ValueError(
+                f"{x.shape[0]} tokens have ids {tuple(topk_ids.shape)} and weights {tuple(topk_weights.shape)}"
+            )
+        x = x.contiguous()
+        ids, weights = (
+            topk_ids.to("cpu", torch.int64).contiguous(),
+            topk_weights.to("cpu", torch.float32).contiguous(),
+        )
+        # Both products' biases in one dtype: theirs if they agree.
+        kinds = {b.dtype for b in bias if b is not None} or {torch.float32}
+        bias_dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        first, second = (None if b is None else b.to("cpu", bias_dtype).contiguous() for b in bias)
+        y = torch.empty_like(x)
+        exact = self.linear_kernel(down).exact_tokens[dtype] if problem.compute == "auto" else ALL_TOKENS
+        native().integer_experts(
+            _product(packed, "gate_up", gate_up, problem.num_experts, first),
+            _product(packed, "down", down, problem.num_experts, second),
+            problem.num_experts,
+            GATES[problem.activation.kind],
+            problem.activation.alpha,
+            problem.activation.limit,
+            DTYPES[bias_dtype],
+            x.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            top_k,
+            DTYPES[dtype],
+            exact,
+            EXACT_SLICES[dtype],
+            torch.get_num_threads(),
+            isa_code(problem.device.isa),
+        )
+        return y
+
+
+def _product(
+    packed: Packed, name: str, linear: LinearProblem, experts: int, bias: Tensor | None
+) -> tuple[Any, ...]:
+    """What the binding wants of one product."""
+    blocks, factors, plan = packed[f"{name}.blocks"], packed.get(f"{name}.row_factors"), blocks_of(linear)
+    check_blocks(blocks, (experts, *plan.shape))
+    if bias is not None and bias.shape != (experts, linear.out_features):
+        raise ValueError(
+            f"the bias of {name} must be [{experts}, {linear.out_features}], not {tuple(bias.shape)}"
+        )
+    return (
+        blocks.data_ptr(),
+        linear.out_features,
+        plan.in_features,
+        plan.group,
+        plan.format,
+        plan.zero,
+        0 if factors is None else factors.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )

@@ -1,0 +1,96 @@
+"""Linear layers over fp8 e4m3 weights on the CPU, in C++: `kernels/float_linear.h` says how.
+
+Weight-only: activations stay floats. Codes become float32 in registers (through f16, which holds every one exactly),
+are scaled by their block or once a row, and the arithmetic is float32.
+"""
+
+# T tokens, O out_features, I in_features
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.extension import native_missing_reason
+from pymllm.kernels.native.float_linear import run_native, why_not_floats
+from pymllm.kernels.reference.linear import ReferenceEmbedding
+from pymllm.kernels.registry import Packed
+
+BLOCK_INPUTS = 64  # a scale covers a multiple of so many inputs: one register of codes
+NAN_CODE = 0x7F  # and 0xFF
+ROWS_AT_A_TIME = 4096  # bounds the memory of looking for NaN codes
+
+
+class NativeFp8Linear:
+    """fp8 e4m3 weights × activations of any float dtype, in float32."""
+
+    name = "native_fp8"
+    device_type = "cpu"  # the only one it runs on
+    layout = "native_fp8"
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind = problem.weight
+        if not isinstance(kind, Fp8Type):
+            return f"multiplies fp8 only, the weight is {kind}"
+        why = why_not_floats(problem, kind.activations)
+        if why is not None:
+            return why
+        if kind.block[1] % BLOCK_INPUTS:
+            return f"takes a scale for a multiple of {BLOCK_INPUTS} inputs, the weight has {kind}"
+        return native_missing_reason()
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "weights dequantised exactly, activations as they are, float32 arithmetic"
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, Fp8Weight)
+        out_features, in_features = weight.shape
+        side_out, side_in = weight.block
+        blocks = (
+            -(-out_features // side_out) if side_out else 1,
+            -(-in_features // side_in) if side_in else 1,
+        )
+        if tuple(weight.scales.shape) != blocks or weight.scales.dtype is not torch.float32:
+            raise ValueError(
+                f"the scales must be {list(blocks)} float32, not {list(weight.scales.shape)} {weight.scales.dtype}"
+            )
+        packed = {"weight": weight.weight.contiguous(), "scales": weight.scales.contiguous()}
+        if weight.input_scales is not None:
+            packed["input_scales"] = weight.input_scales  # for `unpack`
+        return packed | {"row_nan": _row_nan(packed["weight"])}
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, Fp8Type)
+        return Fp8Weight(
+            packed["weight"], packed["scales"], kind.block, kind.activations, packed.get("input_scales")
+        )
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        block = problem.weight.block  # type: ignore[union-attr]
+        scales, row_nan = packed["scales"], packed["row_nan"]
+        return run_native(problem, x, bias, packed["weight"], scales.data_ptr(), block, row_nan.data_ptr())
+
+
+class NativeFp8Embedding(NativeFp8Linear):
+    """Rows of the tensors that `NativeFp8Linear` multiplies, so that a tied head shares them."""
+
+    def numerics(self, problem: LinearProblem) -> str:
+        return "rows dequantised exactly"
+
+    def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return ReferenceEmbedding().run(packed, problem, ids)
+
+
+def _row_nan(weight: Tensor) -> Tensor:
+    """[O] float32: NaN for a row with a NaN code, whose product with anything is NaN; else 0."""
+    if weight.is_meta:
+        return torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
+    row_nan = torch.zeros(weight.shape[0], dtype=torch.float32)
+    for codes, rows in zip(
+        weight.view(torch.uint8).split(ROWS_AT_A_TIME), row_nan.split(ROWS_AT_A_TIME), strict=True
+    ):
+        rows.masked_fill_((codes & NAN_CODE).eq(NAN_CODE).any(dim=1), torch.nan)
+    return row_nan

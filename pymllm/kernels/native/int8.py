@@ -1,0 +1,28 @@
+"""Group-wise int8 linear on the CPU, in C++: weight-only, and over int8 activations as a checkpoint demands them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from pymllm.kernels.canonical import IntType
+from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.int4 import integer_reason
+from pymllm.kernels.native.integer import NativeIntegerLinear
+
+
+class NativeInt8(NativeIntegerLinear):
+    """Codes of 5 to 8 bits; zero points or float offsets; scales as the checkpoint has them."""
+
+    name: ClassVar[str] = "native_int8"
+    layout: ClassVar[str] = "native_integer 16-row blocks"
+    # Twice the bytes of int4 take twice the time to read: 9 rows of products are hidden behind them (3 slices of 3
+    # tokens in float32, 2 of 4 in 16 bits; benchmarks/cpu_linear.py).
+    exact_tokens: ClassVar[dict[torch.dtype, int]] = {torch.float32: 3, torch.float16: 4, torch.bfloat16: 4}
+
+    def why_not(self, problem: LinearProblem) -> str | None:
+        kind = problem.weight
+        if not isinstance(kind, IntType) or kind.bits <= 4:
+            return f"multiplies integers of 5 to 8 bits only, the weight is {kind}"
+        return integer_reason(problem)

@@ -1,0 +1,360 @@
+"""What the native kernels over integer codes share: `kernels/integer.h` has the layout and says how it is fast.
+
+Activations become int8 codes with a scale for every token and group, except where that would save no time (up to
+`exact_tokens` tokens, reading the weights takes longer than multiplying them several times) or is forbidden.
+"""
+
+# T tokens, O out_features, I in_features, G group_size
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pymllm.kernels.activations import quantise_activations
+from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
+from pymllm.kernels.native.packed_memory import empty_packed
+from pymllm.kernels.registry import Packed
+
+BLOCK_ROWS = 16
+BLOCK_GROUPS = (128, 64, 32, 16)  # inputs of one packed block
+LONG_ROW = 1024  # from here on, a group that is a whole row is filled up to blocks of 128
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in kernels/integer.h
+SCALES = {
+    torch.float16: 0,
+    torch.bfloat16: 1,
+    torch.float32: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e8m0fnu: 4,
+}  # Scales there
+DEMANDS = {"float": 0, "token": 1, "tensor": 2, "group": 3, "static": 4}  # Demand there
+CODE_NIBBLES, CODE_BYTES = 0, 1
+ZERO_SAME, ZERO_EACH, ZERO_OFFSETS = 0, 1, 2
+TABLE_E2M1 = 1
+E2M1_ZERO, E2M1_UNIT = 12, 0.5  # the table holds 12 + 2 * value
+# A 16-bit float is rounded to 4e-3 or 5e-4 on the way out: two slices (2e-5) are exact enough, float32 takes three.
+EXACT_SLICES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a weight is packed: Format and Weights in kernels/integer.h.
+
+    shape: [ceil(O/16), ceil(I/group), bytes of a block].  in_features: of the blocks, filled up.
+    stored_group: the checkpoint's.  offsets, zeros: whether the checkpoint stores them.
+    """
+
+    shape: tuple[int, int, int]
+    in_features: int
+    group: int
+    format: int
+    zero: int
+    stored_group: int
+
+    @property
+    def zeros(self) -> int:
+        return self.format >> 8 & 15
+
+
+@functools.cache
+def _int_blocks(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    offsets: bool,
+    scales: torch.dtype,
+    out_features: int,
+    in_features: int,
+) -> Blocks:
+    codes = CODE_NIBBLES if bits <= 4 else CODE_BYTES
+    zeros = ZERO_OFFSETS if offsets else ZERO_SAME if symmetric else ZERO_EACH
+    if zeros == ZERO_SAME and codes == CODE_NIBBLES and scales.itemsize == 2:
+        zeros = ZERO_EACH  # Format::fused
+    return _blocks(codes, zeros, 0, 1 << (bits - 1), scales, group_size, out_features, in_features)
+
+
+@functools.cache
+def _codebook_blocks(group_size: int, scales: torch.dtype, out_features: int, in_features: int) -> Blocks:
+    return _blocks(
+        CODE_NIBBLES, ZERO_SAME, TABLE_E2M1, E2M1_ZERO, scales, group_size, out_features, in_features
+    )
+
+
+def _blocks(
+    codes: int,
+    zeros: int,
+    table: int,
+    zero: int,
+    scales: torch.dtype,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> Blocks:
+    filled = in_features
+    if group_size >= in_features:  # one group a row: activations are 0 where it is filled up
+        side = 128 if in_features >= LONG_ROW and in_features % 64 else 32
+        filled = -(-in_features // side) * side
+    group = next(
+        size for size in BLOCK_GROUPS if (filled if filled != in_features else group_size) % size == 0
+    )
+    header = BLOCK_ROWS * (scales.itemsize + (0, 1, 4)[zeros])
+    fused = codes == CODE_NIBBLES and zeros == ZERO_EACH and table == 0 and scales.itemsize == 2
+    if codes == CODE_BYTES or fused:
+        header = -(-header // 64) * 64
+    size = header + group * BLOCK_ROWS // (2 if codes == CODE_NIBBLES else 1)
+    return Blocks(
+        shape=(-(-out_features // BLOCK_ROWS), filled // group, size),
+        in_features=filled,
+        group=group,
+        format=codes | SCALES[scales] << 4 | zeros << 8 | table << 12,
+        zero=zero,
+        stored_group=min(group_size, in_features),
+    )
+
+
+def blocks_of(problem: LinearProblem) -> Blocks:
+    """How the weight of `problem` is packed."""
+    kind, outputs, inputs = problem.weight, problem.out_features, problem.in_features
+    if isinstance(kind, IntType):
+        return _int_blocks(
+            kind.bits, kind.group_size, kind.symmetric, kind.offsets, kind.scales, outputs, inputs
+        )
+    assert isinstance(kind, CodebookType)
+    return _codebook_blocks(kind.group_size, kind.scales, outputs, inputs)
+
+
+def group_reason(kind: IntType | CodebookType, in_features: int, out_features: int) -> str | None:
+    """Why groups do not fit into blocks; None: they do."""
+    smallest = BLOCK_GROUPS[-1]
+    if in_features <= 0 or out_features <= 0:
+        return "takes weights that are not empty"
+    if kind.group_size >= in_features:
+        return None
+    if kind.group_size <= 0 or kind.group_size % smallest:
+        return f"takes groups of a multiple of {smallest}, the weight has {kind.group_size}"
+    if in_features % kind.group_size:
+        return f"takes whole groups, not {in_features} inputs in groups of {kind.group_size}"
+    return None
+
+
+def check_blocks(blocks: Tensor, shape: tuple[int, ...]) -> None:
+    """The kernel reads as many bytes as the shape needs, without looking."""
+    fits = blocks.shape == shape and blocks.dtype is torch.uint8 and blocks.is_contiguous() and blocks.is_cpu
+    if not fits:
+        raise ValueError(
+            f"packed blocks must be {shape} uint8 on the CPU, not {tuple(blocks.shape)} {blocks.dtype}"
+        )
+
+
+def device_reason(problem: LinearProblem) -> str | None:
+    """Why not here: another device, another dtype, or no native kernels."""
+    if problem.device.type != "cpu":
+        return "runs on the CPU only"
+    if problem.dtype not in DTYPES:
+        return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
+    return native_missing_reason()
+
+
+class NativeIntegerLinear:
+    """int8 (or, exactly, several int8) activations × integer codes."""
+
+    device_type = "cpu"  # the only one it runs on
+    name: ClassVar[str]
+    layout: ClassVar[str]
+    # So many tokens are multiplied float-exactly at no cost, by the dtype of the activations.
+    exact_tokens: ClassVar[dict[torch.dtype, int]] = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 2}
+
+    def numerics(self, problem: LinearProblem) -> str:
+        kind: Any = problem.weight
+        if problem.compute == "checkpoint" and kind.activations != "float":
+            element = "fp8" if kind.activations == "token fp8" else "int8"
+            return f"activations rounded to {element} ({kind.activations}), products summed exactly, float32 scales"
+        exact = "float-exact activations"
+        if problem.compute != "auto":
+            return f"{exact}, float32 accumulation"
+        return (
+            f"{exact} for up to {self.exact_tokens[problem.dtype]} tokens, above that int8 activations per group "
+            "(relative error about 6e-3), float32 accumulation"
+        )
+
+    def tolerance(self, problem: LinearProblem) -> float:
+        """Relative error that `verify` allows: twice what rounding activations to int8 explains, or the dtype's."""
+        said = self.numerics(problem)
+        rounds = 5e-2 if "fp8" in said else 1.2e-2 if problem.compute == "auto" or "int8" in said else 0.0
+        return TOLERANCES[problem.dtype] + rounds
+
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+        assert isinstance(weight, IntWeight | CodebookWeight)
+        kept = {name: t for name, t in weight.tensors().items() if name in ("input_scales", "input_zeros")}
+        zeros = None
+        if isinstance(weight, IntWeight):
+            zeros = weight.zeros if weight.offsets is None else weight.offsets.float()
+            if weight.offsets is not None and weight.offsets.dtype is not torch.float32:
+                kept["offsets"] = weight.offsets.new_empty(0)  # their dtype, for `unpack`
+        return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem), **kept}
+
+    def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
+        kind = problem.weight
+        assert isinstance(kind, IntType)
+        codes, scales, zeros = unpack_blocks(packed["blocks"], kind.scales, kind.symmetric, problem)
+        if zeros is not None and "offsets" in packed:
+            zeros = zeros.to(packed["offsets"].dtype)
+        return IntWeight(
+            codes,
+            scales,
+            None if kind.offsets else zeros,
+            kind.bits,
+            kind.group_size,
+            offsets=zeros if kind.offsets else None,
+            activations=kind.activations,
+            input_scales=packed.get("input_scales"),
+            input_zeros=packed.get("input_zeros"),
+        )
+
+    def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        # About 3 us a call: every line here counts (test_dispatch_costs_few_microseconds).
+        blocks, dtype, compute = packed["blocks"], problem.dtype, problem.compute
+        in_features, out_features = problem.in_features, problem.out_features
+        shape = x.shape
+        if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
+            raise ValueError(
+                f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
+            )
+        plan = blocks_of(problem)
+        check_blocks(blocks, plan.shape)
+        tokens = x.numel() // in_features
+        y = x.new_empty((*shape[:-1], out_features))
+        if compute == "checkpoint" and _demand(problem) == 0:
+            x = _rounded(x, packed, problem)
+        x = (
+            F.pad(x, (0, plan.in_features - in_features))
+            if plan.in_features != in_features
+            else x.contiguous()
+        )
+        bias_address = 0
+        if bias is not None:
+            bias = bias.to(dtype).contiguous()
+            if bias.shape != (out_features,) or not bias.is_cpu:
+                raise ValueError(
+                    f"bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}"
+                )
+            bias_address = bias.data_ptr()
+        factors = packed.get("row_factors")
+        slices, demand, scale = 1, 0, 0.0
+        if compute == "auto":
+            if tokens <= self.exact_tokens[dtype]:
+                slices = EXACT_SLICES[dtype]
+        else:
+            demand = _demand(problem)
+            if demand == 0:
+                slices = EXACT_SLICES[dtype]
+            elif demand == DEMANDS["static"]:  # the largest of the parts', which overflows in none of them
+                scale = float(packed["input_scales"].max().to(dtype))
+        native().integer_linear(
+            blocks.data_ptr(),
+            out_features,
+            plan.in_features,
+            plan.group,
+            plan.format,
+            plan.zero,
+            0 if factors is None else factors.data_ptr(),
+            x.data_ptr(),
+            bias_address,
+            y.data_ptr(),
+            tokens,
+            DTYPES[dtype],
+            slices,
+            demand,
+            plan.stored_group,
+            scale,
+            torch.get_num_threads(),
+            isa_code(problem.device.isa),
+        )
+        return y
+
+
+def _demand(problem: LinearProblem) -> int:
+    """How the kernel itself rounds activations as the checkpoint wants it; 0: not at all."""
+    kind: Any = problem.weight
+    return DEMANDS.get(kind.activations, 0) if problem.compute == "checkpoint" else 0
+
+
+def _rounded(x: Tensor, packed: Packed, problem: LinearProblem) -> Tensor:
+    """x as the checkpoint's codes would say it, to be multiplied exactly."""
+    kind: Any = problem.weight
+    if kind.activations == "float":
+        return x
+    return quantise_activations(x, kind, packed.get("input_scales"), packed.get("input_zeros"))
+
+
+def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: LinearProblem) -> Tensor:
+    """[ceil(O/16), ceil(I/G), bytes] uint8."""
+    plan = blocks_of(problem)
+    if codes.is_meta:
+        return torch.empty(plan.shape, dtype=torch.uint8, device="meta")
+    zero_dtype = torch.float32 if plan.zeros == ZERO_OFFSETS else torch.uint8
+    if codes.dtype is not torch.uint8 or (zeros is not None and zeros.dtype is not zero_dtype):
+        raise TypeError("codes and zeros are uint8, and offsets float32, in the canonical layout")
+    if not (codes.is_cpu and scales.is_cpu and (zeros is None or zeros.is_cpu)):
+        raise ValueError("the weight is not on the CPU")
+    outputs, inputs = problem.out_features, problem.in_features
+    if codes.shape != (outputs, inputs):
+        raise ValueError(f"codes are {tuple(codes.shape)}, the layer is {outputs}×{inputs}")
+    stored = (outputs, -(-inputs // plan.stored_group))
+    if scales.shape != stored or (zeros is not None and zeros.shape != stored):
+        raise ValueError(f"scales and zeros must be {stored}, the scales are {tuple(scales.shape)}")
+    blocks = empty_packed(plan.shape)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    native().integer_pack(
+        blocks.data_ptr(),
+        outputs,
+        plan.in_features,
+        plan.group,
+        plan.format,
+        plan.zero,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        inputs,
+        plan.stored_group,
+        torch.get_num_threads(),
+    )
+    return blocks
+
+
+def unpack_blocks(
+    blocks: Tensor, scale_dtype: torch.dtype, symmetric: bool, problem: LinearProblem
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales, and zeros or offsets: what `pack_blocks` was given."""
+    plan, outputs, inputs = blocks_of(problem), problem.out_features, problem.in_features
+    stored = (outputs, -(-inputs // plan.stored_group))
+    codes = blocks.new_empty((outputs, inputs))
+    scales = blocks.new_empty(stored, dtype=scale_dtype)
+    zeros = None
+    if not symmetric:
+        zeros = blocks.new_empty(stored, dtype=torch.float32 if plan.zeros == ZERO_OFFSETS else torch.uint8)
+    if not blocks.is_meta:
+        check_blocks(blocks, plan.shape)
+        native().integer_unpack(
+            blocks.data_ptr(),
+            outputs,
+            plan.in_features,
+            plan.group,
+            plan.format,
+            plan.zero,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            inputs,
+            plan.stored_group,
+            torch.get_num_threads(),
+        )
+    return codes, scales, zeros

@@ -1,0 +1,1 @@
+"""The plain formula of every operation: it runs everything, slowly."""

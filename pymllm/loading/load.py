@@ -1,0 +1,268 @@
+"""From a checkpoint folder to a model whose weights are packed, a layer at a time, as `prepare` has decided."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.attention import Attention
+from pymllm.errors import CheckpointError, ConfigError
+from pymllm.kernels.hardware import probe_device
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.layers.layernorm import GemmaRMSNorm
+from pymllm.layers.linear import WeightedLayer, layer_parts
+from pymllm.loading.match import Placement, Unit
+from pymllm.loading.prepare import Prepared, prepare
+from pymllm.loading.stored import check_content, check_scale, read_slot
+from pymllm.models.causal_lm import CausalLM
+from pymllm.moe.experts import Experts
+from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.rules import RuleSource
+from pymllm.weights.loader import Slot, Written, write
+from pymllm.weights.memory import return_freed_memory
+from pymllm.weights.module_loading import count_loader
+from pymllm.weights.report import LoadReport, TensorRecord
+from pymllm.weights.resolution import apply_resolved_weight
+from pymllm.weights.spec import ExpertsShape
+from pymllm.weights.tensor_file import TensorInfo
+
+logger = logging.getLogger("pymllm")
+
+
+def load_model(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    kv_cache: RuleSource = None,
+    revision: str | None = None,
+    progress: bool | None = None,
+) -> CausalLM:
+    """Load a checkpoint into a model whose every weight is packed for the best kernel.
+
+    path: a folder, or a hub id.  quant: rules over the checkpoint's own config (see `pymllm.quantization.rules`).
+    device: auto, cpu or cuda.  dtype: of activations; auto: see `choose_execution`.
+    compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
+    forbids it, "checkpoint" demands just what the checkpoint asks for.
+    kernels: an operation's kernel by name, {"linear": "reference"} say.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none" (the activations' dtype), a dtype's name, or such
+    methods for patterns of attention layers, as in `quant`; None or "auto": as the checkpoint says.
+    progress: a bar while loading; None: on a terminal.
+    The current `Parallel` decides this rank's share.  The model carries `load_report`.
+    Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read.
+    """
+    prepared = prepare(
+        path,
+        quant,
+        device=device,
+        dtype=dtype,
+        compute=compute,
+        kernels=kernels,
+        kv_cache=kv_cache,
+        revision=revision,
+    )
+    return load_prepared(prepared, progress=progress)
+
+
+def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> CausalLM:
+    """Read, slice and pack what `prepare` has decided, a layer at a time."""
+    where = probe_device(prepared.execution.device)
+    if not where.present:
+        raise ConfigError(
+            f"{where} can be planned for, but not run on: {where.spec} names no device of this machine",
+            code="device",
+            expected="a device that is here, such as auto",
+            found=where.spec,
+        )
+    report = LoadReport(tensors=list(prepared.records))
+    started = time.perf_counter()
+    with prepared.checkpoint, _progress_bar(prepared, progress) as advance:
+        for unit in prepared.units:
+            _load_unit(unit, prepared, report)
+            return_freed_memory()
+            advance(sum(placement.tensor.nbytes for placement in unit.placements))
+    report.seconds = time.perf_counter() - started
+    model = prepared.model
+    model.requires_grad_(False)
+    model.eval()
+    model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
+    logger.info(report.summary())
+    return model
+
+
+def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
+    device = torch.device(prepared.execution.device)
+    params = {(id(p.module), p.param): p.module for p in unit.placements}
+    resolved = {(id(p.module), p.param) for p in unit.placements if p.resolved is not None}
+    for (_, name), module in params.items():
+        _materialise(module, name, device, keep=(id(module), name) in resolved)
+    read: Counter[str] = Counter()  # one tensor may hold several parts of the layer
+    for placement in unit.placements:
+        name = placement.tensor.name
+        first = name not in read
+        read[name] += _read(placement) if placement.resolved is None else _read_resolved(placement, first)
+    for tensor, nbytes in read.items():
+        reason = f"also read for {unit.name}, which is tied to it" if tensor in report.loaded else ""
+        report.tensors.append(TensorRecord(tensor, "tied" if reason else "loaded", nbytes, reason))
+    report.loaded |= read.keys()
+    report.bytes_read += read.total()
+    for (_, name), module in params.items():
+        _check_all_written(module, name)
+    module = unit.module
+    if isinstance(module, ParallelLMHead) and module.shares_table:
+        module.pack_tied()
+        assert module.tied_to is not None
+        report.tensors.append(
+            TensorRecord(f"{module.tied_to.prefix}.weight", "tied", 0, f"shared with {unit.name}")
+        )
+    elif isinstance(module, Attention):
+        module.quant_method.process_weights_after_loading(module)
+    elif isinstance(module, GemmaRMSNorm):
+        module.process_weights_after_loading()
+    elif isinstance(module, WeightedLayer):
+        module.quant_method.process_weights_after_loading(module)
+        for method, _, holder in layer_parts(module):
+            bound = bound_weight(holder)
+            assert bound is not None
+            report.methods[method.describe()] += 1
+            report.final_bytes += bound.nbytes
+    elif isinstance(module, Experts):
+        module.process_weights_after_loading()
+        for method in dict.fromkeys(module.quant_method.methods().values()):
+            report.methods[method.describe()] += 1
+        report.final_bytes += 0 if module.bound is None else module.bound.nbytes
+    report.final_bytes += sum(p.nbytes for p in module._parameters.values() if p is not None)
+
+
+def _materialise(module: nn.Module, name: str, device: torch.device, keep: bool = False) -> None:
+    """Give a meta parameter its memory: zeros where a share is padded, else unset until it is written.
+
+    keep: stay the same object, as a resolver has it.
+    """
+    meta = getattr(module, name)
+    if name in module._buffers:
+        buffer = torch.empty_like(meta, device=device)
+        buffer.slots, buffer.written = None, Written()  # type: ignore[attr-defined]
+        torch.utils.swap_tensors(meta, buffer)
+        return
+    param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
+    slots = getattr(meta, "slots", None)
+    if slots is not None and sum(slot.elements for slot in slots) != meta.numel():
+        param.data.zero_()
+    param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
+    if hasattr(meta, "weight_loader"):
+        param.weight_loader = meta.weight_loader  # type: ignore[attr-defined]
+    if keep:
+        torch.utils.swap_tensors(meta, param)
+    else:
+        setattr(module, name, param)
+
+
+CHUNK_BYTES = 16 << 20  # read at a time where a dtype changes
+
+
+def _read(placement: Placement) -> int:
+    """Read this rank's slice into its parameter.  Returns the bytes read."""
+    slot, tensor = placement.slot, placement.tensor
+    param = getattr(placement.module, placement.param)
+    target = slot.view(param.data)
+    if len(tensor.shape) != len(slot.source) or tuple(target.shape) != slot.local_shape:
+        # A scalar, or one part's row: dimensions of one element more or less.
+        write(param.data, slot, read_slot(tensor, slot).to(param.device), param.written)
+    else:
+        param.written.add(slot.target, tensor.name)
+        if tensor.dtype is param.dtype:
+            tensor.read(slot.source, out=target)
+        else:
+            _read_converted(tensor, slot, target)
+    if slot.spec.scale:
+        check_scale(tensor, target)
+    if slot.spec.refuse is not None:
+        shape: Any = placement.module.shape
+        several = isinstance(shape, ExpertsShape) and slot.expert is None
+        for one in target if several else (target,):
+            check_content(tensor, slot.spec.refuse(one, shape.part(slot.part)))
+    return slot.elements * tensor.nbytes // max(_numel(tensor.shape), 1)
+
+
+def _read_resolved(placement: Placement, first: bool) -> int:
+    """Carry out what a resolver says of a tensor, the first time that one of its placements is read.
+
+    Returns the bytes read.
+    """
+    tensor, said = placement.tensor, placement.resolved
+    assert said is not None
+    param = getattr(placement.module, placement.param)
+    if first:
+        before = param.written.elements
+        apply_resolved_weight(said, tensor.read().to(param.device))
+        if said.loader is not None:
+            count_loader(tensor.name, param, before)
+    target = param.data[placement.slot.target]
+    if placement.slot.spec.scale:
+        check_scale(tensor, target)
+    if placement.slot.spec.refuse is not None:
+        shape: Any = placement.module.shape
+        check_content(tensor, placement.slot.spec.refuse(target, shape.part(placement.slot.part)))
+    return tensor.nbytes if first else 0
+
+
+def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:
+    """Read a slice into another dtype, a few rows at a time."""
+    if not slot.source or not slot.elements:
+        target.copy_(tensor.read(slot.source))
+        return
+    rows, *rest = slot.source
+    row_bytes = slot.elements // (rows.stop - rows.start) * tensor.dtype.itemsize
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(rows.start, rows.stop, step):
+        chunk = slice(start, min(start + step, rows.stop))
+        target[chunk.start - rows.start : chunk.stop - rows.start] = tensor.read((chunk, *rest))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _check_all_written(module: nn.Module, name: str) -> None:
+    param = getattr(module, name)
+    slots = param.slots
+    wanted = param.numel() if slots is None else sum(slot.elements for slot in slots)
+    if param.written.elements != wanted:
+        raise CheckpointError(
+            "part of the parameter was not written",
+            code="half-written",
+            tensor=name if slots is None else slots[0].tensor,
+            expected=f"{wanted} elements",
+            found=str(param.written.elements),
+        )
+
+
+@contextlib.contextmanager
+def _progress_bar(prepared: Prepared, progress: bool | None) -> Iterator[Any]:
+    """A bar on a terminal; nothing elsewhere."""
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if not progress or prepared.parallel.rank:
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", leave=False) as bar:
+        yield bar.update

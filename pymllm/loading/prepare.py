@@ -1,0 +1,238 @@
+"""Everything that is decided before a tensor is read: `prepare`.
+
+It builds the model on the meta device, gives every layer its method, and matches every checkpoint tensor with its
+place. A plan shows just that (`pymllm.planning.make_plan`); loading executes just that (`pymllm.loading.load`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymllm.config import Execution, ModelConfig, parse_dtype
+from pymllm.errors import CheckpointError, ConfigError, ShardingError
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native.extension import native_missing_reason
+from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
+from pymllm.loading.match import Unit, match
+from pymllm.loading.tensor_parallel import legal_tp_sizes
+from pymllm.models import build_model, read_model_config
+from pymllm.models.causal_lm import CausalLM
+from pymllm.parallel import Parallel, current_parallel
+from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
+from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
+from pymllm.weights.checkpoint import Checkpoint
+from pymllm.weights.loader import with_stack_members
+from pymllm.weights.opening import open_checkpoint, resolve_model_path
+from pymllm.weights.report import TensorRecord
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything decided, nothing read but headers."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    quant: RuledConfig
+    execution: Execution
+    parallel: Parallel
+    model: CausalLM
+    units: tuple[Unit, ...]
+    records: tuple[TensorRecord, ...]  # of tensors that are tied or skipped
+
+
+def prepare(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    compute: str = "auto",
+    kernels: Mapping[str, str] | None = None,
+    kv_cache: RuleSource = None,
+    revision: str | None = None,
+) -> Prepared:
+    """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
+
+    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `load_model` for the arguments.
+    """
+    checkpoint = open_checkpoint(resolve_model_path(path, revision))
+    config = read_model_config(checkpoint.config)
+    _check_sizes(config, checkpoint)
+    stored = read_quantization_config(checkpoint)
+    stored.see_checkpoint(with_stack_members(checkpoint.tensors))
+    execution = choose_execution(config, stored, device, dtype, compute, kernels)
+    execution = replace(execution, kept_floats=floats_to_keep(checkpoint, execution))
+    if execution.dtype not in stored.get_supported_act_dtypes():
+        raise ConfigError(
+            f"{stored.get_name()} cannot run with {execution.dtype} activations",
+            code="dtype-unsupported",
+            expected=" or ".join(map(str, stored.get_supported_act_dtypes())),
+        )
+    rules = RuledConfig(stored, read_rules(quant), read_kv_rules(kv_cache))
+    parallel = current_parallel()
+    try:
+        model = build_on_meta(config, rules, execution, parallel)
+    except ShardingError as error:
+        if parallel.size == 1:
+            raise
+        shared, whole = (
+            legal_tp_sizes(build_on_meta(config, rules, execution, Parallel(expert_parallel=whole)))
+            for whole in (False, True)
+        )
+        sizes = whole if parallel.expert_parallel else shared
+        error.fix = f"Sizes that work for this model: {', '.join(map(str, sizes))}."
+        if whole != sizes:
+            error.fix += f" With expert_parallel: {', '.join(map(str, whole))}."
+        error.args = (str(error),)
+        raise
+    rules.lint()
+    units, records = match(model, rules, checkpoint)
+    return Prepared(checkpoint, config, rules, execution, parallel, model, units, records)
+
+
+def build_on_meta(
+    config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
+) -> CausalLM:
+    """The model without data, every layer with its method."""
+    with execution, parallel, torch.device("meta"):
+        return build_model(config, rules)
+
+
+def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
+    """The checkpoint's own quantisation: from config.json, or from the file that its format writes beside it."""
+    settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    if settings is None:
+        settings = _read_side_file(checkpoint.path)
+    if settings is None:
+        return get_quantization_config("none").from_config({})
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            "quantization_config must be an object",
+            code="quantization-config",
+            file="config.json",
+            found=repr(settings),
+        )
+    name = settings.get("quant_method")
+    if name is None:
+        raise ConfigError(
+            "quantization_config does not name its quant_method",
+            code="unknown-method",
+            file="config.json",
+            tensor="quantization_config.quant_method",
+            expected=" or ".join(list_quantization_methods()),
+        )
+    try:
+        return get_quantization_config(str(name).lower().replace("_", "-")).from_config(settings)
+    except ConfigError as error:
+        error.file = error.file or str(checkpoint.config_file)
+        error.args = (str(error),)
+        raise
+
+
+def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
+    for name in list_quantization_methods():
+        for file in get_quantization_config(name).get_config_filenames():
+            if (folder / file).is_file():
+                try:
+                    settings = json.loads((folder / file).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    raise ConfigError(
+                        f"the file cannot be read: {error}",
+                        code="quantization-config",
+                        file=str(folder / file),
+                    ) from None
+                return {"quant_method": name, **settings}
+    return None
+
+
+def choose_execution(
+    config: ModelConfig,
+    stored: QuantizationConfig,
+    device: str,
+    dtype: str | torch.dtype,
+    compute: str,
+    kernels: Mapping[str, str] | None,
+) -> Execution:
+    """Where and in which activation dtype to run.
+
+    Asking for float32 is asking for float32 arithmetic: compute "auto" is then "exact".
+    dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
+    either way, and whose CPU arithmetic is fastest and most exact in float32; not with compute "checkpoint", as writers
+    round activations in the checkpoint's dtype.
+    """
+    if compute not in ("auto", "exact", "checkpoint"):
+        raise ConfigError(
+            "unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute
+        )
+    where = probe_device(device)
+    if dtype != "auto":
+        chosen = parse_dtype(dtype)
+        if chosen is torch.float32 and compute == "auto":
+            compute = "exact"
+    elif where.type == "cpu" and stored.get_name() != "none" and compute != "checkpoint":
+        chosen = torch.float32
+    else:
+        chosen = config.dtype or torch.float32
+    return Execution(where.spec, chosen, compute, tuple((kernels or {}).items()))
+
+
+def floats_to_keep(checkpoint: Checkpoint, execution: Execution) -> dict[str, torch.dtype]:
+    """The 16-bit tensors that stay so under float32 arithmetic: where a kernel widens them as it reads them."""
+    forced = execution.forced_kernel("linear") not in (None, NativeFloatLinear.name)
+    if execution.dtype is not torch.float32 or execution.device != "cpu" or forced:
+        return {}
+    if native_missing_reason() is not None or probe_device("cpu").isa not in FAST_PATHS:
+        return {}
+    narrow = (torch.float16, torch.bfloat16)
+    return {name: tensor.dtype for name, tensor in checkpoint.tensors.items() if tensor.dtype in narrow}
+
+
+SIDES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+MOST_PACKED = 32  # 1-bit codes in int32 words: no stored element stands for more
+
+
+def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Compare the config's sizes with the headers, before anything is built from them."""
+    most_layers = len(checkpoint.tensors)
+    longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
+    sizes = {name: config.size(name) for name in SIDES if config.raw.get(name) is not None}
+    for name in EXPERT_COUNTS:  # 0: a model whose layers are all dense
+        if config.raw.get(name) is not None and repr(config.raw[name]) != "0":
+            sizes[name] = config.size(name)
+    sizes["num_attention_heads x head_dim"] = config.size("num_attention_heads") * config.head_dim
+    limits = {
+        "num_hidden_layers": (
+            config.size("num_hidden_layers"),
+            most_layers,
+            "layers than the checkpoint has tensors",
+        )
+    }
+    limits |= {
+        name: (size, longest, "than the longest side of any tensor can hold") for name, size in sizes.items()
+    }
+    for name, (found, most, what) in limits.items():
+        if found > most:
+            raise CheckpointError(
+                f"{checkpoint.config_file.name} claims more {what}",
+                code="config-value",
+                file=str(checkpoint.config_file),
+                tensor=name,
+                expected=f"at most {most}",
+                found=str(found),
+            )

@@ -1,0 +1,97 @@
+"""What the checkpoint holds of a layer, read as it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import CheckpointError, ConfigError
+from pymllm.loading.match import Placement
+from pymllm.quantization.method import LinearMethodBase
+from pymllm.weights.loader import Slot, Written, copy_full_tensor, place, write
+from pymllm.weights.spec import LinearShape
+from pymllm.weights.tensor_file import TensorInfo
+
+
+def read_stored(
+    method: LinearMethodBase, shape: LinearShape, placements: Sequence[Placement]
+) -> dict[str, Tensor]:
+    """A layer's tensors as the checkpoint stores them, parts side by side, by the names of `weight_specs`.
+
+    method: the one that reads them.  placements: at least those of its tensors.  shape: the layer's, or one part's.
+    """
+    tensors: dict[str, Tensor] = {}
+    for spec in method.weight_specs(shape):
+        local, slots = place(spec, shape)
+        tensor = torch.zeros(local, dtype=spec.dtype)
+        written = Written()
+        whole: set[str] = set()
+        for slot in slots:
+            found = next(
+                p
+                for p in placements
+                if p.slot.names == slot.names and (len(slots) == 1 or p.slot.part == slot.part)
+            )
+            scalar = len(found.tensor.shape) != len(slot.source)
+            if found.resolved is None:
+                write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
+            elif found.tensor.name not in whole:
+                whole.add(found.tensor.name)
+                loaded, part = (
+                    read_transformed(found),
+                    None if found.resolved.shard_id is None else slot.part,
+                )
+                copy_full_tensor(tensor, slots, loaded, written, part, shape.name)
+            target = tensor[slot.target] if slot.target else tensor
+            if spec.scale:
+                check_scale(found.tensor, target)
+            if spec.refuse is not None:
+                check_content(found.tensor, spec.refuse(target, shape.part(slot.part)))
+        tensors[spec.name] = tensor
+    return tensors
+
+
+def read_transformed(placement: Placement) -> Tensor:
+    """The full tensor of a resolved placement.  ConfigError if a loader of the module's own takes it."""
+    assert placement.resolved is not None
+    if placement.resolved.loader is not None:
+        raise ConfigError(
+            "a loader of the module's own takes this tensor, so what it means cannot be read again",
+            code="resolved-weight",
+            tensor=placement.tensor.name,
+        )
+    loaded = placement.tensor.read()
+    return loaded if placement.resolved.transform is None else placement.resolved.transform(loaded)
+
+
+def read_slot(tensor: TensorInfo, slot: Slot) -> Tensor:
+    """This rank's slice of a tensor, which may be stored with more dimensions of one element."""
+    return tensor.read((*slot.source, *(slice(0, 1) for _ in tensor.shape))[: len(tensor.shape)])
+
+
+def check_scale(tensor: TensorInfo, scale: Tensor) -> None:
+    values = scale.float()
+    bad = int((~torch.isfinite(values)).sum()) + int((values == 0).sum())
+    if bad:
+        raise CheckpointError(
+            "a quantisation scale is not a usable number",
+            code="bad-scale",
+            file=str(tensor.file.path),
+            tensor=tensor.name,
+            expected="finite values other than zero",
+            found=f"{bad} of {values.numel()} that are NaN, infinite or zero",
+            fix="The checkpoint is damaged or was written wrongly; quantise it again.",
+        )
+
+
+def check_content(tensor: TensorInfo, why_not: str | None) -> None:
+    if why_not is not None:
+        raise CheckpointError(
+            "the tensor contradicts its layer or the checkpoint's config",
+            code="bad-content",
+            file=str(tensor.file.path),
+            tensor=tensor.name,
+            found=why_not,
+        )

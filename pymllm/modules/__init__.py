@@ -1,0 +1,1 @@
+"""Our layers inside any torch module."""

@@ -1,0 +1,57 @@
+"""The options of a rule, as a format reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pymllm.errors import ConfigError, nearest
+from pymllm.weights.spec import LinearShape
+
+if TYPE_CHECKING:
+    pass
+
+
+def needs_calibration(method: str, shape: LinearShape) -> ConfigError:
+    """The error for activation scales that no weight can tell."""
+    return ConfigError(
+        f"{method} has scales for activations, which only example inputs can tell",
+        code="needs-calibration",
+        tensor=shape.name,
+        fix="Calibrate (`pymllm quantize --calibrate FILE`, quantize_model(calibration=...)), "
+        "or choose activations=token.",
+    )
+
+
+def parse_options(
+    name: str, options: Mapping[str, str], allowed: Mapping[str, Callable[[str], Any]]
+) -> dict[str, Any]:
+    """Read a rule's options with one converter each.  ConfigError for an unknown one or a bad value."""
+    values = {}
+    for key, text in options.items():
+        if key not in allowed:
+            raise ConfigError(
+                f"{name} has no option {key!r}",
+                code="unknown-option",
+                expected=" or ".join(allowed),
+                found=key,
+                fix=nearest(key, allowed),
+            )
+        try:
+            values[key] = allowed[key](text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{name}: the option {key} cannot be {text!r}", code="bad-option", found=text, fix=str(error)
+            ) from None
+    return values
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A converter for `parse_options` that takes one of a few words."""
+
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"Choose one of {', '.join(choices)}.")
+        return text
+
+    return convert

@@ -1,0 +1,1 @@
+"""How floats become codes: nearest, by searched scales, by AWQ's, by GPTQ's."""

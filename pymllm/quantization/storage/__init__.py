@@ -1,0 +1,1 @@
+"""How codes and scales lie in a checkpoint, for families of formats."""

@@ -1,0 +1,114 @@
+"""What formats of grouped integers share: from codes and groups, in whatever order, to the canonical weight."""
+
+# I in_features, O out_features, G group_size, P parts of a fused layer
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import Activations, IntWeight
+from pymllm.quantization.storage.packing import unpack_words
+from pymllm.weights.spec import IN, OUT, Dim, LinearShape, whole
+
+
+def group_dim(group_size: int, shape: LinearShape, *, indexed: bool) -> Dim:
+    """The dimension of scales and zero points along the inputs.  group_size: 0 or less: one group.
+
+    indexed: inputs name their groups, so that every rank needs all of them.
+    """
+    return whole(IN.every(group_size).stored(shape.in_features)) if indexed else IN.every(group_size)
+
+
+def grouped_weight(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    shape: LinearShape,
+    *,
+    index: Tensor | None = None,
+    activations: Activations = "float",
+    input_scales: Tensor | None = None,
+    input_zeros: Tensor | None = None,
+) -> IntWeight:
+    """The canonical weight of codes [O, I] with scales and zeros [O, I/G] as `group_dim` stores them.
+
+    index: [P, I] group of every input, where the format names them ("act order").  A whole layer's inputs are sorted
+    by group, so that groups lie in order for any kernel; a rank's share of them keeps the index.  Which of the two is
+    known from the shape alone, so that a plan can tell.
+    """
+    groups, inputs = scales.shape[1], codes.shape[1]
+    order = None
+    if groups <= 1:
+        group_size, index = inputs, None
+    elif index is not None:
+        index = same_for_all_parts(index, shape)
+        if inputs == shape.in_features and inputs == groups * group_size and _equal_groups(index, groups):
+            order = torch.argsort(index, stable=True)
+            codes, index = codes[:, order], None
+    elif inputs != groups * group_size:  # the last group is short
+        index = torch.arange(shape.inputs.start, shape.inputs.start + inputs, device=codes.device)
+        index = index // group_size - shape.inputs.start // group_size
+    return IntWeight(
+        codes,
+        scales,
+        zeros,
+        bits,
+        group_size,
+        group_index=None if index is None else index.to(torch.int32),
+        input_order=order,
+        activations=activations,
+        input_scales=input_scales,
+        input_zeros=input_zeros,
+    )
+
+
+def unpack_outputs(words: Tensor, bits: int, shape: LinearShape) -> Tensor:
+    """[N, W] words that are packed along the outputs, each part's from a word of its own → [O, N] fields."""
+    dim = OUT.in_words(bits)
+    counts = [span.stored(dim, shape.name).size for span in shape.outputs]
+    parts = [
+        unpack_words(part, bits)[:, : span.size]
+        for part, span in zip(words.split(counts, dim=1), shape.outputs, strict=True)
+    ]
+    return torch.cat(parts, dim=1).t().contiguous()
+
+
+def same_for_all_parts(index: Tensor, shape: LinearShape) -> Tensor:
+    """[P, I] → [I].  ConfigError where parts that order their inputs differently are to be one weight."""
+    if index.shape[0] > 1 and not index.is_meta and not bool((index == index[0]).all()):
+        raise ConfigError(
+            "the parts of a fused layer order their inputs differently, so they cannot be one weight",
+            code="act-order-fused",
+            tensor=shape.name,
+            fix="Build the layer from its quantisation config, which keeps such parts apart.",
+        )
+    return index[0]
+
+
+def _equal_groups(index: Tensor, groups: int) -> bool:
+    """Whether every group has as many inputs as any other, as all writers make them; without data, yes."""
+    if index.is_meta:
+        return True
+    counts = torch.bincount(index, minlength=groups)
+    return counts.numel() == groups and bool((counts == index.numel() // groups).all())
+
+
+def refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
+    """For a `WeightSpec.refuse`: an index that must name groups in order of inputs, or be all -1 (not set)."""
+    inputs = torch.arange(shape.inputs.start, shape.inputs.stop, device=index.device)
+    expected = inputs // group_size if group_size > 0 else torch.zeros_like(inputs)
+    found = index.reshape(-1)
+    if bool((found == expected).all()) or bool((found == -1).all()):
+        return None
+    return "groups that do not lie in order, although the config has no act order (desc_act, actorder)"
+
+
+def refuse_unknown_groups(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
+    """For a `WeightSpec.refuse`: an index that names groups which the layer does not have."""
+    groups = IN.every(group_size).stored(shape.in_features)
+    low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
+    return None if low >= 0 and high < groups else f"groups {low} to {high}, of a layer with {groups}"

@@ -1,0 +1,1 @@
+"""Other methods for the weights of a running model."""

@@ -1,0 +1,194 @@
+"""The tokenizer that a GGUF file's metadata describes, built as one of the `tokenizers` library.
+
+`tokenizer.ggml.model` names the kind: "gpt2" is byte-level BPE with the file's merges, and `tokenizer.ggml.pre` names
+how text is split before; "llama" is sentencepiece's BPE, whose merges follow from the tokens' scores. Any other kind,
+or an unknown split, is an error once text is encoded: token ids still work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pymllm.errors import CheckpointError
+from pymllm.text.chat_template import ChatTemplate
+from pymllm.text.tokenizer import Encoder, FastEncoder, Tokenizer
+from pymllm.weights.checkpoint import Checkpoint
+
+# Regular expressions by which models split text into words; one BPE runs within each.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = dict.fromkeys(("default", "gpt-2", "gpt2", "mpt", "olmo", "phi-2", "jais"), GPT2)
+SPLITS |= dict.fromkeys(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"), LLAMA3
+)
+SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), QWEN2)
+SPLITS |= {"tekken": TEKKEN}
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")  # then GPT-2's split
+BEGINS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")  # unless the file says
+WHOLE_TOKENS_FIRST = BEGINS_WITH_BOS  # a word that is a token is not merged from its pieces
+COMPOSED = ("qwen2", "deepseek-r1-qwen")  # text is brought to NFC
+
+# tokenizer.ggml.token_type
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+SPACE = "\u2581"  # stands for a space in sentencepiece's tokens
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a folder, or of a GGUF file."""
+    if checkpoint.metadata:
+        return GGUFTokenizer(checkpoint.path, checkpoint.metadata)
+    return Tokenizer(checkpoint.path)
+
+
+class GGUFTokenizer(Tokenizer):
+    """metadata: the file's."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.folder, self.metadata = path, metadata
+        named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        self.settings = {name: self._token(key) for key, name in named.items()}
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def _token(self, key: str) -> str | None:
+        """The text of a special token that the metadata names by its id."""
+        tokens, index = self._get("tokens"), self._get(f"{key}_token_id")
+        known = isinstance(tokens, list) and type(index) is int and 0 <= index < len(tokens)
+        return tokens[index] if known else None
+
+    @property
+    def available(self) -> bool:
+        kind = self._get("model")
+        return isinstance(self._get("tokens"), list) and isinstance(kind, str) and kind in ("gpt2", "llama")
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        tokens, kind = self._get("tokens"), self._get("model")
+        if not isinstance(tokens, list):
+            raise self._unusable("the file has no tokenizer", "tokenizer-missing", "Pass token ids.")
+        import tokenizers
+
+        try:
+            embedded = self.metadata.get("tokenizer.huggingface.json")
+            if isinstance(embedded, str):
+                return FastEncoder(tokenizers.Tokenizer.from_str(embedded))
+            if kind == "gpt2":
+                built = self._byte_level(tokens)
+            elif kind == "llama":
+                built = self._sentencepiece(tokens)
+            else:
+                raise self._unusable(
+                    f"the tokenizer {kind!r} of the file is not known here", "tokenizer-unknown"
+                )
+            self._add_special_tokens(built, tokens)
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for what it cannot use
+            raise self._unusable(f"the tokenizer cannot be built: {error}", "tokenizer") from None
+        return FastEncoder(built)
+
+    def _unusable(self, message: str, code: str, fix: str = "Token ids still work.") -> CheckpointError:
+        return CheckpointError(message, code=code, file=str(self.folder), fix=fix)
+
+    def _byte_level(self, tokens: list[str]) -> Any:
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+        split = self._get("pre", "default")
+        if split not in SPLITS and split not in DIGITS_APART:
+            raise self._unusable(
+                f"text of the kind {split!r} (tokenizer.ggml.pre) cannot be split here", "tokenizer-unknown"
+            )
+        merges = [tuple(merge.split(" ")) for merge in self._get("merges", ())]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        model = models.BPE(vocabulary, merges, ignore_merges=split in WHOLE_TOKENS_FIRST)  # type: ignore[arg-type]
+        built = Tokenizer(model)
+        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split in DIGITS_APART else []
+        steps.append(pre_tokenizers.Split(Regex(SPLITS.get(split, GPT2)), "isolated"))
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        built.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
+        if split in COMPOSED:
+            built.normalizer = normalizers.NFC()  # type: ignore[assignment]
+        built.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        return built
+
+    def _sentencepiece(self, tokens: list[str]) -> Any:
+        from tokenizers import Tokenizer, decoders, models, normalizers
+
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        stored, scores = self._get("merges"), self._get("scores")
+        if stored is not None:
+            merges = [tuple(merge.split(" ")) for merge in stored]
+        elif scores is not None and len(scores) == len(tokens):
+            merges = list(merges_of_scores(tokens, [float(score) for score in scores]))
+        else:
+            raise self._unusable("the tokenizer has no score for each token", "tokenizer")
+        unknown = self.settings["unk_token"]
+        model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)  # type: ignore[arg-type]
+        built = Tokenizer(model)
+        prefix = bool(self._get("add_space_prefix", True))
+        normal: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
+        built.normalizer = normalizers.Sequence([*normal, normalizers.Replace(" ", SPACE)])  # type: ignore[assignment]
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        if prefix:
+            steps.append(decoders.Strip(" ", 1, 0))
+        built.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
+        return built
+
+    def _add_special_tokens(self, built: Any, tokens: list[str]) -> None:
+        """Tokens that are never cut into pieces, and those that every text begins or ends with."""
+        from tokenizers import AddedToken, processors
+
+        kinds = self._get("token_type")
+        typed = [
+            (token, int(kind))
+            for token, kind in zip(tokens, kinds if kinds is not None else (), strict=False)
+        ]
+        special = [token for token, kind in typed if token and kind in (CONTROL, UNKNOWN)]
+        added = [token for token, kind in typed if token and kind == USER_DEFINED]
+        built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        built.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+        sentencepiece = self._get("model") == "llama"
+        begins = self._get("add_bos_token", sentencepiece or self._get("pre") in BEGINS_WITH_BOS)
+        bos, eos = self.settings["bos_token"], self.settings["eos_token"]
+        before = [bos] if begins and bos is not None else []
+        after = [eos] if self._get("add_eos_token", False) and eos is not None else []
+        if before or after:
+            ids = [(token, built.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
+            built.post_processor = processors.TemplateProcessing(
+                single=[*before, "$A", *after],  # type: ignore[arg-type]
+                special_tokens=ids,
+            )
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        template = self.metadata.get("tokenizer.chat_template")
+        return ChatTemplate(template, str(self.folder)) if isinstance(template, str) and template else None
+
+
+def merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """Sentencepiece's merges: any two tokens that make a third, the best-scored third first.
+
+    Of several ways to make the same token, those of earlier tokens come first.
+    """
+    index = {token: position for position, token in enumerate(tokens)}
+    made = []
+    for token, score in zip(tokens, scores, strict=True):
+        for cut in range(1, len(token)):
+            left, right = index.get(token[:cut]), index.get(token[cut:])
+            if left is not None and right is not None:
+                made.append((-score, index[token], left, right))
+    made.sort()
+    return ((tokens[left], tokens[right]) for _, _, left, right in made)

@@ -1,0 +1,200 @@
+"""The tokenizer of a checkpoint: text to ids and back, and its chat template."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pymllm.errors import CheckpointError, ConfigError
+from pymllm.text.chat_template import ChatTemplate
+
+
+class Encoder(Protocol):
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+class FastEncoder:
+    """A tokenizer of the `tokenizers` library, a tokenizer.json say."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_file(cls, file: Path) -> FastEncoder:
+        import tokenizers
+
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as error:  # tokenizers raises bare Exception for a damaged file
+            raise CheckpointError(
+                f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)
+            ) from None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+class AutoEncoder:
+    """Any tokenizer that transformers can read without running a checkpoint's code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = auto_tokenizer_from_pretrained(folder, trust_remote_code=False)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+LIST_ERROR = "'list' object has no attribute"
+
+
+def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
+    """transformers' AutoTokenizer.from_pretrained, also where `extra_special_tokens` is a list.
+
+    Versions that expect an object there fail on a list (an AttributeError that says so); the tokens are then given to
+    them under the names extra_special_token_0, 1, ... Any other failure is raised as it is.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except AttributeError as error:
+        tokens = read_json(Path(path) / "tokenizer_config.json").get("extra_special_tokens")
+        if LIST_ERROR not in str(error) or not isinstance(tokens, list) or "extra_special_tokens" in options:
+            raise
+    named = {f"extra_special_token_{index}": token for index, token in enumerate(tokens)}
+    return AutoTokenizer.from_pretrained(path, extra_special_tokens=named, **options)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.  A checkpoint without one still runs on token ids; text then says what is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings = read_json(folder / "tokenizer_config.json")
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        if (self.folder / "tokenizer.json").is_file():
+            return FastEncoder.from_file(self.folder / "tokenizer.json")
+        if any(
+            (self.folder / name).is_file()
+            for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")
+        ):
+            return AutoEncoder(self.folder)
+        raise CheckpointError(
+            "the checkpoint has no tokenizer",
+            code="tokenizer-missing",
+            file=str(self.folder),
+            expected="tokenizer.json",
+            fix="Pass token ids, or copy the model's tokenizer files beside its weights.",
+        )
+
+    @property
+    def available(self) -> bool:
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        return any((self.folder / name).is_file() for name in names)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer itself adds."""
+        return self.encoder.encode(text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.encoder.decode(ids, skip_special_tokens)
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """From chat_template.jinja or tokenizer_config.json; None if the checkpoint has none."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):  # named templates, as transformers writes several
+            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        return ChatTemplate(template, str(self.folder / "tokenizer_config.json")) if template else None
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant answers.  ConfigError without a chat template."""
+        if self.chat_template is None:
+            raise ConfigError(
+                "the checkpoint has no chat template",
+                code="chat-template-missing",
+                file=str(self.folder),
+                expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+                fix="Use plain completions.",
+            )
+        special = {
+            name: token["content"] if isinstance(token, Mapping) else token
+            for name, token in self.settings.items()
+            if name.endswith("_token") and token is not None and not isinstance(token, bool)
+        }
+        return self.encode(self.chat_template.render(messages, special), add_special_tokens=False)
+
+
+class TextStream:
+    """Turns a growing list of ids into text pieces, never inside a character or a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.ids: list[int] = []
+        self.text = ""  # decided so far
+        self.sent = 0
+        self.stopped = False
+        self._settled = 0  # ids before this index no longer change the text of later ones
+        self._prefix = 0
+
+    def push(self, token: int) -> str:
+        """One more id.  Returns the text that it adds for sure, perhaps none."""
+        self.ids.append(token)
+        if self.stopped:
+            return ""
+        # Decode from a little before what is new, as a decoder may look back (a leading space, say).
+        known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
+        longer = self.tokenizer.decode(self.ids[self._prefix :])
+        if len(longer) > len(known) and not longer.endswith("\ufffd"):
+            self.text += longer[len(known) :]
+            self._prefix, self._settled = self._settled, len(self.ids)
+        return self._send(final=False)
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        if not self.stopped:
+            known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
+            self.text += self.tokenizer.decode(self.ids[self._prefix :])[len(known) :]
+        return self._send(final=True)
+
+    def _send(self, final: bool) -> str:
+        for stop in self.stop:
+            found = self.text.find(stop, max(0, self.sent - len(stop)))
+            if found >= 0:
+                self.text, self.stopped = self.text[:found], True
+        held = 0
+        if not final and not self.stopped:
+            held = max(
+                (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
+                default=0,
+            )
+        end = max(self.sent, len(self.text) - held)
+        piece, self.sent = self.text[self.sent : end], end
+        return piece
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; {} if there is none.  CheckpointError if it cannot be read."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the file cannot be read: {error}", code="tokenizer", file=str(file)) from None
+    return settings if isinstance(settings, dict) else {}

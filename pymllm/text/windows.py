@@ -1,0 +1,49 @@
+"""Windows of token ids for a model to run over: of a text file, or, without one, random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pymllm.config import ModelConfig
+from pymllm.errors import ConfigError
+from pymllm.text.gguf_tokenizer import open_tokenizer
+from pymllm.weights.checkpoint import Checkpoint
+
+LEAST_WINDOW = 32  # tokens; a text of fewer says nothing of a model
+
+Windows = tuple[tuple[int, ...], ...]
+
+
+def read_windows(
+    checkpoint: Checkpoint, config: ModelConfig, file: Path, tokens: int, window: int
+) -> Windows:
+    """About `tokens` token ids of a text file, in windows at even distances.  ConfigError for too short a text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the text cannot be read: {error}", code="text", file=str(file)) from None
+    ids = open_tokenizer(checkpoint).encode(text)
+    window = min(window, config.size("max_position_embeddings"), len(ids))
+    if window < LEAST_WINDOW or tokens < window:
+        raise ConfigError(
+            "there is too little text",
+            code="text",
+            file=str(file),
+            expected=f"windows of at least {LEAST_WINDOW} tokens, and one of them",
+            found=f"{len(ids)} tokens of text, {tokens} asked for, in windows of {window}",
+        )
+    count = max(1, min(tokens, len(ids)) // window)
+    last = len(ids) - window
+    starts = [last * index // max(count - 1, 1) for index in range(count)]
+    return tuple(tuple(ids[start : start + window]) for start in starts)
+
+
+def random_windows(config: ModelConfig, tokens: int, window: int, seed: int = 0) -> Windows:
+    """Random token ids, the same for every run."""
+    generator = torch.Generator().manual_seed(seed)
+    window = min(window, config.size("max_position_embeddings"), tokens)
+    count = max(1, tokens // window)
+    ids = torch.randint(0, config.size("vocab_size"), (count, window), generator=generator)
+    return tuple(tuple(row) for row in ids.tolist())

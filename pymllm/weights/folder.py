@@ -1,0 +1,170 @@
+"""A checkpoint's folder: which of its files are read, and what its index says.
+
+Those that `model.safetensors.index.json` names; without it `model.safetensors`; without that every `*.safetensors`.
+Whatever disagrees is an error, and pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pymllm.errors import CheckpointError, first_few
+from pymllm.weights.safetensors_file import parse_json_object
+from pymllm.weights.tensor_file import TensorInfo, check_tensor_name, read_small_file
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_CONFIG_BYTES = 16 << 20
+MAX_INDEX_BYTES = 100_000_000
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF file, from its ending."""
+    return path.name.lower().endswith(".gguf") and not path.is_dir()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path / CONFIG):
+        files = [name for name in list_names(path) if name.lower().endswith(".gguf")]
+        raise CheckpointError(
+            "the folder has no config.json",
+            code="config-missing",
+            file=str(path / CONFIG),
+            fix=f"Pass the GGUF file itself: {path / files[0]}."
+            if files
+            else "Copy the model's config.json beside its weights.",
+        )
+    raw = read_small_file(path / CONFIG, MAX_CONFIG_BYTES, "config")
+    # transformers writes Infinity into configs (time_step_limit of state-space models).
+    return parse_json_object(raw, path / CONFIG, "config", allow_non_finite=True)
+
+
+def list_names(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot list the folder: {error.strerror}",
+            code="unreadable",
+            file=str(path),
+            fix="Check its permissions.",
+        ) from error
+
+
+def pick_files(path: Path, names: Sequence[str]) -> list[str]:
+    """The weight files of a folder without an index."""
+    if SINGLE in names:
+        return [SINGLE]
+    found = [name for name in names if name.endswith(".safetensors")]
+    # consolidated*.safetensors hold the same weights again under another library's names.
+    found = [name for name in found if not name.startswith("consolidated")] or found
+    if found:
+        return found
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        raise CheckpointError(
+            "the weights are only there as pickles, which can run code when opened",
+            code="pickle-only",
+            file=str(path / pickles[0]),
+            expected="*.safetensors",
+            found=reprlib.repr(pickles),
+            fix="Convert them, if you trust them: load with transformers and model.save_pretrained(folder), "
+            "or torch.load(file, weights_only=True) and safetensors.torch.save_file(tensors, path).",
+        )
+    raise CheckpointError(
+        "the folder has no weights",
+        code="weights-missing",
+        file=str(path),
+        expected=f"{INDEX}, {SINGLE} or *.safetensors",
+        found=reprlib.repr(list(names)),
+        fix="Download the model again.",
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """weight_map: tensor name -> file name, every one a plain base name."""
+    weight_map = parse_json_object(read_small_file(path, MAX_INDEX_BYTES, "index"), path, "index").get(
+        "weight_map"
+    )
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            "the index maps no tensors",
+            code="index-entry",
+            file=str(path),
+            expected='an object "weight_map" of tensor name to file name',
+            found=reprlib.repr(weight_map),
+            fix="Download it again.",
+        )
+    for tensor, name in weight_map.items():
+        check_tensor_name(path, tensor, "index-entry")
+        if not isinstance(name, str):
+            problem, code = "the index maps it to something else than a file name", "index-entry"
+        elif name in ("", ".", "..") or set(name) & set("/\\:") or not name.isprintable():
+            problem, code = "the index leads out of the folder", "index-escapes"
+        elif not name.endswith(".safetensors"):
+            problem, code = "the index maps it to a file of another format", "index-entry"
+        else:
+            continue
+        raise CheckpointError(
+            problem,
+            code=code,
+            file=str(path),
+            tensor=tensor,
+            expected="the plain name of a .safetensors file in the same folder",
+            found=reprlib.repr(name),
+            fix="Do not use this checkpoint unless you know why its index says so.",
+        )
+    return weight_map
+
+
+def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
+    """Raise one error with all missing shards."""
+    missing = []
+    for name in shards:
+        try:
+            os.stat(path / name)
+        except FileNotFoundError:  # also a link whose target is gone
+            missing.append(name)
+        except OSError:
+            pass  # opening it says more
+    if missing:
+        fix = "Download the missing files"
+        if SINGLE not in missing and os.path.exists(path / SINGLE):
+            fix += f", or delete the index to use {SINGLE}"
+        head = f"{len(missing)} of {len(shards)} shards are missing:"
+        raise CheckpointError(
+            f"{head} {', '.join(missing)}",
+            code="shards-missing",
+            file=str(path / INDEX),
+            fix=fix + ".",
+            brief=f"{head} {first_few(missing)}",
+        )
+
+
+def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    """Raise one error unless the index and the shards say the same, both ways."""
+    problems: dict[str, str] = {}
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            problems[name] = f"{name!r} is mapped to {shard}, which lacks it"
+        elif tensors[name].file.path.name != shard:
+            problems[name] = f"{name!r} is mapped to {shard} but is in {tensors[name].file.path.name}"
+    for name, info in tensors.items():
+        if name not in weight_map:
+            problems[name] = f"{name!r} is in {info.file.path.name} but is not mapped"
+    if problems:
+        head, listed = "the index and the shards disagree:", list(problems.values())
+        raise CheckpointError(
+            f"{head} {'; '.join(listed)}",
+            code="index-disagrees",
+            file=str(path),
+            tensor=next(iter(problems)),
+            fix="The files are of different saves: download all of them again.",
+            brief=f"{head} {first_few(listed, '; ')}",
+        )

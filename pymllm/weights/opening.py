@@ -1,0 +1,104 @@
+"""From a name to an open checkpoint: a folder of config.json and safetensors files, or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pymllm.errors import CheckpointError
+from pymllm.weights.checkpoint import Checkpoint
+from pymllm.weights.folder import (
+    INDEX,
+    check_index,
+    check_shards_exist,
+    is_gguf,
+    list_names,
+    pick_files,
+    read_config,
+    read_index,
+)
+from pymllm.weights.gguf_checkpoint import open_gguf
+from pymllm.weights.safetensors_file import SafetensorsFile
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or of a hub id "org/name" in the hub's cache, downloaded if need be.
+
+    model: a Path is always local; a str is local if that folder, or .gguf file, exists.
+    Only the files that loading needs are downloaded.  HF_HUB_OFFLINE and the hub's other settings hold.
+    Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local folder.
+    """
+    folder = Path(model)
+    if (folder.is_dir() and model != "") or (is_gguf(folder) and os.path.lexists(folder)):
+        if revision is not None:
+            raise CheckpointError(
+                f"a local model has no revision {revision!r}",
+                code="revision",
+                file=str(folder),
+                fix="Leave the revision out, or pass a hub id.",
+            )
+        return folder
+    if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
+        raise CheckpointError(
+            f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
+            code="model-not-found",
+            expected='a folder, a .gguf file, or "org/name"',
+            fix="Check the spelling and the working directory.",
+        )
+
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    # HfHubHTTPError's base is the HTTP library's own error, which e.g. a proxy's refusal is.
+    failures: tuple[type[BaseException], ...] = (OSError, EntryNotFoundError, HFValidationError)
+    failures += HfHubHTTPError.__bases__
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=DOWNLOADED,
+            ignore_patterns=["*/*.safetensors"],  # other copies of the weights (original/, onnx/)
+        )
+    except failures as error:
+        reason = " ".join(str(error).split())[:500]
+        raise CheckpointError(
+            f"{model!r} is not a local folder, and the hub did not give it: {reason}",
+            code="model-not-found",
+            fix="Check the id, the revision, the access rights and the network. "
+            "With HF_HUB_OFFLINE=1 it must be in the cache already.",
+        ) from error
+    return Path(snapshot)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read config.json, the index and every header; no tensor byte.
+
+    Raises CheckpointError; its code for the folder is one of: folder-missing, config-missing, config-json
+    (and -utf8, -duplicate-key, -too-large; the same of index), index-entry, index-escapes,
+    index-disagrees, shards-missing, duplicate-tensor, pickle-only, weights-missing, unreadable;
+    for a file: see SafetensorsFile.open, and for a GGUF file `open_gguf`.
+    """
+    path = Path(path)
+    if is_gguf(path):
+        return open_gguf(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            "not a folder",
+            code="folder-missing",
+            file=str(path),
+            expected="a folder with config.json and safetensors files, or a .gguf file",
+            fix="Pass the checkpoint's folder; hub ids go through resolve_model_path.",
+        )
+    config = read_config(path)
+    names = list_names(path)
+    if INDEX in names:
+        weight_map = read_index(path / INDEX)
+        shards = sorted(set(weight_map.values()))
+        check_shards_exist(path, shards)
+        checkpoint = Checkpoint(path, config, [SafetensorsFile.open(path / name) for name in shards])
+        check_index(path / INDEX, weight_map, checkpoint.tensors)
+        return checkpoint
+    return Checkpoint(path, config, [SafetensorsFile.open(path / name) for name in pick_files(path, names)])

@@ -1,0 +1,175 @@
+"""`quantize_checkpoint`: another checkpoint of the same model, quantised by rules, that other programs read too.
+
+    pymllm.quantize_checkpoint("org/model", "model-int4", {"**.layers.**": "int4:scale=mse"})
+
+The model is never loaded: each block is read, decoded to floats, encoded, written and freed before the next one. With
+calibration text the blocks also run, in float32, over that text (`pymllm.writing.calibrated`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pymllm.config import DTYPES
+from pymllm.errors import ConfigError
+from pymllm.loading.prepare import Prepared, prepare
+from pymllm.parallel import Parallel
+from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
+from pymllm.quantization.rules import RuleSource, read_rules
+from pymllm.text.gguf_tokenizer import GGUFTokenizer, open_tokenizer
+from pymllm.text.windows import read_windows
+from pymllm.weights.checkpoint import Checkpoint
+from pymllm.weights.opening import open_checkpoint, resolve_model_path
+from pymllm.writing.awq import AWQSpelling
+from pymllm.writing.calibrated import Calibration
+from pymllm.writing.checkpoint_writer import CheckpointWriter, WrittenCheckpoint
+from pymllm.writing.compressed_tensors import CompressedTensorsSpelling
+from pymllm.writing.output import Output
+from pymllm.writing.spelling import Spelling
+
+SPELLINGS: dict[str, type[Spelling]] = {
+    spelling.name: spelling for spelling in (AWQSpelling, CompressedTensorsSpelling)
+}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def quantize_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    quant: RuleSource,
+    *,
+    format: str = "auto",
+    shard_size: str | int = "5GB",
+    calibrate: str | Path | None = None,
+    algorithm: str = "auto",
+    act_order: bool = False,
+    calibration_tokens: int = 16384,
+    window: int = 512,
+    restart: bool = False,
+    revision: str | None = None,
+    progress: bool | None = None,
+) -> WrittenCheckpoint:
+    """Write `model` to the folder `out`, its layers in the methods that the rules `quant` name.
+
+    model: a folder or hub id, in any format that loading reads.  A layer without a rule keeps its weights.
+    format: "awq", "compressed-tensors", or "auto": AWQ where all rules ask for it, else compressed-tensors.
+    shard_size: of a weight file, "5GB" or bytes.
+    calibrate: a text file.  Integer weights are then rounded by what this text makes of their inputs, and
+    activations=static finds its scales.  algorithm: "awq" (searches of input scales and of ranges), "gptq" (errors made
+    good by inputs not rounded yet; act_order: those that matter most first), "auto": awq for format awq, else gptq.
+    calibration_tokens: how many are taken, in windows of `window` at even distances.
+    restart: throw away what an unfinished run of another request left in `out`.
+
+    A run that was stopped and is asked for again goes on where it was. Files appear in `out` once all are made.
+    Raises RuleError, ConfigError (a weight that the format cannot hold, say) or CheckpointError.
+    """
+    folder = resolve_model_path(model, revision)
+    rules = read_rules(quant)
+    with Parallel():
+        prepared = prepare(
+            folder, rules_as_lines(rules), device="cpu", dtype=_model_dtype(folder), compute="exact"
+        )
+    spelling = choose_spelling(format, prepared)
+    limit = parse_size(shard_size)
+    calibration = None
+    if calibrate is not None:
+        chosen = ("awq" if spelling.name == "awq" else "gptq") if algorithm == "auto" else algorithm
+        windows = read_windows(
+            prepared.checkpoint, prepared.config, Path(calibrate), calibration_tokens, window
+        )
+        calibration = Calibration(windows, chosen, act_order, Path(calibrate).name)
+    elif algorithm != "auto" or act_order:
+        raise ConfigError(
+            "an algorithm that looks at inputs needs calibration text",
+            code="needs-calibration",
+            found=algorithm,
+            fix="Give it some: --calibrate FILE.",
+        )
+    with prepared.checkpoint:
+        tokenizer = _tokenizer_files(prepared.checkpoint)
+        writer = CheckpointWriter(prepared, spelling, limit, calibration, tokenizer)
+        request = writer.request(rules_as_lines(rules))
+        _check_place(Path(out), folder, writer.estimated_bytes())
+        with Output(Path(out), request, restart=restart) as output:
+            return writer.write(output, str(model), rules_as_lines(rules), progress)
+
+
+def rules_as_lines(rules: Any) -> list[str]:
+    return [str(rule) for rule in rules]
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB", "300 MB" or a number.  ConfigError for anything else."""
+    found = SIZE.fullmatch(str(size).strip())
+    value = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if value < 1:
+        raise ConfigError(
+            "the shard size cannot be read", code="shard-size", expected="a size such as 5GB", found=str(size)
+        )
+    return value
+
+
+def choose_spelling(name: str, prepared: Prepared) -> Spelling:
+    """By name; "auto": AWQ where no rule asks for anything else."""
+    if name == "auto":
+        targets = [prepared.quant.targets[rule] for rule in prepared.quant.rules]
+        only_awq = any(isinstance(target, AWQLinearMethod) for target in targets) and all(
+            isinstance(target, (AWQLinearMethod, UnquantizedLinearMethod)) for target in targets
+        )
+        name = "awq" if only_awq else "compressed-tensors"
+    if name not in SPELLINGS:
+        raise ConfigError(
+            "unknown format to write",
+            code="spelling",
+            expected="auto or " + " or ".join(SPELLINGS),
+            found=name,
+        )
+    return SPELLINGS[name]()
+
+
+def _model_dtype(folder: Path) -> str:
+    """What floats are written in: the dtype that the checkpoint says it was saved in."""
+    config = open_checkpoint(folder).config
+    name = str(config.get("dtype", config.get("torch_dtype")))
+    return name if name in DTYPES else "float32"
+
+
+def _check_place(out: Path, source: Path, expected: int) -> None:
+    """Refuse to write into the source, or where there is no room."""
+    if out.exists() and out.resolve() == source.resolve():
+        raise ConfigError("the output folder is the source", code="out-exists", file=str(out))
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError("the output lies below a file", code="out-exists", file=str(there))
+    free = shutil.disk_usage(there).free
+    if free < expected:
+        raise ConfigError(
+            "there is too little room for the output",
+            code="disk-full",
+            file=str(out),
+            expected=f"about {expected / 1e9:.2f} GB, part of it for a while only",
+            found=f"{free / 1e9:.2f} GB",
+        )
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """A GGUF file's tokenizer as the files that folders have; nothing where it has none that is known."""
+    tokenizer = open_tokenizer(checkpoint)
+    if not isinstance(tokenizer, GGUFTokenizer) or not tokenizer.available:
+        return {}
+    settings = {name: token for name, token in tokenizer.settings.items() if token is not None}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    files = {
+        "tokenizer.json": tokenizer.encoder.tokenizer.to_str(pretty=True),  # type: ignore[attr-defined]
+        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+    }
+    template = checkpoint.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
+        files["chat_template.jinja"] = template
+    return {name: text.encode() for name, text in files.items()}
