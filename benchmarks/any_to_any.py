@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pymllm
 from pymllm.api import shipped_model
-from pymllm.layers.linear import layer_parts, weighted_layers
+from pymllm.layers.weighted import weighted_layers
 from pymllm.quantization.binding import bound_weight
 
 BLOCKS = "model.layers.**"
@@ -60,9 +60,11 @@ def weights_of(folder: Path, rules: list[str]) -> tuple[dict[str, Tensor], bool]
     model = pymllm.load_model(folder, rules, progress=False)
     found = {}
     for layer in weighted_layers(model):
-        for _, shape, holder in layer_parts(layer):
-            if ".layers." in shape.name:
-                found[shape.name] = bound_weight(holder).canonical().dequantize(torch.float32)
+        for weight in layer.held():
+            if ".layers." in weight.shape.name:
+                found[weight.shape.name] = (
+                    bound_weight(weight.packed_in).canonical().dequantize(torch.float32)
+                )
     return found, pymllm.verify(model).ok
 
 

@@ -14,9 +14,8 @@ from torch import nn
 from pymllm.adapters.config import WEIGHTS_FILE, LoRAConfig, load_lora_config
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.kernels.canonical import DenseWeight
-from pymllm.layers.embedding import ParallelLMHead
-from pymllm.layers.linear import WeightedLayer, weighted_layers
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
+from pymllm.layers.weighted import WeightedLayer, weighted_layers
 from pymllm.quantization.binding import bound_weight
 from pymllm.weights.loader import Slot, write
 from pymllm.weights.loader import place as place_tensor
@@ -232,10 +231,7 @@ def _weights_file(folder: Path) -> Path:
 def _places(model: nn.Module) -> Iterator[_Place]:
     """Every weight by its checkpoint name."""
     for layer in weighted_layers(model):
-        if isinstance(layer, ParallelLMHead):
-            yield _Place(layer.prefix, layer, 0)
-            continue
-        for index, name in enumerate(layer.shape.parts):
+        for index, name in enumerate(layer.names()):
             yield _Place(name, layer, index)
 
 

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +16,15 @@ from pymllm.kernels.attention import AttentionKernel, AttentionProblem, Attentio
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
+from pymllm.layers.held import Binder, Description, Place, WeightHolder, slotted_places, weight_holders
 from pymllm.layers.step import fetch_attn_metadata
+from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.quantization.kv_cache import KVCacheMethodBase, UnquantizedKVCacheMethod
+from pymllm.quantization.kv_cache import KVCacheMethodBase, QuantizedKVCacheMethod, UnquantizedKVCacheMethod
 from pymllm.weights.spec import LinearShape, Span
 
 
-class Attention(nn.Module):
+class Attention(WeightHolder):
     """Attention of grouped heads over this step's tokens and what the cache holds.
 
     attn_impl: "auto", or a kernel's name.  sliding_window: how many positions a query sees; None: all.
@@ -56,6 +61,7 @@ class Attention(nn.Module):
                 expected=f"a divisor of {num_heads} heads",
                 found=str(num_kv_heads),
             )
+        self.parallel = current_parallel()
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.num_kv_heads, self.sliding_window, self.prefix = num_kv_heads, sliding_window, prefix
         self.value_head_dim = head_dim if value_head_dim is None else value_head_dim
@@ -88,6 +94,51 @@ class Attention(nn.Module):
         )
         self.cache: PagedKV | None = None
 
+    # What a holder of weights answers: see `pymllm.layers.held`
+
+    def places(self, name: str) -> Iterator[Place]:
+        """Yield the place of every scale of the KV cache."""
+        return slotted_places([self])
+
+    def describe(self, binder: Binder) -> Iterator[Description]:
+        """Yield what a plan says of the KV cache and of attention."""
+        problem, method, kernel = self.problem, self.quant_method, self.selection.kernel
+        quantised = isinstance(method, QuantizedKVCacheMethod)
+        numerics = getattr(kernel, "numerics", None)
+        rounding = f"keys and values rounded to {method.name}, " if quantised else ""
+        yield Description(
+            self.prefix,
+            "attention",
+            method,
+            f"KV cache in {method.describe() if quantised else problem.kv}",
+            self.selection,
+            rounding + ("float32 accumulation" if numerics is None else numerics(problem)),
+            False,
+            (self.num_heads * self.parallel.size, self.shape.out_features, self.head_dim),
+            (self.num_heads, self.num_kv_heads, self.head_dim),
+            kv_bytes_per_token=self.cache_bytes_per_token(),
+        )
+
+    def selections(self, binder: Binder | None = None) -> tuple[Selection[Any], ...]:
+        """Return the kernels of attention and of the cache."""
+        return self.selection, self.store_selection
+
+    def cache_bytes_per_token(self) -> int:
+        """Return what the keys and values of a token take, on this rank."""
+        return self.problem.kv.bytes_per_token(self.num_kv_heads, self.head_dim, self.value_head_dim)
+
+    def attach_cache(self, num_pages: int, page_size: int, device: torch.device) -> None:
+        """Give the layer `num_pages` empty pages."""
+        self.cache = self.quant_method.allocate(self, num_pages, page_size, device)
+
+    def detach_cache(self) -> None:
+        """Take the pages away."""
+        self.cache = None
+
+    def finish(self) -> None:
+        """Spread the loaded scales over this rank's heads."""
+        self.quant_method.process_weights_after_loading(self)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """q: [T, H·D] or [T, H, D]; k: [T, Hkv·D], v: [T, Hkv·Dv], or by heads; sinks: [H].
 
@@ -106,12 +157,8 @@ class Attention(nn.Module):
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """What the KV cache takes for each token: keys and values of all layers of `model`, on this rank."""
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    return sum(
-        layer.problem.kv.bytes_per_token(layer.num_kv_heads, layer.head_dim, layer.value_head_dim)
-        for layer in layers
-    )
+    """Return what the KV cache takes for each token: keys and values of all layers of `model`, on this rank."""
+    return sum(holder.cache_bytes_per_token() for _, holder in weight_holders(model))
 
 
 def reference_torch_attention(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ class SelfAttention(nn.Module):
     qkv_bias, output_bias: whether the projections have one.  part_names: of the checkpoint's tensors; one: q, k and v
     lie side by side in it.  qk_norm: a norm for each head of q and k (Qwen3).  scale: None: 1 / sqrt(head size).
     soft_cap: of the scaled logits.  sinks: a logit a head that takes part in the softmax without a value (gpt_oss).
+    reads_input: the layers that multiply the hidden states as they come.
     """
 
     sinks: nn.Parameter | None
+    reads_input: ClassVar[tuple[str, ...]] = ("qkv_proj",)
 
     def __init__(
         self,

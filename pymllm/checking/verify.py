@@ -4,8 +4,6 @@ The reference reads each layer's tensors from the file again, decodes them with 
 float64; the packed weights, the kernel and its activation dtype are what is under test.
 """
 
-# N test rows, O out_features, I in_features
-
 from __future__ import annotations
 
 import math
@@ -20,27 +18,15 @@ from torch import Tensor, nn
 
 from pymllm.checking.divergence import EndToEnd, measure_end_to_end
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, relative_error
-from pymllm.kernels.linear import TOLERANCES
-from pymllm.layers.embedding import ParallelLMHead
-from pymllm.layers.linear import WeightedLayer, layer_parts
+from pymllm.kernels.canonical import relative_error
+from pymllm.layers.held import HeldWeight, Trial
 from pymllm.loading.load import load_prepared
 from pymllm.loading.match import Placement
 from pymllm.loading.prepare import Prepared, prepare
-from pymllm.loading.stored import read_slot, read_stored
-from pymllm.moe.experts import Experts
+from pymllm.loading.stored import read_held
 from pymllm.planning.make_plan import make_plan
-from pymllm.quantization.binding import BoundWeight, bound_weight
-from pymllm.quantization.converted import ConvertedLinearMethod
-from pymllm.quantization.experts import Product
-from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import RuleSource
-from pymllm.weights.loader import Written, place_experts, write
 from pymllm.weights.memory import refuse_too_large
-from pymllm.weights.spec import LinearShape
-
-ROWS = 5
-MAGNITUDES = {"ordinary": 1.0, "large": 200.0}  # f16 sums stay below 65504 for the layers that models have
 
 
 @dataclass(frozen=True)
@@ -163,138 +149,40 @@ def verify(
             )
         prepared = found
     with prepared.checkpoint, torch.no_grad():
-        checks = [
-            check for unit in prepared.units for check in _check_unit(unit.module, unit.placements, prepared)
-        ]
+        placements: dict[nn.Module, list[Placement]] = {}
+        for unit in prepared.units:
+            for placement in unit.placements:
+                placements.setdefault(placement.module, []).append(placement)
+
+        def stored(weight: HeldWeight) -> dict[str, Tensor]:
+            return read_held(weight, placements.get(weight.stored_in, []))
+
+        checks = [_check(trial) for unit in prepared.units for trial in unit.holder.trials(stored)]
     worst_first = sorted(checks, key=lambda check: check.worst, reverse=True)
     return Verification(str(prepared.checkpoint.path), worst_first, whole)
 
 
-def _check_unit(module: nn.Module, placements: tuple[Placement, ...], prepared: Prepared) -> list[LayerCheck]:
-    if isinstance(module, Experts):
-        return [] if module.empty else [_check_experts(module, placements)]
-    if not isinstance(module, WeightedLayer):
-        return []
-    if isinstance(module, ParallelLMHead) and module.shares_table:
-        placements = next(unit.placements for unit in prepared.units if unit.module is module.tied_to)
-        owner: nn.Module | None = module.tied_to
-    else:
-        owner = None
-    checks = []
-    for method, shape, holder in layer_parts(module):
-        bound = bound_weight(holder)
-        assert bound is not None
-        stored = read_stored(method, shape, [p for p in placements if p.module is (owner or holder)])
-        name = module.prefix if isinstance(module, ParallelLMHead) else shape.name
-        checks.append(_check_weight(name, module.kind, method, shape, bound, stored))
-    return checks
-
-
-def _check_weight(
-    name: str,
-    kind: str,
-    method: LinearMethodBase,
-    shape: LinearShape,
-    bound: BoundWeight,
-    stored: dict[str, Tensor],
-) -> LayerCheck:
-    problem, kernel = bound.problem, bound.selection.kernel
-    source = method.source_method().to_canonical(stored, shape)
-    expected: CanonicalWeight = source
-    if isinstance(method, ConvertedLinearMethod):
-        expected = method.target.quantize(source.dequantize(torch.float32), shape)
-    weight = expected.dequantize(torch.float64)
-    packed = bound.canonical().dequantize(torch.float64).cpu()
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+def _check(trial: Trial) -> LayerCheck:
+    """Compare the packed weights with the file's, and the kernel's answers with float64."""
+    bound, kernel = trial.bound, trial.bound.selection.kernel
+    exact, changed = True, 0.0
+    for wanted, original, packed in trial.weights:
+        exact &= torch.equal(packed, wanted)
+        if original is not None:
+            changed = max(changed, relative_error(wanted, original))
+    generator = torch.Generator().manual_seed(zlib.crc32(trial.name.encode()))
     errors = {}
-    for label, magnitude in MAGNITUDES.items():
-        if kind == "embedding":
-            rows = torch.randint(0, weight.shape[0], (ROWS,), generator=generator)
-            got, want = bound.run(rows.to(problem.device.torch_device)), weight[rows]
-        else:
-            x = torch.randn((ROWS, weight.shape[1]), generator=generator, dtype=torch.float32) * magnitude
-            x = x.to(problem.dtype)
-            got = bound.run(x.to(problem.device.torch_device), None)
-            want = x.double() @ weight.t()
+    for label, magnitude in trial.magnitudes.items():
+        got, want = trial.answer(generator, magnitude)
         errors[label] = relative_error(got.double().cpu(), want)
-    tolerance = getattr(kernel, "tolerance", lambda _: TOLERANCES[problem.dtype])(problem)
-    changed = 0.0
-    if isinstance(method, ConvertedLinearMethod):
-        changed = relative_error(weight, source.dequantize(torch.float64))
-    exact = torch.equal(packed, weight)
     return LayerCheck(
-        name,
-        kind,
-        method.describe(),
+        trial.name,
+        trial.kind,
+        trial.method,
         kernel.name,
-        kernel.numerics(problem),
+        kernel.numerics(bound.problem),
         errors,
-        tolerance,
+        bound.tolerance,
         exact,
         changed,
     )
-
-
-EXPERTS_MAGNITUDES = {"ordinary": 1.0, "large": 14.0}  # a gate times an up: 200 once more, in f16 too
-
-
-def _check_experts(module: Experts, placements: tuple[Placement, ...]) -> LayerCheck:
-    """All experts of a layer: every packed weight, and each expert's answers to rows routed to it alone."""
-    bound = module.bound
-    assert bound is not None
-    problem, kernel = bound.problem, bound.selection.kernel
-    packed, exact, changed = bound.canonical().products(), True, 0.0
-    weights: dict[str, list[Tensor]] = {}
-    for name, product in module.products_of().items():
-        method = product.quant_method
-        stored = _read_experts(product, [p for p in placements if p.module is product])
-        originals = product.canonical(stored, method.source_method())
-        decoded = zip(product.canonical(stored), originals, packed[name], strict=True)
-        for expected, original, found in decoded:
-            weight = expected.dequantize(torch.float64)
-            exact &= torch.equal(found.dequantize(torch.float64).cpu(), weight)
-            if isinstance(method, ConvertedLinearMethod):
-                changed = max(changed, relative_error(weight, original.dequantize(torch.float64)))
-            weights.setdefault(name, []).append(
-                weight.float()
-            )  # far closer than any tolerance, at half the size
-    generator = torch.Generator().manual_seed(zlib.crc32(module.prefix.encode()))
-    device, experts = problem.device.torch_device, torch.arange(problem.num_experts)
-    ids = experts.repeat_interleave(ROWS).unsqueeze(-1)  # every expert has rows of its own
-    errors = {}
-    for label, magnitude in EXPERTS_MAGNITUDES.items():
-        x = torch.randn((len(ids), problem.down.out_features), generator=generator) * magnitude
-        x = x.to(problem.dtype)
-        got = bound.run(x.to(device), ids.to(device), torch.ones(ids.shape, device=device), module.bias())
-        want = _answers(weights, module, x.double().unflatten(0, (-1, ROWS)))
-        errors[label] = relative_error(got.double().cpu(), want)
-    described, numerics = module.quant_method.describe(), kernel.numerics(problem)
-    tolerance = getattr(kernel, "tolerance", lambda p: 2 * TOLERANCES[p.dtype])(problem)
-    return LayerCheck(
-        module.prefix, "experts", described, kernel.name, numerics, errors, tolerance, exact, changed
-    )
-
-
-def _read_experts(product: Product, placements: list[Placement]) -> dict[str, Tensor]:
-    """The product's stored tensors, [E, ...] each, from the file."""
-    tensors: dict[str, Tensor] = {}
-    written: dict[str, Written] = {}
-    for spec in product.quant_method.weight_specs(product.shape.one):
-        tensors[spec.name] = torch.zeros(place_experts(spec, product.shape)[0], dtype=spec.dtype)
-        written[spec.name] = Written()
-    for p in placements:
-        write(tensors[p.param], p.slot, read_slot(p.tensor, p.slot), written[p.param])
-    return tensors
-
-
-def _answers(weights: dict[str, list[Tensor]], module: Experts, rows: Tensor) -> Tensor:
-    """rows: [E, N, H] float64.  Returns each expert's answers, [E·N, H], by the plain formula."""
-    bias, answers = module.bias(), []
-    for expert, x in enumerate(rows):
-        first = [x @ weights[name][expert].double().t() for name in weights if name != "down"]
-        hidden = torch.cat(first, dim=-1)
-        if bias.gate_up is not None:
-            hidden = hidden + bias.gate_up[expert].double().cpu()
-        y = module.activation(hidden) @ weights["down"][expert].double().t()
-        answers.append(y if bias.down is None else y + bias.down[expert].double().cpu())
-    return torch.cat(answers)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pymllm.attention import Attention
 from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.request import Request
-from pymllm.moe.experts import Experts
+from pymllm.layers.held import Binder, weight_holders
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 WARM_UPS = 2  # runs before the capture: they compile kernels and choose algorithms, which a capture must not
@@ -81,24 +79,23 @@ def capture_cuda_graph(run: Callable[[], Tensor]) -> Captured:
     return graph.replay, result
 
 
-def bound_kernel(experts: Experts) -> Any:
-    """The kernel that a layer's experts run; None before they are packed."""
-    return None if experts.bound is None else experts.bound.selection.kernel
+SEE_THE_STEP = (
+    "attention",
+    "kv_store",
+    "experts",
+)  # operations whose kernels say whether they are `capturable`
 
 
-def why_not_captured(model: nn.Module, experts_kernel: Callable[[Experts], Any] = bound_kernel) -> str | None:
-    """The first thing that keeps a decoding step of `model` from being captured; None: nothing does.
+def why_not_captured(model: nn.Module, binder: Binder | None = None) -> str | None:
+    """Return the first thing that keeps a decoding step of `model` from being captured, or None.
 
-    experts_kernel: what a layer's experts run, or will run; None for a layer that has none here.
+    binder: plans the kernels of a model that is not loaded.
     """
+    holders = dict(weight_holders(model))
     for name, module in model.named_modules():
-        kernels: list[Any] = []
-        if isinstance(module, Attention):
-            kernels = [module.selection.kernel, module.store_selection.kernel]
-        elif isinstance(module, Experts):
-            kernels = [experts_kernel(module)]
-        for kernel in kernels:
-            if kernel is not None and not getattr(kernel, "capturable", False):
+        for selection in holders[name].selections(binder) if name in holders else ():
+            kernel = selection.kernel
+            if selection.operation in SEE_THE_STEP and not getattr(kernel, "capturable", False):
                 return f"{name} runs {kernel.name}, which looks at the host within a step"
         if getattr(getattr(module, "parallel", None), "size", 1) > 1:
             return f"{name} is divided over ranks"

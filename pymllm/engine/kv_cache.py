@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pymllm.attention import Attention, bytes_per_token
+from pymllm.attention import bytes_per_token
 from pymllm.errors import ConfigError
 from pymllm.kernels.attention import PAGE_SIZE
+from pymllm.layers.held import weight_holders
 
 
 class PagedKVCache:
@@ -15,9 +16,9 @@ class PagedKVCache:
 
     def __init__(self, model: nn.Module, num_pages: int, device: torch.device) -> None:
         self.num_pages, self.page_size = num_pages, PAGE_SIZE
-        self.layers = [module for module in model.modules() if isinstance(module, Attention)]
+        self.layers = [holder for _, holder in weight_holders(model) if holder.cache_bytes_per_token()]
         for layer in self.layers:
-            layer.cache = layer.quant_method.allocate(layer, num_pages, PAGE_SIZE, device)
+            layer.attach_cache(num_pages, PAGE_SIZE, device)
         self.free = list(range(num_pages - 1, -1, -1))
 
     @staticmethod
@@ -45,4 +46,4 @@ class PagedKVCache:
     def close(self) -> None:
         """Take the cache from the layers."""
         for layer in self.layers:
-            layer.cache = None
+            layer.detach_cache()

@@ -18,7 +18,7 @@ from pymllm.engine.graphs import DecodingGraphs, why_not_captured
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.tape import NotRepeatable, record
-from pymllm.layers.linear import RevisedModule
+from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.causal_lm import CausalLM
 

@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pymllm.config import Execution
-from pymllm.layers.linear import WeightedLayer
+from pymllm.kernels.registry import Operation
+from pymllm.layers.held import HolderState, WeightHolder
+from pymllm.layers.swapped import LayerState, repacked
+from pymllm.layers.weighted import WeightedLayer
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.binding import bind_shared, bound_weight
 from pymllm.quantization.method import LinearMethodBase
@@ -24,7 +29,7 @@ class VocabParallelEmbedding(WeightedLayer):
     """
 
     kind: ClassVar[str] = "embedding"
-    operation: ClassVar[str] = "embedding"
+    operation: ClassVar[Operation] = "embedding"
 
     def __init__(
         self,
@@ -78,7 +83,7 @@ class ParallelLMHead(VocabParallelEmbedding):
     """
 
     kind: ClassVar[str] = "lm_head"
-    operation: ClassVar[str] = "linear"
+    operation: ClassVar[Operation] = "linear"
     tied_to: VocabParallelEmbedding | None
 
     def __init__(
@@ -94,9 +99,8 @@ class ParallelLMHead(VocabParallelEmbedding):
         quant_config: QuantizationConfig | None = None,
         params_dtype: torch.dtype | None = None,
     ) -> None:
-        object.__setattr__(
-            self, "tied_to", tied_to
-        )  # not a child: the embedding has its own place in the model
+        # Not a child: the embedding has its own place in the model.
+        object.__setattr__(self, "tied_to", tied_to)
         self.fp32_logits = fp32_logits
         super().__init__(
             num_embeddings,
@@ -117,6 +121,34 @@ class ParallelLMHead(VocabParallelEmbedding):
         if self.shares_table:
             for name in [name for name in self._parameters if name != "bias"]:
                 delattr(self, name)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the name by which rules know the head, wherever its table is stored."""
+        return (self.prefix,)
+
+    def finish(self) -> None:
+        """Pack what has been loaded, or bind the table of the embedding, which is packed by then."""
+        if self.shares_table:
+            self.pack_tied()
+        else:
+            super().finish()
+
+    def swapped(
+        self, methods: Sequence[LinearMethodBase], staged: Mapping[WeightHolder, HolderState]
+    ) -> LayerState:
+        """Make the state in another method.  A tied head shares the embedding's table where their methods are equal."""
+        old, (method,) = LayerState.of(self), methods
+        if self.tied_to is None:
+            return super().swapped(methods, staged)
+        embedding = staged[self.tied_to]
+        assert isinstance(embedding, LayerState) and embedding.bound is not None
+        shares = method == embedding.method
+        if shares and not (old.shares_table and embedding.bound is bound_weight(self.tied_to)):
+            assert self.execution is not None  # it was loaded
+            bound = bind_shared(embedding.bound, self.execution, "linear")
+        else:
+            bound = repacked(self, old, method)
+        return replace(old, method=method, bound=bound, shares_table=shares)
 
     def pack_tied(self) -> None:
         """Bind the embedding's packed table for this head's matmul; once the embedding is packed."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
 from pymllm.layers.elementwise import codes_between, elementwise_kernel
+from pymllm.layers.held import WeightHolder
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), times a weight.  Float32 maths, then the input's dtype, then the weight."""
+class RMSNorm(WeightHolder):
+    """x / sqrt(mean(x²) + eps), times a weight.  Float32 maths, then the input's dtype, then the weight.
+
+    weight_offset: what is added to the stored weight.
+    """
 
     weight: nn.Parameter | None
+    weight_offset: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -46,13 +53,15 @@ class RMSNorm(nn.Module):
 class GemmaRMSNorm(RMSNorm):
     """x / sqrt(mean(x²) + eps), times 1 + the stored weight.  All in float32, then the input's dtype."""
 
+    weight_offset = 1.0
+
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(hidden_size, eps, params_dtype=torch.float32)
         assert self.weight is not None
         self.weight.data.zero_()
-        self.process_weights_after_loading()
+        self.finish()
 
-    def process_weights_after_loading(self) -> None:
+    def finish(self) -> None:
         """Add the one, after each time the weight is read."""
         assert self.weight is not None
-        self.weight.data += 1
+        self.weight.data += self.weight_offset

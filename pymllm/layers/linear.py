@@ -1,154 +1,22 @@
-"""Linear layers: sharded over tensor-parallel ranks, with weights in any format.
-
-A layer knows its shape, its share of it and the checkpoint names of its parts. Its `quant_method` does the rest:
-creates the weights, packs them, multiplies.
-"""
+"""Linear layers: sharded over tensor-parallel ranks, with weights in any format."""
 
 # I in_features, O out_features
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pymllm.config import current_execution
-from pymllm.errors import ConfigError, ShardingError
-from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.errors import ShardingError
 from pymllm.kernels.quantised_rows import RowCodes
-from pymllm.layers.lora import LoRAMixin
-from pymllm.parallel import current_parallel
+from pymllm.layers.weighted import WeightedLayer
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.binding import bound_weight
-from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.parameters import add_weight, load_into, set_weight_attrs
-from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, refuse_sizes, side_by_side
-
-__all__ = [
-    "ColumnParallelLinear",
-    "Linear",
-    "LinearBase",
-    "LoRAMixin",
-    "MergedColumnParallelLinear",
-    "QKVParallelLinear",
-    "ReplicatedLinear",
-    "RowParallelLinear",
-    "UnquantizedLinearMethod",
-    "set_weight_attrs",
-]
-
-
-class RevisedModule(nn.Module):
-    """A module that says when any of its kind has changed: what was recorded of a model (engine/tape.py) is then stale.
-
-    revision: how often an attribute (a packed weight, a method, an adapter) of any of them was set.
-    """
-
-    revision: ClassVar[int] = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        RevisedModule.revision += 1
-        super().__setattr__(name, value)
-
-
-class WeightedLayer(LoRAMixin, RevisedModule):
-    """What linear layers, embeddings and heads share: a shape, a share of it, a `quant_method`, and adapters.
-
-    kind: "linear", "embedding" or "lm_head", for formats and plans.  operation: which kernels run it.
-    kept: its parameters that stay as they are, while the method's are packed.
-    prefix: the layer's full dotted name; parts: the checkpoint names of what it fuses.
-    """
-
-    kind: ClassVar[str] = "linear"
-    operation: ClassVar[str] = "linear"
-    kept: ClassVar[tuple[str, ...]] = ("bias",)
-    shape: LinearShape
-    bias: nn.Parameter | None
-
-    def __init__(self, prefix: str, params_dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self._setup_lora()
-        parallel = current_parallel()
-        self.parallel, self.tp_rank, self.tp_size = parallel, parallel.rank, parallel.size
-        self.execution = current_execution()
-        self.prefix = prefix
-        self.params_dtype = params_dtype or (
-            self.execution.dtype if self.execution else torch.get_default_dtype()
-        )
-
-    def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
-        """The share of inputs, and of each part's outputs, of a rank.  ShardingError if there is none."""
-        raise NotImplementedError
-
-    def shape_for(self, rank: int, size: int, parts: Sequence[str]) -> LinearShape:
-        inputs, outputs = self.shard(rank, size)
-        if len(parts) < len(outputs):  # one rank has the tensor as it is, wherever its blocks begin
-            total = sum(span.total for span in outputs)
-            outputs = (Span.full(total),) if size == 1 else side_by_side(outputs)
-        return LinearShape(inputs, outputs, tuple(parts), self.params_dtype)
-
-    def _setup(
-        self,
-        parts: Sequence[str],
-        quant_method: LinearMethodBase | None,
-        quant_config: QuantizationConfig | None,
-        bias: bool,
-    ) -> None:
-        """Choose the method and create the weights; `shard` must work by now."""
-        self.shape = self.shape_for(self.tp_rank, self.tp_size, parts)
-        if quant_method is None and quant_config is not None:
-            methods = [
-                quant_config.get_quant_method(self, part) or UnquantizedLinearMethod() for part in parts
-            ]
-            alike = len(methods) == 1 or (len(set(methods)) == 1 and methods[0].fuses)
-            quant_method = methods[0] if alike else SplitLinearMethod(tuple(methods))
-        self.quant_method: LinearMethodBase = quant_method or UnquantizedLinearMethod()
-        shape = self.shape
-        self.quant_method.create_weights(
-            self,
-            shape.in_features_local,
-            [span.size for span in shape.outputs],
-            shape.in_features,
-            shape.out_features,
-            self.params_dtype,
-        )
-        if bias:
-            add_weight(self, WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS), shape)
-        else:
-            self.register_parameter("bias", None)
-
-    @property
-    def kept_dtype(self) -> torch.dtype | None:
-        """The dtype that plain weights keep, the same for all parts (`Execution.kept_floats`); None: the layer's."""
-        kept = self.execution.kept_floats if self.execution else {}
-        first, *others = (kept.get(f"{part}.weight") for part in self.shape.parts)
-        return first if all(other is first for other in others) else None
-
-    def weight_loader(self, param: Tensor, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
-        """Cut a full checkpoint tensor for this rank and write it to `param`.
-
-        shard_id: which part it is (index or name); None: the only one, or all parts side by side.
-        CheckpointError names layer, tensor, expected and found if it does not fit, or was loaded already.
-        """
-        load_into(param, loaded_weight, self.part_index(shard_id), self.prefix)
-
-    def part_index(self, shard_id: int | str | None) -> int | None:
-        """The index of a part from its index or (last name segment)."""
-        names = [part.rpartition(".")[2] for part in self.shape.parts]
-        if shard_id is None or (isinstance(shard_id, int) and 0 <= shard_id < len(names)):
-            return shard_id
-        if shard_id in names:
-            return names.index(str(shard_id))
-        raise ConfigError(
-            f"{self.prefix or type(self).__name__} has no part {shard_id!r}",
-            code="shard-id",
-            expected=" or ".join(names),
-            found=str(shard_id),
-        )
+from pymllm.weights.spec import Span, refuse_sizes
 
 
 class LinearBase(WeightedLayer):
@@ -401,90 +269,3 @@ class RowParallelLinear(LinearBase):
         elif self.tp_rank > 0:
             return y
         return y if self.bias is None else y + self.bias
-
-
-@dataclass(frozen=True)
-class SplitLinearMethod(LinearMethodBase):
-    """A fused layer whose parts have different methods: separate weights, outputs side by side.
-
-    Each part lives in a child module of the layer, named `part_0`, `part_1`, ...
-    """
-
-    methods: tuple[LinearMethodBase, ...]
-    name: ClassVar[str] = "split"
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        assert isinstance(layer, WeightedLayer)
-        for index, method in enumerate(self.methods):
-            holder = PartHolder(layer, index)
-            layer.add_module(f"part_{index}", holder)
-            holder.quant_method = method
-            size = output_partition_sizes[index]
-            method.create_weights(
-                holder, input_size_per_partition, [size], input_size, size, params_dtype, **extra_weight_attrs
-            )
-
-    def holders(self, layer: nn.Module) -> list[PartHolder]:
-        return [getattr(layer, f"part_{index}") for index in range(len(self.methods))]
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        for method, holder in zip(self.methods, self.holders(layer), strict=True):
-            method.process_weights_after_loading(holder)
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        outputs = [
-            m.apply(holder, x, None) for m, holder in zip(self.methods, self.holders(layer), strict=True)
-        ]
-        y = torch.cat(outputs, dim=-1)
-        return y if bias is None else y + bias
-
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        raise TypeError("each part of a split layer has its own specs")
-
-    def to_canonical(self, tensors: Any, shape: LinearShape) -> CanonicalWeight:
-        raise TypeError("each part of a split layer has its own canonical weight")
-
-    def describe(self) -> str:
-        return " | ".join(method.describe() for method in self.methods)
-
-
-class PartHolder(RevisedModule):
-    """The weights of one part of a split layer."""
-
-    operation = "linear"
-    kind = "linear"
-    quant_method: LinearMethodBase
-
-    def __init__(self, layer: WeightedLayer, index: int) -> None:
-        super().__init__()
-        self.shape = layer.shape.part(index)
-        self.execution, self.params_dtype = layer.execution, layer.params_dtype
-        self.prefix = self.shape.parts[0]
-
-    def weight_loader(self, param: Tensor, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
-        """As `WeightedLayer.weight_loader`, for the one part that this is."""
-        load_into(param, loaded_weight, None, self.prefix)
-
-
-def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
-    """The layers that hold a quant_method, in the model's order."""
-    for module in model.modules():
-        if isinstance(module, WeightedLayer):
-            yield module
-
-
-def layer_parts(layer: WeightedLayer) -> list[tuple[LinearMethodBase, LinearShape, nn.Module]]:
-    """The layer's packed weights: one, or one for each part where their methods differ."""
-    if isinstance(layer.quant_method, SplitLinearMethod):
-        holders = layer.quant_method.holders(layer)
-        return [(holder.quant_method, holder.shape, holder) for holder in holders]
-    return [(layer.quant_method, layer.shape, layer)]

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from pymllm.kernels.canonical import DenseWeight
 from pymllm.quantization.binding import BoundWeight, bind_for, bound_weight
 from pymllm.weights.loader import Written, place
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec, whole
+
+if TYPE_CHECKING:
+    from pymllm.layers.held import HeldWeight
 
 logger = logging.getLogger("pymllm")
 
@@ -162,9 +165,14 @@ class LoRAMixin:
     shape: LinearShape
     prefix: str
     quant_method: Any
+    shares_table: bool
     adapters: dict[str, LayerAdapter]
     active_adapter: str | None
     merged: Merged | None
+
+    if TYPE_CHECKING:
+
+        def held(self) -> tuple[HeldWeight, ...]: ...
 
     def _setup_lora(self) -> None:
         self.adapters, self.active_adapter, self.merged = {}, None, None
@@ -329,20 +337,19 @@ class LoRAMixin:
         self.merged = None
 
     def _holders(self) -> list[tuple[Any, slice]]:
-        """The modules that hold the layer's weights, each with the rows of the layer's outputs that it has."""
-        assert isinstance(self, nn.Module)
-        if not hasattr(self.quant_method, "holders"):
-            return [(self, slice(0, self.shape.out_features_local))]
-        bounds, start = [], 0
-        for span in self.shape.outputs:
-            bounds.append(slice(start, start + span.size))
-            start += span.size
-        return list(zip(self.quant_method.holders(self), bounds, strict=True))
+        """Return the modules of the layer's weights, each with the rows of the layer's outputs that it has."""
+        holders, start = [], 0
+        for weight in self.held():
+            assert isinstance(weight.shape, LinearShape)
+            rows = weight.shape.out_features_local
+            holders.append((weight.packed_in, slice(start, start + rows)))
+            start += rows
+        return holders
 
     def _why_not_merge(self) -> str | None:
         if self.kind == "embedding":
             return "a table of rows is not a product"
-        if getattr(self, "shares_table", False):
+        if self.shares_table:
             return "the weights are shared with the embedding"
         for holder, _ in self._holders():
             bound = bound_weight(holder)

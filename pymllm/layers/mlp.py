@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +20,12 @@ class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)); gate and up in one matmul.
 
     part_names: of the checkpoint's tensors; one: gate and up lie side by side in it.
+    reads_input: the layers that multiply x.
+    factors: for a layer, the layer and the part of it whose outputs are a factor of its input.
     """
+
+    reads_input: ClassVar[tuple[str, ...]] = ("gate_up_proj",)
+    factors: ClassVar[dict[str, tuple[str, int]]] = {"down_proj": ("gate_up_proj", 1)}
 
     def __init__(
         self,

@@ -14,18 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymllm.attention import Attention
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
-from pymllm.layers.embedding import ParallelLMHead
-from pymllm.layers.layernorm import GemmaRMSNorm
-from pymllm.layers.linear import WeightedLayer, layer_parts
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.stored import check_content, check_scale, read_slot
 from pymllm.models.causal_lm import CausalLM
-from pymllm.moe.experts import Experts
-from pymllm.quantization.binding import bound_weight
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import return_freed_memory
@@ -120,30 +114,15 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     report.bytes_read += read.total()
     for (_, name), module in params.items():
         _check_all_written(module, name)
-    module = unit.module
-    if isinstance(module, ParallelLMHead) and module.shares_table:
-        module.pack_tied()
-        assert module.tied_to is not None
-        report.tensors.append(
-            TensorRecord(f"{module.tied_to.prefix}.weight", "tied", 0, f"shared with {unit.name}")
-        )
-    elif isinstance(module, Attention):
-        module.quant_method.process_weights_after_loading(module)
-    elif isinstance(module, GemmaRMSNorm):
-        module.process_weights_after_loading()
-    elif isinstance(module, WeightedLayer):
-        module.quant_method.process_weights_after_loading(module)
-        for method, _, holder in layer_parts(module):
-            bound = bound_weight(holder)
-            assert bound is not None
-            report.methods[method.describe()] += 1
-            report.final_bytes += bound.nbytes
-    elif isinstance(module, Experts):
-        module.process_weights_after_loading()
-        for method in dict.fromkeys(module.quant_method.methods().values()):
-            report.methods[method.describe()] += 1
-        report.final_bytes += 0 if module.bound is None else module.bound.nbytes
-    report.final_bytes += sum(p.nbytes for p in module._parameters.values() if p is not None)
+    holder = unit.holder
+    holder.finish()
+    if holder.shares_with is not None:
+        tied = f"{holder.shares_with.prefix}.weight"
+        report.tensors.append(TensorRecord(tied, "tied", 0, f"shared with {unit.name}"))
+    for method in holder.methods():
+        report.methods[method.describe()] += 1
+    report.final_bytes += holder.loaded_bytes()
+    report.final_bytes += sum(p.nbytes for p in holder.module._parameters.values() if p is not None)
 
 
 def _materialise(module: nn.Module, name: str, device: torch.device, keep: bool = False) -> None:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Set
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from pymllm.attention import Attention
 from pymllm.errors import nearest
-from pymllm.layers.linear import WeightedLayer
+from pymllm.layers.held import PlainParameters, WeightHolder, weight_holders, whole_slot
 from pymllm.models.causal_lm import CausalLM
-from pymllm.moe.experts import Experts
-from pymllm.moe.layer import FusedMoE
 from pymllm.quantization.rules import RuledConfig
 from pymllm.weights.checkpoint import Checkpoint
-from pymllm.weights.loader import Slot, place
+from pymllm.weights.loader import Slot
 from pymllm.weights.report import HINTS, Problem, TensorRecord, mismatch, missing, raise_problems
 from pymllm.weights.resolution import ResolvedWeight, defines_resolver, resolve_weight_spec
-from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec, whole
 from pymllm.weights.tensor_file import TensorInfo
 
 
@@ -39,10 +35,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is loaded and packed together: a layer with a quant_method, or a module with plain parameters."""
+    """What is loaded and packed together: a holder of weights, and all that it is loaded from."""
 
     name: str
-    module: nn.Module
+    holder: WeightHolder
     placements: tuple[Placement, ...]
 
 
@@ -54,21 +50,23 @@ def match(
     units: list[Unit] = []
     used: set[str] = set()
     resolved = _Resolved(model, checkpoint) if defines_resolver(model) else None
+    holders = [(name, holder) for name, holder in weight_holders(model) if holder.loads]
     known = {
-        name: None
-        for unit, module in _units(model)
-        for _, _, slot in _slots(unit, module)
-        for name in slot.names
+        spelling: None
+        for name, holder in holders
+        for place in holder.places(name)
+        for spelling in place.slot.names
     }
-    elsewhere = list(_slots_elsewhere(model))
+    elsewhere = [slot for _, holder in holders for slot in holder.slots_elsewhere()]
     known |= dict.fromkeys(name for slot in elsewhere for name in slot.names)
     stray = [name for name in checkpoint.tensors if name not in known]
-    extra = [] if resolved is None else resolved.modules_with_buffers(dict(_units(model)))
-    for name, module in (*_units(model), *extra):
-        placements = [] if resolved is None else resolved.placements(name, module, problems)
+    extra = [] if resolved is None else resolved.holders_of_buffers({name for name, _ in holders})
+    for name, holder in (*holders, *extra):
+        placements = [] if resolved is None else resolved.placements(name, holder, problems)
         taken = {(id(p.module), p.param, p.slot.part, p.slot.names) for p in placements}
-        for holder, param_name, slot in _slots(name, module):
-            if (id(holder), param_name, slot.part, slot.names) in taken:
+        for place in holder.places(name):
+            slot = place.slot
+            if (id(place.module), place.param, slot.part, slot.names) in taken:
                 continue
             names = slot.names if resolved is None else [n for n in slot.names if n not in resolved.places]
             tensor = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
@@ -80,8 +78,8 @@ def match(
             problem = mismatch(slot, tensor)
             if problem is not None and problem not in problems:  # the tensor may hold several parts
                 problems.append(problem)
-            placements.append(Placement(holder, param_name, slot, tensor))
-        units.append(Unit(name, module, tuple(placements)))
+            placements.append(Placement(place.module, place.param, slot, tensor))
+        units.append(Unit(name, holder, tuple(placements)))
     records = []
     for slot in elsewhere:
         tensor = next((checkpoint.tensors[n] for n in slot.names if n in checkpoint.tensors), None)
@@ -124,40 +122,41 @@ class _Resolved:
         self.skipped = [name for name, place in self.places.items() if place.skip]
         self.used = set(self.skipped)
 
-    def modules_with_buffers(self, units: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-        """The modules beside `units` that hold a buffer which a tensor goes to."""
+    def holders_of_buffers(self, known: Set[str]) -> list[tuple[str, WeightHolder]]:
+        """Find the modules beside those known by name that have a buffer which a tensor goes to."""
         wanted = {id(place.buffer) for place in self.places.values() if place.buffer is not None}
         return [
-            (name, module)
+            (name, PlainParameters(module))
             for name, module in self.model.named_modules()
-            if name not in units and any(id(buffer) in wanted for buffer in module._buffers.values())
+            if name not in known and any(id(buffer) in wanted for buffer in module._buffers.values())
         ]
 
-    def placements(self, unit: str, module: nn.Module, problems: list[Problem]) -> list[Placement]:
-        """Those of one unit.  A place that two tensors want, or that a tensor does not fit, is a problem."""
+    def placements(self, unit: str, holder: WeightHolder, problems: list[Problem]) -> list[Placement]:
+        """Find the placements of one unit.  A place that two tensors want, or one does not fit, is a problem."""
         found: list[Placement] = []
-        slots = list(_slots(unit, module)) if module._parameters or module._modules else []
+        module, places = holder.module, list(holder.places(unit))
         for name, said in self.places.items():
             tensor = self.checkpoint.tensors[name]
             for buffer_name, buffer in module._buffers.items():
                 if buffer is not None and buffer is said.buffer:
-                    slot = _whole_slot(unit, buffer_name, buffer)
+                    slot = whole_slot(unit, buffer_name, buffer)
                     found.append(Placement(module, buffer_name, slot, tensor, said))
                     self.used.add(name)
-            for holder, param, slot in slots:
-                if said.param is None or holder._parameters[param] is not said.param:
+            for place in places:
+                param, slot = place.param, place.slot
+                if said.param is None or place.module._parameters[param] is not said.param:
                     continue
-                part = None if said.shard_id is None else _part_index(holder, said.shard_id)
+                part = None if said.shard_id is None else _part_index(place.module, said.shard_id)
                 if part not in (None, slot.part):
                     continue
                 if any((other.param, other.slot) == (param, slot) for other in found):
                     text = "a second tensor for a place that another one fills"
                     problems.append(Problem("written-twice", name, text))
                 simple = said.transform is None and said.loader is None
-                if simple and (part is not None or sum(s[1] == param for s in slots) == 1):
+                if simple and (part is not None or sum(p.param == param for p in places) == 1):
                     problem = mismatch(slot, tensor)
                     problems += [] if problem is None else [problem]
-                found.append(Placement(holder, param, slot, tensor, said))
+                found.append(Placement(place.module, param, slot, tensor, said))
                 self.used.add(name)
         return found
 
@@ -169,45 +168,10 @@ class _Resolved:
         return [Problem("resolved-weight", name, text) for name in lost]
 
 
-def _part_index(holder: nn.Module, shard_id: int | str) -> int | None:
-    return holder.part_index(shard_id) if isinstance(holder, WeightedLayer) else 0
-
-
-def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        holds_plain = any(
-            not hasattr(param, "slots") for param in module._parameters.values() if param is not None
-        )
-        holds = isinstance(module, (WeightedLayer, Attention)) and module._parameters
-        if isinstance(module, Experts) or holds or holds_plain:
-            yield name, module
-
-
-def _slots_elsewhere(model: nn.Module) -> Iterator[Slot]:
-    """Of experts that other ranks hold."""
-    for module in model.modules():
-        if isinstance(module, FusedMoE):
-            yield from module.slots_elsewhere()
-
-
-def _slots(name: str, module: nn.Module) -> Iterator[tuple[nn.Module, str, Slot]]:
-    """Every slot of a unit, with the module and parameter it fills."""
-    if not isinstance(module, (WeightedLayer, Attention, Experts)):
-        for param_name, param in module._parameters.items():
-            if param is not None:
-                yield module, param_name, _whole_slot(name, param_name, param)
-        return
-    for holder in module.modules():
-        for param_name, param in holder._parameters.items():
-            for slot in getattr(param, "slots", ()):
-                yield holder, param_name, slot
-
-
-def _whole_slot(prefix: str, name: str, tensor: Tensor) -> Slot:
-    """The one slot of a plain parameter or buffer, which every rank holds in full."""
-    spec = WeightSpec(name, tensor.dtype, tuple(map(whole, tensor.shape)), accepts=FLOATS)
-    shape = LinearShape(Span.full(1), (Span.full(1),), (prefix,), tensor.dtype)
-    return place(spec, shape)[1][0]
+def _part_index(module: nn.Module, shard_id: int | str) -> int | None:
+    """Return which part of a module's parameters a resolver means; 0 where the module knows no parts."""
+    find = getattr(module, "part_index", None)
+    return 0 if find is None else find(shard_id)
 
 
 def _skip_reason(name: str, model: CausalLM, rules: RuledConfig) -> str | None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import CheckpointError, ConfigError
+from pymllm.layers.held import HeldWeight
 from pymllm.loading.match import Placement
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.weights.loader import Slot, Written, copy_full_tensor, place, write
+from pymllm.weights.loader import Slot, Written, copy_full_tensor, place, place_experts, write
 from pymllm.weights.spec import LinearShape
 from pymllm.weights.tensor_file import TensorInfo
 
@@ -40,7 +41,7 @@ def read_stored(
             elif found.tensor.name not in whole:
                 whole.add(found.tensor.name)
                 loaded, part = (
-                    read_transformed(found),
+                    _read_transformed(found),
                     None if found.resolved.shard_id is None else slot.part,
                 )
                 copy_full_tensor(tensor, slots, loaded, written, part, shape.name)
@@ -53,7 +54,25 @@ def read_stored(
     return tensors
 
 
-def read_transformed(placement: Placement) -> Tensor:
+def read_held(weight: HeldWeight, placements: Sequence[Placement]) -> dict[str, Tensor]:
+    """Read a held weight's tensors as the checkpoint stores them; of all experts, [E, ...] each.
+
+    placements: those of the module that the tensors are stored in.
+    """
+    shape, method = weight.shape, weight.method
+    if isinstance(shape, LinearShape):
+        return read_stored(method, shape, placements)
+    tensors: dict[str, Tensor] = {}
+    written: dict[str, Written] = {}
+    for spec in method.weight_specs(shape.one):
+        tensors[spec.name] = torch.zeros(place_experts(spec, shape)[0], dtype=spec.dtype)
+        written[spec.name] = Written()
+    for p in placements:
+        write(tensors[p.param], p.slot, read_slot(p.tensor, p.slot), written[p.param])
+    return tensors
+
+
+def _read_transformed(placement: Placement) -> Tensor:
     """The full tensor of a resolved placement.  ConfigError if a loader of the module's own takes it."""
     assert placement.resolved is not None
     if placement.resolved.loader is not None:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
 
 from pymllm.errors import ShardingError
-from pymllm.layers.linear import weighted_layers
+from pymllm.layers.held import WeightHolder, weight_holders
 from pymllm.models.causal_lm import CausalLM
-from pymllm.moe.experts import Experts
 from pymllm.weights.loader import place
 
 
 def legal_tp_sizes(model: CausalLM) -> list[int]:
-    """The tensor-parallel sizes that every layer of the model can be divided over, whatever its own is."""
+    """Return the sizes that every layer of the model can be divided over, whatever its own is."""
     heads, refused = model.config.size("num_attention_heads"), refused_tp_sizes(model)
     return [size for size in range(1, heads + 1) if heads % size == 0 and size not in refused]
 
 
 def refused_tp_sizes(model: CausalLM) -> dict[int, str]:
-    """Why the model cannot be divided over other sizes: those that divide the heads, and the powers of two to them."""
+    """Say why the model cannot be divided over other sizes: those that divide the heads, and the powers of two."""
     heads = model.config.size("num_attention_heads")
     # Names apart, a deep model repeats a few layers.
-    distinct: dict[Any, Any] = {
-        (type(layer), layer.quant_method, replace(layer.shape, parts=("",) * len(layer.shape.parts))): layer
-        for layer in weighted_layers(model)
-    }
-    distinct |= {
-        (e.quant_method, e.size, e.tensor_parallel): e for e in model.modules() if isinstance(e, Experts)
-    }
+    distinct = {holder.likeness(): holder for _, holder in weight_holders(model)}
     reasons = {
         size: f"{heads} attention heads cannot be divided over {size} ranks"
         for size in (2**power for power in range(1, heads.bit_length()))
@@ -41,20 +33,12 @@ def refused_tp_sizes(model: CausalLM) -> dict[int, str]:
     return dict(sorted(reasons.items()))
 
 
-def _why_not_divided(layers: Any, size: int) -> str | None:
-    """What first stands in the way of this size; None: nothing."""
+def _why_not_divided(holders: Iterable[WeightHolder], size: int) -> str | None:
+    """Return what first stands in the way of this size, or None."""
     try:
-        for layer in layers:
+        for holder in holders:
             for rank in range(size):
-                if isinstance(layer, Experts):
-                    shares = list(layer.shares(rank, size))
-                else:
-                    shape = layer.shape_for(rank, size, layer.shape.parts)
-                    methods = getattr(layer.quant_method, "methods", (layer.quant_method,))
-                    shares = [
-                        (m, shape.part(i) if len(methods) > 1 else shape) for i, m in enumerate(methods)
-                    ]
-                for method, share in shares:
+                for method, share in holder.shares(rank, size):
                     method.check(share)
                     for spec in method.weight_specs(share):
                         place(spec, share)

@@ -19,7 +19,12 @@ from pymllm.quantization.base import QuantizationConfig
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the sums travel along as `residual`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the sums travel along as `residual`.
+
+    read_by: for each block, the norm whose output it alone reads: calibration folds scales there.
+    """
+
+    read_by: ClassVar[dict[str, str]] = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
     def __init__(
         self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, norm: type[RMSNorm] = RMSNorm

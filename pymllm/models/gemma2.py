@@ -31,6 +31,8 @@ DEFAULTS = {
 class FourNormLayer(DecoderLayer):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
 
+    read_by: ClassVar[dict[str, str]] = {"self_attn": "input_layernorm", "mlp": "pre_feedforward_layernorm"}
+
     def __init__(
         self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, norm: type[RMSNorm] = RMSNorm
     ) -> None:

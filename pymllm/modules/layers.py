@@ -16,7 +16,7 @@ from pymllm.config import Execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.kernels.registry import Operation, kernels_for
-from pymllm.layers.linear import WeightedLayer
+from pymllm.layers.weighted import WeightedLayer
 from pymllm.parallel import Parallel
 from pymllm.quantization.binding import BoundWeight, bind
 from pymllm.quantization.method import LinearMethodBase
@@ -30,7 +30,6 @@ class QuantizedLayer(WeightedLayer):
     """A packed weight in the place of a module's own.  Its buffers are the packed tensors, and say what they are."""
 
     bound: BoundWeight
-    operation: ClassVar[str] = "linear"
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class QuantizedEmbedding(QuantizedLayer):
     """nn.Embedding's forward."""
 
     kind: ClassVar[str] = "embedding"
-    operation: ClassVar[str] = "embedding"
+    operation: ClassVar[Operation] = "embedding"
 
     @property
     def num_embeddings(self) -> int:

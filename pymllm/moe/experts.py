@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,24 @@ from pymllm.config import Execution, current_execution
 from pymllm.errors import CheckpointError
 from pymllm.kernels.experts import ExpertsBias
 from pymllm.kernels.gated_activation import GatedActivation
+from pymllm.kernels.registry import Operation, Selection
+from pymllm.layers.held import (
+    Binder,
+    Description,
+    HeldPart,
+    HeldWeight,
+    HolderState,
+    Place,
+    Trial,
+    WeightHolder,
+    slotted_places,
+)
+from pymllm.moe.swapped import ExpertsState, restage_experts
+from pymllm.moe.trial import experts_trial
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.quantization.experts import BoundExperts, ExpertsMethod, Product
+from pymllm.quantization.converted import ConvertedLinearMethod
+from pymllm.quantization.experts import BoundExperts, ExpertsMethod, Product, bind_experts
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.loader import Slot, Written, place_experts
@@ -94,15 +111,16 @@ class ExpertsSize:
     transposed: bool = False
 
 
-class Experts(nn.Module):
+class Experts(WeightHolder):
     """Experts that have one `quant_method` and run together.
 
     ids: which of the layer's experts these are; others of the layer may have another method, or another rank.
     tensor_parallel: whether this rank has a share of each; else it has them whole.
     """
 
-    kind = "linear"
-    operation = "experts"
+    kind: ClassVar[str] = "linear"  # for formats, which know each expert's weights as a linear layer's
+    operation: ClassVar[Operation] = "experts"
+    elsewhere: tuple[Experts, ...] = ()  # other ranks' groups, for accounting alone
 
     def __init__(
         self,
@@ -159,38 +177,132 @@ class Experts(nn.Module):
             shapes[product] = ExpertsShape(one, self.ids, self.size.num_experts, self.layout.stacked, turns)
         return shapes
 
-    def shares(self, rank: int, size: int) -> Iterator[tuple[LinearMethodBase, LinearShape]]:
-        """The method of each product, and one expert's share of it on a rank."""
-        methods = self.quant_method.methods()
-        return ((methods[name], shape.one) for name, shape in self.shapes(rank, size).items())
-
-    def slots(self) -> Iterator[Slot]:
-        """Where every tensor of these experts goes."""
-        return (slot for param in self.parameters() for slot in param.slots)  # type: ignore[attr-defined]
-
-    def local_shares(self) -> list[tuple[LinearMethodBase, LinearShape]]:
-        """The same for this rank."""
-        return list(self.shares(self.parallel.rank, self.parallel.size))
-
     def products_of(self) -> dict[str, Product]:
+        """Return the products by name."""
         return dict(self.products.items())  # type: ignore[arg-type]
 
-    def names_by_product(self) -> Iterator[tuple[str, str]]:
-        """Every weight here: its product, and its checkpoint name."""
-        for product, module in self.products_of().items():
-            for name in dict.fromkeys(module.shape.one.parts):
-                for expert in self.ids[:1] if self.layout.stacked else self.ids:
-                    yield product, name.format(expert)
+    # What a holder of weights answers: see `pymllm.layers.held`
 
-    def parts_held(self) -> Iterator[tuple[str, LinearMethodBase, LinearShape]]:
-        """Every weight here by its checkpoint name: its product's method, and its shape alone."""
+    @property
+    def loads(self) -> bool:
+        """Whether there is anything to load; a group without experts says so, too."""
+        return True
+
+    def places(self, name: str) -> Iterator[Place]:
+        """Yield the place of every tensor, those of the products too."""
+        return slotted_places(self.modules())
+
+    def slots_elsewhere(self) -> Iterator[Slot]:
+        """Yield the slots of the experts that other ranks hold."""
+        return (place.slot for group in self.elsewhere for place in group.places(""))
+
+    def likeness(self) -> Any:
+        """Return a value that is equal for layers that differ in nothing but their names."""
+        return self.quant_method, self.size, self.tensor_parallel
+
+    def shares(self, rank: int, size: int) -> Iterable[tuple[LinearMethodBase, LinearShape]]:
+        """Return the method of each product, and one expert's share of it on a rank."""
+        methods = self.quant_method.methods()
+        return [(methods[name], shape.one) for name, shape in self.shapes(rank, size).items()]
+
+    def parts(self) -> Iterator[HeldPart]:
+        """Yield every weight here under its checkpoint name."""
         for product in self.products_of().values():
-            one = product.shape.one
+            one, method = product.shape.one, product.quant_method
             names = dict.fromkeys(one.parts)
             for expert in self.ids[:1] if self.layout.stacked else self.ids:
-                for index, name in enumerate(names):
+                for index, part in enumerate(names):
                     shape = one.part(index) if len(one.parts) == len(names) else one
-                    yield name.format(expert), product.quant_method, shape
+                    name = part.format(expert)
+                    yield HeldPart(name, name, "experts", method, shape, product, self.layout.stacked)
+
+    def held(self) -> tuple[HeldWeight, ...]:
+        """Return the products, which are packed together."""
+        return tuple(
+            HeldWeight(product.quant_method, product.shape, "experts", product, self)
+            for product in self.products_of().values()
+        )
+
+    def methods(self) -> Iterable[LinearMethodBase]:
+        """Return the distinct methods of the products."""
+        return dict.fromkeys(self.quant_method.methods().values())
+
+    def _planned(self, binder: Binder) -> BoundExperts:
+        shares = tuple(self.shares(self.parallel.rank, self.parallel.size))
+        shapes = tuple((shape.inputs, shape.outputs) for _, shape in shares)
+        key = (self.quant_method, len(self.ids), self.activation, self.layout.stacked, shapes)
+        execution = self.execution_or_default()
+        return binder.once(
+            key, lambda: bind_experts(self.quant_method.planned(self), self.activation, execution)
+        )
+
+    def describe(self, binder: Binder) -> Iterator[Description]:
+        """Yield what a plan says of each weight."""
+        if self.empty:
+            return
+        bound = self._planned(binder)
+        problem, numerics = bound.problem, bound.selection.kernel.numerics(bound.problem)
+        elements = sum(linear.in_features * linear.out_features for linear in problem.products().values())
+        elements *= problem.num_experts
+        together = len(self.ids) if self.layout.stacked else 1
+        for part in self.parts():
+            local = (part.shape.out_features_local, part.shape.in_features_local)
+            yield Description(
+                part.name,
+                part.kind,
+                part.method,
+                part.method.describe(),
+                bound.selection,
+                numerics,
+                bound.rounds_activations,
+                (part.shape.out_features, part.shape.in_features),
+                local,
+                nbytes=bound.nbytes * math.prod(local) * together // max(elements, 1),
+            )
+
+    def selections(self, binder: Binder | None = None) -> Iterator[Selection[Any]]:
+        """Yield the kernel of the experts; nothing where this rank has none of them."""
+        bound = self.bound
+        if bound is None and binder is not None and not self.empty:
+            bound = self._planned(binder)
+        if bound is not None:
+            yield bound.selection
+
+    def packed_bytes(self, binder: Binder) -> int:
+        """Return the bytes of the packed experts on this rank."""
+        return 0 if self.empty else self._planned(binder).nbytes
+
+    def bytes_at(self, size: int, binder: Binder) -> int:
+        """Return the bytes of the packed experts on one of `size` ranks, as evenly as they divide."""
+        return self.packed_bytes(binder) * self.parallel.size // size
+
+    def converting_bytes(self) -> int:
+        """Return the bytes that converting one expert takes at most: codes, or floats between two formats."""
+        return max(
+            shape.in_features_local
+            * shape.out_features_local
+            * (9 if isinstance(method, ConvertedLinearMethod) else 4)
+            for method, shape in self.shares(self.parallel.rank, self.parallel.size)
+        )
+
+    def loaded_bytes(self) -> int:
+        """Return the bytes of the packed experts, once loaded."""
+        return 0 if self.bound is None else self.bound.nbytes
+
+    def trials(self, stored: Callable[[HeldWeight], Mapping[str, Tensor]]) -> Iterator[Trial]:
+        """Yield one check: every packed weight, and each expert's answers to rows routed to it alone."""
+        if not self.empty:
+            yield experts_trial(self, stored)
+
+    def state(self) -> ExpertsState:
+        """Return the methods and the packed experts that run now."""
+        return ExpertsState.of(self)
+
+    def swapped(
+        self, methods: Sequence[LinearMethodBase], staged: Mapping[WeightHolder, HolderState]
+    ) -> ExpertsState:
+        """Make the state with other methods, one for each of `parts()`."""
+        return restage_experts(self, methods)
 
     def _add_biases(self) -> None:
         """gate_up_bias [E, 2·I] and down_bias [E, H], where the experts have them."""
@@ -206,7 +318,7 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_bias", param)
             self._bias_shapes[name] = product.shape
 
-    def process_weights_after_loading(self) -> None:
+    def finish(self) -> None:
         """Pack what has been loaded; once."""
         if self.bound is None:
             for name, shape in self._bias_shapes.items():
@@ -249,10 +361,11 @@ def make_experts(
     *,
     tensor_parallel: bool = True,
     params_dtype: torch.dtype | None = None,
-) -> tuple[list[Experts], list[Experts]]:
-    """The experts `held` of the layer's, and the others, in groups of one method each: nearly always one group.
+) -> list[Experts]:
+    """Make the experts `held` of the layer's, in groups of one method each: nearly always one group.
 
-    The others are for accounting alone: a rank checks that the checkpoint has what other ranks will read.
+    The first group knows the others of the layer, which other ranks hold: a rank checks that the checkpoint has what
+    they will read.
     """
     layout = ExpertsLayout.find(prefix, quant_config)
     probe = _Probe(layout.stacked and size.transposed)
@@ -273,7 +386,9 @@ def make_experts(
         )
         for (here, method), ids in groups.items()
     }
-    return [e for (here, _), e in made.items() if here], [e for (here, _), e in made.items() if not here]
+    groups_here = [group for (here, _), group in made.items() if here]
+    groups_here[0].elsewhere = tuple(group for (here, _), group in made.items() if not here)
+    return groups_here
 
 
 class _Probe(nn.Module):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pymllm.config import current_execution
 from pymllm.kernels.gated_activation import GatedActivation, activation_of
+from pymllm.kernels.registry import Selection
+from pymllm.layers.held import Binder
 from pymllm.layers.linear import Linear
 from pymllm.layers.mlp import GatedMLP
 from pymllm.moe.backends import build_token_dispatcher
@@ -23,7 +25,6 @@ from pymllm.moe.topk import GroupLimitedTopKRouter, TopKOutput, TopKRouter, buil
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.parameters import add_weight
-from pymllm.weights.loader import Slot
 from pymllm.weights.spec import FLOATS, OUT, WeightSpec
 
 
@@ -32,10 +33,12 @@ class RouterLinear(Linear):
     quantises it.
 
     expert_bias: whether the checkpoint has an `e_score_correction_bias` [E], which ranks experts.
+    routing: the kernel that chooses experts by these logits; None: none does, or the router itself.
     """
 
     kind: ClassVar[str] = "router"
     kept = ("bias", "e_score_correction_bias")
+    routing: Selection[Any] | None = None
 
     def __init__(
         self, in_features: int, out_features: int, *, expert_bias: bool = False, **options: Any
@@ -44,6 +47,12 @@ class RouterLinear(Linear):
         if expert_bias:
             spec = WeightSpec("e_score_correction_bias", torch.float32, (OUT,), accepts=FLOATS)
             add_weight(self, spec, self.shape)
+
+    def selections(self, binder: Binder | None = None) -> Iterator[Selection[Any]]:
+        """Yield the kernel of the weight, then the one that chooses experts."""
+        yield from super().selections(binder)
+        if self.routing is not None:
+            yield self.routing
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H], any float dtype.  Returns [T, E] in this layer's own."""
@@ -135,6 +144,7 @@ class FusedMoE(nn.Module):
                 params_dtype=router_dtype,
             )
         self.router.bind(num_experts, self.gate.params_dtype)
+        self.gate.routing = self.router.selection
         size = ExpertsSize(
             hidden_size,
             intermediate_size,
@@ -144,8 +154,7 @@ class FusedMoE(nn.Module):
             interleaved,
             transposed,
         )
-        held, others = self._make_experts(size, _join(prefix, "experts"), quant_config)
-        self.experts, self._others = nn.ModuleList(held), tuple(others)
+        self.experts = nn.ModuleList(self._make_experts(size, _join(prefix, "experts"), quant_config))
         self.shared = shared
         if expert_bias and isinstance(self.router, GroupLimitedTopKRouter):
             self.router.expert_bias_getter = lambda: self.gate.e_score_correction_bias  # type: ignore[assignment]
@@ -156,12 +165,8 @@ class FusedMoE(nn.Module):
 
     def _make_experts(
         self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
-    ) -> tuple[list[Experts], list[Experts]]:
+    ) -> list[Experts]:
         return make_experts(size, prefix, self.held(), quant_config, tensor_parallel=self.tensor_parallel)
-
-    def slots_elsewhere(self) -> Iterator[Slot]:
-        """The slots of experts that other ranks hold."""
-        return (slot for group in self._others for slot in group.slots())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [*, H].  Returns the same shape, and the router's logits [T, E]."""
@@ -193,7 +198,7 @@ class NaiveFusedMoE(FusedMoE):
 
     def _make_experts(
         self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
-    ) -> tuple[list[Experts], list[Experts]]:
+    ) -> list[Experts]:
         execution = current_execution()
         if execution is None:
             return super()._make_experts(size, prefix, quant_config)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pymllm.config import Execution
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.registry import Operation, Packed, Selection, select
 
 
@@ -27,6 +27,17 @@ class BoundWeight:
     def nbytes(self) -> int:
         order = 0 if self.input_order is None else self.input_order.nbytes
         return order + sum(tensor.nbytes for tensor in self.packed.values())
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error that the kernel owns up to; without a word of its own, what the dtype explains."""
+        explained = TOLERANCES[self.problem.dtype]
+        return getattr(self.selection.kernel, "tolerance", lambda _: explained)(self.problem)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the kernel owns up to an error beyond what the activations' dtype explains."""
+        return self.tolerance > TOLERANCES[self.problem.dtype]
 
     def run(self, *args: Any) -> Tensor:
         """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""

@@ -22,7 +22,7 @@ from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, 
 from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.registry import Packed, Selection, select
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase
 from pymllm.weights.loader import Written, copy_full_tensor, place_experts
@@ -40,6 +40,17 @@ class BoundExperts:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.packed.values())
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error that the kernel owns up to; without a word of its own, what two products explain."""
+        explained = 2 * TOLERANCES[self.problem.dtype]
+        return getattr(self.selection.kernel, "tolerance", lambda _: explained)(self.problem)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the kernel owns up to an error beyond what the activations' dtype explains."""
+        return self.tolerance > 2 * TOLERANCES[self.problem.dtype]
 
     def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, bias: ExpertsBias) -> Tensor:
         """See `pymllm.kernels.registry.ExpertsKernel.run`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,10 @@ from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.config import Execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight, relative_error
-from pymllm.layers.layernorm import GemmaRMSNorm, RMSNorm
-from pymllm.layers.linear import WeightedLayer
-from pymllm.layers.mlp import GatedMLP
+from pymllm.layers.held import WeightHolder
+from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.weighted import WeightedLayer
 from pymllm.loading.prepare import Prepared, build_on_meta
-from pymllm.models.causal_lm import DecoderLayer
 from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import get_quantization_config
@@ -146,15 +146,16 @@ class CalibratedModel:
                         module.register_parameter(
                             name, nn.Parameter(torch.zeros(param.shape), requires_grad=False)
                         )
-                if isinstance(module, WeightedLayer) and "weight" in module._parameters:
+                if isinstance(module, WeightedLayer):
                     weights |= _views(module)
                 for placement in unit.placements:
-                    if placement.tensor.name not in stored:
+                    # Not scales of a KV cache either: calibration keeps keys and values in floats.
+                    if placement.tensor.name not in stored and placement.param in module._parameters:
                         view = getattr(module, placement.param).data[placement.slot.target]
                         view.copy_(placement.tensor.read().reshape(view.shape))
                         params[placement.tensor.name] = view
-                if isinstance(module, GemmaRMSNorm):
-                    module.process_weights_after_loading()
+                if not isinstance(module, WeightedLayer) and isinstance(module, WeightHolder):
+                    module.finish()
             for layer in step.layers:
                 if layer.name in weights:
                     weights[layer.name].copy_(layer.decode(read[layer.name]))
@@ -362,24 +363,20 @@ class _Block:
 
     def scale_groups(self, layers: Mapping[str, SourceLayer]) -> list[_ScaleGroup]:
         """Where scales can be folded exactly: behind a norm that only these layers read, and between up and down."""
-        module, name = self.module, self.step.name
-        if not isinstance(module, DecoderLayer):
-            return []
         groups = []
-        qkv = getattr(module.self_attn, "qkv_proj", None)
-        if isinstance(qkv, WeightedLayer):
-            norm = f"{name}.input_layernorm.weight"
-            reader = f"{name}.self_attn.qkv_proj"
-            groups.append(_ScaleGroup(qkv.shape.parts, reader, f"{name}.self_attn", norm=norm))
-        if isinstance(module.mlp, GatedMLP):
-            four = hasattr(module, "pre_feedforward_layernorm")
-            norm = f"{name}.{'pre_feedforward' if four else 'post_attention'}_layernorm.weight"
-            gate_up, down = module.mlp.gate_up_proj, module.mlp.down_proj
-            reader = f"{name}.mlp.gate_up_proj"
-            groups.append(_ScaleGroup(gate_up.shape.parts, reader, f"{name}.mlp", norm=norm))
-            if len(gate_up.shape.parts) == 2:  # else the rows of up have no name of their own
-                maker, down_name = gate_up.shape.parts[1], f"{name}.mlp.down_proj"
-                groups.append(_ScaleGroup(down.shape.parts, down_name, down_name, layer=maker))
+        for block_name, block in self.module.named_children():
+            path = f"{self.step.name}.{block_name}"
+            norm = getattr(self.module, "read_by", {}).get(block_name)
+            if norm is not None:
+                for reader in getattr(block, "reads_input", ()):
+                    names = getattr(block, reader).shape.parts
+                    norm_weight = f"{self.step.name}.{norm}.weight"
+                    groups.append(_ScaleGroup(names, f"{path}.{reader}", path, norm=norm_weight))
+            for reader, (maker, part) in getattr(block, "factors", {}).items():
+                makers, names = getattr(block, maker).shape.parts, getattr(block, reader).shape.parts
+                if part < len(makers):  # else its rows have no name of their own
+                    reader_path = f"{path}.{reader}"
+                    groups.append(_ScaleGroup(names, reader_path, reader_path, layer=makers[part]))
         return [group for group in groups if self._foldable(group, layers)]
 
     def _foldable(self, group: _ScaleGroup, layers: Mapping[str, SourceLayer]) -> bool:
@@ -390,7 +387,7 @@ class _Block:
         if not all(_is_integer(layers[name].target, layers[name]) for name in group.names):
             return False
         norm = None if group.norm is None else self.owner.modules[group.norm.removesuffix(".weight")]
-        return norm is None or (type(norm) in (RMSNorm, GemmaRMSNorm) and group.norm in self.params)
+        return norm is None or (hasattr(norm, "weight_offset") and group.norm in self.params)
 
     def fold(self, group: _ScaleGroup, scales: Tensor) -> dict[str, Tensor]:
         """Divide the input by `scales` [I] at its source and multiply the layers' weights; the changed tensors.
@@ -401,10 +398,7 @@ class _Block:
         if group.norm is not None:
             norm = self.params[group.norm]
             (info,) = (tensor for tensor in self.step.copied if tensor.name == group.norm)
-            module = self.owner.modules[group.norm.removesuffix(".weight")]
-            added = (
-                1.0 if isinstance(module, GemmaRMSNorm) else 0.0
-            )  # to the stored weight, once it is loaded
+            added: Any = self.owner.modules[group.norm.removesuffix(".weight")].weight_offset
             stored = (norm / scales - added).to(info.dtype)
             divided = stored.float() + added
             usable = (divided != 0) & torch.isfinite(divided) & (norm != 0)
@@ -426,13 +420,11 @@ class _Block:
 
 
 def _views(module: WeightedLayer) -> dict[str, Tensor]:
-    """The weight of each part, by the names under which rules know them."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if len(module.shape.parts) == 1 and module.kind == "linear":
-        return {module.shape.parts[0]: weight.data}
-    names = [module.prefix] if module.kind == "lm_head" else list(module.shape.parts)
-    sizes = [span.size for span in module.shape.outputs]
-    return dict(zip(names, weight.data.split(sizes), strict=True))
+    """Return the weight of each part, by the names under which rules know them."""
+    weight, names = module.get_parameter("weight").data, module.names()
+    if len(names) == 1:
+        return {names[0]: weight}
+    return dict(zip(names, weight.split([span.size for span in module.shape.outputs]), strict=True))
 
 
 def _is_integer(target: LinearMethodBase | None, layer: SourceLayer) -> bool:

@@ -28,8 +28,8 @@ class FloatExperts:
             )
         self.module = module
         self.weights: dict[str, Tensor] = {}
-        for name, _, shape in module.parts_held():
-            self.weights[name] = torch.zeros(shape.out_features, shape.in_features)
+        for part in module.parts():
+            self.weights[part.name] = torch.zeros(part.shape.out_features, part.shape.in_features)
         parts = module.layout.parts()
         gate_up, (down,) = parts["gate_up"], parts["down"]
         self.names = {e: ([part.format(e) for part in gate_up], down.format(e)) for e in module.ids}

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
-from pymllm.layers.embedding import ParallelLMHead
-from pymllm.layers.linear import WeightedLayer, layer_parts
-from pymllm.loading.match import Placement
+from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.stored import read_stored
-from pymllm.moe.experts import Experts
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
@@ -95,18 +92,12 @@ def steps_of(prepared: Prepared) -> list[Step]:
     layers: dict[str, list[SourceLayer]] = {}
     copied: dict[str, dict[str, TensorInfo]] = {}
     used: set[str] = set()
-    found: list[SourceLayer]
     _refuse_resolved(prepared)
     for unit in prepared.units:
         step = _step_name(unit.name)
         layers.setdefault(step, [])
         copied.setdefault(step, {})
-        if isinstance(unit.module, WeightedLayer):
-            found = list(_parts(unit.module, unit.placements, prepared))
-        elif isinstance(unit.module, Experts):
-            found = list(_experts(unit.module, unit.placements, prepared))
-        else:
-            found = []
+        found = list(_source_layers(unit, prepared))
         layers[step] += found
         used |= {placement.tensor.name for layer in found for placement in layer.placements}
         for placement in unit.placements:
@@ -132,56 +123,41 @@ def _refuse_resolved(prepared: Prepared) -> None:
                 )
 
 
-def _experts(module: Experts, placements: tuple[Placement, ...], prepared: Prepared) -> Iterator[SourceLayer]:
-    """Every expert's layers.  Floats of all experts in one tensor are no layer: they are copied as they are.
-
-    ConfigError where such a tensor would have to be quantised, or written in another format.
-    """
-    for name, method, shape in module.parts_held():
-        source = method.source_method()
-        target = method.target if isinstance(method, ConvertedLinearMethod) else None
-        if module.layout.stacked:
-            if target is None and isinstance(source, UnquantizedLinearMethod):
-                continue
-            raise ConfigError(
-                "all experts lie in one tensor, which no spelling has a quantised form of",
-                code="spelling",
-                tensor=name,
-                expected="experts with tensors of their own, as experts.0.up_proj",
-                found=f"{source.describe()}, to be {target.describe() if target else 'kept'}",
-                fix=f"Leave it as it is ({name}=none is for floats), or load it with rules instead.",
-            )
-        own = tuple(p for p in placements if p.slot.prefix == name and p.slot.spec.name != "bias")
-        rule = prepared.quant.decisions[name].rule
-        yield SourceLayer(name, "linear", replace(shape, parts=(name,)), source, target, rule, own)
-
-
 def _step_name(unit: str) -> str:
     """model.layers.3 for all of its units; a name of its own for any other."""
     block = BLOCK.search(unit)
     return unit[: block.end(1)] if block else unit
 
 
-def _parts(
-    module: WeightedLayer, placements: tuple[Placement, ...], prepared: Prepared
-) -> Iterator[SourceLayer]:
-    """The layers that a module fuses.  A head that shares its embedding's table is none."""
-    head = module if isinstance(module, ParallelLMHead) else None
-    if head is not None and head.shares_table:
+def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
+    """Yield the weights that a unit holds, each under its own name.  A head that shares its embedding's table has none.
+
+    Floats of all experts in one tensor are no layer: they are copied as they are.
+    ConfigError where such a tensor would have to be quantised, or written in another format.
+    """
+    if unit.holder.shares_with is not None:
         return
-    for method, shape, holder in layer_parts(module):
-        converted = method if isinstance(method, ConvertedLinearMethod) else None
-        source = method.source_method()
-        for index, stored_name in enumerate(shape.parts):
-            part = shape.part(index)
-            wanted = {spec.name for spec in source.weight_specs(part)}
-            own = tuple(
-                p
-                for p in placements
-                if p.module is holder and p.slot.prefix == stored_name and p.slot.spec.name in wanted
+    for part in unit.holder.parts():
+        source = part.method.source_method()
+        target = part.method.target if isinstance(part.method, ConvertedLinearMethod) else None
+        if part.stacked:
+            if target is None and isinstance(source, UnquantizedLinearMethod):
+                continue
+            raise ConfigError(
+                "all experts lie in one tensor, which no spelling has a quantised form of",
+                code="spelling",
+                tensor=part.name,
+                expected="experts with tensors of their own, as experts.0.up_proj",
+                found=f"{source.describe()}, to be {target.describe() if target else 'kept'}",
+                fix=f"Leave it as it is ({part.name}=none is for floats), or load it with rules instead.",
             )
-            name = module.prefix if head is not None else stored_name
-            rule = prepared.quant.decisions[name].rule
-            yield SourceLayer(
-                name, module.kind, part, source, converted.target if converted else None, rule, own
-            )
+        shape = replace(part.shape, parts=(part.stored,))
+        wanted = {spec.name for spec in source.weight_specs(shape)}
+        own = tuple(
+            p
+            for p in unit.placements
+            if p.module is part.module and p.slot.prefix == part.stored and p.slot.spec.name in wanted
+        )
+        kind = "linear" if part.kind == "experts" else part.kind
+        rule = prepared.quant.decisions[part.name].rule
+        yield SourceLayer(part.name, kind, shape, source, target, rule, own)

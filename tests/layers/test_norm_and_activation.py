@@ -58,7 +58,7 @@ def test_gemmas_norm_multiplies_by_one_more_than_its_weight_before_it_rounds(dty
     assert torch.allclose(ours(x).float(), theirs(x).float(), **close), "a fresh norm multiplies by one"
     weight = random((48,), scale=0.3, seed=1)
     ours.weight.data.copy_(weight)  # as a checkpoint has it
-    ours.process_weights_after_loading()
+    ours.finish()
     theirs.weight.data.copy_(weight)
     normed, total = ours(x, residual)
     assert normed.dtype is total.dtype is dtype

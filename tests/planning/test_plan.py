@@ -13,7 +13,7 @@ import pymllm
 from pymllm.api import shipped_model
 from pymllm.errors import RuleError
 from pymllm.kernels.refusals import explain
-from pymllm.layers.linear import WeightedLayer, layer_parts
+from pymllm.layers.weighted import WeightedLayer
 from pymllm.loading.load import load_model
 from pymllm.parallel import Parallel
 from pymllm.planning.make_plan import plan
@@ -64,17 +64,17 @@ def test_what_loads_is_what_was_planned(rules, dtype):
     rows = {row.prefix: row for row in planned.layers}
     for layer in model.modules():
         if isinstance(layer, WeightedLayer):
-            for method, shape, holder in layer_parts(layer):
-                bound = bound_weight(holder)
-                names = [layer.prefix] if layer.kind == "lm_head" else shape.parts
+            for weight in layer.held():
+                bound = bound_weight(weight.packed_in)
+                names = [layer.prefix] if layer.kind == "lm_head" else weight.shape.parts
                 for name in names:
                     row = rows[name]
-                    assert (row.method, row.kernel) == (method.name, bound.selection.kernel.name)
+                    assert (row.method, row.kernel) == (weight.method.name, bound.selection.kernel.name)
                     assert row.refused == explain(bound.selection)
     storages = {}
     for layer in model.modules():
-        for _, _, holder in layer_parts(layer) if isinstance(layer, WeightedLayer) else ():
-            for tensor in bound_weight(holder).packed.values():
+        for weight in layer.held() if isinstance(layer, WeightedLayer) else ():
+            for tensor in bound_weight(weight.packed_in).packed.values():
                 storages[tensor.untyped_storage().data_ptr()] = tensor.nbytes
         for param in layer._parameters.values():
             if param is not None:

@@ -13,7 +13,8 @@ import pymllm
 from pymllm.errors import ConfigError
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CodebookType, Fp8Type, IntType
-from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallelLinear, SplitLinearMethod
+from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallelLinear
+from pymllm.layers.split import SplitLinearMethod
 from pymllm.parallel import Parallel, simulate
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.binding import bound_weight

@@ -17,8 +17,8 @@ from pymllm.layers.linear import (
     Linear,
     MergedColumnParallelLinear,
     RowParallelLinear,
-    SplitLinearMethod,
 )
+from pymllm.layers.split import SplitLinearMethod
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config
 from pymllm.quantization.binding import bind, bound_weight

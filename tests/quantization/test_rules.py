@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pymllm.errors import CheckpointError, ConfigError, RuleError
-from pymllm.layers.linear import SplitLinearMethod
+from pymllm.layers.split import SplitLinearMethod
 from pymllm.loading.load import load_model
 from pymllm.loading.prepare import prepare
 from pymllm.quantization import base

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import pymllm
+import pymllm.layers.swapped
 import pymllm.swapping.swap
 from pymllm import LLM, SamplingParams
 from pymllm.checking.verify import verify
 from pymllm.errors import ConfigError, PymllmError, RuleError
-from pymllm.layers.linear import weighted_layers
+from pymllm.layers.weighted import weighted_layers
 from pymllm.loading.load import load_model
 from pymllm.parallel import simulate
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
@@ -175,9 +176,9 @@ def failing(call, when: int, error: BaseException):
 FAULTS = {
     "quantize": (Fp8LinearMethod, "quantize", 6, RuntimeError("injected")),
     "out-of-memory": (Fp8LinearMethod, "quantize", 9, torch.OutOfMemoryError("injected")),
-    "pack": (pymllm.swapping.swap, "bind_for", 5, MemoryError("injected")),
+    "pack": (pymllm.layers.swapped, "bind_for", 5, MemoryError("injected")),
     "interrupt": (Fp8LinearMethod, "quantize", 4, KeyboardInterrupt()),
-    "install": (pymllm.swapping.swap.LayerState, "install", 3, RuntimeError("injected")),
+    "install": (pymllm.layers.swapped.LayerState, "install", 3, RuntimeError("injected")),
     "plan": (pymllm.swapping.swap, "make_plan", 1, RuntimeError("injected")),
 }
 
