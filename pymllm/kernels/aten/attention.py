@@ -12,7 +12,7 @@ from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV, s
 
 
 class TorchAttention:
-    """torch.nn.functional.scaled_dot_product_attention with grouped heads; reads every type of cache."""
+    """Attention by torch.nn.functional.scaled_dot_product_attention, with grouped heads, over every type of cache."""
 
     name = "torch_sdpa"
 
@@ -51,7 +51,11 @@ class TorchAttention:
         request: int,
         first: int,
     ) -> Tensor:
-        """q: [Tq, H, D], keys: [Tk, Hkv, D], values: [Tk, Hkv, Dv].  Returns [Tq, H, Dv]."""
+        """Attend for the new tokens of one request.
+
+        q: [Tq, H, D].  keys: [Tk, Hkv, D].  values: [Tk, Hkv, Dv].  first: the position of the first key.
+        Returns [Tq, H, Dv].
+        """
         queries, seen = q.shape[0], keys.shape[0]
         window = problem.sliding_window
         windowed = window is not None and seen > window

@@ -1,4 +1,4 @@
-"""RMSNorm, silu·mul and rotary written with torch operations: any device, any float dtype."""
+"""RMSNorm, gated activations and rotary positions in torch operations, for any device and any float dtype."""
 
 # T tokens, H hidden size, N half the gated size, D head size, R rotary size
 
@@ -12,7 +12,7 @@ from pymllm.kernels.elementwise import ElementwiseProblem
 
 
 class TorchElementwise:
-    """Each step a torch operation."""
+    """Norms, gated activations and rotary positions, every step of them a torch operation."""
 
     name = "torch"
 
@@ -22,10 +22,11 @@ class TorchElementwise:
     def rms_norm(
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x / sqrt(mean(x²) + eps), times a weight.  With a residual: (normed x + residual, x + residual).
+        """Normalise x to x / sqrt(mean(x²) + eps), and multiply it by the weight.
 
-        x, residual: [*, H].  weight: [H].  Float32 maths, then x's dtype, then the weight; but a float32 weight
-        multiplies before the result is rounded to x's dtype.
+        x, residual: [*, H].  weight: [H].  Returns [*, H]; with a residual, the normed x + residual, and x + residual.
+        The maths is in float32.  The result is rounded to x's dtype before the weight multiplies it; but a float32
+        weight multiplies first, and the product is rounded.
         """
         if residual is not None:
             x = x + residual
@@ -39,19 +40,19 @@ class TorchElementwise:
         return normed if residual is None else (normed, x)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        """silu(gate) * up.  x: [*, 2N], gate first.  Returns [*, N]."""
+        """Multiply silu(gate) by up.  x: [*, 2N], gate first.  Returns [*, N]."""
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def gelu_and_mul(self, x: Tensor) -> Tensor:
-        """gelu(gate) * up, in the tanh approximation.  x: [*, 2N], gate first.  Returns [*, N]."""
+        """Multiply gelu(gate), in the tanh approximation, by up.  x: [*, 2N], gate first.  Returns [*, N]."""
         gate, up = x.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the first R elements of each head, halves paired; the rest passes bit for bit.
+        """Rotate the first R elements of each head, halves paired; leave the rest as it is, bit for bit.
 
-        x: [T, heads, D].  cos, sin: [T, R/2] float32.  Float32 maths; returns x's shape and dtype.
+        x: [T, heads, D].  cos, sin: [T, R/2] float32.  The maths is in float32.  Returns x's shape and dtype.
         """
         rotary_size = 2 * cos.shape[-1]
         first, second = x[..., :rotary_size].float().chunk(2, dim=-1)

@@ -17,7 +17,7 @@ MIDDLE = 8  # torch's formula is (code - 8) * scale + zero
 
 
 class TorchInt4Pack:
-    """Group-wise int4; scales and zeros are kept in the activations' dtype, as torch wants them."""
+    """Group-wise int4 by torch's kernel.  Scales and zeros are kept in the activations' dtype, as torch wants them."""
 
     name = "torch_int4pack"
     device_type = "cpu"  # the only one it runs on
@@ -53,13 +53,13 @@ class TorchInt4Pack:
         scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous().to(problem.dtype)
         packed = {"codes": self._pack_codes(weight.codes), "scales_and_zeros": scales_and_zeros}
         if problem.dtype is not torch.float32 or weight.scales.dtype is not torch.float16:
-            # What torch's copy has rounded, for `unpack`.
+            # torch's copy of the scales and zeros is rounded: `unpack` needs them as they were.
             packed |= {name: t for name, t in weight.tensors().items() if name != "codes"}
         return packed
 
     @staticmethod
     def _pack_codes(codes: Tensor) -> Tensor:
-        """[O, I] codes → [O, I/2] bytes in torch's order; a few rows at a time, as torch wants them in int32."""
+        """Pack codes [O, I] into bytes [O, I/2] in torch's order; a few rows at a time, as torch wants int32 codes."""
         out_features, in_features = codes.shape
         packed = torch.empty((out_features, in_features // 2), dtype=torch.uint8, device=codes.device)
         if codes.device.type == "meta":
@@ -84,7 +84,10 @@ class TorchInt4Pack:
 
     @staticmethod
     def _unpack_codes(packed: Tensor, problem: LinearProblem) -> Tensor:
-        """Ask the kernel itself: with scales of 1 and zeros of 8, a unit vector's product is a column of codes."""
+        """Ask the kernel itself for the codes, [O, I] uint8.
+
+        With scales of 1 and zeros of 8, the product of a unit vector is a column of codes.
+        """
         kind = problem.weight
         assert isinstance(kind, IntType)
         groups = problem.in_features // kind.group_size

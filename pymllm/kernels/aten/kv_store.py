@@ -1,4 +1,4 @@
-"""Storing keys and values in pages, with torch operations: any device, any type."""
+"""Storing keys and values in pages with torch operations, for any device and any type of cache."""
 
 # T tokens, Hkv key heads, D head size
 
@@ -14,7 +14,7 @@ INT8_MIN, INT8_MAX = -128.0, 127.0
 
 
 class TorchKVStore:
-    """Scale, round and scatter."""
+    """A KV store that scales, rounds and scatters."""
 
     name = "torch"
 
@@ -27,7 +27,7 @@ class TorchKVStore:
         tokens, slots = step.once("stored tokens", lambda: _stored(step))
         for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
             codes, scale = encode_kv(new if tokens is None else new[tokens], cache.type, scales)
-            # fp8 has no scatter on every device; its bytes do.
+            # Not every device scatters fp8; every one scatters its bytes.
             raw = torch.uint8 if cache.type.dtype.itemsize == 1 else cache.type.dtype
             pages.flatten(0, 1).view(raw)[slots] = codes.view(raw)
             if scale is not None and scales is not None:
@@ -35,7 +35,7 @@ class TorchKVStore:
 
 
 def _stored(step: AttentionStep) -> tuple[Tensor | None, Tensor]:
-    """The tokens that have a slot (None: all) and their slots; the only look at slots a step takes."""
+    """Select the tokens that have a slot (None: all have) and their slots.  A step looks at its slots only here."""
     slots = step.slot_mapping
     assert slots is not None
     kept = slots >= 0
@@ -46,9 +46,10 @@ def _stored(step: AttentionStep) -> tuple[Tensor | None, Tensor]:
 
 
 def encode_kv(x: Tensor, kind: KVType, static_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Keys or values as a cache of this type stores them, and the scale of each token's head if it has those.
+    """Encode keys or values as a cache of this type stores them.
 
-    x: [T, Hkv, D].  static_scale: [Hkv], for static scaling.  Returns codes [T, Hkv, D], and float32 [T, Hkv] or None.
+    x: [T, Hkv, D].  static_scale: [Hkv], for static scaling.  Returns codes [T, Hkv, D], and the scales of each token's
+    heads, float32 [T, Hkv], or None where the type has no such scales.
     """
     if kind.scaling == "none":
         return x.to(kind.dtype), None
@@ -58,7 +59,7 @@ def encode_kv(x: Tensor, kind: KVType, static_scale: Tensor | None) -> tuple[Ten
         assert static_scale is not None
         scale = static_scale.unsqueeze(-1)
     else:
-        # A head of zeros keeps a scale that can be divided by.
+        # A head of zeros gets the smallest normal number: its scale must not be 0, as values are divided by it.
         smallest = torch.finfo(torch.float32).smallest_normal
         scale = (values.abs().amax(-1, keepdim=True) / largest).clamp(min=smallest)
     codes = values / scale

@@ -11,7 +11,7 @@ from pymllm.kernels.registry import Packed
 
 
 class TorchLinear:
-    """torch.nn.functional.linear."""
+    """Products with plain floats by torch.nn.functional.linear."""
 
     name = "torch"
     layout = "dense"
@@ -37,7 +37,10 @@ class TorchLinear:
 
 
 class TorchEmbedding(TorchLinear):
-    """torch.nn.functional.embedding.  A table in another dtype stays as it is: only its gathered rows are converted."""
+    """Rows of a table of plain floats by torch.nn.functional.embedding.
+
+    A table in another dtype stays as it is: only its gathered rows are converted.
+    """
 
     def why_not(self, problem: LinearProblem) -> str | None:
         if not isinstance(problem.weight, DenseType):

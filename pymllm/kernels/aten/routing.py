@@ -1,4 +1,4 @@
-"""Routing written with torch operations: any device, any float dtype."""
+"""Routing in torch operations, for any device and any float dtype."""
 
 # T tokens, E experts, K experts a token, N groups of experts
 
@@ -11,7 +11,7 @@ from pymllm.kernels.routing import SMALLEST_SUM, Routing, RoutingProblem
 
 
 class TorchRouting:
-    """Each step a torch operation."""
+    """Routing, every step of it a torch operation."""
 
     name = "torch"
 
@@ -19,7 +19,7 @@ class TorchRouting:
         return None
 
     def run(self, routing: Routing, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `RoutingKernel.run`."""
+        """Route as `RoutingKernel.run` says."""
         scores = _scores(routing, logits.float())
         ranked = scores if bias is None else scores + bias.float()
         if routing.groups > 1:
@@ -34,14 +34,14 @@ class TorchRouting:
 
 
 def _scores(routing: Routing, logits: Tensor) -> Tensor:
-    """[T, E] float32."""
+    """Score every expert for every token.  logits: [T, E] float32.  Returns [T, E] float32."""
     if routing.scoring == "topk_softmax":
         return logits
     return logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
 
 
 def _within_groups(routing: Routing, ranked: Tensor) -> Tensor:
-    """[T, E]: experts outside the kept groups at minus infinity."""
+    """Mask the experts outside of the kept groups with minus infinity.  ranked: [T, E].  Returns [T, E]."""
     groups = ranked.unflatten(-1, (routing.groups, -1))  # [T, N, E/N]
     best = groups.topk(routing.group_best, dim=-1).values.sum(-1)
     kept = best.topk(routing.kept_groups, dim=-1).indices  # [T, kept_groups]

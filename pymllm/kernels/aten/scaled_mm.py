@@ -13,7 +13,7 @@ from pymllm.kernels.registry import Packed
 
 
 class TorchScaledMM:
-    """W8A8: a scale for each output channel and each token."""
+    """Products of fp8 by fp8 (W8A8), with a scale for each output channel and each token."""
 
     name = "torch_scaled_mm"
     device_type = "cuda"  # the only one it runs on

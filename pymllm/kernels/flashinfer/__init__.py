@@ -1,1 +1,1 @@
-"""FlashInfer's kernels behind ours."""
+"""FlashInfer's kernels behind the interface of ours."""

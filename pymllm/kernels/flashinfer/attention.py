@@ -1,8 +1,8 @@
-"""FlashInfer's paged attention for steps that read prompts, for who has the package installed.
+"""FlashInfer's paged attention for steps that read prompts, where the package is installed.
 
-FlashInfer plans a step on the host before it runs, which a CUDA graph cannot hold. Steps in which every request brings
-one token are therefore left to `TritonGroupedAttention`, as is what FlashInfer has no form for: steps without pages,
-and those of strategies that decode blocks. Nothing of FlashInfer is imported before a step needs it.
+FlashInfer plans a step on the host before it runs, and a CUDA graph cannot hold that. Steps in which every request
+brings one token are therefore left to `TritonGroupedAttention`. So are the steps that FlashInfer has no form for: those
+without pages, and those of strategies that decode blocks. Nothing of FlashInfer is imported before a step needs it.
 """
 
 # R requests, T tokens of this step, H query heads, Hkv key heads, D head size, P page size
@@ -28,10 +28,11 @@ WORKSPACE_BYTES = 128 << 20  # what its documentation asks for
 
 @dataclass(frozen=True)
 class Requests:
-    """A step's requests that bring tokens, as FlashInfer is told of them; all int32, on the host but for `pages`.
+    """A step's requests that bring tokens, in the form that FlashInfer plans with.
 
-    query_starts: [R + 1].  page_starts: [R + 1], where the pages of each begin in `pages`, [pages], on the device.
-    last_lengths: [R], tokens in the last page of each, 1 to P.
+    query_starts: [R + 1], where the tokens of each request begin.  page_starts: [R + 1], where the pages of each begin
+    in `pages`, [pages].  last_lengths: [R], tokens in the last page of each, 1 to P.
+    All are int32, and all but `pages` are on the host.
     """
 
     query_starts: Tensor
@@ -41,7 +42,7 @@ class Requests:
 
 
 class FlashInferAttention:
-    """Prompts by FlashInfer's BatchPrefillWithPagedKVCacheWrapper, decoding by Triton."""
+    """Attention over prompts by FlashInfer's BatchPrefillWithPagedKVCacheWrapper; decoding is left to Triton."""
 
     name = "flashinfer"
     device_type = "cuda"  # the only one it runs on
@@ -81,14 +82,17 @@ class FlashInferAttention:
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """As `AttentionKernel.run`."""
+        """Attend as `AttentionKernel.run` says."""
         if cache is None or step.max_seqlen_q <= 1 or not step.causal:
             return self.decoding.run(problem, q, k, v, step, cache, sinks)
-        wrapper = step.once(("flashinfer", problem), lambda: self._planned(problem, step, q.device))
+        wrapper = step.once(("flashinfer", problem), lambda: self._plan(problem, step, q.device))
         return wrapper.run(q if q.is_contiguous() else q.contiguous(), (cache.k, cache.v))
 
-    def _planned(self, problem: AttentionProblem, step: AttentionStep, device: torch.device) -> Any:
-        """The problem's wrapper, told of this step.  Compiles FlashInfer's kernel the first time."""
+    def _plan(self, problem: AttentionProblem, step: AttentionStep, device: torch.device) -> Any:
+        """Plan this step with the problem's wrapper, and return the wrapper.
+
+        The first time, FlashInfer compiles its kernel.  Raises KernelError if it cannot.
+        """
         requests = step.once(("flashinfer requests", device), lambda: requests_of(step, device))
         try:
             wrapper = self.wrappers.get(problem)
@@ -106,7 +110,7 @@ class FlashInferAttention:
                 step.page_size,
                 causal=True,
                 sm_scale=problem.scale,
-                # Positions before its own that a query sees, where ours counts its own too.
+                # FlashInfer counts the positions before a query's own; sliding_window counts its own too.
                 window_left=-1 if problem.sliding_window is None else problem.sliding_window - 1,
                 logits_soft_cap=problem.soft_cap,
                 q_data_type=problem.dtype,
@@ -123,14 +127,15 @@ class FlashInferAttention:
 
 
 def requests_of(step: AttentionStep, device: torch.device) -> Requests:
-    """The requests of a step that bring tokens."""
+    """Collect the requests of a step that bring tokens."""
     assert step.page_tables is not None
     bringing = [(row, *span) for row, span in enumerate(step.spans) if span[1] > span[0]]
     lengths = torch.tensor([length for _, _, _, length in bringing], dtype=torch.int32)
     counts = (lengths + step.page_size - 1) // step.page_size
     starts = torch.zeros(len(bringing) + 1, dtype=torch.int32)
     starts[1:] = counts.cumsum(0)
-    first = torch.tensor([row * step.page_tables.shape[1] for row, *_ in bringing])  # in the tables laid flat
+    # Where the row of each begins in the flattened page tables.
+    first = torch.tensor([row * step.page_tables.shape[1] for row, *_ in bringing])
     places = (first - starts[:-1]).repeat_interleave(counts) + torch.arange(int(starts[-1]))
     return Requests(
         torch.tensor([bringing[0][1], *(stop for _, _, stop, _ in bringing)], dtype=torch.int32),
@@ -142,7 +147,7 @@ def requests_of(step: AttentionStep, device: torch.device) -> Requests:
 
 @functools.cache
 def _workspace(device: torch.device) -> Tensor:
-    """Where FlashInfer keeps parts of sums; of all layers, which run one after the other."""
+    """Make FlashInfer's room for partial sums, one a device: layers run one after the other, and share it."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
@@ -153,7 +158,10 @@ def _package() -> Any:
 
 @functools.cache
 def _why_not_installed() -> str | None:
-    """Why FlashInfer cannot be had here; its kernels come compiled in a package of their own, or need nvcc."""
+    """Return why FlashInfer cannot be had here, or None.
+
+    Its kernels come compiled in a package of their own, or nvcc compiles them.
+    """
     if importlib.util.find_spec("flashinfer") is None:
         return "needs the package flashinfer (pip install 'pymllm[flashinfer]')"
     if importlib.util.find_spec("flashinfer_jit_cache") is None:

@@ -1,6 +1,6 @@
-"""Compiling kernels for GPUs that are not here, and what came out: registers, stack, shared memory.
+"""Compiling kernels for GPUs that are not here, and the registers, stack and shared memory that each of them takes.
 
-What to compile, a kernel's own `run` says: it runs on meta tensors, and its launches are recorded with the arguments,
+A kernel's own `run` says what to compile: it runs on meta tensors, and its launches are recorded with the arguments,
 constants and options of real ones. Each is then specialised and compiled by the very functions of Triton that a real
 launch goes through. A stack means spilled registers: nothing here has local arrays.
 """
@@ -33,7 +33,7 @@ from pymllm.kernels.triton.requirements import triton_installed
 
 @dataclass(frozen=True)
 class Case:
-    """Something a kernel is used for.  run: does it, on meta tensors.  hot: decoding waits for it, so no spills."""
+    """A use of a kernel.  run: makes that use of it, on meta tensors.  hot: decoding waits for it, so no spills."""
 
     name: str
     run: Callable[[], object]
@@ -42,7 +42,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Built:
-    """One compiled launch.  registers, stack (bytes a thread), shared (bytes a block).  error: why it was not built."""
+    """The result of compiling one launch.
+
+    registers: of a thread.  stack: bytes of a thread.  shared: bytes of a block, and shared_limit: how many a block may
+    have.  seconds: to compile.  error: why it was not built, or "".
+    """
 
     kernel: str
     function: str
@@ -59,7 +63,7 @@ class Built:
 
     @property
     def verdict(self) -> str:
-        """\"ok\", or what is wrong."""
+        """The word "ok", or what is wrong."""
         if self.error:
             return f"not built: {self.error}"
         if self.shared > self.shared_limit:
@@ -69,7 +73,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Pointer:
-    """A tensor, as far as compiling depends on it."""
+    """A tensor, as far as compiling depends on it.  aligned: to 16 bytes."""
 
     dtype: torch.dtype
     aligned: bool
@@ -77,7 +81,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Task:
-    """One launch to compile for one architecture.  case: of the kernel, for people."""
+    """One launch to compile for one architecture.  case: the name of the kernel's case, for people to read."""
 
     kernel: str
     case: str
@@ -87,7 +91,10 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Equal for launches that one binary serves: sizes count by 1, multiple of 16, or neither."""
+        """A key that is equal for launches that one binary serves.
+
+        Of a size it says only whether it is 1, a multiple of 16 or neither, and whether it needs 64 bits.
+        """
         shapes = [_specialisation(argument) for argument in self.launch.arguments]
         constants = {name: getattr(value, "name", value) for name, value in self.launch.constants.items()}
         return f"{self.architecture.name} {self.launch.kernel.name} {shapes} {constants}"
@@ -104,9 +111,9 @@ def _specialisation(argument: Any) -> str:
 
 
 def gather_tasks(architectures: list[str], *, only: str = "") -> list[Task]:
-    """Every launch of every case of every kernel that runs on these architectures, each binary once.
+    """Collect every launch of every case of every kernel that runs on these architectures, each binary once.
 
-    only: kernels whose name contains it.
+    only: part of a name; other kernels are left out.
     """
     tasks: dict[str, Task] = {}
     for name in architectures:
@@ -119,7 +126,7 @@ def gather_tasks(architectures: list[str], *, only: str = "") -> list[Task]:
 
 
 def tasks_of(kernel: str, case: Case, device: Device) -> Iterator[Task]:
-    """The launches of one case."""
+    """Record the launches of one case, and yield a task for each."""
     assert device.architecture is not None
     with recording() as launches:
         case.run()
@@ -142,7 +149,10 @@ def _described(argument: Any) -> Any:
 
 
 def build(tasks: list[Task], *, workers: int | None = None) -> list[Built]:
-    """Compile, several at a time, in processes without Triton's interpreter.  MissingExtraError without Triton."""
+    """Compile the tasks, several at a time, in processes without Triton's interpreter.
+
+    workers: how many processes; None: one for each CPU.  Raises MissingExtraError without Triton.
+    """
     if not triton_installed():
         raise MissingExtraError("triton", "triton", "compiling GPU kernels")
     interpret = os.environ.pop("TRITON_INTERPRET", None)
@@ -150,7 +160,7 @@ def build(tasks: list[Task], *, workers: int | None = None) -> list[Built]:
         built: list[Built] = []
         count = workers or os.cpu_count() or 1
         while len(built) < len(tasks):
-            # A compiler that crashes takes its process along: what follows is built one by one for a while.
+            # A compiler that crashes takes its process along: the next tasks are built one by one, to find the culprit.
             built += _build_in_processes(tasks[len(built) :], count)
             for task in tasks[len(built) : len(built) + count]:
                 built += _build_in_processes([task], 1) or [_row(task, error="the compiler crashed")]
@@ -161,7 +171,7 @@ def build(tasks: list[Task], *, workers: int | None = None) -> list[Built]:
 
 
 def _build_in_processes(tasks: list[Task], count: int) -> list[Built]:
-    """The results, up to the first that a crash left out."""
+    """Compile in `count` processes, and return the results up to the first that a crash left out."""
     built: list[Built] = []
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool, suppress(BrokenProcessPool):
         built.extend(pool.map(build_one, tasks))
@@ -169,7 +179,7 @@ def _build_in_processes(tasks: list[Task], count: int) -> list[Built]:
 
 
 def build_one(task: Task) -> Built:
-    """Compile one launch, in this process."""
+    """Compile one launch, in this process.  A launch that cannot be compiled is a result with an `error`."""
     started = time.perf_counter()
     registers = stack = shared = 0
     error = ""
@@ -204,7 +214,7 @@ def _row(
 
 
 def _compile(task: Task) -> Any:
-    """As `JITFunction.run` does it, for a target that is not the current one."""
+    """Compile as `JITFunction.run` does, but for a target that is not the current one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -230,7 +240,7 @@ def _compile(task: Task) -> Any:
 
 
 class _Unaligned:
-    """What Triton asks of a tensor argument."""
+    """A tensor that is not aligned to 16 bytes, with all that Triton asks of it: its dtype and its address."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -250,7 +260,7 @@ def _stand_in(argument: Any) -> Any:
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:
-    """Registers and stack bytes of a thread, from the cuobjdump that comes with Triton."""
+    """Read the registers and stack bytes of a thread from the cuobjdump that comes with Triton."""
     from triton import backends
 
     tool = Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
@@ -261,16 +271,16 @@ def _cuda_usage(compiled: Any) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise ValueError(f"cuobjdump says nothing of registers: {text[-200:]!r}")
+        raise ValueError(f"cuobjdump printed no line with REG and STACK; it ends with {text[-200:]!r}")
     return int(found[1]), int(found[2])
 
 
 def _hip_usage(compiled: Any) -> tuple[int, int]:
-    """Vector registers, and the bytes of those spilled, of a lane, from the assembly's own notes."""
+    """Read a lane's vector registers, and the bytes of those that are spilled, from the assembly's own notes."""
     text = compiled.asm["amdgcn"]
     registers, spilled = (
         re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
     )
     if registers is None or spilled is None:
-        raise ValueError("the assembly does not state its registers")
+        raise ValueError("the assembly does not state both .vgpr_count and .vgpr_spill_count")
     return int(registers[1]), 4 * int(spilled[1])

@@ -1,7 +1,7 @@
 """Paged attention in Triton: decoding divided over the keys, prompts in blocks of tokens, every kind of cache.
 
 Heads that share a key head are rows of one tile ("triton_grouped"), so keys and values are read once for all of them;
-"triton" takes each head by itself. No host synchronisation: how many blocks and splits there are follows from
+"triton" takes each head by itself. The host does not wait for the device: the numbers of blocks and splits follow from
 `max_seqlen_q`, `max_seqlen_k` and the number of requests alone, so a CUDA graph serves any requests within these.
 """
 
@@ -32,14 +32,14 @@ EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 
 
 class TritonGroupedAttention:
-    """All heads of a key head in one tile."""
+    """Attention with all query heads of a key head in one tile."""
 
     name = "triton_grouped"
     device_type = "cuda"  # the only one it runs on
     capturable = True
 
     def group(self, problem: AttentionProblem) -> int:
-        """Heads of one tile."""
+        """Return the number of query heads in one tile."""
         return problem.num_heads // problem.num_kv_heads
 
     def why_not(self, problem: AttentionProblem) -> str | None:
@@ -156,7 +156,10 @@ class TritonGroupedAttention:
         return y
 
     def cases(self, device: Device) -> Iterator[Case]:
-        """Decoding and prompts, every type of cache, and what models add: a window, a cap, sinks, odd head sizes."""
+        """Yield decoding and prompts, over every type of cache.
+
+        Some have what models add: a window, a cap, sinks, odd head sizes.
+        """
         plain = AttentionProblem(
             num_heads=32,
             num_kv_heads=8,
@@ -198,7 +201,7 @@ class TritonGroupedAttention:
 
 
 class TritonAttention(TritonGroupedAttention):
-    """One head a tile."""
+    """Attention with one query head in a tile."""
 
     name = "triton"
 
@@ -210,7 +213,10 @@ class TritonAttention(TritonGroupedAttention):
 
 
 class TritonKVStore:
-    """Scale, round and write, a head of a token in each block; slots below 0 are skipped on the device."""
+    """A KV store that scales, rounds and writes one head of a token in each block.
+
+    Tokens with a slot below 0 are skipped on the device.
+    """
 
     name = "triton"
     device_type = "cuda"  # the only one it runs on
@@ -279,7 +285,11 @@ class TritonKVStore:
 
 
 def choose_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> Tile:
-    """tokens of a tile: rows, heads of the group included; depth: keys; splits: of the keys, when decoding alone."""
+    """Choose the tile of an attention step, as tuned or by rule.
+
+    outputs: the heads of the group.  tokens: rows, each token's heads of the group included.  depth: keys.
+    splits: parts of the keys, 1 unless the step is decoding.
+    """
     decoding = step.max_seqlen_q <= 1
     size = bucket(step.max_seqlen_q)
     kind = f"d{problem.head_dim} g{group} {str(problem.kv.dtype).removeprefix('torch.')}"
@@ -317,7 +327,10 @@ def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) ->
 
 
 def _on_device(step: AttentionStep, device: torch.device) -> tuple[Tensor | None, ...]:
-    """What kernels read of a step, on their device; a copy only where a strategy left it on the host."""
+    """Return what kernels read of a step, on their device.  Only what a strategy left on the host is copied.
+
+    In order: where each request's queries start, lengths, pages, status, holes and the holes' ends.
+    """
     hole = step.mask_prefix_hole
     tensors = (
         step.cu_seqlens_q,
@@ -333,7 +346,7 @@ def _on_device(step: AttentionStep, device: torch.device) -> tuple[Tensor | None
 def _meta_tensors(
     problem: AttentionProblem, tokens: int, slots: int
 ) -> tuple[Tensor, Tensor, Tensor, PagedKV]:
-    """q, k, v of one step, and a cache, on meta."""
+    """Make q, k and v of one step, and a cache, on meta."""
     heads, kv_heads, dims = (
         problem.num_heads,
         problem.num_kv_heads,

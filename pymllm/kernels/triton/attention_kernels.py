@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @inline
 def stored_value(stored, dtype: tl.constexpr, BYTES: tl.constexpr):
-    """Stored keys or values in the activations' dtype; 8-bit codes are exact in it.  BYTES: fp8 comes as its bytes."""
+    """Convert stored keys or values to the activations' dtype, in which 8-bit codes are exact.
+
+    BYTES: fp8 comes as its bytes.
+    """
     if BYTES:
         value = e4m3_value(stored.to(tl.int32)).to(dtype)
     elif stored.dtype == tl.int8:
@@ -75,7 +78,7 @@ def attend(
     BLOCK_DV: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One block of a request's new tokens, for the GROUP heads that share a key head (SHARED: how many do in all).
+    """Attend for one block of a request's new tokens, for GROUP of the SHARED heads that share a key head.
 
     q: [T, H, D].  k, v: flattened pages [slots, Hkv, D], or with PAGE 0 this step's own, [T, Hkv, D].
     y: [T, H, Dv]; with SPLITS above 1: [S, T, H, Dv] float32, beside partial_max and partial_sum [S, T, H].
@@ -102,7 +105,7 @@ def attend(
         mask=row_mask[:, None] & (dims < D)[None, :],
         other=0.0,
     )
-    # What the last token of this block sees; a strategy may let it see to the end of its own block of tokens.
+    # Where the keys that the last token sees end; a strategy may let it see to the end of its own block of tokens.
     stop = cached + tl.minimum((block + 1) * BLOCK_T, new)
     causal = True
     if BLOCKS:
@@ -119,7 +122,8 @@ def attend(
 
     most = tl.full((BLOCK_T * BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T * BLOCK_G,), tl.float32)
-    if sinks is not None:  # the first split counts them
+    # The first split counts the sinks.
+    if sinks is not None:
         sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * 1.4426950408889634
         most = tl.where(part == 0, sink, most)
         total = tl.where(part == 0, 1.0, total)
@@ -148,7 +152,8 @@ def attend(
             scores *= key_scale
         elif SCALING == "token":
             scores *= tl.load(k_scale + slot * num_kv_heads + kv_head, mask=inside, other=0.0)[None, :]
-        if CAPPED:  # tanh, from an exponential that saturates to the right end
+        # tanh, from an exponential whose overflow gives 1 and whose underflow gives -1, as it should.
+        if CAPPED:
             scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (2.8853900817779268 / soft_cap)) + 1.0))
         scores *= 1.4426950408889634  # log2(e)
         seen = key[None, :] <= position[:, None]
@@ -196,7 +201,10 @@ def attend(
 def join_splits(
     parts, partial_max, partial_sum, y, rows, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
-    """parts: [S, T·H, Dv], partial_max, partial_sum: [S, T·H] float32.  y: [T·H, Dv].  Grid: (T·H,)."""
+    """Join the splits of one row.
+
+    parts: [S, T·H, Dv], partial_max, partial_sum: [S, T·H] float32.  y: [T·H, Dv].  Grid: (T·H,).
+    """
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_DV)
     splits = tl.arange(0, SPLITS)
@@ -228,7 +236,11 @@ def store(
     HARDWARE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """new: [T, Hkv, D].  pages: [slots, Hkv, D].  scales: [Hkv] or [slots, Hkv].  Grid: (T, Hkv)."""
+    """Store one head of a new key or value, scaled and rounded as the cache's type asks, in its token's slot.
+
+    new: [T, Hkv, D].  slots: [T], below 0: the token is skipped.  pages: [slots, Hkv, D].
+    scales: [Hkv], given (SCALING "static"), or [slots, Hkv], written here ("token").  Grid: (T, Hkv).
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:

@@ -1,7 +1,7 @@
 """8-bit weights and 8-bit activations (W8A8), both with scales of a tensor, a channel, a token, a block or a group.
 
-Activations are quantised by one kernel, with the codes that `reference.quantise_activations` gives. What torch
-multiplies faster, it multiplies: from `TORCH_TOKENS` rows on, where both scales are of whole rows.
+One kernel quantises activations, to the codes that `activations.quantise_activations` gives. torch multiplies where it
+is faster: from `TORCH_TOKENS` rows on, where both scales are of whole rows.
 """
 
 # T tokens, O out_features, I in_features
@@ -47,7 +47,11 @@ TORCH_TOKENS = 128
 
 @dataclass(frozen=True)
 class Groups:
-    """Elements that share a scale.  x_inputs: of a row of activations.  inputs, outputs: of the weight.  WHOLE: all."""
+    """The numbers of elements that share a scale.
+
+    integer: int8, else fp8.  x_inputs: inputs of a row of activations.  inputs, outputs: of the weight.
+    WHOLE: all of that axis.
+    """
 
     integer: bool
     x_inputs: int
@@ -55,13 +59,13 @@ class Groups:
     outputs: int
 
     def depth(self) -> int | None:
-        """Inputs of one step, within one group of each; None: there is no such step."""
+        """Return the inputs of one step, within one group of x and one of the weight, or None if no step is."""
         side = math.gcd(self.x_inputs, self.inputs)
         return next((depth for depth in (128, 64, 32) if side % depth == 0), None)
 
 
 class EightBit:
-    """What both kinds of element share."""
+    """The base of the fp8 kernel and the int8 kernel."""
 
     device_type = "cuda"  # the only one it runs on
     name: str
@@ -94,7 +98,10 @@ class EightBit:
         return TOLERANCES[problem.dtype] + self.error
 
     def input_codes(self, problem: LinearProblem) -> RowCodes | None:
-        """How `run` takes x already quantised; None: only a scale that this kernel knows, or one of all rows."""
+        """Return how `run` takes x already quantised, or None where it does not.
+
+        It does not where only this kernel knows the scale, or where all rows share one.
+        """
         kind, groups = problem.weight, self.groups(problem)
         assert isinstance(kind, (Fp8Type, IntType))
         if kind.activations not in ("token", "group"):
@@ -104,7 +111,10 @@ class EightBit:
     def run(
         self, packed: Packed, problem: LinearProblem, x: Tensor | QuantisedRows, bias: Tensor | None
     ) -> Tensor:
-        """x: [*, I] in the problem's dtype, or quantised as `input_codes` says.  Returns [*, O]."""
+        """Multiply x by the weight.
+
+        x: [*, I] in the problem's dtype, or quantised as `input_codes` says.  Returns [*, O].
+        """
         groups = self.groups(problem)
         kind = problem.weight
         assert isinstance(kind, (Fp8Type, IntType))
@@ -117,7 +127,7 @@ class EightBit:
 
 
 class TritonFp8Activations(EightBit):
-    """fp8 × fp8, on matrix units that multiply float8_e4m3fn."""
+    """Products of fp8 by fp8, on matrix units that multiply float8_e4m3fn."""
 
     name = "triton_fp8_w8a8"
     layout = "fp8, scales by input group"
@@ -175,7 +185,7 @@ class TritonFp8Activations(EightBit):
 
 
 class TritonInt8Activations(EightBit):
-    """int8 × int8, summed in int32 within a group: exact but for the rounding of activations."""
+    """Products of int8 by int8, summed in int32 within a group: exact but for the rounding of activations."""
 
     name = "triton_int8_w8a8"
     layout = "int8 less 128, scales by input group"
@@ -247,7 +257,10 @@ def eight_bit_linear(
     outputs: int,
     device: str,
 ) -> Tensor:
-    """x: [*, I] floats.  weight: [O, I] fp8 or int8.  The groups as in `Groups`.  Returns [*, O]."""
+    """Quantise x, and multiply it by the weight.
+
+    x: [*, I] floats.  weight: [O, I] fp8 or int8.  x_inputs, inputs, outputs: as in `Groups`.  Returns [*, O].
+    """
     rows = x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -279,7 +292,10 @@ def multiply_eight_bit(
     outputs: int,
     device: str,
 ) -> Tensor:
-    """codes: [*, I] fp8 or int8, as the weight's.  x_scales: [rows, I / x_inputs].  Returns [*, O] in dtype."""
+    """Multiply quantised activations by the weight.
+
+    codes: [*, I] fp8 or int8, as the weight's.  x_scales: [rows, I / x_inputs].  Returns [*, O] in dtype.
+    """
     groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
     rows = codes.reshape(-1, codes.shape[-1])
     out_features = weight.shape[0]
@@ -299,7 +315,7 @@ def multiply_eight_bit(
 def quantise(
     x: Tensor, groups: Groups, activations: str, input_scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x: [T, I] floats.  Returns codes [T, I], and float32 scales [T, I / x_inputs]."""
+    """Quantise rows.  x: [T, I] floats.  Returns codes [T, I], and float32 scales [T, I / x_inputs]."""
     tokens, in_features = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()

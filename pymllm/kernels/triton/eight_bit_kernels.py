@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 @inline
 def round_half_even(value):
-    """Of float32 values below 2^22 in magnitude: adding 1.5 * 2^23 leaves no room for a fraction."""
+    """Round float32 values below 2^22 in magnitude: adding 1.5 * 2^23 leaves no room for a fraction."""
     return (value + 12582912.0) - 12582912.0
 
 
 @inline
 def to_e4m3(value, HARDWARE: tl.constexpr):
-    """Float32 within ±448 as float8_e4m3fn, to nearest even.  HARDWARE: the GPU has the conversion; else its bits."""
+    """Convert float32 within ±448 to float8_e4m3fn, to nearest even.
+
+    HARDWARE: the GPU has the conversion; otherwise the result is the code's bits, in uint8.
+    """
     if HARDWARE:
         result = value.to(tl.float8e4nv)
     else:
@@ -36,7 +39,10 @@ def to_e4m3(value, HARDWARE: tl.constexpr):
 
 @inline
 def rounded(value, dtype: tl.constexpr, HARDWARE: tl.constexpr):
-    """Float32 rounded to a 16-bit float, to nearest even, as float32.  The interpreter only truncates to bfloat16."""
+    """Round float32 to a 16-bit float, to nearest even, and return it as float32.
+
+    Without HARDWARE the bits are rounded here, as the interpreter only truncates to bfloat16.
+    """
     if HARDWARE or dtype == tl.float16:
         result = value.to(dtype).to(tl.float32)
     else:
@@ -49,7 +55,7 @@ def rounded(value, dtype: tl.constexpr, HARDWARE: tl.constexpr):
 def scale_of(
     peak, dtype: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, HARDWARE: tl.constexpr
 ):
-    """Scales of values whose largest magnitudes are `peak`, rounded to dtype."""
+    """Compute the scales of values whose largest magnitudes are `peak`, rounded to dtype."""
     return tl.maximum(rounded(tl.div_rn(peak, LARGEST), dtype, HARDWARE), SMALLEST)
 
 
@@ -57,7 +63,7 @@ def scale_of(
 def encoded(
     values, scale, dtype: tl.constexpr, LOW: tl.constexpr, INTEGER: tl.constexpr, HARDWARE: tl.constexpr
 ):
-    """Codes of values over scales of the same shape; quotients are rounded to dtype first."""
+    """Encode values divided by scales of the same shape.  The quotients are rounded to dtype first."""
     quotient = rounded(tl.div_rn(values, scale), dtype, HARDWARE)
     if INTEGER:
         code = tl.minimum(tl.maximum(round_half_even(quotient), LOW), 127.0).to(tl.int8)
@@ -83,10 +89,11 @@ def quantise_rows(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x: [T, I].  codes: [T, I].  scales: [T, I/G] float32.  Grid: (T, I/G).
+    """Quantise one group of a row.
 
-    static: a scale for all of x, or None: each group's largest magnitude over LARGEST. Scales and quotients are
-    rounded to x's dtype, as the writers of checkpoints do it.
+    x: [T, I].  codes: [T, I].  scales: [T, I/G] float32.  Grid: (T, I/G).
+    static: one scale for all of x, or None: a group's scale is its largest magnitude over LARGEST. Scales and quotients
+    are rounded to x's dtype, as the writers of checkpoints do it.
     """
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
@@ -126,10 +133,12 @@ def multiply_scaled(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """x: [T, I] codes, x_scales: [T, I/X_GROUP].  weight: [O, I] codes, scales: [I/GROUP_IN, O/GROUP_OUT].
+    """Multiply 8-bit activations by an 8-bit weight.
 
+    x: [T, I] codes, x_scales: [T, I/X_GROUP].  weight: [O, I] codes, scales: [I/GROUP_IN, O/GROUP_OUT].
     y: [T, O], or [S, T, O] float32.  zeros: [I/GROUP_IN, O] uint8, or None.
-    Grid: (O / BLOCK_O, T / BLOCK_T, S).  A step lies in one group of either, so its sum has one scale of each.
+    Grid: (O / BLOCK_O, T / BLOCK_T, S).
+    A step lies within one group of x and one of the weight, so its sum has one scale of each.
     """
     part = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)

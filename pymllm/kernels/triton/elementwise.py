@@ -1,6 +1,6 @@
 """RMSNorm, gated activations and rotary positions on the GPU, each in one pass over memory.
 
-Roundings are those of `torch_elementwise`: results differ by float32 rounding before the last step.
+Roundings are those of `TorchElementwise`: results differ from its by float32 rounding before the last step.
 """
 
 # T tokens, H hidden size, N half the gated size, D head size, R rotary size
@@ -27,7 +27,7 @@ LONGEST_ROW = 1 << 15
 
 
 class TritonElementwise:
-    """A row, or a part of one, for each block."""
+    """Norms, gated activations and rotary positions, a row or a part of one in each block."""
 
     name = "triton"
     device_type = "cuda"  # the only one it runs on
@@ -38,7 +38,7 @@ class TritonElementwise:
         return why_not_device(problem.device)
 
     def why_not_codes(self, codes: RowCodes, size: int) -> str | None:
-        """Why results of rows of `size` are not given as such codes."""
+        """Return why results of rows of `size` cannot be such codes, or None."""
         return why_not_codes(codes, size)
 
     def rms_norm(
@@ -49,7 +49,7 @@ class TritonElementwise:
         residual: Tensor | None = None,
         codes: RowCodes | None = None,
     ) -> Tensor | QuantisedRows | tuple[Tensor | QuantisedRows, Tensor]:
-        """As `TorchElementwise.rms_norm`; the normed x as codes where they are asked for."""
+        """Normalise as `TorchElementwise.rms_norm` does.  Where codes are asked for, the normed x is codes."""
         normed: Tensor | QuantisedRows
         if codes is None:
             normed, summed = rms_norm(x, weight, eps, residual)
@@ -58,15 +58,15 @@ class TritonElementwise:
         return normed if residual is None else (normed, summed)
 
     def silu_and_mul(self, x: Tensor, codes: RowCodes | None = None) -> Tensor | QuantisedRows:
-        """As `TorchElementwise.silu_and_mul`; as codes where they are asked for."""
+        """Multiply as `TorchElementwise.silu_and_mul` does.  Where codes are asked for, the result is codes."""
         return gate_and_mul(x, "silu") if codes is None else gate_quantised(x, "silu", codes)
 
     def gelu_and_mul(self, x: Tensor, codes: RowCodes | None = None) -> Tensor | QuantisedRows:
-        """As `TorchElementwise.gelu_and_mul`; as codes where they are asked for."""
+        """Multiply as `TorchElementwise.gelu_and_mul` does.  Where codes are asked for, the result is codes."""
         return gate_and_mul(x, "gelu") if codes is None else gate_quantised(x, "gelu", codes)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """As `TorchElementwise.rotate`; x may be a slice of a fused projection."""
+        """Rotate as `TorchElementwise.rotate` does.  x may be a slice of a fused projection."""
         return rotate(x, cos, sin)
 
     def cases(self, device: Device) -> Iterator[Case]:
@@ -95,7 +95,7 @@ class TritonElementwise:
 
 
 def codes_for(device: Device) -> Iterator[RowCodes]:
-    """Those that linear kernels of the device ask for."""
+    """Yield the codes that linear kernels of the device ask for."""
     yield RowCodes(True)
     if device.architecture is not None and device.architecture.fp8:
         yield RowCodes(False)
@@ -110,7 +110,10 @@ def codes_for(device: Device) -> Iterator[RowCodes]:
     ),
 )
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x, residual: [*, H].  Returns the normed sum and the sum; that is empty without a residual."""
+    """Add the residual to x, and normalise the sum.
+
+    x, residual: [*, H].  Returns the normed sum and the sum; the latter is empty without a residual.
+    """
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -143,7 +146,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
     lambda x, activation: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
 )
 def gate_and_mul(x: Tensor, activation: str) -> Tensor:
-    """x: [*, 2N], gate first.  activation: "silu" or "gelu", in the tanh approximation.  Returns [*, N]."""
+    """Multiply activation(gate) by up.
+
+    x: [*, 2N], gate first.  activation: "silu", or "gelu" in the tanh approximation.  Returns [*, N].
+    """
     size = x.shape[-1] // 2
     rows = x.reshape(-1, 2 * size)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -157,7 +163,10 @@ def gate_and_mul(x: Tensor, activation: str) -> Tensor:
 
 @operator("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor", lambda x, cos, sin: x.new_empty(x.shape))
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, D].  cos, sin: [T, R/2] float32.  Returns [T, heads, D]."""
+    """Rotate the first R elements of each head, and copy the rest.
+
+    x: [T, heads, D].  cos, sin: [T, R/2] float32.  Returns [T, heads, D].
+    """
     tokens, heads, size = x.shape
     y = x.new_empty(x.shape)
     if y.numel():

@@ -27,7 +27,10 @@ def norm_rows(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, residual: [T, H].  y, summed: [T, H].  WHOLE: a row fits one block, and is read once.  Grid: (T,)."""
+    """Normalise one row of x, or of x plus the residual.
+
+    x, residual: [T, H].  y, summed: [T, H].  WHOLE: a row fits one block, and is read once.  Grid: (T,).
+    """
     row = tl.program_id(0).to(tl.int64)
     dtype = y.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -63,7 +66,10 @@ def norm_rows(
 
 @inline
 def gated(gate, up, ACTIVATION: tl.constexpr):
-    """activation(gate) * up, both rounded to their dtype.  ACTIVATION: "silu", or "gelu" in the tanh approximation."""
+    """Multiply activation(gate), rounded to its dtype, by up, and round the product to that dtype.
+
+    ACTIVATION: "silu", or "gelu" in the tanh approximation.
+    """
     wide = gate.to(tl.float32)
     inner = wide
     if ACTIVATION == "gelu":
@@ -75,7 +81,7 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
 
 @kernel
 def gate_rows(x, y, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """x: [T, 2N].  y: [T, N].  Grid: (T, N / BLOCK)."""
+    """Multiply activation(gate) by up in one block of a row.  x: [T, 2N].  y: [T, N].  Grid: (T, N / BLOCK)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -88,7 +94,10 @@ def gate_rows(x, y, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr)
 def rotate_heads(
     x, cos, sin, y, stride, head_stride, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """x: [T, heads, SIZE].  cos, sin: [T, HALF].  y: [T, heads, SIZE].  Grid: (T, heads)."""
+    """Rotate the first 2 * HALF elements of one head, and copy the rest.
+
+    x: [T, heads, SIZE].  cos, sin: [T, HALF].  y: [T, heads, SIZE].  Grid: (T, heads).
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < HALF

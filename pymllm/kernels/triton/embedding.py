@@ -1,4 +1,7 @@
-"""Rows of a quantised table, gathered and expanded in one kernel; packed as linear kernels do, for tied heads."""
+"""Rows of a quantised table, gathered and expanded in one kernel.
+
+The table is packed as linear kernels pack a weight, so that a tied head shares it.
+"""
 
 # V rows of the table, H hidden size, N ids, W words a row
 
@@ -54,11 +57,11 @@ class _Gather(WeightOnlyLinear):
 
 
 class TritonIntEmbedding(_Gather, TritonInt):
-    """Of integers."""
+    """A table of integers."""
 
 
 class TritonFp8Embedding(_Gather, TritonFp8):
-    """Of fp8."""
+    """A table of fp8."""
 
 
 @operator(
@@ -77,7 +80,10 @@ def gather(
     like: Tensor,
     coding: str,
 ) -> Tensor:
-    """ids: any shape, int64.  words: [V, W].  like: of the result's dtype.  Returns [*ids.shape, H]."""
+    """Gather rows of a table, and expand them.
+
+    ids: any shape, int64.  words: [V, W].  like: a tensor of the result's dtype.  Returns [*ids.shape, H].
+    """
     how = coding_of(coding)
     rows, row_words = words.shape
     y = like.new_empty((*ids.shape, row_words * how.per_word))
@@ -120,7 +126,7 @@ def gather_rows(
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
 ):
-    """ids: [N].  words: [V, W].  y: [N, H].  Grid: (N, W / BLOCK_W)."""
+    """Gather one block of a row, and expand it.  ids: [N].  words: [V, W].  y: [N, H].  Grid: (N, W / BLOCK_W)."""
     place = tl.program_id(0).to(tl.int64)
     rows = tl.load(ids + place) + tl.arange(0, 1)
     columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)

@@ -1,9 +1,10 @@
 """All routed experts of a layer in a few launches: weights of int4, int8, fp8, fp4 or 16 bits, 16-bit activations.
 
-Packed as the weight-only linear kernels pack one expert, stacked. A few slots (a token and one of its experts) each go
-through `multiply_one`; more are sorted by expert on the device, each expert's run padded to whole blocks, and go
-through `multiply_tile`. The largest possible number of blocks follows from shapes alone, and blocks that are not needed
-end at once: nothing is read back, and a CUDA graph serves any routing.
+Each expert is packed as the weight-only linear kernels pack a weight, and the experts are stacked. A slot is a token
+and one of its experts. A few slots each go through `multiply_one`; more are sorted by expert on the device, each
+expert's slots padded to whole blocks, and go through `multiply_tile`. The largest possible number of blocks follows
+from shapes alone, and blocks that are not needed end at once: nothing is read back, and a CUDA graph serves any
+routing.
 """
 
 # T tokens, K experts a token, S slots (T·K), E experts, H hidden size, I intermediate size, O out_features
@@ -53,7 +54,7 @@ SORTED_AT_ONCE = 1024
 
 
 class DenseWords(WeightOnlyLinear):
-    """16-bit floats as "words" of one code, for experts; a single dense layer is torch's."""
+    """16-bit floats as "words" of one code, for experts; a single dense layer is left to torch."""
 
     name = "dense"
     layout = "dense"
@@ -170,7 +171,7 @@ class TritonExperts(LinearExperts):
         return y
 
     def cases(self, device: Device) -> Iterator[Case]:
-        """128 experts of 768, eight a token, in every kind of weight."""
+        """Yield layers of 128 experts of 768, eight a token, in every kind of weight."""
         for example in [kind.examples()[0] for kind in WEIGHTS]:
             shapes = ((2 * 768, 2048), (2048, 768))
             weights = [resized(example, *shape) for shape in shapes]
@@ -201,10 +202,13 @@ def multiply_experts(
     rows: tuple[int, Tensor, Tensor] | None,
     top_k: int,
 ) -> None:
-    """y[s] = weight of slot s's expert times x[s // top_k].  x: [S / top_k, I].  y: [S, O].  weight: of all experts."""
+    """Multiply each slot's row by its expert's weight: y[s] = weight of slot s's expert times x[s // top_k].
+
+    x: [S / top_k, I].  weight: of all experts.  y: [S, O].  rows: what `sorted_slots` returns; None: few slots.
+    """
     slots, out_features = y.shape
     words = weight.words.shape[-1]
-    # A word of one code is short: as many bytes of a row as of packed codes.
+    # A word of one code is short: a step takes more of them, to read as many bytes of a row as of packed codes.
     depth = 64 * max(1, 4 // coding.per_word)
     operands = (weight.words, weight.scales, weight.zeros, weight.row_scales, bias)
     if rows is None:
@@ -255,10 +259,10 @@ def multiply_experts(
 
 
 def sorted_slots(ids: Tensor, num_experts: int) -> tuple[int, Tensor, Tensor]:
-    """Slots by expert, in order, each expert's padded to whole blocks.  ids: [T, K] int64; below 0: no expert.
+    """Sort slots by expert, keep their order within one, and pad each expert's to whole blocks.
 
-    Returns the slots of a block; [blocks * that] int32 slots, S where there is none; [blocks] int32 experts, below 0
-    for blocks that are not needed.
+    ids: [T, K] int64; below 0: no expert.  Returns the number of slots of a block; [blocks * that] int32 slots, S where
+    there is none; [blocks] int32 experts, below 0 for blocks that are not needed.
     """
     slots = ids.numel()
     block = min(64, max(16, next_power(slots // num_experts)))
@@ -297,7 +301,7 @@ def as_float(words, n: tl.constexpr):
 
 @kernel
 def count_slots(ids, counts, slots, BLOCK: tl.constexpr):
-    """ids: [S].  counts: [E].  Grid: (E,)."""
+    """Count the slots of one expert.  ids: [S].  counts: [E].  Grid: (E,)."""
     expert = tl.program_id(0)
     found = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, slots, BLOCK):
@@ -319,7 +323,10 @@ def place_slots(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """order: [blocks * BLOCK_T].  experts: [blocks].  Grid: (E + 1,); the last one marks the blocks left over."""
+    """Place the slots of one expert in blocks of its own.
+
+    order: [blocks * BLOCK_T].  experts: [blocks].  Grid: (E + 1,); the last program marks the blocks left over.
+    """
     expert = tl.program_id(0)
     all_experts = tl.arange(0, BLOCK_E)
     count = tl.load(counts + all_experts, mask=all_experts < num_experts, other=0)
@@ -347,13 +354,17 @@ def place_slots(
 
 @kernel
 def add_answers(answers, ids, weights, y, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """answers: [T·K, H] float32.  ids, weights: [T, K].  y: [T, H].  Grid: (T, H / BLOCK)."""
+    """Add up one block of a token's answers, each times its weight.
+
+    answers: [T·K, H] float32.  ids, weights: [T, K].  y: [T, H].  Grid: (T, H / BLOCK).
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(TOP_K):
         slot = token * TOP_K + k
-        written = tl.where(tl.load(ids + slot) >= 0, size, 0)  # an unused slot's answer never was
+        # The answer of a slot without an expert was never written.
+        written = tl.where(tl.load(ids + slot) >= 0, size, 0)
         answer = tl.load(answers + slot * size + columns, mask=columns < written, other=0.0)
         total += answer * tl.load(weights + slot).to(tl.float32)
     tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=columns < size)

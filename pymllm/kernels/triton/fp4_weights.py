@@ -28,7 +28,7 @@ SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
 class TritonFp4(WeightOnlyLinear):
-    """Codes as words; scales keep their type, and are read as bytes where that is an 8-bit float."""
+    """e2m1 codes as words.  Scales keep their type, and are read as bytes where that is an 8-bit float."""
 
     name = "triton_fp4"
     layout = "triton_fp4 words"
@@ -99,7 +99,7 @@ def _meta_weight(out_features: int, in_features: int, scales: torch.dtype, group
 
 
 def _transposed(scales: Tensor) -> Tensor:
-    """As bytes where torch does not copy 8-bit floats on every device."""
+    """Transpose scales.  8-bit floats go as bytes, as torch does not copy them on every device."""
     if scales.dtype.itemsize > 1:
         return scales.t().contiguous()
     return scales.view(torch.uint8).t().contiguous().view(scales.dtype)
@@ -112,7 +112,7 @@ def fp4_coding(span: str, group: str, scale_kind: str) -> Coding:
 
 @inline
 def e2m1(words, n: tl.constexpr):
-    """Exponent and fraction moved to their places in a float32; below 1 they count halves."""
+    """Decode code n: exponent and fraction move to their places in a float32; below 1 they count halves."""
     code = words >> (4 * n)
     size = code & 7
     normal = ((size << 22) + 0x3F000000).to(tl.float32, bitcast=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class TritonFp8(WeightOnlyLinear):
-    """A scale for the tensor, each channel or each block."""
+    """float8_e4m3fn weights with a scale for the tensor, each channel or each block."""
 
     name = "triton_fp8"
     layout = "triton_fp8 words"
@@ -89,7 +89,7 @@ class TritonFp8(WeightOnlyLinear):
 
 
 def _span(kind: Fp8Type, in_features: int) -> int | None:
-    """The last block of a row may be shorter than the others: a span divides both."""
+    """Return the span of a row, or None.  It divides both a block and the last block, which may be shorter."""
     return span_of(math.gcd(kind.block[1] or in_features, in_features))
 
 
@@ -100,7 +100,7 @@ def fp8_coding(span: str, group: str, rows: str) -> Coding:
 
 @inline
 def e4m3(words, n: tl.constexpr):
-    """Sign, exponent and fraction moved to their places in a float32, and the exponents' bases evened (2^120)."""
+    """Decode code n: sign, exponent and fraction move to their places in a float32; 2^120 evens the exponents' bias."""
     top = words << (24 - 8 * n)
     bits = (top & -2147483648) | ((top >> 4) & 0x07F00000)
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36

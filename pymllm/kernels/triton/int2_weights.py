@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TritonInt2(TritonInt):
-    """Sixteen codes a word."""
+    """2-bit integers, sixteen in a word."""
 
     name = "triton_int2"
     layout = "triton_int2 words"
@@ -42,7 +42,7 @@ def int2_coding(span: str, group: str) -> Coding:
 
 @inline
 def two_bits(words, n: tl.constexpr):
-    """As `int_weights.four_bits`: a code in the top bits of a float32's mantissa, under the exponent of 4."""
+    """Decode code n of each word, plus 4, as `int_weights.four_bits` does: under the exponent of 4."""
     if n < 11:
         code = words << (21 - 2 * n)
     else:

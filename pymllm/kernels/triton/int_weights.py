@@ -1,6 +1,6 @@
 """Integer weights with a scale for every group, activations left in 16-bit floats (W4A16, W8A16).
 
-Scales stay as stored; in memory they lie output beside output, so that a block of outputs reads them side by side.
+Scales stay as stored. In memory they lie output beside output, so that a block of outputs reads them side by side.
 """
 
 # O out_features, I in_features, G group_size
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class TritonInt(WeightOnlyLinear):
-    """4 or 8 bits, with zero points or without."""
+    """Integers of 4 or 8 bits, with zero points or without."""
 
     name = "triton_int"
     layout = "triton_int words"
@@ -102,12 +102,13 @@ def int_coding(bits: str, span: str, group: str) -> Coding:
     return Coding(eight_bits, 8, int(span), int(group), offset=256.0, zero=128.0)
 
 
-# A code in the top bits of a float32's mantissa, under the exponent of 16 or 256, is that plus the code, exactly, in
-# two instructions; the conversion of integers to floats runs at a quarter of their rate.
+# A float32 with the exponent of 16 or 256, and a code in the top bits of its mantissa, is exactly 16 or 256 plus the
+# code. That takes two instructions; the conversion of integers to floats runs at a quarter of their rate.
 
 
 @inline
 def four_bits(words, n: tl.constexpr):
+    """Decode code n of each word, plus 16."""
     if n < 5:
         code = words << (19 - 4 * n)
     else:
@@ -117,6 +118,7 @@ def four_bits(words, n: tl.constexpr):
 
 @inline
 def eight_bits(words, n: tl.constexpr):
+    """Decode code n of each word, plus 256."""
     if n < 2:
         code = words << (15 - 8 * n)
     else:

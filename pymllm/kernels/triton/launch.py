@@ -1,9 +1,9 @@
-"""Device functions that are compiled when first launched, and what a launch is.
+"""Device functions that are compiled when first launched, and the record of a launch.
 
 A file of kernels is imported on machines without Triton too: `@kernel` and `@inline` keep the Python function, and
 hand it to `triton.jit` on first use. In their bodies `tl` is `triton.language`.
 
-On meta tensors nothing is launched; inside `recording()` every launch is noted instead, with the very arguments and
+On meta tensors nothing is launched. Inside `recording()` every launch is noted instead, with the very arguments and
 constants of a real one. So a kernel's own `run` says what to compile ahead of time.
 """
 
@@ -50,7 +50,7 @@ def recording() -> Iterator[list[Launch]]:
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU.  Triton reads the variable when it is imported."""
+    """Tell whether Triton's interpreter runs the kernels, on the CPU.  Triton reads the variable on its import."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -67,13 +67,13 @@ class DeviceFunction:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """What `triton.jit` makes of it.  MissingExtraError without Triton."""
+        """The function as `triton.jit` makes it.  Raises MissingExtraError without Triton."""
         try:
             import triton
             import triton.language
         except ImportError:
             raise MissingExtraError("triton", "triton", "running a GPU kernel") from None
-        # A copy with names of its own: what kernels call must be what Triton made of it, for kernels alone.
+        # A copy with globals of its own: for a kernel, and for it alone, inline functions are what Triton made of them.
         names = dict(self.function.__globals__, tl=triton.language)
         for name in self.function.__code__.co_names:
             if isinstance(names.get(name), Inline):
@@ -88,14 +88,14 @@ def _find(module: str, name: str) -> Any:
 
 
 class Inline(DeviceFunction):
-    """Called by kernels."""
+    """A device function that kernels call."""
 
     def __call__(self, *arguments: Any) -> Any:
         raise TypeError(f"{self.name} is device code: only kernels call it")
 
 
 class Kernel(DeviceFunction):
-    """Launched over a grid."""
+    """A device function that is launched over a grid."""
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         recorded = _recorded.get()

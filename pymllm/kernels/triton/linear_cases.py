@@ -1,4 +1,4 @@
-"""What a linear kernel is compiled for ahead of time: weights of sizes that models have, and batches of all sizes."""
+"""The cases that linear kernels are compiled for ahead of time: weights of models' sizes, and batches of all sizes."""
 
 # O out_features, I in_features, T tokens
 
@@ -19,19 +19,21 @@ from pymllm.kernels.triton.ahead_of_time import Case
 
 EVEN, ODD = (4096, 14336), (1000, 960)  # (O, I): divided by every tile, and by none
 TOKENS = (1, 16, 64, 200, 2048)
-DECODED = 64  # rows that a step of decoding may have: beyond them, spilled registers cost little of the whole
+# Rows that a step of decoding may have. Beyond them, spilled registers cost little of the whole.
+DECODED = 64
 
 
 def resized(weight: Any, out_features: int, in_features: int) -> Any:
-    """A weight on meta, of another shape."""
+    """Make a weight like this one, of another shape, on meta."""
     sizes, old = (out_features, in_features), weight.shape
     fields = dict(vars(weight))
     if fields.get("group_size") == old[1]:
         fields["group_size"] = in_features
     for name, value in fields.items():
         if isinstance(value, Tensor) and name != "table":
+            # One scale for an axis stays one.
             shape = [
-                1 if n == 1 else -(-n * new // was)  # one scale of an axis stays one
+                1 if n == 1 else -(-n * new // was)
                 for n, new, was in zip(value.shape, sizes, old, strict=False)
             ]
             fields[name] = torch.empty(shape, dtype=value.dtype, device="meta")
@@ -39,7 +41,7 @@ def resized(weight: Any, out_features: int, in_features: int) -> Any:
 
 
 def random_like(weight: Any, out_features: int, in_features: int, seed: int, where: torch.device) -> Any:
-    """A weight like one on meta, of another shape, with random codes and scales of about 1/64."""
+    """Make a weight like one on meta, of another shape, with random codes and scales of about 1/64."""
     generator = torch.Generator().manual_seed(seed)
     fields = dict(vars(resized(weight, out_features, in_features)))
     for name, value in fields.items():
@@ -66,7 +68,7 @@ def random_like(weight: Any, out_features: int, in_features: int, seed: int, whe
 def linear_cases(
     kernel: Any, device: Device, weights: Sequence[CanonicalWeight], compute: Compute = "auto"
 ) -> Iterator[Case]:
-    """A case for each weight (on meta) and number of tokens, in bfloat16; for the first weight in float16 as well."""
+    """Yield a case for each weight (on meta) and number of tokens, in bfloat16; for the first weight in float16 too."""
     for index, weight in enumerate(weights):
         out_features, in_features = weight.shape
         for dtype in (torch.bfloat16, torch.float16)[: 1 if index else 2]:

@@ -1,4 +1,4 @@
-"""Host functions as torch operators, for `torch.compile`; called directly everywhere else, as dispatch costs time."""
+"""Host functions as torch operators, for `torch.compile`.  Elsewhere they are called directly: dispatch costs time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def operator(schema: str, meta: Callable[..., Any]) -> Callable[[F], F]:
-    """Decorator: register the function as `torch.ops.pymllm.<name>`.
+    """Register the decorated function as `torch.ops.pymllm.<name>`.
 
-    schema: "name(Tensor x, ...) -> Tensor".  meta: makes the results without data, for the same arguments.
-    The CPU has it too, for Triton's interpreter.
+    schema: "name(Tensor x, ...) -> Tensor".  meta: makes the results without data, from the same arguments.
+    The operator is registered for the CPU too, for Triton's interpreter.
     """
     name = schema.partition("(")[0]
     _library.define(schema)

@@ -1,4 +1,4 @@
-"""RMSNorm and gated activations that leave the codes of an 8-bit product, a row a block.
+"""RMSNorm and gated activations that give the codes an 8-bit product takes, a row in each block.
 
 Results are rounded to their dtype before they are quantised: codes and scales are those of `eight_bit.quantise` over
 what the kernels of `elementwise.py` give.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def why_not_codes(codes: RowCodes, size: int) -> str | None:
-    """Why rows of `size` are not quantised so in one block; None: they are."""
+    """Return why rows of `size` cannot be quantised to such codes in one block, or None."""
     if size > LONGEST_ROW:
         return f"quantises rows of up to {LONGEST_ROW}, not {size}"
     if codes.group and codes.group != next_power(codes.group):
@@ -38,19 +38,19 @@ def why_not_codes(codes: RowCodes, size: int) -> str | None:
 def norm_quantised(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, codes: RowCodes
 ) -> tuple[QuantisedRows, Tensor]:
-    """As `elementwise.rms_norm`, its first result quantised."""
+    """Normalise as `elementwise.rms_norm` does, and quantise the first result."""
     quantised, scales, summed = norm_and_quantise(x, weight, eps, residual, codes.integer, codes.group)
     return QuantisedRows(quantised, scales, x.dtype), summed
 
 
 def gate_quantised(x: Tensor, activation: str, codes: RowCodes) -> QuantisedRows:
-    """As `elementwise.gate_and_mul`, quantised."""
+    """Multiply as `elementwise.gate_and_mul` does, and quantise the result."""
     quantised, scales = gate_and_quantise(x, activation, codes.integer, codes.group)
     return QuantisedRows(quantised, scales, x.dtype)
 
 
 def _empty(x: Tensor, size: int, integer: bool, group: int) -> tuple[Tensor, Tensor]:
-    """Codes [*, size] and scales [rows, size / group] for rows of x."""
+    """Allocate codes [*, size] and scales [rows, size / group] for the rows of x."""
     dtype = torch.int8 if integer else torch.float8_e4m3fn
     rows = x.shape[:-1].numel()
     scales = x.new_empty((rows, divide(size, group or max(size, 1))), dtype=torch.float32)
@@ -58,7 +58,7 @@ def _empty(x: Tensor, size: int, integer: bool, group: int) -> tuple[Tensor, Ten
 
 
 def _coding(codes: Tensor, dtype: torch.dtype, size: int, group: int) -> tuple[Tensor, dict[str, Any]]:
-    """Codes as the kernels store them, and the constants of `store_codes`."""
+    """Return codes as the kernels store them, and the constants of `store_codes`."""
     integer, hardware, block = codes.dtype is torch.int8, not interpreting(), next_power(size)
     side = min(group or block, block)
     constants: dict[str, Any] = {
@@ -86,7 +86,10 @@ def _coding(codes: Tensor, dtype: torch.dtype, size: int, group: int) -> tuple[T
 def norm_and_quantise(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, integer: bool, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual: [*, H].  Returns codes, scales and the sum; that is empty without a residual."""
+    """Add the residual to x, and normalise and quantise the sum.
+
+    x, residual: [*, H].  Returns codes, scales and the sum; the last is empty without a residual.
+    """
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -111,7 +114,8 @@ def norm_and_quantise(
             scales.shape[1],
             eps,
             FLOAT_WEIGHT=weight is not None and weight.dtype is torch.float32,
-            **constants | {"num_warps": min(16, max(1, next_power(size) // 256))},  # sums as `norm_rows` does
+            # As many warps as `norm_rows` has, so that it sums in the same order.
+            **constants | {"num_warps": min(16, max(1, next_power(size) // 256))},
         )
     return codes, scales, summed
 
@@ -121,7 +125,10 @@ def norm_and_quantise(
     lambda x, activation, integer, group: _empty(x, x.shape[-1] // 2, integer, group),
 )
 def gate_and_quantise(x: Tensor, activation: str, integer: bool, group: int) -> tuple[Tensor, Tensor]:
-    """x: [*, 2N], gate first.  Returns codes [*, N] and scales."""
+    """Multiply activation(gate) by up, and quantise the product.
+
+    x: [*, 2N], gate first.  Returns codes [*, N] and scales.
+    """
     size = x.shape[-1] // 2
     rows = x.reshape(-1, 2 * size)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -161,7 +168,7 @@ def store_codes(
 ):
     """Quantise one row.  values: [BLOCK] float32, already rounded to dtype, 0 beyond `size`.
 
-    codes: [size].  scales: [groups] of so many inputs each.
+    codes: [size].  scales: [groups], each of GROUP inputs.
     """
     tile = tl.reshape(values, (GROUPS, GROUP))
     scale = scale_of(tl.max(tl.abs(tile), axis=1), dtype, LARGEST, SMALLEST, HARDWARE)
@@ -195,7 +202,10 @@ def norm_rows_to_codes(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """x, residual, summed, codes: [T, H].  scales: [T, H/G].  Grid: (T,)."""
+    """Normalise one row of x, or of x plus the residual, and quantise it.
+
+    x, residual, summed, codes: [T, H].  scales: [T, H/G].  Grid: (T,).
+    """
     row = tl.program_id(0).to(tl.int64)
     dtype = x.dtype.element_ty
     columns = tl.arange(0, BLOCK)
@@ -248,7 +258,10 @@ def gate_rows_to_codes(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """x: [T, 2N].  codes: [T, N].  scales: [T, N/G].  Grid: (T,)."""
+    """Multiply activation(gate) by up in one row, and quantise it.
+
+    x: [T, 2N].  codes: [T, N].  scales: [T, N/G].  Grid: (T,).
+    """
     row = tl.program_id(0).to(tl.int64)
     dtype = x.dtype.element_ty
     columns = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""What GPU kernels need of a device and its software: reasons that several of them give."""
+"""Needs of GPU kernels that a device or its software may not meet: the reasons that several of them give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ FLOATS = (torch.float16, torch.bfloat16)
 
 
 def why_not_device(device: Device) -> str | None:
-    """Why Triton kernels do not run on `device`; None: they do.  A device known by name alone is judged as if here."""
+    """Return why Triton kernels do not run on `device`, or None.
+
+    A device that is known by name alone is judged as if it were here, with Triton.
+    """
     if device.type != "cuda":
         return "needs a GPU"
     if device.architecture is None:
@@ -26,7 +29,7 @@ def why_not_device(device: Device) -> str | None:
 
 
 def why_not_float_activations(problem: LinearProblem, activations: str) -> str | None:
-    """For kernels that leave activations in 16-bit floats."""
+    """Return why a kernel that leaves activations in 16-bit floats does not fit the problem, or None."""
     if problem.dtype not in FLOATS:
         return f"multiplies float16 or bfloat16 activations, not {problem.dtype}"
     if problem.compute == "checkpoint" and activations != "float":

@@ -1,8 +1,8 @@
 """Routing on the GPU in one launch: scores, groups, the best experts and their weights, a token a block.
 
-The best is the greatest of integers that hold a score's bits, in an order that compares like the scores, above its
-expert's number: so each is found with one reduction, equal scores go to the lower expert, and no id is outside the
-experts even if scores are infinite or not a number.
+Experts are compared by integers. The upper half holds the score's bits, in an order that compares like the scores; the
+lower half holds the expert's number. So each of the best experts is found with one reduction, equal scores go to the
+lower expert, and no id is outside the experts even if scores are infinite or not a number.
 """
 
 # T tokens, E experts, K experts a token, N groups of experts, S experts of a group
@@ -27,11 +27,12 @@ from pymllm.kernels.triton.tuning import next_power
 if TYPE_CHECKING:
     import triton.language as tl
 
-MOST_LANES = 2048  # of a block: all experts, groups and their sizes made powers of two
+# Of a block: the number of groups times the experts of one, both rounded up to powers of two.
+MOST_LANES = 2048
 
 
 class TritonRouting:
-    """A token for each block; groups are rows of a tile."""
+    """Routing with one token in each block; groups are rows of a tile."""
 
     name = "triton_routing"
     device_type = "cuda"  # the only one it runs on
@@ -45,7 +46,7 @@ class TritonRouting:
         return why_not_device(problem.device)
 
     def run(self, routing: Routing, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `RoutingKernel.run`."""
+        """Route as `RoutingKernel.run` says."""
         return route(
             logits,
             bias,
@@ -59,7 +60,7 @@ class TritonRouting:
         )
 
     def cases(self, device: Device) -> Iterator[Case]:
-        """The rules of the model families: the best two, softmax over the chosen, groups with a bias and without."""
+        """Yield the model families' rules: the best two, softmax over the chosen, groups with a bias and without."""
         of_20 = Routing(top_k=6, renormalize=False, scale=16.0, groups=8, kept_groups=3)
         of_32 = Routing(top_k=8, scoring="sigmoid", scale=2.5, groups=8, kept_groups=4, group_best=2)
         rules = (
@@ -95,7 +96,10 @@ def route(
     kept_groups: int,
     group_best: int,
 ) -> tuple[Tensor, Tensor]:
-    """logits: [T, E].  bias: [E].  Returns weights [T, K] float32 and ids [T, K] int64."""
+    """Choose each token's experts.
+
+    logits: [T, E].  bias: [E].  Returns weights [T, K] float32 and ids [T, K] int64.
+    """
     tokens, experts = logits.shape
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
@@ -127,9 +131,10 @@ def route(
 
 @inline
 def ordered(values, places):
-    """int64, greater where the value is, or the place is lower among equal values.  Not a number counts as infinity.
+    """Make int64 keys that are greater where the value is, or, among equal values, where the place is lower.
 
-    values: float32.  places: int32 from 0.  The lower half is the place counted from the far end.
+    values: float32; not a number counts as infinity.  places: int32 from 0.
+    A key's lower half is the place counted from the far end.
     """
     values = tl.where(values == values, values, float("inf"))
     bits = values.to(tl.int32, bitcast=True)
@@ -139,7 +144,7 @@ def ordered(values, places):
 
 @inline
 def place_of(key):
-    """The place that `ordered` was given."""
+    """Return the place that `ordered` made the key of."""
     return 0x7FFFFFFF - (key & 0xFFFFFFFF)
 
 
@@ -162,7 +167,10 @@ def choose_experts(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """logits: [T, E].  bias: [E].  weights, ids: [T, K].  A tile is [groups, experts of one].  Grid: (T,)."""
+    """Choose the experts of one token.
+
+    logits: [T, E].  bias: [E].  weights, ids: [T, K].  A tile is [groups, experts of one].  Grid: (T,).
+    """
     NEVER: tl.constexpr = -9223372036854775808  # below every key
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_N)

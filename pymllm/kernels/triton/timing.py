@@ -1,4 +1,7 @@
-"""How long GPU kernels take: captured in a CUDA graph over several sets of weights; no cache helps, no host waits."""
+"""The time of GPU kernels, captured in a CUDA graph over several sets of weights.
+
+No cache helps, as the sets do not fit one, and the host's time does not count.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ WARM_UPS, REPLAYS = 2, 7
 
 
 def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
-    """The median time of one of `calls`, which are the same work over tensors of their own each, on the GPU."""
+    """Measure the median time of one of `calls`, in seconds on the GPU.
+
+    calls: the same work, each over tensors of its own.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -35,6 +41,6 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def sets_beyond_caches(nbytes: int) -> int:
-    """How many sets of tensors of this size are more than four times the second-level cache, at least 8."""
+    """Return how many sets of `nbytes` make up four times the second-level cache, and at least 8."""
     cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
     return max(8, -(-4 * cache // max(nbytes, 1)))

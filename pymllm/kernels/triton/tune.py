@@ -22,7 +22,7 @@ SETS = 8
 
 
 def candidates(tokens: int, default: Tile) -> Iterator[Tile]:
-    """Tiles worth trying for so many rows, the default one first."""
+    """Yield the tiles worth trying for so many rows, the default one first."""
     yield default
     splits = (1, 2, 4, 8)
     if tokens == 1:
@@ -46,9 +46,11 @@ def tune(
     clock: Clock,
     tiles: Callable[[int, Tile], Iterator[Tile]] = candidates,
 ) -> tuple[str, Tile, float, float]:
-    """The fastest tile for one shape: its key, itself, its seconds, and those of the default tile.
+    """Find the fastest tile for one shape.
 
+    Returns the shape's key, the tile, its seconds, and those of the default tile.
     A tile counts only if its results are those of the default one, within what float32 sums in another order explain.
+    Raises ValueError for so many tokens that torch multiplies: there is no tile then.
     """
     weights = [random_like(example, out_features, in_features, seed, where) for seed in range(SETS)]
     problem = LinearProblem(weights[0].type, in_features, out_features, torch.bfloat16, device)
@@ -57,7 +59,7 @@ def tune(
     words = packed[0]["words"].shape[-1]
     default = default_tile(device, bucket(tokens), out_features, words, coding.per_word)
     if default is None:
-        raise ValueError(f"{tokens} rows are multiplied by torch, there is nothing to tune")
+        raise ValueError(f"{tokens} rows are multiplied by torch, without a tile to tune; tune fewer")
     x = torch.randn(tokens, in_features, device=where, dtype=torch.bfloat16)
     expected = None
     timed: list[tuple[float, Tile]] = []

@@ -1,4 +1,4 @@
-"""How large a kernel's tiles are: a rule by default, or what `pymllm bench tune` measured on this very device.
+"""The sizes of kernels' tiles: by rule, or as `pymllm bench tune` measured them on this very device.
 
 Tuned choices are data: `configs/<device>.json` beside this file maps a shape to a configuration. No kernel tunes
 itself while it runs, so the same call does the same everywhere.
@@ -21,9 +21,11 @@ LARGEST_BUCKET = 8192
 
 @dataclass(frozen=True)
 class Tile:
-    """outputs, tokens, depth: the tile of one block; depth is in stored columns (words, bytes, keys).
+    """The tile of one block, and how its kernel is launched.
 
+    outputs, tokens, depth: of the tile; depth is in stored columns (words, bytes, keys).
     splits: parts of the sum that blocks work on at once; they are added in order, so results do not vary.
+    warps, stages: Triton's num_warps and num_stages.
     """
 
     outputs: int
@@ -35,38 +37,44 @@ class Tile:
 
 
 def bucket(tokens: int) -> int:
-    """The power of two that covers `tokens`: shapes within one share a configuration."""
+    """Return the power of two that covers `tokens`, at most LARGEST_BUCKET: shapes within one share a configuration."""
     return min(next_power(tokens), LARGEST_BUCKET)
 
 
 def divide(length: int, by: int) -> int:
-    """Rounded up."""
+    """Divide, and round up."""
     return -(-length // by)
 
 
 def next_power(size: int) -> int:
-    """The power of two that covers `size`."""
+    """Return the least power of two that covers `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def architecture_of(device: Device) -> Architecture:
-    """KernelError's cousin for our own mistakes: kernels ask `why_not` first."""
+    """Return the device's architecture.  That there is one is ours to assert: kernels ask `why_not` first."""
     assert device.architecture is not None
     return device.architecture
 
 
 def multiplies_from_registers(architecture: Architecture) -> bool:
-    """Whether both operands of a matrix product must be in registers: NVIDIA's, but Hopper and large Blackwells."""
+    """Tell whether both operands of a matrix product must be in registers.
+
+    They must on all GPUs of NVIDIA but Hopper and the large Blackwells.
+    """
     return architecture.is_nvidia and architecture.capability[0] not in (9, 10)
 
 
 def tuned(device: Device, shape: str) -> Tile | None:
-    """What was measured to be best for this shape, "family and sizes", on this device; None: nothing was."""
+    """Return the tile that was measured to be best for a shape on this device, or None if none was.
+
+    shape: "family and sizes", as the device's file names it.
+    """
     return _read(device_file(device)).get(shape)
 
 
 def device_file(device: Device) -> Path:
-    """Where the configurations of a device lie, by its name; of a device known by architecture, by that."""
+    """Name the file of a device's configurations, by the device, or by its architecture if that alone is known."""
     name = device.name if device.present else architecture_of(device).name
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 

@@ -1,9 +1,9 @@
-"""Multiplying by weights of few bits, the activations left as they are: what all such formats share.
+"""Multiplying by weights of few bits, the activations left as they are: the part that all such formats share.
 
-A format brings how a code becomes a number (`decode`), and where scales and zero points lie. One row (`multiply_one`)
-takes no matrix unit: reading the weights is all it waits for. Up to a few hundred (`multiply_tile`), weights are
-expanded in registers, as the left operand, and the inner dimension is divided over blocks whose sums
-`add_splits` adds in order. Above that they are expanded once (`expand`), and torch multiplies.
+A format says how a code becomes a number (`decode`), and where scales and zero points lie. One row (`multiply_one`)
+takes no matrix unit: reading the weights is all it waits for. For up to a few hundred rows (`multiply_tile`), weights
+are expanded in registers, as the left operand, and the inner dimension is divided over blocks whose sums `add_splits`
+adds in order. For more rows, weights are expanded once (`expand`), and torch multiplies.
 """
 
 # T tokens, O out_features, I in_features, W words a row, N codes a word, G inputs of a group, S splits
@@ -37,17 +37,15 @@ from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multip
 F = TypeVar("F", bound=Callable[..., Any])
 FAMILY = "weight_only"
 EXPAND_BYTES = 64 << 20  # of weights expanded at a time
-
-
 WHOLE = 1 << 30  # a group as long as any axis: kernels of whole-axis scales do not depend on the axis
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How a format's words become numbers.
+    """The way in which a format's words become numbers.
 
     decode: (words, n) -> code n of each, as float32 plus `offset`.  bits: of a code.  span: see `words.py`.
-    group: inputs that share a scale.  rows: outputs that do.  scale_kind: "float", "e8m0" or "e4m3" (bytes).
+    group: inputs that share a scale.  rows: outputs that share one.  scale_kind: "float", "e8m0" or "e4m3" (bytes).
     zero: the zero point where none is stored.
     """
 
@@ -82,7 +80,7 @@ _coders: dict[str, Callable[..., Coding]] = {}
 
 
 def coder(family: str) -> Callable[[F], F]:
-    """Decorator: `function(*words)` makes the codings called "family word word ..."."""
+    """Register the decorated function: `function(*words)` makes the codings called "family word word ..."."""
 
     def register(function: F) -> F:
         _coders[family] = function
@@ -93,7 +91,7 @@ def coder(family: str) -> Callable[[F], F]:
 
 @functools.cache
 def coding_of(name: str) -> Coding:
-    """The coding of this name: operators, whose arguments are plain, know it by that."""
+    """Return the coding of this name, by which operators know it: their arguments are plain."""
     family, *words = name.split()
     return _coders[family](*words)
 
@@ -126,7 +124,10 @@ def weight_only_linear(
     coding: str,
     device: str,
 ) -> Tensor:
-    """x: [*, I] float16 or bfloat16; the others as in `Operands`.  coding: its name.  Returns [*, O]."""
+    """Multiply x by the weight.
+
+    x: [*, I] float16 or bfloat16; the others as in `Operands`.  coding: its name.  Returns [*, O].
+    """
     weight = Operands(words, scales, zeros, row_scales)
     return _multiply(x, weight, bias, coding_of(coding), probe_device(device))
 
@@ -161,18 +162,21 @@ def forced_tile(tile: Tile) -> Iterator[None]:
 
 
 def shape_key(tokens: int, out_features: int, words: int, coding: Coding) -> str:
-    """By which tuned tiles are found."""
+    """Make the key by which tuned tiles are found."""
     return f"{FAMILY} t{bucket(tokens)} o{out_features} w{words} b{coding.bits} g{coding.group}"
 
 
 def choose_tile(device: Device, tokens: int, out_features: int, words: int, coding: Coding) -> Tile | None:
-    """The tile for a shape: as tuned, or by rule.  None: expand the weights, and let torch multiply."""
+    """Choose the tile for a shape, as tuned or by rule.  None: expand the weights, and let torch multiply."""
     found = _forced.get() or tuned(device, shape_key(tokens, out_features, words, coding))
     return found or default_tile(device, bucket(tokens), out_features, words, coding.per_word)
 
 
 def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile | None:
-    """size: a bucket of tokens.  Blocks enough to fill every processor several times, each with enough of a row."""
+    """Choose the tile by rule: blocks enough to fill every processor several times, each with enough of a row.
+
+    size: a bucket of tokens.  None: as in `choose_tile`.
+    """
     processors, shared = device.processors, architecture_of(device).shared_bytes
     if size == 1:
         tile = Tile(outputs=16, tokens=1, depth=64, warps=4, stages=1)
@@ -190,7 +194,7 @@ def default_tile(device: Device, size: int, out_features: int, words: int, per_w
 
 
 def tile_depth(device: Device, per_word: int) -> int:
-    """Words of a step: as many as the registers of a block hold expanded, beside its sums."""
+    """Return the words of a step: as many as the registers of a block hold expanded, beside its sums."""
     if per_word == 1:
         return 64
     # benchmarks/results/triton_aot.md shows what spills.
@@ -198,13 +202,16 @@ def tile_depth(device: Device, per_word: int) -> int:
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
-    """How many steps ahead a block may load into shared memory: 1 to 3; 2 where a step has many loads."""
+    """Return how many steps ahead a block may load into shared memory.
+
+    It is 1 to 3, and at most 2 where a step has many loads.
+    """
     step = depth * (4 * outputs + 2 * per_word * tokens)
     return max(1, min(2 if per_word > 8 else 3, (shared - 2048) // step))
 
 
 def _splits(words: int, least: int, wanted: int, blocks: int) -> int:
-    """A power of two: as many parts as fill the device, none shorter than `least` words."""
+    """Return the number of splits, a power of two: enough to fill the device, none shorter than `least` words."""
     splits = 1
     while splits * blocks < wanted and words // (2 * splits) >= least and splits < 16:
         splits *= 2
@@ -277,7 +284,7 @@ def _multiply_tiled(
 
 
 def _expand_and_multiply(x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding) -> None:
-    """Some rows of the weight at a time, so that the expanded copy stays small."""
+    """Expand some rows of the weight at a time, so that the expanded copy stays small, and let torch multiply."""
     out_features, words = weight.words.shape
     in_features = words * coding.per_word
     step = max(64, EXPAND_BYTES // (in_features * x.element_size()) // 64 * 64)

@@ -1,4 +1,4 @@
-"""What runs on the GPU when weights of few bits meet activations that are left as they are; see `weight_only.py`."""
+"""Products of weights of few bits with activations that are left as they are, on the GPU; see `weight_only.py`."""
 
 # T tokens, O out_features, I in_features, W words a row, N codes a word, G inputs of a group, S splits, E experts
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @inline
 def scale_value(stored, KIND: tl.constexpr):
-    """A stored scale as float32."""
-    if KIND == "e8m0":  # 2^(byte - 127); byte 0 is 2^-127, which only a subnormal holds
+    """Convert a stored scale to float32.  KIND: as `Coding.scale_kind`."""
+    # e8m0 is 2^(byte - 127); byte 0 is 2^-127, which only a subnormal holds.
+    if KIND == "e8m0":
         exponent = stored.to(tl.int32)
         return tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
     elif KIND == "e4m3":
@@ -26,11 +27,13 @@ def scale_value(stored, KIND: tl.constexpr):
 
 @inline
 def e4m3_value(byte):
-    """float8_e4m3fn from its byte, in int32: its fields moved to those of float32, and the exponents' bases evened."""
+    """Decode float8_e4m3fn from its byte, in int32.
+
+    Its fields move to those of float32, and 2^120 evens the exponents' bias.
+    """
     size = byte & 0x7F
-    value = ((size << 20) | ((byte & 0x80) << 24)).to(
-        tl.float32, bitcast=True
-    ) * 1.329227995784916e36  # 2^120
+    # 1.329227995784916e36 is 2^120.
+    value = ((size << 20) | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
     return tl.where(size == 0x7F, float("nan"), value)
 
 
@@ -48,7 +51,7 @@ def scales_and_zeros(
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
 ):
-    """For each word of a tile: its scale, and what to subtract from its decoded codes."""
+    """Load, for each word of a tile, its scale and what to subtract from its decoded codes."""
     group = (columns // GROUP_WORDS).to(tl.int64)
     stride = (out_features + GROUP_ROWS - 1) // GROUP_ROWS
     if scales is None:
@@ -91,8 +94,9 @@ def multiply_one(
     BLOCK_W: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """x: [I].  y: [O], or [S, O] float32.  Grid: (O / BLOCK_O, S, 1).
+    """Multiply one row by the weight, or each slot's row by its expert's weight.
 
+    x: [I].  y: [O], or [S, O] float32.  Grid: (O / BLOCK_O, S, 1).
     With experts, [slots] int64: x: [slots / TOP_K, I], words: [E, O, W], ...; y: [slots, O].  Grid: (.., S, slots).
     """
     part, slot = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -190,10 +194,11 @@ def multiply_tile(
     TOP_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """x: [T, I].  y: [T, O], or [S, T, O] float32.  Grid: (O / BLOCK_O, T / BLOCK_T, S).
+    """Multiply a tile of rows by the weight, or a tile of slots by their expert's weight.
 
-    With experts, T counts slots, those of a block's expert being `slots`, [blocks * BLOCK_T] int32, T where there is
-    none.  block_experts: [blocks] int32, below 0 for blocks that are not needed.  x: [T / TOP_K, I], words: [E, O, W].
+    x: [T, I].  y: [T, O], or [S, T, O] float32.  Grid: (O / BLOCK_O, T / BLOCK_T, S).
+    With experts, T counts slots.  slots: [blocks * BLOCK_T] int32, those of each block's expert, T where there is none.
+    block_experts: [blocks] int32, below 0 for blocks that are not needed.  x: [T / TOP_K, I].  words: [E, O, W].
     UPCAST: multiply in float32, for the interpreter, which has no bfloat16 arithmetic; values are rounded all the same.
     """
     part = tl.program_id(2)
@@ -268,7 +273,7 @@ def multiply_tile(
 
 @kernel
 def add_splits(sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums: [S, T, O] float32.  y: [T, O].  Grid: (O / BLOCK, T)."""
+    """Add the splits of one token's outputs, in order.  sums: [S, T, O] float32.  y: [T, O].  Grid: (O / BLOCK, T)."""
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < out_features
@@ -304,7 +309,10 @@ def expand(
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
 ):
-    """dense: [count, I], from weight row `first` on.  Grid: (count / BLOCK_O, W / BLOCK_W)."""
+    """Expand `count` rows of the weight, from row `first` on.
+
+    dense: [count, I].  Grid: (count / BLOCK_O, W / BLOCK_W).
+    """
     places = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     rows = first + places
     columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)

@@ -19,7 +19,7 @@ from pymllm.kernels.triton.weight_only import Operands, weight_only_linear
 
 
 class WeightOnlyLinear(ABC):
-    """x @ weight.T, the weight expanded as it is read."""
+    """The product x @ weight.T, the weight expanded as it is read."""
 
     device_type = "cuda"  # the only one it runs on
     name: str
@@ -36,17 +36,17 @@ class WeightOnlyLinear(ABC):
 
     @abstractmethod
     def coding(self, packed: Packed, problem: LinearProblem) -> str:
-        """How the packed words become numbers: the name of a `Coding`."""
+        """Return the name of the `Coding` by which the packed words become numbers."""
 
     @abstractmethod
     def examples(self) -> Sequence[CanonicalWeight]:
-        """Weights on meta, one for each thing that makes kernels differ: these are compiled ahead of time."""
+        """Make weights on meta, one for each thing that makes kernels differ: these are compiled ahead of time."""
 
     def numerics(self, problem: LinearProblem) -> str:
         return "weights rounded to the activations' dtype from two rows on, float32 accumulation"
 
     def operands(self, packed: Packed) -> Operands:
-        """The packed tensors as kernels read them.  Also of several experts at once."""
+        """Return the packed tensors as kernels read them; those of several experts at once too."""
         return Operands(packed["words"], packed["scales"], packed.get("zeros"), packed.get("row_scales"))
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:

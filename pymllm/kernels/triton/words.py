@@ -15,12 +15,12 @@ SPANS = (128, 64, 32, 16)
 
 
 def span_of(group_size: int) -> int | None:
-    """The longest span within one group, so that a word has one scale; None: there is none."""
+    """Find the longest span within one group, so that a word has one scale; None: there is none."""
     return next((span for span in SPANS if group_size % span == 0), None)
 
 
 def pack_words(codes: Tensor, bits: int, span: int) -> Tensor:
-    """[..., O, I] uint8 codes below 2**bits → [..., O, W] int32.  bits: 4 or 8; span divides I."""
+    """Pack uint8 codes below 2**bits, [..., O, I], into int32 words, [..., O, W].  bits: 2, 4 or 8; span divides I."""
     per_word = 32 // bits
     runs = codes.unflatten(-1, (-1, per_word, span // per_word))  # [..., O, S, per_word, words of a span]
     words = runs[..., 0, :].int()
@@ -30,7 +30,7 @@ def pack_words(codes: Tensor, bits: int, span: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, span: int) -> Tensor:
-    """The inverse of `pack_words`."""
+    """Unpack what `pack_words` packed: int32 words, [..., O, W], into uint8 codes, [..., O, I]."""
     per_word = 32 // bits
     runs = words.unflatten(-1, (-1, span // per_word))  # [..., O, S, words of a span]
     codes = torch.empty((*runs.shape[:-1], per_word, runs.shape[-1]), dtype=torch.uint8, device=words.device)

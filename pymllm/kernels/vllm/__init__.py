@@ -1,1 +1,1 @@
-"""vLLM's kernels behind ours."""
+"""vLLM's layers behind the interface of our kernels."""

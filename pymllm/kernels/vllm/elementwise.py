@@ -1,7 +1,7 @@
-"""vLLM's norms, gated activations and rotary positions, for who has vLLM installed and switches them on.
+"""vLLM's norms, gated activations and rotary positions, where vLLM is installed and they are switched on.
 
-They are an entry of the registry like any other ("vllm", under elementwise), first in the order but off until
-`set_vllm_layers_enabled(True)`: importing vLLM takes many seconds. Nothing of vLLM is imported before that.
+They are an entry of the registry like any other ("vllm", under elementwise). It is first in the order, but off until
+`set_vllm_layers_enabled(True)`, as importing vLLM takes many seconds. Nothing of vLLM is imported before that.
 """
 
 # T tokens, H hidden size, N half the gated size, D head size
@@ -42,14 +42,14 @@ def is_vllm_layers_enabled() -> bool:
 
 
 def clear_vllm_layer_caches() -> None:
-    """Forget what was found of vLLM, the layers made of it, and which kernels were chosen with that."""
+    """Forget the symbols found in vLLM, the layers made of them, and the kernels chosen with them."""
     _find.cache_clear()
     kernels_for.cache_clear()
     select.cache_clear()
 
 
 def get_vllm_silu_and_mul_cls() -> type[nn.Module] | None:
-    """vLLM's SiluAndMul; None where it cannot be had, or while switched off."""
+    """Return vLLM's SiluAndMul, or None where it cannot be had and while vLLM's layers are switched off."""
     return _find("activation", "SiluAndMul")[0]
 
 
@@ -67,7 +67,7 @@ def get_vllm_rope_fn() -> Callable[..., nn.Module] | None:
 
 @functools.cache
 def _find(module: str, name: str) -> tuple[Any, str | None]:
-    """A symbol of vLLM, or None and why not."""
+    """Look up a symbol of vLLM.  Returns the symbol and None, or None and why it cannot be had."""
     if not _enabled:
         return None, "switched off: set_vllm_layers_enabled(True) before the model is built"
     try:
@@ -79,7 +79,7 @@ def _find(module: str, name: str) -> tuple[Any, str | None]:
 
 
 def _platform() -> str:
-    """The device type that the installed vLLM is built for."""
+    """Return the device type that the installed vLLM is built for."""
     platforms = importlib.import_module("vllm.platforms")
     return str(platforms.current_platform.device_type)
 
@@ -91,7 +91,8 @@ class VllmElementwise:
 
     def __init__(self) -> None:
         self.torch = TorchElementwise()
-        self.norms: Any = WeakTensorKeyDictionary()  # by weight: a norm keeps its own
+        # A norm of vLLM holds its weight, so there is one for each.
+        self.norms: Any = WeakTensorKeyDictionary()
         self.activations: dict[str, nn.Module] = {}
 
     def why_not(self, problem: ElementwiseProblem) -> str | None:
@@ -113,7 +114,10 @@ class VllmElementwise:
     def rms_norm(
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `TorchElementwise.rms_norm`; a norm without a weight, or with one of another dtype, is torch's."""
+        """Normalise as `TorchElementwise.rms_norm` does.
+
+        A norm without a weight, or with one of another dtype, is left to torch.
+        """
         if weight is None or weight.dtype is not x.dtype or not x.numel():
             return self.torch.rms_norm(x, weight, eps, residual)
         norm = self.norms.get(weight)
@@ -140,7 +144,7 @@ class VllmElementwise:
         return self.activations[name]
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Torch's, for the rotary scalings that vLLM computes in another way than transformers."""
+        """Rotate by torch, for the rotary scalings that vLLM computes in another way than transformers."""
         return self.torch.rotate(x, cos, sin)
 
     def make_rotary(
@@ -153,7 +157,7 @@ class VllmElementwise:
         rope_type: str,
         dtype: torch.dtype | None = None,
     ) -> VllmRotaryEmbeddingAdapter | None:
-        """vLLM's rotary module for these settings; None where it differs from ours."""
+        """Make vLLM's rotary module for these settings, or return None where it differs from ours."""
         if rope_type not in ROPE_TYPES:
             return None
         return VllmRotaryEmbeddingAdapter(
@@ -162,7 +166,7 @@ class VllmElementwise:
 
 
 class VllmRotaryEmbeddingAdapter(nn.Module):
-    """A rotary module of vLLM behind the interface of ours: inputs are left alone, heads may be flattened."""
+    """A rotary module of vLLM behind the interface of ours.  It leaves its inputs alone; heads may be flattened."""
 
     def __init__(
         self,
@@ -189,7 +193,10 @@ class VllmRotaryEmbeddingAdapter(nn.Module):
             self.rotary = make(head_size, rotary_dim, max_position, base, rope_scaling=scaled, dtype=dtype)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [T]; query, key: [T, heads * D] or [T, heads, D].  Returns both rotated, in their shapes."""
+        """Rotate query and key.
+
+        positions: [T].  query, key: [T, heads * D] or [T, heads, D].  Returns both rotated, in their shapes.
+        """
         if not positions.numel():
             return query.clone(), key.clone()
         rotated = self.rotary(positions, *(x.flatten(1).clone() for x in (query, key)))
