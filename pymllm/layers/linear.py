@@ -12,11 +12,27 @@ from torch import Tensor
 
 from pymllm.errors import ShardingError
 from pymllm.kernels.quantised_rows import RowCodes
+from pymllm.layers.lora import LoRAMixin
 from pymllm.layers.weighted import WeightedLayer
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.parameters import set_weight_attrs
 from pymllm.weights.spec import Span, refuse_sizes
+
+__all__ = [
+    "ColumnParallelLinear",
+    "Linear",
+    "LinearBase",
+    "LoRAMixin",
+    "MergedColumnParallelLinear",
+    "QKVParallelLinear",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "UnquantizedLinearMethod",
+    "set_weight_attrs",
+]
 
 
 class LinearBase(WeightedLayer):

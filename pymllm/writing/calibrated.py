@@ -146,7 +146,7 @@ class CalibratedModel:
                         module.register_parameter(
                             name, nn.Parameter(torch.zeros(param.shape), requires_grad=False)
                         )
-                if isinstance(module, WeightedLayer):
+                if isinstance(module, WeightedLayer) and "weight" in module._parameters:
                     weights |= _views(module)
                 for placement in unit.placements:
                     # Not scales of a KV cache either: calibration keeps keys and values in floats.
