@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading.load import load_prepared
+from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
@@ -43,6 +44,9 @@ from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.weights.memory import refuse_too_large
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Prompt = str | Sequence[int]
 
@@ -57,12 +61,25 @@ class LLM:
 
     llm = LLM("path/to/model", quant={"**.mlp.**": "fp8"})
 
-    model: a folder or a hub id; None: the model that comes with the package.  The other arguments are those of
-    `pymllm.load_model`.  tensor_parallel_size: above 1, this process must be one of as many ranks (torchrun).
-    expert_parallel: ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
+    model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small model that
+    comes with the package.
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
+    "@FILE"; None: as stored.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    tensor_parallel_size: how many ranks share the model; above 1, this process must be one of them (torchrun).
+    expert_parallel: whether ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
+    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    demands just what the checkpoint asks for.
+    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
+    attention layers; None: as the checkpoint says.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
+    progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
-    check_memory: refuse, with numbers, a model that the plan says does not fit into what is free.
-    plan: what runs, and why.  Usable from several threads; they take turns.
+    check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
+
+    `plan` says what runs, and why. Several threads may use one LLM; they take turns.
     """
 
     def __init__(
@@ -334,11 +351,27 @@ def load_model(
     *,
     progress: bool | None = None,
     check_memory: bool = True,
-    **options: Any,
+    **options: Unpack[LoadOptions],
 ) -> CausalLM:
-    """`pymllm.loading.load.load_model`, which see for the options, once the plan says that the model fits.
+    """Load a checkpoint into a model whose every weight is packed for the best kernel.
 
-    check_memory: whether to refuse, with numbers, a model that does not.
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
+    "@FILE"; None: as stored.
+    progress: whether to show a bar while loading; None: on a terminal.
+    check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    demands just what the checkpoint asks for.
+    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
+    attention layers; None: as the checkpoint says.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
+
+    The current `Parallel` decides this rank's share.  The model carries `load_report` and `prepared`.
+    Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,
+    RuleError, ShardingError or KernelError for what cannot be honoured.
     """
     prepared = prepare(path, quant, **options)
     if check_memory:

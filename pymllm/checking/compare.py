@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymllm.checking.divergence import EndToEnd
 from pymllm.checking.verify import Verification, verify
 from pymllm.errors import ConfigError, MissingExtraError
+from pymllm.loading.options import LoadOptions
 from pymllm.planning.make_plan import plan
 from pymllm.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SCHEMA_VERSION = 1
 
@@ -135,12 +139,24 @@ def compare(
     text: str | Path | None = None,
     tokens: int = 2048,
     window: int = 512,
-    **options: Any,
+    **options: Unpack[LoadOptions],
 ) -> Comparison:
     """Load the model under each set of rules in turn, verify it and measure its answers.
 
-    candidates: rules separated by ";", or "@FILE"; "": as stored.  text: a file to measure on; None: random token ids.
-    options: of `load_model`, but for quant.
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    candidates: sets of rules: each rules separated by ";", or "@FILE"; "": as stored.
+    text: a file to measure on, with its perplexity; None: random token ids.
+    tokens, window: how many token ids to measure on, in windows of how many.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    demands just what the checkpoint asks for.
+    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
+    attention layers; None: as the checkpoint says.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
+
+    Raises whatever loading would raise under any of the rules.
     """
     found = []
     for name in candidates:

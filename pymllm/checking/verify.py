@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,15 @@ from pymllm.kernels.canonical import relative_error
 from pymllm.layers.held import HeldWeight, Trial
 from pymllm.loading.load import load_prepared
 from pymllm.loading.match import Placement
+from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.stored import read_held
 from pymllm.planning.make_plan import make_plan
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.memory import refuse_too_large
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -104,44 +107,48 @@ def verify(
     path_or_model: str | Path | Any,
     quant: RuleSource = None,
     *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    compute: str = "auto",
-    kernels: Mapping[str, str] | None = None,
-    kv_cache: RuleSource = None,
-    revision: str | None = None,
     end_to_end: bool = False,
     text: str | Path | None = None,
     tokens: int = 2048,
     window: int = 512,
     check_memory: bool = True,
+    **options: Unpack[LoadOptions],
 ) -> Verification:
-    """Check every layer that holds weights.
+    """Check every layer that holds weights against float64 over the checkpoint's own tensors.
 
-    path_or_model: a folder or hub id, which is loaded; or a loaded model (`load_model`'s, or an `LLM`), whose
-    checkpoint is read again. The other arguments are `load_model`'s and go with a path alone, as these do:
-    end_to_end: also compare next-token distributions with those of the weights in float32, on random token ids.
-    check_memory: refuse, with numbers, a model that does not fit.
-    text: the same on a text file, with its perplexity.  tokens, window: how many, in windows of how many.
+    path_or_model: a folder, a .gguf file or a hub id, which is loaded; or a loaded model (`load_model`'s, or an `LLM`),
+    whose checkpoint is read again. The other arguments go with a path alone:
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; None: as stored.
+    end_to_end: whether to compare next-token distributions, too, with those of the weights in float32.
+    text: a file to compare them on, with its perplexity; None: random token ids.
+    tokens, window: how many token ids to compare on, in windows of how many.
+    check_memory: whether to refuse, with numbers, a model that does not fit.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    demands just what the checkpoint asks for.
+    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
+    attention layers; None: as the checkpoint says.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
+
+    Raises whatever loading would raise; ConfigError for arguments that do not go together.
     """
     whole = None
     if isinstance(path_or_model, (str, Path)):
-        where: dict[str, Any] = {
-            "path": path_or_model,
-            "quant": quant,
-            "device": device,
-            "revision": revision,
-        }
-        prepared = prepare(**where, dtype=dtype, compute=compute, kernels=kernels, kv_cache=kv_cache)
+        prepared = prepare(path_or_model, quant, **options)
         if check_memory:
             needed = make_plan(prepared).totals["peak_load_bytes"]
             refuse_too_large(needed, prepared.execution.device, str(prepared.checkpoint.path))
         model = load_prepared(prepared)
         if end_to_end or text is not None:
-            whole = measure_end_to_end(prepared, model, where, text=text, tokens=tokens, window=window)
+            same = {name: value for name, value in options.items() if name in ("device", "revision")}
+            again = {"path": path_or_model, "quant": quant, **same}
+            whole = measure_end_to_end(prepared, model, again, text=text, tokens=tokens, window=window)
     else:
         found = getattr(path_or_model, "prepared", None)
-        if quant is not None or end_to_end or text is not None or not isinstance(found, Prepared):
+        asked = quant is not None or end_to_end or text is not None or options
+        if asked or not isinstance(found, Prepared):
             raise ConfigError(
                 "verify takes a checkpoint with rules, or a model that load_model made",
                 code="verify-argument",

@@ -7,8 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.loading.match import Placement, Unit
-from pymllm.loading.prepare import Prepared, prepare
+from pymllm.loading.prepare import Prepared
 from pymllm.loading.stored import check_content, check_scale, read_slot
 from pymllm.models.causal_lm import CausalLM
-from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.module_loading import count_loader
@@ -32,46 +30,12 @@ from pymllm.weights.tensor_file import TensorInfo
 logger = logging.getLogger("pymllm")
 
 
-def load_model(
-    path: str | Path,
-    quant: RuleSource = None,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    compute: str = "auto",
-    kernels: Mapping[str, str] | None = None,
-    kv_cache: RuleSource = None,
-    revision: str | None = None,
-    progress: bool | None = None,
-) -> CausalLM:
-    """Load a checkpoint into a model whose every weight is packed for the best kernel.
-
-    path: a folder, or a hub id.  quant: rules over the checkpoint's own config (see `pymllm.quantization.rules`).
-    device: auto, cpu or cuda.  dtype: of activations; auto: see `choose_execution`.
-    compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
-    forbids it, "checkpoint" demands just what the checkpoint asks for.
-    kernels: an operation's kernel by name, {"linear": "reference"} say.
-    kv_cache: how keys and values are stored: "fp8", "int8", "none" (the activations' dtype), a dtype's name, or such
-    methods for patterns of attention layers, as in `quant`; None or "auto": as the checkpoint says.
-    progress: a bar while loading; None: on a terminal.
-    The current `Parallel` decides this rank's share.  The model carries `load_report`.
-    Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read.
-    """
-    prepared = prepare(
-        path,
-        quant,
-        device=device,
-        dtype=dtype,
-        compute=compute,
-        kernels=kernels,
-        kv_cache=kv_cache,
-        revision=revision,
-    )
-    return load_prepared(prepared, progress=progress)
-
-
 def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> CausalLM:
-    """Read, slice and pack what `prepare` has decided, a layer at a time."""
+    """Read, slice and pack what `prepare` has decided, a layer at a time.
+
+    progress: whether to show a bar; None: on a terminal.  The model carries `load_report` and `prepared`.
+    Raises CheckpointError for scales and contents that cannot be right, ConfigError for a device that is not here.
+    """
     where = probe_device(prepared.execution.device)
     if not where.present:
         raise ConfigError(

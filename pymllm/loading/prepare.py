@@ -59,7 +59,7 @@ def prepare(
 ) -> Prepared:
     """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
 
-    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `load_model` for the arguments.
+    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `LoadOptions` for the arguments.
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision))
     config = read_model_config(checkpoint.config)

@@ -7,49 +7,44 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pymllm.engine.graphs import why_not_captured
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
+from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
 from pymllm.planning.plan import Plan, PlannedLayer
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.rules import RuleSource
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def plan(
-    path: str | Path,
-    quant: RuleSource = None,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    compute: str = "auto",
-    kernels: Mapping[str, str] | None = None,
-    kv_cache: RuleSource = None,
-    revision: str | None = None,
-) -> Plan:
-    """What `load_model` with the same arguments would do, from config and headers alone; no tensor is read.
+
+def plan(path: str | Path, quant: RuleSource = None, **options: Unpack[LoadOptions]) -> Plan:
+    """Say what `load_model` with the same arguments would do, from config and headers alone; no tensor is read.
+
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
+    "@FILE"; None: as stored.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.
+    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    demands just what the checkpoint asks for.
+    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
+    attention layers; None: as the checkpoint says.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
 
     Raises whatever loading would raise over the same headers.
     """
-    prepared = prepare(
-        path,
-        quant,
-        device=device,
-        dtype=dtype,
-        compute=compute,
-        kernels=kernels,
-        kv_cache=kv_cache,
-        revision=revision,
-    )
+    prepared = prepare(path, quant, **options)
     with prepared.checkpoint:
         return make_plan(prepared)
 

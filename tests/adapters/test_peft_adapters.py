@@ -25,9 +25,9 @@ from pymllm.adapters import (
     unload_lora_weights,
     unmerge_lora_weights,
 )
+from pymllm.api import load_model
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import CheckpointError, ConfigError, RequestError
-from pymllm.loading.load import load_model
 from pymllm.modules.layers import quantized_layers
 from pymllm.parallel import simulate
 from pymllm.swapping.swap import swap

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from transformers import DynamicCache
 
 import pymllm
+from pymllm.api import load_model
 from pymllm.attention import AttnMetaDataBase
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.kernels.registry import kernels_for
-from pymllm.loading.load import load_model
 from pymllm.parallel import simulate
 from pymllm.quantization.kv_cache import read_kv_scheme
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from pymllm.api import shipped_model
+from pymllm.api import load_model, shipped_model
 from pymllm.errors import ConfigError
 from pymllm.kernels.hardware import ARCHITECTURES, probe_device
-from pymllm.loading.load import load_model
 from pymllm.planning.make_plan import plan
 
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from pymllm.api import load_model
 from pymllm.config import Execution
 from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
@@ -30,7 +31,6 @@ from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.rotary_embedding import RotaryEmbedding, get_rope
-from pymllm.loading.load import load_model
 from pymllm.planning.make_plan import plan
 
 from ..checkpoints import relative_error, write_checkpoint

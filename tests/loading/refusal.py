@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pymllm.api import load_model
 from pymllm.errors import CheckpointError, PymllmError
-from pymllm.loading.load import load_model
 
 
 def refused(folder, reads, error=CheckpointError, **options) -> PymllmError:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from pymllm.api import load_model
 from pymllm.errors import CheckpointError, ConfigError, PymllmError
-from pymllm.loading.load import load_model
 
 from ..checkpoints import AWQ, edit_config, write_checkpoint
 from ..forward import logits_of

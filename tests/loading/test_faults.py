@@ -11,8 +11,8 @@ import shutil
 import pytest
 import torch
 
+from pymllm.api import load_model
 from pymllm.errors import CheckpointError, ShardingError
-from pymllm.loading.load import load_model
 from pymllm.parallel import Parallel
 
 from .. import checkpoints

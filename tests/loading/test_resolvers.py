@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pymllm.api import load_model
 from pymllm.attention.self_attention import SelfAttention
 from pymllm.checking.verify import verify
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.layers.mlp import GatedMLP
-from pymllm.loading.load import load_model
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import simulate
 from pymllm.planning.make_plan import plan

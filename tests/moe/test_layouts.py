@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.api import load_model
 from pymllm.checking.verify import verify
 from pymllm.errors import CheckpointError, RuleError, ShardingError
-from pymllm.loading.load import load_model
 from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel, simulate
 from pymllm.planning.make_plan import plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pymllm.loading.load import load_model
+from pymllm.api import load_model
 from pymllm.parallel import simulate
 
 from ..checkpoints import relative_error

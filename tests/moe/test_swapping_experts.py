@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.api import load_model
 from pymllm.checking.verify import verify
 from pymllm.errors import ConfigError, RuleError
-from pymllm.loading.load import load_model
 from pymllm.moe.experts import Experts
 
 from ..checkpoints import relative_error

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from pymllm.loading.load import load_model
+from pymllm.api import load_model
 from pymllm.loading.prepare import prepare
 from pymllm.parallel import Parallel, simulate
 from pymllm.planning.make_plan import make_plan

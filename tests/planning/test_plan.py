@@ -10,11 +10,10 @@ import torch
 from transformers import LlamaConfig
 
 import pymllm
-from pymllm.api import shipped_model
+from pymllm.api import load_model, shipped_model
 from pymllm.errors import RuleError
 from pymllm.kernels.refusals import explain
 from pymllm.layers.weighted import WeightedLayer
-from pymllm.loading.load import load_model
 from pymllm.parallel import Parallel
 from pymllm.planning.make_plan import plan
 from pymllm.quantization.binding import bound_weight

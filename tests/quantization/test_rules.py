@@ -7,9 +7,9 @@ import contextlib
 import pytest
 import torch
 
+from pymllm.api import load_model
 from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.layers.split import SplitLinearMethod
-from pymllm.loading.load import load_model
 from pymllm.loading.prepare import prepare
 from pymllm.quantization import base
 from pymllm.quantization.base import (

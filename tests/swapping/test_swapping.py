@@ -15,10 +15,10 @@ import pymllm
 import pymllm.layers.swapped
 import pymllm.swapping.swap
 from pymllm import LLM, SamplingParams
+from pymllm.api import load_model
 from pymllm.checking.verify import verify
 from pymllm.errors import ConfigError, PymllmError, RuleError
 from pymllm.layers.weighted import weighted_layers
-from pymllm.loading.load import load_model
 from pymllm.parallel import simulate
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 

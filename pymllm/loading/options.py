@@ -1,0 +1,31 @@
+"""The arguments that say how a checkpoint is loaded: the same for `plan`, `load_model`, `verify` and `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+import torch
+
+from pymllm.quantization.rules import RuleSource
+
+
+class LoadOptions(TypedDict, total=False):
+    """How to load a checkpoint, beside its path and the rules for its weights.
+
+    device: "auto" (a GPU where there is one), "cpu", "cuda", or, to plan for another machine, "cuda:sm90" say.
+    dtype: of activations; "auto": the checkpoint's own, but float32 on a CPU for a quantised checkpoint.
+    compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
+    forbids it, "checkpoint" demands just what the checkpoint asks for.
+    kernels: an operation's kernel by name, {"linear": "reference"} say.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none" (the activations' dtype), a dtype's name, or such
+    methods for patterns of attention layers, as in rules for weights; None or "auto": as the checkpoint says.
+    revision: a branch, tag or commit of a hub id.
+    """
+
+    device: str
+    dtype: str | torch.dtype
+    compute: str
+    kernels: Mapping[str, str] | None
+    kv_cache: RuleSource
+    revision: str | None
