@@ -61,8 +61,8 @@ class LLM:
 
     llm = LLM("path/to/model", quant={"**.mlp.**": "fp8"})
 
-    model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small model that
-    comes with the package.
+    model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small model
+    that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".

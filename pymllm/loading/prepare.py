@@ -21,7 +21,7 @@ from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.match import Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
-from pymllm.models import build_model, read_model_config
+from pymllm.models import build_model, gguf_architectures, read_model_config
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
@@ -61,7 +61,7 @@ def prepare(
 
     Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `LoadOptions` for the arguments.
     """
-    checkpoint = open_checkpoint(resolve_model_path(path, revision))
+    checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
     _check_sizes(config, checkpoint)
     stored = read_quantization_config(checkpoint)

@@ -1,6 +1,7 @@
 """Model definitions: one file a family, named by Hugging Face's `model_type`, without any loading code.
 
-A file defines `Model` (built from a `ModelConfig`), and `DEFAULTS`, the settings that a config.json may leave out.
+A file defines `Model` (built from a `ModelConfig`), `DEFAULTS`, the settings that a config.json may leave out, and,
+where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError, nearest
 from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 SHARED = ("causal_lm",)  # modules here that are no family
 
@@ -31,6 +33,14 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> CausalLM:
     """The model's modules, with weights as the current default device has them (meta, usually)."""
     return _family(config.raw.get("model_type")).Model(config, quant_config)
+
+
+def gguf_architectures() -> dict[str, GGUFArchitecture]:
+    """Collect what the definitions say of GGUF files, by `general.architecture`."""
+    found: dict[str, GGUFArchitecture] = {}
+    for model_type in list_model_types():
+        found |= vars(_family(model_type)).get("GGUF", {})
+    return found
 
 
 def _family(model_type: Any) -> Any:

@@ -8,6 +8,7 @@ from pymllm.attention.self_attention import SelfAttention
 from pymllm.layers.mlp import GatedMLP
 from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -16,6 +17,7 @@ DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+GGUF = {"llama": GGUFArchitecture("llama", interleaved=True)}
 
 
 class Model(CausalLM):

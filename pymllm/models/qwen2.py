@@ -7,6 +7,7 @@ from torch import nn
 from pymllm.attention.self_attention import SelfAttention
 from pymllm.models import llama
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -16,6 +17,7 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+GGUF = {"qwen2": GGUFArchitecture("qwen2")}
 
 
 class Model(llama.Model):

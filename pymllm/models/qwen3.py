@@ -8,6 +8,7 @@ from pymllm.attention.self_attention import SelfAttention
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import llama
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -18,6 +19,7 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+GGUF = {"qwen3": GGUFArchitecture("qwen3")}
 
 
 class Model(llama.Model):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,6 @@ from pymllm.errors import CheckpointError, first_few, nearest
 from pymllm.weights.checkpoint import Checkpoint, merge_tensors
 from pymllm.weights.gguf_file import GGUFFile
 from pymllm.weights.tensor_file import TensorInfo
-
-# general.architecture -> Hugging Face's model_type.
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-INTERLEAVED = ("llama",)  # architectures whose q and k are stored in the other rotary order
 
 # What stands before ".weight" or ".bias".
 MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -43,6 +39,21 @@ LAYER_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+@dataclass(frozen=True)
+class GGUFArchitecture:
+    """What a model definition says of its GGUF files.
+
+    model_type: Hugging Face's.  layer_modules: what stands after "blk.N.", and the module within a layer that it is.
+    interleaved: whether q and k are stored in the other rotary order.
+    """
+
+    model_type: str
+    layer_modules: Mapping[str, str] = field(default_factory=lambda: LAYER_MODULES)
+    interleaved: bool = False
+
+
 FREQUENCY_FACTORS = "rope_freqs.weight"
 
 # Keys after "ARCHITECTURE." -> config.json's, as they are.
@@ -68,31 +79,33 @@ QUANTISED = torch.uint8  # what blocks are read as
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
-def open_gguf(path: Path) -> Checkpoint:
+def open_gguf(path: Path, architectures: Mapping[str, GGUFArchitecture]) -> Checkpoint:
     """Read the header of a GGUF model, all its files.
 
+    architectures: what model definitions say of their files, by `general.architecture`.
     Raises CheckpointError: for a file see `GGUFFile.open`; for the model shards-missing, split-part, split-disagrees,
     duplicate-tensor, config-key, config-value, architecture.
     """
     files = _open_parts(path)
     metadata = files[0].metadata
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    name = metadata.get("general.architecture")
+    architecture = architectures.get(name) if isinstance(name, str) else None
+    if architecture is None:
         raise CheckpointError(
-            f"GGUF files of the architecture {reprlib.repr(architecture)} cannot be read",
+            f"GGUF files of the architecture {reprlib.repr(name)} cannot be read",
             code="architecture",
             file=str(path),
-            expected=" or ".join(ARCHITECTURES),
-            found=reprlib.repr(architecture),
-            fix=nearest(str(architecture), ARCHITECTURES),
+            expected=" or ".join(sorted(architectures)) or "a file that is opened with a model definition",
+            found=reprlib.repr(name),
+            fix=nearest(str(name), architectures),
         )
     stored = merge_tensors(files)
-    reader = _ConfigReader(path, metadata, architecture)
+    reader = _ConfigReader(path, metadata, str(name), architecture)
     config = reader.read(stored)
-    head_dim = config.get("head_dim") if architecture in INTERLEAVED else None
+    head_dim = config.get("head_dim") if architecture.interleaved else None
     tensors = {}
     for info in stored.values():
-        name = _model_name(info.name)
+        name = _model_name(info.name, architecture)
         renamed: TensorInfo = replace(info, name=name)
         rotated = name.rpartition(".")[0].endswith(("self_attn.q_proj", "self_attn.k_proj"))
         if rotated and head_dim is not None and info.shape and info.shape[0] % head_dim == 0:
@@ -115,14 +128,14 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, config, files, tensors=tensors, metadata=metadata)
 
 
-def _model_name(stored: str) -> str:
+def _model_name(stored: str, architecture: GGUFArchitecture) -> str:
     """The tensor's name in the model; its own where it has none there, so that matching reports it."""
     module, _, suffix = stored.rpartition(".")
     if module in MODULES:
         return f"{MODULES[module]}.{suffix}"
     layer = re.fullmatch(r"blk\.(0|[1-9]\d*)\.(\w+)", module)
-    if layer is not None and layer[2] in LAYER_MODULES:
-        return f"model.layers.{layer[1]}.{LAYER_MODULES[layer[2]]}.{suffix}"
+    if layer is not None and layer[2] in architecture.layer_modules:
+        return f"model.layers.{layer[1]}.{architecture.layer_modules[layer[2]]}.{suffix}"
     if layer is not None and layer[2] == "attn_rot_embd":
         return f"model.layers.{layer[1]}.self_attn.rotary_emb.inv_freq"
     return stored
@@ -207,9 +220,10 @@ class _ConfigReader:
     path: Path
     metadata: Mapping[str, Any]
     architecture: str
+    known: GGUFArchitecture
 
     def read(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-        config: dict[str, Any] = {"model_type": ARCHITECTURES[self.architecture]}
+        config: dict[str, Any] = {"model_type": self.known.model_type}
         for key, name in SETTINGS.items():
             value = self._get(key)
             if value is not None:
@@ -289,7 +303,7 @@ class _ConfigReader:
             raise self._bad("attention.key_length", "a positive integer")
         if self._get("attention.value_length") not in (None, head_dim):
             raise self._bad("attention.value_length", f"{head_dim}, the length of keys")
-        if self.architecture in INTERLEAVED and head_dim % 2:
+        if self.known.interleaved and head_dim % 2:
             raise self._bad("attention.key_length", "an even number")
 
     def _rope(self, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
@@ -300,7 +314,7 @@ class _ConfigReader:
             rope["rope_theta"] = config["rope_theta"]
         rotated = self._get("rope.dimension_count")
         if rotated not in (None, head_dim):
-            if type(rotated) is not int or not 0 < rotated < head_dim or self.architecture in INTERLEAVED:
+            if type(rotated) is not int or not 0 < rotated < head_dim or self.known.interleaved:
                 raise self._bad("rope.dimension_count", str(head_dim))
             rope["partial_rotary_factor"] = rotated / head_dim
         kind = self._get("rope.scaling.type")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from pymllm.errors import CheckpointError
@@ -18,7 +19,7 @@ from pymllm.weights.folder import (
     read_config,
     read_index,
 )
-from pymllm.weights.gguf_checkpoint import open_gguf
+from pymllm.weights.gguf_checkpoint import GGUFArchitecture, open_gguf
 from pymllm.weights.safetensors_file import SafetensorsFile
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -73,9 +74,12 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
     return Path(snapshot)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, architectures: Mapping[str, GGUFArchitecture] | None = None
+) -> Checkpoint:
     """Read config.json, the index and every header; no tensor byte.
 
+    architectures: what model definitions say of GGUF files (`pymllm.models.gguf_architectures`).
     Raises CheckpointError; its code for the folder is one of: folder-missing, config-missing, config-json
     (and -utf8, -duplicate-key, -too-large; the same of index), index-entry, index-escapes,
     index-disagrees, shards-missing, duplicate-tensor, pickle-only, weights-missing, unreadable;
@@ -83,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if is_gguf(path):
-        return open_gguf(path)
+        return open_gguf(path, architectures or {})
     if not path.is_dir():
         raise CheckpointError(
             "not a folder",

@@ -17,6 +17,7 @@ from typing import Any
 from pymllm.config import DTYPES
 from pymllm.errors import ConfigError
 from pymllm.loading.prepare import Prepared, prepare
+from pymllm.models import gguf_architectures
 from pymllm.parallel import Parallel
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -135,7 +136,7 @@ def choose_spelling(name: str, prepared: Prepared) -> Spelling:
 
 def _model_dtype(folder: Path) -> str:
     """What floats are written in: the dtype that the checkpoint says it was saved in."""
-    config = open_checkpoint(folder).config
+    config = open_checkpoint(folder, gguf_architectures()).config
     name = str(config.get("dtype", config.get("torch_dtype")))
     return name if name in DTYPES else "float32"
 
