@@ -8,7 +8,8 @@ from typing import Protocol
 from torch import nn
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, LazyWeights
+from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.experts import LazyWeights
 from pymllm.moe.experts import Experts
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.experts import BoundExperts, ExpertsMethod, bind_experts, experts_weight
