@@ -29,7 +29,7 @@ class NativeAttention:
     """Attention in one pass over what a step sees.  isa: a kernel path, for tests; None: the one in use here."""
 
     name = "native"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa
@@ -115,7 +115,7 @@ class NativeKVStore:
     """Storing in pages: a copy, rounding to floats, or scaling and rounding to int8.  isa: as for `NativeAttention`."""
 
     name = "native"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa

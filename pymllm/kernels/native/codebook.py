@@ -26,7 +26,7 @@ class NativeCodebook:
     """The kernel for codes of nf4 or fp4 × activations of any float dtype, in float32."""
 
     name = "native_codebook"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     layout = PACKING.layout
 
     def why_not(self, problem: LinearProblem) -> str | None:

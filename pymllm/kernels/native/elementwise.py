@@ -18,7 +18,7 @@ class NativeElementwise:
     """The elementwise kernels, each one pass over memory.  isa: a kernel path, for tests; None: the one in use here."""
 
     name = "native"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa

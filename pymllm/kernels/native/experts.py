@@ -35,7 +35,7 @@ class NativeIntegerExperts(LinearExperts):
     """The kernel for experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
 
     name = "native_experts"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def why_not(self, problem: ExpertsProblem) -> str | None:
         products = problem.products()

@@ -143,7 +143,7 @@ class NativeFloatLinear:
     """The kernel for bf16 or f16 weights × activations of any float dtype, in float32."""
 
     name = "native_bf16"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     layout = "dense"  # the tensor as it is: an embedding may share it
 
     def why_not(self, problem: LinearProblem) -> str | None:

@@ -27,7 +27,7 @@ class NativeFp8Linear:
     """The kernel for fp8 e4m3 weights × activations of any float dtype, in float32."""
 
     name = "native_fp8"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     layout = "native_fp8"
 
     def why_not(self, problem: LinearProblem) -> str | None:

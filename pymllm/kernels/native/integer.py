@@ -28,7 +28,7 @@ BLOCK_ROWS = 16
 BLOCK_GROUPS = (128, 64, 32, 16)  # inputs of one packed block
 LONG_ROW = 1024  # from here on, a group that is a whole row is filled up to blocks of 128
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in kernels/integer.h
-# Scales there
+# Scales in kernels/integer.h
 SCALES = {
     torch.float16: 0,
     torch.bfloat16: 1,
@@ -176,7 +176,7 @@ def integer_reason(problem: LinearProblem) -> str | None:
 class NativeIntegerLinear:
     """The base of the kernels for integer codes × activations in int8 (or, exactly, in several int8 slices)."""
 
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     name: ClassVar[str]
     layout: ClassVar[str] = "native_integer 16-row blocks"
     # By the dtype of the activations, how many tokens are multiplied float-exactly at no cost.
