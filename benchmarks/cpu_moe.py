@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.kernels.canonical import ExpertsWeight, IntWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem

@@ -16,8 +16,8 @@ from gpu_peers import grouped_mm_experts
 from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
-from pymllm.kernels.canonical import DenseType, ExpertsWeight, LazyWeights
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import DenseType
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight, LazyWeights
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import run_by_expert

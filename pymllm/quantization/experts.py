@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, LazyWeights, on_meta
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight, on_meta
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight, LazyWeights
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from pymllm.kernels.canonical import DenseWeight, ExpertsWeight, on_meta
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import DenseWeight, on_meta
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pymllm.kernels.canonical import ExpertsWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem

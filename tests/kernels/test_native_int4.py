@@ -406,7 +406,7 @@ def test_dispatch_costs_few_microseconds():
     y = torch.empty(1, 16)
     isa = _native.isa_code("")
     plan = blocks_of(problem)
-    weights = (packed["blocks"].data_ptr(), 16, 32, 32, plan.format, plan.zero, 0)
+    weights = (packed["blocks"].data_ptr(), 16, *plan.arguments, 0)
     bare = (*weights, x.data_ptr(), bias.data_ptr(), y.data_ptr(), 1, 0, 3, 0, 32, 0.0, 1, isa)
 
     def fastest(call) -> float:

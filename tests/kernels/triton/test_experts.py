@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pymllm.kernels.canonical import DenseWeight, ExpertsWeight, Fp8Weight, IntWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import DenseWeight, Fp8Weight, IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton.experts import TritonExperts, sorted_slots
