@@ -30,7 +30,8 @@ from cpu_decode_engines import Pymllm
 from cpu_decode_models import linear_shapes
 
 from pymllm import _native
-from pymllm.engine import runner
+from pymllm.engine import decoding as engine_decoding
+from pymllm.engine.tape import Tape
 
 NAMES = {
     "integer_linear": "linear layers",
@@ -51,19 +52,20 @@ class Calls:
 
     def __init__(self) -> None:
         self.noted: list[str] = []
+        self.tape: Tape | None = None
         self.taped: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
         for name in NAMES:
             setattr(_native, name, self._watched(name, getattr(_native, name)))
-        record = runner.record
+        record = engine_decoding.record
 
         def recorded(*given: Any) -> Any:
             self.noted.clear()
-            tape = record(*given)
-            self.taped = self.noted[: len(tape.native)]
-            return tape
+            self.tape = record(*given)
+            self.taped = self.noted[: len(self.tape.native)]
+            return self.tape
 
-        runner.record = recorded
+        engine_decoding.record = recorded
 
     def _watched(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
         def call(*given: Any) -> None:
@@ -93,8 +95,7 @@ class TimedTape:
 def decoding(engine: Pymllm, calls: Calls, threads: int, repeats: int) -> list[str]:
     prompt = np.random.default_rng(1).integers(3, 32000, (1, PROMPT))
     engine.generate(prompt, CONTEXT)
-    batch = list(engine.llm.engine.runner._decoding.values())[-1]
-    tape, names = batch.tape, calls.taped
+    tape, names = calls.tape, calls.taped
     assert tape is not None and len(names) == len(tape.native) and not tape.operations
     read = roofline.ReadProbe(huge=True)
     each = np.zeros((repeats, len(names)))

@@ -1,21 +1,32 @@
-"""Steps in which every request brings one token: tensors that stay where they are, and the tape that plays them."""
+"""Steps in which every request brings one token: tensors that stay where they are, so that a step can be replayed.
 
-# R requests
+A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner` treats both alike.
+"""
+
+# V vocabulary
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
+from pymllm.engine.graphs import Capture
 from pymllm.engine.request import Request
-from pymllm.engine.tape import RepeatedStep, Tape
+from pymllm.engine.tape import NotRepeatable, RepeatedStep, record
+
+# A batch of the same size has then come twice before.
+RECORDED_STEP = 3
 
 
 class DecodingBatch:
     """The tensors of `size` requests, filled anew for each step.
 
     columns: pages that a request may have.  max_length: tokens that one may have.
-    tape: None until it is recorded.  trusted: whether the tape has been tried on a second step.
-    refused: why there will be none.  steps: how often the batch was run without one.
+    replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
+    trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
+    refused: why its step cannot be replayed.
     """
 
     def __init__(
@@ -39,7 +50,7 @@ class DecodingBatch:
             page_tables=pages,
             page_size=page_size,
         )
-        self.tape: Tape | None = None
+        self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
         self.refused: str | None = None
         # Whose pages each row holds: how often they were taken before, and how many.
@@ -65,6 +76,23 @@ class DecodingBatch:
             if there is not here:
                 there.copy_(here)
 
-    def forget(self) -> None:
-        """The model has changed: record again."""
-        self.tape, self.trusted, self.refused, self.steps = None, False, None, 0
+    def run(self, forward: Callable[[], Tensor], capture: Capture | None) -> Tensor:
+        """Run the filled batch: `forward`, or what replays it.  Returns [size, V].
+
+        With `capture` (on a GPU) the first step is captured. Without, a tape is recorded at the third and tried at the
+        fourth; NotRepeatable if the step has what a tape cannot have.
+        """
+        if self.replay is not None and self.trusted:
+            return self.replay()
+        if capture is not None:
+            self.replay, self.trusted = capture(forward), True
+            return self.replay()
+        self.steps += 1
+        logits = forward()
+        if self.replay is not None:
+            self.trusted = True
+            if not torch.equal(self.replay(), logits):
+                raise NotRepeatable("played back on another step, it gives other logits")
+        elif self.steps == RECORDED_STEP:
+            self.replay = record(forward, logits).play
+        return logits

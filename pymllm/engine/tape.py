@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -179,6 +179,12 @@ class Tape:
             operation()
         self.native.play(position, len(self.native))
         return self.logits
+
+
+def why_not_recorded(model: nn.Module) -> str | None:
+    """Return what keeps every decoding step of `model` from being recorded, or None."""
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return "modules of the model have hooks" if hooked else None
 
 
 def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
