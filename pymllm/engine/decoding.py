@@ -16,14 +16,14 @@ from pymllm.engine.graphs import Capture
 from pymllm.engine.request import Request
 from pymllm.engine.tape import NotRepeatable, RepeatedStep, record
 
-# A batch of the same size has then come twice before.
+# Which step of a batch is recorded: a batch of the same size has then come twice before.
 RECORDED_STEP = 3
 
 
 class DecodingBatch:
-    """The tensors of `size` requests, filled anew for each step.
+    """The tensors of a step of `size` requests, filled anew for each step.
 
-    columns: pages that a request may have.  max_length: tokens that one may have.
+    columns: how many pages a request may have.  max_length: how many tokens it may have.
     replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
     trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
     refused: why its step cannot be replayed.
@@ -32,7 +32,7 @@ class DecodingBatch:
     def __init__(
         self, size: int, columns: int, page_size: int, max_length: int, device: torch.device
     ) -> None:
-        # Filled here through NumPy, whose assignments cost a tenth of torch's; on a CPU they are the step's tensors.
+        # `fill` writes through NumPy, whose assignments cost a tenth of torch's; on a CPU these are the step's tensors.
         tokens = torch.zeros((3, size), dtype=torch.int64)
         lengths = torch.zeros((2, size + 1), dtype=torch.int32)
         pages = torch.zeros((size, columns), dtype=torch.int32)
@@ -53,7 +53,7 @@ class DecodingBatch:
         self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
         self.refused: str | None = None
-        # Whose pages each row holds: how often they were taken before, and how many.
+        # Whose pages each row holds: the request, how often it had lost its pages, and how many they are.
         self._rows: list[tuple[Request, int, int] | None] = [None] * size
 
     def fill(self, requests: list[Request]) -> None:
@@ -77,10 +77,10 @@ class DecodingBatch:
                 there.copy_(here)
 
     def run(self, forward: Callable[[], Tensor], capture: Capture | None) -> Tensor:
-        """Run the filled batch: `forward`, or what replays it.  Returns [size, V].
+        """Run the filled batch, by `forward` until its step can be replayed.  Returns [size, V].
 
-        With `capture` (on a GPU) the first step is captured. Without, a tape is recorded at the third and tried at the
-        fourth; NotRepeatable if the step has what a tape cannot have.
+        capture: captures the first step (on a GPU). Without it a tape is recorded at the third step and tried at the
+        fourth. Raises NotRepeatable if the step has what a tape cannot have.
         """
         if self.replay is not None and self.trusted:
             return self.replay()

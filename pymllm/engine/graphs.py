@@ -1,7 +1,8 @@
-"""Decoding steps as CUDA graphs: captured once for each of a few batch sizes, replayed over tensors filled anew.
+"""Decoding steps as CUDA graphs, captured once for each of a few batch sizes (buckets) and replayed over new numbers.
 
-Between buckets, rows that no request has store nothing (slot -1) and see one position; their logits are dropped. A
-model whose kernels look at the host within a step cannot be captured, and is run eagerly: `why_not_captured` says why.
+Where a bucket has more rows than there are requests, the spare rows store nothing (slot -1) and see one position; their
+logits are dropped. A model whose kernels look at the host within a step cannot be captured, and runs eagerly:
+`why_not_captured` says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the model over a batch of requests: builds the step's metadata, calls the model, hands back logits."""
+"""Run the model over a batch of requests: build the step's metadata, call the model, return the logits."""
 
 # R requests, T tokens of this step, V vocabulary
 
@@ -22,7 +22,7 @@ from pymllm.layers.linear import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.causal_lm import CausalLM
 
-# Of the step that this thread runs: ranks simulated by threads each have their own.
+# The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
 
 # Numbers of requests whose tensors and tapes are kept.
@@ -43,7 +43,10 @@ class Runner:
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
-        """One forward without a cache.  Returns float32 [T, V], on every rank."""
+        """Run the model over one text without a cache.  Returns float32 [T, V], on every rank.
+
+        adapter: the LoRA adapter to use; None: the active one.
+        """
         count = len(token_ids)
         bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
         metadata = AttnMetaDataBase(
@@ -59,9 +62,9 @@ class Runner:
         return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """The tokens that the scheduler gave each request.  Returns [R, V] logits, after the last of each.
+        """Run the tokens that the scheduler gave each request.
 
-        They are good until the next step.
+        Returns the logits [R, V] after each request's last token; the next step overwrites them.
         """
         if all(r.adapter is None and len(r.running_sequence) == r.missing == 1 for r in requests):
             logits = self._decode(requests, cache)
@@ -71,7 +74,7 @@ class Runner:
 
     @torch.no_grad()
     def _read(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """A step that is not one of decoding, or is not played."""
+        """Run a step eagerly: one that reads prompts, has adapters, or cannot be replayed."""
         new = [request.running_sequence for request in requests]
         starts = [request.computed for request in requests]
         positions = [
@@ -103,9 +106,9 @@ class Runner:
         return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)))
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
-        """Run one token of each request, replayed where it can be.  Returns [R, V], good until the next step.
+        """Run one token of each request by replaying a recorded step.  Returns [R, V]; the next step overwrites it.
 
-        Returns None where this model, or so many requests, cannot have a replayed step.
+        Returns None where this model, or a batch of this size, cannot be replayed.
         """
         made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
         if made_for != self._decoding_of:
@@ -157,12 +160,17 @@ class Runner:
         adapters: list[str | None],
         counts: list[int],
     ) -> Tensor:
-        """rows: those whose logits are wanted, one a request; None: all.  adapters, counts: of each request."""
+        """Run `tokens` at `positions` and compute logits.
+
+        rows: the tokens whose logits are wanted, one of each request; None: all.  adapters, counts: each request's
+        adapter, and how many of the tokens are its own.
+        """
         wide = AdapterBatch.of(
             [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)], self.device
         )
         narrow = wide if rows is None else AdapterBatch.of(adapters, self.device)
-        set_fetch_fn_for_attn_metadata(_metadata.get)  # each time: another runner may have installed its own
+        # Each time: another runner may have installed its own.
+        set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(metadata)
         try:
             with use_adapters(wide):
