@@ -94,7 +94,7 @@ def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:
         type=Path,
         dest="quant",
         metavar="FILE",
-        help="a file of such rules, one on a line; it takes its place among the --quant",
+        help="a file of such rules, one a line; it takes its place among the --quant options",
     )
 
 

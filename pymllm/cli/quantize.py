@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the text that run together; default: 512",
     )
     parser.add_argument(
-        "--restart", action="store_true", help="throw away what an unfinished run of another request left"
+        "--restart", action="store_true", help="throw away what an unfinished run with other options left"
     )
     parser.add_argument("--json", action="store_true", help="every layer as JSON (docs/quantizing.md)")
     add_common_options(parser)
