@@ -1,12 +1,12 @@
-"""Where the time of our decoding and of our prompts goes, and what limits each part.
+"""Measure where the time of our decoding and of our prompts goes, and what limits each part.
 
     python benchmarks/cpu_decode_parts.py [--threads 1 2] [--models build/cpu_decode]
 
-The 448 M Llama of cpu_decode.py. A decoding step is a tape of native calls (pymllm/engine/tape.py): each is played by
-itself, in order, so that all find the caches as they do in a step, between probes of the read bandwidth. What a step
-takes beyond its tape is Python. Prompts of 128 tokens run eagerly, and each native call is timed where it is made; the
-linear layers' share is of the probed int8 peak, and so is what cpu_decode.json says of the peers. Writes
-results/cpu_decode_parts.md.
+The model is the 448 M Llama of cpu_decode.py. A decoding step is a tape of native calls (pymllm/engine/tape.py): each
+call is played by itself, in order, so that it finds the caches as in a step, between probes of the read bandwidth. What
+a step takes beyond its tape is Python. Prompts of 128 tokens run eagerly, and each native call is timed where it is
+made; the speed of the linear layers, and what cpu_decode.json says of the peers, are shares of the probed int8 peak.
+The script writes results/cpu_decode_parts.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PROMPT, CONTEXT = 128, 32  # tokens decoded before the step that is taken apart
 
 
 class Calls:
-    """Stands before every native function: which call a tape noted down, and how long each took."""
+    """A watcher of every native function: the calls that the last tape noted down, and how long each function took."""
 
     def __init__(self) -> None:
         self.noted: list[str] = []
