@@ -76,7 +76,7 @@ class Engine:
                 tensor="prompt",
                 expected=f"fewer than {longest} tokens",
                 found=str(len(prompt)),
-                fix="Shorten it.",
+                fix="Shorten the prompt.",
             )
         vocabulary = self.model.config.size("vocab_size")
         bad = next((token for token, _ in params.logit_bias if token >= vocabulary), None)

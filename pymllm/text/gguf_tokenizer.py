@@ -121,7 +121,8 @@ class GGUFTokenizer(Tokenizer):
         split = self._get("pre", "default")
         if split not in SPLITS and split not in DIGITS_APART:
             raise self._unusable(
-                f"text of the kind {split!r} (tokenizer.ggml.pre) cannot be split here", "tokenizer-unknown"
+                f"the file splits text by {split!r} (tokenizer.ggml.pre), which is not known here",
+                "tokenizer-unknown",
             )
         merges = [tuple(merge.split(" ")) for merge in self._get("merges", ())]
         vocabulary = {token: index for index, token in enumerate(tokens)}
