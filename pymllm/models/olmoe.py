@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pymllm.attention.self_attention import SelfAttention
+from pymllm.config import ModelConfig
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import llama
 from pymllm.moe import build_moe_block
@@ -34,7 +37,7 @@ class DividedRMSNorm(RMSNorm):
         self.total, self.share, self.parallel = total, share, current_parallel()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """x: [T, this rank's share of N].  Returns the same shape."""
+        """Normalise x: [T, this rank's share of N].  Returns the same shape."""
         if self.parallel.size == 1:
             return super().forward(x)  # type: ignore[return-value]
         assert self.weight is not None
@@ -47,11 +50,11 @@ class DividedRMSNorm(RMSNorm):
 class OlmoeAttention(SelfAttention):
     """Norms, then an optional clip, then rotary positions."""
 
-    def __init__(self, clip: float | None, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
-        eps, (q, k, _) = options["config"].rms_norm_eps, self.qkv_proj.shape.outputs  # type: ignore[attr-defined]
+    def __init__(self, config: ModelConfig, layer: int, **options: Any) -> None:
+        super().__init__(config, layer, **options)
+        eps, (q, k, _) = config.rms_norm_eps, self.qkv_proj.shape.outputs
         self.q_norm, self.k_norm = DividedRMSNorm(q.total, q, eps), DividedRMSNorm(k.total, k, eps)
-        self.clip = clip
+        self.clip: float | None = config.clip_qkv
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(hidden).split([span.size for span in self.qkv_proj.shape.outputs], dim=-1)
@@ -65,17 +68,7 @@ class OlmoeAttention(SelfAttention):
 class Model(llama.Model):
     """OlmoeForCausalLM."""
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return OlmoeAttention(
-            self.config.clip_qkv,
-            config=self.config,
-            layer=index,
-            prefix=prefix,
-            quant_config=quant_config,
-            qkv_bias=bias,
-            output_bias=bias,
-        )
+    attention = OlmoeAttention
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         return build_moe_block("auto", self.config, prefix=prefix, quant_config=quant_config)

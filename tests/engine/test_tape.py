@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-import pymllm.engine.runner as runner_module
+import pymllm.engine.decoding as decoding_module
 from pymllm import LLM, SamplingParams
 from pymllm.engine.tape import NotRepeatable, record
 from pymllm.kernels.native import extension
@@ -30,7 +30,7 @@ def answers(llm: LLM, prompts: list[list[int]], count: int = 40) -> list[tuple[i
 
 
 def tapes(llm: LLM) -> dict[int, object]:
-    return {requests: batch.tape for (requests, _), batch in llm.engine.runner._decoding.items()}
+    return {requests: batch.replay for (requests, _), batch in llm.engine.runner._decoding.items()}
 
 
 def refusals(llm: LLM) -> set[str | None]:
@@ -45,7 +45,7 @@ def without_tapes(monkeypatch):
         raise NotRepeatable("this test wants none")
 
     def make(**settings) -> LLM:
-        monkeypatch.setattr(runner_module, "record", refuse)
+        monkeypatch.setattr(decoding_module, "record", refuse)
         return LLM(**settings)
 
     yield make
@@ -116,7 +116,7 @@ def test_a_hook_is_called_in_every_step():
     calls = []
     hook = llm.model.model.norm.register_forward_hook(lambda *given: calls.append(1))
     answers(llm, PROMPTS[:1], 12)
-    assert len(calls) >= 12 and refusals(llm) == {"modules of the model have hooks"}
+    assert len(calls) >= 12 and llm.engine.runner.eager_reason == "modules of the model have hooks"
     hook.remove()
 
 
@@ -180,7 +180,7 @@ def test_recording_a_step_does_not_import_torchs_compiler():
     """It takes the better part of a second, in the middle of the first answer."""
     script = (
         "import sys, pymllm; llm = pymllm.LLM(); llm.generate([[5, 6, 7]]); "
-        "assert any(batch.tape for batch in llm.engine.runner._decoding.values()); "
+        "assert any(batch.replay for batch in llm.engine.runner._decoding.values()); "
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
