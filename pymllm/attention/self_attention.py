@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pymllm.attention.attention import Attention
 from pymllm.config import ModelConfig
 from pymllm.kernels.quantised_rows import RowCodes
-from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.layernorm import DividedRMSNorm, RMSNorm
 from pymllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from pymllm.layers.rotary_embedding import get_rope
 from pymllm.quantization.base import QuantizationConfig
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
-        self.head_dim = head_dim
+        self.config, self.head_dim = config, head_dim
         self.qkv_proj = QKVParallelLinear(
             config.size("hidden_size"),
             head_dim,
@@ -100,14 +100,36 @@ class SelfAttention(nn.Module):
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """positions: [T]; hidden: [T, hidden_size], or quantised as `input_codes` says.  Returns [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
+        q, k, v = self.before_rotary(q, k, v)
+        q, k = self.rotary(positions, q, k)
+        return self.o_proj(self.attn(q, k, v, self.sinks_here()))
+
+    def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise each head of q and k, where there are norms.
+
+        q, k, v: [T, this rank's features of all heads].  Returns the same shapes.
+        """
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        q, k = self.rotary(positions, q, k)
-        return self.o_proj(self.attn(q, k, v, self.sinks_here()))
+        return q, k, v
 
     def sinks_here(self) -> Tensor | None:
         """Those of this rank's heads."""
         heads = self.qkv_proj.shape.outputs[0]
         first = heads.start // self.head_dim
         return None if self.sinks is None else self.sinks[first : first + heads.size // self.head_dim]
+
+
+class WholeNormAttention(SelfAttention):
+    """Self-attention with one norm over all heads of q, and one over all heads of k."""
+
+    def __init__(self, config: ModelConfig, layer: int, **options: Any) -> None:
+        super().__init__(config, layer, **options)
+        eps, (q, k, _) = config.rms_norm_eps, self.qkv_proj.shape.outputs
+        self.q_norm, self.k_norm = DividedRMSNorm(q.total, q, eps), DividedRMSNorm(k.total, k, eps)
+
+    def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise q and k.  q, k, v: [T, this rank's features of all heads].  Returns the same shapes."""
+        assert self.q_norm is not None and self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k), v

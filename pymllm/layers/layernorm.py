@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pymllm.config import current_execution
 from pymllm.layers.elementwise import codes_between, elementwise_kernel
 from pymllm.layers.held import WeightHolder
+from pymllm.parallel import current_parallel
+from pymllm.weights.spec import Span
 
 
 class RMSNorm(WeightHolder):
@@ -65,3 +67,24 @@ class GemmaRMSNorm(RMSNorm):
         """Add the one, after each time the weight is read."""
         assert self.weight is not None
         self.weight.data += self.weight_offset
+
+
+class DividedRMSNorm(RMSNorm):
+    """RMSNorm over features that ranks share: each brings its own to the mean.
+
+    total: how many features there are.  share: which of them are this rank's.
+    """
+
+    def __init__(self, total: int, share: Span, eps: float) -> None:
+        super().__init__(total, eps)
+        self.total, self.share, self.parallel = total, share, current_parallel()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise x: [T, this rank's share of N].  Returns the same shape."""
+        if self.parallel.size == 1:
+            return super().forward(x)  # type: ignore[return-value]
+        assert self.weight is not None
+        squares = self.parallel.all_reduce(x.float().square().sum(-1, keepdim=True))
+        summed = self.parallel.size * self.share.size  # more than the total where ranks share a head
+        normed = x.float() * torch.rsqrt(squares / summed + self.eps)
+        return normed.to(x.dtype) * self.weight[self.share.start : self.share.stop]

@@ -1,22 +1,15 @@
 """OLMoE: routed experts in every layer, and norms over all heads of q, and of k, together."""
 
-# T tokens, N features of all heads
+# T tokens
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from pymllm.attention.self_attention import SelfAttention
-from pymllm.config import ModelConfig
-from pymllm.layers.layernorm import RMSNorm
+from pymllm.attention.self_attention import WholeNormAttention
 from pymllm.models import llama
 from pymllm.moe import build_moe_block
-from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.weights.spec import Span
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -29,40 +22,16 @@ DEFAULTS = {
 }
 
 
-class DividedRMSNorm(RMSNorm):
-    """RMSNorm over features that ranks share: each brings its own to the mean."""
-
-    def __init__(self, total: int, share: Span, eps: float) -> None:
-        super().__init__(total, eps)
-        self.total, self.share, self.parallel = total, share, current_parallel()
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalise x: [T, this rank's share of N].  Returns the same shape."""
-        if self.parallel.size == 1:
-            return super().forward(x)  # type: ignore[return-value]
-        assert self.weight is not None
-        squares = self.parallel.all_reduce(x.float().square().sum(-1, keepdim=True))
-        summed = self.parallel.size * self.share.size  # more than the total where ranks share a head
-        normed = x.float() * torch.rsqrt(squares / summed + self.eps)
-        return normed.to(x.dtype) * self.weight[self.share.start : self.share.stop]
-
-
-class OlmoeAttention(SelfAttention):
+class OlmoeAttention(WholeNormAttention):
     """Norms, then an optional clip, then rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: int, **options: Any) -> None:
-        super().__init__(config, layer, **options)
-        eps, (q, k, _) = config.rms_norm_eps, self.qkv_proj.shape.outputs
-        self.q_norm, self.k_norm = DividedRMSNorm(q.total, q, eps), DividedRMSNorm(k.total, k, eps)
-        self.clip: float | None = config.clip_qkv
-
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv_proj(hidden).split([span.size for span in self.qkv_proj.shape.outputs], dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        if self.clip is not None:
-            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
-        q, k = self.rotary(positions, q, k)
-        return self.o_proj(self.attn(q, k, v))
+    def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise and clip.  q, k, v: [T, this rank's features of all heads].  Returns the same shapes."""
+        q, k, v = super().before_rotary(q, k, v)
+        clip: float | None = self.config.clip_qkv
+        return (
+            (q, k, v) if clip is None else (q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip))
+        )
 
 
 class Model(llama.Model):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import LazyWeights
+from pymllm.kernels.experts import LazyWeights
 from pymllm.layers.held import HeldWeight
 from pymllm.layers.swapped import encode
 from pymllm.quantization.experts import BoundExperts, ExpertsMethod, bind_experts, experts_weight
