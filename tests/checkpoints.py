@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 7, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     ),
     "phi3": ("Phi3", {"pad_token_id": 0}),
+    "olmo2": ("Olmo2", {}),
 }
 # Two layers of four query heads and two key heads; sizes that groups and blocks of 128 divide, but an odd vocabulary.
 SIZES = {

@@ -42,7 +42,7 @@ def mixed(name):
 @pytest.mark.parametrize(
     ("family", "kinds"),
     [("llama", kind) for kind in (*BLOCKS, "F32", "F16", "BF16", mixed)]
-    + [(family, kind) for family in ("qwen2", "qwen3") for kind in ("Q4_K", "Q5_0", mixed)],
+    + [(family, kind) for family in ("qwen2", "qwen3", "olmo2") for kind in ("Q4_K", "Q5_0", mixed)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_logits_are_those_of_the_dequantised_weights(family, kinds, tmp_path):
