@@ -16,13 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
-from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
 from pymllm.weights.spec import FLOATS
 
 if TYPE_CHECKING:
@@ -34,10 +34,14 @@ if TYPE_CHECKING:
 class QuantizationConfig(ABC):
     """A checkpoint's `quantization_config`, read: which method each layer has, by its checkpoint name."""
 
+    registered_as: ClassVar[str]
+
     @classmethod
-    @abstractmethod
     def get_name(cls) -> str:
-        """The `quant_method` spelling this class reads."""
+        """Return the name that the class is registered under: the `quant_method` that it reads.  TypeError for none."""
+        if not hasattr(cls, "registered_as"):
+            raise TypeError(f"{cls.__name__} has no name; give it one with @register_quantization(name)")
+        return cls.registered_as
 
     @classmethod
     @abstractmethod
@@ -70,9 +74,18 @@ class QuantizationConfig(ABC):
     stored_modules: frozenset[str] = frozenset()  # what the stored tensors belong to
 
     def stored_as_float(self, prefix: str) -> bool:
-        """Whether the checkpoint holds this layer's weight as plain floats, whatever its config says of it."""
+        """Tell whether the checkpoint holds this layer's weight as plain floats, whatever its config says of it."""
         weight = self.stored.get(f"{prefix}.weight")
         return weight is not None and weight.dtype in FLOATS
+
+    def covers(self, layer: nn.Module, prefix: str, *tensors: str) -> bool:
+        """Tell whether the format can be this layer's, by the layer's kind and by what the checkpoint holds for it.
+
+        It can where the layer is linear, or the checkpoint has one of `tensors` (suffixes that no float layer has) for
+        it; it cannot where the checkpoint holds the weight as plain floats.
+        """
+        packed = any(f"{prefix}.{name}" in self.stored for name in tensors)
+        return (packed or kind_of(layer) == "linear") and not self.stored_as_float(prefix)
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.float32, torch.bfloat16, torch.float16]
@@ -106,7 +119,7 @@ def register_quantization(name: str) -> Callable[[C], C]:
                 code="duplicate-method",
                 fix="Choose another name.",
             )
-        _registry[name] = cls
+        _registry[name], cls.registered_as = cls, name
         return cls
 
     return register

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +11,6 @@ from torch import Tensor
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import LinearShape, WeightSpec
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from pymllm.quantization.parameters import add_weight, layer_shape
 from pymllm.weights.loader import place
 from pymllm.weights.spec import LinearShape, WeightSpec
 
-if TYPE_CHECKING:
-    pass
+
+def kind_of(layer: nn.Module) -> str:
+    """Return the kind of a layer: "linear", "embedding", "lm_head" or "router"; a module that says none is linear."""
+    return getattr(layer, "kind", "linear")
 
 
 class QuantizeMethodBase(ABC):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pymllm.errors import ConfigError, nearest
 from pymllm.weights.spec import LinearShape
-
-if TYPE_CHECKING:
-    pass
 
 
 def needs_calibration(method: str, shape: LinearShape) -> ConfigError:

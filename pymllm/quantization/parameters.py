@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from pymllm.errors import ConfigError
 from pymllm.weights.loader import Written, copy_full_tensor, place
 from pymllm.weights.spec import LinearShape, Span, WeightSpec
-
-if TYPE_CHECKING:
-    pass
 
 
 def layer_shape(

@@ -31,7 +31,7 @@ from pymllm.quantization.kv_cache import (
     UnquantizedKVCacheMethod,
     build_kv_method,
 )
-from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.method import LinearMethodBase, kind_of
 
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
 RULE_OPTIONS = re.compile(r":.*")
@@ -83,7 +83,7 @@ class Rule:
     def applies(self, layer: nn.Module, name: str) -> bool:
         """Whether it matches the layer's name; a router only by a pattern that says to the end what it means."""
         vague = self.pattern.endswith("*") or self.pattern.startswith("re:")
-        return not (vague and getattr(layer, "kind", "linear") == "router") and self.matches(name)
+        return not (vague and kind_of(layer) == "router") and self.matches(name)
 
     def build(self) -> LinearMethodBase:
         """The method it asks for.  ConfigError for an unknown method or option."""
@@ -187,7 +187,7 @@ class RuledConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """The method of the layer named `prefix`; a tied head reads its table under the embedding's name."""
-        name = getattr(layer, "prefix", prefix) if getattr(layer, "kind", "linear") == "lm_head" else prefix
+        name = getattr(layer, "prefix", prefix) if kind_of(layer) == "lm_head" else prefix
         config = self.checkpoint_config
         stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod(
             getattr(layer, "transposed", False)

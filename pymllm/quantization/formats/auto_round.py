@@ -63,10 +63,6 @@ class AutoRoundConfig(QuantizationConfig):
         self.formats: dict[tuple[Any, ...], QuantizationConfig] = {}
 
     @classmethod
-    def get_name(cls) -> str:
-        return "auto-round"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoRoundConfig:
         packing = config.get("packing_format") or "auto_round:auto_gptq"
         short = str(packing).removeprefix("auto_round:")
@@ -96,8 +92,7 @@ class AutoRoundConfig(QuantizationConfig):
             return None
         found = self._format(named or "")
         if isinstance(found, LinearMethodBase):
-            linear = getattr(layer, "kind", "linear") == "linear" and not self.stored_as_float(prefix)
-            return found if linear else None
+            return found if self.covers(layer, prefix) else None
         return None if found is None else found.get_quant_method(layer, prefix)
 
     def _key(self, prefix: str) -> str | None:

@@ -124,10 +124,6 @@ class AWQConfig(QuantizationConfig):
         self.modules_to_not_convert = modules_to_not_convert
 
     @classmethod
-    def get_name(cls) -> str:
-        return "awq"
-
-    @classmethod
     def get_config_filenames(cls) -> list[str]:
         return ["quant_config.json"]
 
@@ -165,9 +161,8 @@ class AWQConfig(QuantizationConfig):
         # linear layers of decoder blocks whose name contains none of the strings.
         if f"{prefix}.qweight" in self.stored:
             return self.method
-        is_linear = getattr(layer, "kind", "linear") == "linear"
-        skipped = not is_linear or any(part in prefix for part in self.modules_to_not_convert)
-        return None if skipped or self.stored_as_float(prefix) else self.method
+        skipped = any(part in prefix for part in self.modules_to_not_convert)
+        return None if skipped or not self.covers(layer, prefix) else self.method
 
 
 def _read_group_size(text: str) -> int:

@@ -189,10 +189,6 @@ class BitsAndBytesConfig(QuantizationConfig):
         self.methods: dict[str, LinearMethodBase] = {}
 
     @classmethod
-    def get_name(cls) -> str:
-        return "bitsandbytes"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:
         in_4bit, in_8bit = (
             bool(config.get(f"load_in_{bits}bit", config.get(f"_load_in_{bits}bit"))) for bits in (4, 8)
@@ -221,9 +217,7 @@ class BitsAndBytesConfig(QuantizationConfig):
             return self.methods[prefix]
         if f"{prefix}.SCB" in self.stored:
             return BitsAndBytesInt8LinearMethod()
-        if getattr(layer, "kind", "linear") != "linear" or is_skipped(prefix, self.skip_modules):
-            return None
-        if self.stored_as_float(prefix):
+        if is_skipped(prefix, self.skip_modules) or not self.covers(layer, prefix):
             return None
         if self.bits == 8:
             return BitsAndBytesInt8LinearMethod()

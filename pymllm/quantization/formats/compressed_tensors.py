@@ -25,7 +25,7 @@ from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
-from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
 from pymllm.quantization.storage.compressed_linear import (
     MX_GROUP,
     FloatQuantizedLinearMethod,
@@ -68,10 +68,6 @@ class CompressedTensorsConfig(QuantizationConfig):
         self.groups, self.ignore, self.kv_cache_scheme = tuple(groups), tuple(ignore), kv_cache_scheme
 
     @classmethod
-    def get_name(cls) -> str:
-        return "compressed-tensors"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:
         sparsity = config.get("sparsity_config") or {"format": "dense"}
         if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
@@ -108,8 +104,7 @@ class CompressedTensorsConfig(QuantizationConfig):
                     )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        kind = getattr(layer, "kind", "linear")
-        if kind == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
+        if kind_of(layer) == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
             return None
         if "Linear" in self.ignore or self.stored_as_float(prefix):
             return None

@@ -37,10 +37,6 @@ class FbgemmFp8Config(QuantizationConfig):
         self.activation_scale_ub, self.modules_to_not_convert = activation_scale_ub, modules_to_not_convert
 
     @classmethod
-    def get_name(cls) -> str:
-        return "fbgemm-fp8"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FbgemmFp8Config:
         bound = config.get("activation_scale_ub", 1200.0)
         if isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound <= 0:
@@ -51,11 +47,8 @@ class FbgemmFp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or self.stored_as_float(prefix):
-            return None
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.weight_scale" not in self.stored:
-            return None
-        return METHOD
+        skipped = is_skipped(prefix, self.modules_to_not_convert)
+        return METHOD if not skipped and self.covers(layer, prefix, "weight_scale") else None
 
     def skip_reason(self, tensor: str) -> str | None:
         return "activation_scale_ub again, as a tensor" if tensor.endswith(".input_scale_ub") else None

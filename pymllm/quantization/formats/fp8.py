@@ -112,10 +112,6 @@ class Fp8Config(QuantizationConfig):
         self.modules_to_not_convert, self.kv_cache_scheme = modules_to_not_convert, kv_cache_scheme
 
     @classmethod
-    def get_name(cls) -> str:
-        return "fp8"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Fp8Config:
         scheme = config.get("activation_scheme", "dynamic")
         if scheme not in ("dynamic", "static"):
@@ -152,9 +148,7 @@ class Fp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        is_linear = getattr(layer, "kind", "linear") == "linear"
-        has_scale = any(f"{prefix}.{name}" in self.stored for name in ("weight_scale_inv", "weight_scale"))
-        if not (is_linear or has_scale) or self._is_ignored(prefix) or self.stored_as_float(prefix):
+        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES[:2]):
             return None
         static = self.activation_scheme == "static"
         stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
@@ -175,9 +169,6 @@ class Fp8Config(QuantizationConfig):
         if suffix in SCALES and self.stored_as_float(prefix):
             return "a scale of a weight that is stored in floats, which has none"
         return unused_kv_tensor(tensor)
-
-    def _is_ignored(self, prefix: str) -> bool:
-        return is_skipped(prefix, self.modules_to_not_convert)
 
 
 def _unsupported(field: str, value: Any, supported: str) -> ConfigError:

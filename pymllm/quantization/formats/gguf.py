@@ -192,10 +192,6 @@ class GGUFConfig(QuantizationConfig):
         self.types = dict(types)
 
     @classmethod
-    def get_name(cls) -> str:
-        return "gguf"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GGUFConfig:
         types: Any = config.get("types")
         if not isinstance(types, Mapping) or not all(isinstance(kind, str) for kind in types.values()):

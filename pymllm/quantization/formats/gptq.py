@@ -144,10 +144,6 @@ class GPTQConfig(QuantizationConfig):
         self.method, self.desc_act, self.dynamic, self.modules = method, desc_act, dynamic, modules
 
     @classmethod
-    def get_name(cls) -> str:
-        return "gptq"
-
-    @classmethod
     def get_config_filenames(cls) -> list[str]:
         return ["quantize_config.json"]
 
@@ -182,9 +178,7 @@ class GPTQConfig(QuantizationConfig):
         return GPTQLinearMethod(**values)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.qweight" not in self.stored:
-            return None
-        if self.stored_as_float(prefix):
+        if not self.covers(layer, prefix, "qweight"):
             return None
         method, desc_act = self.method, self.desc_act
         rule = next(

@@ -121,10 +121,6 @@ class HQQConfig(QuantizationConfig):
         self.common, self.tagged, self.skip_modules = common, tagged, skip_modules
 
     @classmethod
-    def get_name(cls) -> str:
-        return "hqq"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:
         settings = config.get("quant_config")
         if not isinstance(settings, Mapping) or not settings:
@@ -141,9 +137,8 @@ class HQQConfig(QuantizationConfig):
         tag = ".".join(
             part for part in prefix.split(".") if part not in ("model", "layers") and not part.isnumeric()
         )
-        if tag in self.skip_modules or prefix in self.skip_modules or self.stored_as_float(prefix):
-            return None
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.W_q" not in self.stored:
+        skipped = tag in self.skip_modules or prefix in self.skip_modules
+        if skipped or not self.covers(layer, prefix, "W_q"):
             return None
         params = self.common if self.common is not None else self.tagged.get(tag)
         if params is None:

@@ -82,10 +82,6 @@ class IntegerConfig(QuantizationConfig):
     default_group_size: ClassVar[int]
 
     @classmethod
-    def get_name(cls) -> str:
-        return f"int{cls.bits}"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> IntegerConfig:
         raise _only_a_target(cls.get_name())
 

@@ -131,10 +131,6 @@ class ModelOptConfig(QuantizationConfig):
         self.quantized_layers, self.kv_cache = quantized_layers, kv_cache
 
     @classmethod
-    def get_name(cls) -> str:
-        return "modelopt"
-
-    @classmethod
     def get_config_filenames(cls) -> list[str]:
         return ["hf_quant_config.json"]
 
@@ -164,9 +160,7 @@ class ModelOptConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if self.is_excluded(prefix) or self.stored_as_float(prefix):
-            return None
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.weight_scale" not in self.stored:
+        if self.is_excluded(prefix) or not self.covers(layer, prefix, "weight_scale"):
             return None
         algo = self.quant_algo if self.quantized_layers is None else self.quantized_layers.get(prefix)
         if algo is None:
@@ -220,10 +214,6 @@ def _read_layers(layers: Any) -> dict[str, str]:
 @register_quantization("nvfp4")
 class NVFP4Config(ModelOptConfig):
     """The name of the format as a rule's target; in checkpoints it is quant_method modelopt, or compressed-tensors."""
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "nvfp4"
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:

@@ -31,6 +31,7 @@ GROUP = 32
 LARGEST = 6.0  # of E2M1
 BIAS = 127  # of E8M0
 E8M0 = torch.float8_e8m0fnu
+SCALES = ("weight_scale", "weight_scales", "scales")  # all names of the same tensor
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ class MXFP4LinearMethod(LinearMethodBase):
             codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
         return (
             codes,
-            WeightSpec(
-                "weight_scale", self.scale_dtype, (OUT, IN.every(GROUP)), aliases=("weight_scales", "scales")
-            ),
+            WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:]),
         )
 
     def check(self, shape: LinearShape) -> None:
@@ -98,10 +97,6 @@ class MXFP4Config(QuantizationConfig):
         self.modules_to_not_convert = modules_to_not_convert
 
     @classmethod
-    def get_name(cls) -> str:
-        return "mxfp4"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MXFP4Config:
         read_choice("MXFP4", config, "group_size", GROUP, [GROUP])
         return cls(modules_to_not_convert=read_names(config, "modules_to_not_convert"))
@@ -112,12 +107,10 @@ class MXFP4Config(QuantizationConfig):
         return MXFP4LinearMethod()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or self.stored_as_float(prefix):
+        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
             return None
-        names = [f"{prefix}.{name}" for name in ("weight_scale", "weight_scales", "scales")]
+        names = (f"{prefix}.{name}" for name in SCALES)
         scale = next((self.stored[name] for name in names if name in self.stored), None)
-        if getattr(layer, "kind", "linear") != "linear" and scale is None:
-            return None
         if scale is not None and scale.dtype not in (torch.uint8, E8M0):
             raise unsupported(
                 "MXFP4", "weight_scale", str(scale.dtype), "uint8 or float8_e8m0fnu", within=f"{prefix}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,10 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
-if TYPE_CHECKING:
-    pass
-
 
 @register_quantization("none")
 class UnquantizedConfig(QuantizationConfig):
     """A checkpoint without `quantization_config`."""
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "none"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> UnquantizedConfig:

@@ -49,10 +49,6 @@ class QuarkConfig(QuantizationConfig):
         self.common, self.layers, self.exclude, self.kv_cache = common, layers, exclude, kv_cache
 
     @classmethod
-    def get_name(cls) -> str:
-        return "quark"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuarkConfig:
         export = config.get("export")
         pack = export.get("pack_method", "reorder") if isinstance(export, Mapping) else "reorder"
@@ -81,11 +77,10 @@ class QuarkConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if any(_names(pattern, prefix) for pattern in self.exclude) or self.stored_as_float(prefix):
+        excluded = any(_names(pattern, prefix) for pattern in self.exclude)
+        if excluded or not self.covers(layer, prefix, "weight_scale"):
             return None
         scale = self.stored.get(f"{prefix}.weight_scale")
-        if getattr(layer, "kind", "linear") != "linear" and scale is None:
-            return None
         found = next((method for name, method in self.layers.items() if _names(name, prefix)), self.common)
         if found is None or found.block == (0, 0) or scale is None:
             return found

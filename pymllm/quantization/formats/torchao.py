@@ -146,10 +146,6 @@ class TorchAOConfig(QuantizationConfig):
         self.metadata: dict[str, str] = {}
 
     @classmethod
-    def get_name(cls) -> str:
-        return "torchao"
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:
         quant_type = config.get("quant_type")
         if not isinstance(quant_type, Mapping) or not isinstance(quant_type.get("default"), Mapping):
@@ -175,11 +171,7 @@ class TorchAOConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         data, scale, zero = (self.stored.get(f"{prefix}.{name}") for name in (QDATA, SCALE, ZERO))
         if data is None or scale is None:
-            if getattr(layer, "kind", "linear") != "linear" or is_skipped(
-                prefix, self.modules_to_not_convert
-            ):
-                return None
-            if self.stored_as_float(prefix):
+            if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix):
                 return None
             raise CheckpointError(
                 "the layer's tensors are not in the checkpoint, and without them its layout is unknown",
