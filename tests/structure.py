@@ -1,4 +1,4 @@
-"""The house, counted from the source alone: circles, upward imports, questions about kinds of layers, docstrings, lines.
+"""The house, counted from the source: circles, upward imports, questions about kinds of layers, docstrings, lines.
 
 python tests/structure.py [ROOM] prints what `test_structure.py` holds to; with a room, its docstrings alone.
 """
@@ -16,42 +16,44 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pymllm"
 
 # Kinds of layers. Rooms above ask the protocol of `layers/held.py`, not for these.
-KINDS = set(
+KIND_NAMES = (
     "WeightedLayer Experts Attention FusedMoE EPFusedMoE TPFusedMoE NaiveFusedMoE RMSNorm GemmaRMSNorm LinearBase "
     "Linear ReplicatedLinear ColumnParallelLinear RowParallelLinear QKVParallelLinear MergedColumnParallelLinear "
     "VocabParallelEmbedding ParallelLMHead SplitLinearMethod PartHolder LoRAMixin SelfAttention LatentAttention "
-    "GatedMLP QuantizedLayer RouterLinear".split()
+    "GatedMLP QuantizedLayer RouterLinear"
 )
+KINDS = set(KIND_NAMES.split())
 KIND_ROOMS = ("layers", "moe", "attention")
 
 # What a function's docstring opens with. Add a verb that is missing; a property may open with a noun.
-VERBS = set(
-    """
-    abort accept account accumulate acquire activate add adopt advance align allocate allow alter answer append apply
-    arrange ask assemble assert assign attach attend average await back begin bind blend block borrow bound break bring
-    broadcast build cache calculate calibrate call cancel capture carry cast change check choose clamp clear clip close
-    collect combine commit compare compile complete compute concatenate configure connect consume contain continue
-    convert copy correct count cover create cut deactivate decide decline decode decrease dedupe defer define delay
-    delegate delete deliver demand dequantise dequantize derive describe detach detect determine dispatch display divide
-    do download draw drop embed emit empty enable encode end enforce ensure enter enumerate estimate evaluate exchange
-    exclude execute exit expand expect explain export expose extend extract fail feed fetch fill filter find finish fit
-    fix flatten flush fold follow forbid force forget format forward free freeze gather generate get give group guard
-    guess halt hand handle hash have hide hold identify ignore import include increase index infer inherit initialise
-    inject insert install interleave interpret invert invoke issue iterate join judge keep know label launch lay learn
-    leave let lift limit link list load locate lock log look lower make map mark mask match measure merge mirror move
-    multiply name narrow normalise note notice obtain offer omit open order override pack pad pair parse pass patch peek
-    permute pick place plan play plot poll pop post predict prefer prepare prevent print probe process produce profile
-    project promise protect prove provide publish pull push put quantise quantize query queue quote raise rank read
-    rebuild receive recode recognise record reduce refer refine reflect refuse register reject release reload remember
-    remove rename render repack repeat replace replay reply report reproduce request require rescale reserve reset
-    reshape resolve restore resume retry return reuse reverse revert rewrite rotate round route run sample save say scale
-    scan scatter schedule score search see select send separate serialise serve set settle shape share shift show shrink
-    shuffle shut sign simulate sit skip slice snap solve sort spell split spread squeeze stack stage start state step
-    stop store stream strip subtract suggest sum summarise supply support swap switch synchronise take tell terminate
-    test tie time tokenise track train transform translate transpose trim truncate try tune turn undo unfold unmerge
-    unpack unpin update use validate verify view visit wait walk want warm warn weigh widen wrap write yield zero
-    """.split()
-)
+VERB_NAMES = """
+abort accept account accumulate acquire activate add adopt advance align allocate allow alter answer append
+apply arrange ask assemble assert assign attach attend average await back begin bind blend block borrow bound
+break bring broadcast build cache calculate calibrate call cancel capture carry cast change check choose clamp
+clear clip close collect combine commit compare compile complete compute concatenate configure connect consume
+contain continue convert copy correct count cover create cut deactivate decide decline decode decrease dedupe
+defer define delay delegate delete deliver demand dequantise dequantize derive describe detach detect
+determine dispatch display divide do download draw drop embed emit empty enable encode end enforce ensure
+enter enumerate estimate evaluate exchange exclude execute exit expand expect explain export expose extend
+extract fail feed fetch fill filter find finish fit fix flatten flush fold follow forbid force forget format
+forward free freeze gather generate get give group guard guess halt hand handle hash have hide hold identify
+ignore import include increase index infer inherit initialise inject insert install interleave interpret
+invert invoke issue iterate join judge keep know label launch lay learn leave let lift limit link list load
+locate lock log look lower make map mark mask match measure merge mirror move multiply name narrow normalise
+note notice obtain offer omit open order override pack pad pair parse pass patch peek permute pick place plan
+play plot poll pop post predict prefer prepare prevent print probe process produce profile project promise
+protect prove provide publish pull push put quantise quantize query queue quote raise rank read rebuild
+receive recode recognise record reduce refer refine reflect refuse register reject release reload remember
+remove rename render repack repeat replace replay reply report reproduce request require rescale reserve reset
+reshape resolve restore resume retry return reuse reverse revert rewrite rotate round route run sample save
+say scale scan scatter schedule score search see select send separate serialise serve set settle shape share
+shift show shrink shuffle shut sign simulate sit skip slice snap solve sort spell split spread squeeze stack
+stage start state step stop store stream strip subtract suggest sum summarise supply support swap switch
+synchronise take tell terminate test tie time tokenise track train transform translate transpose trim truncate
+try tune turn undo unfold unmerge unpack unpin update use validate verify view visit wait walk want warm warn
+weigh widen wrap write yield zero
+"""
+VERBS = set(VERB_NAMES.split())
 QUESTIONS = {"what", "how", "which", "whether", "why", "where", "told", "found", "when"}
 PROPERTIES = ("property", "setter", "overload")
 

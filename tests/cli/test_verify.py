@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pymllm import verification
+from pymllm.checking import verify as verification
 from pymllm.cli import main
 
 

@@ -11,10 +11,12 @@ import torch
 import pymllm.engine.runner as runner_module
 from pymllm import LLM, SamplingParams
 from pymllm.engine.tape import NotRepeatable, record
-from pymllm.kernels import cpu
+from pymllm.kernels.native import extension
 from pymllm.swapping.swap import swap
 
-pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+pytestmark = pytest.mark.skipif(
+    not extension.native_available(), reason=str(extension.native_missing_reason())
+)
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11, 3, 200, 17, 8]]
 

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from pymllm.kernels import cpu
+from pymllm.kernels.native import extension
 
-needs_native = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+needs_native = pytest.mark.skipif(
+    not extension.native_available(), reason=str(extension.native_missing_reason())
+)
 
-PATHS = cpu.probe().runnable_paths
+PATHS = extension.probe().runnable_paths
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 HALF_UNIT = {
     torch.float32: 2**-24,

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pymllm.kernels import cpu
+from pymllm.kernels.native import extension
 
-needs_native = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+needs_native = pytest.mark.skipif(
+    not extension.native_available(), reason=str(extension.native_missing_reason())
+)
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc and /sys")
 needs_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86-64 names")
 
@@ -20,10 +22,10 @@ PATHS = ["avx512_vnni", "avx2_vnni", "avx2", "neon_dotprod", "portable"]
 HIDE_NATIVE = "import sys; sys.modules['pymllm._native'] = None\n"
 PRINT_PROBE = """
 import dataclasses, json
-from pymllm.kernels import cpu
-info = dataclasses.asdict(cpu.probe())
+from pymllm.kernels.native import extension
+info = dataclasses.asdict(extension.probe())
 info["features"] = sorted(info["features"])
-info["reason"] = cpu.native_missing_reason()
+info["reason"] = extension.native_missing_reason()
 info["torch"] = "torch" in __import__("sys").modules
 print(json.dumps(info))
 """
@@ -45,13 +47,13 @@ def probed(**options) -> dict:
 
 @pytest.fixture(params=["native", "fallback"])
 def hide_native(request) -> bool:
-    if request.param == "native" and not cpu.native_available():
-        pytest.skip(str(cpu.native_missing_reason()))
+    if request.param == "native" and not extension.native_available():
+        pytest.skip(str(extension.native_missing_reason()))
     return request.param == "fallback"
 
 
 def test_a_reason_is_given_exactly_when_the_extension_is_missing():
-    assert (cpu.native_missing_reason() is None) == cpu.native_available()
+    assert (extension.native_missing_reason() is None) == extension.native_available()
 
 
 @needs_native
@@ -159,7 +161,7 @@ def test_a_path_that_the_cpu_lacks_is_refused_with_what_it_can_run(hide_native):
     ],
 )
 def test_a_path_needs_all_its_features(features, expected):
-    assert cpu._choose_path(frozenset(features.split()), "") == expected
+    assert extension._choose_path(frozenset(features.split()), "") == expected
 
 
 @needs_native
@@ -167,7 +169,7 @@ def test_the_extension_and_python_know_the_same_paths(monkeypatch):
     from pymllm import _native
 
     monkeypatch.setenv("PYMLLM_CPU_ISA", "?")
-    with pytest.raises(ValueError, match="Choose one of: " + ", ".join(cpu._PATHS)):
+    with pytest.raises(ValueError, match="Choose one of: " + ", ".join(extension._PATHS)):
         _native.probe()
 
 
@@ -177,14 +179,14 @@ def test_the_extension_and_python_know_the_same_paths(monkeypatch):
 def test_every_part_that_python_calls_is_looked_for():
     """Another list than NATIVE_PARTS would let a stale extension through, as an AttributeError in the first forward."""
     called = set()
-    for file in Path(cpu.__file__).parents[1].rglob("*.py"):
+    for file in Path(extension.__file__).parents[2].rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         called |= {
             node.attr
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("native()", "_native")
         }
-    assert called | {"probe"} == set(cpu.NATIVE_PARTS)
+    assert called | {"probe"} == set(extension.NATIVE_PARTS)
 
 
 STALE = """

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pymllm.errors import KernelError
-from pymllm.kernels import flashinfer_attention as family
 from pymllm.kernels.attention import KVType
+from pymllm.kernels.flashinfer import attention as family
 from pymllm.kernels.flashinfer.attention import FlashInferAttention
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from pymllm.attention import AttnMetaDataBase
-from pymllm.kernels import cpu
 from pymllm.kernels.attention import KVType
+from pymllm.kernels.native import extension
 from pymllm.kernels.native.attention import NativeAttention, NativeKVStore
 
 from ..attention.steps import KV_TYPES, empty_pages, make_case, make_problem
 
-pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+pytestmark = pytest.mark.skipif(
+    not extension.native_available(), reason=str(extension.native_missing_reason())
+)
 
-PATHS = cpu.probe().runnable_paths
+PATHS = extension.probe().runnable_paths
 # Sums of float32; rounding of the result to its dtype.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 MIXED = [(0, 1), (0, 5), (33, 1), (7, 12), (16, 16), (31, 20), (15, 2), (70, 1)]

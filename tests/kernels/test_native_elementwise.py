@@ -6,17 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pymllm.kernels import cpu
 from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native import extension
 from pymllm.kernels.native.elementwise import NativeElementwise
 from pymllm.kernels.native.float_linear import FLOAT_TYPES, isa_code, native
 from pymllm.kernels.registry import select
 
-pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+pytestmark = pytest.mark.skipif(
+    not extension.native_available(), reason=str(extension.native_missing_reason())
+)
 
-PATHS = cpu.probe().runnable_paths
+PATHS = extension.probe().runnable_paths
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 7, 16, 33, 64, 255, 256, 257, 300, 1000]
 # A unit in the last place, relative: each of the (at most two) roundings to the dtype costs half of one.

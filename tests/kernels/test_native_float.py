@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pymllm.kernels import cpu
 from pymllm.kernels.canonical import (
     CodebookWeight,
     DenseType,
@@ -21,6 +20,7 @@ from pymllm.kernels.canonical import (
 )
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native import extension
 from pymllm.kernels.native.codebook import NativeCodebook
 from pymllm.kernels.native.float_linear import TORCH_TOKENS, NativeFloatLinear
 from pymllm.kernels.native.fp8 import NativeFp8Linear
@@ -28,9 +28,11 @@ from pymllm.kernels.registry import select
 
 # M tokens, O out_features, I in_features
 
-pytestmark = pytest.mark.skipif(not cpu.native_available(), reason=str(cpu.native_missing_reason()))
+pytestmark = pytest.mark.skipif(
+    not extension.native_available(), reason=str(extension.native_missing_reason())
+)
 
-PATHS = cpu.probe().runnable_paths
+PATHS = extension.probe().runnable_paths
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 31, 32, 33]
 # Below and above a register, a tile of rows (4), a block of rows (32) and a chunk of inputs (1024).

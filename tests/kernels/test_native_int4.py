@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pymllm.kernels import cpu
 from pymllm.kernels.canonical import DenseType, IntType, IntWeight, on_meta
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native import extension
 from pymllm.kernels.native.int4 import NativeInt4
 from pymllm.kernels.native.integer import blocks_of
 
@@ -272,7 +272,7 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(monkeypatch):
     }
     for reason, refused in why_not.items():
         assert reason in (KERNEL.why_not(refused) or ""), reason
-    assert KERNEL.why_not(problem) == cpu.native_missing_reason()
+    assert KERNEL.why_not(problem) == extension.native_missing_reason()
     monkeypatch.setattr(
         "pymllm.kernels.native.integer.native_missing_reason",
         lambda: "the native CPU kernels are not built: …",

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from pymllm.kernels import packed_memory
+from pymllm.kernels.native import packed_memory
 from pymllm.kernels.native.packed_memory import HUGE_PAGE, empty_packed
 
 

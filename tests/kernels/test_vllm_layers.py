@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from pymllm.config import Execution
-from pymllm.kernels import vllm_layers
 from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import KERNELS
+from pymllm.kernels.vllm import elementwise as vllm_layers
 from pymllm.kernels.vllm.elementwise import (
     VllmRotaryEmbeddingAdapter,
     clear_vllm_layer_caches,

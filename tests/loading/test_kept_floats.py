@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import pymllm
-from pymllm.kernels import cpu
+from pymllm.kernels.native import extension
 from pymllm.kernels.native.float_linear import FAST_PATHS
 
 from ..checkpoints import Plain, write_checkpoint
 
 pytestmark = pytest.mark.skipif(
-    not cpu.native_available() or cpu.probe().best_path not in FAST_PATHS,
+    not extension.native_available() or extension.probe().best_path not in FAST_PATHS,
     reason="no kernel here widens 16-bit weights faster than torch multiplies float32 ones",
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pymllm.kernels import cpu
+from pymllm.kernels.native import extension
 
 from ..checkpoints import AWQ, SIZES
 
@@ -99,7 +99,7 @@ def test_peak_memory_while_loading_is_the_packed_model_and_a_little(tmp_path):
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert sizes["read"] == stored
     # Packed weights have their own layout; embedding and head stay float16 where a native kernel widens them.
-    assert stored <= sizes["final"] <= (1.1 if cpu.native_available() else 1.35) * stored
+    assert stored <= sizes["final"] <= (1.1 if extension.native_available() else 1.35) * stored
     assert sizes["peak"] <= 1.15 * sizes["final"] + CONSTANT
     assert sizes["resident"] <= sizes["final"] + (64 << 20), "what loading used is given back"
 

@@ -17,7 +17,7 @@ from pymllm.kernels import registry
 from pymllm.modules.layers import QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_layers
 from pymllm.quantization import binding
 
-from .checkpoints import random_model, relative_error
+from ..checkpoints import random_model, relative_error
 
 SIZES = {"vocab_size": 104, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.randint(0, 104, (2, 17), generator=torch.Generator().manual_seed(7))
@@ -332,7 +332,7 @@ def test_static_activations_round_as_their_scales_say():
 
 
 def test_layers_go_in_portions_where_their_statistics_would_not_fit(monkeypatch):
-    from pymllm import module_calibration
+    from pymllm.modules import calibration as module_calibration
 
     rules = {LAYERS["bert"]: "int4:group_size=64"}
     whole, portioned = bert(), bert()

@@ -21,11 +21,11 @@ from pymllm.loading.load import load_model
 from pymllm.parallel import simulate
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 
-from .checkpoints import TinyCheckpoint, write_checkpoint
-from .forward import logits_of
+from ..checkpoints import TinyCheckpoint, write_checkpoint
+from ..forward import logits_of
 
 IDS = list(range(5, 29))
-PAGE = Path(__file__).parents[1] / "docs" / "swapping.md"
+PAGE = Path(__file__).parents[2] / "docs" / "swapping.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
