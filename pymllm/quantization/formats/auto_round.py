@@ -13,18 +13,20 @@ The page: quantization/gptq/README.md, "auto-round".
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.fields import compile_pattern
+from pymllm.quantization.storage.fields import compile_pattern, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+
+_unsupported = functools.partial(unsupported, "AutoRound")
 
 # packing_format: the format of the tensors, and what its own config must say besides
 PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -192,14 +194,3 @@ def _read_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(flat, (list, tuple)) or not all(isinstance(name, str) for name in flat):
         raise _unsupported("block_name_to_quantize", blocks, "a name, or a list of names")
     return tuple(name.strip() for name in flat)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"AutoRound with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -11,6 +11,7 @@ w = (code - zero) * scale. The page with the layout: quantization/awq/README.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,9 +24,11 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import one_of, parse_options
-from pymllm.quantization.storage.fields import read_names
+from pymllm.quantization.storage.fields import read_names, unsupported
 from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "AWQ")
 
 NIBBLE_COLUMNS = (
     0,
@@ -169,14 +172,3 @@ def _read_group_size(text: str) -> int:
     if int(text) == 0 or int(text) < -1:
         raise ValueError("Choose a positive number, or -1 for whole rows.")
     return int(text)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"AWQ with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -13,6 +13,7 @@ The page with the layouts: quantization/compressed_tensors/README.md; for float8
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +33,10 @@ from pymllm.quantization.storage.compressed_linear import (
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
-from pymllm.quantization.storage.fields import compile_pattern, read_names
+from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
 from pymllm.weights.spec import FLOATS
+
+_unsupported = functools.partial(unsupported, "compressed-tensors")
 
 FORMATS = (
     "pack-quantized",
@@ -343,14 +346,3 @@ def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) 
     if type(value) is not bool:
         raise _unsupported(f"{at}.{field}", value, "true or false")
     return value
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"compressed-tensors with this {field.rpartition('.')[2]} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -12,6 +12,7 @@ w = weight * scale. The page with the layouts: quantization/fp8/README.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
@@ -31,9 +31,11 @@ from pymllm.quantization.kv_cache import (
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
-from pymllm.quantization.storage.fields import is_skipped, read_names
+from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
 from pymllm.quantization.storage.packing import refuse_nan_codes, refuse_nan_scales
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "FP8")
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
 SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
@@ -169,14 +171,3 @@ class Fp8Config(QuantizationConfig):
         if suffix in SCALES and self.stored_as_float(prefix):
             return "a scale of a weight that is stored in floats, which has none"
         return unused_kv_tensor(tensor)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"FP8 with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -26,7 +26,7 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import compile_pattern
+from pymllm.quantization.storage.fields import compile_pattern, unsupported
 from pymllm.quantization.storage.integer_linear import (
     group_dim,
     grouped_weight,
@@ -36,6 +36,8 @@ from pymllm.quantization.storage.integer_linear import (
 )
 from pymllm.quantization.storage.packing import pack_words, unpack_words
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "GPTQ")
 
 BITS = (2, 3, 4, 8)
 # What `checkpoint_format: gptq` takes off every zero point, in one word: writers subtract whole words, so that a zero
@@ -243,14 +245,3 @@ def _option_bits(text: str) -> int:
     if text not in map(str, BITS):
         raise ValueError("Choose one of 2, 3, 4, 8.")
     return int(text)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"GPTQ with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -13,6 +13,7 @@ The page with the layout: quantization/hqq/README.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import read_names, unsupported
 from pymllm.quantization.storage.groups import check_groups
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
+
+_unsupported = functools.partial(unsupported, "HQQ")
 
 PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in a stored element
 SETTINGS = frozenset(
@@ -124,7 +127,7 @@ class HQQConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:
         settings = config.get("quant_config")
         if not isinstance(settings, Mapping) or not settings:
-            raise unsupported("HQQ", "quant_config", settings, "an object with weight_quant_params")
+            raise _unsupported("quant_config", settings, "an object with weight_quant_params")
         common, tagged = None, {}
         if "weight_quant_params" in settings:
             common = _read_params(settings, "quant_config.")
@@ -160,7 +163,7 @@ class HQQConfig(QuantizationConfig):
 
 def _row_of(words: Any) -> int:
     if words is None:
-        raise unsupported("HQQ", "group_size", None, "a number", within="quantization_config.quant_config.")
+        raise _unsupported("group_size", None, "a number", within="quantization_config.quant_config.")
     return int(words.shape[-1])
 
 
@@ -169,12 +172,11 @@ def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
     within = f"quantization_config.{at}"
     params = settings.get("weight_quant_params") if isinstance(settings, Mapping) else None
     if not isinstance(params, Mapping):
-        raise unsupported("HQQ", "weight_quant_params", params, "an object", within=within)
+        raise _unsupported("weight_quant_params", params, "an object", within=within)
     within += "weight_quant_params."
     for name in ("scale_quant_params", "zero_quant_params"):
         if settings.get(name) is not None:
-            raise unsupported(
-                "HQQ",
+            raise _unsupported(
                 name,
                 settings[name],
                 "null: float scales and zero points",
@@ -182,11 +184,9 @@ def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
             )
     bits, size = params.get("nbits"), params.get("group_size", 64)
     if type(bits) is not int or bits not in PER_WORD:
-        raise unsupported("HQQ", "nbits", bits, " or ".join(map(str, PER_WORD)), within=within)
+        raise _unsupported("nbits", bits, " or ".join(map(str, PER_WORD)), within=within)
     if size is not None and (type(size) is not int or size <= 0):
-        raise unsupported(
-            "HQQ", "group_size", size, "a positive integer, or null for whole rows", within=within
-        )
+        raise _unsupported("group_size", size, "a positive integer, or null for whole rows", within=within)
     # Groups along the other axis lie across outputs, where no kernel here looks for a scale.
     for name, default, only in (
         ("axis", 0, 1),
@@ -194,5 +194,5 @@ def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
         ("view_as_float", False, False),
     ):
         if params.get(name, default) != only:
-            raise unsupported("HQQ", name, params.get(name, default), str(only), within=within)
+            raise _unsupported(name, params.get(name, default), str(only), within=within)
     return bits, size

@@ -18,6 +18,7 @@ The page with the layouts: quantization/modelopt/README.md.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -41,6 +42,8 @@ from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.groups import check_groups, check_share
 from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "ModelOpt")
 
 GROUP = 16
 LARGEST = 6.0  # of E2M1
@@ -138,7 +141,7 @@ class ModelOptConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> ModelOptConfig:
         settings = config.get("quantization", config)
         if not isinstance(settings, Mapping):
-            raise unsupported("ModelOpt", "quantization", settings, "an object")
+            raise _unsupported("quantization", settings, "an object")
         named = settings.get("quant_algo")
         algo = read_choice(
             "ModelOpt",
@@ -197,16 +200,16 @@ class ModelOptConfig(QuantizationConfig):
 def _read_layers(layers: Any) -> dict[str, str]:
     """The algorithm of each of `quantized_layers`, by its name."""
     if not isinstance(layers, Mapping):
-        raise unsupported("ModelOpt", "quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
+        raise _unsupported("quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
     algorithms = {}
     for name, settings in layers.items():
         within = f"quantization_config.quantized_layers.{name}."
         algo = settings.get("quant_algo") if isinstance(settings, Mapping) else None
         algo = algo.upper() if isinstance(algo, str) else algo
         if algo not in ALGORITHMS:
-            raise unsupported("ModelOpt", "quant_algo", algo, " or ".join(ALGORITHMS), within=within)
+            raise _unsupported("quant_algo", algo, " or ".join(ALGORITHMS), within=within)
         if settings.get("group_size", GROUP) not in (GROUP, None):
-            raise unsupported("ModelOpt", "group_size", settings["group_size"], str(GROUP), within=within)
+            raise _unsupported("group_size", settings["group_size"], str(GROUP), within=within)
         algorithms[name] = algo
     return algorithms
 

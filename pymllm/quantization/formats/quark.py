@@ -13,6 +13,7 @@ quantization/quark/README.md.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ from pymllm.quantization.kv_cache import (
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+
+_unsupported = functools.partial(unsupported, "Quark")
 
 BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}
 
@@ -56,13 +59,13 @@ class QuarkConfig(QuantizationConfig):
             export.get("weight_format", "real_quantized") if isinstance(export, Mapping) else "real_quantized"
         )
         if stored != "real_quantized" or pack not in ("reorder", "order"):
-            raise unsupported("Quark", "export", export, "weight_format real_quantized")
+            raise _unsupported("export", export, "weight_format real_quantized")
         layers = config.get("layer_quant_config") or {}
         by_type = config.get("layer_type_quant_config") or {}
         if not isinstance(layers, Mapping):
-            raise unsupported("Quark", "layer_quant_config", layers, "an object of layer patterns")
+            raise _unsupported("layer_quant_config", layers, "an object of layer patterns")
         if not isinstance(by_type, Mapping) or set(by_type) - {"Linear"}:
-            raise unsupported("Quark", "layer_type_quant_config", by_type, "an object with no key but Linear")
+            raise _unsupported("layer_type_quant_config", by_type, "an object with no key but Linear")
         if "Linear" in by_type:
             common = _read_scheme(by_type["Linear"], "layer_type_quant_config.Linear")
         else:
@@ -120,21 +123,19 @@ def _names(pattern: str, prefix: str) -> bool:
 def _read_scheme(scheme: Any, at: str) -> NamedFp8LinearMethod | None:
     """One layer's config: weight, input_tensors.  None: not quantised."""
     if not isinstance(scheme, Mapping):
-        raise unsupported("Quark", at, scheme, "an object with weight and input_tensors")
+        raise _unsupported(at, scheme, "an object with weight and input_tensors")
     within = f"quantization_config.{at}."
     weight, inputs = scheme.get("weight"), scheme.get("input_tensors")
     if weight is None:
         return None
     if scheme.get("output_tensors") is not None and "proj" not in at:
-        raise unsupported("Quark", "output_tensors", scheme["output_tensors"], "null", within=within)
+        raise _unsupported("output_tensors", scheme["output_tensors"], "null", within=within)
     _check_fp8(weight, within + "weight.")
     block = BLOCKS.get(weight.get("qscheme"))
     if block is None:
-        raise unsupported(
-            "Quark", "qscheme", weight.get("qscheme"), " or ".join(BLOCKS), within=within + "weight."
-        )
+        raise _unsupported("qscheme", weight.get("qscheme"), " or ".join(BLOCKS), within=within + "weight.")
     if weight.get("is_dynamic"):
-        raise unsupported("Quark", "is_dynamic", True, "false", within=within + "weight.")
+        raise _unsupported("is_dynamic", True, "false", within=within + "weight.")
     activations: Activations = "float"
     if inputs is not None:
         _check_fp8(inputs, within + "input_tensors.")
@@ -147,4 +148,4 @@ def _read_scheme(scheme: Any, at: str) -> NamedFp8LinearMethod | None:
 def _check_fp8(settings: Any, within: str) -> None:
     found = settings.get("dtype") if isinstance(settings, Mapping) else settings
     if found != "fp8_e4m3":
-        raise unsupported("Quark", "dtype", found, "fp8_e4m3", within=within)
+        raise _unsupported("dtype", found, "fp8_e4m3", within=within)

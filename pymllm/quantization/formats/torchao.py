@@ -16,6 +16,7 @@ quantization/torchao/README.md.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ from pymllm.quantization.storage.fields import is_skipped, read_names, unsupport
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.packing import unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "torchao")
 
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 INT8, INTX, INT4, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor"
@@ -149,9 +152,7 @@ class TorchAOConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:
         quant_type = config.get("quant_type")
         if not isinstance(quant_type, Mapping) or not isinstance(quant_type.get("default"), Mapping):
-            raise unsupported(
-                "torchao", "quant_type", quant_type, "an object with default, as torchao 0.15 writes it"
-            )
+            raise _unsupported("quant_type", quant_type, "an object with default, as torchao 0.15 writes it")
         return cls(
             quant_type=quant_type["default"],
             modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
@@ -181,9 +182,7 @@ class TorchAOConfig(QuantizationConfig):
             )
         kind, settings = self._describe(prefix)
         if data.dtype is None or scale.dtype is None:
-            raise unsupported(
-                "torchao", "qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}."
-            )
+            raise _unsupported("qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}.")
         if kind == INT4:
             groups, inputs = scale.shape[0], 2 * data.shape[-1]
             return TorchAOInt4LinearMethod(0 if groups == 1 else inputs // groups, data.dtype, scale.dtype)
@@ -192,9 +191,7 @@ class TorchAOConfig(QuantizationConfig):
         if kind == FLOAT8:
             return NamedFp8LinearMethod("torchao", block, activations, weight=QDATA, scale=SCALE)
         if block[0] > 1:
-            raise unsupported(
-                "torchao", "block_size", list(block), "one row, or the whole tensor", within=f"{prefix}."
-            )
+            raise _unsupported("block_size", list(block), "one row, or the whole tensor", within=f"{prefix}.")
         bits = 8 if kind == INT8 else _bits(prefix, settings)
         zero_dtype = None if zero is None else zero.dtype
         return TorchAOIntLinearMethod(bits, block, scale.dtype, zero_dtype, kind == INT8, activations)
@@ -218,9 +215,7 @@ class TorchAOConfig(QuantizationConfig):
                     found=text[:200],
                 ) from None
         if kind not in KINDS or not isinstance(settings, Mapping):
-            raise unsupported(
-                "torchao", "_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight."
-            )
+            raise _unsupported("_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight.")
         return kind, settings
 
 
@@ -242,8 +237,8 @@ def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[
     if len(scale) == 0 or math.prod(scale) == 1:
         return (0, 0)
     if len(data) != 2 or len(scale) != 2 or 0 in scale:
-        raise unsupported(
-            "torchao", SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."
+        raise _unsupported(
+            SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."
         )
     rows, columns = -(-data[0] // scale[0]), -(-data[1] // scale[1])
     return rows, 0 if scale[1] == 1 else columns
@@ -253,7 +248,7 @@ def _bits(prefix: str, settings: Mapping[str, Any]) -> int:
     target = settings.get("target_dtype", settings.get("weight_dtype"))
     name = target.get("_data") if isinstance(target, Mapping) else target
     if name not in [f"int{bits}" for bits in range(1, 9)]:
-        raise unsupported("torchao", "target_dtype", target, "int1 to int8", within=f"{prefix}.weight.")
+        raise _unsupported("target_dtype", target, "int1 to int8", within=f"{prefix}.weight.")
     return int(str(name)[3:])
 
 
@@ -263,8 +258,8 @@ def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activat
         asked = settings.get("activation_quantization")
         name = asked.get("_data") if isinstance(asked, Mapping) else asked
         if name not in (None, "INT8_ASYM_PER_TOKEN", "int8_asym_per_token"):
-            raise unsupported(
-                "torchao", "activation_quantization", asked, "int8_asym_per_token", within=f"{prefix}.weight."
+            raise _unsupported(
+                "activation_quantization", asked, "int8_asym_per_token", within=f"{prefix}.weight."
             )
         return "float" if name is None else "token asym reciprocal"
     kwargs = settings.get("act_quant_kwargs")
@@ -285,7 +280,5 @@ def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activat
         if isinstance(mapping, Mapping) and mapping.get("_data") == "ASYMMETRIC":
             kinds = {"PerRow": "token product asym"}
     if data is None or name not in kinds:
-        raise unsupported(
-            "torchao", "act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight."
-        )
+        raise _unsupported("act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight.")
     return kinds[name]
