@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from pymllm.kernels.canonical import Activations
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, unsupported
@@ -169,14 +169,14 @@ def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
     """e4m3 with a scale for the tensor (group_size 0) or for each row (-1)."""
     if settings.get("bits") != 8:
         raise _unsupported(f"{at}bits", settings.get("bits"), "8 with data_type fp")
-    blocks = {0: (0, 0), -1: (1, 0)}
+    blocks = {0: TENSOR, -1: CHANNEL}
     size = settings.get("group_size")
     if size not in blocks:
         raise _unsupported(f"{at}group_size", size, "0 (the tensor) or -1 (a row) with data_type fp")
     activations: Activations = "float"
     if settings.get("act_bits", FLOAT_BITS) == 8:
         activations = "token" if settings.get("act_dynamic", True) else "static"
-    return NamedFp8LinearMethod("auto-round", blocks[size], activations, flat_scale=True)
+    return NamedFp8LinearMethod(blocks[size], activations, format="auto-round", flat_scale=True)
 
 
 def _is_pattern(key: str) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pymllm.errors import ConfigError, nearest
-from pymllm.kernels.canonical import Activations
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
 from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
@@ -221,7 +221,7 @@ def _read_float8(
             )
         block = (1, weights["group_size"])
     elif strategy in ("tensor", "channel"):
-        block = (0, 0) if strategy == "tensor" else (1, 0)
+        block = TENSOR if strategy == "tensor" else CHANNEL
     else:
         raise _unsupported(f"{at}.strategy", strategy, "tensor, channel, group or block")
     return FloatQuantizedLinearMethod(block, activations.read("float", 8, block[1]))
@@ -278,9 +278,8 @@ def _read_mxfp8(
     quantised = activations.read("float", 8, MX_GROUP)
     if quantised not in ("float", "group"):
         raise _unsupported(f"{activations.at}.strategy", quantised, "group")
-    return FloatQuantizedLinearMethod(
-        (1, MX_GROUP), "group mx" if quantised == "group" else "float", e8m0=True
-    )
+    quantised = "group mx" if quantised == "group" else "float"
+    return FloatQuantizedLinearMethod((1, MX_GROUP), quantised, exponent_bytes=True)
 
 
 class _Activations:

@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from pymllm.kernels.canonical import CHANNEL
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
-METHOD = NamedFp8LinearMethod("fbgemm-fp8", (1, 0), "token")
+METHOD = NamedFp8LinearMethod(CHANNEL, "token", format="fbgemm-fp8")
 
 
 @register_quantization("fbgemm-fp8")

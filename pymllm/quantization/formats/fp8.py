@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations, CanonicalWeight, Fp8Weight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -32,59 +32,28 @@ from pymllm.quantization.kv_cache import (
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
 from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
-from pymllm.quantization.storage.packing import refuse_nan_codes, refuse_nan_scales
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.weights.spec import FLOATS, LinearShape
 
 _unsupported = functools.partial(unsupported, "FP8")
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
-SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
-SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
+SCALES = ("weight_scale_inv", "weight_scale")
 
 
 @dataclass(frozen=True)
-class Fp8LinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; 0 is the whole axis: (0, 0) a tensor, (1, 0) a channel.
+class Fp8LinearMethod(E4M3LinearMethod):
+    """FP8 as DeepSeek, transformers and AutoFP8 name its tensors.  The fields: see `E4M3LinearMethod`."""
 
-    exponent_bytes: scales are stored as the exponents of powers of two, in plain bytes.
-    """
-
-    block: tuple[int, int] = (1, 0)
+    block: tuple[int, int] = CHANNEL
     activations: Activations = "token"
-    exponent_bytes: bool = False
     name: ClassVar[str] = "fp8"
+    input_scale_names: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale")
+    scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (*FLOATS, torch.float8_e8m0fnu)
 
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        names = ("weight_scale_inv", "weight_scale")
-        dims: tuple[Dim, ...] = (OUT.every(self.block[0]), IN.every(self.block[1]))
-        if self.block == (0, 0):
-            names, dims = names[::-1], (PART,)
-        elif self.block == (1, 0):
-            names = names[::-1]
-        scale = WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True)
-        if self.exponent_bytes:
-            scale = WeightSpec(names[0], torch.uint8, dims, aliases=names[1:], refuse=refuse_nan_scales)
-        specs = [WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes), scale]
-        if self.activations == "static":
-            alias = ("activation_scale",)
-            specs.append(
-                WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, aliases=alias, scale=True)
-            )
-        return tuple(specs)
-
-    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-        assert scales is not None
-        if self.exponent_bytes:
-            scales = scales.view(torch.float8_e8m0fnu).float()
-        return Fp8Weight.from_parts(
-            tensors["weight"],
-            scales,
-            self.block,
-            [span.size for span in shape.outputs],
-            self.activations,
-            tensors.get("input_scale"),
-        )
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        return SCALES[::-1] if self.block in (TENSOR, CHANNEL) else SCALES
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         if self.activations == "static":
@@ -92,10 +61,7 @@ class Fp8LinearMethod(LinearMethodBase):
         return Fp8Weight.from_float(weight, block=self.block, activations=self.activations)
 
     def describe(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
-            self.block, f"block {self.block[0]}x{self.block[1]}"
-        )
-        return f"fp8 e4m3 per {granularity}, activations {self.activations}"
+        return super().describe().removeprefix("fp8 ")
 
 
 @register_quantization("fp8")
@@ -144,13 +110,13 @@ class Fp8Config(QuantizationConfig):
             },
         )
         granularity = values.get("granularity", "channel")
-        block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128)}[granularity]
+        block = {"tensor": TENSOR, "channel": CHANNEL, "block": (128, 128)}[granularity]
         return Fp8LinearMethod(
             block, values.get("activations", "group" if granularity == "block" else "token")
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES[:2]):
+        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
             return None
         static = self.activation_scheme == "static"
         stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
@@ -158,7 +124,7 @@ class Fp8Config(QuantizationConfig):
         if self.block is not None:
             return Fp8LinearMethod(self.block, "static" if static else "group", in_bytes)
         per_channel = stored is not None and math.prod(stored.shape) > 1
-        return Fp8LinearMethod((1, 0) if per_channel else (0, 0), "static" if static else "token", in_bytes)
+        return Fp8LinearMethod(CHANNEL if per_channel else TENSOR, "static" if static else "token", in_bytes)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
         """AutoFP8 writes "static" where others write an object."""
@@ -168,6 +134,6 @@ class Fp8Config(QuantizationConfig):
     def skip_reason(self, tensor: str) -> str | None:
         """transformers leaves a weight that its blocks do not divide in floats, beside scales that it never set."""
         prefix, _, suffix = tensor.rpartition(".")
-        if suffix in SCALES and self.stored_as_float(prefix):
+        if suffix in (*SCALES, *Fp8LinearMethod.input_scale_names) and self.stored_as_float(prefix):
             return "a scale of a weight that is stored in floats, which has none"
         return unused_kv_tensor(tensor)

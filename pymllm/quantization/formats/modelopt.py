@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, CodebookWeight
+from pymllm.kernels.canonical import CHANNEL, E4M3_MAX, TENSOR, CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -38,9 +38,10 @@ from pymllm.quantization.kv_cache import (
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import read_choice, read_names, unsupported
+from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
-from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
+from pymllm.quantization.storage.packing import encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "ModelOpt")
@@ -76,20 +77,14 @@ class NVFP4LinearMethod(LinearMethodBase):
         check_share(GROUP, shape, what="blocks")
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes, scales = unpack_nibbles_low_first(tensors["weight"]), tensors["weight_scale"]
-        second = tensors["weight_scale_2"]  # [P]
-        rows = torch.cat([s.expand(span.size) for s, span in zip(second, shape.outputs, strict=True)])
-        return CodebookWeight(
-            codes,
-            torch.tensor(E2M1, device=codes.device),
-            scales,
-            "e2m1",
-            codes.shape[1] // scales.shape[1],
-            row_scales=rows,
-            activations="group" if self.static_input else "float",
-            input_scales=tensors["input_scale"].reciprocal()
-            if self.static_input
-            else None,  # by which to divide
+        static = self.static_input
+        return e2m1_weight(
+            unpack_nibbles_low_first(tensors["weight"]),
+            tensors["weight_scale"],
+            rows_of_parts(tensors["weight_scale_2"], shape),
+            "group" if static else "float",
+            # The canonical weight has what to divide by.
+            tensors["input_scale"].reciprocal() if static else None,
         )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
@@ -99,17 +94,11 @@ class NVFP4LinearMethod(LinearMethodBase):
         peaks = blocks.abs().amax(-1)
         smallest = torch.finfo(torch.float32).smallest_normal
         parts = peaks.split([span.size for span in shape.outputs])
-        second = [part.amax() if part.numel() else peaks.new_zeros(()) for part in parts]
-        rows = torch.cat(
-            [
-                (peak / (LARGEST * E4M3_MAX)).clamp(min=smallest).expand(part.shape[0])
-                for peak, part in zip(second, parts, strict=True)
-            ]
-        )
+        second = torch.stack([part.amax() if part.numel() else peaks.new_zeros(()) for part in parts])
+        rows = rows_of_parts((second / (LARGEST * E4M3_MAX)).clamp(min=smallest), shape)
         scales = (peaks / (LARGEST * rows[:, None])).clamp(2.0**-9, E4M3_MAX).to(E4M3)
         codes = encode_e2m1(blocks / (scales.float() * rows[:, None])[..., None])
-        table = torch.tensor(E2M1, device=codes.device)
-        return CodebookWeight(codes.flatten(1), table, scales, "e2m1", group, row_scales=rows)
+        return e2m1_weight(codes.flatten(1), scales, rows)
 
     def describe(self) -> str:
         return f"nvfp4, activations {'fp4' if self.static_input else 'float'}"
@@ -171,11 +160,11 @@ class ModelOptConfig(QuantizationConfig):
         # Without headers, as the algorithm says; with them, as the layer has it.
         static = f"{prefix}.input_scale" in self.stored if self.stored else algo != "W4A16_NVFP4"
         if algo == "FP8":
-            return NamedFp8LinearMethod("modelopt", (0, 0), "static" if static else "float")
+            return NamedFp8LinearMethod(TENSOR, "static" if static else "float", format="modelopt")
         if algo == "FP8_PER_CHANNEL_PER_TOKEN":
-            return NamedFp8LinearMethod("modelopt", (1, 0), "token", flat_scale=True)
+            return NamedFp8LinearMethod(CHANNEL, "token", format="modelopt", flat_scale=True)
         if algo == "FP8_PB_WO":
-            return NamedFp8LinearMethod("modelopt", (BLOCK, BLOCK), "float", spaced_scale=True)
+            return NamedFp8LinearMethod((BLOCK, BLOCK), "float", format="modelopt", spaced_scale=True)
         return NVFP4LinearMethod(static)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:

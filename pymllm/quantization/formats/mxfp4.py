@@ -18,11 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight
+from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, unsupported
+from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
 from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
@@ -60,10 +61,7 @@ class MXFP4LinearMethod(LinearMethodBase):
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         packed = tensors["blocks"].flatten(1) if self.blocks else tensors["weight"]
-        codes, scales = unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0)
-        table = torch.tensor(E2M1, device=codes.device)
-        # A rank that holds part of one block has that one block: its size is what the rank holds.
-        return CodebookWeight(codes, table, scales, "e2m1", codes.shape[1] // scales.shape[1])
+        return e2m1_weight(unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0))
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         """Each block has the power of two with the least squared error, of the two on either side of its peak."""
@@ -75,9 +73,7 @@ class MXFP4LinearMethod(LinearMethodBase):
         better = smaller[2] < larger[2]
         codes = torch.where(better[..., None], smaller[0], larger[0])
         scales = torch.where(better, smaller[1], larger[1])
-        return CodebookWeight(
-            codes.flatten(1), torch.tensor(E2M1, device=codes.device), scales.view(E8M0), "e2m1", group
-        )
+        return e2m1_weight(codes.flatten(1), scales.view(E8M0))
 
 
 def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

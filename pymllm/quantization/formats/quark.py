@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from pymllm.kernels.canonical import Activations
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -34,7 +34,7 @@ from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
 _unsupported = functools.partial(unsupported, "Quark")
 
-BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}
+BLOCKS = {"per_tensor": TENSOR, "per_channel": CHANNEL}
 
 
 @register_quantization("quark")
@@ -85,7 +85,7 @@ class QuarkConfig(QuantizationConfig):
             return None
         scale = self.stored.get(f"{prefix}.weight_scale")
         found = next((method for name, method in self.layers.items() if _names(name, prefix)), self.common)
-        if found is None or found.block == (0, 0) or scale is None:
+        if found is None or found.block == TENSOR or scale is None:
             return found
         return replace(found, flat_scale=len(scale.shape) == 1)
 
@@ -142,7 +142,7 @@ def _read_scheme(scheme: Any, at: str) -> NamedFp8LinearMethod | None:
         activations = "static" if not inputs.get("is_dynamic") else "token"
         if activations == "token" and inputs.get("qscheme") == "per_tensor":
             activations = "tensor"
-    return NamedFp8LinearMethod("quark", block, activations)
+    return NamedFp8LinearMethod(block, activations, format="quark")
 
 
 def _check_fp8(settings: Any, within: str) -> None:

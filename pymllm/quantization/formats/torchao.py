@@ -20,18 +20,19 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
-from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations, CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
-from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
@@ -60,7 +61,7 @@ class TorchAOIntLinearMethod(LinearMethodBase):
     name: ClassVar[str] = "torchao"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        dims: tuple[Dim, ...] = (PART,) if self.block == (0, 0) else (OUT, IN.every(self.block[1]))
+        dims: tuple[Dim, ...] = (PART,) if self.block == TENSOR else (OUT, IN.every(self.block[1]))
         specs: tuple[WeightSpec, ...] = (
             WeightSpec(QDATA, torch.int8, (OUT, IN)),
             WeightSpec(SCALE, self.scale_dtype, dims, accepts=FLOATS, scale=True),
@@ -90,22 +91,15 @@ class TorchAOIntLinearMethod(LinearMethodBase):
             return weight
         if zeros.is_floating_point():
             offsets = -(zeros.float() + middle) * scales.float()
-            return IntWeight(
-                codes, scales, None, self.bits, group, offsets=offsets, activations=self.activations
-            )
-        stored = (zeros + middle).view(torch.uint8)
-        return IntWeight(codes, scales, stored, self.bits, group, activations=self.activations)
+            return replace(weight, offsets=offsets)
+        return replace(weight, zeros=(zeros + middle).view(torch.uint8))
 
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
         """[O, I/G]; one value a part goes to all of its rows."""
-        if self.block != (0, 0):
-            return values
-        counts = torch.tensor([span.size for span in shape.outputs], device=values.device)
-        total = shape.out_features_local
-        return values.repeat_interleave(counts, output_size=total).unsqueeze(1)
+        return rows_of_parts(values, shape).unsqueeze(1) if self.block == TENSOR else values
 
     def describe(self) -> str:
-        per = {(0, 0): "tensor", (1, 0): "row"}.get(self.block, f"group of {self.block[1]}")
+        per = {TENSOR: "tensor", CHANNEL: "row"}.get(self.block, f"group of {self.block[1]}")
         return f"torchao int{self.bits} per {per}, activations {self.activations}"
 
 
@@ -136,6 +130,18 @@ class TorchAOInt4LinearMethod(LinearMethodBase):
 
     def describe(self) -> str:
         return f"torchao int4 g{self.group or 'row'}"
+
+
+@dataclass(frozen=True)
+class TorchAOFp8LinearMethod(E4M3LinearMethod):
+    """float8 codes and a float scale to multiply with."""
+
+    name: ClassVar[str] = "torchao"
+    weight_name: ClassVar[str] = QDATA
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        return (SCALE,)
 
 
 @register_quantization("torchao")
@@ -189,7 +195,7 @@ class TorchAOConfig(QuantizationConfig):
         block = _block(prefix, tuple(data.shape), tuple(scale.shape))
         activations = _activations(prefix, settings, kind)
         if kind == FLOAT8:
-            return NamedFp8LinearMethod("torchao", block, activations, weight=QDATA, scale=SCALE)
+            return TorchAOFp8LinearMethod(block, activations)
         if block[0] > 1:
             raise _unsupported("block_size", list(block), "one row, or the whole tensor", within=f"{prefix}.")
         bits = 8 if kind == INT8 else _bits(prefix, settings)
@@ -235,7 +241,7 @@ def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
 def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
     """The (outputs, inputs) that share a scale; 0: the whole axis, except that one scale of a row is (1, 0)."""
     if len(scale) == 0 or math.prod(scale) == 1:
-        return (0, 0)
+        return TENSOR
     if len(data) != 2 or len(scale) != 2 or 0 in scale:
         raise _unsupported(
             SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."

@@ -24,9 +24,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight, Fp8Weight, IntWeight
+from pymllm.kernels.canonical import (
+    TENSOR,
+    Activations,
+    CanonicalWeight,
+    Fp8Weight,
+    IntWeight,
+)
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.groups import check_groups
+from pymllm.quantization.storage.fp4_linear import e2m1_weight
+from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.quantization.storage.groups import check_groups, rows_of_parts
 from pymllm.quantization.storage.integer_linear import (
     group_dim,
     grouped_weight,
@@ -35,9 +43,7 @@ from pymllm.quantization.storage.integer_linear import (
     unpack_outputs,
 )
 from pymllm.quantization.storage.packing import (
-    E2M1,
     pack_words,
-    refuse_nan_codes,
     refuse_nan_scales,
     unpack_nibbles_low_first,
     unpack_words,
@@ -49,46 +55,17 @@ MX_GROUP = 32
 
 
 @dataclass(frozen=True)
-class FloatQuantizedLinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a channel.
+class FloatQuantizedLinearMethod(E4M3LinearMethod):
+    """float8, and mxfp8 where scales are exponents in bytes.  The fields: see `E4M3LinearMethod`."""
 
-    e8m0: scales are the exponents of powers of two, in bytes.
-    """
-
-    block: tuple[int, int]
-    activations: Activations
-    e8m0: bool = False
     name: ClassVar[str] = NAME
-
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        per_tensor: tuple[Dim, ...] = (PART,)
-        dims = per_tensor if self.block == (0, 0) else (OUT.every(self.block[0]), IN.every(self.block[1]))
-        scale = WeightSpec("weight_scale", torch.float32, dims, accepts=FLOATS, scale=True)
-        if self.e8m0:
-            scale = WeightSpec("weight_scale", torch.uint8, dims, refuse=refuse_nan_scales)
-        weight = WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes)
-        specs: tuple[WeightSpec, ...] = (weight, scale)
-        if self.activations == "static":
-            specs += (WeightSpec("input_scale", torch.float32, per_tensor, accepts=FLOATS, scale=True),)
-        return specs
-
-    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        scales = tensors["weight_scale"]
-        return Fp8Weight.from_parts(
-            tensors["weight"],
-            scales.view(torch.float8_e8m0fnu).float() if self.e8m0 else scales,
-            self.block,
-            [span.size for span in shape.outputs],
-            self.activations,
-            tensors.get("input_scale"),
-        )
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, Fp8Weight)
         scales = weight.scales.float().contiguous()
         tensors = {
             "weight": weight.weight.contiguous(),
-            "weight_scale": scales.reshape(1) if self.block == (0, 0) else scales,
+            "weight_scale": scales.reshape(1) if self.block == TENSOR else scales,
         }
         if self.activations == "static":
             assert weight.input_scales is not None
@@ -96,11 +73,7 @@ class FloatQuantizedLinearMethod(LinearMethodBase):
         return tensors
 
     def describe(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
-            self.block, f"block {self.block[0]}x{self.block[1]}"
-        )
-        kind = "mxfp8" if self.e8m0 else f"fp8 e4m3 per {granularity}"
-        return f"{NAME} {kind}, activations {self.activations}"
+        return f"{NAME} mxfp8, activations {self.activations}" if self.exponent_bytes else super().describe()
 
 
 @dataclass(frozen=True)
@@ -200,7 +173,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
 
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
         """[P] values of parts as [O, 1] of their rows; [O, I/G] as it is."""
-        return _part_rows(values, shape).unsqueeze(1) if self.per_tensor else values
+        return rows_of_parts(values, shape).unsqueeze(1) if self.per_tensor else values
 
     def describe(self) -> str:
         groups = (
@@ -245,23 +218,13 @@ class Fp4LinearMethod(LinearMethodBase):
         check_groups(self.group_size, shape)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes = unpack_nibbles_low_first(tensors["weight_packed"])
-        scales = tensors["weight_scale"]
+        codes, scales = unpack_nibbles_low_first(tensors["weight_packed"]), tensors["weight_scale"]
+        rows = None
         if self.kind == "mxfp4":
             scales = scales.view(torch.float8_e8m0fnu)
-        row_scales = None
-        if "weight_global_scale" in tensors:
-            row_scales = _part_rows(tensors["weight_global_scale"].reciprocal(), shape)
-        return CodebookWeight(
-            codes,
-            torch.tensor(E2M1, device=codes.device),
-            scales,
-            "e2m1",
-            min(self.group_size, codes.shape[1]),
-            row_scales,
-            self.activations,
-            tensors.get("input_global_scale"),
-        )
+        else:
+            rows = rows_of_parts(tensors["weight_global_scale"].reciprocal(), shape)
+        return e2m1_weight(codes, scales, rows, self.activations, tensors.get("input_global_scale"))
 
     def describe(self) -> str:
         return f"{NAME} {self.kind}, activations {self.activations}"
@@ -270,12 +233,6 @@ class Fp4LinearMethod(LinearMethodBase):
 def _as_signed(codes: Tensor, bits: int) -> Tensor:
     """Codes 0..2^bits-1 as int8 around zero."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-
-
-def _part_rows(values: Tensor, shape: LinearShape) -> Tensor:
-    """[P] values of parts → [O] of their rows."""
-    rows = [value.expand(span.size) for value, span in zip(values.unbind(), shape.outputs, strict=True)]
-    return torch.cat(rows)
 
 
 def _refuse_shape(stored: Tensor, shape: LinearShape) -> str | None:

@@ -1,6 +1,11 @@
-"""Groups and blocks of inputs: which layers, and which ranks' shares of them, they divide."""
+"""What shares a scale: groups of inputs, which must divide a layer and a rank's share of it; parts, which have rows."""
+
+# O out_features, P parts of a fused layer
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.weights.spec import LinearShape
@@ -31,3 +36,9 @@ def check_share(size: int, shape: LinearShape, *, what: str = "groups") -> None:
             expected=f"a multiple of {size}",
             found=str(local),
         )
+
+
+def rows_of_parts(values: Tensor, shape: LinearShape) -> Tensor:
+    """Give each part's value to all of its rows: [P] -> [O]."""
+    rows = [value.expand(span.size) for value, span in zip(values.unbind(), shape.outputs, strict=True)]
+    return torch.cat(rows)
