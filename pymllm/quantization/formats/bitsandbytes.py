@@ -178,13 +178,7 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
 class BitsAndBytesConfig(QuantizationConfig):
     """`quantization_config` of bitsandbytes: load_in_4bit or load_in_8bit, llm_int8_skip_modules, bnb_4bit_*."""
 
-    def __init__(
-        self,
-        *,
-        bits: int,
-        quant_type: str = "fp4",
-        skip_modules: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, *, bits: int, quant_type: str = "fp4", skip_modules: tuple[str, ...] = ()) -> None:
         self.bits, self.quant_type, self.skip_modules = bits, quant_type, skip_modules
         self.methods: dict[str, LinearMethodBase] = {}
 

@@ -177,10 +177,7 @@ def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
     for name in ("scale_quant_params", "zero_quant_params"):
         if settings.get(name) is not None:
             raise _unsupported(
-                name,
-                settings[name],
-                "null: float scales and zero points",
-                within=f"quantization_config.{at}",
+                name, settings[name], "null: float scales and zero points", within=f"quantization_config.{at}"
             )
     bits, size = params.get("nbits"), params.get("group_size", 64)
     if type(bits) is not int or bits not in PER_WORD:

@@ -23,11 +23,7 @@ from pymllm.kernels.canonical import Activations, CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
-from pymllm.quantization.rounding.scales import (
-    refine_zeros,
-    round_to_nearest,
-    search_scales,
-)
+from pymllm.quantization.rounding.scales import refine_zeros, round_to_nearest, search_scales
 from pymllm.quantization.storage.groups import check_groups, check_share
 from pymllm.weights.spec import LinearShape, WeightSpec
 

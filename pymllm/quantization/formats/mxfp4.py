@@ -50,10 +50,7 @@ class MXFP4LinearMethod(LinearMethodBase):
         codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
         if self.blocks:
             codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
-        return (
-            codes,
-            WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:]),
-        )
+        return (codes, WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:]))
 
     def check(self, shape: LinearShape) -> None:
         check_groups(GROUP, shape, what="MXFP4 blocks")

@@ -24,13 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import (
-    TENSOR,
-    Activations,
-    CanonicalWeight,
-    Fp8Weight,
-    IntWeight,
-)
+from pymllm.kernels.canonical import TENSOR, Activations, CanonicalWeight, Fp8Weight, IntWeight
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
