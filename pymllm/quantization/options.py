@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pymllm.errors import ConfigError, nearest
+from pymllm.quantization.storage.fields import is_group_size
 from pymllm.weights.spec import LinearShape
 
 
@@ -41,6 +42,13 @@ def parse_options(
                 f"{name}: the option {key} cannot be {text!r}", code="bad-option", found=text, fix=str(error)
             ) from None
     return values
+
+
+def read_group_size(text: str) -> int:
+    """Convert an option of `parse_options`: a positive number, or -1 for whole rows."""
+    if not is_group_size(int(text)):
+        raise ValueError("Choose a positive number, or -1 for whole rows.")
+    return int(text)
 
 
 def one_of(*choices: str) -> Callable[[str], str]:

@@ -23,23 +23,15 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.options import one_of, parse_options
-from pymllm.quantization.storage.fields import read_names, unsupported
-from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups
+from pymllm.quantization.options import one_of, parse_options, read_group_size
+from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
+from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups, group_within
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "AWQ")
 
-NIBBLE_COLUMNS = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # nibble i of a word, from the low end, holds this column of its eight
+# Nibble i of a word, from the low end, holds this column of its eight.
+NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
 
 
@@ -72,21 +64,23 @@ class AWQLinearMethod(LinearMethodBase):
                 )
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes = unpack_words(tensors["qweight"])
+        codes = unpack_columns(tensors["qweight"])
         scales = tensors["scales"].t().contiguous()
         # A rank that holds part of one group has that one group: its size is what the rank holds.
-        return IntWeight(codes, scales, unpack_words(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1])
+        return IntWeight(
+            codes, scales, unpack_columns(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1]
+        )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
+        group_size = group_within(self.group_size, weight.shape[1])
         return IntWeight.from_float(weight, bits=4, group_size=group_size, symmetric=not self.zero_point)
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, IntWeight)
         zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
         return {
-            "qweight": pack_words(weight.codes),
-            "qzeros": pack_words(zeros),
+            "qweight": pack_columns(weight.codes),
+            "qzeros": pack_columns(zeros),
             "scales": weight.scales.t().half().contiguous(),
         }
 
@@ -95,7 +89,7 @@ class AWQLinearMethod(LinearMethodBase):
         return f"awq int4 {groups}{'' if self.zero_point else ' sym'}"
 
 
-def unpack_words(words: Tensor) -> Tensor:
+def unpack_columns(words: Tensor) -> Tensor:
     """[N, O/8] int32 words → [O, N] uint8 codes 0..15 in column order.
 
     Words are transposed first, then taken apart byte by byte into whole rows: twice as fast as moving single codes.
@@ -109,8 +103,8 @@ def unpack_words(words: Tensor) -> Tensor:
     return codes.view(-1, words.shape[0])
 
 
-def pack_words(codes: Tensor) -> Tensor:
-    """The inverse of `unpack_words`: [O, N] uint8 codes → [N, O/8] int32 words."""
+def pack_columns(codes: Tensor) -> Tensor:
+    """The inverse of `unpack_columns`: [O, N] uint8 codes → [N, O/8] int32 words."""
     columns = codes.t().reshape(codes.shape[1], -1, PER_WORD)[:, :, list(NIBBLE_COLUMNS)]
     octets = columns[:, :, 0::2] | (columns[:, :, 1::2] << 4)
     return octets.contiguous().view(torch.int32).squeeze(-1)
@@ -139,12 +133,7 @@ class AWQConfig(QuantizationConfig):
         if version != "gemm":
             raise _unsupported("version", version, "gemm")
         group_size = config.get("group_size", config.get("q_group_size"))
-        if (
-            not isinstance(group_size, int)
-            or isinstance(group_size, bool)
-            or group_size == 0
-            or group_size < -1
-        ):
+        if not is_group_size(group_size):
             raise _unsupported("group_size", group_size, "-1 (whole rows) or a positive integer")
         return cls(
             group_size=group_size,
@@ -155,7 +144,7 @@ class AWQConfig(QuantizationConfig):
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
         values = parse_options(
-            "awq", options, {"group_size": _read_group_size, "zero_point": one_of("true", "false")}
+            "awq", options, {"group_size": read_group_size, "zero_point": one_of("true", "false")}
         )
         return AWQLinearMethod(values.get("group_size", 128), values.get("zero_point") != "false")
 
@@ -166,9 +155,3 @@ class AWQConfig(QuantizationConfig):
             return self.method
         skipped = any(part in prefix for part in self.modules_to_not_convert)
         return None if skipped or not self.covers(layer, prefix) else self.method
-
-
-def _read_group_size(text: str) -> int:
-    if int(text) == 0 or int(text) < -1:
-        raise ValueError("Choose a positive number, or -1 for whole rows.")
-    return int(text)

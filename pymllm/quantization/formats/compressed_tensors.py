@@ -33,7 +33,7 @@ from pymllm.quantization.storage.compressed_linear import (
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
-from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
+from pymllm.quantization.storage.fields import compile_pattern, is_block, read_names, unsupported
 from pymllm.weights.spec import FLOATS
 
 _unsupported = functools.partial(unsupported, "compressed-tensors")
@@ -203,15 +203,11 @@ def _read_float8(
     at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
 ) -> LinearMethodBase:
     _expect(at, weights, type="float", num_bits=8)
-    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    _expect_symmetric(at, weights)
     strategy = weights.get("strategy")
     if strategy == "block":
-        structure = weights.get("block_structure")
-        if not (
-            isinstance(structure, list)
-            and len(structure) == 2
-            and all(type(s) is int and s > 0 for s in structure)
-        ):
+        structure: Any = weights.get("block_structure")
+        if not is_block(structure):
             raise _unsupported(f"{at}.block_structure", structure, "two positive integers")
         block = (structure[0], structure[1])
     elif strategy == "group":
@@ -263,7 +259,7 @@ def _read_fp4(
     kind: Any = file_format.removesuffix("-pack-quantized")
     size, strategies = (16, ("tensor_group",)) if kind == "nvfp4" else (32, ("group",))
     _expect(at, weights, type="float", num_bits=4, group_size=size)
-    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    _expect_symmetric(at, weights)
     if weights.get("strategy") not in strategies:
         raise _unsupported(f"{at}.strategy", weights.get("strategy"), " or ".join(strategies))
     quantised = activations.read("float", 4, size)
@@ -274,7 +270,7 @@ def _read_mxfp8(
     at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
 ) -> LinearMethodBase:
     _expect(at, weights, type="float", num_bits=8, strategy="group", group_size=MX_GROUP)
-    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    _expect_symmetric(at, weights)
     quantised = activations.read("float", 8, MX_GROUP)
     if quantised not in ("float", "group"):
         raise _unsupported(f"{activations.at}.strategy", quantised, "group")
@@ -300,19 +296,13 @@ class _Activations:
             raise _unsupported(at, settings, "null, or an object")
         strategy, dynamic = settings.get("strategy"), settings.get("dynamic")
         if element == "int" and settings.get("type") == "float":
-            _expect(
-                at,
-                {"symmetric": True, **settings},
-                num_bits=8,
-                strategy="token",
-                dynamic=True,
-                symmetric=True,
-            )
+            _expect(at, settings, num_bits=8, strategy="token", dynamic=True)
+            _expect_symmetric(at, settings)
             return "token fp8"
         _expect(at, settings, type=element, num_bits=bits)
         symmetric = element != "int" or _read_bool(at, settings, "symmetric", True)
         if element != "int":
-            _expect(at, {"symmetric": True, **settings}, symmetric=True)
+            _expect_symmetric(at, settings)
         if bits == 4:
             kind = "tensor_group" if group_size == 16 else "group"
             _expect(at, settings, strategy=kind, group_size=group_size)
@@ -338,6 +328,11 @@ def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:
     for field, value in expected.items():
         if settings.get(field) != value:
             raise _unsupported(f"{at}.{field}", settings.get(field), repr(value))
+
+
+def _expect_symmetric(at: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings with zero points; where they say nothing, there are none."""
+    _expect(at, {"symmetric": True, **settings}, symmetric=True)
 
 
 def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) -> bool:

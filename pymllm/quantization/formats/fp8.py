@@ -31,7 +31,7 @@ from pymllm.quantization.kv_cache import (
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
-from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
+from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.weights.spec import FLOATS, LinearShape
 
@@ -85,11 +85,7 @@ class Fp8Config(QuantizationConfig):
         if scheme not in ("dynamic", "static"):
             raise _unsupported("activation_scheme", scheme, "dynamic or static")
         block = config.get("weight_block_size")
-        if block is not None and not (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(side) is int and side > 0 for side in block)
-        ):
+        if block is not None and not is_block(block):
             raise _unsupported("weight_block_size", block, "null or two positive integers")
         ignored = tuple(name for field in IGNORED for name in read_names(config, field, regex=""))
         return cls(

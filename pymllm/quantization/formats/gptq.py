@@ -26,16 +26,11 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import compile_pattern, unsupported
-from pymllm.quantization.storage.integer_linear import (
-    group_dim,
-    grouped_weight,
-    refuse_unknown_groups,
-    refuse_unordered,
-    unpack_outputs,
-)
+from pymllm.quantization.storage.fields import compile_pattern, is_group_size, unsupported
+from pymllm.quantization.storage.groups import group_within
+from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import pack_words, unpack_words
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "GPTQ")
 
@@ -72,9 +67,8 @@ class GPTQLinearMethod(LinearMethodBase):
         )
         if self.index == "absent":
             return specs
-        refuse = refuse_unknown_groups if self.index == "act order" else refuse_unordered
-        check = functools.partial(refuse, group_size=self.group_size)
-        return (*specs, WeightSpec("g_idx", torch.int32, (PART, IN), accepts=(torch.int64,), refuse=check))
+        in_order = self.index == "in order"
+        return *specs, index_spec("g_idx", self.group_size, in_order=in_order, accepts=(torch.int64,))
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         codes = unpack_words(tensors["qweight"].t(), self.bits)[:, : shape.in_features_local].contiguous()
@@ -103,7 +97,7 @@ class GPTQLinearMethod(LinearMethodBase):
         return f"zero points other than {2 ** (self.bits - 1)}, although the config says sym: true"
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
+        group_size = group_within(self.group_size, weight.shape[1])
         if weight.shape[1] % group_size:
             raise ConfigError(
                 f"groups of {group_size} do not divide the {weight.shape[1]} inputs",
@@ -208,7 +202,7 @@ def _read_settings(
     if bits not in BITS or isinstance(bits, bool):
         raise _unsupported(f"{where}bits", bits, "2, 3, 4 or 8")
     group_size = config.get("group_size", method.group_size if at else None)
-    if type(group_size) is not int or group_size == 0 or group_size < -1:
+    if not is_group_size(group_size):
         raise _unsupported(f"{where}group_size", group_size, "-1 (whole rows) or a positive integer")
     symmetric = config.get("sym", method.symmetric)
     for field, value in (("sym", symmetric), ("desc_act", config["desc_act"])):

@@ -89,7 +89,7 @@ class HQQLinearMethod(LinearMethodBase):
         words = tensors["W_q"].split([-(-groups // PER_WORD[self.bits]) for groups in packed_sizes])
         codes = []
         for word, span in zip(words, shape.outputs, strict=True):
-            groups = unpack_words(word, self.bits)[span.start * row : span.stop * row]
+            groups = unpack_groups(word, self.bits)[span.start * row : span.stop * row]
             codes.append(groups.view(span.size, shape.in_features)[:, start:stop])
         scales, zeros = (
             tensors[name].view(-1, row)[:, first:last].contiguous() for name in ("scale", "zero")
@@ -102,7 +102,7 @@ class HQQLinearMethod(LinearMethodBase):
         return f"hqq int{self.bits} g{self.group_size}"
 
 
-def unpack_words(words: Tensor, bits: int) -> Tensor:
+def unpack_groups(words: Tensor, bits: int) -> Tensor:
     """[N, G] words → [N * c, G] uint8 codes: first those of all words' high bits, last those of their low bits."""
     count = PER_WORD[bits]
     mask = 2**bits - 1

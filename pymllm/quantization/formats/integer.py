@@ -22,9 +22,9 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.options import needs_calibration, one_of, parse_options
+from pymllm.quantization.options import needs_calibration, one_of, parse_options, read_group_size
 from pymllm.quantization.rounding.scales import refine_zeros, round_to_nearest, search_scales
-from pymllm.quantization.storage.groups import check_groups, check_share
+from pymllm.quantization.storage.groups import check_groups, check_share, group_within
 from pymllm.weights.spec import LinearShape, WeightSpec
 
 
@@ -57,8 +57,7 @@ class IntegerLinearMethod(LinearMethodBase):
         check_share(self.group_size, shape)
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        in_features = weight.shape[1]
-        group_size = min(self.group_size, in_features) if self.group_size > 0 else in_features
+        group_size = group_within(self.group_size, weight.shape[1])
         encode = {"minmax": round_to_nearest, "mse": search_scales, "hqq": refine_zeros}[self.scale]
         made = encode(weight.float(), self.bits, group_size, self.symmetric)
         if self.activations == "static":
@@ -88,7 +87,7 @@ class IntegerConfig(QuantizationConfig):
             name,
             options,
             {
-                "group_size": _group_size,
+                "group_size": read_group_size,
                 "symmetric": one_of("true", "false"),
                 "scale": one_of("minmax", "mse", "hqq"),
                 "activations": one_of("float", "token", "static"),
@@ -132,13 +131,6 @@ class Int8Config(IntegerConfig):
     """8 bits: a scale for each output, symmetric."""
 
     bits, default_group_size = 8, -1
-
-
-def _group_size(text: str) -> int:
-    size = int(text)
-    if size == 0 or size < -1:
-        raise ValueError("A positive number, or -1 for whole rows.")
-    return size
 
 
 def _only_a_target(name: str) -> ConfigError:

@@ -16,7 +16,6 @@ The page with the layouts: quantization/compressed_tensors/README.md.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,13 +28,7 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import check_groups, rows_of_parts
-from pymllm.quantization.storage.integer_linear import (
-    group_dim,
-    grouped_weight,
-    refuse_unknown_groups,
-    refuse_unordered,
-    unpack_outputs,
-)
+from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import (
     pack_words,
     refuse_nan_scales,
@@ -109,9 +102,8 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         elif not self.symmetric:
             specs.append(WeightSpec("weight_zero_point", torch.int8, grid))
         if self.index != "absent":
-            refuse = refuse_unknown_groups if self.index == "act order" else refuse_unordered
-            check = functools.partial(refuse, group_size=self.group_size)
-            specs.append(WeightSpec("weight_g_idx", torch.int32, (PART, IN), refuse=check))
+            in_order = self.index == "in order"
+            specs.append(index_spec("weight_g_idx", self.group_size, in_order=in_order))
         if self.activations in ("static", "static asym"):
             specs.append(WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, scale=True))
         if self.activations == "static asym":
@@ -170,9 +162,8 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         return rows_of_parts(values, shape).unsqueeze(1) if self.per_tensor else values
 
     def describe(self) -> str:
-        groups = (
-            "per tensor" if self.per_tensor else f"g{self.group_size}" if self.group_size else "per channel"
-        )
+        groups = f"g{self.group_size}" if self.group_size else "per channel"
+        groups = "per tensor" if self.per_tensor else groups
         order = " in act order" if self.index == "act order" else ""
         zeros = "sym" if self.symmetric else "asym"
         return f"{NAME} int{self.bits} {groups} {zeros}{order}, activations {self.activations}"

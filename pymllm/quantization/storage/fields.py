@@ -53,6 +53,16 @@ def read_choice(
     return value
 
 
+def is_group_size(value: Any) -> bool:
+    """Tell whether a value is a positive integer, or -1, which means whole rows."""
+    return type(value) is int and (value > 0 or value == -1)
+
+
+def is_block(value: Any) -> bool:
+    """Tell whether a value is a list of two positive integers: the outputs and inputs that share a scale."""
+    return isinstance(value, list) and [type(side) is int and side > 0 for side in value] == [True, True]
+
+
 def is_skipped(prefix: str, patterns: Iterable[str]) -> bool:
     """Whether a module is one that transformers leaves unconverted.
 

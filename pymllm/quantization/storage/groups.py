@@ -13,6 +13,11 @@ from pymllm.weights.spec import LinearShape
 OTHER_SIZE = "Use a group size that divides every layer's inputs, or -1 for whole rows."
 
 
+def group_within(size: int, inputs: int) -> int:
+    """Return how many of `inputs` inputs share a scale where `size` should: all of them for a size of 0 or less."""
+    return min(size, inputs) if size > 0 else inputs
+
+
 def check_groups(size: int, shape: LinearShape, *, what: str = "groups", fix: str | None = None) -> None:
     """ConfigError unless groups of `size` divide the layer's inputs; any layer is well where size is not above 0."""
     if size > 0 and shape.in_features % size:

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, IntWeight
 from pymllm.quantization.storage.packing import unpack_words
-from pymllm.weights.spec import IN, OUT, Dim, LinearShape, whole
+from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
 
 
 def group_dim(group_size: int, shape: LinearShape, *, indexed: bool) -> Dim:
@@ -19,6 +21,14 @@ def group_dim(group_size: int, shape: LinearShape, *, indexed: bool) -> Dim:
     indexed: inputs name their groups, so that every rank needs all of them.
     """
     return whole(IN.every(group_size).stored(shape.in_features)) if indexed else IN.every(group_size)
+
+
+def index_spec(
+    name: str, group_size: int, *, in_order: bool, accepts: tuple[torch.dtype, ...] = ()
+) -> WeightSpec:
+    """Make the spec of the tensor that names every input's group, which must say what the config says of the order."""
+    refuse = functools.partial(_refuse_unordered if in_order else _refuse_unknown, group_size=group_size)
+    return WeightSpec(name, torch.int32, (PART, IN), accepts=accepts, refuse=refuse)
 
 
 def grouped_weight(
@@ -97,7 +107,7 @@ def _equal_groups(index: Tensor, groups: int) -> bool:
     return counts.numel() == groups and bool((counts == index.numel() // groups).all())
 
 
-def refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
+def _refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
     """For a `WeightSpec.refuse`: an index that must name groups in order of inputs, or be all -1 (not set)."""
     inputs = torch.arange(shape.inputs.start, shape.inputs.stop, device=index.device)
     expected = inputs // group_size if group_size > 0 else torch.zeros_like(inputs)
@@ -107,7 +117,7 @@ def refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str 
     return "groups that do not lie in order, although the config has no act order (desc_act, actorder)"
 
 
-def refuse_unknown_groups(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
+def _refuse_unknown(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
     """For a `WeightSpec.refuse`: an index that names groups which the layer does not have."""
     groups = IN.every(group_size).stored(shape.in_features)
     low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
