@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -50,19 +51,15 @@ FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 
 
 @register_quantization("auto-round")
+@dataclass(kw_only=True, eq=False)
 class AutoRoundConfig(QuantizationConfig):
     """`quantization_config` of AutoRound: bits, group_size, sym, data_type, packing_format, extra_config."""
 
-    def __init__(
-        self,
-        *,
-        packing: str,
-        settings: Mapping[str, Any],
-        layers: Mapping[str, Mapping[str, Any]],
-        blocks: tuple[str, ...] = (),
-    ) -> None:
-        self.packing, self.settings, self.layers, self.blocks = packing, settings, layers, blocks
-        self.formats: dict[tuple[Any, ...], QuantizationConfig] = {}
+    packing: str
+    settings: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Any]]
+    blocks: tuple[str, ...] = ()
+    formats: dict[tuple[Any, ...], QuantizationConfig] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoRoundConfig:

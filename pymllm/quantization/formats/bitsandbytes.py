@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -175,12 +175,14 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
 
 
 @register_quantization("bitsandbytes")
+@dataclass(kw_only=True, eq=False)
 class BitsAndBytesConfig(QuantizationConfig):
     """`quantization_config` of bitsandbytes: load_in_4bit or load_in_8bit, llm_int8_skip_modules, bnb_4bit_*."""
 
-    def __init__(self, *, bits: int, quant_type: str = "fp4", skip_modules: tuple[str, ...] = ()) -> None:
-        self.bits, self.quant_type, self.skip_modules = bits, quant_type, skip_modules
-        self.methods: dict[str, LinearMethodBase] = {}
+    bits: int
+    quant_type: str = "fp4"
+    skip_modules: tuple[str, ...] = ()
+    methods: dict[str, LinearMethodBase] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:

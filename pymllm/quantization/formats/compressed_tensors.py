@@ -62,13 +62,13 @@ class Group:
 
 
 @register_quantization("compressed-tensors")
+@dataclass(kw_only=True, eq=False)
 class CompressedTensorsConfig(QuantizationConfig):
     """`quantization_config` of compressed-tensors: config_groups with targets, ignore, format, kv_cache_scheme."""
 
-    def __init__(
-        self, *, groups: Sequence[Group], ignore: Sequence[str] = (), kv_cache_scheme: Any = None
-    ) -> None:
-        self.groups, self.ignore, self.kv_cache_scheme = tuple(groups), tuple(ignore), kv_cache_scheme
+    groups: Sequence[Group]
+    ignore: Sequence[str] = ()
+    kv_cache_scheme: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:

@@ -12,6 +12,7 @@ w = weight * weight_scale; activations are rounded to FP8 with a scale for each 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -26,16 +27,15 @@ METHOD = NamedFp8LinearMethod(CHANNEL, "token", format="fbgemm-fp8")
 
 
 @register_quantization("fbgemm-fp8")
+@dataclass(kw_only=True, eq=False)
 class FbgemmFp8Config(QuantizationConfig):
     """`quantization_config` with quant_method fbgemm_fp8: activation_scale_ub, modules_to_not_convert.
 
     The bound only bites on inputs beyond it (1200 by default), which here keep a scale of their own.
     """
 
-    def __init__(
-        self, *, activation_scale_ub: float = 1200.0, modules_to_not_convert: tuple[str, ...] = ()
-    ) -> None:
-        self.activation_scale_ub, self.modules_to_not_convert = activation_scale_ub, modules_to_not_convert
+    activation_scale_ub: float = 1200.0
+    modules_to_not_convert: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FbgemmFp8Config:

@@ -65,19 +65,14 @@ class Fp8LinearMethod(E4M3LinearMethod):
 
 
 @register_quantization("fp8")
+@dataclass(kw_only=True, eq=False)
 class Fp8Config(QuantizationConfig):
     """`quantization_config` with quant_method fp8: weight_block_size, activation_scheme, modules_to_not_convert."""
 
-    def __init__(
-        self,
-        *,
-        block: tuple[int, int] | None,
-        activation_scheme: str = "dynamic",
-        modules_to_not_convert: tuple[str, ...] = (),
-        kv_cache_scheme: Any = None,
-    ) -> None:
-        self.block, self.activation_scheme = block, activation_scheme
-        self.modules_to_not_convert, self.kv_cache_scheme = modules_to_not_convert, kv_cache_scheme
+    block: tuple[int, int] | None
+    activation_scheme: str = "dynamic"
+    modules_to_not_convert: tuple[str, ...] = ()
+    kv_cache_scheme: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Fp8Config:

@@ -123,21 +123,17 @@ class DynamicRule:
 
 
 @register_quantization("gptq")
+@dataclass(kw_only=True, eq=False)
 class GPTQConfig(QuantizationConfig):
     """`quantization_config` of GPTQ: bits, group_size, sym, desc_act, checkpoint_format, dynamic, lm_head.
 
     modules: names within a decoder block that are quantised; empty: all linear layers.
     """
 
-    def __init__(
-        self,
-        *,
-        method: GPTQLinearMethod,
-        desc_act: bool = False,
-        dynamic: tuple[DynamicRule, ...] = (),
-        modules: tuple[str, ...] = (),
-    ) -> None:
-        self.method, self.desc_act, self.dynamic, self.modules = method, desc_act, dynamic, modules
+    method: GPTQLinearMethod
+    desc_act: bool = False
+    dynamic: tuple[DynamicRule, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:

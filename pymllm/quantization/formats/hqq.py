@@ -111,17 +111,13 @@ def unpack_groups(words: Tensor, bits: int) -> Tensor:
 
 
 @register_quantization("hqq")
+@dataclass(kw_only=True, eq=False)
 class HQQConfig(QuantizationConfig):
     """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules."""
 
-    def __init__(
-        self,
-        *,
-        common: tuple[int, int | None] | None,
-        tagged: Mapping[str, tuple[int, int | None]],
-        skip_modules: tuple[str, ...] = (),
-    ) -> None:
-        self.common, self.tagged, self.skip_modules = common, tagged, skip_modules
+    common: tuple[int, int | None] | None
+    tagged: Mapping[str, tuple[int, int | None]]
+    skip_modules: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:

@@ -105,22 +105,17 @@ class NVFP4LinearMethod(LinearMethodBase):
 
 
 @register_quantization("modelopt")
+@dataclass(kw_only=True, eq=False)
 class ModelOptConfig(QuantizationConfig):
     """hf_quant_config.json, or a `quantization_config` with quant_method modelopt.
 
     quant_algo, exclude_modules (ignore), kv_cache_quant_algo, and quantized_layers where quant_algo is MIXED_PRECISION.
     """
 
-    def __init__(
-        self,
-        *,
-        quant_algo: str | None,
-        exclude_modules: tuple[str, ...] = (),
-        quantized_layers: Mapping[str, str] | None = None,
-        kv_cache: Any = None,
-    ) -> None:
-        self.quant_algo, self.exclude_modules = quant_algo, exclude_modules
-        self.quantized_layers, self.kv_cache = quantized_layers, kv_cache
+    quant_algo: str | None
+    exclude_modules: tuple[str, ...] = ()
+    quantized_layers: Mapping[str, str] | None = None
+    kv_cache: Any = None
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:

@@ -83,11 +83,11 @@ def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register_quantization("mxfp4")
+@dataclass(kw_only=True, eq=False)
 class MXFP4Config(QuantizationConfig):
     """`quantization_config` with quant_method mxfp4: modules_to_not_convert."""
 
-    def __init__(self, *, modules_to_not_convert: tuple[str, ...] = ()) -> None:
-        self.modules_to_not_convert = modules_to_not_convert
+    modules_to_not_convert: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MXFP4Config:

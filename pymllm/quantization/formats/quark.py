@@ -15,7 +15,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -38,18 +38,14 @@ BLOCKS = {"per_tensor": TENSOR, "per_channel": CHANNEL}
 
 
 @register_quantization("quark")
+@dataclass(kw_only=True, eq=False)
 class QuarkConfig(QuantizationConfig):
     """`quantization_config` of Quark: global_quant_config, layer_quant_config, layer_type_quant_config, exclude."""
 
-    def __init__(
-        self,
-        *,
-        common: NamedFp8LinearMethod | None,
-        layers: Mapping[str, NamedFp8LinearMethod | None],
-        exclude: tuple[str, ...] = (),
-        kv_cache: Any = None,
-    ) -> None:
-        self.common, self.layers, self.exclude, self.kv_cache = common, layers, exclude, kv_cache
+    common: NamedFp8LinearMethod | None
+    layers: Mapping[str, NamedFp8LinearMethod | None]
+    exclude: tuple[str, ...] = ()
+    kv_cache: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuarkConfig:

@@ -20,7 +20,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -145,14 +145,13 @@ class TorchAOFp8LinearMethod(E4M3LinearMethod):
 
 
 @register_quantization("torchao")
+@dataclass(kw_only=True, eq=False)
 class TorchAOConfig(QuantizationConfig):
     """`quantization_config` of torchao: quant_type, modules_to_not_convert.  The files' metadata is the last word."""
 
-    def __init__(
-        self, *, quant_type: Mapping[str, Any], modules_to_not_convert: tuple[str, ...] = ()
-    ) -> None:
-        self.quant_type, self.modules_to_not_convert = quant_type, modules_to_not_convert
-        self.metadata: dict[str, str] = {}
+    quant_type: Mapping[str, Any]
+    modules_to_not_convert: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:

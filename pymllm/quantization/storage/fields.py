@@ -151,19 +151,16 @@ def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = Non
     names = config.get(field)
     if names is None:
         return ()
-    problem = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        problem, names = "a list of names", [names]
-    for name in names:
-        if problem is None and regex is not None and name.startswith(regex):
-            compile_pattern(name.removeprefix(regex), field, regex)
-    if problem is not None:
         raise ConfigError(
-            f"{field} of the quantisation must hold {problem}",
+            f"{field} of the quantisation must hold a list of names",
             code="quantization-config",
             file="config.json",
             tensor=f"quantization_config.{field}",
             expected="a list of strings, or null",
-            found=repr(names[0]),
+            found=repr(names),
         )
+    for name in names:
+        if regex is not None and name.startswith(regex):
+            compile_pattern(name.removeprefix(regex), field, regex)
     return tuple(names)
