@@ -1,4 +1,4 @@
-"""AutoRound's own spelling, `quant_method: auto-round`: the tensors are GPTQ's or AWQ's, as `packing_format` says.
+"""AutoRound's own spelling, `quant_method: auto-round`.  `packing_format` says whose tensors a checkpoint has:
 
     auto_round:auto_gptq             GPTQ, zero points minus one
     auto_round, auto_round:gptqmodel GPTQ, zero points as they are
@@ -6,8 +6,8 @@
     auto_round:llm_compressor        compressed-tensors' NVFP4, MXFP4 and MXFP8 (data_type nv_fp, mx_fp)
     auto_round:fp8_static            float8 (data_type fp): weight e4m3 [O, I], weight_scale [O] or [1], input_scale [1]
 
-`extra_config` overrides settings for single layers; `block_name_to_quantize` names the blocks that are quantised.
-Checkpoints that AutoRound exports as plain gptq or awq name that as their quant_method.
+`extra_config` overrides settings of single layers; `block_name_to_quantize` names the blocks that are quantised.
+A checkpoint that AutoRound exports as plain gptq or awq has that as its quant_method, and is read as such.
 The page: quantization/gptq/README.md, "auto-round".
 """
 
@@ -29,7 +29,7 @@ from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
 _unsupported = functools.partial(unsupported, "AutoRound")
 
-# packing_format: the format of the tensors, and what its own config must say besides
+# packing_format -> the format of the tensors, and what the config for that format needs besides.
 PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto_gptq": ("gptq", {"checkpoint_format": "gptq"}),
     "gptq": ("gptq", {"checkpoint_format": "gptq"}),
@@ -41,7 +41,7 @@ PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_static": ("", {}),
 }
 SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_dynamic")
-# (data_type, bits): compressed-tensors' name and what it stores
+# (data_type, bits) -> compressed-tensors' name, and the settings of its weights.
 FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("nv_fp", 4): ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
     ("mx_fp", 4): ("mxfp4-pack-quantized", {"strategy": "group", "group_size": 32}),
@@ -53,7 +53,11 @@ FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 @register_quantization("auto-round")
 @dataclass(kw_only=True, eq=False)
 class AutoRoundConfig(QuantizationConfig):
-    """`quantization_config` of AutoRound: bits, group_size, sym, data_type, packing_format, extra_config."""
+    """`quantization_config` of AutoRound: bits, group_size, sym, data_type, packing_format, extra_config.
+
+    packing: a key of PACKINGS.  settings: of all layers, those of SETTINGS that the config has.  layers: extra_config.
+    blocks: names of the blocks that are quantised; none: all.  formats: the configs made so far, by their settings.
+    """
 
     packing: str
     settings: Mapping[str, Any]
@@ -95,7 +99,7 @@ class AutoRoundConfig(QuantizationConfig):
         return None if found is None else found.get_quant_method(layer, prefix)
 
     def _key(self, prefix: str) -> str | None:
-        """The entry of extra_config for this layer: its name, or a regular expression found in it."""
+        """Find the entry of extra_config for this layer: its name, or a regular expression found in its name."""
         if prefix in self.layers:
             return prefix
         return next(
@@ -108,7 +112,7 @@ class AutoRoundConfig(QuantizationConfig):
         )
 
     def _format(self, key: str) -> QuantizationConfig | LinearMethodBase | None:
-        """The format of layers under this entry of extra_config ("": all others); None: plain floats."""
+        """Return the format of layers under this entry of extra_config ("": all others), or None for plain floats."""
         settings = {**self.settings, **{k: v for k, v in self.layers.get(key, {}).items() if v is not None}}
         at = f"extra_config.{key}." if key else ""
         if isinstance(settings.get("bits"), int) and settings["bits"] >= FLOAT_BITS:
@@ -140,7 +144,7 @@ class AutoRoundConfig(QuantizationConfig):
 
 
 def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
-    """The compressed-tensors config of NVFP4, MXFP4 or MXFP8."""
+    """Make the compressed-tensors config of NVFP4, MXFP4 or MXFP8.  at: the path of these settings, for messages."""
     element: Any = settings["data_type"]
     bits: Any = settings.get("bits")
     family = next((name for name in ("nv_fp", "mx_fp") if str(element).startswith(name)), element)
@@ -163,7 +167,7 @@ def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
-    """e4m3 with a scale for the tensor (group_size 0) or for each row (-1)."""
+    """Make the method of e4m3 weights with a scale for the tensor (group_size 0) or for each row (-1)."""
     if settings.get("bits") != 8:
         raise _unsupported(f"{at}bits", settings.get("bits"), "8 with data_type fp")
     blocks = {0: TENSOR, -1: CHANNEL}
@@ -177,7 +181,7 @@ def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
 
 
 def _is_pattern(key: str) -> bool:
-    """As AutoRound takes them: what is no layer's name is a regular expression, if it can be one."""
+    """Tell whether AutoRound takes a key of extra_config, which is no layer's name, for a regular expression."""
     try:
         re.compile(key)
     except re.error:

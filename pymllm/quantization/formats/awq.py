@@ -4,7 +4,7 @@
     qzeros  int32   [I/G, O/8]   zero points, packed the same way
     scales  float16 [I/G, O]
 
-w = (code - zero) * scale. The page with the layout: quantization/awq/README.md.
+w = (code - zero) * scale. The layout: quantization/awq/README.md.
 """
 
 # I in_features, O out_features, G group_size
@@ -37,7 +37,11 @@ PER_WORD = 8
 
 @dataclass(frozen=True)
 class AWQLinearMethod(LinearMethodBase):
-    """group_size: inputs that share a scale; 0 or less: the whole row.  zero_point: whether `quantize` makes zeros."""
+    """AWQ's weights.
+
+    group_size: how many inputs share a scale; 0 or less: the whole row.
+    zero_point: whether `quantize` chooses zero points; the middle code where not.
+    """
 
     group_size: int = 128
     zero_point: bool = True
@@ -66,7 +70,7 @@ class AWQLinearMethod(LinearMethodBase):
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         codes = unpack_columns(tensors["qweight"])
         scales = tensors["scales"].t().contiguous()
-        # A rank that holds part of one group has that one group: its size is what the rank holds.
+        # A rank that holds a part of one group has that group alone, of the size that it holds.
         return IntWeight(
             codes, scales, unpack_columns(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1]
         )
@@ -90,13 +94,13 @@ class AWQLinearMethod(LinearMethodBase):
 
 
 def unpack_columns(words: Tensor) -> Tensor:
-    """[N, O/8] int32 words → [O, N] uint8 codes 0..15 in column order.
+    """Unpack [N, O/8] int32 words to [O, N] uint8 codes 0..15 in column order.
 
     Words are transposed first, then taken apart byte by byte into whole rows: twice as fast as moving single codes.
     """
     octets = words.t().flatten().view(torch.uint8).view(words.shape[1], words.shape[0], 4)  # [O/8, N, 4]
     codes = torch.empty((words.shape[1], PER_WORD, words.shape[0]), dtype=torch.uint8, device=words.device)
-    # A plan wants the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
+    # A plan needs the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
     for byte in range(0 if codes.is_meta else 4):
         codes[:, NIBBLE_COLUMNS[2 * byte]] = octets[:, :, byte] & 15
         codes[:, NIBBLE_COLUMNS[2 * byte + 1]] = octets[:, :, byte] >> 4
@@ -104,7 +108,7 @@ def unpack_columns(words: Tensor) -> Tensor:
 
 
 def pack_columns(codes: Tensor) -> Tensor:
-    """The inverse of `unpack_columns`: [O, N] uint8 codes → [N, O/8] int32 words."""
+    """Pack [O, N] uint8 codes into [N, O/8] int32 words, the inverse of `unpack_columns`."""
     columns = codes.t().reshape(codes.shape[1], -1, PER_WORD)[:, :, list(NIBBLE_COLUMNS)]
     octets = columns[:, :, 0::2] | (columns[:, :, 1::2] << 4)
     return octets.contiguous().view(torch.int32).squeeze(-1)
@@ -149,8 +153,8 @@ class AWQConfig(QuantizationConfig):
         return AWQLinearMethod(values.get("group_size", 128), values.get("zero_point") != "false")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        # Writers read the list differently, so what the files hold is the last word. Without it: AutoAWQ converts the
-        # linear layers of decoder blocks whose name contains none of the strings.
+        # Writers take modules_to_not_convert differently, so what the files hold decides. Where they hold nothing, as
+        # AutoAWQ does it: it converts linear layers of decoder blocks whose name contains none of the strings.
         if f"{prefix}.qweight" in self.stored:
             return self.method
         skipped = any(part in prefix for part in self.modules_to_not_convert)
