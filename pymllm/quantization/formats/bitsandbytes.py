@@ -135,7 +135,7 @@ def _spec(name: str, dtype: torch.dtype, *dims: Dim) -> WeightSpec:
 
 
 def _part(tensor: Tensor, shape: LinearShape, part: int, dim: Dim, width: int = 1) -> Tensor:
-    """Narrow a flat tensor to one part's share.  width: how many of the tensor's elements are one of the dimension's."""
+    """Narrow a flat tensor to one part's share.  width: the tensor's elements in one element of the dimension."""
     sizes = [span.stored(dim, "").size * width for span in shape.outputs]
     return tensor.narrow(0, sum(sizes[:part]), sizes[part])
 

@@ -1,9 +1,9 @@
-"""compressed-tensors, the format of llm-compressor: which layers have which of the methods in `compressed_linear.py`.
+"""compressed-tensors, the format of llm-compressor.  Its config gives each layer a method of `compressed_linear.py`:
 
     pack-quantized                          integers of 1 to 8 bits, packed
     int-quantized                           int8, often with int8 activations
     float-quantized                         float8 e4m3
-    naive-quantized                         either of the two, by type
+    naive-quantized                         int8 or float8, by the weights' type
     nvfp4-pack-quantized                    fp4 in groups of 16
     mxfp4-pack-quantized                    fp4 in groups of 32
     mxfp8-quantized                         float8 e4m3 in groups of 32, whose scales are powers of two
@@ -49,12 +49,13 @@ FORMATS = (
 )
 ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
 CLASS_NAME = re.compile(r"[A-Z]\w*")
-ACT_ORDER = ("group", "dynamic", True)  # by group index; "weight" and "static" change calibration alone
+# These store the group of every input; "weight" and "static" only change how the writer calibrates.
+ACT_ORDER = ("group", "dynamic", True)
 
 
 @dataclass(frozen=True)
 class Group:
-    """One of `config_groups`: which layers, and their method."""
+    """One of `config_groups`: the layers that it targets, and their method."""
 
     name: str
     targets: tuple[str, ...]
@@ -78,7 +79,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         if config.get("transform_config"):
             raise _unsupported("transform_config", config["transform_config"], "none")
         settings = config.get("config_groups")
-        # Without a group, only the cache of keys and values is quantised.
+        # A config without groups quantises the cache of keys and values alone.
         if not isinstance(settings, Mapping) or not (settings or config.get("kv_cache_scheme")):
             raise _unsupported("config_groups", settings, "an object of groups")
         groups = [_read_group(name, group, config.get("format")) for name, group in settings.items()]
@@ -97,7 +98,7 @@ class CompressedTensorsConfig(QuantizationConfig):
                 named = not target.startswith("re:") and not CLASS_NAME.fullmatch(target)
                 if (named and target not in modules) or (CLASS_NAME.fullmatch(target) and target != "Linear"):
                     raise ConfigError(
-                        f"the target {target!r} is no layer of this checkpoint",
+                        f"the target {target!r} is not a layer of this checkpoint",
                         code="quantization-config",
                         file="config.json",
                         tensor=f"quantization_config.config_groups.{group.name}.targets",
@@ -118,13 +119,13 @@ class CompressedTensorsConfig(QuantizationConfig):
         return read_kv_scheme(self.kv_cache_scheme)
 
     def _group(self, prefix: str) -> Group | None:
-        """A group that names the layer comes first, then one that has a pattern for it, then one of its class."""
+        """Find the layer's group: one that names the layer, else one with a pattern for it, else one for its class."""
         ranked = [(_rank(target, prefix), target, group) for group in self.groups for target in group.targets]
         hits = [entry for entry in ranked if entry[0] is not None]
         return min(hits, key=lambda entry: entry[:2])[2] if hits else None
 
     def _as_stored(self, method: LinearMethodBase, prefix: str) -> LinearMethodBase:
-        """The method, with what the config leaves open taken from the checkpoint's headers."""
+        """Complete the method with what the config leaves open and the checkpoint's headers say."""
         scale = self.stored.get(f"{prefix}.weight_scale")
         if isinstance(method, IntQuantizedLinearMethod):
             if scale is not None and scale.dtype in FLOATS:
@@ -142,25 +143,26 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     def skip_reason(self, tensor: str) -> str | None:
         if ZERO_POINTS.search(tensor):
-            return "a zero point of symmetric quantisation, which has none"
+            return "a zero point of symmetric quantisation, which does not use any"
         return unused_kv_tensor(tensor)
 
 
 def _rank(target: str, prefix: str) -> int | None:
-    """How closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None: it does not."""
+    """Rank how closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None if it does not."""
     if target == "Linear":
         return 2
     return int(target.startswith("re:")) if _targets(target, prefix) else None
 
 
 def _targets(pattern: str, prefix: str) -> bool:
-    """Whether a target or ignore entry names this layer: exactly, or as `re:` from its start."""
+    """Tell whether a target or ignore entry means this layer: its name, or `re:` and a pattern for its start."""
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "targets or ignore").match(prefix) is not None
     return pattern == prefix
 
 
 def _refuse_conflicts(groups: Sequence[Group]) -> None:
+    """Raise ConfigError for a target that two groups give different methods."""
     first: dict[str, Group] = {}
     for group in groups:
         for target in group.targets:
@@ -169,7 +171,7 @@ def _refuse_conflicts(groups: Sequence[Group]) -> None:
                 raise _unsupported(
                     f"config_groups.{group.name}.targets",
                     target,
-                    f"targets that no other group has; {other.name} has it too",
+                    f"targets that no other group has; {other.name} has this one too",
                 )
 
 
@@ -279,15 +281,16 @@ def _read_mxfp8(
 
 
 class _Activations:
-    """`input_activations` of a group."""
+    """`input_activations` of a group.  at: their path in the config, for messages."""
 
     def __init__(self, at: str, settings: Any) -> None:
         self.at, self.settings = at, settings
 
     def read(self, element: str, bits: int, group_size: int) -> Activations:
-        """How activations are quantised; beside weights of this element, bits and group size, few others are supported.
+        """Read how activations are quantised, beside weights of this element, bits and group size.
 
-        Integers may be asymmetric, and beside integer weights activations may be fp8, a scale a token.
+        They must be of the weights' own type, but integers may have zero points, and beside integer weights they may
+        be fp8 with a scale for each token.  ConfigError for anything else.
         """
         at, settings = self.at, self.settings
         if settings is None:
@@ -324,14 +327,14 @@ class _Activations:
 
 
 def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse settings with another value of any of these fields."""
+    """Raise ConfigError for settings that have another value in any of these fields."""
     for field, value in expected.items():
         if settings.get(field) != value:
             raise _unsupported(f"{at}.{field}", settings.get(field), repr(value))
 
 
 def _expect_symmetric(at: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings with zero points; where they say nothing, there are none."""
+    """Raise ConfigError for settings with zero points.  Where `symmetric` is absent, there are none."""
     _expect(at, {"symmetric": True, **settings}, symmetric=True)
 
 

@@ -3,8 +3,8 @@
     weight        float8_e4m3fn [O, I]
     weight_scale  float32 [O, 1]
 
-w = weight * weight_scale; activations are rounded to FP8 with a scale for each token, whose largest magnitude
-`activation_scale_ub` bounds. The page with the layout: quantization/fbgemm-fp8/README.md.
+w = weight * weight_scale. Activations are rounded to FP8 with a scale for each token; `activation_scale_ub` bounds the
+largest magnitude that the scale is chosen for. The page with the layout: quantization/fbgemm-fp8/README.md.
 """
 
 # I in_features, O out_features
@@ -31,7 +31,8 @@ METHOD = NamedFp8LinearMethod(CHANNEL, "token", format="fbgemm-fp8")
 class FbgemmFp8Config(QuantizationConfig):
     """`quantization_config` with quant_method fbgemm_fp8: activation_scale_ub, modules_to_not_convert.
 
-    The bound only bites on inputs beyond it (1200 by default), which here keep a scale of their own.
+    The bound (1200 by default) only matters to tokens with larger inputs. Here it is read and not applied: such a token
+    has the scale of its own largest magnitude.
     """
 
     activation_scale_ub: float = 1200.0

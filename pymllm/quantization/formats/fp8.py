@@ -1,7 +1,7 @@
 """FP8 e4m3 under `quant_method: fp8`: DeepSeek's and transformers' block scales, and a scale a tensor or channel.
 
     weight            float8_e4m3fn [O, I]
-    weight_scale_inv  float32 [ceil(O/128), ceil(I/128)]     with weight_block_size (it multiplies, despite its name)
+    weight_scale_inv  float32 [ceil(O/128), ceil(I/128)]     with weight_block_size (despite its name, it multiplies)
     weight_scale      float32 [1] or [O, 1]                  without
     input_scale       float32 [1]                            with activation_scheme static
 
@@ -43,7 +43,7 @@ SCALES = ("weight_scale_inv", "weight_scale")
 
 @dataclass(frozen=True)
 class Fp8LinearMethod(E4M3LinearMethod):
-    """FP8 as DeepSeek, transformers and AutoFP8 name its tensors.  The fields: see `E4M3LinearMethod`."""
+    """FP8 weights as DeepSeek, transformers and AutoFP8 name their tensors.  The fields are `E4M3LinearMethod`'s."""
 
     block: tuple[int, int] = CHANNEL
     activations: Activations = "token"
@@ -67,7 +67,10 @@ class Fp8LinearMethod(E4M3LinearMethod):
 @register_quantization("fp8")
 @dataclass(kw_only=True, eq=False)
 class Fp8Config(QuantizationConfig):
-    """`quantization_config` with quant_method fp8: weight_block_size, activation_scheme, modules_to_not_convert."""
+    """`quantization_config` with quant_method fp8: weight_block_size, activation_scheme, modules_to_not_convert.
+
+    block: the (outputs, inputs) of weight_block_size, or None: a scale for the tensor or each channel, as stored.
+    """
 
     block: tuple[int, int] | None
     activation_scheme: str = "dynamic"
@@ -118,12 +121,15 @@ class Fp8Config(QuantizationConfig):
         return Fp8LinearMethod(CHANNEL if per_channel else TENSOR, "static" if static else "token", in_bytes)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        """AutoFP8 writes "static" where others write an object."""
+        """Read `kv_cache_scheme`, which AutoFP8 writes as "static" and others as an object."""
         scheme = self.kv_cache_scheme
         return QuantizedKVCacheMethod("fp8") if scheme == "static" else read_kv_scheme(scheme)
 
     def skip_reason(self, tensor: str) -> str | None:
-        """transformers leaves a weight that its blocks do not divide in floats, beside scales that it never set."""
+        """Return why a tensor may be skipped, or None.
+
+        transformers keeps a weight in floats that blocks do not divide, and still writes a scale that it never set.
+        """
         prefix, _, suffix = tensor.rpartition(".")
         if suffix in (*SCALES, *Fp8LinearMethod.input_scale_names) and self.stored_as_float(prefix):
             return "a scale of a weight that is stored in floats, which has none"

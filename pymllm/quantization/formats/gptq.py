@@ -1,9 +1,9 @@
 """GPTQ, as AutoGPTQ and GPTQModel store it: 2, 3, 4 or 8 bits in groups of inputs.
 
     qweight int32   [I·bits/32, O]     codes, packed along the inputs
-    qzeros  int32   [I/G, O·bits/32]   zero points, packed along the outputs; checkpoint_format gptq: minus one
+    qzeros  int32   [I/G, O·bits/32]   zero points, packed along the outputs; less one in checkpoint_format gptq
     scales  float16 [I/G, O]
-    g_idx   int32   [I]                the group of each input; in order, or absent, without desc_act
+    g_idx   int32   [I]                the group of each input; without desc_act in order, or absent
 
 Fields lie in words lowest bits first; 32 fields of 3 bits fill three words.
 w = (code - zero) * scale of the input's group. The page with the layout: quantization/gptq/README.md.
@@ -35,16 +35,18 @@ from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 _unsupported = functools.partial(unsupported, "GPTQ")
 
 BITS = (2, 3, 4, 8)
-# What `checkpoint_format: gptq` takes off every zero point, in one word: writers subtract whole words, so that a zero
-# point of 0 borrows from its neighbour, and adding whole words is what undoes it. Only 3 bits go field by field.
+# A one in every field of a word, which `checkpoint_format: gptq` subtracts from zero points. Writers subtract words, so
+# that a zero point of 0 borrows from its neighbour, and adding words undoes it. Only 3 bits go field by field.
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 @dataclass(frozen=True)
 class GPTQLinearMethod(LinearMethodBase):
-    """group_size: inputs that share a scale; 0 or less: the whole row.
+    """GPTQ's weights.
 
-    zeros_minus_one: how zero points are stored.  index: whether there is a g_idx, and whether it is in order.
+    group_size: how many inputs share a scale; 0 or less: the whole row.
+    zeros_minus_one: whether zero points are stored less one.
+    index: whether there is a g_idx, and whether its groups are in order.
     """
 
     bits: int = 4
@@ -56,7 +58,7 @@ class GPTQLinearMethod(LinearMethodBase):
 
     @property
     def fuses(self) -> bool:
-        return self.index != "act order"  # each part has an order of its own
+        return self.index != "act order"  # in act order each part has an order of its own
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         groups = group_dim(self.group_size, shape, indexed=self.index == "act order")
@@ -78,7 +80,7 @@ class GPTQLinearMethod(LinearMethodBase):
         return grouped_weight(codes, scales, zeros, self.bits, self.group_size, shape, index=index)
 
     def _zeros(self, words: Tensor, shape: LinearShape) -> Tensor:
-        """[I/G, O·bits/32] words → [O, I/G] zero points."""
+        """Unpack zero points: [I/G, O·bits/32] words -> [O, I/G]."""
         if not self.zeros_minus_one:
             return unpack_outputs(words, self.bits, shape)
         if self.bits in ONES:
@@ -86,7 +88,7 @@ class GPTQLinearMethod(LinearMethodBase):
         return (unpack_outputs(words, self.bits, shape) + 1) & (2**self.bits - 1)
 
     def _refuse_zeros(self, words: Tensor, shape: LinearShape) -> str | None:
-        """Symmetric zero points are not read, so they must be what the config says of them."""
+        """Refuse zero points that are not the middle code although the config says sym: they would not be read."""
         if not self.symmetric:
             return None
         whole_words = (shape.outputs[0].stop - shape.outputs[0].start) * self.bits // 32
@@ -116,7 +118,10 @@ class GPTQLinearMethod(LinearMethodBase):
 
 @dataclass(frozen=True)
 class DynamicRule:
-    """One of the config's `dynamic` rules.  overrides: None: the modules it matches stay in floats."""
+    """One of the config's `dynamic` rules.
+
+    pattern: what matches the start of a module's name.  overrides: settings; None: the modules stay in floats.
+    """
 
     pattern: str
     overrides: Mapping[str, Any] | None
@@ -184,7 +189,7 @@ class GPTQConfig(QuantizationConfig):
             )
         elif self.modules and not any(prefix.endswith(f".{name}") for name in self.modules):
             return None
-        if desc_act and method.group_size > 0:  # a single group has no order
+        if desc_act and method.group_size > 0:  # one group has no order
             return replace(method, index="act order")
         return replace(method, index="in order" if f"{prefix}.g_idx" in self.stored else "absent")
 
@@ -192,7 +197,10 @@ class GPTQConfig(QuantizationConfig):
 def _read_settings(
     config: Mapping[str, Any], at: str, method: GPTQLinearMethod
 ) -> tuple[GPTQLinearMethod, bool]:
-    """The method with the settings of the config, or of the overrides of a rule (`at`); and whether in act order."""
+    """Read the settings of the config, or of a dynamic rule, which has those of `method` where it says nothing.
+
+    at: the rule's path in the config; "": the config itself.  Returns the method, and whether it is in act order.
+    """
     where = f"{at}." if at else ""
     bits = config.get("bits", method.bits if at else None)
     if bits not in BITS or isinstance(bits, bool):
@@ -212,7 +220,7 @@ def _read_settings(
 
 
 def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
-    """GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides settings; first match wins."""
+    """Read one of GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides their settings."""
     pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
     compile_pattern(pattern, f"dynamic.{key}", key.removesuffix(pattern))
     if key.startswith("-:"):
@@ -224,7 +232,7 @@ def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRul
 
 
 def _read_modules(names: Any) -> tuple[str, ...]:
-    """`modules_in_block_to_quantize`: a list of names, or of lists of names."""
+    """Read `modules_in_block_to_quantize`: a list of names, or of lists of names."""
     flat = [name for entry in names or () for name in (entry if isinstance(entry, list) else [entry])]
     if not isinstance(names or [], list) or not all(isinstance(name, str) for name in flat):
         raise _unsupported("modules_in_block_to_quantize", names, "a list of names, or of lists of names")

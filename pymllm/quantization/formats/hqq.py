@@ -1,11 +1,11 @@
 """HQQ, as its `HQQLinear` and transformers store it: codes of 1 to 8 bits with float zero points.
 
-    W_q    uint8 [n/G/c, G]   the weight laid flat in groups of G, c codes a byte: byte r of a column holds the codes of
-                              groups r, r + n/G/c, ..., the first in the high bits    (3 bits: int32, ten)
+    W_q    uint8 [n/G/c, G]   the weight laid flat in groups of G, c codes in a byte: byte r of a column holds the codes
+                              of groups r, r + n/G/c, ..., the first in the high bits (3 bits: ten codes in an int32)
     scale  float [n/G, 1]
     zero   float [n/G, 1]     w = (code - zero) * scale
 
-and the settings again, a tensor each (nbits, group_size, axis, shape, ...), which are read with the headers or skipped.
+and every setting again as a tensor of its own (nbits, group_size, axis, shape, ...), which is skipped.
 The page with the layout: quantization/hqq/README.md.
 """
 
@@ -31,7 +31,7 @@ from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
 
 _unsupported = functools.partial(unsupported, "HQQ")
 
-PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in a stored element
+PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits -> codes in a stored element
 SETTINGS = frozenset(
     {"nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"}
     | {"quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"}
@@ -41,7 +41,7 @@ SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class HQQLinearMethod(LinearMethodBase):
-    """group_size: inputs that share a scale.  float_dtype: of scales and zero points."""
+    """HQQ's weights.  group_size: how many inputs share a scale.  float_dtype: of scales and zero points."""
 
     bits: int
     group_size: int
@@ -51,7 +51,7 @@ class HQQLinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         word = torch.int32 if self.bits == 3 else torch.uint8
         groups = (OUT.flattened(self.group_size), whole(1))
-        # An element holds rows from all over the weight: every rank reads all of it, and keeps its own rows.
+        # An element holds codes of rows from all over the weight: every rank reads all of them, and keeps its rows.
         packed = OUT.flattened(self.group_size * PER_WORD[self.bits]).undivided()
         return (
             WeightSpec("W_q", word, (packed, whole(self.group_size))),
@@ -103,7 +103,7 @@ class HQQLinearMethod(LinearMethodBase):
 
 
 def unpack_groups(words: Tensor, bits: int) -> Tensor:
-    """[N, G] words → [N * c, G] uint8 codes: first those of all words' high bits, last those of their low bits."""
+    """Unpack [N, G] words to [N * c, G] uint8 codes: first those in the words' high bits, last those in their low bits."""
     count = PER_WORD[bits]
     mask = 2**bits - 1
     pieces = [((words >> (bits * (count - 1 - index))) & mask).to(torch.uint8) for index in range(count)]
@@ -113,7 +113,11 @@ def unpack_groups(words: Tensor, bits: int) -> Tensor:
 @register_quantization("hqq")
 @dataclass(kw_only=True, eq=False)
 class HQQConfig(QuantizationConfig):
-    """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules."""
+    """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules.
+
+    common: (bits, group_size) of all layers, or None.  tagged: the same by tag, where there is no `common`.
+    A group_size of None is the whole row.
+    """
 
     common: tuple[int, int | None] | None
     tagged: Mapping[str, tuple[int, int | None]]
@@ -153,7 +157,7 @@ class HQQConfig(QuantizationConfig):
     def skip_reason(self, tensor: str) -> str | None:
         prefix, _, suffix = tensor.rpartition(".")
         if suffix in SETTINGS and f"{prefix}.W_q" in self.stored:
-            return "a setting of HQQ, which quantization_config says again"
+            return "a setting of HQQ, which quantization_config gives too"
         return None
 
 
@@ -164,7 +168,7 @@ def _row_of(words: Any) -> int:
 
 
 def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
-    """(bits, group_size) of one quant_config; group_size None: the whole row."""
+    """Read (bits, group_size) of one quant_config; a group_size of None is the whole row.  at: its path, with a dot."""
     within = f"quantization_config.{at}"
     params = settings.get("weight_quant_params") if isinstance(settings, Mapping) else None
     if not isinstance(params, Mapping):
@@ -180,7 +184,7 @@ def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
         raise _unsupported("nbits", bits, " or ".join(map(str, PER_WORD)), within=within)
     if size is not None and (type(size) is not int or size <= 0):
         raise _unsupported("group_size", size, "a positive integer, or null for whole rows", within=within)
-    # Groups along the other axis lie across outputs, where no kernel here looks for a scale.
+    # Groups along the other axis take in several outputs, and no kernel here has scales like that.
     for name, default, only in (
         ("axis", 0, 1),
         ("channel_wise", True, True),

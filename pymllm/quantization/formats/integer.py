@@ -3,9 +3,9 @@
     **.mlp.**=int4:group_size=64,scale=mse
     **.self_attn.**=int8
 
-Options: group_size (inputs that share a scale; -1: the whole row; 128 for int4, -1 for int8), symmetric (true or
-false), scale (minmax, mse or hqq), activations (float; of int8 with symmetric whole rows also token or static). The
-page that says what each does: quantization/integer.md. No checkpoint is stored so; a source of rules it can never be.
+Options: group_size (how many inputs share a scale; -1: the whole row; by default 128 for int4, -1 for int8), symmetric
+(true or false), scale (minmax, mse or hqq), activations (float; for int8 with symmetric whole rows also token or
+static). What each does: quantization/integer.md. No checkpoint is stored like this, so it can only be a target.
 """
 
 # O out_features, I in_features, G group_size
@@ -30,9 +30,11 @@ from pymllm.weights.spec import LinearShape, WeightSpec
 
 @dataclass(frozen=True)
 class IntegerLinearMethod(LinearMethodBase):
-    """bits: 4 or 8.  group_size: -1 is the whole row.  scale: how scales are chosen.
+    """Integer weights that a rule makes.
 
-    activations: "token" has compute=checkpoint round activations to int8, "static" by scales that calibration finds.
+    bits: 4 or 8.  group_size: how many inputs share a scale; -1: the whole row.  scale: how scales are chosen.
+    activations: with compute=checkpoint, "token" rounds them to int8 with a scale for each token, "static" with scales
+    that calibration finds.
     """
 
     bits: int
@@ -71,7 +73,7 @@ class IntegerLinearMethod(LinearMethodBase):
 
 
 class IntegerConfig(QuantizationConfig):
-    """What the two names share.  Neither is the format of a checkpoint."""
+    """The config of int4 and int8, which are targets of rules and never the format of a checkpoint."""
 
     bits: ClassVar[int]
     default_group_size: ClassVar[int]
@@ -99,7 +101,7 @@ class IntegerConfig(QuantizationConfig):
         symmetric = values.get("symmetric", default) == "true"
         if symmetric and scale == "hqq":
             raise ConfigError(
-                f"{name}: scale=hqq refines zero points, which symmetric=true has none of",
+                f"{name}: scale=hqq refines zero points, and with symmetric=true there are none",
                 code="bad-option",
                 expected="symmetric=false, or scale=minmax or scale=mse",
                 found="symmetric=true,scale=hqq",
@@ -108,7 +110,7 @@ class IntegerConfig(QuantizationConfig):
         activations = values.get("activations", "float")
         if activations != "float" and not (cls.bits == 8 and group_size == -1 and symmetric):
             raise ConfigError(
-                f"{name}: activations={activations} goes with symmetric int8 of whole rows alone",
+                f"{name}: activations={activations} is only for symmetric int8 of whole rows",
                 code="bad-option",
                 expected="int8 with group_size=-1,symmetric=true, or activations=float",
                 found=",".join(f"{key}={value}" for key, value in options.items()),

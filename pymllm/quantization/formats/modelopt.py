@@ -1,15 +1,20 @@
-"""ModelOpt's spellings: NVFP4, and FP8 with a scale a tensor.  As the target of a rule: `nvfp4`.
+"""ModelOpt's spellings of NVFP4 and FP8.  As the target of a rule, NVFP4 is `nvfp4`.
 
 NVFP4 (`quant_algo` NVFP4, W4A16_NVFP4):
 
     weight          uint8 [O, I/2]           two E2M1 codes a byte, the low nibble first
     weight_scale    float8_e4m3fn [O, I/16]
-    weight_scale_2  float32 []               multiplies, too
-    input_scale     float32 []               W4A4: the same second level, for activations
+    weight_scale_2  float32 []               a second scale, which multiplies too
+    input_scale     float32 []               the same for activations, where they are in 4 bits as well (W4A4)
 
-w = E2M1[code] * (weight_scale * weight_scale_2). The others have a weight float8_e4m3fn [O, I]: FP8 with
-weight_scale [] and input_scale []; FP8_PER_CHANNEL_PER_TOKEN with weight_scale [O]; FP8_PB_WO with
-weight_scale [O/128, 1, I/128, 1].
+w = E2M1[code] * (weight_scale * weight_scale_2).
+
+The FP8 algorithms have weight float8_e4m3fn [O, I] and
+
+    FP8                        weight_scale [], input_scale []
+    FP8_PER_CHANNEL_PER_TOKEN  weight_scale [O]
+    FP8_PB_WO                  weight_scale [O/128, 1, I/128, 1]
+
 The page with the layouts: quantization/modelopt/README.md.
 """
 
@@ -47,16 +52,16 @@ from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 _unsupported = functools.partial(unsupported, "ModelOpt")
 
 GROUP = 16
-LARGEST = 6.0  # of E2M1
+LARGEST = 6.0  # the largest value of E2M1
 E4M3 = torch.float8_e4m3fn
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
-BLOCK = 128  # of FP8_PB_WO, both sides
+BLOCK = 128  # both sides of a block of FP8_PB_WO
 KV_ALGORITHMS: dict[str, Literal["fp8", "int8"]] = {"FP8": "fp8", "INT8": "int8"}
 
 
 @dataclass(frozen=True)
 class NVFP4LinearMethod(LinearMethodBase):
-    """static_input: the checkpoint has an `input_scale`, for activations in 4 bits."""
+    """NVFP4 weights.  static_input: whether the checkpoint has an `input_scale`, for activations in 4 bits."""
 
     static_input: bool = False
     name: ClassVar[str] = "nvfp4"
@@ -64,7 +69,7 @@ class NVFP4LinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         specs: tuple[WeightSpec, ...] = (
             WeightSpec("weight", torch.uint8, (OUT, IN.packed(2))),
-            # A block of zeros may have the scale zero, so this one is not checked as a scale.
+            # Not declared a scale, as these must not be zero, and a block of zeros may have the scale zero.
             WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP))),
             WeightSpec("weight_scale_2", torch.float32, (PART,), accepts=FLOATS, scale=True),
         )
@@ -83,12 +88,12 @@ class NVFP4LinearMethod(LinearMethodBase):
             tensors["weight_scale"],
             rows_of_parts(tensors["weight_scale_2"], shape),
             "group" if static else "float",
-            # The canonical weight has what to divide by.
+            # The file holds what to multiply codes with, the canonical weight its reciprocal.
             tensors["input_scale"].reciprocal() if static else None,
         )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        """Every block's peak goes to 6, in scales whose largest is 448 in each part.  weight: [O, I]."""
+        """Round a float weight [O, I] so that every block's peak becomes 6, and every part's largest scale 448."""
         group = min(GROUP, weight.shape[1])
         blocks = weight.float().unflatten(1, (-1, group))  # [O, I/16, 16]
         peaks = blocks.abs().amax(-1)
@@ -163,7 +168,7 @@ class ModelOptConfig(QuantizationConfig):
         return NVFP4LinearMethod(static)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        """kv_cache_quant_algo names an algorithm; config.json has the object kv_cache_scheme in its place."""
+        """Read kv_cache_quant_algo, which names an algorithm, or the object kv_cache_scheme that config.json has."""
         if not isinstance(self.kv_cache, str):
             return read_kv_scheme(self.kv_cache)
         if self.kv_cache not in KV_ALGORITHMS:
@@ -171,7 +176,7 @@ class ModelOptConfig(QuantizationConfig):
         return QuantizedKVCacheMethod(KV_ALGORITHMS[self.kv_cache])
 
     def is_excluded(self, prefix: str) -> bool:
-        """Entries are names with shell wildcards; one that names a module names all within it."""
+        """Tell whether exclude_modules names the layer, or a module around it, by name or with shell wildcards."""
         return any(
             fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
             for pattern in self.exclude_modules
@@ -182,7 +187,7 @@ class ModelOptConfig(QuantizationConfig):
 
 
 def _read_layers(layers: Any) -> dict[str, str]:
-    """The algorithm of each of `quantized_layers`, by its name."""
+    """Read the algorithm of each layer of `quantized_layers`, by the layer's name."""
     if not isinstance(layers, Mapping):
         raise _unsupported("quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
     algorithms = {}
@@ -200,7 +205,7 @@ def _read_layers(layers: Any) -> dict[str, str]:
 
 @register_quantization("nvfp4")
 class NVFP4Config(ModelOptConfig):
-    """The name of the format as a rule's target; in checkpoints it is quant_method modelopt, or compressed-tensors."""
+    """The name of NVFP4 as a rule's target.  In checkpoints it is quant_method modelopt, or compressed-tensors."""
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:

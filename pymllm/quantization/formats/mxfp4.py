@@ -2,7 +2,7 @@
 
     weight        uint8 [O, I/2]     two codes a byte, the low nibble first          (also weight_packed)
     weight_scale  uint8 [O, I/32]    E8M0: 2^(byte - 127)                            (also weight_scales, scales)
-    blocks        uint8 [O, I/32, 16]  in place of weight, the same bytes: gpt-oss' experts, which it stacks
+    blocks        uint8 [O, I/32, 16]  the same bytes in place of weight: the stacked experts of gpt-oss
 
 w = E2M1[code] * scale. The page with the layout: quantization/mxfp4/README.md. As the target of a rule: `mxfp4`.
 """
@@ -29,16 +29,17 @@ from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibble
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32
-LARGEST = 6.0  # of E2M1
-BIAS = 127  # of E8M0
+LARGEST = 6.0  # the largest value of E2M1
+BIAS = 127  # the exponent bias of E8M0
 E8M0 = torch.float8_e8m0fnu
 SCALES = ("weight_scale", "weight_scales", "scales")  # all names of the same tensor
 
 
 @dataclass(frozen=True)
 class MXFP4LinearMethod(LinearMethodBase):
-    """scale_dtype: how the file declares the exponents, as plain bytes or as E8M0; they are the same bytes.
+    """MXFP4 weights.
 
+    scale_dtype: how the file declares the exponents, plain bytes or E8M0; the bytes are the same.
     blocks: whether each block of codes is a row of its own.
     """
 
@@ -61,10 +62,13 @@ class MXFP4LinearMethod(LinearMethodBase):
         return e2m1_weight(unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0))
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        """Each block has the power of two with the least squared error, of the two on either side of its peak."""
+        """Round a float weight [O, I].
+
+        Of the two powers of two next to its peak / 6, each block has the one with the smaller squared error.
+        """
         group = min(GROUP, weight.shape[1])
         blocks = weight.float().unflatten(1, (-1, group))  # [O, I/32, 32]
-        # peak / scale is in 3..6 for the larger exponent, where nothing is clipped, in 6..12 for the smaller.
+        # With the larger exponent peak / scale is in 3..6, where nothing is clipped; with the smaller it is in 6..12.
         exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST)[1]
         larger, smaller = (_encode(blocks, exponents - step) for step in (0, 1))
         better = smaller[2] < larger[2]
@@ -74,7 +78,10 @@ class MXFP4LinearMethod(LinearMethodBase):
 
 
 def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """blocks: [O, I/32, 32].  Returns codes, scale bytes [O, I/32] and squared errors [O, I/32] at these exponents."""
+    """Round blocks [O, I/32, 32] with scales of these exponents.
+
+    Returns codes, scale bytes [O, I/32] and squared errors [O, I/32].
+    """
     stored = (exponents + BIAS).clamp(0, 2 * BIAS).to(torch.uint8)
     scales = stored.view(E8M0).float().unsqueeze(-1)
     codes = encode_e2m1(blocks / scales)

@@ -1,4 +1,4 @@
-"""Quark FP8 (`quant_method: quark`): e4m3 weights with a scale a tensor or a channel.
+"""Quark FP8 (`quant_method: quark`): e4m3 weights with a scale for the tensor or for each channel.
 
     weight        float8_e4m3fn [O, I]
     weight_scale  float [] (per_tensor) or [O] (per_channel)
@@ -40,7 +40,11 @@ BLOCKS = {"per_tensor": TENSOR, "per_channel": CHANNEL}
 @register_quantization("quark")
 @dataclass(kw_only=True, eq=False)
 class QuarkConfig(QuantizationConfig):
-    """`quantization_config` of Quark: global_quant_config, layer_quant_config, layer_type_quant_config, exclude."""
+    """`quantization_config` of Quark: global_quant_config, layer_quant_config, layer_type_quant_config, exclude.
+
+    common: the method of all layers, but for those that a pattern of `layers` names; None: not quantised.
+    kv_cache: how keys and values are to be stored, as the config has it, or None.
+    """
 
     common: NamedFp8LinearMethod | None
     layers: Mapping[str, NamedFp8LinearMethod | None]
@@ -100,7 +104,7 @@ class QuarkConfig(QuantizationConfig):
 
 
 def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """`output_tensors` of the layers that export's kv_cache_group names: how keys and values are to be stored."""
+    """Find how keys and values are to be stored: `output_tensors` of the layers that export's kv_cache_group names."""
     group = export.get("kv_cache_group") if isinstance(export, Mapping) else None
     for name in group or ():
         tensors = layers.get(name, {}).get("output_tensors")
@@ -110,14 +114,14 @@ def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, An
 
 
 def _names(pattern: str, prefix: str) -> bool:
-    """Quark's patterns: `re:` and a regular expression, or a name with shell wildcards."""
+    """Tell whether a pattern names the layer: `re:` and a regular expression, or a name with shell wildcards."""
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "exclude").search(prefix) is not None
     return fnmatch.fnmatchcase(prefix, pattern)
 
 
 def _read_scheme(scheme: Any, at: str) -> NamedFp8LinearMethod | None:
-    """One layer's config: weight, input_tensors.  None: not quantised."""
+    """Read one layer's config: weight and input_tensors.  None: the layer is not quantised.  at: its path."""
     if not isinstance(scheme, Mapping):
         raise _unsupported(at, scheme, "an object with weight and input_tensors")
     within = f"quantization_config.{at}."

@@ -1,10 +1,11 @@
 """torchao 0.15 and later, in safetensors: int8, int4, intx and float8 weights.  Nothing of torchao is imported.
 
-A layer X has no X.weight but the tensors of a subclass, which the file's metadata describes under "X.weight":
+A layer X has no tensor X.weight. It has the tensors of a subclass of torch's, which the file's metadata describes under
+"X.weight":
 
     Int8Tensor                 X._weight_qdata int8 [O, I], _weight_scale [O/b0, I/b1], _weight_zero_point int8, zeros
     IntxUnpackedToInt8Tensor   the same, with codes of 1 to 8 bits, groups of inputs, and any zero points
-    Int4Tensor                 X._weight_qdata [O, I/2] signed nibbles, low first; _weight_scale [I/G, O],
+    Int4Tensor                 X._weight_qdata [O, I/2] signed nibbles, the low one first; _weight_scale [I/G, O],
                                _weight_zero_point [I/G, O] float, which is added
     Float8Tensor               X._weight_qdata float8_e4m3fn [O, I], _weight_scale float32 [O/b0, I/b1]
 
@@ -45,11 +46,11 @@ KINDS = (INT8, INTX, INT4, FLOAT8)
 
 @dataclass(frozen=True)
 class TorchAOIntLinearMethod(LinearMethodBase):
-    """Signed codes, one in each int8.
+    """Weights of signed codes, one in each int8.
 
-    bits: of the codes.  block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a row.
+    bits: of the codes.  block: the (outputs, inputs) that share a scale; TENSOR, CHANNEL, or one row's group.
     scale_dtype, zero_dtype: of the tensors; None: there are no zero points.
-    symmetric: the subclass only has zero points of zero.
+    symmetric: whether all zero points must be zero.
     """
 
     bits: int
@@ -72,7 +73,8 @@ class TorchAOIntLinearMethod(LinearMethodBase):
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         middle = 2 ** (self.bits - 1)
-        codes = (tensors[QDATA] + middle).view(torch.uint8)  # wraps around for 8 bits, which is right
+        # The sum wraps around for 8 bits, which is right.
+        codes = (tensors[QDATA] + middle).view(torch.uint8)
         scales, zeros = self._rows(tensors[SCALE], shape), tensors.get(ZERO)
         group = codes.shape[1] // scales.shape[1]
         weight = IntWeight(codes, scales, None, self.bits, group, activations=self.activations)
@@ -82,7 +84,7 @@ class TorchAOIntLinearMethod(LinearMethodBase):
         if self.symmetric:
             if not zeros.is_meta and bool(zeros.any()):
                 raise CheckpointError(
-                    f"an {INT8} has zero points, which this format takes to be zero",
+                    f"an {INT8} has zero points, and this subclass should only have zeros there",
                     code="zero-points",
                     tensor=f"{shape.name}.{ZERO}",
                     expected="zeros",
@@ -95,7 +97,7 @@ class TorchAOIntLinearMethod(LinearMethodBase):
         return replace(weight, zeros=(zeros + middle).view(torch.uint8))
 
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
-        """[O, I/G]; one value a part goes to all of its rows."""
+        """Return values of groups [O, I/G] as they are, and give each part's value [P] to all of its rows [O, 1]."""
         return rows_of_parts(values, shape).unsqueeze(1) if self.block == TENSOR else values
 
     def describe(self) -> str:
@@ -105,7 +107,10 @@ class TorchAOIntLinearMethod(LinearMethodBase):
 
 @dataclass(frozen=True)
 class TorchAOInt4LinearMethod(LinearMethodBase):
-    """Two signed codes a byte.  qdata_dtype, scale_dtype: of the tensors.  group: inputs that share a scale."""
+    """Weights of signed codes, two in each byte.
+
+    group: how many inputs share a scale; 0: the whole row.  qdata_dtype, scale_dtype: of the tensors.
+    """
 
     group: int
     qdata_dtype: torch.dtype = torch.int8
@@ -134,7 +139,7 @@ class TorchAOInt4LinearMethod(LinearMethodBase):
 
 @dataclass(frozen=True)
 class TorchAOFp8LinearMethod(E4M3LinearMethod):
-    """float8 codes and a float scale to multiply with."""
+    """float8 weights under torchao's names.  The fields are `E4M3LinearMethod`'s."""
 
     name: ClassVar[str] = "torchao"
     weight_name: ClassVar[str] = QDATA
@@ -147,7 +152,10 @@ class TorchAOFp8LinearMethod(E4M3LinearMethod):
 @register_quantization("torchao")
 @dataclass(kw_only=True, eq=False)
 class TorchAOConfig(QuantizationConfig):
-    """`quantization_config` of torchao: quant_type, modules_to_not_convert.  The files' metadata is the last word."""
+    """`quantization_config` of torchao: quant_type, modules_to_not_convert.  The files' metadata, if any, decides.
+
+    metadata: of all files together.
+    """
 
     quant_type: Mapping[str, Any]
     modules_to_not_convert: tuple[str, ...] = ()
@@ -164,7 +172,7 @@ class TorchAOConfig(QuantizationConfig):
         )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Gathers the metadata of all files: that of a weight need not be in the file of its tensors."""
+        """Receive the headers and gather all files' metadata: a weight's need not be in the file of its tensors."""
         super().see_checkpoint(tensors)
         files = {
             id(file): file
@@ -202,7 +210,7 @@ class TorchAOConfig(QuantizationConfig):
         return TorchAOIntLinearMethod(bits, block, scale.dtype, zero_dtype, kind == INT8, activations)
 
     def _describe(self, prefix: str) -> tuple[str, Mapping[str, Any]]:
-        """The subclass of a layer's weight and its attributes, from the file's metadata, else from the config."""
+        """Return the subclass of a layer's weight and its attributes, from the metadata, else from the config."""
         text = self.metadata.get(f"{prefix}.weight")
         if text is None:
             kind = _kind_of_config(self.quant_type)
@@ -225,7 +233,7 @@ class TorchAOConfig(QuantizationConfig):
 
 
 def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
-    """The subclass that a config class makes."""
+    """Name the subclass that a config class of torchao makes."""
     name = str(quant_type.get("_type"))
     starts = {
         "Int8WeightOnly": INT8,
@@ -238,7 +246,7 @@ def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
 
 
 def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
-    """The (outputs, inputs) that share a scale; 0: the whole axis, except that one scale of a row is (1, 0)."""
+    """Find the (outputs, inputs) that share a scale; a side of 0 is the whole axis."""
     if len(scale) == 0 or math.prod(scale) == 1:
         return TENSOR
     if len(data) != 2 or len(scale) != 2 or 0 in scale:
@@ -258,7 +266,7 @@ def _bits(prefix: str, settings: Mapping[str, Any]) -> int:
 
 
 def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activations:
-    """What `act_quant_kwargs`, or of intx `activation_quantization`, asks for."""
+    """Read how activations are quantised: `act_quant_kwargs`, or of intx `activation_quantization`."""
     if kind == INTX:
         asked = settings.get("activation_quantization")
         name = asked.get("_data") if isinstance(asked, Mapping) else asked

@@ -1,11 +1,11 @@
-"""What compressed-tensors stores for a linear layer: one method a family. Its format file chooses among them.
+"""The linear methods of compressed-tensors, one for each family. `formats/compressed_tensors.py` chooses among them.
 
 float8        weight e4m3 [O, I], weight_scale [1], [O, 1], [O, I/G] or [⌈O/b0⌉, ⌈I/b1⌉], input_scale [1] if static
 mxfp8         weight e4m3 [O, I], weight_scale uint8 exponents [O, I/32]
 int packed    weight_packed int32 [O, ceil(I·bits/32)], weight_scale [O, I/G], weight_shape int64 [2],
               weight_zero_point int32 [ceil(O·bits/32), I/G] if asymmetric, weight_g_idx int32 [I] if in act order
-int unpacked  weight int8 [O, I], weight_scale [1], [O, 1] or [O, I/G], weight_zero_point int8 alike; for activations:
-              input_scale [1] if static, and input_zero_point [1] if these have zero points
+int unpacked  weight int8 [O, I], weight_scale [1], [O, 1] or [O, I/G], weight_zero_point int8 of the same shape;
+              for activations input_scale [1] if static, and input_zero_point [1] if they have zero points
 fp4           weight_packed uint8 [O, I/2], weight_scale e4m3 [O, I/16] and weight_global_scale f32 [1] (nvfp4),
               or uint8 exponents [O, I/32] (mxfp4); input_global_scale f32 [1]
 
@@ -43,7 +43,7 @@ MX_GROUP = 32
 
 @dataclass(frozen=True)
 class FloatQuantizedLinearMethod(E4M3LinearMethod):
-    """float8, and mxfp8 where scales are exponents in bytes.  The fields: see `E4M3LinearMethod`."""
+    """float8 weights; with exponent_bytes, mxfp8.  The fields are `E4M3LinearMethod`'s."""
 
     name: ClassVar[str] = NAME
 
@@ -65,10 +65,10 @@ class FloatQuantizedLinearMethod(E4M3LinearMethod):
 
 @dataclass(frozen=True)
 class IntQuantizedLinearMethod(LinearMethodBase):
-    """Integers, stored as they are or (packed) raised by 2^(bits-1) in words.  w = (code - zero point) * scale.
+    """Integer weights: signed bytes, or (packed) codes raised by 2^(bits-1) in words.  w = (code - zero point) * scale.
 
-    group_size: inputs that share a scale; 0: the whole row.  per_tensor: one scale for all rows.
-    index: whether a weight_g_idx is stored, and whether it is in order.  has_shape: whether weight_shape is.
+    group_size: how many inputs share a scale; 0: the whole row.  per_tensor: whether all rows share one scale.
+    index: whether a weight_g_idx is stored, and whether it is in order.  has_shape: whether a weight_shape is stored.
     """
 
     bits: int
@@ -84,7 +84,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
 
     @property
     def fuses(self) -> bool:
-        # Each part has an order, or a zero point of its activations, of its own.
+        # Otherwise each part has an order of its own, or a zero point of its own for its activations.
         return self.index != "act order" and self.activations != "static asym"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
@@ -158,7 +158,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         return tensors
 
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
-        """[P] values of parts as [O, 1] of their rows; [O, I/G] as it is."""
+        """Give each part's value [P] to its rows, [O, 1]; return values of groups [O, I/G] as they are."""
         return rows_of_parts(values, shape).unsqueeze(1) if self.per_tensor else values
 
     def describe(self) -> str:
@@ -171,9 +171,9 @@ class IntQuantizedLinearMethod(LinearMethodBase):
 
 @dataclass(frozen=True)
 class Fp4LinearMethod(LinearMethodBase):
-    """e2m1 values.  nvfp4: e4m3 scales of 16 inputs over a global scale; mxfp4: powers of two for 32 inputs.
+    """e2m1 weights.  nvfp4: an e4m3 scale for 16 inputs, over a global scale; mxfp4: a power of two for 32 inputs.
 
-    activations: "group": to fp4 in groups of the same size, as each of the two does it.
+    activations: "group": they are rounded to the same type, in groups of the same size.
     global_activations: whether input_global_scale is stored.
     """
 
@@ -216,11 +216,12 @@ class Fp4LinearMethod(LinearMethodBase):
 
 
 def _as_signed(codes: Tensor, bits: int) -> Tensor:
-    """Codes 0..2^bits-1 as int8 around zero."""
+    """Shift codes 0..2^bits-1 to int8 around zero."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
 def _refuse_shape(stored: Tensor, shape: LinearShape) -> str | None:
+    """Refuse a stored shape that is not the layer's."""
     expected = [shape.out_features, shape.in_features]
     found = stored.flatten().tolist()
     return None if found == expected else f"the shape {found}, where the layer has {expected}"

@@ -1,4 +1,4 @@
-"""FP8 e4m3 linear weights: what the formats share that differ only in what they call things.
+"""FP8 e4m3 linear weights: what the formats share, which differ in the names of tensors and in the shapes of scales.
 
     weight       float8_e4m3fn [O, I]
     scale        float [1] (per tensor), [O, 1] (per channel) or [ceil(O/b0), ceil(I/b1)] (blocks of b0 x b1)
@@ -26,7 +26,7 @@ from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightS
 
 @dataclass(frozen=True)
 class E4M3LinearMethod(LinearMethodBase):
-    """e4m3 codes and a scale to multiply with.  Subclasses say what their format calls the tensors.
+    """e4m3 weights: codes, and a scale to multiply them with.  Subclasses say what their format calls the tensors.
 
     block: the (outputs, inputs) that share a scale; a side of 0 is the whole axis: TENSOR, CHANNEL, or a block.
     activations: "static" has an `input_scale` for each tensor.

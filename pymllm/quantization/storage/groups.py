@@ -19,7 +19,10 @@ def group_within(size: int, inputs: int) -> int:
 
 
 def check_groups(size: int, shape: LinearShape, *, what: str = "groups", fix: str | None = None) -> None:
-    """ConfigError unless groups of `size` divide the layer's inputs; any layer is well where size is not above 0."""
+    """Raise ConfigError if groups of `size` do not divide the layer's inputs.  A size of 0 or less divides any.
+
+    what: how the message calls the groups.  fix: what the user should do.
+    """
     if size > 0 and shape.in_features % size:
         raise ConfigError(
             f"{what} of {size} do not divide the {shape.in_features} inputs",
@@ -32,7 +35,7 @@ def check_groups(size: int, shape: LinearShape, *, what: str = "groups", fix: st
 
 
 def check_share(size: int, shape: LinearShape, *, what: str = "groups") -> None:
-    """ShardingError unless this rank has whole groups, or lies within one."""
+    """Raise ShardingError unless this rank's inputs are whole groups, or lie within one."""
     local = shape.in_features_local
     if size > 0 and local > size and local % size:
         raise ShardingError(
