@@ -171,7 +171,7 @@ def _refuse_conflicts(groups: Sequence[Group]) -> None:
                 raise _unsupported(
                     f"config_groups.{group.name}.targets",
                     target,
-                    f"targets that no other group has; {other.name} has this one too",
+                    f"targets that no other group has; {other.name} has it too",
                 )
 
 

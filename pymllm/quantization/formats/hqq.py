@@ -103,7 +103,7 @@ class HQQLinearMethod(LinearMethodBase):
 
 
 def unpack_groups(words: Tensor, bits: int) -> Tensor:
-    """Unpack [N, G] words to [N * c, G] uint8 codes: first those in the words' high bits, last those in their low bits."""
+    """Unpack [N, G] words to [N * c, G] uint8 codes: those in the words' high bits first, in their low bits last."""
     count = PER_WORD[bits]
     mask = 2**bits - 1
     pieces = [((words >> (bits * (count - 1 - index))) & mask).to(torch.uint8) for index in range(count)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import IntWeight
 
-# The share of the Hessian's mean diagonal that is added; ten and a hundred times that where it is not positive definite.
+# This share of the Hessian's mean diagonal is added; ten and a hundred times that where it is not positive definite.
 DAMPING = 0.01
 
 

@@ -77,7 +77,7 @@ def grouped_weight(
 
 
 def unpack_outputs(words: Tensor, bits: int, shape: LinearShape) -> Tensor:
-    """Unpack words that are packed along the outputs: [N, W] -> [O, N] fields.  Each part starts with a word of its own."""
+    """Unpack words that are packed along the outputs: [N, W] -> [O, N] fields.  Each part starts a word of its own."""
     dim = OUT.in_words(bits)
     counts = [span.stored(dim, shape.name).size for span in shape.outputs]
     parts = [
