@@ -19,6 +19,9 @@ from torch import Tensor
 
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 
+# The (outputs, inputs) that share a scale, where 0 is the whole axis: one for the weight, one for each output.
+TENSOR, CHANNEL = (0, 0), (1, 0)
+
 # The ways in which a checkpoint may want activations rounded; `kernels/activations.py` says what each one is.
 # fmt: off
 Activations = Literal[
@@ -104,7 +107,7 @@ class Fp8Type:
     family: str = "fp8"
 
     def __str__(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
+        granularity = {TENSOR: "tensor", CHANNEL: "channel"}.get(
             self.block, f"block {self.block[0]}x{self.block[1]}"
         )
         return f"fp8 e4m3 per {granularity}, activations {self.activations}"
