@@ -8,7 +8,7 @@ from pymllm.errors import RuleError
 from pymllm.layers.held import HeldPart
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
-from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.method import LinearMethodBase, kind_of
 from pymllm.quantization.rules import Decision, Rule, RuledConfig
 
 
@@ -32,7 +32,7 @@ class SwappedConfig(RuledConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         super().get_quant_method(layer, prefix)
-        name = getattr(layer, "prefix", prefix) if getattr(layer, "kind", "linear") == "lm_head" else prefix
+        name = getattr(layer, "prefix", prefix) if kind_of(layer) == "lm_head" else prefix
         for rule, target in self.swaps:
             decision = self.decisions[name]
             if rule.applies(layer, name) and not _runs_in(decision.method, target, rule):
