@@ -99,7 +99,7 @@ class SelfAttention(nn.Module):
         return None if self._forward_pre_hooks or self._forward_hooks else self.qkv_proj.input_codes
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """Attend.  positions: [T]; hidden: [T, hidden_size], or quantised in `input_codes`.  Returns [T, hidden_size]."""
+        """Attend.  positions: [T]; hidden: [T, hidden_size] or in `input_codes`.  Returns [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
