@@ -90,7 +90,7 @@ def test_a_call_out_of_turn():
     (
         (lambda x, t: (x[0], t), "must be"),
         (lambda x, t: (x[:2], t), "2 tokens need expert ids"),
-        (lambda x, t: (x, TopKOutput(t.weights[:, :1], t.ids, t.router_logits)), "3 tokens need ids"),
+        (lambda x, t: (x, TopKOutput(t.weights[:, :1], t.ids, t.router_logits)), "3 tokens need expert ids"),
         (lambda x, t: (x, TopKOutput(t.weights, t.ids.float(), t.router_logits)), "integers"),
         (lambda x, t: (x, TopKOutput(t.weights, t.ids + 2, t.router_logits)), r"0\.\.1"),
         (lambda x, t: (x, TopKOutput(t.weights, t.ids - 2, t.router_logits)), r"0\.\.1"),
