@@ -254,9 +254,8 @@ def _stage(places: list[_Place], config: LoRAConfig) -> list[tuple[_Place, LoRAP
     return [(place, place.make(config)) for place in places]
 
 
-COPY = (
-    "base_layer.weight"  # a targeted embedding's or head's own weight, which PEFT saves beside the matrices
-)
+# A targeted embedding's or head's own weight, which PEFT saves beside the matrices.
+COPY = "base_layer.weight"
 Matched = tuple[LoRAPart, str, Slot, TensorInfo]
 Copy = tuple[_Place, Slot, TensorInfo]
 
