@@ -22,10 +22,11 @@ from pymllm.quantization.base import QuantizationConfig
 class SelfAttention(nn.Module):
     """Causal grouped-query attention.
 
-    qkv_bias, output_bias: whether the projections have one.  part_names: of the checkpoint's tensors; one: q, k and v
-    lie side by side in it.  qk_norm: a norm for each head of q and k (Qwen3).  scale: None: 1 / sqrt(head size).
-    soft_cap: of the scaled logits.  sinks: a logit a head that takes part in the softmax without a value (gpt_oss).
-    reads_input: the layers that multiply the hidden states as they come.
+    qkv_bias, output_bias: whether the projections have one.  part_names: the names of the checkpoint's tensors; if
+    there is one name, q, k and v lie side by side in that tensor.  qk_norm: the norm of each head of q and k (Qwen3).
+    scale: the factor of the logits; None: 1 / sqrt(head size).  soft_cap: the limit of the scaled logits.
+    sinks: whether each head has one more logit, which takes part in the softmax without a value (gpt_oss).
+    reads_input: the names of the layers that multiply the hidden states as they come.
     """
 
     sinks: nn.Parameter | None
@@ -94,11 +95,11 @@ class SelfAttention(nn.Module):
 
     @property
     def input_codes(self) -> RowCodes | None:
-        """How `hidden` may come quantised."""
+        """The codes in which `hidden` may come; None: floats only."""
         return None if self._forward_pre_hooks or self._forward_hooks else self.qkv_proj.input_codes
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """positions: [T]; hidden: [T, hidden_size], or quantised as `input_codes` says.  Returns [T, hidden_size]."""
+        """Attend.  positions: [T]; hidden: [T, hidden_size] or in `input_codes`.  Returns [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
         q, k, v = self.before_rotary(q, k, v)
         q, k = self.rotary(positions, q, k)
@@ -115,7 +116,7 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def sinks_here(self) -> Tensor | None:
-        """Those of this rank's heads."""
+        """Return the sinks of this rank's heads, [H]; None: the layer has none."""
         heads = self.qkv_proj.shape.outputs[0]
         first = heads.start // self.head_dim
         return None if self.sinks is None else self.sinks[first : first + heads.size // self.head_dim]

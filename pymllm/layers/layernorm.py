@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual sum fused in."""
+"""RMSNorm, with the residual sum fused into it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pymllm.weights.spec import Span
 class RMSNorm(WeightHolder):
     """x / sqrt(mean(x²) + eps), times a weight.  Float32 maths, then the input's dtype, then the weight.
 
-    weight_offset: what is added to the stored weight.
+    weight_offset: the number that is added to the stored weight.
     """
 
     weight: nn.Parameter | None
@@ -42,9 +42,10 @@ class RMSNorm(WeightHolder):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, taker: nn.Module | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual).
+        """Normalise x [*, H].  Returns it; with a residual, (the normed sum of x and residual, that sum).
 
-        taker: who alone is given the normed x. Where it asks for codes, they are what it is given: `QuantisedRows`.
+        taker: the only module that reads what is normed. If it asks for codes (`input_codes`), they are
+        `QuantisedRows`; else, and without a taker, floats.
         """
         codes = codes_between(self, taker, x.shape[-1])
         if codes is not None:
@@ -53,7 +54,7 @@ class RMSNorm(WeightHolder):
 
 
 class GemmaRMSNorm(RMSNorm):
-    """x / sqrt(mean(x²) + eps), times 1 + the stored weight.  All in float32, then the input's dtype."""
+    """x / sqrt(mean(x²) + eps), times (1 + the stored weight).  All in float32, then the input's dtype."""
 
     weight_offset = 1.0
 
@@ -64,7 +65,7 @@ class GemmaRMSNorm(RMSNorm):
         self.finish()
 
     def finish(self) -> None:
-        """Add the one, after each time the weight is read."""
+        """Add 1 to the weight; called after each time that it is read."""
         assert self.weight is not None
         self.weight.data += self.weight_offset
 

@@ -117,5 +117,5 @@ def test_a_kernel_can_be_named():
 
 
 def test_heads_that_key_heads_do_not_share_evenly_are_refused():
-    with pytest.raises(ConfigError, match="shared evenly"):
+    with pytest.raises(ConfigError, match="divided evenly"):
         Attention(4, 32, 0.2, 3)
