@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.errors import CheckpointError, RequestError
 
 from ..checkpoints import write_checkpoint
+from ..processes import python
 from ..shipped_model import test_shipped_model as shipped
 
 PROMPT = "def read_lines(path):\n"
@@ -221,7 +220,7 @@ def test_chat_goes_through_the_checkpoints_template(llm):
 
 def test_import_pymllm_loads_no_torch():
     script = "import sys, pymllm; pymllm.__version__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert python("-c", script).returncode == 0
 
 
 def test_the_readmes_names_are_exported():

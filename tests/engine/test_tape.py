@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,6 +10,8 @@ from pymllm import LLM, SamplingParams
 from pymllm.engine.tape import NotRepeatable, record
 from pymllm.kernels.native import extension
 from pymllm.swapping.swap import swap
+
+from ..processes import python
 
 pytestmark = pytest.mark.skipif(
     not extension.native_available(), reason=str(extension.native_missing_reason())
@@ -183,4 +182,4 @@ def test_recording_a_step_does_not_import_torchs_compiler():
         "assert any(batch.tape for batch in llm.engine.runner._decoding.values()); "
         "sys.exit('torch._dynamo' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert python("-c", script).returncode == 0
