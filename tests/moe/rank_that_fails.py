@@ -22,9 +22,8 @@ def main() -> None:
     with parallel:
         llm = LLM(folder, device="cpu", dtype="float32")
         for step in range(1000):
-            if (
-                step == 3 and how == "hangs"
-            ):  # a hung rank is noticed by the clock alone; all ranks are up by now
+            # A hung rank is noticed by the clock alone; all ranks are up by now.
+            if step == 3 and how == "hangs":
                 distributed_c10d._set_pg_timeout(timedelta(seconds=5))
             if step == 3 and parallel.rank == 1:
                 if how == "killed":

@@ -55,7 +55,7 @@ class NativeAttention:
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        # Every line counts: test_a_call_costs_few_microseconds.
+        # Every line counts: benchmarks/cpu_dispatch.py.
         tokens, heads, head_dim = q.shape
         value_dim = problem.value_head_dim
         if q.dtype is not problem.dtype or not q.is_cpu or (heads, head_dim) != _heads(problem):

@@ -54,7 +54,7 @@ def run_native(
     table: int = 0,
 ) -> Tensor:
     """Check, and call `float_linear`.  scales, row_nan, table: addresses, for fp8 weights and codebooks."""
-    # Every line costs: test_a_call_costs_few_microseconds.
+    # Every line costs: benchmarks/cpu_dispatch.py.
     dtype, out_features, in_features, shape = (
         problem.dtype,
         problem.out_features,
