@@ -19,6 +19,7 @@ from pymllm.errors import CheckpointError, RequestError
 from ..checkpoints import write_checkpoint
 from ..processes import python
 from ..shipped_model import test_shipped_model as shipped
+from .answers import greedy
 
 PROMPT = "def read_lines(path):\n"
 
@@ -37,10 +38,6 @@ def dequantized_model() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(dtype="float32")
-
-
-def greedy(count: int, **settings) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True, **settings)
 
 
 def test_greedy_text_equals_transformers_on_the_same_dequantised_weights(llm):

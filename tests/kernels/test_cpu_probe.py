@@ -12,10 +12,8 @@ import pytest
 from pymllm.kernels.native import extension
 
 from ..processes import python
+from .integer_cases import needs_native
 
-needs_native = pytest.mark.skipif(
-    not extension.native_available(), reason=str(extension.native_missing_reason())
-)
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc and /sys")
 needs_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86-64 names")
 

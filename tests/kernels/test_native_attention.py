@@ -7,17 +7,14 @@ import torch
 
 from pymllm.attention import AttnMetaDataBase
 from pymllm.kernels.attention import KVType
-from pymllm.kernels.native import extension
 from pymllm.kernels.native.attention import NativeAttention, NativeKVStore
 
 from ..attention.steps import KV_TYPES, empty_pages, make_case, make_problem
 from ..operators import work_of
+from .integer_cases import PATHS, needs_native
 
-pytestmark = pytest.mark.skipif(
-    not extension.native_available(), reason=str(extension.native_missing_reason())
-)
+pytestmark = needs_native
 
-PATHS = extension.probe().runnable_paths
 # Sums of float32; rounding of the result to its dtype.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 MIXED = [(0, 1), (0, 5), (33, 1), (7, 12), (16, 16), (31, 20), (15, 2), (70, 1)]

@@ -20,21 +20,19 @@ from pymllm.kernels.canonical import (
 )
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.native import extension
 from pymllm.kernels.native.codebook import NativeCodebook
 from pymllm.kernels.native.float_linear import TORCH_TOKENS, NativeFloatLinear
 from pymllm.kernels.native.fp8 import NativeFp8Linear
 from pymllm.kernels.registry import select
 
 from ..operators import work_of
+from ..tensors import floats
+from .integer_cases import PATHS, needs_native
 
 # M tokens, O out_features, I in_features
 
-pytestmark = pytest.mark.skipif(
-    not extension.native_available(), reason=str(extension.native_missing_reason())
-)
+pytestmark = needs_native
 
-PATHS = extension.probe().runnable_paths
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 31, 32, 33]
 # Below and above a register, a tile of rows (4), a block of rows (32) and a chunk of inputs (1024).
@@ -49,10 +47,6 @@ OUTPUT_ROUNDING = {
 
 def device(path: str) -> Device:
     return Device("cpu", f"forced {path}", isa=path)
-
-
-def floats(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def dense_case(path, out_features, in_features, weight_dtype, dtype):

@@ -35,6 +35,7 @@ from pymllm.planning.make_plan import plan
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of
 from ..processes import python
+from ..tensors import random
 
 GETTERS = (
     get_vllm_silu_and_mul_cls,
@@ -194,10 +195,6 @@ def test_the_switch_forgets_earlier_choices(tmp_path, monkeypatch):
     set_vllm_layers_enabled(False)
     assert select_elementwise(execution).kernel.name == before.kernel.name
     assert all(get() is None for get in GETTERS)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

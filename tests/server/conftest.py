@@ -57,12 +57,6 @@ def serve(llm: Any, **settings: Any) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def llm() -> pymllm.LLM:
-    """The shipped model."""
-    return pymllm.LLM(progress=False)
-
-
-@pytest.fixture(scope="session")
 def served(llm: pymllm.LLM) -> Iterator[Served]:
     with serve(llm) as running:
         yield running
