@@ -14,7 +14,8 @@ from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.native.experts import NativeIntegerExperts
 
 from ..moe_formula import expected_experts, routed
-from .integer_cases import FLOATS, PATHS, floats, needs_native
+from ..tensors import floats
+from .integer_cases import FLOATS, PATHS, needs_native
 from .test_native_integer import fp4, integers
 
 # T tokens, K experts a token, E experts, H hidden size, I intermediate size

@@ -17,7 +17,8 @@ from pymllm.kernels.native.int4 import NativeInt4
 
 from ..operators import work_of
 from ..processes import python
-from .integer_cases import FLOATS, PATHS, assert_close, floats, needs_native, relative_error
+from ..tensors import floats
+from .integer_cases import FLOATS, PATHS, assert_close, needs_native, relative_error
 
 # M tokens, O out_features, I in_features, G group_size
 
