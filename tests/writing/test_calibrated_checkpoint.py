@@ -26,6 +26,7 @@ from ..checkpoints import (
 )
 from ..forward import logits_of
 from .layouts import decode_compressed
+from .stopping import Stop, stop_at
 
 
 def lines(numbers: range) -> str:
@@ -270,25 +271,12 @@ def test_static_scales_are_those_of_the_inputs_that_transformers_sees(model, tmp
     assert pymllm.verify(out).ok
 
 
-class Stop(BaseException):
-    pass
-
-
 def test_a_stopped_calibration_goes_on_where_it_was(model, tmp_path, monkeypatch):
     arguments = [model.folder, tmp_path / "out", {"**.layers.**": "int4:group_size=64"}]
     options = {"calibrate": model.folder / "text.txt", **OPTIONS}
     pymllm.quantize_checkpoint(arguments[0], tmp_path / "whole", arguments[2], **options)
-    real, count = output.save_file, 0
-
-    def stop(*args, **settings):
-        nonlocal count
-        count += 1
-        if count == 6:
-            raise Stop
-        return real(*args, **settings)
-
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(output, "save_file", stop)
+        stop_at(patch, output, "save_file", 6)
         pymllm.quantize_checkpoint(*arguments, **options)
     with pytest.raises(ConfigError, match="calibration changed"):
         pymllm.quantize_checkpoint(*arguments)

@@ -54,7 +54,7 @@ class NativeAttention:
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        # Every line costs: test_a_call_costs_few_microseconds.
+        # Every line counts: benchmarks/cpu_dispatch.py.
         tokens, heads, head_dim = q.shape
         value_dim = problem.value_head_dim
         wanted = (problem.num_heads, problem.head_dim)

@@ -63,7 +63,7 @@ def run_native(
 
     block: outputs and inputs that share a scale.  scales, row_nan, table: addresses, for fp8 weights and codebooks.
     """
-    # Every line costs: test_a_call_costs_few_microseconds.
+    # Every line costs: benchmarks/cpu_dispatch.py.
     dtype, out_features, in_features = problem.dtype, problem.out_features, problem.in_features
     shape, columns = x.shape, in_features // 2 if table else in_features
     if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:

@@ -230,7 +230,7 @@ class NativeIntegerLinear:
         )
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        # About 3 us a call: every line costs (test_dispatch_costs_few_microseconds).
+        # About 3 us a call: every line here counts (benchmarks/cpu_dispatch.py).
         blocks, dtype, compute = packed["blocks"], problem.dtype, problem.compute
         in_features, out_features = problem.in_features, problem.out_features
         shape = x.shape
