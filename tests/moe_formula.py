@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import ExpertsWeight
-from pymllm.kernels.experts import ExpertsBias
+from pymllm.kernels.experts import ExpertsBias, ExpertsWeight
 
 
 def silu_and_mul(both: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight
-from pymllm.layers.linear import Linear, LinearBase, SplitLinearMethod
+from pymllm.layers.linear import Linear, LinearBase
+from pymllm.layers.split import SplitLinearMethod
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.method import LinearMethodBase

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import pymllm
+from pymllm.api import load_model
 from pymllm.attention.self_attention import SelfAttention
 from pymllm.checking.verify import verify
 from pymllm.errors import CheckpointError
 from pymllm.kernels.native import extension
 from pymllm.layers.held import Binder, PlainParameters, RevisedModule, WeightHolder, weight_holders
 from pymllm.layers.linear import ColumnParallelLinear, RowParallelLinear
-from pymllm.loading.load import load_model
 from pymllm.loading.prepare import prepare
 from pymllm.models import list_model_types
 from pymllm.models.llama import Model
