@@ -17,7 +17,7 @@ from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
 from pymllm.layers.weighted import WeightedLayer, weighted_layers
 from pymllm.quantization.binding import bound_weight
-from pymllm.weights.loader import Slot, write
+from pymllm.weights.loader import Slot, slots_of, write, written_of
 from pymllm.weights.loader import place as place_tensor
 from pymllm.weights.report import HINTS, Problem, mismatch, raise_problems
 from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
@@ -275,7 +275,7 @@ def _match(
         (part, attribute, slot)
         for _, part in staged
         for attribute in "AB"
-        for slot in getattr(part, attribute).slots
+        for slot in slots_of(getattr(part, attribute)) or ()
     ]
     wanted = {slot.tensor for _, _, slot in slots}
     stray = [name for name in named if name not in wanted]
@@ -349,7 +349,7 @@ def _unexpected(name: str, full: str, layers: set[str], wanted: set[str], hinted
 def _read(part: LoRAPart, attribute: str, slot: Slot, tensor: TensorInfo) -> None:
     """Read this rank's slice of one matrix.  CheckpointError for numbers that are not finite."""
     param: Any = getattr(part, attribute)
-    write(param.data, slot, tensor.read(slot.source).to(param.device), param.written)
+    write(param.data, slot, tensor.read(slot.source).to(param.device), written_of(param))
     bad = int((~torch.isfinite(param.data)).sum())
     if bad:
         raise CheckpointError(

@@ -31,7 +31,7 @@ from pymllm.quantization.binding import BoundWeight, bind
 from pymllm.quantization.experts import BoundExperts
 from pymllm.quantization.kv_cache import KVCacheMethodBase
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.weights.loader import Slot, place
+from pymllm.weights.loader import Slot, place, slots_of
 from pymllm.weights.spec import FLOATS, ExpertsShape, LinearShape, Span, WeightSpec, whole
 
 Bound = BoundWeight | BoundExperts
@@ -205,7 +205,7 @@ class WeightHolder(RevisedModule):
         """
         for param_name, param in self.module._parameters.items():
             if param is not None:
-                slots = own_slots(param)
+                slots = slots_of(param)
                 for slot in (whole_slot(name, param_name, param),) if slots is None else slots:
                     yield Place(self.module, param_name, slot)
 
@@ -339,13 +339,8 @@ def weight_holders(model: nn.Module) -> Iterator[tuple[str, WeightHolder]]:
     for name, module in model.named_modules():
         if isinstance(module, WeightHolder):
             yield name, module
-        elif any(param is not None and own_slots(param) is None for param in module._parameters.values()):
+        elif any(param is not None and slots_of(param) is None for param in module._parameters.values()):
             yield name, PlainParameters(module)
-
-
-def own_slots(param: Tensor) -> Sequence[Slot] | None:
-    """Return the slots that a parameter was registered with; None for a plain one, before and after loading."""
-    return getattr(param, "slots", None)
 
 
 def whole_slot(prefix: str, name: str, tensor: Tensor) -> Slot:
@@ -359,5 +354,5 @@ def slotted_places(modules: Iterable[nn.Module]) -> Iterator[Place]:
     """Yield the places of all parameters of these modules that have slots."""
     for module in modules:
         for name, param in module._parameters.items():
-            for slot in (None if param is None else own_slots(param)) or ():
+            for slot in (None if param is None else slots_of(param)) or ():
                 yield Place(module, name, slot)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.quantization.binding import BoundWeight, bind_for, bound_weight
-from pymllm.weights.loader import Written, place
+from pymllm.weights.loader import place, track
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec, whole
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class LoRAPart(nn.Module):
         for attribute, spec in zip("AB", lora_specs(kind, rank, shape.dtype), strict=True):
             local, slots = place(spec, shape)
             param = nn.Parameter(torch.zeros(local, dtype=spec.dtype, device=device), requires_grad=False)
-            param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
+            track(param, slots)
             setattr(self, attribute, param)
 
     def start(self, shape: LinearShape, seed: str) -> None:

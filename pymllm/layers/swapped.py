@@ -98,7 +98,7 @@ def repacked(layer: WeightedLayer, old: LayerState, method: LinearMethodBase) ->
     if method == old.method:
         return old.bound
     method.check(layer.shape)
-    return bind_for(layer, encode(old.bound.canonical(), old.method, method, layer.shape))
+    return bind_for(layer, reencode(old.bound.canonical(), old.method, method, layer.shape))
 
 
 def _parts_apart(layer: WeightedLayer, old: LayerState, methods: Sequence[LinearMethodBase]) -> LayerState:
@@ -124,19 +124,19 @@ def _parts_apart(layer: WeightedLayer, old: LayerState, methods: Sequence[Linear
             assert canonical is not None
             weight = cut_part(canonical, layer.shape, index, was)
         method.check(holder.shape)
-        holder.bound = bind_for(holder, encode(weight, was, method, holder.shape))  # type: ignore[assignment]
+        holder.bound = bind_for(holder, reencode(weight, was, method, holder.shape))  # type: ignore[assignment]
         holders.append(holder)
     return replace(old, method=SplitLinearMethod(tuple(methods)), bound=None, holders=tuple(holders))
 
 
-def encode(
+def reencode(
     weight: CanonicalWeight, was: LinearMethodBase, method: LinearMethodBase, shape: LinearShape
 ) -> CanonicalWeight:
     """Convert a running weight of method `was` to `method`, by each conversion that `method` names since `was`."""
     if method == was:
         return weight
     assert isinstance(method, ConvertedLinearMethod)
-    return method.convert(encode(weight, was, method.source, shape), shape)
+    return method.convert(reencode(weight, was, method.source, shape), shape)
 
 
 def cut_part(

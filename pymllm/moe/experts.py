@@ -36,7 +36,7 @@ from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.experts import BoundExperts, ExpertsMethod, Product, bind_experts
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.weights.loader import Slot, Written, place_experts
+from pymllm.weights.loader import Slot, place_experts, track
 from pymllm.weights.spec import FLOATS, OUT, ExpertsShape, LinearShape, Span, WeightSpec
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -324,7 +324,7 @@ class Experts(WeightHolder):
             spec = WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS)
             local, slots = place_experts(spec, product.shape)
             param = nn.Parameter(torch.empty(local, dtype=self.params_dtype), requires_grad=False)
-            param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
+            track(param, slots)
             self.register_parameter(f"{name}_bias", param)
             self._bias_shapes[name] = product.shape
 

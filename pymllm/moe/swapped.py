@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pymllm.errors import ConfigError
 from pymllm.kernels.experts import LazyWeights
 from pymllm.layers.held import HeldWeight
-from pymllm.layers.swapped import encode
+from pymllm.layers.swapped import reencode
 from pymllm.quantization.experts import BoundExperts, ExpertsMethod, bind_experts, experts_weight
 from pymllm.quantization.method import LinearMethodBase
 
@@ -77,7 +77,7 @@ def restage_experts(layer: Experts, methods: Sequence[LinearMethodBase]) -> Expe
         shape, was, method = products[product].shape, old[product], new[product]
         method.check(shape.expert(shape.ids[0]))
         return LazyWeights(
-            lambda i: encode(canonical[product][i], was, method, shape.expert(shape.ids[i])), len(shape.ids)
+            lambda i: reencode(canonical[product][i], was, method, shape.expert(shape.ids[i])), len(shape.ids)
         )
 
     weight = experts_weight({product: encoded(product) for product in new})

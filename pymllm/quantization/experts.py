@@ -25,7 +25,7 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.registry import Packed, Selection, select
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase
-from pymllm.weights.loader import Written, copy_full_tensor, place_experts
+from pymllm.weights.loader import copy_full_tensor, place_experts, slots_of, track, written_of
 from pymllm.weights.spec import ExpertsShape
 
 
@@ -89,7 +89,7 @@ class Product(nn.Module):
             local, slots = place_experts(spec, shape)
             param = nn.Parameter(torch.empty(local, dtype=spec.dtype), requires_grad=False)
             self.register_parameter(spec.name, param)
-            param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
+            track(param, slots)
 
     def weight_loader(
         self, param: Tensor, loaded_weight: Tensor, shard_id: tuple[int, int] | int = 0
@@ -103,12 +103,8 @@ class Product(nn.Module):
         if expert is not None and expert not in self.shape.ids:
             return
         position = None if expert is None else self.shape.ids.index(expert)
-        slots = [
-            slot
-            for slot in param.slots  # type: ignore[attr-defined]
-            if slot.expert == position and slot.part == part
-        ]
-        copy_full_tensor(param.data, slots, loaded_weight, param.written, 0, self.prefix)  # type: ignore[attr-defined]
+        slots = [slot for slot in slots_of(param) or () if slot.expert == position and slot.part == part]
+        copy_full_tensor(param.data, slots, loaded_weight, written_of(param), 0, self.prefix)
 
     def canonical(
         self, tensors: Mapping[str, Tensor] | None = None, method: LinearMethodBase | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
-from pymllm.weights.loader import Written, copy_full_tensor, place
+from pymllm.weights.loader import copy_full_tensor, place, slots_of, track, written_of
 from pymllm.weights.spec import LinearShape, Span, WeightSpec
 
 
@@ -50,7 +50,8 @@ def add_weight(layer: nn.Module, spec: WeightSpec, shape: LinearShape, **attrs: 
     )
     layer.register_parameter(spec.name, param)
     loader = {"weight_loader": layer.weight_loader} if hasattr(layer, "weight_loader") else {}
-    set_weight_attrs(param, {"slots": slots, "written": Written(), **loader, **attrs})
+    track(param, slots)
+    set_weight_attrs(param, {**loader, **attrs})
 
 
 def set_weight_attrs(param: Tensor, attrs: Mapping[str, Any] | None) -> None:
@@ -71,4 +72,4 @@ def load_into(param: Tensor, loaded: Tensor, part: int | None, layer: str) -> No
     part: the part of a fused layer that `loaded` is; None: the only one, or all parts side by side along their outputs.
     layer: its name, for messages.
     """
-    copy_full_tensor(param.data, param.slots, loaded, param.written, part, layer)  # type: ignore[attr-defined]
+    copy_full_tensor(param.data, slots_of(param) or [], loaded, written_of(param), part, layer)

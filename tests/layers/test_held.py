@@ -304,7 +304,7 @@ def test_a_step_that_was_recorded_with_other_experts_is_not_played(tmp_path):
         return llm.generate(prompt, greedy)[0].token_ids
 
     def tapes(llm):
-        return [batch.tape for batch in llm.engine.runner._decoding.values()]
+        return [batch.replay for batch in llm.engine.runner._decoding.values()]
 
     llm, fresh = made(), made()
     before = answer(llm)
