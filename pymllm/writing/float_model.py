@@ -32,8 +32,9 @@ class FloatModel:
     """
 
     def __init__(self, prepared: Prepared, windows: Windows) -> None:
-        plain = RuledConfig(get_quantization_config("none").from_config({}))
-        model = build_on_meta(prepared.config, plain, Execution(), Parallel())
+        plain = get_quantization_config("none").from_config({})
+        plain.see_checkpoint(prepared.quant.stored)  # which layout experts have
+        model = build_on_meta(prepared.config, RuledConfig(plain), Execution(), Parallel())
         self.modules = dict(model.named_modules())
         self.holders = dict(weight_holders(model))
         self.embedding_scale = model.model.embedding_scale
@@ -76,7 +77,9 @@ class FloatModel:
         stored = {placement.tensor.name for layer in step.layers for placement in layer.placements}
         try:
             for unit in step.units:
-                holder = self.holders[unit.name]
+                holder = self.holders.get(unit.name)
+                if holder is None:
+                    continue  # experts whose method is not that of the others: in floats, they are all together
                 if isinstance(holder, Experts):
                     experts[unit.name] = FloatExperts(holder)
                     weights |= experts[unit.name].weights
@@ -193,13 +196,13 @@ class FloatStep:
         found: list[tuple[str, list[str]]] = []
         rounds: list[tuple[str, list[str]]] = []  # of experts: gate and up of all of them, then down
         for unit in self.step.units:
+            holder = self.model.holders.get(unit.name)
             if unit.name in self.experts:
                 rounds += [(unit.name, names) for names in self.experts[unit.name].rounds]
-            else:
-                parts = self.model.holders[unit.name].parts()
-                names = [part.name for part in parts if part.name in layers]
+            elif holder is not None:
+                names = [part.name for part in holder.parts() if part.name in layers]
                 found += [(unit.name, names)] if names else []
-        # Experts come last: shared ones, and those of other groups, read the same input and do not depend on them.
+        # Experts come last: shared ones read the same input and do not depend on them.
         ordered = [*found, *rounds]
         assert {name for _, names in ordered for name in names} == set(layers)
         return ordered
