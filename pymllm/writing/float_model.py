@@ -133,7 +133,7 @@ class FloatStep:
 
     @property
     def is_head(self) -> bool:
-        """Whether this is a matrix behind the blocks: its output is the input of no step."""
+        """True for a matrix behind the blocks: its output is the input of no step."""
         holder = self.model.holders.get(self.step.name)
         return self.model.hidden is not None and holder is not None and bool(tuple(holder.parts()))
 
