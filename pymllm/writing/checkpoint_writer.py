@@ -6,11 +6,9 @@ weight is read.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
 from pymllm.loading.prepare import Prepared
+from pymllm.loading.progress import progress_bar
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -215,7 +214,8 @@ class CheckpointWriter:
 
     def _make_pieces(self, output: Output, progress: bool | None) -> None:
         make = self._make if self.calibration is None else self._calibrated(output, self.calibration)
-        with _progress_bar(sum(step.nbytes for step in self.steps), progress) as advance:
+        total = sum(step.nbytes for step in self.steps)  # of the source
+        with progress_bar("Quantising", total, progress) as advance:
             for step in self.steps:
                 if step.name not in output.pieces:
                     tensors, notes = make(step)
@@ -362,15 +362,3 @@ def _field(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("dtype:"):
         return getattr(torch, value.removeprefix("dtype:"))
     return tuple(value) if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, progress: bool | None) -> Iterator[Callable[[int], Any]]:
-    """Show a bar over the source's bytes, on a terminal; nothing elsewhere.  Yields what takes the bytes done."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Quantising", leave=False) as bar:
-        yield bar.update
