@@ -16,8 +16,8 @@ NATIVE_PYTHON ?= $(VENV)/bin/python
 BIN := $(VENV)/bin
 # -qq: pip's errors are shown, its warnings about indexes and the PATH are not.
 PIP_INSTALL = $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-# The extension is built by `native` below, into pymllm/: the editable install is then two lines on sys.path, which
-# no renamed file can make stale, and a change of a kernel rebuilds that kernel only.
+# The extension is built by `native` below, into pymllm/: the editable install is then one finder in sys.meta_path, which
+# names this folder, so that no renamed file can make it stale, and a change of a kernel rebuilds that kernel only.
 EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL) --no-build-isolation
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
@@ -38,10 +38,12 @@ help:
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
+	@$(BIN)/python -c "$$THIS_FOLDER"
 	@$(BIN)/pymllm run --demo
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	@$(BIN)/python -c "$$THIS_FOLDER"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
@@ -50,11 +52,22 @@ lint: $(VENV)/.stamp-lint
 
 # On a machine with a GPU, and torch built for it: the tests compiled, the tiles tuned, the tables measured.
 gpu: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	@$(BIN)/python -c "$$THIS_FOLDER"
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: see docs/gpu.md"'
 	$(BIN)/python -m pytest -q tests/kernels/triton tests/kernels/test_hardware.py tests/engine/test_graphs.py $(PYTEST_ARGS)
 	$(BIN)/python -m pymllm bench tune
 	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_elementwise gpu_decode; do \
 	  $(BIN)/python -m pymllm bench table $$table || status=1; done; exit $$status
+
+# The editable install names one folder, so that the VENV of another checkout would run and test that one's code.
+define THIS_FOLDER
+import importlib.util, pathlib
+found = pathlib.Path(importlib.util.find_spec("pymllm").origin).resolve().parents[1]
+if found != pathlib.Path.cwd().resolve():
+    raise SystemExit(f"$(VENV) runs the pymllm of {found}: set VENV to an environment of this folder, "
+                     "or remove $(VENV)/.stamp-core, and make installs this one there")
+endef
+export THIS_FOLDER
 
 format: $(VENV)/.stamp-lint
 	$(BIN)/ruff check --fix .
@@ -127,11 +140,15 @@ build=build/native-$$($(NATIVE_PYTHON) -c 'import sys; print(sys.implementation.
 "$$cmake" --install $$build --prefix .
 endef
 
-# A second build, with a copy of the package around it. Leaks are not looked for: Python itself keeps memory to its end.
+# A second build, with a copy of the package around it. The editable install's finder stands in sys.meta_path and would
+# answer with the source tree before PYTHONPATH is looked at: sitecustomize drops it, in pytest's workers as well.
+# Leaks are not looked for: Python itself keeps memory to its end.
 SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,int4 integer experts float elementwise attention)
+DROP_EDITABLE = import sys; sys.meta_path[:] = [f for f in sys.meta_path if "_editable_" not in type(f).__module__]
 sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
 	@rm -rf build/sanitize/site && mkdir -p build/sanitize/site && cp -R pymllm build/sanitize/site/ && \
 	rm -f build/sanitize/site/pymllm/_native* && \
+	echo '$(DROP_EDITABLE)' > build/sanitize/site/sitecustomize.py && \
 	cmake=$$(command -v cmake || echo $(BIN)/cmake) && { [ -x "$$cmake" ] || $(PIP_INSTALL) cmake; } && \
 	python=$$($(NATIVE_PYTHON) -c 'import sys; print(sys.executable)') && \
 	CXXFLAGS='-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
@@ -139,9 +156,21 @@ sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test
 	"$$cmake" --build build/sanitize --parallel 2 && "$$cmake" --install build/sanitize --prefix build/sanitize/site && \
 	cd build/sanitize/site && \
 	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" && \
-	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$PWD" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	export LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$PWD" && \
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	"$$python" -c "$$SANITIZED" && \
 	"$$python" -m pytest -n 2 -q --capture=sys -p no:cacheprovider --rootdir ../../.. -c ../../../pyproject.toml \
 	$(addprefix ../../../,$(SANITIZE_TESTS))
+
+# Fails unless the extension that the tests will load is the one just built, with AddressSanitizer in it.
+define SANITIZED
+import pathlib, pymllm._native
+found = pathlib.Path(pymllm._native.__file__).resolve()
+wanted = pathlib.Path.cwd().resolve() / "pymllm"
+if found.parent != wanted or b"__asan_init" not in found.read_bytes():
+    raise SystemExit(f"make sanitize would test {found}, not a sanitised extension in {wanted}")
+endef
+export SANITIZED
 
 # No Python for the emulated processor: C++ programs against float64. Needs a cross compiler and qemu, and says so.
 arm-check:

@@ -1,13 +1,13 @@
-"""Every format that we can write as the source, every method that rules know as the target: the shipped model.
+"""Convert the shipped model from every format that we can write to every method that rules know.
 
     python benchmarks/any_to_any.py [--write]
 
-The shipped model's weights, decoded to floats and moved by noise of the size of their own rounding so that they lie on
-no format's grid, are written once in each source format; each copy is then loaded with each target method for all
-layers of the blocks, and verified. Errors are relative distances of all weights, together, to those floats: of the
-source format alone, of the target alone, and of the target made from the source. The last must not be more than the
-sum of the first two (times 1.05: a target's error on rounded weights is not quite its error on the originals).
-Prints a table; --write also puts it into results/any_to_any.md.
+The shipped model's weights are decoded to floats, and noise of the size of their own rounding is added, so that they
+lie on no format's grid. The script writes them once in each source format, then loads each copy with each target method
+for all layers of the blocks, and verifies it. An error is the relative distance of all weights, together, from those
+floats: of the source format alone, of the target alone, and of the target made from the source. The last must not be
+more than the sum of the first two (times 1.05, as a target's error on rounded weights is not quite its error on the
+originals). The script prints a table; --write also puts it into results/any_to_any.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TARGETS = (
 
 
 def weights_of(folder: Path, rules: list[str]) -> tuple[dict[str, Tensor], bool]:
-    """Every weight of the blocks that runs, by name, and whether all kernels verify."""
+    """Return every weight of the blocks that runs, by name, and whether all kernels verify."""
     model = pymllm.load_model(folder, rules, progress=False)
     found = {}
     for layer in weighted_layers(model):
@@ -69,7 +69,7 @@ def weights_of(folder: Path, rules: list[str]) -> tuple[dict[str, Tensor], bool]
 
 
 def add_noise(file: Path) -> None:
-    """A twentieth of each row's standard deviation, which is about what int4 rounds."""
+    """Add noise of a twentieth of each row's standard deviation, which is about what int4 rounds."""
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(file)
     for name in sorted(tensors):

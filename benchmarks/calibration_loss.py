@@ -1,10 +1,11 @@
-"""What calibration is worth: held-out loss of the shipped model, quantised again with and without it.
+"""Measure what calibration is worth: held-out loss of the shipped model, quantised again with and without it.
 
     python benchmarks/calibration_loss.py [--tokens 8000]
 
-The blocks of the shipped model (int4 with zero points) are written as int4 g128 symmetric: rounded to nearest, by GPTQ,
-and by AWQ's searches, on 8,192 tokens of modules of the standard library; the loss is that on other modules, which the
-model was not trained on either. Prints one table, which docs/quantizing.md quotes. Takes about three minutes.
+The script writes the blocks of the shipped model (int4 with zero points) as int4 g128 symmetric: rounded to nearest, by
+GPTQ, and by AWQ's searches, on 8,192 tokens of modules of the standard library. The loss is measured on other modules,
+which the model was not trained on either. The script prints one table, which docs/quantizing.md quotes, and takes about
+three minutes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def read(names: tuple[str, ...]) -> str:
 
 
 def loss_of(folder: Path, count: int) -> float:
-    """Nats a token, in float32."""
+    """Compute the loss in nats per token, in float32."""
     llm = pymllm.LLM(folder, dtype="float32", progress=False)
     ids = llm.tokenizer.encode(read(HELD_OUT))[:count]
     loss = total = 0.0

@@ -1,13 +1,13 @@
-"""End to end on the CPU: prefill and decode of a Llama of 448 M parameters, in our engine and its peers.
+"""Time a whole model on the CPU: prefill and decode of a Llama of 448 M parameters, in our engine and its peers.
 
     python benchmarks/cpu_decode.py [--only "llama.cpp Q4_0" ...] [--threads 1 2] [--python /path/to/peers/bin/python]
 
-The weights are random and the same for all (cpu_decode_models.py writes them, once, about 2 GB under --models): int4 in
-groups of 128 with zero points, embedding and head quantised too where an engine does that. Prompts of 128 tokens, then
-greedy decoding, alone and eight at a time. Every engine has a process of its own; ours and one peer take turns,
-A B A B, with a probe of the read bandwidth between them (roofline.py). Peers may live in another environment
-(--python); those that do not load are left out, and the table says so. Each run replaces the rows of the peers and
-threads that it measured in results/cpu_decode.json, and writes the table beside it.
+The weights are random and the same for all engines (cpu_decode_models.py writes them, once, about 2 GB under --models):
+int4 in groups of 128 with zero points, embedding and head quantised too where an engine does that. Engines read prompts
+of 128 tokens and then decode greedily, one request alone and eight at a time. Every engine has a process of its own;
+ours and one peer take turns, A B A B, with a probe of the read bandwidth between them (roofline.py). Peers may live in
+another environment (--python); a peer that does not load is left out, and the table says so. Each run replaces the rows
+of the peers and threads that it measured in results/cpu_decode.json, and writes the table beside it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS = {1: 48, 8: 24}  # decoded tokens of each prompt, by batch
 
 
 class Worker:
-    """An engine in its process.  RuntimeError with its last words if it does not start."""
+    """An engine in a process of its own.  RuntimeError with the last lines of its output if it does not start."""
 
     def __init__(self, engine: str, models: Path, threads: int, python: str) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
@@ -80,7 +80,7 @@ class Worker:
 
 
 def measure(peer: str, models: Path, threads: int, turns: int, python: str) -> list[dict[str, Any]]:
-    """A row for each batch: the medians of both sides, and the median of the ratios of their turns."""
+    """Measure a row for each batch: the medians of both sides, and the median of the ratios of their turns."""
     mine = OURS.get(peer, OURS_INT4)
     workers = {mine: Worker(mine, models, threads, sys.executable)}
     try:
@@ -126,7 +126,7 @@ DISTURBED = 1.1  # of the limit: more than a probe's noise explains
 
 
 def weight_bytes(kind: str) -> int:
-    """What one token reads of the weights: all layers and the head."""
+    """Return how many bytes of weights one token reads: all layers and the head."""
     count = sum(outputs * inputs for outputs, inputs in linear_shapes().values())
     count += CONFIG["vocab_size"] * CONFIG["hidden_size"]
     return (

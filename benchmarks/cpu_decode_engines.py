@@ -1,4 +1,4 @@
-"""The engines of cpu_decode.py, each alone in a process of its own, which answers one line of JSON with another.
+"""The engines of cpu_decode.py, each in a process of its own, which answers each line of JSON with another.
 
     python benchmarks/cpu_decode_engines.py ENGINE MODELS THREADS
 
@@ -30,14 +30,14 @@ class Engine(Protocol):
     packages: tuple[str, ...]
 
     def generate(self, prompts: np.ndarray, steps: int) -> tuple[float, float]:
-        """prompts: [B, P] ids.  Returns the seconds up to the first token of each, and from there on."""
+        """Generate for prompts [B, P] of ids.  Returns the seconds up to the first token of each, and from there on."""
 
     def logits(self, prompt: np.ndarray) -> np.ndarray:
-        """prompt: [P] ids.  Returns the logits after it, [V]."""
+        """Run a prompt [P] of ids.  Returns the logits [V] after it."""
 
 
 class Pymllm:
-    """The front door; greedy, so that every step ends with a look at the logits, as in the other engines."""
+    """`pymllm.LLM`, greedy, so that every step ends with a look at the logits, as in the other engines."""
 
     packages: tuple[str, ...] = ("torch",)
     kind, quant = "awq", {"model.embed_tokens": "awq", "lm_head": "awq"}
@@ -194,7 +194,7 @@ class LlamaCpp:
         self.batch = native.llama_batch_init(2048, 0, 1)
 
     def _step(self, ids: np.ndarray, start: int) -> list[np.ndarray]:
-        """ids: [B, n].  Returns the logits after the last of each."""
+        """Run ids [B, n].  Returns the logits after the last of each."""
         batch, rows = self.batch, []
         batch.n_tokens = 0
         for sequence, row in enumerate(ids.tolist()):

@@ -1,7 +1,7 @@
 """The model of cpu_decode.py in each engine's own format, from one set of random weights.
 
-A Llama of 448 M parameters, all of its files in a folder outside the repository (about 4 GB in all); each is written
-once, by the interpreter that has the packages for it.
+The model is a Llama of 448 M parameters. All of its files lie in a folder outside the repository (about 4 GB in all);
+each is written once, by the interpreter that has the packages for it.
 """
 
 # O out_features, I in_features, G group_size
@@ -46,7 +46,7 @@ LINEARS = (
 
 
 def linear_shapes() -> dict[str, tuple[int, int]]:
-    """The checkpoint name of every linear layer, with its [O, I]."""
+    """List the checkpoint name of every linear layer, with its [O, I]."""
     hidden, inner, head = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["head_dim"]
     queries, keys = CONFIG["num_attention_heads"] * head, CONFIG["num_key_value_heads"] * head
     sizes = ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries))
@@ -58,7 +58,7 @@ def linear_shapes() -> dict[str, tuple[int, int]]:
 
 
 def write_float(folder: Path) -> None:
-    """The weights in bfloat16, as transformers writes a checkpoint."""
+    """Write the weights in bfloat16, as transformers writes a checkpoint."""
     import torch
     from safetensors.torch import save_file
 
@@ -81,7 +81,7 @@ def write_float(folder: Path) -> None:
 
 
 def write_awq(folder: Path) -> None:
-    """Every linear layer of the blocks in AWQ int4; the embedding stays bfloat16 and is quantised by a rule."""
+    """Write every linear layer of the blocks in AWQ int4; the embedding stays bfloat16, and a rule quantises it."""
     from safetensors.torch import load_file, save_file
 
     from pymllm.kernels.canonical import IntWeight
@@ -102,7 +102,7 @@ def write_awq(folder: Path) -> None:
 
 
 def write_gguf(folder: Path) -> None:
-    """Q4_0 everywhere, embedding and head included: what llama-quantize --pure writes."""
+    """Write Q4_0 everywhere, embedding and head included, as llama-quantize --pure does."""
     import gguf
     import numpy as np
     from safetensors import safe_open
@@ -155,8 +155,10 @@ def write_gguf(folder: Path) -> None:
 
 
 def write_onnx(folder: Path) -> None:
-    """onnxruntime-genai's own builder: int4 in blocks of 128, int8 activations; the embedding, read a row at a time,
-    stays float32, because sharing it with an asymmetric head makes a model that does not load.
+    """Write int4 in blocks of 128 with int8 activations, by onnxruntime-genai's own builder.
+
+    The embedding, which is read a row at a time, stays float32: if it is shared with an asymmetric head, the model does
+    not load.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -183,7 +185,7 @@ def write_onnx(folder: Path) -> None:
 
 
 def write_openvino(folder: Path) -> None:
-    """u4 weights in groups of 128 with zero points, a stateful key-value cache, as its exporters write it."""
+    """Write u4 weights in groups of 128 with zero points and a stateful key-value cache, as OpenVINO's exporters do."""
     from cpu_decode_openvino import write_model
 
     write_model(folder, model_folder(folder.parent, "float") / "model.safetensors", CONFIG, GROUP)
@@ -199,7 +201,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 def model_folder(root: Path, kind: str) -> Path:
-    """The folder of the model in the format `kind`, written now if it is not there."""
+    """Return the folder of the model in the format `kind`, which is written now if it is not there."""
     folder, partial = root / kind, root / f"{kind}.partial"
     if not folder.exists():
         if kind != "float":

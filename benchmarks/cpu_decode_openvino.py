@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 
 class Graph:
-    """Builds one model; `kept` holds the arrays that constants look into until the model is saved."""
+    """The builder of one model; `kept` holds the arrays that constants refer to until the model is saved."""
 
     def __init__(self, weights: Any, config: dict[str, Any], group: int) -> None:
         self.weights, self.config, self.group = weights, config, group
@@ -31,7 +31,7 @@ class Graph:
         return np.asarray(self.weights.get_tensor(f"{name}.weight").float().numpy())
 
     def linear(self, x: Any, name: str) -> Any:
-        """x @ dequantised(name).T"""
+        """Multiply: x @ dequantised(name).T."""
         weight = self.weight(name)
         outputs, inputs = weight.shape
         grouped = weight.reshape(outputs, -1, self.group)
@@ -62,7 +62,7 @@ class Graph:
         return ops.multiply(ops.constant(self.weight(name)), normed)
 
     def heads(self, x: Any, count: int) -> Any:
-        """[B, T, H * D] -> [B, H, T, D]"""
+        """Split heads: [B, T, H * D] -> [B, H, T, D]."""
         shape = np.array([0, 0, count, self.config["head_dim"]])
         return ops.transpose(ops.reshape(x, shape, special_zero=True), np.array([0, 2, 1, 3]))
 
@@ -77,7 +77,7 @@ class Graph:
         return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
 
     def cached(self, new: Any, name: str, batch: Any, beam: Any) -> Any:
-        """What the cache holds, then what is new, along T; the cache is updated."""
+        """Join what the cache holds and what is new, along T, and update the cache."""
         heads, size = self.config["num_key_value_heads"], self.config["head_dim"]
         info = VariableInfo()
         info.data_shape = ov.PartialShape([-1, heads, -1, size])
@@ -92,7 +92,7 @@ class Graph:
         return both
 
     def repeated(self, x: Any, batch: Any, length: Any) -> Any:
-        """Each key head for all of its query heads.  The plugin fuses only where nothing asks for x's own shape."""
+        """Repeat each key head for all of its query heads.  The plugin fuses only if nothing asks for x's shape."""
         queries, heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         size, each = self.config["head_dim"], queries // heads
         wide = ops.concat([batch, ops.constant(np.array([heads, each])), length, np.array([size])], 0)
@@ -159,7 +159,7 @@ class Graph:
         return ov.Model([ops.result(logits)], self.sinks, list(inputs.values()), self.variables, "llama")
 
     def causal_bias(self, ids: Any, mask: Any, zero: Any) -> Any:
-        """[B, 1, T, all] float: 0 where a query sees a key, else the least float."""
+        """Make the mask, [B, 1, T, all] float: 0 where a query sees a key, else the least float."""
         new = ops.gather(ops.shape_of(ids), ops.constant(np.int64(1)), zero)
         total = ops.gather(ops.shape_of(mask), ops.constant(np.int64(1)), zero)
         keys = ops.range(zero, total, ops.constant(np.int64(1)), "i64")

@@ -1,12 +1,12 @@
-"""Where the time of our decoding and of our prompts goes, and what limits each part.
+"""Measure where the time of our decoding and of our prompts goes, and what limits each part.
 
     python benchmarks/cpu_decode_parts.py [--threads 1 2] [--models build/cpu_decode]
 
-The 448 M Llama of cpu_decode.py. A decoding step is a tape of native calls (pymllm/engine/tape.py): each is played by
-itself, in order, so that all find the caches as they do in a step, between probes of the read bandwidth. What a step
-takes beyond its tape is Python. Prompts of 128 tokens run eagerly, and each native call is timed where it is made; the
-linear layers' share is of the probed int8 peak, and so is what cpu_decode.json says of the peers. Writes
-results/cpu_decode_parts.md.
+The model is the 448 M Llama of cpu_decode.py. A decoding step is a tape of native calls (pymllm/engine/tape.py): each
+call is played by itself, in order, so that it finds the caches as in a step, between probes of the read bandwidth. What
+a step takes beyond its tape is Python. Prompts of 128 tokens run eagerly, and each native call is timed where it is
+made; the speed of the linear layers, and what cpu_decode.json says of the peers, are shares of the probed int8 peak.
+The script writes results/cpu_decode_parts.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from cpu_decode_engines import Pymllm
 from cpu_decode_models import linear_shapes
 
 from pymllm import _native
-from pymllm.engine import runner
+from pymllm.engine import decoding as engine_decoding
+from pymllm.engine.tape import Tape
 
 NAMES = {
     "integer_linear": "linear layers",
@@ -47,23 +48,24 @@ PROMPT, CONTEXT = 128, 32  # tokens decoded before the step that is taken apart
 
 
 class Calls:
-    """Stands before every native function: which call a tape noted down, and how long each took."""
+    """A watcher of every native function: the calls that the last tape noted down, and how long each function took."""
 
     def __init__(self) -> None:
         self.noted: list[str] = []
+        self.tape: Tape | None = None
         self.taped: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
         for name in NAMES:
             setattr(_native, name, self._watched(name, getattr(_native, name)))
-        record = runner.record
+        record = engine_decoding.record
 
         def recorded(*given: Any) -> Any:
             self.noted.clear()
-            tape = record(*given)
-            self.taped = self.noted[: len(tape.native)]
-            return tape
+            self.tape = record(*given)
+            self.taped = self.noted[: len(self.tape.native)]
+            return self.tape
 
-        runner.record = recorded
+        engine_decoding.record = recorded
 
     def _watched(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
         def call(*given: Any) -> None:
@@ -93,8 +95,7 @@ class TimedTape:
 def decoding(engine: Pymllm, calls: Calls, threads: int, repeats: int) -> list[str]:
     prompt = np.random.default_rng(1).integers(3, 32000, (1, PROMPT))
     engine.generate(prompt, CONTEXT)
-    batch = list(engine.llm.engine.runner._decoding.values())[-1]
-    tape, names = batch.tape, calls.taped
+    tape, names = calls.tape, calls.taped
     assert tape is not None and len(names) == len(tape.native) and not tape.operations
     read = roofline.ReadProbe(huge=True)
     each = np.zeros((repeats, len(names)))

@@ -1,11 +1,11 @@
-"""Linear layers over bf16 and fp8 weights on the CPU: ours beside torch's, cold weights, one process.
+"""Time linear layers over bf16 and fp8 weights on the CPU: ours beside torch's, cold weights, one process.
 
     python benchmarks/cpu_float_linear.py [--threads 1 2] [--tokens 1 4 16 128] [--rounds 12]
 
-Every round runs each contender once, in turn, on weights that the caches have forgotten, and reads the same memory
-with the roofline probe. Speed-ups are medians of the rounds' own ratios, so that a machine that slows down for a while
-slows both sides. A call during which the system gave this process less than 95 % of its threads' time is repeated, a
-few times; what never ran undisturbed is marked. Writes JSON and Markdown to benchmarks/results/.
+Every round runs each contender once, in turn, on weights that the caches no longer hold, and reads the same memory with
+the roofline probe. Speed-ups are medians of the rounds' own ratios, so that a machine that slows down for a while slows
+both sides. If the system gave this process less than 95 % of its threads' time during a call, the call is repeated, a
+few times; a contender that never ran undisturbed is marked. The script writes JSON and Markdown to benchmarks/results/.
 """
 
 # M tokens, O out_features, I in_features
@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pymllm.kernels import cpu
 from pymllm.kernels.canonical import DenseWeight, Fp8Weight
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native import extension
 from pymllm.kernels.native.float_linear import TORCH_TOKENS, NativeFloatLinear
 from pymllm.kernels.native.fp8 import NativeFp8Linear
 
@@ -46,15 +46,15 @@ RIVALS = {  # ours -> the torch path that does the same job
 
 
 def contenders(out_features: int, in_features: int) -> tuple[dict[str, Callable], dict[str, int], list]:
-    """Calls (index, x32, xbf16) -> y, the weight bytes each reads, and the float weights."""
+    """Make the contenders: calls (index, x32, xbf16) -> y, the weight bytes that each reads, and the float weights."""
     copies = max(3, -(-COLD_BYTES // (2 * out_features * in_features)))
     memory = torch.empty((copies, out_features, in_features), dtype=torch.bfloat16)
     memory.normal_(generator=torch.Generator().manual_seed(0)).mul_(in_features**-0.5)
     floats = [memory[i] for i in range(copies)]
     wide = [weight.float() for weight in floats[:3]]
-    native = cpu.probe()
+    native = extension.probe()
     device = probe_device("cpu")
-    assert native.native, cpu.native_missing_reason()
+    assert native.native, extension.native_missing_reason()
     dense, fp8 = NativeFloatLinear(), NativeFp8Linear()
 
     def problem(weight, dtype):
@@ -97,7 +97,7 @@ def contenders(out_features: int, in_features: int) -> tuple[dict[str, Callable]
 
 
 def torch_fp8(weight: Fp8Weight, x: torch.Tensor) -> torch.Tensor:
-    """The cheapest that torch operations offer: bf16 codes, scaled after the product where a row has one scale."""
+    """Multiply as cheaply as torch operations allow: by bf16 codes, scaled after the product if a row has one scale."""
     codes, scales = weight.weight.to(torch.bfloat16), weight.scales.to(torch.bfloat16)
     if weight.block == (1, 0):
         return F.linear(x, codes) * scales.T
@@ -107,7 +107,7 @@ def torch_fp8(weight: Fp8Weight, x: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(call: Callable, floats: list, x: torch.Tensor, xb: torch.Tensor) -> float:
-    """Of the first 64 outputs, against float64 over the weights as stored and the activations as given."""
+    """Compute the error of the first 64 outputs, against float64 over the stored weights and the given activations."""
     y = call(0, x, xb)
     weight = getattr(call, "exact", None)
     stored = floats[0][:64].double() if weight is None else weight.dequantize(torch.float64)[:64]
@@ -116,7 +116,7 @@ def relative_error(call: Callable, floats: list, x: torch.Tensor, xb: torch.Tens
 
 
 class Timer:
-    """Seconds of calls, the undisturbed ones apart."""
+    """The seconds of calls, those of undisturbed calls apart."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -124,7 +124,7 @@ class Timer:
         self.disturbed: dict[int, float] = {}
 
     def time(self, index: int, call: Callable[[int], object], tries: int = TRIES) -> None:
-        """call: takes a number that no other call of this round had."""
+        """Time a call, which takes a number that no other call of this round had."""
         for attempt in range(tries):
             cpu_start, start = time.process_time(), time.perf_counter()
             call(index + attempt)
@@ -144,11 +144,11 @@ class Timer:
 
     @property
     def seconds(self) -> float:
-        """The median of the undisturbed calls; else the fastest call, the one least disturbed."""
+        """Return the median of the undisturbed calls, or else the fastest call, which was disturbed least."""
         return statistics.median(self.quiet.values()) if self.is_quiet else self.fastest
 
     def over(self, other: Timer) -> float:
-        """The median of the rounds' ratios to another; where either was disturbed, that of the fastest calls."""
+        """Return the median of the rounds' ratios to another; if either was disturbed, that of the fastest calls."""
         ratios = [seconds / other.quiet[i] for i, seconds in self.quiet.items() if i in other.quiet]
         return statistics.median(ratios) if len(ratios) >= 3 else self.fastest / other.fastest
 
@@ -281,12 +281,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    reason = cpu.native_missing_reason()
+    reason = extension.native_missing_reason()
     if reason is not None:
         raise SystemExit(reason)
     from pymllm import _native
 
-    info = cpu.probe()
+    info = extension.probe()
     report = {
         "date": datetime.date.today().isoformat(),
         "machine": {

@@ -1,10 +1,10 @@
-"""Linear layers over every family of quantised weights on the CPU: ours beside the reference, torch and OpenVINO.
+"""Time linear layers over every family of quantised weights on the CPU: ours, the reference, torch and OpenVINO.
 
     python benchmarks/cpu_formats.py [--formats mxfp4 nf4 ...] [--tokens 1 4 16 128] [--threads 1] [--seconds 0.6]
 
 All contenders of a format take turns in one process, each time on the next of several copies of the weights, which
 together exceed the caches; between the turns the limits are probed (roofline.py). The plain torch contender multiplies
-the dequantised weight in bfloat16. Writes results/cpu_formats.json and .md beside this file.
+the dequantised weight in bfloat16. The script writes results/cpu_formats.json and .md beside this file.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def torch_int8pack(weight: CanonicalWeight, threads: int) -> tuple[Run, int]:
 
 
 def openvino(weight: CanonicalWeight, threads: int) -> tuple[Run, int]:
-    """int8 per channel, with OpenVINO's own dynamic quantisation of activations, in groups of 128."""
+    """Make OpenVINO's layer: int8 per channel, with its own dynamic quantisation of activations in groups of 128."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -170,7 +170,7 @@ def measure(
     threads: int,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Every maker's run on every input, in turn.  inputs: by number of tokens."""
+    """Time every maker's run on every input, in turn.  inputs: by number of tokens."""
     torch.set_num_threads(threads)
     sides: dict[str, tuple[list[Run], int]] = {}
     for name, make in makers.items():
@@ -228,7 +228,10 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a kernel, one column a number of tokens: median, and ours' fraction of the limit or its ratio to it."""
+    """Write a table of a line for each kernel and a column for each number of tokens.
+
+    A cell has the median, and our kernel's fraction of the limit, or another's ratio to ours.
+    """
     counts = sorted({row["tokens"] for row in rows})
     lines = [
         "| kernel | MiB | " + " | ".join(f"M={count}, ms" for count in counts) + " |",
@@ -251,7 +254,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(name: str, head: list[str], info: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> None:
-    """results/NAME.json and .md."""
+    """Write results/NAME.json and .md."""
     lines = [*head, "", roofline.describe(info)]
     for title, rows in tables.items():
         for threads in sorted({row["threads"] for row in rows}):

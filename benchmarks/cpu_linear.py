@@ -1,12 +1,13 @@
-"""The native int4 linear against its peers: asymmetric int4, group 128, cold weights.
+"""Time the native int4 linear layer against its peers: asymmetric int4, group 128, cold weights.
 
     python benchmarks/cpu_linear.py [--peers torch_f32 onnxruntime ...] [--tokens 1 4 16 128 512] [--threads 1 2]
 
 Every peer has a process of its own, in which it and our kernel take turns, A B A B, each time on the next of several
 copies of the weights, which together exceed the caches; between the turns the limits are probed (roofline.py). Peers
 that are not installed are left out, and the table says so. On a machine that others use as well, --clock cpu counts
-processor time, which is the same thing on one thread when nothing else runs, and says nothing about two.
-Writes results/cpu_linear.json and .md beside this file (cpu_linear_processor_time with --clock cpu).
+processor time, which is the same as the wall clock on one thread when nothing else runs, and says nothing about two
+threads. The script writes results/cpu_linear.json and .md beside this file (cpu_linear_processor_time with --clock
+cpu).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def torch_int4pack(weight: IntWeight, threads: int) -> Prepared:
 
 
 def pack_pairs(codes: Tensor) -> np.ndarray:
-    """[O, n] codes -> [O, n/2] bytes, the even one in the low nibble."""
+    """Pack codes [O, n] into bytes [O, n/2], the even code in the low nibble."""
     return (codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous().numpy()
 
 
@@ -197,7 +198,7 @@ def measure(
     seconds: float,
     clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """One peer and ours on one shape, in this process: a row for each of both and number of tokens."""
+    """Measure one peer and ours on one shape, in this process: a row for each of both and each number of tokens."""
     torch.set_num_threads(threads)
     weight = make_weight(*shape)
     sides: dict[str, tuple[list[Run], int]] = {}
@@ -275,7 +276,7 @@ def versions() -> dict[str, str]:
 
 
 def disturbed(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether the probes of a row say that something else had a CPU: other programs, or a peer's idle threads."""
+    """Tell whether the probes of a row say that something else had a CPU: other programs, or a peer's idle threads."""
     peers = [other for other in rows if other["threads"] == row["threads"]]
     return any(
         row[probe] < share * max(other[probe] for other in peers) for probe, share in UNDISTURBED.items()

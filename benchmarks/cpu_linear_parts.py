@@ -1,11 +1,11 @@
-"""What keeps an int4 linear over many tokens below the int8 peak.
+"""Measure what keeps an int4 linear layer over many tokens below the int8 peak.
 
     python benchmarks/cpu_linear_parts.py [--tokens 128 512] [--repeats 9]
 
-Products of a group are summed in int32 and then become floats, times two scales: work that grows with the number of
-groups, and not with their size. So the time of one layer at groups of 32, 64 and 128 tells what that costs (a line
-through the three), and a layer that fits into the L2 cache what waiting for weights costs. Runs take turns with a probe
-of the peak; one thread. Writes results/cpu_linear_parts.md.
+Products of a group are summed in int32, then become floats and are multiplied by two scales: work that grows with the
+number of groups, and not with their size. So the times of one layer at groups of 32, 64 and 128 tell what that costs
+(by a line through the three), and a layer that fits into the L2 cache tells what waiting for weights costs. Runs take
+turns with a probe of the peak, on one thread. The script writes results/cpu_linear_parts.md.
 """
 
 from __future__ import annotations

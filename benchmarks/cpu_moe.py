@@ -1,10 +1,11 @@
-"""Experts on the CPU: all routed ones in one call, beside one after the other, the reference and torch in bfloat16.
+"""Time experts on the CPU: all routed ones in one call, one after the other, the reference, and torch in bfloat16.
 
     python benchmarks/cpu_moe.py [--tokens 1 4 16 128] [--threads 1 2] [--seconds 0.6]
 
-Sizes of a Qwen3-30B-A3B layer with fewer experts (hidden 2048, intermediate 768, 64 experts, 8 a token). Every copy of
-the layer routes by itself, and the routed experts of all copies exceed the caches; the limit counts the experts that
-were really routed to. Contenders take turns in one process. Writes results/cpu_moe.json and .md beside this file.
+The sizes are those of a Qwen3-30B-A3B layer with fewer experts (hidden 2048, intermediate 768, 64 experts, 8 a token).
+Every copy of the layer routes by itself, and the routed experts of all copies exceed the caches; the limit counts only
+the experts that were routed to. Contenders take turns in one process. The script writes results/cpu_moe.json and .md
+beside this file.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.kernels.canonical import ExpertsWeight, IntWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem

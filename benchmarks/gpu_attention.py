@@ -1,8 +1,9 @@
-"""Paged decode attention on the GPU: ours over bfloat16, fp8 and int8 caches, beside SDPA and FlashInfer.
+"""Time paged decode attention on the GPU: ours over bfloat16, fp8 and int8 caches, beside SDPA and FlashInfer.
 
     python benchmarks/gpu_attention.py [--dry-run]
 
-Shuffled pages of 16 tokens, 32 heads over 8 key heads of 128. Writes results/gpu_attention.json, .md and .png.
+Pages of 16 tokens are shuffled; 32 heads share 8 key heads of 128. The script writes results/gpu_attention.json, .md
+and .png.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _flashinfer_calls(problem: AttentionProblem, cases: list[Case]) -> list[Call
 
 
 def _case(problem: AttentionProblem, requests: int, length: int, seed: int, where: torch.device) -> Case:
-    """One new token for each request, and pages in random order that hold everything."""
+    """Make one new token for each request, and pages in random order that hold everything."""
     generator = torch.Generator().manual_seed(seed)
     pages = -(-length // 16)
     order = torch.randperm(requests * pages, generator=generator).view(requests, pages).to(where)

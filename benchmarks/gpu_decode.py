@@ -1,9 +1,10 @@
-"""Decoding on the GPU: the shipped model end to end, tokens a second from CUDA graphs and without, and against the CPU.
+"""Time decoding on the GPU: a whole model, with CUDA graphs and without, after its answers matched the CPU's.
 
     python benchmarks/gpu_decode.py [MODEL] [--batches 1 8 64] [--dry-run]
 
-First the answers are compared with those of the CPU reference; a figure of wrong answers is not written. MODEL is any
-checkpoint. --dry-run plans the model for an sm90 and prints its kernels. Writes results/gpu_decode.json and .md.
+First the answers are compared with those of the CPU reference; no figure of wrong answers is written. MODEL is any
+checkpoint, by default the shipped model. --dry-run plans the model for an sm90 and prints its kernels. The script
+writes tokens per second to results/gpu_decode.json and .md.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write(report: dict[str, Any]) -> None:
-    """JSON and Markdown, once there is a figure."""
+    """Write JSON and Markdown, once there is a figure."""
     if not report["rows"]:
         return
     RESULTS.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ def _write(report: dict[str, Any]) -> None:
 
 
 def _time(llm: LLM, batch: int, graphs: bool) -> float:
-    """Seconds of NEW_TOKENS steps of `batch` requests, after a first run that compiles and captures."""
+    """Time NEW_TOKENS steps of `batch` requests, in seconds, after a first run that compiles and captures."""
     runner, params = llm.engine.runner, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     llm.generate([PROMPT] * batch, params)
     reason, runner.eager_reason = runner.eager_reason, runner.eager_reason if graphs else "asked to"

@@ -1,9 +1,9 @@
-"""Norms, gates, rotary positions and quantising on the GPU: shares of the read bandwidth, beside torch's operations.
+"""Time norms, gates, rotary positions and quantising on the GPU, as shares of the read bandwidth, beside torch's own.
 
     python benchmarks/gpu_elementwise.py [--tokens 1 16 4096] [--dry-run]
 
-Hidden sizes 4096 and 8192. "to e4m3" leaves the codes of an fp8 product with a scale a row, in the same pass or in one
-of its own. Writes results/gpu_elementwise.json, .md and .png.
+Hidden sizes are 4096 and 8192. A row "to e4m3" leaves codes for an fp8 product, with a scale for each row, in the same
+pass or in one of its own. The script writes results/gpu_elementwise.json, .md and .png.
 """
 
 # T tokens, H hidden size
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(table: Table, tokens: int, hidden: int, where: torch.device) -> None:
-    """Every operation over rows of one size.  Bytes are those of what it must read and write, once."""
+    """Measure every operation over rows of one size.  Its bytes are what it must read and write, once."""
     wide = 2 * tokens * hidden  # bytes of one [T, H] in bfloat16
     sets = 2 if table.options.dry_run else _sets(wide)
     x, residual, pair = (
@@ -120,7 +120,7 @@ def _measure(table: Table, tokens: int, hidden: int, where: torch.device) -> Non
 
 
 def _first(run: Callable[..., Any], *arguments: Any) -> Tensor:
-    """What a kernel gives first: normed rows beside their sum, or codes beside their scales."""
+    """Return the first of a kernel's results: normed rows beside their sum, or codes beside their scales."""
     result = run(*arguments)
     result = result[0] if isinstance(result, tuple) else result
     return result.codes if isinstance(result, QuantisedRows) else result

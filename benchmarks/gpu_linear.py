@@ -1,8 +1,8 @@
-"""Linear layers on the GPU: ours in every format beside cuBLAS in bfloat16, torch's int4 and fp8 products, gemlite.
+"""Time linear layers on the GPU: ours in every format, cuBLAS in bfloat16, torch's int4 and fp8 products, gemlite.
 
     python benchmarks/gpu_linear.py [--shapes 8192x8192 4096x4096] [--tokens 1 4 16 64 128 512 2048] [--dry-run]
 
-Writes results/gpu_linear.json, .md and .png.
+The script writes results/gpu_linear.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pymllm.kernels.triton.linear_cases import random_like
 
 
 def formats() -> Iterator[tuple[str, object]]:
-    """Weights on meta, in the formats of the table."""
+    """Make weights on meta, in the formats of the table."""
     codes = torch.empty((256, 256), dtype=torch.uint8, device="meta")
     scales = torch.empty((256, 2), dtype=torch.float16, device="meta")
     yield "int4 g128", IntWeight(codes, scales, scales.to(torch.uint8), 4, 128)
@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sets(table: Table, nbytes: int) -> int:
-    """So many copies of a weight that no cache holds them all."""
+    """Make so many copies of a weight that no cache holds them all."""
     from pymllm.kernels.triton.timing import sets_beyond_caches
 
     return 2 if table.options.dry_run else min(64, sets_beyond_caches(nbytes))
 
 
 def _tokens(table: Table, sizes: tuple[int, int], where: torch.device) -> Iterator[tuple[str, int, Tensor]]:
-    """For each number of tokens: what the work is called, its operations, and x."""
+    """Return for each number of tokens the name of the work, its operations, and x."""
     out_features, in_features = sizes
     for tokens in table.options.tokens:
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=where)
@@ -69,7 +69,7 @@ def _tokens(table: Table, sizes: tuple[int, int], where: torch.device) -> Iterat
 
 
 def _measure_dense(table: Table, sizes: tuple[int, int], where: torch.device) -> None:
-    """What a model gets without quantisation."""
+    """Measure the layer that a model has without quantisation."""
     nbytes = 2 * sizes[0] * sizes[1]
     weights = [torch.randn(*sizes, dtype=torch.bfloat16, device=where) for _ in range(_sets(table, nbytes))]
     for work, operations, x in _tokens(table, sizes, where):
@@ -85,7 +85,10 @@ def _measure_dense(table: Table, sizes: tuple[int, int], where: torch.device) ->
 def _measure_format(
     table: Table, name: str, example: object, sizes: tuple[int, int], device: Device, where: torch.device
 ) -> None:
-    """Our chosen kernel for a format, then its peers, checked against float64 over the weights that all packed."""
+    """Measure our chosen kernel for a format, then its peers.
+
+    All are checked against float64 over the weights that all packed.
+    """
     first = random_like(example, *sizes, 0, where)
     problem = LinearProblem(first.type, sizes[1], sizes[0], torch.bfloat16, device)
     kernel = select("linear", problem).kernel

@@ -1,9 +1,9 @@
-"""Routed experts on the GPU: ours over int4, fp8, mxfp4 and bfloat16 weights, beside torch's grouped matmul.
+"""Time routed experts on the GPU: ours over int4, fp8, mxfp4 and bfloat16 weights, beside torch's grouped matmul.
 
     python benchmarks/gpu_moe.py [--tokens 1 16 256] [--dry-run]
 
-128 experts of 768, eight a token, hidden size 2048. Shares are over the experts that the routing really uses.
-Writes results/gpu_moe.json, .md and .png.
+There are 128 experts of 768, eight a token, and the hidden size is 2048. Shares count only the experts that the routing
+uses. The script writes results/gpu_moe.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gpu_peers import grouped_mm_experts
 from gpu_roofline import BUDGET_S, Table, device_for, parser
 from torch import Tensor
 
-from pymllm.kernels.canonical import DenseType, ExpertsWeight, LazyWeights
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import DenseType
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight, LazyWeights
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import run_by_expert
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _routing(tokens: int, experts: int, top_k: int, where: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Several routings, so that every call reads other experts, and the weights of each token's."""
+    """Make several routings, so that every call reads other experts, and the weights of each token's experts."""
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(tokens, experts, generator=generator) for _ in range(16)]
     return [s.topk(top_k, dim=-1).indices.to(where) for s in scores], torch.full(

@@ -1,4 +1,4 @@
-"""Peers in the GPU tables: other libraries' kernels over the very weights and pages that ours are given."""
+"""The peers in the GPU tables: other libraries' kernels over the same weights and pages that ours get."""
 
 # T tokens, O out_features, I in_features, G inputs of a group, E experts, K experts a token, H hidden size
 
@@ -20,9 +20,10 @@ from pymllm.kernels.flashinfer.attention import WORKSPACE_BYTES, requests_of
 
 @dataclass(frozen=True)
 class Peer:
-    """prepare: a weight in its own order.  given: what it is handed for x, made before the clock runs.
+    """Another library's kernel.
 
-    multiply: (prepared, given) to [T, O].  error: of what it rounds activations to, relative to their size.
+    prepare: packs a weight in the kernel's own order.  given: makes what it gets for x, before the clock runs.
+    multiply: (prepared, given) to [T, O].  error: the error of what it rounds activations to, relative to their size.
     """
 
     name: str
@@ -32,13 +33,13 @@ class Peer:
     error: float = 0.0
 
     def calls(self, weights: Sequence[Any], x: Tensor) -> list[Callable[[], Tensor]]:
-        """One over each weight; several copies of one, to have it in several places."""
+        """Make a call over each weight; several copies of a weight put it in several places."""
         given = self.given(x)
         return [partial(self.multiply, self.prepare(weight), given) for weight in weights]
 
 
 def peers_of(weight: Any) -> tuple[Peer, ...]:
-    """Those that multiply by weights of this kind."""
+    """List the peers that multiply by weights of this kind."""
     if isinstance(weight, IntWeight) and weight.bits == 4:
         return (
             Peer("torch int4pack", _int4pack, lambda p, x: torch._weight_int4pack_mm(x, p[0], p[2], p[1])),
@@ -51,7 +52,7 @@ def peers_of(weight: Any) -> tuple[Peer, ...]:
 
 
 def _int4pack(weight: IntWeight) -> tuple[Tensor, Tensor, int]:
-    """torch's order: two codes a byte, the earlier one above; (code - 8) * scale + zero."""
+    """Pack in torch's order: two codes a byte, the earlier one above; a weight is (code - 8) * scale + zero."""
     assert weight.zeros is not None
     packed = torch._convert_weight_to_int4pack(weight.codes[:, ::2] << 4 | weight.codes[:, 1::2], 8)
     zeros = (8.0 - weight.zeros.float()) * weight.scales.float()
@@ -73,7 +74,7 @@ def _fp8_rows(weight: Fp8Weight) -> tuple[Tensor, Tensor]:
 
 
 def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [T, I].  Returns e4m3 codes [T, I] and a scale a token, [T, 1]."""
+    """Quantise x [T, I].  Returns e4m3 codes [T, I] and a scale for each token [T, 1]."""
     scales = (x.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)
     return (x.float() / scales).to(torch.float8_e4m3fn), scales
 
@@ -85,7 +86,7 @@ def _scaled_mm(weight: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]) -> T
 
 
 def grouped_mm_experts(gate_up: Tensor, down: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Routed experts by torch's grouped matmul, sorted on the device.
+    """Run routed experts by torch's grouped matmul, sorted on the device.
 
     gate_up: [E, 2·I, H]; down: [E, H, I]; x: [T, H], all bfloat16.  ids, weights: [T, K].  Returns [T, H].
     """
@@ -104,7 +105,7 @@ def grouped_mm_experts(gate_up: Tensor, down: Tensor, x: Tensor, ids: Tensor, we
 def flashinfer_decode(
     problem: AttentionProblem, q: Tensor, step: AttentionStep, cache: PagedKV
 ) -> Callable[[], Tensor]:
-    """FlashInfer's paged decoding, planned before the clock runs.  q: [R, heads, D]."""
+    """Make a call of FlashInfer's paged decoding, planned before the clock runs.  q: [R, heads, D]."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     requests = requests_of(step, q.device)

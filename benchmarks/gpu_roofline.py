@@ -1,6 +1,7 @@
-"""What a GPU can do at most, how the GPU tables time things, and how they are written: shared by gpu_*.py.
+"""The limits of a GPU, and how the GPU tables are timed and written: what gpu_*.py share.
 
-Bandwidth is that of a kernel that only reads; each figure of a table stands beside the share of it that it reaches.
+The bandwidth is that of a kernel that only reads; each figure of a table stands beside the share of a limit that it
+reaches.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def parser(doc: str | None, budget: float) -> argparse.ArgumentParser:
 
 
 def device_for(dry_run: bool) -> tuple[Device, torch.device]:
-    """The device that kernels choose for, and where tensors are."""
+    """Return the device that kernels choose for, and the one where tensors are."""
     if dry_run:
         return probe_device("cuda:sm90"), torch.device("cpu")
     return probe_device("cuda"), torch.device("cuda")
@@ -60,7 +61,7 @@ def stop_after(seconds: float, write: Callable[[], object]) -> threading.Timer:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that one reduction over memory far larger than the caches reads."""
+    """Measure how many bytes a second one reduction reads over memory far larger than the caches."""
     from pymllm.kernels.triton.timing import seconds_each
 
     source = torch.empty(READ_BYTES // 4, dtype=torch.int32, device="cuda").fill_(1)
@@ -68,7 +69,7 @@ def read_bandwidth() -> float:
 
 
 class Table:
-    """Rows of one script: each a work, its kernels' times, and the shares of the machine's limits."""
+    """The rows of one script: each has a work, its kernels' times, and the shares of the machine's limits."""
 
     def __init__(self, name: str, title: str, options: argparse.Namespace) -> None:
         self.name, self.title, self.options = name, title, options
@@ -90,10 +91,10 @@ class Table:
         expected: torch.Tensor | None = None,
         tolerance: float = 2e-2,
     ) -> None:
-        """Check one call against `expected`, then time all; what cannot run this is a row that says why.
+        """Check one call against `expected`, then time all; a kernel that cannot run gets a row that says why.
 
-        make: gives the calls, the same work over different tensors; it may fail as the calls may.
-        nbytes, operations: of one call, the least it must move and do.
+        make: makes the calls, which do the same work over different tensors; it may fail, as the calls may.
+        nbytes, operations: the least that one call must move and do.
         """
         if self.broken or time.perf_counter() - self.started > self.options.budget:
             why = f"after {self.broken}" if self.broken else "as the time was up"
@@ -128,7 +129,7 @@ class Table:
         print(f"{work:<44} {kernel:<26} {shown}", flush=True)
 
     def _look_at_device(self, kernel: str) -> None:
-        """A kernel that wrote where it must not leaves a device that answers nobody."""
+        """Check the device: after a kernel that wrote where it must not, it answers nobody."""
         try:
             if not self.options.dry_run:
                 torch.cuda.synchronize()
@@ -136,7 +137,7 @@ class Table:
             self.broken = f"{kernel} broke the device"
 
     def finish(self) -> int:
-        """Write JSON, Markdown and, with matplotlib, a roofline plot.  1 if one of our kernels failed."""
+        """Write JSON, Markdown and, with matplotlib, a roofline plot.  Returns 1 if one of our kernels failed."""
         self.timer.cancel()
         failed = [row for row in self.rows if "failed" in row and row["kernel"].startswith("triton")]
         self._write()

@@ -1,4 +1,4 @@
-"""The plots of results/: cpu_linear.svg and cpu_decode.svg, from the JSON files beside them.  Needs matplotlib.
+"""Draw the plots of results/: cpu_linear.svg and cpu_decode.svg, from the JSON files beside them.  Needs matplotlib.
 
 python benchmarks/plot.py
 """
@@ -30,7 +30,7 @@ COLOURS = {
 
 
 def plot_linear() -> None:
-    """Fraction of the machine's limit over the number of tokens, one line a kernel."""
+    """Plot the fraction of the machine's limit over the number of tokens, a line for each kernel."""
     rows = json.loads((RESULTS / "cpu_linear.json").read_text())["rows"]
     rows = [row for row in rows if row["shape"] == SHAPE and row["threads"] == THREADS]
     figure, axes = plt.subplots(figsize=(7, 4.2))
@@ -54,7 +54,7 @@ def plot_linear() -> None:
 
 
 def plot_decode() -> None:
-    """Tokens a second of every engine, ours beside each peer."""
+    """Plot tokens per second of every engine, ours beside each peer."""
     rows = json.loads((RESULTS / "cpu_decode.json").read_text())["rows"]
     threads = sorted({row["threads"] for row in rows})
     panels = [

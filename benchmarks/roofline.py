@@ -1,8 +1,8 @@
-"""What this machine can do at most: read bandwidth, float32 and int8 arithmetic, for each number of threads.
+"""Measure what this machine can do at most: read bandwidth, float32 and int8 arithmetic, for each number of threads.
 
     python benchmarks/roofline.py [--threads 1 2] [--repeats 15]
 
-Writes results/roofline.json and .md beside this file. The probes are in kernels/roofline.cpp.
+The script writes results/roofline.json and .md beside this file. The probes are in kernels/roofline.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READS = {
 
 
 class ReadProbe:
-    """Bandwidth of cold memory: every read takes the next part of a buffer larger than the caches."""
+    """A probe of the bandwidth of cold memory: every read takes the next part of a buffer larger than the caches."""
 
     def __init__(self, *, huge: bool, bytes_at_a_time: int = PROBE_BYTES) -> None:
         self.size = bytes_at_a_time
@@ -42,14 +42,14 @@ class ReadProbe:
         self.turn = 0
 
     def __call__(self, streams: int, threads: int) -> float:
-        """Bytes a second."""
+        """Measure the bytes per second."""
         self.turn = (self.turn + 1) % 4
         address = self.buffer.data_ptr() + self.turn * self.size
         return self.size / _native.roofline_read(address, self.size, streams, threads)
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what a result was measured."""
+    """Describe where and with what a result was measured."""
     cpu = probe()
     return {
         "cpu": cpu.brand,
@@ -66,7 +66,7 @@ def machine() -> dict[str, Any]:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """One line for the head of a table."""
+    """Write one line for the head of a table."""
     mib = {name: f"{(info[name] or 0) / 2**20:g} MiB" for name in ("l2_bytes", "l3_bytes")}
     return (
         f"{info['cpu']}, {info['logical_cpus']} CPUs, path {info['path']}, L2 {mib['l2_bytes']}, L3 {mib['l3_bytes']}, "
@@ -75,7 +75,7 @@ def describe(info: dict[str, Any]) -> str:
 
 
 def measure(threads: int, repeats: int) -> dict[str, dict[str, float]]:
-    """name -> median and best, in GB/s or GOP/s; the probes take turns."""
+    """Measure name -> median and best, in GB/s or GOP/s; the probes take turns."""
     reads = {huge: ReadProbe(huge=huge) for huge in (False, True)}
 
     def read(streams: int, huge: bool) -> Callable[[], float]:

@@ -1,10 +1,10 @@
-"""Clients of one server at the same time: requests that share steps, beside requests that take turns.
+"""Time clients of one server at the same time: requests that share steps, beside requests that take turns.
 
     python benchmarks/serving.py [--clients 1 4 16] [--threads 1] [--models /tmp/pymllm-decode]
 
-The Llama of cpu_decode.py (448 M parameters, int4), behind `pymllm serve` on a loopback socket: once as it is, once
-with `--max-running 1`. Every client sends its next request when it has the answer to its last; prompts of 96 random
-tokens, 64 tokens of answer. The two servers are measured in turns, A B A B. Writes results/serving.json and .md.
+The Llama of cpu_decode.py (448 M parameters, int4) runs behind `pymllm serve` on a loopback socket: once as it is, once
+with `--max-running 1`. Every client sends its next request when it has the answer to its last; prompts have 96 random
+tokens, answers 64. The two servers are measured in turns, A B A B. The script writes results/serving.json and .md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SERVERS = {"shared steps": (), "in turn": ("--max-running", "1")}
 
 @contextlib.contextmanager
 def served(folder: Path, threads: int, arguments: tuple[str, ...]) -> Iterator[str]:
-    """The address of a server of its own process."""
+    """Start a server in a process of its own.  Yields its address."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": str(Path(__file__).parent.parent),

@@ -1,9 +1,10 @@
-"""What rounding costs: perplexity of the shipped model on held-out source, by compute mode and by KV cache method.
+"""Measure what rounding costs: perplexity of the shipped model on held-out source, by compute mode and KV cache method.
 
     python benchmarks/shipped_perplexity.py [--tokens 20000]
 
-Text: modules of the standard library that the model was not trained on (HELD_OUT_MODULES of the training script in
-examples/), in windows of 512 tokens. Prints one table; it has no file of results, as the model comes with the package.
+The text is modules of the standard library that the model was not trained on (HELD_OUT_MODULES of the training script
+in examples/), in windows of 512 tokens. The script prints one table; it has no file of results, as the model comes with
+the package.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def round_to_nearest(weight: Tensor) -> IntWeight:
 
 
 def stored(name: str, weight: IntWeight) -> dict[str, Tensor]:
-    """The checkpoint's three tensors of layer `name`."""
+    """Return the three tensors that a checkpoint has of layer `name`."""
     out_features, in_features = weight.shape
     shape = LinearShape(Span.full(in_features), (Span.full(out_features),), (name,), torch.float16)
     tensors = AWQLinearMethod(GROUP_SIZE).to_stored(weight, shape)
@@ -74,7 +74,7 @@ def record_calls(
 
 
 def output_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-    """The first output of module; attention blocks return a tuple."""
+    """Return the first output of module; attention blocks return a tuple."""
     output = module(*args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
@@ -97,7 +97,7 @@ def fold_best_scales(
 
 
 def round_with_best_clipping(weight: Tensor, inputs: Tensor) -> IntWeight:
-    """Quantise weight [O, I]; each group's range is shrunk to where its error on inputs [N, I] is least."""
+    """Quantise weight [O, I], with each group's range shrunk to where its error on inputs [N, I] is least."""
     grams = grams_of(inputs, GROUP_SIZE)
     return round_with_clipping(weight, grams, bits=4, group_size=GROUP_SIZE, symmetric=False)
 

@@ -34,7 +34,7 @@ HELD_OUT_MODULES = (
 )
 # fmt: on
 
-# Tables and generated files: large, and nothing a reader would call code.
+# Tables and generated files: they are large, and no reader would call them code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "encodings", "pydoc_data", "encoded_modules", "data"}
 SKIPPED_PREFIXES = ("_sysconfigdata", "bad_coding", "badsyntax", "badcert", "python-config")
 
@@ -52,11 +52,13 @@ MAX_POSITIONS = 1024
 WARM_UP_STEPS = 100
 LINES_BETWEEN_CUTS = 12
 SHORT_CONTEXT, LONG_CONTEXT = 512, MAX_POSITIONS
-LONG_CONTEXT_FROM = 0.8  # of the time budget: long windows cost a third more time a token
+
+# The share of the time budget after which windows are long; they cost a third more time a token.
+LONG_CONTEXT_FROM = 0.8
 
 
 def library_root() -> Path:
-    """The folder of the running Python's standard library."""
+    """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -81,12 +83,12 @@ def read_library(root: Path) -> dict[str, dict[str, str]]:
 
 
 def format_chat(messages: list[dict[str, str]]) -> str:
-    """The text that CHAT_TEMPLATE makes of a conversation."""
+    """Write a conversation as CHAT_TEMPLATE does."""
     return "".join(f"{CHAT_START}{m['role']}\n{m['content']}{CHAT_END}\n" for m in messages)
 
 
 def chats_from_functions(text: str, rng: random.Random) -> Iterator[str]:
-    """Make one chat of each documented function in text: its name or purpose is asked, its source answers."""
+    """Make one chat of each documented function in text: a user asks for its name or purpose, its source answers."""
     for node in ast.walk(ast.parse(text)):
         docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
         if not docstring or node.name.startswith("__"):
@@ -174,7 +176,7 @@ def mixed_batches(
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 7 M parameters; every size is a multiple of 128, so that int4 groups fit."""
+    """Build a Llama of 7 M parameters; every size is a multiple of 128, so that int4 groups fit."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB_SIZE,
@@ -209,7 +211,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of each token of tokens [B, T + 1] given those before it."""
+    """Compute the mean cross-entropy, in nats, of each token of tokens [B, T + 1] given those before it."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T, V]
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
@@ -218,7 +220,7 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 def held_out_report(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], context: int
 ) -> dict[str, float]:
-    """Loss on texts cut into windows of context tokens: nats a token, bits a byte, perplexity."""
+    """Measure the loss on texts cut into windows of context tokens: nats a token, bits a byte, perplexity."""
     stream = encode_stream(tokenizer, [END_OF_TEXT + text for text in texts.values()])
     windows = stream[: len(stream) // (context + 1) * (context + 1)].view(-1, context + 1)
     batches = windows.split(8)
@@ -233,7 +235,7 @@ def held_out_report(
 
 
 def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    """Build the optimizers: Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     in_muon = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in in_muon]
@@ -244,7 +246,7 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_factor(step: int, progress: float) -> float:
-    """Linear warm-up in steps, then a cosine to zero over progress (0..1 of the time budget)."""
+    """Return the factor: a linear warm-up in steps, then a cosine to zero over progress (0..1 of the time budget)."""
     return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

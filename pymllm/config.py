@@ -1,4 +1,4 @@
-"""What is to be run, as values: `ModelConfig` (a checkpoint's config.json, read) and `Execution` (how to run it)."""
+"""A run's settings as values: `ModelConfig` (a checkpoint's config.json, read) and `Execution` (how to run it)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Execution:
-    """How layers run: where, in which activation dtype, how exactly, with which kernels forced.
+    """The way that layers run: device, dtype of activations, exactness, forced kernels.
 
-    kernels: pairs (operation, kernel name).  Current for a `with` block while a model is built.
-    kept_floats: tensors whose floats stay in the checkpoint's dtype, narrower than `dtype`, by name.
+    It is current for a `with` block, while a model is built.
+    compute: "auto", "exact" or "checkpoint", see `LinearProblem`.  kernels: pairs (operation, forced kernel's name).
+    kept_floats: by name, the tensors whose floats stay in the checkpoint's dtype, which is narrower than `dtype`.
     """
 
     device: str = "cpu"
@@ -31,6 +32,7 @@ class Execution:
     kept_floats: Mapping[str, torch.dtype] = field(default_factory=dict, compare=False, repr=False)
 
     def forced_kernel(self, operation: str) -> str | None:
+        """Return the name of the kernel that the user forces for an operation; None: none."""
         return dict(self.kernels).get(operation)
 
     def __enter__(self) -> Execution:
@@ -45,13 +47,13 @@ _stack: ContextVar[tuple[Execution, ...]] = ContextVar("execution", default=())
 
 
 def current_execution() -> Execution | None:
-    """The innermost `with Execution(...)`."""
+    """Return the innermost `with Execution(...)`; None outside of any."""
     stack = _stack.get()
     return stack[-1] if stack else None
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name.  ConfigError for anything that activations cannot have."""
+    """Turn a name into a torch dtype.  ConfigError for anything that is no dtype of activations."""
     if isinstance(name, torch.dtype):
         name = str(name)
     short = str(name).removeprefix("torch.")
@@ -69,8 +71,8 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 class ModelConfig:
     """A Hugging Face config.json with the field's standard names.
 
-    Attributes read the file, then the model family's `defaults`; a missing one is a ConfigError (an AttributeError
-    to `getattr`), never a guess. What files spell in several ways has a property here.
+    An attribute is looked up in the file, then in the model family's `defaults`; a missing one is a ConfigError (an
+    AttributeError to `getattr`), never a guess. A setting that files spell in several ways has a property here.
     """
 
     def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
@@ -86,21 +88,22 @@ class ModelConfig:
         raise MissingSetting(name, self.raw)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return a setting of the file, else of the family's defaults, else `default`."""
         return self.raw.get(name, self.defaults.get(name, default))
 
     def size(self, name: str) -> int:
-        """A size that must be a positive integer."""
+        """Return a setting that must be a positive integer."""
         return _positive(name, getattr(self, name))
 
     def number(self, name: str) -> float:
-        """A setting that must be a number above 0."""
+        """Return a setting that must be a number above 0."""
         value = getattr(self, name)
         if value is None:
             raise _bad_value(name, value, "a number above 0")
         return _number(name, value, 0.0)
 
     def number_or_none(self, name: str) -> float | None:
-        """The same, or null for what is not to be done."""
+        """Return a setting that must be a number above 0, or null, which switches off what it is for."""
         return None if getattr(self, name) is None else self.number(name)
 
     @property
@@ -120,12 +123,12 @@ class ModelConfig:
         return RopeParameters.read(self)
 
     def rope_parameters_of(self, layer: int) -> RopeParameters:
-        """Those of one layer, where sliding ones have others than full ones."""
+        """Return the rotary settings of one layer: sliding layers may have others than full ones."""
         return RopeParameters.read(self, self.attention_kind_of(layer))
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the checkpoint was saved in, if it says so."""
+        """The dtype that the checkpoint was saved in; None: the file does not say."""
         name = self.raw.get("dtype", self.raw.get("torch_dtype"))
         return None if name is None else parse_dtype(str(name))
 
@@ -141,24 +144,24 @@ class ModelConfig:
         return bool(tied)
 
     def attention_kind_of(self, layer: int) -> str | None:
-        """full_attention or sliding_attention; None where neither layer_types nor a pattern tells layers apart."""
+        """Return "full_attention" or "sliding_attention".
+
+        None where neither layer_types nor sliding_window_pattern tells layers apart.
+        """
         kinds, pattern = self.get("layer_types"), self.get("sliding_window_pattern")
-        if kinds is None and pattern is not None:  # the last of so many layers is a full one
+        if kinds is None and pattern is not None:  # of so many layers in a row, the last one is full
             full = (layer + 1) % _positive("sliding_window_pattern", pattern) == 0
             return "full_attention" if full else "sliding_attention"
         if kinds is None:
             return None
         layers = self.size("num_hidden_layers")
-        if (
-            not isinstance(kinds, list)
-            or len(kinds) != layers
-            or not all(kind in ATTENTION_KINDS for kind in kinds)
-        ):
+        known = isinstance(kinds, list) and all(kind in ATTENTION_KINDS for kind in kinds)
+        if not known or len(kinds) != layers:
             raise _bad_value("layer_types", kinds, f"{layers} of {' or '.join(ATTENTION_KINDS)}")
         return kinds[layer]
 
     def sliding_window_of(self, layer: int) -> int | None:
-        """How many positions the attention of `layer` sees; None: all."""
+        """Return how many positions the attention of `layer` sees; None: all."""
         window, kind = self.get("sliding_window"), self.attention_kind_of(layer)
         if window is None or window == 0 or self.get("use_sliding_window") is False:
             return None
@@ -171,13 +174,13 @@ class ModelConfig:
         return window if not first or layer >= _positive("max_window_layers", first) else None
 
 
-UNREACHED = 2**31  # positions that no text has, and kernels do not count
+UNREACHED = 2**31  # more positions than any text has, and than kernels count
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
 def _bad_value(name: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(
-        f"{name} has a value that it cannot have",
+        f"config.json gives {name} a value that it cannot have",
         code="config-value",
         file="config.json",
         tensor=name,
@@ -187,7 +190,7 @@ def _bad_value(name: str, value: Any, expected: str) -> ConfigError:
 
 
 def _number(name: str, value: Any, default: float, *, zero: bool = False) -> float:
-    """A finite number above 0 (zero: or 0); null stands for the default."""
+    """Check that a setting is a finite number above 0 (zero: or 0).  None stands for the default."""
     if value is None:
         return default
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -219,7 +222,7 @@ class MissingSetting(ConfigError, AttributeError):
 class RopeParameters:
     """Rotary settings, whichever way config.json spells them.
 
-    transformers 4 wrote `rope_theta` and `rope_scaling`; 5 writes both into `rope_parameters`.
+    transformers 4 wrote `rope_theta` and `rope_scaling`; transformers 5 writes both into `rope_parameters`.
     """
 
     theta: float = 10000.0
@@ -229,7 +232,11 @@ class RopeParameters:
 
     @classmethod
     def read(cls, config: ModelConfig, kind: str | None = None) -> RopeParameters:
-        """kind: of a layer's attention; sliding layers have a base of their own in Gemma 3, and never a scaling."""
+        """Read the rotary settings of a config.
+
+        kind: of a layer's attention, as `ModelConfig.attention_kind_of` returns it; in Gemma 3 sliding layers have a
+        base of their own, and never a scaling.
+        """
         given = config.raw.get("rope_parameters") or config.raw.get("rope_scaling")
         settings = given or config.defaults.get("rope_parameters") or {}
         base, local = config.get("rope_theta"), config.get("rope_local_base_freq")
@@ -244,9 +251,8 @@ class RopeParameters:
         scaling = settings.get("rope_type") or settings.get("type") or "default"
         if not isinstance(scaling, str):
             raise _bad_value("rope_type", scaling, "a name")
-        if (
-            "long_factor" in settings
-        ):  # early files call it su, or yarn, and have the trained length elsewhere
+        # Early files call longrope su, or yarn, and have the trained length beside these settings.
+        if "long_factor" in settings:
             scaling, trained = "longrope", config.get("original_max_position_embeddings")
             settings = {"original_max_position_embeddings": trained, **settings}
         for name in ROPE_NUMBERS:

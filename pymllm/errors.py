@@ -1,7 +1,7 @@
 """Every error that pymllm raises on purpose.
 
-Each one says what is wrong (`code`), where (`file`, `tensor`), what was expected, what was found and what to do.
-The command line prints `str(error)`, one paragraph, without a traceback.
+Each error says what is wrong (its message and `code`), where (`file`, `tensor`), what was expected, what was found and
+what to do (`fix`).  The command line prints `str(error)`, one paragraph, without a traceback.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 NEAREST = "Nearest:"
-BRIEF = 8  # of many alike that a terminal is shown
+BRIEF = 8  # items of a long list that a terminal is shown
 
 
 class PymllmError(Exception):
-    """Base of all errors raised on purpose.
+    """The base of all errors raised on purpose.
 
-    code: a stable short name, e.g. "truncated".  file, tensor, expected, found, fix: optional parts of the message.
-    brief: the message for a terminal, where it is long; `str(error)` has all of it.
+    code: a stable short name, e.g. "truncated".  file, tensor, expected, found, fix: optional parts of the text.
+    brief: a shorter message for a terminal, where `message` is long; `str(error)` has all of `message`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PymllmError(Exception):
         return self._paragraph(self.message)
 
     def shortened(self) -> str:
-        """As `str`, but with `brief` where there is one."""
+        """Return the error's text with `brief` in place of the message, where there is one."""
         return self._paragraph(self.brief or self.message)
 
     def _paragraph(self, message: str) -> str:
@@ -77,11 +77,11 @@ class ShardingError(ConfigError):
 
 
 class KernelError(PymllmError, RuntimeError):
-    """No kernel can run a problem, or the one asked for cannot."""
+    """A problem that no kernel can run, or that the forced kernel cannot."""
 
 
 class RankError(PymllmError, RuntimeError):
-    """Another rank is gone, or did not come to a collective in time."""
+    """A rank that is gone, or that did not come to a collective in time."""
 
 
 class RequestError(PymllmError, ValueError):
@@ -93,7 +93,7 @@ class RequestError(PymllmError, ValueError):
 
 
 class MissingExtraError(PymllmError, ImportError):
-    """An optional package is needed; the message names the extra which brings it."""
+    """An optional package that is needed and not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
@@ -104,19 +104,19 @@ class MissingExtraError(PymllmError, ImportError):
 
 
 def _says(message: str, name: str) -> bool:
-    """Whether a message names a file or tensor: the whole name, and not as a hint at another one."""
+    """Tell whether a message names a file or tensor: the whole name, and not as a hint at another one."""
     statement = message.partition(NEAREST)[0]
     return re.search(rf"(?<![\w.-]){re.escape(str(name))}(?![\w-]|\.\w)", statement) is not None
 
 
 def first_few(items: Sequence[str], separator: str = ", ", count: int = BRIEF) -> str:
-    """For `brief`: the first items, and how many there are besides."""
+    """Join the first items, and how many there are besides, for `brief`."""
     more = len(items) - count
     return separator.join([*items[:count], f"and {more} more"] if more > 0 else items)
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """A hint such as "Nearest: a, b." naming the candidates most like `name`; empty when none is like it."""
+    """Make a hint such as "Nearest: a, b." that names the candidates most like `name`; "" where none is like it."""
     close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.6)
     return f"{NEAREST} {', '.join(close)}." if close else ""
 
@@ -124,7 +124,7 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
 def unknown_name(
     what: str, name: str, known: Iterable[str], *, code: str, error: type[PymllmError] = ConfigError
 ) -> PymllmError:
-    """The error for a name that is none of those there are."""
+    """Make the error for a name that is none of the known ones.  what: what it should name, as "linear kernel"."""
     known = list(known)
     return error(
         f"there is no {what} {name!r}",
@@ -136,7 +136,7 @@ def unknown_name(
 
 
 def fetch_factory_name(factory: Any) -> str:
-    """What a registry has bound, as "module.qualified.name", behind its partials and decorators.
+    """Return the name of a registered factory, "module.qualified.name", without its partials and decorators.
 
     factory: a class or a function; anything else goes by its class.
     """

@@ -1,11 +1,11 @@
-"""Tensor parallelism as a value: which rank of how many this process is, and the collectives between them.
+"""Tensor parallelism as a value: this process's rank, the number of ranks, and the collectives between them.
 
     with Parallel.from_environment() as parallel:   # one process a rank, started by torchrun
         model = load_model(path)
 
 A `Parallel` is current for a `with` block while a model is built; every layer keeps the one it was built under.
 `Parallel(rank, size)` alone is enough to shard and load weights; running a sharded model needs a group, which
-`Parallel.from_environment` (torch.distributed) or `simulate` (threads of one process, for tests) gives.
+`Parallel.from_environment` (torch.distributed) or `simulate` (threads of one process, for tests) makes.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from torch import Tensor
 from pymllm.errors import ConfigError, RankError, ShardingError
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others in a collective
-FAREWELL_SECONDS = 5.0
+FAREWELL_SECONDS = 5.0  # that a rank waits for the others before it leaves the group
 
 R = TypeVar("R")
 
 
 class Group(Protocol):
-    """What a set of ranks can do together.  Every rank must make every call, in the same order."""
+    """The collectives of a set of ranks.  Every rank must make every call, in the same order."""
 
     def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
-        """All ranks' tensors of one shape, in rank order."""
+        """Collect the tensors of all ranks, which have one shape, in rank order."""
 
     def all_reduce(self, rank: int, value: Tensor) -> Tensor:
-        """The sum over ranks."""
+        """Sum the tensors of all ranks."""
 
     def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Rows for every rank, side by side (`send[r]` of them for rank r), become rows from every rank."""
+        """Send `send[r]` rows of `value`, which lie in rank order, to each rank r.
+
+        receive: how many rows each rank sends here.  Returns the rows of all ranks, in rank order.
+        """
 
     def broadcast_object(self, rank: int, value: Any) -> Any:
-        """Rank 0's Python value."""
+        """Return rank 0's Python value, on every rank."""
 
 
 class ProcessGroup:
@@ -80,7 +83,7 @@ class ProcessGroup:
 
 @contextlib.contextmanager
 def _together(rank: int, size: int) -> Iterator[None]:
-    """A collective: what torch says of a rank that is gone, or does not come, becomes one RankError."""
+    """Run a collective; torch's errors over a rank that is gone, or does not come, become one RankError."""
     try:
         yield
     except RuntimeError as error:
@@ -96,7 +99,7 @@ def _together(rank: int, size: int) -> Iterator[None]:
 
 
 class ThreadGroup:
-    """Ranks as threads of one process: each posts its value, all wait, all read."""
+    """A group of ranks that are threads of one process: each posts its value, all wait, all read."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -125,9 +128,10 @@ class ThreadGroup:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process is `rank` of `size` tensor-parallel ranks, joined by `group` (None: weights only).
+    """The place of this process: `rank` of `size` tensor-parallel ranks, joined by `group`.
 
-    expert_parallel: the experts of a layer are divided over the ranks whole, instead of each over all of them.
+    group: None: weights can be sharded and loaded, but the model cannot run.
+    expert_parallel: every rank holds some of a layer's experts whole, instead of a share of each.
     """
 
     rank: int = 0
@@ -148,8 +152,9 @@ class Parallel:
     def from_environment(
         cls, backend: str | None = None, *, expert_parallel: bool = False, timeout: float = TIMEOUT
     ) -> Parallel:
-        """The rank that torchrun's RANK and WORLD_SIZE name, joined to its group; one rank without them.
+        """Take rank and size from torchrun's RANK and WORLD_SIZE and join the group; one rank without them.
 
+        backend: torch.distributed's; None: nccl where torch sees a GPU, else gloo.
         timeout: seconds after which a rank that waits for another one gives up, with a RankError.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -166,26 +171,28 @@ class Parallel:
     def _group(self) -> Group:
         if self.group is None:
             raise ConfigError(
-                f"rank {self.rank} of {self.size} has no group to talk to the other ranks",
+                f"rank {self.rank} of {self.size} has no group that joins it to the other ranks",
                 code="parallel-group",
-                fix="Start one process a rank with torchrun, or use pymllm.parallel.simulate in a test.",
+                fix="Start one process for each rank with torchrun and use Parallel.from_environment, or use "
+                "pymllm.parallel.simulate in a test.",
             )
         return self.group
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over ranks."""
+        """Sum x over all ranks."""
         return x if self.size == 1 else self._group().all_reduce(self.rank, x)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        """x of all ranks, concatenated along `dim` in rank order."""
+        """Concatenate the x of all ranks along `dim`, in rank order."""
         return x if self.size == 1 else torch.cat(self._group().exchange(self.rank, x), dim=dim)
 
     def all_to_all(
         self, x: Tensor, send: list[int], receive: list[int] | None = None
     ) -> tuple[Tensor, list[int]]:
-        """Send `send[r]` rows of x to each rank r, in rank order; the rows received, and how many from each rank.
+        """Send `send[r]` rows of x, which lie in rank order, to each rank r.
 
-        receive: how many each rank sends here, where that is known already.
+        receive: how many rows each rank sends here; None: the ranks tell each other first.
+        Returns the rows received, in rank order, and how many came from each rank.
         """
         if self.size == 1:
             return x, list(send)
@@ -196,12 +203,12 @@ class Parallel:
         return group.all_to_all(self.rank, x, send, receive), receive
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor | None:
-        """What all_gather gives, on rank 0; None on every other rank."""
+        """Return what all_gather returns on rank 0, and None on every other rank."""
         gathered = self.all_gather(x, dim)
         return gathered if self.rank == 0 else None
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value, on every rank."""
         return value if self.size == 1 else self._group().broadcast_object(self.rank, value)
 
     def __enter__(self) -> Parallel:
@@ -213,15 +220,15 @@ class Parallel:
 
 
 def leave_process_group() -> None:
-    """End torch.distributed's default group, together with the other ranks.  Without one it does nothing.
+    """End torch.distributed's default group, together with the other ranks; without a group do nothing.
 
-    A rank that closes its connections while another still uses them ends that one; so all meet first. Ranks that
-    failed do not come: nobody waits longer than FAREWELL_SECONDS for them.
+    A rank that closes its connections while another rank still uses them makes that rank fail; so all meet first.
+    Ranks that failed do not come: nobody waits longer than FAREWELL_SECONDS for them.
     """
     if not torch.distributed.is_initialized():
         return
     if torch.distributed.get_backend() == "gloo":
-        # Nothing is lost if they do not meet: this process is leaving either way.
+        # Nothing is lost if the ranks do not meet: this one leaves either way.
         with contextlib.suppress(RuntimeError):
             torch.distributed.monitored_barrier(timeout=timedelta(seconds=FAREWELL_SECONDS))
     torch.distributed.destroy_process_group()
@@ -231,15 +238,15 @@ _stack: ContextVar[tuple[Parallel, ...]] = ContextVar("parallel", default=())
 
 
 def current_parallel() -> Parallel:
-    """The innermost `with Parallel(...)`, or a single rank."""
+    """Return the innermost `with Parallel(...)`, or a single rank."""
     stack = _stack.get()
     return stack[-1] if stack else Parallel()
 
 
 def simulate(size: int, work: Callable[[Parallel], R], *, expert_parallel: bool = False) -> list[R]:
-    """Run `work` once a rank, in `size` threads that are joined by a group; the results in rank order.
+    """Run `work` once for each rank, in `size` threads that are joined by a group.
 
-    An exception in one rank ends all of them and is raised here.
+    Returns the results in rank order.  An exception in one rank ends all of them and is raised here.
     """
     group = ThreadGroup(size)
     results: list[Any] = [None] * size

@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 7, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     ),
     "phi3": ("Phi3", {"pad_token_id": 0}),
+    "olmo2": ("Olmo2", {}),
 }
 # Two layers of four query heads and two key heads; sizes that groups and blocks of 128 divide, but an odd vocabulary.
 SIZES = {
@@ -260,11 +261,13 @@ class TinyCheckpoint:
             return self.model((self.ids if ids is None else ids).unsqueeze(0), use_cache=False).logits[0]
 
 
-def tiny_config(family: str = "llama", **settings: Any) -> Any:
-    """transformers' config of a tiny model of this family; `settings` over SIZES."""
+def tiny_config(
+    family: str = "llama", families: Mapping[str, tuple[str, dict[str, Any]]] = FAMILIES, **settings: Any
+) -> Any:
+    """Make transformers' config of a tiny model of this family; `settings` over SIZES."""
     import transformers
 
-    name, particular = FAMILIES[family]
+    name, particular = families[family]
     cls = getattr(transformers, f"{name}Config")
     # Eager attention is the plain formula, and takes every mask.
     return cls(**(SIZES | particular | settings), attn_implementation="eager")
@@ -328,18 +331,31 @@ def write_checkpoint(
             weight.copy_(meant)
         # The others have no layer's suffix of their own: "weight" of a norm, "bias".
         tensors |= {f"{layer}.{suffix if key == 'weight' else key}": value for key, value in stored.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = json.loads(config.to_json_string())
-    raw["dtype"] = str(plain.dtype).removeprefix("torch.")
-    raw["architectures"] = [type(model).__name__]
-    quantization = writer.config(ignored)
-    if quantization is not None:
-        raw["quantization_config"] = quantization
-    if edit_config is not None:
-        edit_config(raw)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    save_config(folder, model, plain.dtype, writer.config(ignored), edit_config)
     save_tensors(folder, tensors, shards)
     return TinyCheckpoint(folder, model, tuple(linears))
+
+
+def save_config(
+    folder: Path,
+    model: Any,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None,
+    edit: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Make `folder` with the config.json of transformers' model in it.
+
+    edit: changes the values before they are written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = json.loads(model.config.to_json_string())
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    raw["architectures"] = [type(model).__name__]
+    if quantization is not None:
+        raw["quantization_config"] = quantization
+    if edit is not None:
+        edit(raw)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> None:

@@ -1,9 +1,13 @@
 """What all tests share."""
 
+from __future__ import annotations
+
 import os
 
 import pytest
 import torch
+
+import pymllm
 
 # Tiny matrices: more threads only wait for each other, the more so with several test workers on few cores.
 torch.set_num_threads(1)
@@ -18,3 +22,9 @@ def torch_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llm() -> pymllm.LLM:
+    """The shipped model."""
+    return pymllm.LLM(progress=False)

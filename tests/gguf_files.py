@@ -110,11 +110,16 @@ def write_gguf(
         edit_tensors(tensors)
     for name, (raw, kind) in tensors.items():
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    finish(writer)
+    return model
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added, and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
 
 
 def write_settings(writer: gguf.GGUFWriter, config: Any, arch: str) -> None:

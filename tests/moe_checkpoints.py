@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import FORMATS, SIZES, Plain, TinyCheckpoint, Writer, save_tensors
+from .checkpoints import FORMATS, Plain, TinyCheckpoint, Writer, save_config, save_tensors, tiny_config
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "intermediate_size": 256}
@@ -83,12 +82,8 @@ MOE_FORMATS: dict[str, Writer] = FORMATS | {"mxfp4": MXFP4()}
 
 
 def moe_config(family: str, **settings: Any) -> Any:
-    """transformers' config of a tiny model of this family."""
-    import transformers
-
-    name, own = FAMILIES[family]
-    cls = getattr(transformers, f"{name}Config")
-    return cls(**(SIZES | own | settings), attn_implementation="eager")
+    """Make transformers' config of a tiny model of this family."""
+    return tiny_config(family, FAMILIES, **settings)
 
 
 def random_moe(config: Any, seed: int = 0) -> Any:
@@ -173,17 +168,9 @@ def write_moe(
         with torch.no_grad():
             weight.copy_(meant)
         tensors |= {f"{layer}.{suffix if key == 'weight' else key}": value for key, value in stored.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = json.loads(config.to_json_string())
-    raw["dtype"] = str(plain.dtype).removeprefix("torch.")
     routers = tuple(
         layer for layer in {name.rpartition(".")[0] for name in tensors} if layer.endswith(ROUTERS)
     )
-    quantization = writer.config(routers)
-    if quantization is not None:
-        raw["quantization_config"] = quantization
-    if edit_config is not None:
-        edit_config(raw)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    save_config(folder, model, plain.dtype, writer.config(routers), edit_config)
     save_tensors(folder, tensors, shards)
     return TinyCheckpoint(folder, model, ())

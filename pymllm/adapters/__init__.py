@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them: their settings, and their way onto a model's layers."""
+"""LoRA adapters as PEFT writes them: readers of their settings, and the loading onto a model's layers."""
 
 from pymllm.adapters.config import LoRAConfig, load_lora_config
 from pymllm.adapters.loading import (

@@ -1,7 +1,7 @@
 """An adapter's settings: PEFT's adapter_config.json, read strictly.
 
-What changes how an adapter is applied is either honoured or refused by its name; what only steered its training is
-left alone. The matching of names is PEFT's.
+A setting that changes how an adapter is applied is either honoured or refused by its name; a setting that only steered
+its training is ignored. Names are matched as PEFT does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HONOURED = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern"),
     *("alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"),
 }
-# Of training, of where the adapter comes from, or of layers that our models do not have (fan_in_fan_out: Conv1D).
+# Settings of training, of the adapter's origin, or of layers that our models do not have (fan_in_fan_out: Conv1D).
 WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode"),
     *("lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -46,13 +46,20 @@ REFUSED = {
     "alora_invocation_tokens": "it applies from certain tokens on",
     "ensure_weight_tying": "it ties the adapters of embedding and head",
 }
-# Ways to start A and B that leave the base weights as they are; the others (PiSSA, OLoRA, LoftQ, ...) change them.
+# The ways to start A and B that leave the base weights as they are; the others (PiSSA, OLoRA, LoftQ, ...) change them.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """path: the adapter's folder.  target_modules: a regular expression, "all-linear", or names and their endings."""
+    """The settings of an adapter that decide how it is applied.
+
+    path: the adapter's folder.  target_modules: a regular expression, "all-linear", or names and their endings.
+    exclude_modules: a regular expression, or names and their endings.
+    layers_to_transform: the indices of the decoder layers that have the adapter; None: all.  layers_pattern: the names
+    of the module lists that these indices count in; empty: any list.
+    rank_pattern, alpha_pattern: other ranks and alphas, by the pattern of a layer's name.
+    """
 
     path: Path
     rank: int
@@ -66,16 +73,16 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, name: str) -> int:
-        """The rank of the adapter on this layer."""
+        """Return the rank of the adapter on this layer."""
         return int(_by_pattern(self.rank_pattern, name, self.rank))
 
     def scaling_of(self, name: str) -> float:
-        """alpha / r, or alpha / √r where rank-stabilised."""
+        """Compute alpha / r, or alpha / √r if the adapter is rank-stabilised."""
         rank, alpha = self.rank_of(name), _by_pattern(self.alpha_pattern, name, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def targets(self, name: str, kind: str) -> bool:
-        """Whether the adapter is on this layer.  kind: linear, embedding or lm_head."""
+        """Tell whether the adapter is on this layer.  kind: linear, embedding or lm_head."""
         if _matches(self.exclude_modules, name):
             return False
         if self.target_modules == "all-linear":
@@ -91,7 +98,7 @@ class LoRAConfig:
         return index is not None and int(index) in self.layers_to_transform
 
     def unmatched(self, kinds: Mapping[str, str]) -> list[str]:
-        """The targets that name none of these layers (name: kind)."""
+        """List the targets that name none of these layers.  kinds: the layers' kinds by name."""
         if self.target_modules == "all-linear":
             return []
         if isinstance(self.target_modules, str):
@@ -102,18 +109,19 @@ class LoRAConfig:
 
 
 def _matches(wanted: str | tuple[str, ...], name: str) -> bool:
-    """A regular expression for the whole name, or names and endings of whole segments."""
+    """Match a name.  wanted: a regular expression for all of it, or names and endings of whole segments."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a name, from a segment's start on."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
 def load_lora_config(path: str | Path) -> LoRAConfig:
-    """Read an adapter's settings.  path: its folder, or a hub id.  ConfigError names the setting that cannot be had."""
+    """Read an adapter's settings.  path: its folder, or a hub id.  ConfigError names an unsupported setting."""
     folder = resolve_model_path(path)
     file = folder / CONFIG_FILE
     raw = parse_json_object(read_small_file(file, MAX_CONFIG_BYTES, "config"), file, "config")
@@ -127,11 +135,12 @@ def load_lora_config(path: str | Path) -> LoRAConfig:
                 name,
                 raw[name],
                 "an adapter without it",
-                f"This is not supported: {why}. Merge it with PEFT.",
+                f"This is not supported: {why}. Merge the adapter into its model with PEFT.",
             )
     for name, value in raw.items():
         if name not in HONOURED | WITHOUT_EFFECT | set(REFUSED) and value not in (None, False, [], {}, ""):
-            raise _error(file, name, value, "settings that this version knows", "It may change the results.")
+            fix = "It may change the results, so it is not ignored. Remove it if it does not matter."
+            raise _error(file, name, value, "settings that this version knows", fix)
     start = raw.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         fix = "Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
@@ -199,7 +208,7 @@ def _patterns(value: Any, file: Path, name: str, read: Any) -> dict[str, Any]:
 
 
 def _check_pattern(pattern: str, file: Path, name: str) -> None:
-    """An adapter may be hostile: a pattern that is none, or that could take forever, is refused."""
+    """Refuse a pattern that is none, or that could take forever: an adapter may be hostile."""
     try:
         compile_pattern(pattern, name)
     except ConfigError as error:

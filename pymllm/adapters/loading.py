@@ -1,4 +1,4 @@
-"""From an adapter's folder onto a model's layers: every tensor finds its layer, or nothing is loaded."""
+"""The loading of an adapter's folder onto a model's layers: every tensor finds its layer, or nothing is loaded."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PREFIX = "base_model.model."  # before every name in a PEFT file
 class LoadedAdapter:
     """An adapter that a model holds.
 
-    layers: the checkpoint names of what it adapts.  nbytes: its matrices on this rank.
-    unmerged: after `merge_lora_weights`, why some layers keep it beside their weights, by layer.
+    layers: the checkpoint names of the weights that it adapts.  nbytes: the bytes of its matrices on this rank.
+    unmerged: after `merge_lora_weights`, the reason why a layer keeps it beside its weights, by the layer's name.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class _Place:
-    """One weight that an adapter may be on.  part: which part of its layer."""
+    """One weight that an adapter may be on.  part: the index of the weight among its layer's parts."""
 
     name: str
     layer: WeightedLayer
@@ -61,6 +61,7 @@ class _Place:
         return replace(self.layer.shape.part(self.part), parts=(self.name,))
 
     def make(self, config: LoRAConfig) -> LoRAPart:
+        """Make the matrices of the adapter on this weight, all zeros."""
         before = sum(span.size for span in self.layer.shape.outputs[: self.part])
         shape = self.shape
         rows = slice(before, before + shape.out_features_local)
@@ -75,14 +76,14 @@ class _Place:
 
 
 def loaded_adapters(model: nn.Module) -> dict[str, LoadedAdapter]:
-    """The adapters that a model holds, by name."""
+    """Return the adapters that a model holds, by name."""
     return model.__dict__.setdefault("lora_adapters", {})
 
 
 def enable_lora_for_model(model: nn.Module, config: LoRAConfig, *, name: str = DEFAULT_ADAPTER) -> list[str]:
-    """Give every layer that `config` targets an adapter that changes nothing yet; it becomes the active one.
+    """Give every layer that `config` targets an adapter that changes nothing yet, and make it the active one.
 
-    Returns the checkpoint names of those weights.  CheckpointError for a target that names none.
+    Returns the checkpoint names of the targeted weights.  CheckpointError for a target that names none.
     """
     _check_unmerged(model, name)
     problems: list[Problem] = []
@@ -105,14 +106,14 @@ def load_lora_weights(
     name: str = DEFAULT_ADAPTER,
     activate: bool = True,
 ) -> LoadedAdapter:
-    """Load a PEFT adapter onto a model, under a name; in place of one that has the name already.
+    """Load a PEFT adapter onto a model, under a name, in place of an adapter that has the name already.
 
     path: its folder (adapter_config.json, adapter_model.safetensors), or a hub id.
-    activate: apply it wherever a request names no adapter; else only to those that name this one.
+    activate: whether it applies to requests that name no adapter; else it applies only to those that name it.
     pre_merge_lora: merge it into weights that are plain floats, without keeping those for `unmerge_lora_weights`.
 
-    Raises ConfigError for settings that cannot be honoured; ONE CheckpointError that lists every target that names no
-    layer, every tensor that finds none, and every one that is missing or misshapen.  The model is then as it was.
+    Raises ConfigError for unsupported settings, and ONE CheckpointError that lists every target that names no layer,
+    every tensor that no layer takes, and every tensor that is missing or misshapen.  The model is then as it was.
     """
     config = load_lora_config(path)
     _check_unmerged(model, name)
@@ -136,7 +137,7 @@ def load_lora_weights(
 
 
 def unload_lora_weights(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
-    """Drop an adapter.  ConfigError if there is none of that name, or if it is merged."""
+    """Remove an adapter from the model.  ConfigError if there is none of that name, or if it is merged."""
     _adapter(model, name)
     _check_unmerged(model, name)
     for layer in weighted_layers(model):
@@ -147,16 +148,18 @@ def unload_lora_weights(model: nn.Module, name: str = DEFAULT_ADAPTER) -> None:
 def merge_lora_weights(
     model: nn.Module, name: str = DEFAULT_ADAPTER, *, keep_base: bool = True
 ) -> LoadedAdapter:
-    """Merge an adapter into every weight that is plain floats; elsewhere it stays beside the weights, and active.
+    """Merge an adapter into every weight that is plain floats; beside other weights it stays as it is, and active.
 
-    Every request then has it. keep_base: keep the weights as they are now, so that `unmerge_lora_weights` can put them
-    back bit for bit. The result's `unmerged` says which layers kept it beside their weights, and why.
+    Every request then has it.  keep_base: keep the weights as they are now, so that `unmerge_lora_weights` can put them
+    back bit for bit.  `unmerged` of the result names the layers that keep it beside their weights, and says why.
     """
     adapter = _adapter(model, name)
     other = merged_adapter(model)
     if other not in (None, name):
         raise ConfigError(
-            f"the adapter {other!r} is merged already", code="lora-merged", fix="Unmerge it first."
+            f"{name!r} cannot be merged: the adapter {other!r} is merged already",
+            code="lora-merged",
+            fix="Unmerge it first.",
         )
     if adapter.merged:
         return adapter
@@ -171,9 +174,9 @@ def merge_lora_weights(
 
 
 def unmerge_lora_weights(model: nn.Module) -> None:
-    """Put the weights back that were there before `merge_lora_weights`; nothing if nothing is merged.
+    """Put the weights back that were there before `merge_lora_weights`.  Do nothing if no adapter is merged.
 
-    No adapter is active then, so that requests which name none get the base model.
+    Afterwards no adapter is active, so that requests which name none get the base model.
     """
     name = merged_adapter(model)
     if name is None:
@@ -186,7 +189,7 @@ def unmerge_lora_weights(model: nn.Module) -> None:
 
 
 def merged_adapter(model: nn.Module) -> str | None:
-    """The adapter that lies in the weights of the model."""
+    """Return the name of the adapter that is merged into the model's weights, or None."""
     return next((name for name, adapter in loaded_adapters(model).items() if adapter.merged), None)
 
 
@@ -229,13 +232,14 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    """Every weight by its checkpoint name."""
+    """Yield every weight that an adapter may be on, by its checkpoint name."""
     for layer in weighted_layers(model):
         for index, name in enumerate(layer.names()):
             yield _Place(name, layer, index)
 
 
 def _targeted(model: nn.Module, config: LoRAConfig, problems: list[Problem]) -> list[_Place]:
+    """Find the weights that an adapter targets.  A target that names none is a problem."""
     places = list(_places(model))
     kinds = {place.name: place.layer.kind for place in places}
     for target in config.unmatched(kinds):
@@ -250,7 +254,8 @@ def _stage(places: list[_Place], config: LoRAConfig) -> list[tuple[_Place, LoRAP
     return [(place, place.make(config)) for place in places]
 
 
-COPY = "base_layer.weight"  # of a targeted embedding or head, which PEFT saves beside the matrices
+# A targeted embedding's or head's own weight, which PEFT saves beside the matrices.
+COPY = "base_layer.weight"
 Matched = tuple[LoRAPart, str, Slot, TensorInfo]
 Copy = tuple[_Place, Slot, TensorInfo]
 
@@ -261,9 +266,9 @@ def _match(
     tensors: Mapping[str, TensorInfo],
     problems: list[Problem],
 ) -> tuple[list[Matched], list[Copy]]:
-    """Each matrix with its tensor, and copies of base weights with theirs.
+    """Find the tensor of each matrix, and the copies of base weights.
 
-    A tensor that is left over is a problem, as is a matrix without one.
+    A matrix without a tensor is a problem, and so is a tensor that is left over.
     """
     named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     slots = [
@@ -278,10 +283,12 @@ def _match(
     for part, attribute, slot in slots:
         tensor = named.get(slot.tensor)
         if tensor is None and slot.together and slot.part:
-            continue  # said for its first part
+            continue  # it is reported for the first part
         if tensor is None:
             hint = nearest(slot.tensor, stray) if len(problems) < HINTS else ""
-            text = f"missing; the adapter targets the layer, so needs it as {list(slot.source_shape)}. {hint}"
+            text = (
+                f"missing: the adapter targets its layer, which needs it as {list(slot.source_shape)}. {hint}"
+            )
             problems.append(Problem("missing", slot.tensor, text.strip()))
             continue
         problem = mismatch(slot, tensor)
@@ -306,7 +313,7 @@ def _match(
 
 
 def _check_copy(place: _Place, slot: Slot, tensor: TensorInfo) -> None:
-    """A copy of base weights must be what the model has.  CheckpointError if not, or if these are quantised."""
+    """Check that a copy of base weights equals the model's.  CheckpointError if not, or if those are quantised."""
     bound = bound_weight(place.layer)
     weight = None if bound is None else bound.canonical()
     if isinstance(weight, DenseWeight):
@@ -330,17 +337,17 @@ def _check_copy(place: _Place, slot: Slot, tensor: TensorInfo) -> None:
 def _unexpected(name: str, full: str, layers: set[str], wanted: set[str], hinted: bool) -> Problem:
     layer, _, suffix = name.partition(".lora_")
     if not suffix:
-        text = "unexpected, not a LoRA matrix: whole weights beside an adapter are not supported."
+        text = "unexpected: it is no LoRA matrix, and whole weights beside an adapter are not supported."
     elif layer in layers:
-        text = "unexpected, the adapter's target_modules leave that layer out."
+        text = "unexpected: the adapter's target_modules leave its layer out."
     else:
         hint = (nearest(layer, layers) or nearest(name, wanted)) if hinted else ""
-        text = f"unexpected, no layer that takes adapters is called {layer}. {hint}".strip()
+        text = f"unexpected: no layer that takes adapters is called {layer}. {hint}".strip()
     return Problem("unexpected", full, text)
 
 
 def _read(part: LoRAPart, attribute: str, slot: Slot, tensor: TensorInfo) -> None:
-    """This rank's slice of one matrix.  CheckpointError for numbers that are none."""
+    """Read this rank's slice of one matrix.  CheckpointError for numbers that are not finite."""
     param: Any = getattr(part, attribute)
     write(param.data, slot, tensor.read(slot.source).to(param.device), param.written)
     bad = int((~torch.isfinite(param.data)).sum())
@@ -358,6 +365,7 @@ def _read(part: LoRAPart, attribute: str, slot: Slot, tensor: TensorInfo) -> Non
 def _attach(
     model: nn.Module, name: str, config: LoRAConfig, staged: list[tuple[_Place, LoRAPart]]
 ) -> LoadedAdapter:
+    """Put the matrices on their layers, under the adapter's name, in place of the adapter that had the name."""
     if not name or not name.isprintable():
         raise ConfigError(
             f"an adapter cannot be called {name!r}", code="lora-name", expected="a printable name"

@@ -1,4 +1,4 @@
-"""The boundary between a strategy's attention metadata and the attention kernels."""
+"""Attention: its layer and blocks, and the step's metadata that they read."""
 
 from pymllm.attention.attention import Attention, bytes_per_token, reference_torch_attention
 from pymllm.attention.triton import triton_attention, triton_grouped_attention

@@ -16,7 +16,7 @@ from pymllm.kernels.attention import AttentionKernel, AttentionProblem, Attentio
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
-from pymllm.layers.held import Binder, Description, Place, WeightHolder, slotted_places, weight_holders
+from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.layers.step import fetch_attn_metadata
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
@@ -27,12 +27,13 @@ from pymllm.weights.spec import LinearShape, Span
 class Attention(WeightHolder):
     """Attention of grouped heads over this step's tokens and what the cache holds.
 
-    attn_impl: "auto", or a kernel's name.  sliding_window: how many positions a query sees; None: all.
-    value_head_dim: None: head_dim.  soft_cap: of the scaled logits.  sinks: whether `forward` gets a logit a head that
-    takes part in the softmax alone.  quant_method: how keys and values are stored; None: as quant_config says, else in
-    the activations' dtype.  kv_heads: this rank's key heads of all of them, for scales that have one each.
-    prefix: the layer's name; scales in the checkpoint are named after the module around it.
-    cache: the layer's pages, set by the engine; None: nothing is cached.
+    attn_impl: "auto", or a kernel's name.  sliding_window: how many positions a query sees; None: all of them.
+    value_head_dim: the size of a value head; None: head_dim.  soft_cap: the limit of the scaled logits; None: no limit.
+    sinks: whether `forward` gets one more logit for each head, which takes part in the softmax without a value.
+    quant_method: how keys and values are stored; None: as quant_config says, else in the activations' dtype.
+    kv_heads: this rank's span of the key heads, for scales that have one element a head.
+    prefix: the layer's name.  The checkpoint names scales after the module around the layer.
+    cache: the layer's pages, which the engine sets; None: nothing is cached.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Attention(WeightHolder):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ConfigError(
-                "key heads must be shared evenly by the query heads",
+                "the query heads cannot be divided evenly over the key heads",
                 code="config-value",
                 tensor=prefix or None,
                 expected=f"a divisor of {num_heads} heads",
@@ -96,12 +97,8 @@ class Attention(WeightHolder):
 
     # What a holder of weights answers: see `pymllm.layers.held`
 
-    def places(self, name: str) -> Iterator[Place]:
-        """Yield the place of every scale of the KV cache."""
-        return slotted_places([self])
-
     def describe(self, binder: Binder) -> Iterator[Description]:
-        """Yield what a plan says of the KV cache and of attention."""
+        """Describe the KV cache and the attention kernel for a plan."""
         problem, method, kernel = self.problem, self.quant_method, self.selection.kernel
         quantised = isinstance(method, QuantizedKVCacheMethod)
         numerics = getattr(kernel, "numerics", None)
@@ -120,15 +117,15 @@ class Attention(WeightHolder):
         )
 
     def selections(self, binder: Binder | None = None) -> tuple[Selection[Any], ...]:
-        """Return the kernels of attention and of the cache."""
+        """Return two kernels: the one that attends, and the one that stores keys and values."""
         return self.selection, self.store_selection
 
     def cache_bytes_per_token(self) -> int:
-        """Return what the keys and values of a token take, on this rank."""
+        """Return the bytes that the keys and values of a token take, on this rank."""
         return self.problem.kv.bytes_per_token(self.num_kv_heads, self.head_dim, self.value_head_dim)
 
     def attach_cache(self, num_pages: int, page_size: int, device: torch.device) -> None:
-        """Give the layer `num_pages` empty pages."""
+        """Give the layer `num_pages` empty pages of `page_size` tokens each."""
         self.cache = self.quant_method.allocate(self, num_pages, page_size, device)
 
     def detach_cache(self) -> None:
@@ -140,8 +137,9 @@ class Attention(WeightHolder):
         self.quant_method.process_weights_after_loading(self)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """q: [T, H·D] or [T, H, D]; k: [T, Hkv·D], v: [T, Hkv·Dv], or by heads; sinks: [H].
+        """Store this step's keys and values, and attend to all that the requests have.
 
+        q: [T, H·D] or [T, H, D]; k: [T, Hkv·D] and v: [T, Hkv·Dv], or by heads; sinks: [H].
         Returns [T, H·Dv] or [T, H, Dv], as q came.
         """
         flat = q.ndim == 2
@@ -157,7 +155,7 @@ class Attention(WeightHolder):
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """Return what the KV cache takes for each token: keys and values of all layers of `model`, on this rank."""
+    """Return the bytes that a token takes in the KV cache: keys and values of all layers of `model`, on this rank."""
     return sum(holder.cache_bytes_per_token() for _, holder in weight_holders(model))
 
 
@@ -173,9 +171,9 @@ def reference_torch_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The formula, for debugging: q: [T, H, D], k: [T, Hkv, D], v: [T, Hkv, Dv].  Returns [T, H, Dv].
+    """Attend by the plain formula, for debugging.  q: [T, H, D], k: [T, Hkv, D], v: [T, Hkv, Dv].  Returns [T, H, Dv].
 
-    cache: pages that hold this step's keys and values already; None: every request's tokens are all new.
+    cache: pages that hold this step's keys and values already; None: all tokens of every request are new.
     """
     problem = problem_of(
         q, k, v, metadata, probe_device(q.device.type), scale, cache, sliding_window, soft_cap, sinks
@@ -195,7 +193,7 @@ def problem_of(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
 ) -> AttentionProblem:
-    """The problem that these tensors pose to a kernel on `device`."""
+    """Make the problem that these tensors pose to a kernel on `device`."""
     return AttentionProblem(
         num_heads=q.shape[1],
         num_kv_heads=k.shape[1],

@@ -1,6 +1,6 @@
 """Multi-head latent attention: keys and values come from a low-rank latent, and one rotated key serves all heads.
 
-The cache holds keys and values of every head, as any attention kernel takes them, not the latent.
+The cache holds the keys and values of every head, as any attention kernel takes them; it does not hold the latent.
 """
 
 # T tokens, H heads, L rank of the latent, N, R, D sizes of a head: unrotated, rotated, value
@@ -22,13 +22,13 @@ from pymllm.layers.rotary_embedding import get_rope
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.spec import Span
 
-LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
+LATENT_EPS = 1e-6  # the norms of latents use this one, whatever the config says of other norms
 
 
 class LatentAttention(nn.Module):
-    """Causal attention of heads [N + R] over values [D].
+    """Causal attention whose heads have N unrotated and R rotated features, over values of D features.
 
-    interleaved: whether rotary pairs lie side by side in the weights, instead of half a head apart.
+    interleaved: True where the two weights of a rotary pair lie side by side, instead of half a head apart.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LatentAttention(nn.Module):
         )
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """positions: [T]; hidden: [T, hidden_size].  Returns [T, hidden_size]."""
+        """Attend.  positions: [T]; hidden: [T, hidden_size].  Returns [T, hidden_size]."""
         query = hidden
         if self.q_a_proj is not None and self.q_a_layernorm is not None:
             query = self.q_a_layernorm(self.q_a_proj(hidden))
@@ -105,12 +105,15 @@ class LatentAttention(nn.Module):
         return self.o_proj(self.attn(q, k, v.contiguous()).flatten(1))
 
     def _halves(self, x: Tensor) -> Tensor:
-        """[T, H, R] with the first of all rotary pairs before the second; any order does that q and k agree on."""
+        """Sort x [T, H, R]: the first elements of all rotary pairs before the second ones, as `rotary` takes them.
+
+        The order of pairs does not matter, as long as q and k have the same.
+        """
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x.contiguous()
 
 
 def yarn_magnitude(rope_type: str, settings: Mapping[str, Any]) -> float:
-    """The factor on queries and keys that scaled positions ask for with `mscale_all_dim`; 1 without."""
+    """Return the factor on queries and keys that scaled positions ask for by `mscale_all_dim`; 1 without it."""
     weight, factor = settings.get("mscale_all_dim") or 0.0, settings.get("factor") or 1.0
     if rope_type == "default" or not weight or factor <= 1:
         return 1.0

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pymllm.attention.attention import Attention
 from pymllm.config import ModelConfig
 from pymllm.kernels.quantised_rows import RowCodes
-from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.layernorm import DividedRMSNorm, RMSNorm
 from pymllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from pymllm.layers.rotary_embedding import get_rope
 from pymllm.quantization.base import QuantizationConfig
@@ -22,10 +22,11 @@ from pymllm.quantization.base import QuantizationConfig
 class SelfAttention(nn.Module):
     """Causal grouped-query attention.
 
-    qkv_bias, output_bias: whether the projections have one.  part_names: of the checkpoint's tensors; one: q, k and v
-    lie side by side in it.  qk_norm: a norm for each head of q and k (Qwen3).  scale: None: 1 / sqrt(head size).
-    soft_cap: of the scaled logits.  sinks: a logit a head that takes part in the softmax without a value (gpt_oss).
-    reads_input: the layers that multiply the hidden states as they come.
+    qkv_bias, output_bias: whether the projections have one.  part_names: the names of the checkpoint's tensors; if
+    there is one name, q, k and v lie side by side in that tensor.  qk_norm: the norm of each head of q and k (Qwen3).
+    scale: the factor of the logits; None: 1 / sqrt(head size).  soft_cap: the limit of the scaled logits.
+    sinks: whether each head has one more logit, which takes part in the softmax without a value (gpt_oss).
+    reads_input: the names of the layers that multiply the hidden states as they come.
     """
 
     sinks: nn.Parameter | None
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
-        self.head_dim = head_dim
+        self.config, self.head_dim = config, head_dim
         self.qkv_proj = QKVParallelLinear(
             config.size("hidden_size"),
             head_dim,
@@ -94,20 +95,42 @@ class SelfAttention(nn.Module):
 
     @property
     def input_codes(self) -> RowCodes | None:
-        """How `hidden` may come quantised."""
+        """The codes in which `hidden` may come; None: floats only."""
         return None if self._forward_pre_hooks or self._forward_hooks else self.qkv_proj.input_codes
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """positions: [T]; hidden: [T, hidden_size], or quantised as `input_codes` says.  Returns [T, hidden_size]."""
+        """Attend.  positions: [T]; hidden: [T, hidden_size] or in `input_codes`.  Returns [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q, k, v = self.before_rotary(q, k, v)
         q, k = self.rotary(positions, q, k)
         return self.o_proj(self.attn(q, k, v, self.sinks_here()))
 
+    def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise each head of q and k, where there are norms.
+
+        q, k, v: [T, this rank's features of all heads].  Returns the same shapes.
+        """
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        return q, k, v
+
     def sinks_here(self) -> Tensor | None:
-        """Those of this rank's heads."""
+        """Return the sinks of this rank's heads, [H]; None: the layer has none."""
         heads = self.qkv_proj.shape.outputs[0]
         first = heads.start // self.head_dim
         return None if self.sinks is None else self.sinks[first : first + heads.size // self.head_dim]
+
+
+class WholeNormAttention(SelfAttention):
+    """Self-attention with one norm over all heads of q, and one over all heads of k."""
+
+    def __init__(self, config: ModelConfig, layer: int, **options: Any) -> None:
+        super().__init__(config, layer, **options)
+        eps, (q, k, _) = config.rms_norm_eps, self.qkv_proj.shape.outputs
+        self.q_norm, self.k_norm = DividedRMSNorm(q.total, q, eps), DividedRMSNorm(k.total, k, eps)
+
+    def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise q and k.  q, k, v: [T, this rank's features of all heads].  Returns the same shapes."""
+        assert self.q_norm is not None and self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k), v

@@ -1,4 +1,4 @@
-"""The Triton attention kernels as functions, for use and comparison outside a model."""
+"""The Triton attention kernels as functions, to call and compare them outside of a model."""
 
 # T tokens, H query heads, Hkv key heads, D head size, Dv value head size
 
@@ -26,9 +26,10 @@ def triton_attention(
     device: str = "cuda",
     **features: Any,
 ) -> Tensor:
-    """As `reference_torch_attention` (features: its sliding_window and soft_cap), each head by itself.
+    """Attend as `reference_torch_attention` does, with each head by itself.
 
-    device: the one to choose tiles for; "cuda:sm90", say, under Triton's interpreter.
+    device: the device whose tiles are chosen; under Triton's interpreter "cuda:sm90", for example.
+    features: sliding_window and soft_cap, as there.
     """
     problem = problem_of(q, k, v, metadata, probe_device(device), scale, cache, sinks=sinks, **features)
     return TritonAttention().run(problem, q, k, v, metadata, cache, sinks)
@@ -46,6 +47,6 @@ def triton_grouped_attention(
     device: str = "cuda",
     **features: Any,
 ) -> Tensor:
-    """As `triton_attention`, reading keys and values once for all heads that share them."""
+    """Attend as `triton_attention` does, but read keys and values once for all heads that share them."""
     problem = problem_of(q, k, v, metadata, probe_device(device), scale, cache, sinks=sinks, **features)
     return TritonGroupedAttention().run(problem, q, k, v, metadata, cache, sinks)

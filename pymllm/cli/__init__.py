@@ -1,7 +1,7 @@
-"""The command line: one file a verb, imported when that verb is called, so that `pymllm --help` is quick.
+"""The command line: one file for each verb, imported when the verb is called, so that `pymllm --help` is quick.
 
-A verb's file has `add_arguments(parser)` and `execute(args) -> int`. Its result goes to stdout, all else to stderr.
-Exit codes: 0, 1 for an error or a check that fails, 2 for wrong usage, 130 for Ctrl+C.
+A verb's file has `add_arguments(parser)` and `execute(args) -> int`. A verb writes its result to stdout and all else to
+stderr. Exit codes: 0; 1 for an error or a check that fails; 2 for wrong usage; 130 for Ctrl+C.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VERBS = {
     "verify": "check what every layer's kernel computes against float64",
     "quantize": "write a quantised checkpoint that other programs read too",
     "serve": "answer OpenAI-style requests over HTTP",
-    "bench": "build, tune and measure kernels (for who works on them)",
+    "bench": "build, tune and measure kernels (for those who work on them)",
     "doctor": "show what this machine and this installation can do",
 }
 FIRST_STEPS = """first steps:
@@ -29,12 +29,16 @@ FIRST_STEPS = """first steps:
   pymllm run MODEL "a prompt"    without MODEL: the small one
 
 `pymllm VERB --help` explains a verb."""
-BROKEN_PIPE = 141  # what a shell shows for a process that SIGPIPE ended
+
+# The exit code that a shell shows for a process that SIGPIPE ended.
+BROKEN_PIPE = 141
+
+# Errors of a file that cannot take more.
 CANNOT_WRITE = (errno.ENOSPC, errno.EFBIG, errno.EIO)
 
 
 class _Paragraphs(argparse.HelpFormatter):
-    """Wraps what is before and after the options; a paragraph with indented lines stays as it is."""
+    """A help page whose text before and after the options is wrapped, but for paragraphs with indented lines."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill, parts = super()._fill_text, text.split("\n\n")
@@ -45,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.  argv: without the program's name; None: the process's own.  Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        # Whoever started this process may have closed it.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         parser = _parser(argv)
@@ -53,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         return _execute(_parse(parser, argv))
-    except SystemExit as stop:  # argparse: 2 after a usage error, 0 after --help
+    except SystemExit as stop:
+        # argparse exits with 2 after a usage error, with 0 after --help.
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -63,14 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # The interpreter's last flush must not fail on the same file again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # whoever read us is gone
+        # The reader of the output has gone.
+        if isinstance(error, BrokenPipeError):
             return BROKEN_PIPE
         print(f"error: the output cannot be written: {error.strerror}.", file=sys.stderr)
         return 1
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    """Knows all verbs, but the arguments of the called one alone."""
+    """Make the parser: it knows all verbs, but only the arguments of the one that is called."""
     import pymllm
 
     parser = argparse.ArgumentParser(
@@ -99,13 +106,14 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Words may stand anywhere among the options, where argparse leaves those behind an option over."""
+    """Parse the command line, with words anywhere among the options: argparse leaves words behind an option over."""
     args, left = parser.parse_known_args(argv)
     words = getattr(args, "words", None)
     if left and words is not None and not any(word.startswith("-") for word in left):
         args.words, left = [*words, *left], []
     if left:
-        args.parser.error(f"unrecognized arguments: {' '.join(left)}")  # with the usage of the verb
+        # The verb's own parser prints the verb's usage with the error.
+        args.parser.error(f"unrecognized arguments: {' '.join(left)}")
     return args
 
 
@@ -115,9 +123,8 @@ def _execute(args: argparse.Namespace) -> int:
 
     start_logging(args.verbose)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that cannot show a character still gets the rest
+        # A terminal that cannot show a character still gets the rest.
+        sys.stdout.reconfigure(errors="replace")
     try:
         with first_rank_only():
             code: int = args.execute(args)

@@ -1,4 +1,4 @@
-"""`pymllm bench`: compile GPU kernels for GPUs that are not here, tune them on one that is, run a table's script."""
+"""`pymllm bench`: compile GPU kernels for GPUs that are not here, tune them on one that is, run a benchmark."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from pymllm.cli.options import add_common_options
 from pymllm.cli.output import print_json
 
+# Outputs and inputs of the linear layers of an 8 B model.
 SHAPES_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions, "aot", "compile every GPU kernel ahead of time, for every architecture; needs no GPU"
     )
     aot.add_argument("--arch", action="append", metavar="NAME", help="sm90, gfx942, ...; default: all")
-    aot.add_argument("--only", default="", metavar="TEXT", help="kernels with this in their name")
+    aot.add_argument("--only", default="", metavar="TEXT", help="only kernels with TEXT in their name")
     aot.add_argument("--limit", type=int, metavar="N", help="at most N launches of each architecture")
     aot.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each CPU")
     aot.add_argument("--json", action="store_true", help="every compiled launch as JSON")
@@ -79,7 +80,8 @@ def _tune(args: argparse.Namespace) -> int:
     from pymllm.kernels.triton.tune import tune
     from pymllm.kernels.triton.tuning import device_file, write_tuned
 
-    device = probe_device("cuda")  # a ConfigError without a GPU
+    # A ConfigError without a GPU.
+    device = probe_device("cuda")
     path = args.out or device_file(device)
     for kernel in (kernel for kernel in WEIGHTS if kernel.name != "dense"):
         for out_features, in_features in args.shape or SHAPES_8B:
@@ -125,7 +127,7 @@ def _ahead_of_time(args: argparse.Namespace) -> int:
 
 
 def _one_line_a_row(report: dict[str, Any]) -> str:
-    """JSON that compares well: without the times of compiling."""
+    """Write JSON that compares well: one launch a line, without the times of compiling."""
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in report["launches"]]
     lines = ",\n".join(json.dumps(row) for row in rows)
     return f'{{"versions": {json.dumps(report["versions"])}, "launches": [\n{lines}\n]}}\n'
@@ -139,7 +141,7 @@ def _versions() -> dict[str, str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: for each kernel function and architecture the largest of everything, then what is wrong."""
+    """Write a Markdown table: for each kernel function and architecture the largest figures, then what is wrong."""
     rows = report["launches"]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""`pymllm doctor`: versions, what the CPU and GPUs can do, and which formats, kernels and extras are there."""
+"""`pymllm doctor`: show versions, what the CPU and GPUs can do, and the formats, kernels and extras that are there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ CORE = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub",
 
 @dataclass(frozen=True)
 class Extra:
-    """purpose: what it is for.  packages: (what is imported, what pip calls it) of each, as pyproject.toml has them."""
+    """An extra of pyproject.toml.
+
+    purpose: what the extra is for.  packages: of each package the name to import and the name that pip knows.
+    """
 
     purpose: str
     packages: tuple[tuple[str, str], ...]
@@ -55,7 +58,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as JSON values.  problems: what keeps pymllm from running here; empty is well."""
+    """Look at everything.  Returns JSON values; `problems` says what keeps pymllm from running here."""
     problems: list[str] = []
     return {
         "schema_version": SCHEMA_VERSION,
@@ -96,7 +99,8 @@ def _examine_cpu(problems: list[str]) -> dict[str, Any]:
     native = {"present": native_available(), "missing_reason": native_missing_reason()}
     try:
         info = asdict(probe())
-    except ValueError as error:  # PYMLLM_CPU_ISA
+    except ValueError as error:
+        # PYMLLM_CPU_ISA names no path that this CPU can run.
         problems.append(str(error))
         return {"forced_path": forced, "native_kernels": native}
     return {
@@ -111,7 +115,8 @@ def _examine_cpu(problems: list[str]) -> dict[str, Any]:
 def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of torch that does not load
+    except (ImportError, OSError) as error:
+        # OSError: a shared library of torch does not load.
         problems.append(f"torch cannot be imported: {error}")
         return []
     gpus = []
@@ -133,7 +138,10 @@ def _list_formats(problems: list[str]) -> list[str]:
 
 
 def _list_kernels(problems: list[str], *, elsewhere: bool = False) -> dict[str, list[str]]:
-    """By operation, the preferred one first.  elsewhere: only those for a device that this machine lacks."""
+    """List kernels by operation, the preferred one first.
+
+    elsewhere: only the kernels for a device that this machine lacks.
+    """
     if problems:
         return {}
     import torch
@@ -160,7 +168,7 @@ def _list_extras() -> dict[str, dict[str, Any]]:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """The report for people."""
+    """Write the report for people, one entry a line."""
     versions, cpu = report["versions"], report["cpu"]
     installed = [f"{name} {version}" for name, version in versions.items() if version and name != "platform"]
     text = [f"versions   {', '.join(installed)}", f"platform   {versions['platform']}"]
@@ -201,7 +209,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def _wrapped(line: str) -> str:
-    """For a terminal: a long line goes on below its text."""
+    """Wrap a long line for a terminal, so that it goes on below its text."""
     if not sys.stdout.isatty():
         return line
     columns = shutil.get_terminal_size().columns

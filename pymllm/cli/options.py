@@ -14,12 +14,12 @@ between dots, ** for any number of them. METHOD: int4, int8, fp8, ..., or none f
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log one line for each phase; long lists whole"
+        "-v", "--verbose", action="store_true", help="log one line for each phase; print long lists whole"
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
-    """MODEL and everything that `pymllm.load_model` takes; `model_arguments` reads it back."""
+    """Add MODEL and every option that `pymllm.load_model` takes; `model_arguments` reads them back."""
     if positional:
         parser.add_argument(
             "model", nargs="?", metavar="MODEL", help=f"a folder, or a hub id org/name; default: {SHIPPED}"
@@ -29,20 +29,20 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument(
         "--device",
         default="auto",
-        help="auto (a GPU where torch has one), cpu or cuda; only to plan for: cuda:sm90, hip:gfx942, ...",
+        help="auto (a GPU where torch has one), cpu or cuda; cuda:sm90, hip:gfx942, ... only to plan",
     )
     group.add_argument(
         "--dtype",
         default="auto",
-        help="of activations: float32, float16, bfloat16 or auto (the checkpoint's; "
-        "on a CPU, float32 if it is quantised)",
+        help="the dtype of activations: float32, float16, bfloat16 or auto (the checkpoint's; "
+        "on a CPU, float32 if the checkpoint is quantised)",
     )
     group.add_argument(
         "--compute",
         choices=("auto", "exact", "checkpoint"),
         default="auto",
         help="whether kernels may round activations to fewer bits: where that is faster (auto, the default), never "
-        "(exact), or just as the checkpoint asks for (checkpoint)",
+        "(exact), or only as the checkpoint asks for (checkpoint)",
     )
     group.add_argument(
         "--kernel",
@@ -70,18 +70,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         type=positive,
         default=1,
         metavar="N",
-        help="ranks to divide the model over; start N processes with torchrun",
+        help="divide the model over N ranks; start N processes with torchrun",
     )
     group.add_argument(
         "--expert-parallel",
         action="store_true",
-        help="of a model with experts: each rank holds some of them whole, not a share of every one",
+        help="for a model with experts: each rank holds some experts whole, not a share of every expert",
     )
     add_common_options(parser)
 
 
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:
-    """--quant and --quant-file, which fill one list: the order of rules matters, as the first match wins."""
+    """Add --quant and --quant-file, which fill one list: the order of rules matters, as the first match wins."""
     group.add_argument(
         "--quant",
         action="append",
@@ -94,12 +94,12 @@ def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:
         type=Path,
         dest="quant",
         metavar="FILE",
-        help="such rules, one a line",
+        help="a file of such rules, one a line; it takes its place among the --quant options",
     )
 
 
 def adapter(text: str) -> tuple[str, str]:
-    """NAME=DIR of --adapter."""
+    """Read the NAME=DIR of --adapter."""
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
         raise argparse.ArgumentTypeError(f"expected NAME=DIR, not {text!r}")
@@ -114,14 +114,14 @@ def _kernel(text: str) -> tuple[str, str]:
 
 
 def positive(text: str) -> int:
-    """An argument that is an integer of at least 1."""
+    """Read an argument that must be an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
     return int(text)
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `load_model`, `plan` and `verify`.  ConfigError for an operation without kernels."""
+    """Collect the keywords of `load_model`, `plan` and `verify`.  ConfigError for an operation that has no kernels."""
     _check_isa()
     if args.kernel:
         _check_operations([operation for operation, _ in args.kernel])
@@ -137,7 +137,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def model_or_shipped(model: str | None) -> str | Path:
-    """MODEL as given, or the shipped model's folder."""
+    """Return MODEL as it was given, or else the shipped model's folder."""
     from pymllm.api import shipped_model
 
     return shipped_model() if model is None else model
@@ -153,7 +153,7 @@ def _check_operations(operations: list[str]) -> None:
 
 
 def _check_isa() -> None:
-    """PYMLLM_CPU_ISA is the user's; a wrong one is an error like any other."""
+    """Check PYMLLM_CPU_ISA, which a user sets: a wrong value is an error like any other (ConfigError)."""
     if "PYMLLM_CPU_ISA" in os.environ:
         from pymllm.errors import ConfigError
         from pymllm.kernels.native.extension import probe

@@ -1,4 +1,4 @@
-"""What verbs print, and where: results to stdout, the rest to stderr, both from rank 0 alone."""
+"""The output of verbs: results go to stdout, the rest to stderr, both from rank 0 alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-PIPE_WIDTH = 200  # columns of a table that nobody's terminal bounds
+# Columns of a table that is not printed to a terminal.
+PIPE_WIDTH = 200
 
 
 def rank() -> int:
-    """This process's rank under torchrun; 0 without it."""
+    """Return this process's rank under torchrun; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def first_rank_only() -> Iterator[None]:
-    """Ranks above 0 print nothing meanwhile; their errors, which may be theirs alone, are printed by `main`."""
+    """Let only rank 0 print meanwhile; `main` still prints the errors of others, which may be theirs alone."""
     if rank() == 0:
         yield
         return
@@ -37,7 +38,7 @@ def first_rank_only() -> Iterator[None]:
 
 
 def start_logging(verbose: bool) -> None:
-    """The `pymllm` logger to stderr: one line a phase if `verbose`, else warnings."""
+    """Send the `pymllm` logger to stderr: one line for each phase if `verbose`, else warnings only."""
     logger = logging.getLogger("pymllm")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if rank():
@@ -48,12 +49,12 @@ def start_logging(verbose: bool) -> None:
 
 
 def say(text: str = "") -> None:
-    """A line for people, to stderr."""
+    """Print a line for people, to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document to stdout.  NaN and infinities, which JSON has not, become null."""
+    """Print one JSON document to stdout.  NaN and infinities, which JSON does not have, become null."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
 
@@ -66,7 +67,7 @@ def _finite(value: Any) -> Any:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """For tables.  Names from a checkpoint are printed as they are: nothing in them is markup."""
+    """Make a console for tables.  It prints names from a checkpoint as they are: nothing in them is markup."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -75,7 +76,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def readable_size(nbytes: float) -> str:
-    """A size for people: kB, MB or GB of a thousand each."""
+    """Write a size for people: in kB, MB or GB, a thousand of one to the next."""
     if nbytes < 1e6:
         return f"{nbytes / 1e3:.1f} kB"
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

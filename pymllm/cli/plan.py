@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pymllm.planning.plan import Plan, PlannedLayer
 
 
-EXAMPLES = """Nothing but config.json and the headers of the weight files is read: a plan of any model takes about a
-second.
+EXAMPLES = """A plan reads only config.json and the headers of the weight files, so that it takes about a second for any
+model.
 
 examples:
   pymllm plan org/name
@@ -29,7 +29,9 @@ examples:
   pymllm plan ./model --device cuda:sm90     what a machine with such a GPU would do
   pymllm plan ./model --json > before.json
   pymllm plan ./model --compute exact --diff before.json"""
-MOST_OFFERS = 2  # refused kernels that are named unless all are asked for
+
+# How many lines of refused kernels are shown without --why.
+MOST_OFFERS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="R",
-        help="whose share to show, of --tensor-parallel-size; default: 0",
+        help="the rank of --tensor-parallel-size whose share to show; default: 0",
     )
     parser.add_argument("--all", action="store_true", help="every layer on a line of its own")
-    parser.add_argument("--why", action="store_true", help="every kernel that was not chosen, and the reason")
+    parser.add_argument(
+        "--why", action="store_true", help="also every kernel that was not chosen, and the reason"
+    )
     parser.add_argument(
         "--diff", type=Path, metavar="OTHER.json", help="what would change against a plan saved with --json"
     )
@@ -78,9 +82,9 @@ def execute(args: argparse.Namespace) -> int:
 def print_plan(
     plan: Plan, out: Console, *, every_layer: bool = False, reasons: bool = True, why: bool = False
 ) -> None:
-    """The plan as a table, its totals and notes below.
+    """Print the plan as a table, its totals and notes below.
 
-    reasons: also what kernels compute, and the refused ones that matter.  why: all refused ones.
+    reasons: also print what kernels compute with, and the refused kernels that matter.  why: print all refused kernels.
     """
     size = plan.tensor_parallel
     ranks = f", rank {size['rank']} of {size['size']}" if size["size"] > 1 else ""
@@ -113,7 +117,7 @@ def print_plan(
 
 
 def _print_ranks(sizes: Mapping[str, Any], out: Console) -> None:
-    """What a rank would hold for each size that works, and why others do not."""
+    """Print what a rank would hold for each tensor-parallel size that works, and why other sizes do not."""
     if len(sizes["legal_sizes"]) > 1:
         each = ", ".join(
             f"{size}: {readable_size(nbytes)}" for size, nbytes in sizes["weight_bytes_by_size"].items()
@@ -124,7 +128,7 @@ def _print_ranks(sizes: Mapping[str, Any], out: Console) -> None:
 
 
 def print_difference(difference: PlanDifference, out: Console) -> None:
-    """From the saved plan to this one: settings, layers that change alike on one line, totals."""
+    """Print what changes from the saved plan to this one: settings, alike layers on one line, totals."""
     if difference.empty:
         out.print("nothing would change")
         return
@@ -176,7 +180,10 @@ def _table(*columns: str) -> Table:
 
 
 def _group_table(plan: Plan, *, named: bool) -> Table:
-    """Alike layers on one line.  named: with the pattern of their names, which takes a wide terminal."""
+    """Make a table with alike layers on one line.
+
+    named: whether it shows the pattern of their names, which takes a wide terminal.
+    """
     table = _table("#", *(["layers"] if named else []), "kind", "method", "kernel", "size", "decided by")
     by_prefix = {layer.prefix: layer for layer in plan.layers}
     for first, names in plan.groups():
@@ -221,7 +228,7 @@ def _why(layer: PlannedLayer) -> str:
 
 @dataclass(frozen=True)
 class _Refused:
-    """Alike refusals of one kernel.  layers: how many; nbytes: of their weights."""
+    """One kernel's alike refusals.  layers: of how many layers; nbytes: how much their weights take."""
 
     kernel: str
     kind: str
@@ -237,10 +244,10 @@ class _Refused:
 
 
 def refusal_lines(plan: Plan, *, every: bool) -> list[str]:
-    """What to say of the kernels that were asked before the chosen ones.
+    """Describe the kernels that were asked before the chosen ones, and refused.
 
-    First those that another setting, or something to install, would allow: of the largest weights, unless every one is
-    wanted. Kernels for other devices are one line in any case.
+    Kernels that another setting, or an installation, would allow come first: only those of the largest weights, unless
+    `every`. Kernels for other devices take one line in any case.
     """
     refused = _refused(plan)
     offers: dict[str, list[str]] = {}
@@ -265,7 +272,7 @@ def refusal_lines(plan: Plan, *, every: bool) -> list[str]:
 
 
 def _refused(plan: Plan) -> list[_Refused]:
-    """Refusals that are alike for several layers as one, in the order of the plan."""
+    """Gather the refusals that are alike for several layers, in the order of the plan."""
     layers: dict[tuple[str, str, str, str, str], list[PlannedLayer]] = {}
     for layer in plan.layers:
         for refusal in layer.refused:
@@ -275,7 +282,7 @@ def _refused(plan: Plan) -> list[_Refused]:
 
 
 def common_pattern(names: list[str]) -> str:
-    """The narrowest of our patterns that covers these names: model.layers.*.mlp.*, say.  It may cover others too."""
+    """Find the narrowest pattern that covers these names, such as model.layers.*.mlp.*; it may cover others too."""
     patterns = (
         list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
         if len(names) > 1

@@ -8,8 +8,7 @@ from pathlib import Path
 from pymllm.cli.options import ABOUT_RULES, add_common_options, add_rule_options, positive
 from pymllm.cli.output import print_json
 
-EXAMPLES = """A layer without a rule keeps its weights. A run that was stopped and is asked for again goes on where it
-was.
+EXAMPLES = """A layer that no rule names keeps its weights. If a run was stopped, the same command goes on where it was.
 
 examples:
   pymllm quantize org/name OUT --quant '**.layers.**=int4'
@@ -27,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "awq", "compressed-tensors"),
         default="auto",
-        help="of the checkpoint; auto: awq where all rules ask for awq, else compressed-tensors",
+        help="the checkpoint's format; auto: awq if all rules ask for awq, else compressed-tensors",
     )
     group.add_argument(
-        "--shard-size", default="5GB", metavar="SIZE", help="of a weight file, at most; default: 5GB"
+        "--shard-size", default="5GB", metavar="SIZE", help="the largest weight file; default: 5GB"
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group = parser.add_argument_group("calibration")
@@ -38,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="a text file that the model is run on: integer weights are then rounded to suit what layers get as inputs",
+        help="a text file to run the model on: integer weights are then rounded to suit the inputs that layers get",
     )
     group.add_argument(
         "--algorithm",
         choices=("auto", "awq", "gptq"),
         default="auto",
-        help="how they are rounded; auto: awq for format awq, else gptq",
+        help="how weights are rounded; auto: awq for the format awq, else gptq",
     )
     group.add_argument(
         "--act-order", action="store_true", help="gptq: round the inputs that matter most first"
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the text that run together; default: 512",
     )
     parser.add_argument(
-        "--restart", action="store_true", help="throw away what an unfinished run of another request left"
+        "--restart", action="store_true", help="throw away what an unfinished run with other options left"
     )
     parser.add_argument("--json", action="store_true", help="every layer as JSON (docs/quantizing.md)")
     add_common_options(parser)

@@ -1,4 +1,4 @@
-"""`pymllm run`: text to stdout as it comes; the plan and the speeds, if asked for, to stderr."""
+"""`pymllm run`: print an answer to stdout as it comes, and with --stats the plan and the speeds to stderr."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pymllm.engine.request import RequestOutput
     from pymllm.planning.plan import Plan
 
-EPILOG = """A single MODEL-or-PROMPT is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id
-org/name; else it is a prompt for the small model that comes with pymllm. With --prompt it is always MODEL. Without a
-prompt, stdin is the prompt, unless it is a terminal. Sampling that is not given is as the checkpoint's
-generation_config.json recommends.
+EPILOG = """A single word is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id org/name;
+otherwise it is a prompt for the small model that comes with pymllm. With --prompt it is always MODEL. Without a prompt,
+pymllm reads the prompt from stdin, unless that is a terminal. Sampling options that are not given are as the
+checkpoint's generation_config.json recommends.
 
 examples:
   pymllm run --demo
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="the prompt is a user's message for the chat template"
     )
     parser.add_argument(
-        "--demo", action="store_true", help="a fixed prompt and seed for the shipped model, with --stats"
+        "--demo", action="store_true", help="run the shipped model on a fixed prompt and seed, with --stats"
     )
     parser.add_argument(
         "--adapter",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most; default: 128")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
     group.add_argument(
-        "--top-p", type=float, metavar="P", help="only the likeliest tokens, of probability P together"
+        "--top-p", type=float, metavar="P", help="only the likeliest tokens that have probability P together"
     )
     group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
     group.add_argument(
@@ -65,13 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repetition-penalty", type=float, metavar="X", help="above 1: tokens already there are less likely"
     )
-    group.add_argument("--seed", type=int, metavar="N", help="the same answer each time")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
+    group.add_argument("--seed", type=int, metavar="N", help="give the same answer each time")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable"
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--stats", action="store_true", help="also the plan before and the speeds after, on stderr"
+        "--stats", action="store_true", help="also print the plan before and the speeds after, to stderr"
     )
-    group.add_argument("--json", action="store_true", help="one JSON object at the end in place of the text")
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end in place of the text"
+    )
     add_model_options(parser, positional=False)
 
 
@@ -113,7 +117,8 @@ def execute(args: argparse.Namespace) -> int:
             say(str(loaded))
     show = not args.json
     if show and not args.chat and (args.stats or sys.stdout.isatty()):
-        print(prompt, end="", file=sys.stderr, flush=True)  # the answer goes on from here
+        # The answer continues this line.
+        print(prompt, end="", file=sys.stderr, flush=True)
     outputs = GenerationOutputs(1)
     started, first_token_seconds, output = time.perf_counter(), 0.0, None
     for piece in llm.stream(ids, params, adapter=name, outputs=outputs):
@@ -150,10 +155,12 @@ def message(prompt: str) -> dict[str, str]:
 
 
 def read_words(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """(model, prompt) of the positional words and --prompt; None is not given."""
+    """Read (model, prompt) from the positional words and --prompt; None: not given."""
     words, prompt = args.words, args.prompt
     if len(words) > (2 if prompt is None else 1):
-        args.parser.error("at most MODEL and one PROMPT are expected; quote a prompt of several words")
+        args.parser.error(
+            "expected at most MODEL and one PROMPT; put quotes around a prompt of several words"
+        )
     if len(words) == 2:
         return words[0], words[1]
     if len(words) == 1:
@@ -162,7 +169,7 @@ def read_words(args: argparse.Namespace) -> tuple[str | None, str | None]:
 
 
 def names_a_model(word: str) -> bool:
-    """Whether a lone word is MODEL rather than PROMPT; `--help` states the rule."""
+    """Decide whether a lone word is MODEL rather than PROMPT; `--help` states the rule."""
     path_like = word.startswith(("/", "./", "../", "~")) and not any(
         character.isspace() for character in word
     )
@@ -170,7 +177,7 @@ def names_a_model(word: str) -> bool:
 
 
 def read_stdin(args: argparse.Namespace, model: str | None) -> str:
-    """The prompt from a pipe.  A terminal, or nothing, gives the shipped model its demo prompt."""
+    """Read the prompt from a pipe.  If there is none, the shipped model gets its demo prompt; others are an error."""
     text = ""
     if sys.stdin is not None and not sys.stdin.isatty():
         data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
@@ -179,7 +186,7 @@ def read_stdin(args: argparse.Namespace, model: str | None) -> str:
         except UnicodeDecodeError as error:
             args.parser.error(f"the prompt on stdin is not UTF-8: {error}")
     if not text and model is None:
-        say("(no prompt given: the built-in one)")
+        say("(no prompt given: this is the built-in one)")
         return DEMO_PROMPT
     if not text and not int(os.environ.get("RANK", "0")):
         args.parser.error("no prompt: give one after MODEL, with --prompt, or on stdin")
@@ -195,7 +202,7 @@ def check_text(args: argparse.Namespace, prompt: str) -> None:
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
-    """The plan's totals, and how many layers each method and kernel has."""
+    """Summarise a plan: its totals, and how many layers each method and kernel has."""
     return {
         "device": plan.device,
         "dtype": plan.dtype,
@@ -209,7 +216,10 @@ def summarise(plan: Plan) -> dict[str, Any]:
 def measure(
     llm: LLM, outputs: GenerationOutputs, startup_seconds: float, first_token_seconds: float
 ) -> dict[str, Any]:
-    """Seconds and tokens a second.  load: reading and packing; startup: from nothing to ready, imports left out."""
+    """Collect seconds, and tokens per second.
+
+    load: reading and packing weights.  startup: from the call of `LLM` until it is ready, imports left out.
+    """
     report = llm.load_report
     return {
         "load_seconds": report.seconds,

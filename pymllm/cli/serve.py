@@ -1,4 +1,4 @@
-"""`pymllm serve`: OpenAI-style HTTP over one model.  docs/serving.md has the whole of it."""
+"""`pymllm serve`: OpenAI-style HTTP over one model.  docs/serving.md describes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import uvicorn
 
 SHIPPED_NAME = "pymllm-shipped"
-SPARE_CONNECTIONS = 256  # beside those that wait: idle ones, and clients still sending; each may hold 4 MiB
+
+# Connections beyond those that run or wait: idle ones, and clients that are still sending; each may hold 4 MiB.
+SPARE_CONNECTIONS = 256
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -27,7 +29,7 @@ EXAMPLES = """examples:
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"prompt": "Once upon", "max_tokens": 16}'
 
-docs/serving.md has the whole of it."""
+docs/serving.md describes the server."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         metavar="KEY",
         default=os.environ.get("PYMLLM_API_KEY"),
-        help="demanded of every request but /health; better given as PYMLLM_API_KEY, which other users cannot see",
+        help="the key that every request but /health must bring; better given as PYMLLM_API_KEY, which other users of "
+        "this machine cannot see",
     )
     group.add_argument(
         "--model-name", metavar="NAME", help="what clients call the model; default: MODEL's last part"
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter that clients choose by NAME as their model; repeatable",
     )
     group.add_argument(
-        "--max-running", type=int, default=64, metavar="N", help="prompts answered at a time; default: 64"
+        "--max-running", type=int, default=64, metavar="N", help="prompts answered together; default: 64"
     )
     group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
@@ -72,7 +75,7 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("--max-waiting must not be negative")
     names = [name for name, _ in args.adapter]
     if len(set(names)) < len(names):
-        args.parser.error("two adapters have one name")
+        args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
     from pymllm.errors import ConfigError, MissingExtraError
@@ -84,12 +87,13 @@ def execute(args: argparse.Namespace) -> int:
             raise MissingExtraError(package, "server", "pymllm serve") from None
     if args.tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "serve runs on one rank",
+            "pymllm serve runs on one rank only",
             code="serve-parallel",
             expected="--tensor-parallel-size 1, without torchrun",
             found=f"{max(args.tensor_parallel_size, int(os.environ.get('WORLD_SIZE', '1')))} ranks",
         )
-    with bind(args.host, args.port) as listener:  # before the model is loaded: a taken port is known at once
+    # Before the model is loaded, so that a taken port is known at once.
+    with bind(args.host, args.port) as listener:
         return _serve(args, listener)
 
 
@@ -100,7 +104,10 @@ def _port(text: str) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port, but does not listen yet: clients are refused until the model is there."""
+    """Bind a socket to the port without listening: clients are refused until the model is there.
+
+    Raises ConfigError for an address that cannot be used, or a port that is taken.
+    """
     from pymllm.errors import ConfigError
 
     try:
@@ -141,7 +148,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     )
     config = uvicorn.Config(
         app,
-        http=HeaderTimeoutProtocol,  # of h11, which bounds the size of headers, as httptools does not
+        # It is h11's, which bounds the size of headers, as httptools does not.
+        http=HeaderTimeoutProtocol,
         ws="none",
         lifespan="off",
         limit_concurrency=SPARE_CONNECTIONS + args.max_running + args.max_waiting,
@@ -153,7 +161,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     shown = f"[{host}]" if ":" in host else host
     if args.host not in LOOPBACK and args.api_key is None:
         say("warning: other machines can reach this server, and it has no API key.")
-    # uvicorn drains on a signal, then raises it again for the handler that was there before.
+    # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops."
     make_server(config, greeting).run(sockets=[listener])
@@ -161,12 +169,12 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
 
 
 def served_name(model: str) -> str:
-    """A hub id stays; of a folder, the last part."""
+    """Return the name that clients call the model: a hub id as it is, a folder's last part."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
-    """A server that says when it listens, finishes what it has on a first signal, and stops at once on a second."""
+    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -176,8 +184,10 @@ def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self.should_exit:
-                os._exit(128 + sig)  # the generating thread would be waited for else
-            super().handle_exit(sig, frame)  # before the message: a second signal may follow it at once
-            say("Finishing the requests under way; once more to stop at once.")
+                # A plain exit would wait for the generating thread.
+                os._exit(128 + sig)
+            # Before the message: a second signal may follow it at once.
+            super().handle_exit(sig, frame)
+            say("Finishing the requests under way; Ctrl+C once more stops at once.")
 
     return Server(config)

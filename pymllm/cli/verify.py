@@ -8,7 +8,7 @@ from pathlib import Path
 from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped, positive
 from pymllm.cli.output import print_json
 
-EXAMPLES = """The exit code is 1 if a layer is further off than its kernel's rounding explains.
+EXAMPLES = """The exit code is 1 if a layer's error is larger than its kernel's rounding explains.
 
 examples:
   pymllm verify ./model
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "pymllm verify [MODEL] [options]", EXAMPLES
     add_model_options(parser)
     parser.add_argument(
-        "--top", type=int, default=10, metavar="N", help="show so many layers, the worst first; default: 10"
+        "--top", type=int, default=10, metavar="N", help="show N layers, the worst first; default: 10"
     )
     group = parser.add_argument_group("the whole model")
     group.add_argument(
@@ -43,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         metavar="RULES",
-        help="sets of rules (separated by ';', or @FILE; '' is as stored) to compare: bytes, errors, answers",
+        help="sets of rules to compare by bytes, errors and answers; rules of a set are separated by ';' or stand in "
+        "@FILE, and '' is the model as it is stored",
     )
-    group.add_argument("--plot", type=Path, metavar="FILE", help="of --compare: error against bytes, as SVG")
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="with --compare: draw error against bytes, as SVG"
+    )
     parser.add_argument("--json", action="store_true", help="all of it as JSON (docs/verify-schema.md)")
 
 
@@ -53,7 +56,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.top < 1:
         args.parser.error("--top must be at least 1")
     if args.plot and not args.compare:
-        args.parser.error("--plot shows what --compare has found")
+        args.parser.error("--plot draws what --compare finds; give --compare too")
     if args.compare:
         return _compare(args)
     from pymllm.api import choose_parallel
@@ -84,7 +87,7 @@ def execute(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     arguments = model_arguments(args)
     if arguments.pop("quant"):
-        args.parser.error("--compare has rules of its own; leave --quant out")
+        args.parser.error("--compare takes rules of its own; leave --quant out")
     if args.tensor_parallel_size > 1:
         args.parser.error("--compare runs in one process")
     from pymllm.checking.compare import compare, require_matplotlib

@@ -1,27 +1,38 @@
-"""Steps in which every request brings one token: tensors that stay where they are, and the tape that plays them."""
+"""Steps in which every request brings one token: tensors that stay where they are, so that a step can be replayed.
 
-# R requests
+A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner` treats both alike.
+"""
+
+# V vocabulary
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
+from pymllm.engine.graphs import Capture
 from pymllm.engine.request import Request
-from pymllm.engine.tape import RepeatedStep, Tape
+from pymllm.engine.tape import NotRepeatable, RepeatedStep, record
+
+# Which step of a batch is recorded: a batch of the same size has then come twice before.
+RECORDED_STEP = 3
 
 
 class DecodingBatch:
-    """The tensors of `size` requests, filled anew for each step.
+    """The tensors of a step of `size` requests, filled anew for each step.
 
-    columns: pages that a request may have.  max_length: tokens that one may have.
-    tape: None until it is recorded.  trusted: whether the tape has been tried on a second step.
-    refused: why there will be none.  steps: how often the batch was run without one.
+    columns: how many pages a request may have.  max_length: how many tokens it may have.
+    replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
+    trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
+    refused: why its step cannot be replayed.
     """
 
     def __init__(
         self, size: int, columns: int, page_size: int, max_length: int, device: torch.device
     ) -> None:
-        # Filled here through NumPy, whose assignments cost a tenth of torch's; on a CPU they are the step's tensors.
+        # `fill` writes through NumPy, whose assignments cost a tenth of torch's; on a CPU these are the step's tensors.
         tokens = torch.zeros((3, size), dtype=torch.int64)
         lengths = torch.zeros((2, size + 1), dtype=torch.int32)
         pages = torch.zeros((size, columns), dtype=torch.int32)
@@ -39,10 +50,10 @@ class DecodingBatch:
             page_tables=pages,
             page_size=page_size,
         )
-        self.tape: Tape | None = None
+        self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
         self.refused: str | None = None
-        # Whose pages each row holds: how often they were taken before, and how many.
+        # Whose pages each row holds: the request, how often it had lost its pages, and how many they are.
         self._rows: list[tuple[Request, int, int] | None] = [None] * size
 
     def fill(self, requests: list[Request]) -> None:
@@ -65,6 +76,23 @@ class DecodingBatch:
             if there is not here:
                 there.copy_(here)
 
-    def forget(self) -> None:
-        """The model has changed: record again."""
-        self.tape, self.trusted, self.refused, self.steps = None, False, None, 0
+    def run(self, forward: Callable[[], Tensor], capture: Capture | None) -> Tensor:
+        """Run the filled batch, by `forward` until its step can be replayed.  Returns [size, V].
+
+        capture: captures the first step (on a GPU). Without it a tape is recorded at the third step and tried at the
+        fourth. Raises NotRepeatable if the step has what a tape cannot have.
+        """
+        if self.replay is not None and self.trusted:
+            return self.replay()
+        if capture is not None:
+            self.replay, self.trusted = capture(forward), True
+            return self.replay()
+        self.steps += 1
+        logits = forward()
+        if self.replay is not None:
+            self.trusted = True
+            if not torch.equal(self.replay(), logits):
+                raise NotRepeatable("played back on another step, it gives other logits")
+        elif self.steps == RECORDED_STEP:
+            self.replay = record(forward, logits).play
+        return logits

@@ -1,4 +1,4 @@
-"""The engine: runs the scheduler's steps, samples, and finishes requests one by one."""
+"""The engine: it runs the scheduler's steps, samples, and finishes requests one by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel
 
 DEFAULT_CACHE_TOKENS = 16384
-CACHE_MEMORY_SHARE = 0.25  # of what is free, at most
+
+# How much of the free memory the cache takes at most.
+CACHE_MEMORY_SHARE = 0.25
 
 
 class Engine:
@@ -40,7 +42,7 @@ class Engine:
 
     @cached_property
     def cache(self) -> PagedKVCache:
-        """Made on first use, so that logits alone need none."""
+        """The KV cache, made on first use, so that logits alone need none."""
         page_bytes = PagedKVCache.bytes_per_page(self.model)
         wanted = max(self.max_length, DEFAULT_CACHE_TOKENS)
         affordable = int(_free_memory(self.device) * CACHE_MEMORY_SHARE) // page_bytes
@@ -53,17 +55,17 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is here."""
+        """True if no request runs or waits."""
         return not self.scheduler.running and not self.scheduler.waiting
 
     def add(self, request: Request) -> None:
-        """Queue a request.  RequestError if it can never run: too long for the model, or for the whole cache."""
+        """Queue a request.  RequestError if it can never run: it is too long for the model, or for the whole cache."""
         request.limit = min(request.limit, self.check(request.prompt, request.params))
         request.restart_length = self.model.restart_length
         self.scheduler.waiting.append(request)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """The tokens that a request may have in all.  RequestError if this model can never run it."""
+        """Return how many tokens a request may have in all.  RequestError if this model can never run it."""
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
         longest = min(self.max_length, self.cache.num_pages * self.cache.page_size)
@@ -74,7 +76,7 @@ class Engine:
                 tensor="prompt",
                 expected=f"fewer than {longest} tokens",
                 found=str(len(prompt)),
-                fix="Shorten it.",
+                fix="Shorten the prompt.",
             )
         vocabulary = self.model.config.size("vocab_size")
         bad = next((token for token, _ in params.logit_bias if token >= vocabulary), None)
@@ -91,7 +93,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Run the model once and sample.  Returns the requests that took part.
 
-        One that read a part of its prompt has no new token. One whose own step failed has its `error`, and is out.
+        A request that read only a part of its prompt has no new token. A request whose own step failed has its `error`
+        set, and has left the engine.
         """
         batch = self.scheduler.schedule()
         if not batch:
@@ -118,16 +121,17 @@ class Engine:
         self.scheduler.remove(request)
 
     def _run(self, batch: list[Request]) -> tuple[list[Request], torch.Tensor]:
-        """The requests that could be run, and their logits [R, V].
+        """Run a step.  Returns the requests that could be run, and their logits [R, V].
 
-        If a step of several fails, each is run alone: only the one to blame fails again. Running tokens twice is
-        harmless, as they write the same keys and values.
+        If a step of several requests fails, each is run alone, so that only the one to blame fails again. To run tokens
+        twice is harmless, as they write the same keys and values.
         """
         try:
             return batch, self.runner.step(batch, self.cache)
         except Exception as error:
             if self.parallel.size > 1:
-                raise  # other ranks may not have failed
+                # Other ranks may not have failed.
+                raise
             if len(batch) == 1:
                 batch[0].fail(error)
         ran, rows = [], [torch.empty((0, self.model.config.size("vocab_size")))]
@@ -142,7 +146,10 @@ class Engine:
     def _choose(
         self, requests: list[Request], logits: torch.Tensor
     ) -> tuple[list[int | None], list[torch.Tensor | None]]:
-        """A token for each request, None if that failed; and its log-probabilities [V] if it wants them."""
+        """Choose the next token of each request.
+
+        Returns the tokens, None where choosing failed, and log-probabilities [V] of each request that wants them.
+        """
         tokens: list[int | None] = likeliest(logits, [request.sampler for request in requests])
         rows: list[torch.Tensor | None] = [None] * len(requests)
         if None in tokens:
@@ -163,7 +170,7 @@ def _top(token: int, logprobs: torch.Tensor, count: int) -> TokenLogprobs:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now."""
+    """Estimate how many bytes could be allocated now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
@@ -171,4 +178,5 @@ def _free_memory(device: torch.device) -> int:
             available = next(line for line in meminfo if line.startswith("MemAvailable:"))
         return int(available.split()[1]) * 1024
     except (OSError, StopIteration):
-        return 4 << 30  # not Linux: assume a small machine
+        # Not Linux: assume a small machine.
+        return 4 << 30

@@ -1,7 +1,7 @@
-"""What a batch of prompts did, step by step: trajectories, their text, and the metrics that follow from them.
+"""The record of a batch of prompts, step by step: trajectories, their text, and the metrics that follow from them.
 
-A step is one run of the model; `GenerationOutputs.record_step` is told each step's requests and how long it took. Times
-are seconds.
+A step is one run of the model; `GenerationOutputs.record_step` takes each step's requests and its time. All times are
+seconds.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-TRACE_SWITCH = "PYMLLM_SAVE_TRACE"  # "0": no block traces
+# The environment variable that turns block traces off, by "0".
+TRACE_SWITCH = "PYMLLM_SAVE_TRACE"
 
 
 def decode_token_ids_robust(
     tokenizer: Any, token_ids: Sequence[int] | None, *, skip_special_tokens: bool = False
 ) -> str:
-    """Text of ids; "" for none.
+    """Decode ids to text; "" for no ids.
 
-    A tokenizer whose `decode` does not take these arguments (a TypeError) is asked token by token instead; any other
-    error is raised as it is.
+    If the tokenizer's `decode` does not take these arguments (a TypeError), its tokens are converted one by one
+    instead; any other error is raised as it is.
     """
     if not token_ids:
         return ""
@@ -35,9 +36,9 @@ def decode_token_ids_robust(
 class ReqStep:
     """One step of one request.
 
-    step_id: counted from 0 for the request.  step_time: of the whole step, which other requests may have shared.
-    running_token_ids: what the step ran.  buffer_bids: ids of the blocks in the buffer.
-    block_trace: for each of them its id, whether it is active, its masked tokens and their share.
+    step_id: the number of the step, counted from 0 for the request.  step_time: the time of the whole step, which other
+    requests may have shared.  running_token_ids: the tokens that the step ran.  buffer_bids: ids of the blocks in the
+    buffer.  block_trace: for each of these blocks its id, whether it is active, its masked tokens and their share.
     """
 
     step_id: int
@@ -65,8 +66,8 @@ FLAGS = (
 class ReqTrajectory:
     """One prompt's answer and the steps that made it.
 
-    token_ids: up to the end token; full_token_ids: all that were generated.  is_truncated: whether these differ.
-    The *_reached flags say which limit ended it.  text, full_text: after `convert_to_text`.
+    token_ids: the tokens before the end token; full_token_ids: all that were generated; is_truncated: whether these
+    differ.  The *_reached flags say which limit ended the answer.  text, full_text: set by `convert_to_text`.
     """
 
     req_id: int
@@ -84,7 +85,7 @@ class ReqTrajectory:
     full_text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Return the trajectory as JSON values."""
         return asdict(self)
 
     @property
@@ -93,12 +94,12 @@ class ReqTrajectory:
 
     @property
     def total_time(self) -> float:
-        """Of the steps that it took part in."""
+        """The time of the steps that the request took part in."""
         return sum(step.step_time for step in self.trajectory)
 
     @property
     def time_to_first_token(self) -> float | None:
-        """Of its steps up to the one that gave its first token; None: there is none yet."""
+        """The time of its steps up to the one that gave its first token; None: there is no token yet."""
         elapsed = 0.0
         for step in self.trajectory:
             elapsed += step.step_time
@@ -110,8 +111,9 @@ class ReqTrajectory:
 class GenerationOutputs:
     """The trajectories of `num_prompts` prompts, and metrics over them.
 
-    Of the batch: batch_step_count, total_time, prefill_time, decode_time; generated_tokens, prefill_tokens (run),
-    decode_tokens (generated). A step in which some requests prefill and others decode counts for both times.
+    Totals of the batch: batch_step_count, total_time, prefill_time, decode_time; generated_tokens, prefill_tokens
+    (tokens run), decode_tokens (tokens generated). A step in which some requests prefill and others decode counts for
+    both times.
     """
 
     def __init__(self, num_prompts: int) -> None:
@@ -128,12 +130,14 @@ class GenerationOutputs:
         step_time: float,
         req_id_to_prompt_id: Mapping[int, int] | None = None,
     ) -> None:
-        """Add a step of these requests.  req_id_to_prompt_id: which prompt each is; None: its req_id says it.
+        """Add a step of these requests.
 
-        Requests of any decoding strategy can be recorded. What is read of them: req_id; is_prefilling, new_tokens (got
-        in this step), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer: each with
-        block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and truncated_response
-        (those before the end token); and the flags of `ReqTrajectory`.
+        req_id_to_prompt_id: which prompt each request answers; None: its req_id is the prompt's index.
+
+        Requests of any decoding strategy can be recorded. These attributes are read: req_id; is_prefilling, new_tokens
+        (how many this step gave), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer:
+        each with block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and
+        truncated_response (those before the end token); and the flags of `ReqTrajectory`.
         """
         if not reqs:
             return
@@ -171,7 +175,7 @@ class GenerationOutputs:
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward: what a request generated, over the steps it took part in; the mean over requests."""
+        """Tokens per forward: tokens of a request over the steps that it took part in; the mean over requests."""
         return _mean(t.generated_tokens / len(t.trajectory) for t in self.trajectories if t.trajectory)
 
     @property
@@ -220,7 +224,7 @@ class GenerationOutputs:
         return _rate(self.e2e_tokens, self.total_time)
 
     def metrics(self) -> dict[str, float]:
-        """Every metric, time and count, by name."""
+        """Return every metric, time and count, by name."""
         return {name: getattr(self, name) for name in METRICS}
 
     def convert_to_text(self, tokenizer: Any) -> None:
@@ -233,7 +237,7 @@ class GenerationOutputs:
             trajectory.text = text.partition(end)[0] if end else text
 
     def to_benchmark_format(self) -> list[dict[str, Any]]:
-        """For each prompt: text, full_text, token_ids, and nfe, the number of its steps."""
+        """Return for each prompt text, full_text, token_ids, and nfe, the number of its steps."""
         return [
             {
                 "text": trajectory.text or "",
@@ -255,7 +259,7 @@ METRICS = (
 
 
 def trace_block(block: Any) -> dict[str, Any]:
-    """A block's state, for a trace."""
+    """Describe a block's state, for a trace."""
     return {
         "block_id": block.block_id,
         "is_active": block.is_active,

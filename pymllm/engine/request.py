@@ -1,4 +1,4 @@
-"""One request: its tokens, where it stands, and what it answers."""
+"""One request: its tokens, how far it has come, and its answer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class TokenLogprobs:
 class RequestOutput:
     """A finished request.
 
-    text: "" without a tokenizer.  finish_reason: "stop" (end token or stop string), "length" or "abort".
-    prefill_seconds: from admission to the first token.  decode_seconds: from there to the last.
+    text: "" without a tokenizer.  finish_reason: "stop" (an end token or a stop string), "length" or "abort".
+    prefill_seconds: from admission to the first token.  decode_seconds: from the first token to the last.
+    logprobs: one of each token, if they were asked for.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -42,7 +43,7 @@ class RequestOutput:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
+        """The speed of the tokens after the first."""
         return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
@@ -50,10 +51,15 @@ class RequestOutput:
 class Request:
     """A request in the engine.
 
-    limit: the tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active one.
-    req_id: which of the caller's prompts it is.  is_prefilling, running_sequence, new_tokens: of its latest step.
-    computed: its first so many tokens have keys and values in `pages`.  preemptions: how often it lost them.
-    error: what its own step raised; it is finished then.
+    limit: how many tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active
+    one.  req_id: which of the caller's prompts it is.
+    is_prefilling, running_sequence, new_tokens: whether its latest step read its prompt, the tokens that the step ran,
+    and how many it added.
+    computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
+    error: what its own step raised; the request is finished then.
+    restart_length: `CausalLM.restart_length`.
+    block_size, blocks, max_nfe_reached, max_repetition_run_reached: what `GenerationOutputs` reads of strategies that
+    decode blocks; here one token comes at a time, without blocks or such limits.
     """
 
     prompt: list[int]
@@ -75,8 +81,8 @@ class Request:
     running_sequence: list[int] = field(default_factory=list)
     new_tokens: int = 0
     eos_token_generated: bool = False
-    restart_length: int | None = None  # `CausalLM.restart_length`
-    block_size: int = 1  # a token at a time, no block and no limit of other strategies
+    restart_length: int | None = None
+    block_size: int = 1
     blocks: tuple[()] = ()
     max_nfe_reached: bool = False
     max_repetition_run_reached: bool = False
@@ -94,11 +100,11 @@ class Request:
 
     @property
     def missing(self) -> int:
-        """How many of its tokens the cache lacks."""
+        """The number of its tokens that the cache lacks."""
         return self.length - self.computed
 
     def start_step(self, count: int) -> int:
-        """The next `count` tokens that the cache lacks are to be run.  Returns how many."""
+        """Set the next `count` tokens that the cache lacks as those of the step to come.  Returns `count`."""
         start, read = self.computed, len(self.prompt)
         self.is_prefilling, self.new_tokens = start < read, 0
         if start >= read:
@@ -110,14 +116,14 @@ class Request:
         return count
 
     def end_step(self) -> bool:
-        """They have been run.  Whether the cache now has all, so that another token follows."""
+        """Note that the step has run.  Returns whether the cache now has all tokens, so that another one follows."""
         self.computed += len(self.running_sequence)
         return self.computed == self.length
 
     def fail(self, error: Exception) -> None:
         self.error, self.finish_reason = error, "abort"
 
-    # What `GenerationOutputs.record_step` reads besides.
+    # The rest of what `GenerationOutputs.record_step` reads.
 
     @property
     def full_response(self) -> list[int]:

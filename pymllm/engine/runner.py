@@ -1,4 +1,4 @@
-"""Runs the model over a batch of requests: builds the step's metadata, calls the model, hands back logits."""
+"""Run the model over a batch of requests: build the step's metadata, call the model, return the logits."""
 
 # R requests, T tokens of this step, V vocabulary
 
@@ -14,19 +14,19 @@ from torch.utils.hooks import RemovableHandle
 
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.engine.decoding import DecodingBatch
-from pymllm.engine.graphs import DecodingGraphs, why_not_captured
+from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not_captured
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
-from pymllm.engine.tape import NotRepeatable, record
+from pymllm.engine.tape import NotRepeatable, why_not_recorded
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.causal_lm import CausalLM
 
-# Of the step that this thread runs: ranks simulated by threads each have their own.
+# The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
 
-MAX_DECODING = 8  # batch sizes whose tensors and tapes are kept
-RECORDED_STEP = 3  # a batch of the same size has then come twice before
+# Numbers of requests whose tensors and tapes are kept.
+MAX_TAPES = 8
 
 
 class Runner:
@@ -34,16 +34,19 @@ class Runner:
 
     def __init__(self, model: CausalLM, device: torch.device, max_length: int = 0) -> None:
         self.model, self.device, self.max_length = model, device, max_length
-        self._decoding: dict[
-            tuple[int, int], DecodingBatch
-        ] = {}  # by requests and threads, the last used at the end
-        self._graphs: DecodingGraphs | None = None
-        self.eager_reason: str | None = None  # why decoding on a GPU is not captured
-        self._decoding_of: tuple[Any, ...] = ()  # what must be as it was when they were made
+        # On a CPU decoding steps are recorded on tapes, on a GPU captured as graphs; eager_reason: why they are not.
+        self.capture: Capture | None = None if device.type == "cpu" else capture_cuda_graph
+        self.eager_reason: str | None = None
+        # By rows and threads, the last used at the end; and what must be as it was when they were made.
+        self._decoding: dict[tuple[int, int], DecodingBatch] = {}
+        self._decoding_of: tuple[Any, ...] = ()
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
-        """One forward without a cache.  Returns float32 [T, V], on every rank."""
+        """Run the model over one text without a cache.  Returns float32 [T, V], on every rank.
+
+        adapter: the LoRA adapter to use; None: the active one.
+        """
         count = len(token_ids)
         bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
         metadata = AttnMetaDataBase(
@@ -59,20 +62,19 @@ class Runner:
         return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """The tokens that the scheduler gave each request.  Returns [R, V] logits, after the last of each.
+        """Run the tokens that the scheduler gave each request.
 
-        They are good until the next step.
+        Returns the logits [R, V] after each request's last token; the next step overwrites them.
         """
         if all(r.adapter is None and len(r.running_sequence) == r.missing == 1 for r in requests):
-            decode = {"cpu": self._decode, "cuda": self._decode_captured}.get(self.device.type)
-            logits = None if decode is None else decode(requests, cache)
+            logits = self._decode(requests, cache)
             if logits is not None:
                 return logits
         return self._read(requests, cache)
 
     @torch.no_grad()
     def _read(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """A step that is not one of decoding, or is not played."""
+        """Run a step eagerly: one that reads prompts, has adapters, or cannot be replayed."""
         new = [request.running_sequence for request in requests]
         starts = [request.computed for request in requests]
         positions = [
@@ -104,54 +106,35 @@ class Runner:
         return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)))
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
-        """One token each, from a tape where there is one.  None: this model needs what a tape cannot have."""
+        """Run one token of each request by replaying a recorded step.  Returns [R, V]; the next step overwrites it.
+
+        Returns None where this model, or a batch of this size, cannot be replayed.
+        """
         made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
         if made_for != self._decoding_of:
             self._decoding_of = made_for
             self._decoding.clear()
-        key = (len(requests), torch.get_num_threads())
+            why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
+            self.eager_reason = why_not(self.model)
+        rows = len(requests) if self.capture is None else bucket_of(len(requests))
+        if rows is None or self.eager_reason is not None:
+            return None
+        key = (rows, torch.get_num_threads())
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)
-            columns = cache.pages_for(longest)
-            batch = DecodingBatch(len(requests), columns, cache.page_size, longest, self.device)
+            batch = DecodingBatch(rows, cache.pages_for(longest), cache.page_size, longest, self.device)
         self._decoding[key] = batch
-        while len(self._decoding) > MAX_DECODING:
+        while self.capture is None and len(self._decoding) > MAX_TAPES:
             del self._decoding[next(iter(self._decoding))]
         if batch.refused is not None:
             return None
         batch.fill(requests)
-        if batch.tape is not None and batch.trusted:
-            return batch.tape.play()
-        batch.steps += 1
         try:
-            logits = self._forward_decoding(batch)
-            if batch.tape is not None:
-                batch.trusted = True
-                if not torch.equal(batch.tape.play(), logits):
-                    raise NotRepeatable("played back on another step, it gives other logits")
-            elif batch.steps == RECORDED_STEP:
-                if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()):
-                    raise NotRepeatable("modules of the model have hooks")
-                batch.tape = record(lambda: self._forward_decoding(batch), logits)
+            return batch.run(lambda: self._forward_decoding(batch), self.capture)[: len(requests)]
         except NotRepeatable as reason:
-            batch.tape, batch.refused = None, str(reason)
+            batch.replay, batch.refused = None, str(reason)
             return None
-        return logits
-
-    def _decode_captured(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
-        """One token each, from a CUDA graph.  None: this model cannot be captured, or there are too many requests."""
-        made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
-        if made_for != self._decoding_of or self._graphs is None:
-            self._decoding_of = made_for
-            longest = min(self.max_length, cache.num_pages * cache.page_size)
-
-            def make(size: int) -> DecodingBatch:
-                return DecodingBatch(size, cache.pages_for(longest), cache.page_size, longest, self.device)
-
-            self.eager_reason = why_not_captured(self.model)
-            self._graphs = DecodingGraphs(make, self._forward_decoding)
-        return None if self.eager_reason is not None else self._graphs.step(requests)
 
     @torch.no_grad()
     def _forward_decoding(self, batch: DecodingBatch) -> Tensor:
@@ -177,12 +160,17 @@ class Runner:
         adapters: list[str | None],
         counts: list[int],
     ) -> Tensor:
-        """rows: those whose logits are wanted, one a request; None: all.  adapters, counts: of each request."""
+        """Run `tokens` at `positions` and compute logits.
+
+        rows: the tokens whose logits are wanted, one of each request; None: all.  adapters, counts: each request's
+        adapter, and how many of the tokens are its own.
+        """
         wide = AdapterBatch.of(
             [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)], self.device
         )
         narrow = wide if rows is None else AdapterBatch.of(adapters, self.device)
-        set_fetch_fn_for_attn_metadata(_metadata.get)  # each time: another runner may have installed its own
+        # Each time: another runner may have installed its own.
+        set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(metadata)
         try:
             with use_adapters(wide):

@@ -1,6 +1,6 @@
-"""How the next token is chosen."""
+"""The choice of the next token: one request's settings, and sampling from logits."""
 
-# V vocabulary
+# R requests, V vocabulary
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
-CANDIDATES = 1024  # which top_p tries first, before all tokens
+
+# How many of the likeliest tokens top_p tries before it tries all.
+CANDIDATES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """One request's settings; a value out of range is a RequestError that names the parameter.
 
-    max_tokens: new tokens at most; None: up to the model's length.  temperature: 0 is greedy.
-    top_k: 0 is all.  repetition_penalty: above 1 discourages what the text has already; frequency_penalty and
-    presence_penalty: subtracted for each, or any, earlier occurrence in the answer.
-    stop: strings that end the answer and are left out of it.  seed: for equal answers to equal requests.
+    max_tokens: how many new tokens at most; None: up to the model's length.  temperature: 0 is greedy.
+    top_k: how many of the likeliest tokens remain; 0: all.  top_p: the likeliest tokens of this probability together
+    remain.  min_p: tokens at least this many times as likely as the likeliest remain.
+    repetition_penalty: above 1 makes tokens less likely that the text already has.  frequency_penalty,
+    presence_penalty: subtracted from a token's logit for each earlier occurrence in the answer, or once for any.
+    stop: strings that end the answer and are left out of it.  stop_token_ids: tokens that end it.
+    ignore_eos: whether the model's own end tokens do not end it.  seed: makes equal answers to equal requests.
+    logprobs: for how many of the likeliest tokens to report log-probabilities; None: for none, not even the chosen one.
     logit_bias: (token id, what is added to its logit) pairs, or a dict of them.
     """
 
@@ -89,7 +95,7 @@ class SamplingParams:
 
     @property
     def takes_likeliest(self) -> bool:
-        """Whether the next token is that of the highest logit as it stands, and nothing else is asked for."""
+        """True if the next token is simply that of the highest logit, and nothing else is asked for."""
         penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
         return self.greedy and self.logprobs is None and not self.logit_bias and not penalties
 
@@ -121,7 +127,7 @@ def _integer(name: str, value: Any, low: int, high: int, optional: bool = False)
 
 @dataclass
 class SamplerState:
-    """What a request's sampling carries from token to token."""
+    """The state of a request's sampling that lasts from token to token."""
 
     params: SamplingParams
     prompt: list[int]
@@ -137,20 +143,23 @@ class SamplerState:
 
 
 def likeliest(logits: Tensor, states: Sequence[SamplerState]) -> list[int | None]:
-    """The next token of each request that only wants the likeliest one; None for the others.  logits: [R, V]."""
+    """Choose the next token of each request that only wants the likeliest one; None for the others.
+
+    logits: [R, V].
+    """
     plain = [state.params.takes_likeliest for state in states]
     if not any(plain):
         return [None] * len(plain)
-    # NumPy's takes a tenth of the time of torch's on a CPU; both take the first of equal ones.
+    # On a CPU, NumPy's argmax takes a tenth of the time of torch's; both take the first of equal logits.
     highest = logits.argmax(-1) if logits.device.type != "cpu" else logits.detach().float().numpy().argmax(-1)
     tokens = highest.tolist()
     return [token if wanted else None for token, wanted in zip(tokens, plain, strict=True)]
 
 
 def sample(logits: Tensor, state: SamplerState, answer: list[int]) -> tuple[int, Tensor | None]:
-    """The next token of one request, and its log-probabilities [V] if they were asked for.
+    """Choose the next token of one request.  Returns it, and log-probabilities [V] if they were asked for.
 
-    logits: [V] float32.  Log-probabilities are of the model, before temperature and cuts.
+    logits: [V] float32.  Log-probabilities are the model's own, before temperature and cuts.
     """
     params = state.params
     logits = logits.detach().to("cpu", torch.float32)
@@ -164,7 +173,7 @@ def sample(logits: Tensor, state: SamplerState, answer: list[int]) -> tuple[int,
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> int:
-    """An index by its probability: the place of one random number among their running sums."""
+    """Draw an index by its probability: find the place of one random number among the running sums."""
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     if not bool(sums[-1] > 0):
         raise KernelError("the model's logits are not numbers", code="logits-nan")
@@ -189,7 +198,10 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: list[int], answer:
 
 
 def _cut(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """What top_k, min_p and top_p leave: logits, and their tokens (None: all); the likeliest token always stays."""
+    """Cut tokens off by top_k, min_p and top_p; the likeliest token always stays.
+
+    Returns the logits that are left, and their tokens; None: of all tokens, in order.
+    """
     if 0 < params.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
     if params.min_p > 0:
@@ -198,10 +210,8 @@ def _cut(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]
     if params.top_p == 1:
         return logits, None
     total = logits.logsumexp(-1)
-    for count in (
-        min(CANDIDATES, logits.numel()),
-        logits.numel(),
-    ):  # sorting all takes 10 ms for 128,000 tokens
+    # To sort all 128,000 tokens of a large vocabulary takes 10 ms.
+    for count in (min(CANDIDATES, logits.numel()), logits.numel()):
         best = logits.topk(count)
         mass = (best.values - total).exp().double()
         before = mass.cumsum(-1) - mass

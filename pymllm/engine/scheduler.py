@@ -1,4 +1,4 @@
-"""Which requests the next step runs, which of their tokens, and which pages they get."""
+"""The scheduler: it chooses the requests of the next step, their tokens and their pages."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ STEP_TOKENS = 1024
 
 
 class Scheduler:
-    """Requests over the pages of one cache; whoever came first goes first.
+    """The requests that share the pages of one cache; whoever came first goes first.
 
-    A step brings one token of every request that has read its prompt. What is left of `step_tokens` goes to prompts,
-    so that a long one is read in several steps, and the answers of others go on beside it.
+    A step runs one token of every request that has read its prompt. What is left of `step_tokens` goes to prompts, so
+    that a long prompt is read in several steps, and the answers of others go on beside it.
 
-    A request gets the pages of its prompt when it is admitted, and one more whenever it has filled those. When none is
-    free, the request that was admitted last gives all of its pages back (it is preempted), and later reads its prompt
-    and its answer again.
+    A request gets the pages of its prompt when it is admitted, and one more page whenever it has filled those. When no
+    page is free, the request that was admitted last gives all of its pages back (it is preempted), and later reads its
+    prompt and its answer again.
 
-    whole: keys depend on how long their request is (`CausalLM.keys_depend_on_length`), so that a prompt is read in
-    one step, and a request gets all the pages that it may ever need when it is admitted.
+    whole: whether keys depend on how long their request is (`CausalLM.keys_depend_on_length`). A prompt is then read
+    in one step, and a request gets all the pages that it may ever need when it is admitted.
     """
 
     def __init__(self, cache: PagedKVCache, *, whole: bool) -> None:
@@ -33,7 +33,7 @@ class Scheduler:
         self.running: list[Request] = []  # in the order of their admission
 
     def schedule(self) -> list[Request]:
-        """The requests of the next step, each with its tokens (`Request.running_sequence`); [] if there are none."""
+        """Choose the requests of the next step, if any, and the tokens of each (`Request.running_sequence`)."""
         step: list[Request] = []
         left = self.step_tokens
         for request in [request for request in self.running if request.missing == 1]:
@@ -50,19 +50,20 @@ class Scheduler:
         return step
 
     def remove(self, request: Request) -> None:
-        """Take a request out, wherever it is; its pages are free at once."""
+        """Take a request out, whether it runs or waits; its pages are free at once."""
         for line in (self.waiting, self.running):
             if request in line:
                 line.remove(request)
         self._take_pages(request)
 
     def _admit(self) -> Request | None:
-        """The request that waits first, if there is room for it."""
+        """Take in the request that waits first, if there is room for it."""
         if not self.waiting or len(self.running) >= self.max_requests:
             return None
         request = self.waiting[0]
         needed = PagedKVCache.pages_for(request.limit if self.whole else request.length)
-        spare = 0 if self.whole else len(self.running)  # so that it is not preempted for their next page
+        # A page is left for each running request, so that none preempts this one for its next page.
+        spare = 0 if self.whole else len(self.running)
         if needed + spare > len(self.cache.free):
             return None
         self.running.append(self.waiting.popleft())
@@ -72,9 +73,10 @@ class Scheduler:
         return request
 
     def _grow(self, request: Request) -> bool:
-        """Give a running request the page of its next token.  Whether it still runs then."""
+        """Give a running request the page of its next token.  Returns whether it still runs then."""
         while PagedKVCache.pages_for(request.length) > len(request.pages):
-            if not request.pages:  # preempted for an earlier one
+            # It was preempted for an earlier request.
+            if not request.pages:
                 return False
             if self.cache.free:
                 request.pages += self.cache.allocate(1)

@@ -14,7 +14,8 @@ from pymllm.text.tokenizer import TextStream, Tokenizer
 class StreamPiece:
     """A step of a streamed answer.
 
-    text: may be empty while a character is incomplete.  output: once it is finished.  logprobs: if asked for.
+    text: may be empty while a character is incomplete.  output: the whole answer, with the last piece alone.
+    logprobs: None unless they were asked for.
     """
 
     text: str
@@ -24,9 +25,9 @@ class StreamPiece:
 
 
 class Session:
-    """What one thread does with an engine from its first request to its last.
+    """One thread's use of an engine, from its first request to its last.
 
-    unfinished: the requests that are still to answer.
+    unfinished: the requests that have not finished.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
@@ -48,9 +49,9 @@ class Session:
         return request
 
     def step(self) -> list[tuple[Request, StreamPiece | None]]:
-        """One step of the engine.  Returns the requests that took part, with their new pieces.
+        """Run one step of the engine.  Returns the requests that took part, with their new pieces.
 
-        None: it read a part of its prompt, or failed (`Request.error`).
+        A piece is None if its request read only a part of its prompt, or failed (`Request.error`).
         """
         return [(request, self._piece(request)) for request in self.engine.step()]
 
@@ -60,7 +61,7 @@ class Session:
         self.engine.abort(request)
 
     def close(self) -> None:
-        """End all that have not finished."""
+        """End every request that has not finished."""
         for request in self.unfinished:
             self.abort(request)
 

@@ -1,14 +1,14 @@
-"""A decoding step recorded once and played again, with other numbers in the same tensors.
+"""A decoding step that is recorded once and replayed, with other numbers in the same tensors.
 
 While 200 MB of weights stream past, everything else has left the caches, and the Python between two kernels costs as
 much as a small kernel. A tape notes down what a step does: the native calls (`kernels/tape.h`) and torch's operations
-between them, with the addresses of all tensors. Playing it is one native call, and a torch operation where there is
-one. This is to a CPU what a captured graph is to a GPU.
+between them, with the addresses of all tensors. To play it takes one native call, and a torch operation where there is
+one. A tape is to a CPU what a captured graph is to a GPU.
 
-What could not be repeated is never recorded: a step whose work depends on numbers that Python reads from a tensor, on
-lengths that it has as Python integers, or on operations of another kind than torch's own. And a new tape is tried
-twice, on the step that it was recorded from, its intermediate tensors filled with NaN, and on the next one: it must
-give the same logits, bit for bit.
+A step that cannot be repeated is never recorded: one whose work depends on numbers that Python reads from a tensor, on
+lengths that it has as Python integers, or on operations other than torch's own. A new tape is tried twice: on the step
+that it was recorded from, with its intermediate tensors full of NaN, and on the next step. Both times it must give the
+same logits, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,16 +27,17 @@ from pymllm.attention import AttnMetaDataBase
 from pymllm.kernels.native.extension import isa_code, native, native_available
 from pymllm.kernels.native.float_linear import FLOAT_TYPES
 
-MAX_BYTES = 64 << 20  # of a tape's intermediate tensors: they are kept, and none takes another's place
+# How much a tape's intermediate tensors may take: all are kept, and none takes another's place.
+MAX_BYTES = 64 << 20
 
 
 class NotRepeatable(Exception):
-    """Why a step cannot be recorded."""
+    """The refusal to record a step; its text is the reason."""
 
 
 @dataclass(eq=False)
 class RepeatedStep(AttnMetaDataBase):
-    """A step whose tensors will hold other numbers when it is played: what Python reads of it would be stale."""
+    """A step whose tensors will hold other numbers when it is replayed: what Python reads of it would be stale."""
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:  # type: ignore[override]
@@ -44,7 +45,7 @@ class RepeatedStep(AttnMetaDataBase):
 
 
 class _NoPeeking(TorchFunctionMode):
-    """Refuses what reads a tensor's numbers without an operation that `_Notes` would see."""
+    """A guard against code that reads a tensor's numbers without an operation that `_Notes` would see."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,18 +56,22 @@ class _NoPeeking(TorchFunctionMode):
 
 
 class _Notes(TorchDispatchMode):
-    """Sees torch's operations while a step runs, and keeps every tensor that they make."""
+    """A watcher of torch's operations while a step runs, which keeps every tensor that they make.
+
+    operations: what to run again, each with the number of native calls before it.  kept: every result, views too.
+    made: the results that have memory of their own.
+    """
 
     def __init__(self, tape: Any) -> None:
         super().__init__()
         self.tape = tape
-        self.operations: list[tuple[int, Callable[[], None]]] = []  # after how many native calls, what
-        self.kept: list[Tensor] = []  # what operations gave, views too
-        self.made: list[Tensor] = []  # memory of their own
+        self.operations: list[tuple[int, Callable[[], None]]] = []
+        self.kept: list[Tensor] = []
+        self.made: list[Tensor] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch's question: yes would wrap the method below, and import all of its compiler at the first call."""
+        """Answer torch: True would make it wrap the method below, and import all of its compiler at the first call."""
         return False
 
     def __torch_dispatch__(
@@ -76,9 +81,8 @@ class _Notes(TorchDispatchMode):
         name, schema = str(func), func._schema
         if _depends_on_numbers(func, args):
             raise NotRepeatable(f"{name} depends on numbers in a tensor")
-        if func.namespace != "aten" or name.startswith(
-            "aten.lift_fresh"
-        ):  # that one comes from Python numbers
+        # lift_fresh makes a tensor of Python numbers.
+        if func.namespace != "aten" or name.startswith("aten.lift_fresh"):
             raise NotRepeatable(f"{name} cannot be noted down")
         result = func(*args, **kwargs)
         outputs = _tensors_in((result,))
@@ -86,7 +90,8 @@ class _Notes(TorchDispatchMode):
         if schema.is_mutable:
             self._then(lambda: func(*args, **kwargs))
         elif any(returned.alias_info is not None for returned in schema.returns):
-            pass  # a view: the memory is another tensor's
+            # A view: its memory is another tensor's.
+            pass
         elif name.split(".")[1] in _ALLOCATIONS:
             self.made += outputs
         else:
@@ -102,10 +107,11 @@ class _Notes(TorchDispatchMode):
 
 
 def _depends_on_numbers(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the result's shape, or a Python value, follows from what a tensor holds."""
+    """Tell whether the result's shape, or a Python value, follows from what a tensor holds."""
     if torch.Tag.data_dependent_output in func.tags:
         return True
-    if func is torch.ops.aten.index.Tensor:  # rows by number have a known shape, by a mask they do not
+    # Rows taken by number have a known shape, rows taken by a mask do not.
+    if func is torch.ops.aten.index.Tensor:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return torch.Tag.dynamic_output_shape in func.tags
 
@@ -116,10 +122,10 @@ def _tensors_in(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _call_natively(func: Any, args: tuple[Any, ...], result: Any) -> bool:
-    """Make a native call, which is thereby recorded, that does what `func` did; False: there is none.
+    """Make a native call that does what `func` did, which records it.  Returns False if there is no such call.
 
-    The operations that decoders have: float32 logits, and rows of a table of sines. Played by torch they cost 100 us
-    a step.
+    There are calls for the operations that decoders have: float32 logits, and rows of a table of sines. If torch
+    replays these, they cost 100 us a step.
     """
     if not isinstance(result, Tensor) or result.device.type != "cpu" or not result.is_contiguous():
         return False
@@ -162,7 +168,11 @@ def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> None
 
 @dataclass(eq=False)
 class Tape:
-    """A recorded step.  logits: the tensor that playing fills."""
+    """A recorded step.
+
+    logits: the tensor that `play` fills.  native: the native calls.  operations: torch's operations between them, each
+    with the number of native calls before it.  kept: tensors whose addresses the calls have.
+    """
 
     logits: Tensor
     native: Any
@@ -170,7 +180,7 @@ class Tape:
     kept: list[Tensor] = field(repr=False)
 
     def play(self) -> Tensor:
-        """Do it again.  Returns the logits, which the next call overwrites."""
+        """Run the step again.  Returns the logits, which the next call overwrites."""
         position = 0
         for after, operation in self.operations:
             if after > position:
@@ -181,8 +191,17 @@ class Tape:
         return self.logits
 
 
+def why_not_recorded(model: nn.Module) -> str | None:
+    """Return what keeps every decoding step of `model` from being recorded, or None."""
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return "modules of the model have hooks" if hooked else None
+
+
 def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
-    """A tape of `run`, which has just given `expected`.  NotRepeatable says why there is none."""
+    """Record a tape of `run`, which has just returned `expected`.
+
+    Raises NotRepeatable if `run` has what a tape cannot have, or if the tape gives other logits.
+    """
     if not native_available():
         raise NotRepeatable("the native kernels are not built")
     calls = native().Tape()
@@ -197,7 +216,8 @@ def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
         raise NotRepeatable(f"its intermediate results take {math.ceil(size / 2**20)} MiB")
     tape = Tape(logits, calls, notes.operations, notes.kept)
     for tensor in notes.made:
-        tensor.untyped_storage().fill_(255)  # NaN in every float type
+        # All bits set are NaN in every float type.
+        tensor.untyped_storage().fill_(255)
     if not torch.equal(tape.play(), expected):
         raise NotRepeatable("played back, it gives other logits")
     return tape

@@ -1,10 +1,10 @@
-"""What attention kernels are asked and given: a layer's problem, its pages, and one step of requests.
+"""The contract of attention kernels: a layer's problem, its pages, and one step of requests.
 
 A kernel gets the whole step at once: the queries of all requests side by side, their new keys and values, the layer's
-pages, and an `AttentionStep` that says which is whose. New keys and values are stored before it runs (operation
-"kv_store"), so the pages hold every token that a query may see. What a query sees is what the pages return: in a
-quantised cache that goes for its own step's keys and values too, so that a prompt has the same results however it is
-cut into steps. A kernel may read `k` and `v` instead where there is no cache, or one that `keeps` their dtype.
+pages, and an `AttentionStep` that says which token is whose. New keys and values are stored before the kernel runs
+(operation "kv_store"), so the pages hold every token that a query may see. A query sees keys and values as the pages
+return them: with a quantised cache that goes for its own step's too, so that a prompt has the same results however it
+is cut into steps. A kernel may read `k` and `v` instead where there is no cache, or one that `keeps` their dtype.
 """
 
 # R requests, T tokens of this step, H query heads, Hkv key heads, D head size, Dv value head size, P page size
@@ -29,9 +29,9 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class KVType:
-    """How a cache stores keys and values.
+    """The form in which a cache stores keys and values.
 
-    dtype: of a stored element.  scaling: "none", as they are; "static", divided by a scale of each head that is
+    dtype: that of a stored element.  scaling: "none", as they are; "static", divided by a scale of each head that is
     fixed before any token comes; "token", divided by a scale of each token's head, stored beside it.
     """
 
@@ -39,11 +39,11 @@ class KVType:
     scaling: Scaling = "none"
 
     def keeps(self, dtype: torch.dtype) -> bool:
-        """Whether values of this dtype come back as they were given."""
+        """Tell whether values of this dtype come back as they were given."""
         return self.scaling == "none" and self.dtype is dtype
 
     def bytes_per_token(self, num_kv_heads: int, head_dim: int, value_head_dim: int) -> int:
-        """Of one layer, keys and values together."""
+        """Count the bytes of one token in one layer, keys and values together."""
         scales = 2 * torch.float32.itemsize if self.scaling == "token" else 0
         return num_kv_heads * ((head_dim + value_head_dim) * self.dtype.itemsize + scales)
 
@@ -56,10 +56,10 @@ class KVType:
 class AttentionProblem:
     """One rank's attention layer, as a kernel sees it.
 
-    scale: of the products of queries and keys.  value_head_dim: other than head_dim for MLA.
+    scale: the factor of the products of queries and keys.  value_head_dim: differs from head_dim for MLA.
     sliding_window: a query sees so many positions, its own included; None: all.
-    soft_cap: products p become soft_cap * tanh(p / soft_cap), scaled ones.  sinks: each head has one more logit, which
-    takes part in the softmax and brings no value.  kv: how the cache stores keys and values.
+    soft_cap: scaled products p become soft_cap * tanh(p / soft_cap).  sinks: each head has one more logit, which
+    takes part in the softmax and brings no value.  kv: the form in which the cache stores keys and values.
     block_causal: a query sees its whole block (`AttentionStep.block_size`), not just what lies before it.
     """
 
@@ -102,14 +102,17 @@ class PagedKV:
         return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
     def read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of slots, [N] indices of the flattened pages.  Returns [N, Hkv, D] and [N, Hkv, Dv]."""
+        """Read the keys and values of slots, and convert them to `dtype`.
+
+        slots: [N], indices of the flattened pages.  Returns [N, Hkv, D] and [N, Hkv, Dv].
+        """
         if self.type.scaling == "none":
             return self.k.flatten(0, 1)[slots].to(dtype), self.v.flatten(0, 1)[slots].to(dtype)
         values = []
         for stored, scale in ((self.k, self.k_scale), (self.v, self.v_scale)):
             assert scale is not None
             scale = scale.flatten(0, 1)[slots] if self.type.scaling == "token" else scale
-            # fp8 has no gather on every device; its bytes do.
+            # Not every device can gather fp8, but every one can gather bytes.
             codes = stored.flatten(0, 1).view(torch.uint8)[slots].view(stored.dtype)
             values.append((codes.float() * scale.unsqueeze(-1)).to(dtype))
         return values[0], values[1]
@@ -121,11 +124,11 @@ class AttentionStep:
 
     cu_seqlens_q: [R + 1] int32, where each request's new tokens start; cu_seqlens_k: the same for all its tokens.
     slot_mapping: [T] int64, where each new token's key and value go in the flattened pages; below 0: nowhere.
-    context_lens: [R] int32, tokens of each request after this step, its new ones included.
+    context_lens: [R] int32, how many tokens each request has after this step, its new ones included.
     page_tables: [R, pages] int32, the pages of each request in order; None: there is no cache.
     query_starts, lengths: cu_seqlens_q and context_lens on the host; None: read from the device when first needed.
 
-    Which positions a query sees is causal, unless a strategy decodes blocks:
+    A query sees the positions up to its own, unless a strategy decodes blocks:
     block_size: above 1, a query sees all new positions up to its own block's end.  status_table: [R] int32, a
     strategy's state of each request, 0 while its prompt is read.  prefix_causal: requests in state 0 are causal.
     mask_prefix_hole: cached positions from prefix_lens up to padded_prefix_lens, [R] int32, are not seen.
@@ -156,12 +159,12 @@ class AttentionStep:
 
     @property
     def need_kv_cache_store(self) -> bool:
-        """Whether any new key or value may have a slot."""
+        """True where any new key or value may have a slot."""
         return self.slot_mapping is not None and self.slot_mapping.numel() > 0
 
     @property
     def causal(self) -> bool:
-        """Whether every query sees just what lies before it, and all of that."""
+        """True where every query sees the positions up to its own, and all of them."""
         return self.block_size == 1 and not self.mask_prefix_hole
 
     @cached_property
@@ -174,7 +177,7 @@ class AttentionStep:
 
     @property
     def token_lengths(self) -> Tensor:
-        """[T] int32: the length of each new token's request after this step."""
+        """The length of each new token's request after this step, [T] int32."""
         starts, lengths = self.cu_seqlens_q, self.context_lens
         assert starts is not None and lengths is not None
         if self.max_seqlen_q == 1:
@@ -182,15 +185,16 @@ class AttentionStep:
         return self.once("token lengths", lambda: lengths.repeat_interleave(starts.diff()))
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made once a step and shared by all its layers under `key`."""
+        """Call `make` once a step, and share what it returns among all layers under `key`."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def checked(self, key: Hashable, look: Callable[[], Made]) -> Made:
-        """As `once`, for what looks at the step's own tensors and keeps no number of them but where they are.
+        """Call `look` once, as `once` does, but keep its result when the step starts again.
 
-        A step that is done again with other numbers in the same tensors (engine/tape.py) does not look again.
+        For a result that keeps the addresses of the step's own tensors, and none of their numbers: a step that runs
+        again with other numbers in the same tensors (engine/tape.py) does not look again.
         """
         if key not in self._checked:
             self._checked[key] = look()
@@ -201,7 +205,7 @@ class AttentionStep:
         self._made.clear()
 
     def slots(self, request: int, first: int) -> Tensor:
-        """Where the positions from `first` of a request lie in the flattened pages.  Returns [length - first] int64."""
+        """Find the positions from `first` of a request in the flattened pages.  Returns [length - first] int64."""
 
         def make() -> Tensor:
             assert self.page_tables is not None
@@ -212,7 +216,10 @@ class AttentionStep:
         return self.once(("slots", request, first), make)
 
     def visible(self, request: int, first: int, sliding_window: int | None) -> Tensor:
-        """[new tokens, length - first] bool: which positions from `first` each new token of a request sees."""
+        """Mark the positions from `first` that each new token of a request sees.
+
+        Returns [new tokens, length - first] bool.
+        """
 
         def make() -> Tensor:
             start, stop, length = self.spans[request]
@@ -246,9 +253,10 @@ def seen_kv(
     cache: PagedKV | None,
     request: int,
 ) -> tuple[Tensor, Tensor, int]:
-    """The keys and values that a request's new tokens may see, [N, Hkv, D] and [N, Hkv, Dv], and their first position.
+    """Return the keys and values that a request's new tokens may see, and the first position among them.
 
-    For kernels that take one request at a time: from `k` and `v`, [T, Hkv, D], where these are all, else gathered.
+    For kernels that take one request at a time. Keys and values come from `k` and `v`, [T, Hkv, D] and [T, Hkv, Dv],
+    where these are all there are, else from the pages.  Returns [N, Hkv, D], [N, Hkv, Dv] and the position.
     """
     start, stop, length = step.spans[request]
     if cache is None or (length == stop - start and cache.type.keeps(k.dtype)):
@@ -261,7 +269,7 @@ def seen_kv(
 
 
 class AttentionKernel(Protocol):
-    """Attention of one step over keys and values that are stored already."""
+    """A kernel for the attention of one step over keys and values that are stored already."""
 
     name: str
 
@@ -277,15 +285,15 @@ class AttentionKernel(Protocol):
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """q: [T, H, D], k: [T, Hkv, D], v: [T, Hkv, Dv], in the problem's dtype, heads perhaps strided, T above 0.
+        """Attend: q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, H, Dv].
 
+        q, k, v are in the problem's dtype; heads may be strided; T is above 0.
         cache: None: nothing is cached, and every request's tokens are all new.  sinks: [H] where the problem has them.
-        Returns [T, H, Dv].
         """
 
 
 class KVStoreKernel(Protocol):
-    """Writes new keys and values to a layer's pages, in the pages' type."""
+    """A kernel that stores new keys and values in a layer's pages, in the pages' type."""
 
     name: str
 
@@ -294,4 +302,4 @@ class KVStoreKernel(Protocol):
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        """k: [T, Hkv, D], v: [T, Hkv, Dv] go where step.slot_mapping says; those below 0 nowhere."""
+        """Store k, [T, Hkv, D], and v, [T, Hkv, Dv], in the slots of step.slot_mapping; below 0 nowhere."""

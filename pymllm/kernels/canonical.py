@@ -1,7 +1,8 @@
-"""The canonical layouts: what every format is converted to, and every kernel packs from.
+"""The canonical layouts: every format is converted to one of them, and every kernel packs from them.
 
-One dataclass a family.  All have outputs first, `[O, I]`, and `dequantize(dtype)`.  `type` is what a kernel needs to
-know of a weight before it sees one: a plan makes the same objects on the meta device, so that it asks the same kernels.
+A family of weights is one dataclass.  All have their outputs first, `[O, I]`, and `dequantize(dtype)`.  `type` is all
+that a kernel needs to know of a weight before it sees one: a plan makes the same objects on the meta device, so that it
+asks the same kernels.
 """
 
 # O out_features, I in_features, G group_size, P parts of a fused layer
@@ -9,7 +10,7 @@ know of a weight before it sees one: a plan makes the same objects on the meta d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ from torch import Tensor
 
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 
-# How a checkpoint wants activations rounded; `kernels/activations.py` says what each is.
+# The (outputs, inputs) that share a scale, where 0 is the whole axis: one for the weight, one for each output.
+TENSOR, CHANNEL = (0, 0), (1, 0)
+
+# The ways in which a checkpoint may want activations rounded; `kernels/activations.py` says what each one is.
 # fmt: off
 Activations = Literal[
     "float", "token", "tensor", "static", "group",
@@ -26,12 +30,8 @@ Activations = Literal[
     "token product", "tensor product", "token product asym",
 ]
 # fmt: on
-SYMMETRIC_ACTIVATIONS = (
-    "token",
-    "tensor",
-    "static",
-    "group",
-)  # to codes of the weight's own kind, without zero points
+# Those that round to codes of the weight's own kind, without zero points.
+SYMMETRIC_ACTIVATIONS = ("token", "tensor", "static", "group")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class DenseType:
 class IntType:
     """Integer codes with a scale for every group of inputs.
 
-    symmetric: the zero point is the middle code everywhere.  offsets: a float is added instead of a zero point taken.
-    indexed: inputs name their groups one by one, instead of lying in order.
+    symmetric: the zero point is the middle code everywhere.  offsets: a float is added, in place of a zero point that
+    is subtracted.  indexed: inputs name their groups one by one, instead of lying in order.
     activations: how the checkpoint wants activations quantised, to int8 ("float": not at all).
     scales: the dtype of the scales.
     """
@@ -66,7 +66,7 @@ class IntType:
 
     @property
     def plain(self) -> bool:
-        """Integer zero points (or none) and groups in order, which is what fast kernels take."""
+        """True for integer zero points (or none) and groups in order, which fast kernels take."""
         return not self.offsets and not self.indexed
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class IntType:
 class CodebookType:
     """4-bit codes that name one of sixteen values, with a scale for every group of inputs.
 
-    codebook: the table's name ("nf4", "e2m1", ...).  activations: as for IntType, quantised as the format says.
+    codebook: the table's name ("nf4", "e2m1", ...).  activations: as for IntType, but quantised as the format says.
     scales: the dtype of the scales.
     """
 
@@ -107,7 +107,7 @@ class Fp8Type:
     family: str = "fp8"
 
     def __str__(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
+        granularity = {TENSOR: "tensor", CHANNEL: "channel"}.get(
             self.block, f"block {self.block[0]}x{self.block[1]}"
         )
         return f"fp8 e4m3 per {granularity}, activations {self.activations}"
@@ -118,7 +118,7 @@ WeightType = DenseType | IntType | Fp8Type | CodebookType
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """weight: [O, I] in a float dtype."""
+    """Plain floats.  weight: [O, I] in a float dtype."""
 
     weight: Tensor
 
@@ -139,12 +139,12 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class IntWeight:
-    """w = (code - zero) * scale, or code * scale + offset.
+    """Integer codes: w = (code - zero) * scale, or code * scale + offset.
 
     codes: [O, I] uint8, 0..2**bits-1.  scales: [O, I/G] float.
     zeros: [O, I/G] uint8, or None: 2**(bits-1) everywhere.
     offsets: [O, I/G] float, in place of zeros.
-    group_index: [I] int32, the group of each input, where they do not lie in order; group_size is then nominal.
+    group_index: [I] int32, the group of each input, where groups do not lie in order; group_size is then nominal.
     input_order: [I] int64; column j multiplies input input_order[j].  `bind` takes it off before a kernel packs.
     input_scales: [P] float32, for activations "static".  input_zeros: [P], for "static asym".
     """
@@ -178,7 +178,7 @@ class IntWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[O, I]; the product is taken in `dtype`, at least in float32."""
+        """Compute the weight, [O, I] in `dtype`.  Products are taken in `dtype`, at least in float32."""
         compute = torch.promote_types(dtype, torch.float32)
         weight = self._grouped(self.codes).to(compute)
         scales = self._per_input(self.scales).to(compute)
@@ -193,26 +193,18 @@ class IntWeight:
         return weight.to(dtype)
 
     def _grouped(self, codes: Tensor) -> Tensor:
-        """[O, I] as [O, I/G, G] where groups lie in order."""
+        """Reshape [O, I] codes to [O, I/G, G] where groups lie in order; else return them as they are."""
         if self.group_index is not None:
             return codes
         return codes.view(codes.shape[0], self.scales.shape[1], self.group_size)
 
     def _per_input(self, groups: Tensor) -> Tensor:
-        """[O, I/G] values of groups, broadcastable to `_grouped` codes."""
+        """Make [O, I/G] values of groups broadcastable to `_grouped` codes."""
         return groups.unsqueeze(-1) if self.group_index is None else groups[:, self.group_index.long()]
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {
-            "codes": self.codes,
-            "scales": self.scales,
-            "zeros": self.zeros,
-            "offsets": self.offsets,
-            "group_index": self.group_index,
-            "input_scales": self.input_scales,
-            "input_zeros": self.input_zeros,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        names = ("codes", "scales", "zeros", "offsets", "group_index", "input_scales", "input_zeros")
+        return _present(self, *names)
 
     @classmethod
     def from_float(
@@ -224,11 +216,11 @@ class IntWeight:
         symmetric: bool,
         range_factors: tuple[Tensor | float, Tensor | float] = (1.0, 1.0),
     ) -> IntWeight:
-        """Round to nearest.  weight: [O, I]; group_size divides I (0 or less: one group a row).
+        """Round a weight, [O, I], to the nearest codes.  group_size divides I (0 or less: one group a row).
 
         Asymmetric groups span minimum to maximum and always hold zero exactly.  Scales are float16, the dtype that
         the formats of this family store; codes are chosen against the rounded scale.
-        range_factors: numbers or [O, I/G], what the low and the high end of each range are multiplied with.
+        range_factors: the factors of the low and the high end of each range, numbers or [O, I/G].
         """
         out_features, in_features = weight.shape
         low_factor, high_factor = range_factors
@@ -254,7 +246,7 @@ class IntWeight:
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """w = weight * scale of its block.
+    """float8_e4m3 codes: w = weight * scale of its block.
 
     weight: [O, I] float8_e4m3fn.  scales: [ceil(O/block_out), ceil(I/block_in)] float32; a block side of 0 is the axis.
     input_scales: [P] float32, one for each part, where activations are "static"; part_sizes: the outputs of each part.
@@ -276,12 +268,12 @@ class Fp8Weight:
         return self.weight.shape[0], self.weight.shape[1]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[O, I]; the product is taken in `dtype`, at least in float32."""
+        """Compute the weight, [O, I] in `dtype`.  Products are taken in `dtype`, at least in float32."""
         compute = torch.promote_types(dtype, torch.float32)
         return (self.weight.to(compute) * self.expanded_scales().to(compute)).to(dtype)
 
     def expanded_scales(self) -> Tensor:
-        """The scales, broadcastable to [O, I]."""
+        """Repeat the scales along the sides of their blocks.  Returns a tensor broadcastable to [O, I]."""
         scales = self.scales
         for axis, side in enumerate(self.block):
             if side > 1:
@@ -289,8 +281,7 @@ class Fp8Weight:
         return scales
 
     def tensors(self) -> dict[str, Tensor]:
-        static = {} if self.input_scales is None else {"input_scales": self.input_scales}
-        return {"weight": self.weight, "scales": self.scales, **static}
+        return _present(self, "weight", "scales", "input_scales")
 
     @classmethod
     def from_parts(
@@ -302,10 +293,10 @@ class Fp8Weight:
         activations: Activations,
         input_scales: Tensor | None,
     ) -> Fp8Weight:
-        """Parts side by side, each with scales of its own, under one block size.
+        """Bring parts that lie side by side, each with scales of its own, under one block size.
 
         scales: one for each part ([P]), or each part's grid of blocks, one above the other. Where parts do not end on
-        a block, or have one scale each, the rows get their scales one by one; no value changes.
+        a block, or have one scale each, every row gets a scale of its own; no value changes.
         """
         sizes = tuple(part_sizes)
         side = block[0]
@@ -323,7 +314,7 @@ class Fp8Weight:
 
     @classmethod
     def from_float(cls, weight: Tensor, *, block: tuple[int, int], activations: Activations) -> Fp8Weight:
-        """Scale each block's largest magnitude to 448 and round to nearest.  weight: [O, I]."""
+        """Scale the largest magnitude of each block of a weight, [O, I], to 448 and round to nearest."""
         out_features, in_features = weight.shape
         side_out, side_in = block[0] or out_features, block[1] or in_features
         rows, columns = -(-out_features // side_out), -(-in_features // side_in)
@@ -334,17 +325,17 @@ class Fp8Weight:
         scales = (blocks.abs().amax(dim=(1, 3)) / E4M3_MAX).clamp(
             min=torch.finfo(torch.float32).smallest_normal
         )
-        codes = (blocks / scales[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        codes = to_e4m3(blocks / scales[:, None, :, None])
         codes = codes.view(rows * side_out, columns * side_in)[:out_features, :in_features].contiguous()
         return cls(codes, scales, block, activations)
 
 
 @dataclass(frozen=True)
 class CodebookWeight:
-    """w = table[code] * scale * row_scale.
+    """Codes of a codebook: w = table[code] * scale * row_scale.
 
     codes: [O, I] uint8, 0..15.  table: [16] float32.  scales: [O, I/G], any float dtype (fp8 scales stay fp8).
-    row_scales: [O] float32, or None: 1 (the second level of two-level scales).
+    row_scales: [O] float32, the second level of two-level scales; None: 1.
     """
 
     codes: Tensor
@@ -365,7 +356,7 @@ class CodebookWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[O, I]; the products are taken in `dtype`, at least in float32."""
+        """Compute the weight, [O, I] in `dtype`.  Products are taken in `dtype`, at least in float32."""
         compute = torch.promote_types(dtype, torch.float32)
         scales = self.scales.to(compute)
         if self.row_scales is not None:
@@ -374,58 +365,19 @@ class CodebookWeight:
         return (values * scales.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {
-            "codes": self.codes,
-            "table": self.table,
-            "scales": self.scales,
-            "row_scales": self.row_scales,
-            "input_scales": self.input_scales,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return _present(self, "codes", "table", "scales", "row_scales", "input_scales")
 
 
 CanonicalWeight = DenseWeight | IntWeight | Fp8Weight | CodebookWeight
 
 
-class LazyWeights(Sequence[CanonicalWeight]):
-    """`size` weights, each made by `make(index)` whenever it is asked for."""
-
-    def __init__(self, make: Callable[[int], CanonicalWeight], size: int) -> None:
-        self.make, self.size = make, size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        return self.make(index)
-
-
-@dataclass(frozen=True)
-class ExpertsWeight:
-    """The experts of a layer: for each of their products, one weight an expert, all of one type and shape.
-
-    gate_up: one product, [2·I, H] with the gate's outputs first; or two, gate's and up's, where they are stored in
-    ways that cannot be one weight.  down: [H, I].  The sequences may make a weight when it is asked for: take each
-    once, and keep no reference to it, so that a layer is never held twice.
-    """
-
-    gate_up: tuple[Sequence[CanonicalWeight], ...]
-    down: Sequence[CanonicalWeight]
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.down)
-
-    def products(self) -> dict[str, Sequence[CanonicalWeight]]:
-        """The products by name: gate_up and down, or gate, up and down."""
-        names = ("gate_up",) if len(self.gate_up) == 1 else ("gate", "up")
-        return {**dict(zip(names, self.gate_up, strict=True)), "down": self.down}
+def _present(weight: Any, *names: str) -> dict[str, Tensor]:
+    """Collect those of a weight's tensors that it has."""
+    return {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
 
 
 def on_meta(weight: CanonicalWeight) -> CanonicalWeight:
-    """The same weight without data, for counting what a kernel's packing would take."""
+    """Return the same weight without data, to count the bytes that a kernel's packing would take."""
     tensors = {
         field.name: value.to("meta") if isinstance(value, Tensor) else value
         for field in dataclasses.fields(weight)
@@ -434,7 +386,12 @@ def on_meta(weight: CanonicalWeight) -> CanonicalWeight:
     return type(weight)(**tensors)  # type: ignore[arg-type]
 
 
+def to_e4m3(values: Tensor) -> Tensor:
+    """Round floats to the nearest float8_e4m3fn; beyond ±448 to ±448, where torch would make NaN."""
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, Frobenius; absolute where `want` is zero."""
+    """Compute |got - want| / |want| in the Frobenius norm; |got - want| where `want` is zero."""
     norm = float(want.norm())
     return float((got - want).norm()) / (norm if norm > 0 else 1.0)

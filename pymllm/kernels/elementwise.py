@@ -1,4 +1,7 @@
-"""What kernels for norms, gates and rotary positions are given."""
+"""The contract of kernels for norms, gates and rotary positions: their problem.
+
+`aten/elementwise.py` says what each of their methods computes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What experts compute between their two products: a gate and an up half become one."""
+"""The gated activation of experts, between their two products: a gate half and an up half become one."""
 
 # N half the gated size
 
@@ -16,9 +16,10 @@ from pymllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class GatedActivation:
-    """silu, gelu_tanh: act(gate) * up.  swiglu: gate * sigmoid(alpha * gate) * (up + 1), as gpt_oss has it.
+    """A gated activation, applied to rows of gate and up.
 
-    limit: swiglu's gate is cut off above it, and its up beyond it on either side.
+    kind: silu, gelu_tanh: act(gate) * up; swiglu: gate * sigmoid(alpha * gate) * (up + 1), as gpt_oss has it.
+    limit: swiglu clamps its gate above it, and its up beyond it on either side.
     """
 
     kind: Literal["silu", "gelu_tanh", "swiglu"] = "silu"
@@ -26,7 +27,7 @@ class GatedActivation:
     limit: float = float("inf")
 
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """gate_up: [*, 2N], gate first.  Returns [*, N]."""
+        """Apply it to gate_up, [*, 2N], gate first.  Returns [*, N]."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.kind == "silu":
             return F.silu(gate) * up
@@ -39,20 +40,19 @@ class GatedActivation:
         return self.kind if self.kind != "swiglu" else f"swiglu alpha {self.alpha} limit {self.limit}"
 
 
-# By what configs call them; some have several names for one formula.
+# By the names in configs, some of which mean the same formula.
+_GELU_TANH = ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new", "gelu_fast")
 ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish"), GatedActivation("silu")),
-    **dict.fromkeys(
-        ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new", "gelu_fast"), GatedActivation("gelu_tanh")
-    ),
+    **dict.fromkeys(_GELU_TANH, GatedActivation("gelu_tanh")),
 }
 
 
 def activation_of(hidden_act: Any) -> GatedActivation:
-    """The one that a config names.  ConfigError for another."""
+    """Find the activation that a config names as hidden_act.  ConfigError "config-value" for an unknown name."""
     if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise ConfigError(
-            f"unknown activation {hidden_act!r}",
+            f"config.json names an activation that pymllm does not have, {hidden_act!r}",
             code="config-value",
             file="config.json",
             tensor="hidden_act",

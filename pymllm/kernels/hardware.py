@@ -1,4 +1,4 @@
-"""The one place that looks at hardware: which device a name means, and what it can do."""
+"""The one place that looks at hardware: it finds the device that a name means, and says what the device can do."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pymllm.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Architecture:
-    """What kernels are built for.  processors: multiprocessors of its usual board, for a device known by name alone.
+    """A GPU architecture that kernels are built for.
 
-    shared_bytes: shared memory that one block may use.  fp8: whether matrix units multiply float8_e4m3fn.
+    processors: multiprocessors of its usual board, for a device that is known by its architecture's name alone.
+    shared_bytes: shared memory that one block may use.  fp8: whether its matrix units multiply float8_e4m3fn.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Architecture:
 
     @property
     def spec(self) -> str:
-        """What `probe_device` makes any such device of."""
+        """The name by which `probe_device` makes a device of this architecture."""
         return f"{'cuda' if self.is_nvidia else 'hip'}:{self.name}"
 
 
@@ -44,7 +45,8 @@ ARCHITECTURES = {
         Architecture("sm100", (10, 0), 148, 232448, fp8=True),
         Architecture("sm120", (12, 0), 170, 101376, fp8=True),
         Architecture("gfx90a", (9, 0), 104, 65536, fp8=False),
-        Architecture("gfx942", (9, 4), 304, 65536, fp8=False),  # its fp8 is e4m3fnuz, which no checkpoint has
+        # fp8=False: gfx942's fp8 is e4m3fnuz, which no checkpoint has.
+        Architecture("gfx942", (9, 4), 304, 65536, fp8=False),
         Architecture("gfx950", (9, 5), 256, 163840, fp8=True),
     )
 }
@@ -52,11 +54,11 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Device:
-    """What kernels may ask about a device.
+    """A device, as far as kernels may ask about it.
 
-    type: "cpu" or "cuda" (torch calls AMD's devices so too).  capability: (major, minor) of a GPU.
+    type: "cpu" or "cuda" (torch calls AMD's devices "cuda" too).  capability: (major, minor) of a GPU.
     isa: the native CPU path in use ("avx512_vnni", ...), or None without native kernels.
-    architecture: of a GPU that pymllm's own GPU kernels are built for.  processors: its multiprocessors.
+    architecture: that of a GPU which pymllm's own GPU kernels are built for.  processors: a GPU's multiprocessors.
     present: False for a device known by its architecture's name alone, which can be planned for but not run on.
     """
 
@@ -74,7 +76,7 @@ class Device:
 
     @property
     def spec(self) -> str:
-        """What `probe_device` makes this device of."""
+        """The name by which `probe_device` makes this device."""
         return self.type if self.present or self.architecture is None else self.architecture.spec
 
     def __str__(self) -> str:
@@ -83,9 +85,11 @@ class Device:
 
 @functools.cache
 def probe_device(device: str = "auto") -> Device:
-    """The device that "auto", "cpu" or "cuda" means here; "cuda:sm90" or "hip:gfx942": any such GPU, for a plan.
+    """Find the device that a name means on this machine.
 
-    "auto" is the GPU where torch has one, else the CPU.  ConfigError for a device that torch cannot use.
+    device: "auto" (the GPU where torch has one, else the CPU), "cpu" or "cuda"; or, for a plan, the name of an
+    architecture such as "cuda:sm90" or "hip:gfx942", which means any GPU of it.
+    Raises ConfigError "device" for a device that torch cannot use, or an unknown architecture.
     """
     kind, _, which = device.partition(":")
     if kind in ("cuda", "hip") and which and not which.isdecimal():
@@ -107,7 +111,7 @@ def probe_device(device: str = "auto") -> Device:
             processors=properties.multi_processor_count,
         )
     raise ConfigError(
-        f"the device {device!r} cannot be used",
+        f"torch cannot use the device {device!r} on this machine",
         code="device",
         expected="auto, cpu" + (" or cuda" if torch.cuda.is_available() else " (torch sees no GPU)"),
         found=device,
@@ -130,12 +134,11 @@ def _named_device(device: str, which: str) -> Device:
 
 
 def _architecture_of(properties: object) -> Architecture | None:
-    """The architecture whose kernels a GPU runs; None for one older than all of them."""
+    """Find the architecture whose kernels a GPU runs.  None: the GPU is older than all of them."""
     gfx = getattr(properties, "gcnArchName", "").split(":")[0]
     if torch.version.hip is not None:
         return ARCHITECTURES.get(gfx)
     capability = (properties.major, properties.minor)  # type: ignore[attr-defined]
-    same_major = [a for a in ARCHITECTURES.values() if a.is_nvidia and a.capability[0] == capability[0]]
-    return max(
-        (a for a in same_major if a.capability <= capability), key=lambda a: a.capability, default=None
-    )
+    nvidia = [a for a in ARCHITECTURES.values() if a.is_nvidia]
+    usable = [a for a in nvidia if a.capability[0] == capability[0] and a.capability <= capability]
+    return max(usable, key=lambda a: a.capability, default=None)

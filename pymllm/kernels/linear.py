@@ -1,4 +1,4 @@
-"""What linear and embedding kernels are given, and what they have."""
+"""The contract of linear and embedding kernels: their problem, and the interface of a kernel."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pymllm.kernels.canonical import CanonicalWeight, WeightType
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.registry import Compute, Kernel, Packed
 
-# Relative error (Frobenius) that an exact kernel may have: the weight and the result are rounded to the activation
-# dtype (2^-9 or 2^-12 each), and sums to float32 (about sqrt(I) units of 2^-24).
+# The relative error (Frobenius) that an exact kernel may have: the weight and the result are rounded to the dtype of
+# activations (2^-9 or 2^-12 each), sums to float32 (about sqrt(I) units of 2^-24).
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -34,29 +34,32 @@ class LinearProblem:
 
 
 class LinearKernel(Kernel, Protocol):
-    """`x @ weight.T + bias` over packed weights.  `layout` names what `pack` makes: equal names, equal bytes."""
+    """A kernel for `x @ weight.T + bias` over packed weights.
+
+    layout: the name of what `pack` makes: kernels with equal names make equal bytes.
+    """
 
     layout: str
 
     def numerics(self, problem: LinearProblem) -> str:
-        """How results differ from exact arithmetic over the stored weights, for a plan to show.
+        """Say how results differ from exact arithmetic over the stored weights, for a plan to show.
 
         A kernel whose error exceeds what the activations' dtype explains also has `tolerance(problem) -> float`, the
-        relative error that it owns up to.
+        relative error that it admits.
         """
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
-        """Weights in this kernel's own order.  Also runs on meta tensors: a plan counts its bytes."""
+        """Bring a weight into this kernel's own order.  Also runs on meta tensors: a plan counts the bytes."""
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
-        """What `pack` was given, bit for bit."""
+        """Return what `pack` was given, bit for bit."""
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x: [*, I] in the problem's dtype.  Returns [*, O]."""
+        """Multiply: x [*, I], in the problem's dtype -> [*, O]."""
 
 
 class EmbeddingKernel(Kernel, Protocol):
-    """Rows of a packed table; `pack` and `layout` as for a linear layer, so that a tied head can share them."""
+    """A kernel for rows of a packed table; `pack` and `layout` as for a linear layer, so that a tied head shares it."""
 
     layout: str
 
@@ -67,4 +70,4 @@ class EmbeddingKernel(Kernel, Protocol):
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight: ...
 
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
-        """ids: any shape, within the table.  Returns [*ids.shape, I] in the problem's dtype."""
+        """Look rows up.  ids: any shape, within the table.  Returns [*ids.shape, I] in the problem's dtype."""

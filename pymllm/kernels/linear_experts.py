@@ -1,7 +1,7 @@
 """Experts one after the other, each product by the linear kernel that is best for it.
 
-Every linear kernel thereby runs experts. What it packs for one expert is stacked over experts under its own names
-("gate_up.blocks" is [E, ...], say), so that a kernel for all experts at once can take over the layout.
+Every linear kernel thereby runs experts. The tensors that it packs for one expert are stacked over experts under their
+own names ("gate_up.blocks" is [E, ...], say), so that a kernel for all experts at once can take over the layout.
 """
 
 # T tokens, K experts a token, S slots (a token and one of its experts), E experts, H hidden size
@@ -15,24 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, LazyWeights
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight, LazyWeights
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.reference.linear import ReferenceLinear
 from pymllm.kernels.registry import Packed, select
 
-INPUT_ORDER = "input_order"  # beside what a linear kernel packed: which input each column multiplies
+INPUT_ORDER = (
+    "input_order"  # the input that each column multiplies, beside the tensors that a linear kernel packed
+)
 
 
 class PackedExperts(dict[str, Tensor]):
-    """Tensors stacked over experts, by product and name; `expert` gives one expert's, sliced once."""
+    """Tensors stacked over experts, by "product.name"; `expert` returns those of one expert, which it slices once."""
 
     def __init__(self, tensors: Mapping[str, Tensor], num_experts: int) -> None:
         super().__init__(tensors)
         self._experts: list[dict[str, Packed] | None] = [None] * num_experts
 
     def expert(self, index: int) -> dict[str, Packed]:
-        """One expert's packed tensors, by product."""
+        """Return one expert's packed tensors, by product."""
         found = self._experts[index]
         if found is None:
             split: dict[str, dict[str, Tensor]] = {}
@@ -44,13 +46,13 @@ class PackedExperts(dict[str, Tensor]):
 
 
 class LinearExperts:
-    """Slots sorted by expert; an expert's rows go through its products together."""
+    """Experts by linear kernels: slots are sorted by expert, and an expert's rows go through its products together."""
 
     name = "linear"
     layout = "linear kernels' own, stacked over experts"
 
     def linear_kernel(self, problem: LinearProblem) -> Any:
-        """The kernel for one product of one expert."""
+        """Choose the kernel for one product of one expert."""
         return select("linear", problem).kernel
 
     def why_not(self, problem: ExpertsProblem) -> str | None:
@@ -67,7 +69,7 @@ class LinearExperts:
         return f"an expert at a time by {'; '.join(said)}"
 
     def tolerance(self, problem: ExpertsProblem) -> float:
-        """Relative error that `verify` allows: of two products in a row, the first one's passes through the second."""
+        """Return the relative error that `verify` allows: the first product's error passes through the second one."""
 
         def allowed(linear: LinearProblem) -> float:
             kernel = self.linear_kernel(linear)
@@ -80,9 +82,8 @@ class LinearExperts:
         for product, experts in weight.products().items():
             for index in range(problem.num_experts):
                 packed = self._pack_product(experts[index], problem.products()[product])
-                stack(
-                    stacked, {f"{product}.{name}": tensor for name, tensor in packed.items()}, index, problem
-                )
+                named = {f"{product}.{name}": tensor for name, tensor in packed.items()}
+                stack(stacked, named, index, problem)
                 if all(tensor.is_meta for tensor in packed.values()):
                     break  # a plan, for which one expert stands for all
         return PackedExperts(stacked, problem.num_experts)
@@ -141,6 +142,7 @@ class LinearExperts:
 
 
 def experts_of(packed: Packed) -> PackedExperts:
+    """Return packed tensors as the `PackedExperts` that `LinearExperts.pack` made."""
     assert isinstance(packed, PackedExperts)
     return packed
 
@@ -148,7 +150,7 @@ def experts_of(packed: Packed) -> PackedExperts:
 def stack(
     stacked: dict[str, Tensor], packed: Mapping[str, Tensor], index: int, problem: ExpertsProblem
 ) -> None:
-    """Put one expert's packed tensors at `index` of the stacked ones, which are made with the first."""
+    """Put one expert's packed tensors at `index` of the stacked ones, which are made with the first expert."""
     for name, tensor in packed.items():
         if name not in stacked:
             stacked[name] = tensor.new_empty((problem.num_experts, *tensor.shape))
@@ -159,7 +161,10 @@ def stack(
 def run_by_expert(
     expert: Callable[[int, Tensor], Tensor], x: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> Tensor:
-    """Call `expert(index, rows of x)` for every expert that tokens were routed to; the weighted sums, [T, H]."""
+    """Call `expert(index, rows of x)` for every expert that tokens were routed to.
+
+    x: [T, H].  topk_ids, topk_weights: [T, K].  Returns the weighted sums of the answers, [T, H].
+    """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     if x.shape[0] == 1:  # decode: nothing to sort
         for index, weight in zip(topk_ids[0].tolist(), topk_weights[0], strict=True):
@@ -174,7 +179,7 @@ def run_by_expert(
 
 
 def slots_by_expert(topk_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each expert that occurs in topk_ids [T, K], with its slots [n] (token · K + k) in order."""
+    """Yield each expert that occurs in topk_ids, [T, K], with its slots, [n], in order.  A slot: token · K + k."""
     ids, order = topk_ids.flatten().sort(stable=True)
     experts, counts = ids.unique_consecutive(return_counts=True)
     for index, slots in zip(experts.tolist(), order.split(counts.tolist()), strict=True):

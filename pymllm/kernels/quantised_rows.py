@@ -1,7 +1,8 @@
 """Activations that are quantised already, handed from the kernel that makes them to the one that multiplies them.
 
-A linear kernel that quantises its input says how (`input_codes`); an elementwise kernel that can, gives it codes in
-place of floats, and saves the pass over memory between the two. Codes are those that the linear kernel would make.
+A linear kernel that quantises its input says how (`input_codes`); an elementwise kernel that can do so gives it codes
+in place of floats, and saves the pass over memory between the two. The codes are those that the linear kernel would
+make.
 """
 
 # I inputs of a linear layer, G inputs that share a scale
@@ -16,7 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowCodes:
-    """How rows are quantised.  integer: to int8, else to e4m3.  group: inputs that share a scale; 0: the whole row."""
+    """The kind of codes that rows become.
+
+    integer: int8 codes, else e4m3.  group: how many inputs share a scale; 0: the whole row.
+    """
 
     integer: bool
     group: int = 0
@@ -27,7 +31,10 @@ class RowCodes:
 
 @dataclass(frozen=True, eq=False)
 class QuantisedRows:
-    """codes: [*, I] int8 or e4m3.  scales: float32, [rows, I/G].  dtype: of the values, which products have too."""
+    """Rows as codes and scales.
+
+    codes: [*, I] int8 or e4m3.  scales: [rows, I/G] float32.  dtype: that of the values, and of their products.
+    """
 
     codes: Tensor
     scales: Tensor

@@ -1,6 +1,7 @@
-"""What a kernel's refusal comes down to: another device, something to install, a setting, or the layer itself.
+"""The cause of a kernel's refusal: the device, something to install, a setting, or the layer itself.
 
-Found out by asking again: a kernel that takes the same layer under another setting was refused for that setting.
+The cause is found by asking again: a kernel that takes the same layer under another setting was refused for that
+setting.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def explain(selection: Selection[Any]) -> list[dict[str, str]]:
-    """Each kernel that was refused, as {"kernel", "why", "cause", "fix"}.
+    """Describe each kernel that was refused as {"kernel", "why", "cause", "fix"}.
 
-    cause: what the refusal comes down to.  fix: the settings under which the kernel would take the layer,
-    as "dtype=bfloat16" or "compute=auto,dtype=bfloat16"; else "".
+    cause: see `Cause`.  fix: the settings under which the kernel would take the layer, as "dtype=bfloat16" or
+    "compute=auto,dtype=bfloat16"; else "".
     """
     found = []
     for refusal in selection.refused:
@@ -52,14 +53,16 @@ def _cause(refusal: Refusal, operation: Operation, problem: Any) -> tuple[Cause,
 
 
 def _other_settings(problem: Any) -> Iterator[tuple[str, Any]]:
-    """What a user may ask for besides, the fewest changes first, and the problem that it would make of this one."""
+    """Yield the other settings that a user may ask for, the fewest changes first, and the problem that each makes."""
     now = {"compute": getattr(problem, "compute", "auto"), "dtype": problem.dtype}
     asked = [{"compute": compute, "dtype": dtype} for compute in (now["compute"], "auto") for dtype in DTYPES]
     differing = [{key: value for key, value in settings.items() if value != now[key]} for settings in asked]
     for changes in sorted(filter(None, differing), key=len):
         named = ",".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in changes.items())
         if {**now, **changes} == {"compute": "auto", "dtype": torch.float32}:
-            changes["compute"] = "exact"  # float32 by name is its arithmetic too (`choose_execution`)
+            changes["compute"] = (
+                "exact"  # to ask for float32 is to ask for its arithmetic too (`choose_execution`)
+            )
         yield named, _with(problem, **changes)
 
 
@@ -69,7 +72,10 @@ def _other_gpus(device: Device) -> Iterator[Device]:
 
 
 def _with(problem: Any, **changes: Any) -> Any:
-    """The problem under another setting; its experts' products follow, and what is stored in the activations' dtype."""
+    """Return the problem under another setting.
+
+    The products of its experts change with it, and so does all that is stored in the activations' dtype.
+    """
     changed: dict[str, Any] = {}
     for field in fields(problem):
         value = getattr(problem, field.name)

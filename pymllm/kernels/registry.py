@@ -1,9 +1,9 @@
-"""Which kernel runs a problem, and why not the others.
+"""The choice of the kernel that runs a problem, with the reasons against the others.
 
-A kernel is a class with a `name`, `why_not(problem) -> str | None`, and what its operation needs (below; for attention,
-`kernels/attention.py`; for routing, `kernels/routing.py`). Adding one is a file and one line in `KERNELS`, whose order
-is the order of preference; the reference is always last and runs everything. `select` walks it once, when a layer is
-packed (or planned), and keeps every refusal with its reason.
+A kernel is a class with a `name`, `why_not(problem) -> str | None`, and the methods that its operation needs
+(`kernels/<operation>.py`). A new kernel is a file and one line in `KERNELS`, whose order is the order of preference;
+the reference is always last and runs everything. `select` walks the list once, when a layer is packed (or planned),
+and keeps every refusal with its reason.
 """
 
 from __future__ import annotations
@@ -86,12 +86,16 @@ Packed = Mapping[str, Tensor]
 
 
 class Kernel(Protocol):
-    """What every kernel has; one for a kind of device alone also has `device_type`, "cpu" or "cuda"."""
+    """The interface of every kernel.
+
+    name: its name, unique within the operation.  A kernel for one kind of device alone also has `device_type`, "cpu" or
+    "cuda".
+    """
 
     name: str
 
     def why_not(self, problem: Any) -> str | None:
-        """None if it can run `problem`, else the reason in a few words."""
+        """Return why the kernel cannot run `problem`, in a few words; None: it can."""
 
 
 K = TypeVar("K")
@@ -107,7 +111,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Selection(Generic[K]):
-    """The kernel that was chosen for a problem, and the refusals before it.  forced: the user named it."""
+    """The kernel that was chosen for a problem, and the refusals before it.  forced: the user named the kernel."""
 
     kernel: K
     operation: Operation
@@ -118,7 +122,7 @@ class Selection(Generic[K]):
 
 @functools.cache
 def kernels_for(operation: Operation) -> tuple[Any, ...]:
-    """The kernels of an operation, in order of preference."""
+    """List the kernels of an operation, in order of preference."""
     found = []
     for path in KERNELS[operation]:
         module, _, name = path.partition(":")
@@ -128,9 +132,10 @@ def kernels_for(operation: Operation) -> tuple[Any, ...]:
 
 @functools.cache
 def select(operation: Operation, problem: Any, forced: str | None = None) -> Selection[Any]:
-    """The first kernel of `operation` that can run `problem`; or the one named `forced`.
+    """Choose the first kernel of `operation` that can run `problem`; or the one named `forced`.
 
-    KernelError with all reasons if none can, or if the forced one cannot.
+    Raises KernelError: "kernel-refused", with all reasons, if none can, or if the forced one cannot; "kernel-unknown"
+    if there is no kernel `forced`.
     """
     kernels = kernels_for(operation)
     if forced is not None:

@@ -15,7 +15,7 @@ class SiluAndMul(nn.Module):
         self.kernel = elementwise_kernel()
 
     def forward(self, x: Tensor, taker: nn.Module | None = None) -> Tensor:
-        """taker: as `RMSNorm.forward`."""
+        """Compute silu(gate) * up.  taker: as in `RMSNorm.forward`."""
         codes = codes_between(self, taker, x.shape[-1] // 2)
         return self.kernel.silu_and_mul(x) if codes is None else self.kernel.silu_and_mul(x, codes)
 
@@ -28,6 +28,6 @@ class GeluAndMul(nn.Module):
         self.kernel = elementwise_kernel()
 
     def forward(self, x: Tensor, taker: nn.Module | None = None) -> Tensor:
-        """taker: as `RMSNorm.forward`."""
+        """Compute gelu(gate) * up.  taker: as in `RMSNorm.forward`."""
         codes = codes_between(self, taker, x.shape[-1] // 2)
         return self.kernel.gelu_and_mul(x) if codes is None else self.kernel.gelu_and_mul(x, codes)

@@ -1,4 +1,4 @@
-"""Which kernels run norms, gated activations and rotary positions: one choice for a whole model."""
+"""The choice of kernels for norms, gated activations and rotary positions: one for a whole model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ ANY = TorchElementwise()
 
 
 def select_elementwise(execution: Execution) -> Selection[Any]:
-    """The kernels for a model that runs as `execution` says, with the refused ones and why."""
+    """Choose the kernels for a model that runs as `execution` says; the result also names the refused ones and why."""
     problem = ElementwiseProblem(execution.dtype, probe_device(execution.device))
     return select("elementwise", problem, execution.forced_kernel("elementwise"))
 
 
 def elementwise_kernel() -> Any:
-    """The current execution's kernels; a layer made on its own takes tensors of any kind, so torch's."""
+    """Return the kernels of the current execution; without one torch's, as a layer on its own may get any tensor."""
     execution = current_execution()
     return ANY if execution is None else select_elementwise(execution).kernel
 
 
 def codes_between(giver: nn.Module, taker: Any, size: int) -> RowCodes | None:
-    """How the kernel of `giver` may quantise its result of rows of `size`, which `taker` alone is given.
+    """Return the codes in which the kernel of `giver` gives its result, rows of `size`, to `taker`, its only reader.
 
-    None: the result is floats, since `taker` takes them (it has no `input_codes`), or because somebody looks at it.
+    None: the result is floats, as `taker` wants them (it has no `input_codes`), the kernel makes no such codes, or a
+    hook looks at the result.
     """
     why_not = getattr(giver.kernel, "why_not_codes", None)
     if why_not is None or taker is None or giver._forward_hooks:

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel embedding and LM head, quantised or not."""
+"""The vocabulary-parallel embedding and LM head, quantised or not."""
 
 # T tokens, V vocabulary, H hidden size
 
@@ -23,7 +23,7 @@ from pymllm.weights.spec import Span, refuse_sizes
 
 
 class VocabParallelEmbedding(WeightedLayer):
-    """A table of `num_embeddings` rows, divided over ranks; the last rank's share is padded where it must be.
+    """A table of `num_embeddings` rows, divided over ranks; the last shares are padded to the size of the first.
 
     Ids outside a rank's share contribute zero there, and the ranks' rows are summed.
     """
@@ -51,7 +51,7 @@ class VocabParallelEmbedding(WeightedLayer):
         self.vocab_start_index, self.vocab_end_index = share.start, share.stop
 
     def stored_names(self) -> list[str]:
-        """The checkpoint name under which the table stands."""
+        """Return the checkpoint name of the table."""
         return [self.prefix]
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
@@ -61,7 +61,7 @@ class VocabParallelEmbedding(WeightedLayer):
         return Span.full(self.embedding_dim), (Span(start, stop, total, share - (stop - start)),)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape, 0..V-1.  Returns [*ids.shape, H]."""
+        """Look up rows.  ids: any shape, 0..V-1.  Returns [*ids.shape, H]."""
         if self.tp_size == 1:
             rows = self.quant_method.embed(self, ids)
             return self.add_lora_rows(ids, rows) if self.adapters else rows
@@ -70,16 +70,17 @@ class VocabParallelEmbedding(WeightedLayer):
         rows = self.quant_method.embed(self, local)
         if self.adapters:
             self.add_lora_rows(local, rows)
-        rows = torch.where(mine.unsqueeze(-1), rows, 0)  # not a product: another id's row may hold infinities
+        # Not a product with `mine`: the row of another id may hold infinities.
+        rows = torch.where(mine.unsqueeze(-1), rows, 0)
         return self.parallel.all_reduce(rows)
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """Hidden states to logits, over the same division of the vocabulary.
+    """The product of hidden states with the table, over the same division of the vocabulary.
 
     tied_to: the embedding whose table this head shares. The checkpoint then holds the table once, under the
     embedding's name; a head with a method of its own keeps its own copy, converted from the same tensor.
-    fp32_logits: answer in float32.
+    fp32_logits: whether logits are float32, whatever the activations are.
     """
 
     kind: ClassVar[str] = "lm_head"
@@ -127,7 +128,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         return (self.prefix,)
 
     def finish(self) -> None:
-        """Pack what has been loaded, or bind the table of the embedding, which is packed by then."""
+        """Pack what has been loaded; or bind the embedding's table, which is packed by then as it loads first."""
         if self.shares_table:
             self.pack_tied()
         else:
@@ -136,7 +137,7 @@ class ParallelLMHead(VocabParallelEmbedding):
     def swapped(
         self, methods: Sequence[LinearMethodBase], staged: Mapping[WeightHolder, HolderState]
     ) -> LayerState:
-        """Make the state in another method.  A tied head shares the embedding's table where their methods are equal."""
+        """Make the state in another method.  A tied head shares the embedding's table if their methods are equal."""
         old, (method,) = LayerState.of(self), methods
         if self.tied_to is None:
             return super().swapped(methods, staged)
@@ -151,7 +152,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         return replace(old, method=method, bound=bound, shares_table=shares)
 
     def pack_tied(self) -> None:
-        """Bind the embedding's packed table for this head's matmul; once the embedding is packed."""
+        """Bind the embedding's packed table for this head's matmul.  The embedding must be packed."""
         assert self.tied_to is not None
         bound = bound_weight(self.tied_to)
         assert bound is not None
@@ -159,7 +160,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         self.bound = bind_shared(bound, execution, "linear")
 
     def _table(self) -> VocabParallelEmbedding:
-        """What holds the weights: the embedding, where its table is this head's and neither is packed."""
+        """Return the layer that has the table: the embedding, where the head shares it and neither is packed."""
         if not self.shares_table or bound_weight(self) is not None:
             return self
         assert self.tied_to is not None
@@ -169,7 +170,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         return self
 
     def forward(self, x: Tensor, gather_all: bool = False) -> Tensor | None:  # type: ignore[override]
-        """x: [*, H].  Returns logits [*, V] on rank 0 and None elsewhere; gather_all: on every rank."""
+        """Compute logits of x [*, H].  Returns [*, V] on rank 0 and None elsewhere; gather_all: on every rank."""
         logits = self.quant_method.logits(self._table(), x, self.bias)
         if self.adapters:
             self.add_lora(x, logits)

@@ -2,9 +2,18 @@
 
 Planning, loading, verifying, swapping and writing walk the holders of a model and ask them, and know no kind of layer.
 A linear layer, an embedding, a head, the experts of a layer, an attention layer (its KV cache and scales) and a norm
-each say here where their tensors go, how they are divided over ranks, what they hold, which kernels run it, what
-finishes loading, what proves it right, and how another method takes its place. A new kind of layer is one file that
-answers these questions; what it leaves unanswered is answered for plain parameters, which every rank holds in full.
+each answer where their tensors go, how they are divided over ranks, what they hold, which kernels run it, what finishes
+loading, what proves it right, and how another method takes its place.
+
+Two words for what a holder has: a *part* is a weight as the checkpoint names it (q_proj), and the rules choose its
+method; a *held weight* is what is packed together (q, k and v in one).
+
+A new kind of layer is one file: a subclass of `WeightHolder` that answers what differs. What it leaves unanswered is
+answered for plain parameters:
+- A parameter is one tensor of the checkpoint, named after the module's path, and every rank holds it in full.
+- A parameter that ranks divide is registered by `quantization.parameters.add_weight`, which gives it its slots; then
+  `shares` raises ShardingError for the numbers of ranks that cannot divide it.
+- Children are holders of their own: a layer does not answer for the linear layers, norms and attention within it.
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ TRIAL_ROWS = 5  # of inputs, for each weight
 
 @dataclass(frozen=True)
 class Place:
-    """A slot of the checkpoint, and the parameter (or buffer) `param` of `module` that it fills a part of."""
+    """One tensor's place: the slot that cuts it, and the parameter (or buffer) `param` of `module` that it fills."""
 
     module: nn.Module
     param: str
@@ -40,11 +49,11 @@ class Place:
 
 @dataclass(frozen=True)
 class HeldPart:
-    """One weight under a checkpoint name of its own; a fused layer has several.
+    """A weight as the checkpoint names it; a fused layer has several.
 
-    name: in rules, decisions and plans.  stored: what its tensors' names begin with: another name where a head is
-    tied.  kind: as in a plan.  shape: of this weight alone.  module: has its parameters.
-    stacked: its tensors hold this weight of every expert.
+    name: its name in rules, decisions and plans.  stored: what the names of its tensors begin with, which is another
+    name where a head is tied.  kind: as in a plan.  shape: of this weight alone.  module: the one with its parameters.
+    stacked: True where its tensors hold this weight of every expert.
     """
 
     name: str
@@ -58,10 +67,10 @@ class HeldPart:
 
 @dataclass(frozen=True)
 class HeldWeight:
-    """One packed weight, or one product of all experts.
+    """A weight that is packed as one: that of a layer with all its parts, or one product of all experts.
 
-    operation: the one that kernels run it for.  stored_in: the module whose parameters, as the checkpoint stores them,
-    it is packed from.  packed_in: the module whose `bound` it then is.
+    operation: the operation whose kernels run it.  stored_in: the module that has its parameters as the checkpoint
+    stores them.  packed_in: the module that has the packed weight, as `bound`.
     """
 
     method: LinearMethodBase
@@ -73,7 +82,7 @@ class HeldWeight:
 
 @dataclass(frozen=True)
 class Description:
-    """What a plan says of one weight, or of one layer's KV cache: see `pymllm.planning.plan.PlannedLayer`."""
+    """A layer's own share of a plan's row, for one weight or one KV cache: see `pymllm.planning.plan.PlannedLayer`."""
 
     name: str
     kind: str
@@ -92,12 +101,14 @@ class Description:
 
 @dataclass(frozen=True)
 class Trial:
-    """A check of a kernel against float64 over the checkpoint's own tensors.
+    """A check of a kernel against float64, over the checkpoint's own tensors.
 
-    weights: for each weight (for each expert of each product), in float64: what the method makes of the stored tensors,
-    what they say themselves where that is something else, and what the packed weight decodes to.
-    magnitudes: of the inputs, by the label of the error.
-    answer: the kernel's result and the float64 one, for inputs of a magnitude; to be asked once `weights` is used up.
+    weights: three float64 tensors for each weight (for each expert of each product): what the method makes of the
+    stored tensors; what the stored tensors say, where the method converts them, else None; what the packed weight
+    decodes to.
+    magnitudes: the sizes of inputs to try, each by the label under which its error is reported.
+    answer: computes the kernel's result and the float64 one for random inputs of a magnitude; call it after `weights`
+    has been iterated to its end.
     """
 
     name: str
@@ -110,17 +121,17 @@ class Trial:
 
 
 class HolderState(Protocol):
-    """All that a swap changes of a holder: its methods and its packed weights."""
+    """All that a swap changes of a holder: its methods and its packed weights, those that run or those to come."""
 
     @property
     def layer(self) -> WeightHolder: ...
 
     @property
     def rearranged(self) -> bool:
-        """Whether stored tensors are read into other modules than when the layer was built."""
+        """True where stored tensors are read into other modules than when the layer was built."""
 
     def same_as(self, other: Any) -> bool:
-        """Return whether these are the very same tensors in the same methods."""
+        """Tell whether these are the very same tensors in the same methods."""
 
     def packed(self) -> Sequence[Bound]:
         """Return the packed weights."""
@@ -129,18 +140,21 @@ class HolderState(Protocol):
         """Return the weights as they are stored, for `verify` to read them again."""
 
     def install(self) -> None:
-        """Put the weights in place."""
+        """Put the methods and the packed weights in place.  This is all that changes the holder."""
 
 
 class Binder:
-    """Binds weights without their data, on the meta device: each distinct one once, as a deep model repeats a few."""
+    """The binding of weights without their data, on the meta device.
+
+    Each distinct weight is bound once, as a deep model repeats a few.
+    """
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
         self._known: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return what `make` gave for this key."""
+        """Return what `make` gave when this key was first asked for."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -152,9 +166,9 @@ class Binder:
 
 
 class RevisedModule(nn.Module):
-    """A module that counts changes: what was recorded of a model (engine/tape.py) is stale after one.
+    """A module whose changes are counted: what was recorded of a model (engine/tape.py) is stale after one.
 
-    revision: how often an attribute (a packed weight, a method, an adapter) of any such module was set.
+    revision: how often an attribute (a packed weight, a method, an adapter) of any such module has been set.
     """
 
     revision: ClassVar[int] = 0
@@ -167,7 +181,7 @@ class RevisedModule(nn.Module):
 class WeightHolder(RevisedModule):
     """A module that holds tensors of the checkpoint.  As it stands: plain parameters, the same on every rank.
 
-    prefix: the layer's full name; "" for one that rules cannot name.
+    prefix: the layer's full name, for rules and messages; "" for a layer that rules cannot name.
     """
 
     prefix: str = ""
@@ -176,66 +190,77 @@ class WeightHolder(RevisedModule):
 
     @property
     def module(self) -> nn.Module:
-        """The module that has the parameters: this one."""
+        """The module that has the parameters: this one, but for `PlainParameters`."""
         return self
 
     @property
     def loads(self) -> bool:
-        """Whether there is anything to load, or to do once other layers are loaded."""
+        """True where there is something to load, or to finish once other layers are loaded."""
         return any(param is not None for param in self.module._parameters.values())
 
     def places(self, name: str) -> Iterator[Place]:
-        """Yield the place of every tensor.  name: the holder's name in the model."""
+        """Yield the place of every tensor: the slots that a parameter has, else one slot for all of it.
+
+        name: the holder's name in the model, which begins the names of tensors without slots of their own.
+        """
         for param_name, param in self.module._parameters.items():
             if param is not None:
-                yield Place(self.module, param_name, whole_slot(name, param_name, param))
+                slots = own_slots(param)
+                for slot in (whole_slot(name, param_name, param),) if slots is None else slots:
+                    yield Place(self.module, param_name, slot)
 
     def slots_elsewhere(self) -> Iterator[Slot]:
-        """Yield the slots of tensors that other ranks hold, so that this one can check that they are there."""
+        """Yield the slots of tensors that other ranks alone hold, so that this rank can check that they are there."""
         return iter(())
 
     # How it is divided over ranks
 
     def likeness(self) -> Any:
-        """Return a value to hash, which is equal for layers that differ in nothing but their names."""
-        return type(self)
+        """Return a value to hash.  Layers with equal ones divide alike, so that `shares` is asked of one of them."""
+        return self
 
     def shares(self, rank: int, size: int) -> Iterable[tuple[LinearMethodBase, LinearShape]]:
-        """Return the method and a rank's share of each weight.  ShardingError if it cannot be divided so."""
+        """Return the method of each held weight, and a rank's share of its shape.
+
+        ShardingError if `size` ranks cannot divide the layer.
+        """
         return ()
 
     # What it holds
 
     def parts(self) -> Iterable[HeldPart]:
-        """Return every weight under its checkpoint name."""
+        """Return every weight that a rule can name."""
         return ()
 
     def held(self) -> tuple[HeldWeight, ...]:
-        """Return every packed weight."""
+        """Return every weight that is packed, or that `finish` will pack."""
         return ()
 
     def methods(self) -> Iterable[LinearMethodBase]:
-        """Return the methods to count in the load report."""
+        """Return the methods that the load report counts."""
         return () if self.shares_with is not None else (weight.method for weight in self.held())
 
     @property
     def shares_with(self) -> WeightHolder | None:
-        """The layer whose packed weight is this one's too; None: it has its own, or none."""
+        """The layer whose packed weight this layer runs too; None: this layer has its own, or none."""
         return None
 
     @property
     def split(self) -> bool:
-        """Whether a fused layer keeps separate weights, as its parts have different methods."""
+        """True for a fused layer that keeps separate weights, as its parts have different methods."""
         return False
 
     # What runs, from shapes alone
 
     def describe(self, binder: Binder) -> Iterable[Description]:
-        """Return what a plan says of each weight."""
+        """Describe each weight (and KV cache) for a plan."""
         return ()
 
     def selections(self, binder: Binder | None = None) -> Iterable[Selection[Any]]:
-        """Return the chosen kernels, but for weights that are not packed.  binder: plans those."""
+        """Return every kernel that the layer has chosen.
+
+        binder: chooses the kernels of weights that are not packed yet; None: those are left out.
+        """
         return ()
 
     def kept_bytes(self) -> int:
@@ -247,7 +272,7 @@ class WeightHolder(RevisedModule):
         return 0
 
     def bytes_at(self, size: int, binder: Binder) -> int:
-        """Return the bytes of the weights on the first of `size` ranks."""
+        """Return the bytes of the weights on the first of `size` ranks.  size: one that `shares` does not refuse."""
         return self.kept_bytes()
 
     def converting_bytes(self) -> int | None:
@@ -255,11 +280,11 @@ class WeightHolder(RevisedModule):
         return None
 
     def cache_bytes_per_token(self) -> int:
-        """Return what a cache of this layer takes for each token."""
+        """Return the bytes that the layer's cache takes for each token; 0: it has none, and is never given pages."""
         return 0
 
     def attach_cache(self, num_pages: int, page_size: int, device: torch.device) -> None:
-        """Give the layer `num_pages` empty pages."""
+        """Give the layer `num_pages` empty pages of `page_size` tokens each."""
 
     def detach_cache(self) -> None:
         """Take the pages away."""
@@ -267,14 +292,14 @@ class WeightHolder(RevisedModule):
     # Loading, checking, swapping
 
     def finish(self) -> None:
-        """Convert and pack what has been loaded.  What is packed already stays as it is."""
+        """Convert and pack what has just been loaded.  What is packed already stays as it is."""
 
     def loaded_bytes(self) -> int:
-        """Return the bytes of the packed weights, once loaded."""
+        """Return the bytes of the packed weights, once loaded, without the parameters of `kept_bytes`."""
         return 0
 
     def trials(self, stored: Callable[[HeldWeight], Mapping[str, Tensor]]) -> Iterable[Trial]:
-        """Return the checks of the packed weights.  stored: reads a weight's tensors from the checkpoint again."""
+        """Make the checks of the packed weights.  stored: reads a weight's tensors from the checkpoint again."""
         return ()
 
     def state(self) -> HolderState | None:
@@ -284,16 +309,16 @@ class WeightHolder(RevisedModule):
     def swapped(
         self, methods: Sequence[LinearMethodBase], staged: Mapping[WeightHolder, HolderState]
     ) -> HolderState | None:
-        """Make the state with other methods, one for each of `parts()`, and touch nothing.
+        """Make the state with other methods, and leave the layer as it is.
 
-        staged: the new states of the layers before this one.  None: as `state`.
-        ConfigError where the layer cannot run them.
+        methods: one for each of `parts()`.  staged: the new states of the layers before this one.
+        Returns None where `state` does.  ConfigError where the layer cannot run the methods.
         """
         return None
 
 
 class PlainParameters(WeightHolder):
-    """The plain parameters of a module that is no holder itself."""
+    """The holder of the plain parameters of a module that is no holder itself, a convolution of torch's for example."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -307,12 +332,20 @@ class PlainParameters(WeightHolder):
 
 
 def weight_holders(model: nn.Module) -> Iterator[tuple[str, WeightHolder]]:
-    """Yield everything in `model` that holds weights, with its name, in the model's order."""
+    """Yield everything in `model` that holds weights, with its name, in the model's order.
+
+    A module that is no holder is one of its plain parameters; parameters with slots belong to the holder around it.
+    """
     for name, module in model.named_modules():
         if isinstance(module, WeightHolder):
             yield name, module
-        elif any(p is not None and not hasattr(p, "slots") for p in module._parameters.values()):
+        elif any(param is not None and own_slots(param) is None for param in module._parameters.values()):
             yield name, PlainParameters(module)
+
+
+def own_slots(param: Tensor) -> Sequence[Slot] | None:
+    """Return the slots that a parameter was registered with; None for a plain one, before and after loading."""
+    return getattr(param, "slots", None)
 
 
 def whole_slot(prefix: str, name: str, tensor: Tensor) -> Slot:
@@ -326,5 +359,5 @@ def slotted_places(modules: Iterable[nn.Module]) -> Iterator[Place]:
     """Yield the places of all parameters of these modules that have slots."""
     for module in modules:
         for name, param in module._parameters.items():
-            for slot in getattr(param, "slots", ()):
+            for slot in (None if param is None else own_slots(param)) or ():
                 yield Place(module, name, slot)

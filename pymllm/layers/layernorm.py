@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual sum fused in."""
+"""RMSNorm, with the residual sum fused into it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from pymllm.config import current_execution
 from pymllm.layers.elementwise import codes_between, elementwise_kernel
 from pymllm.layers.held import WeightHolder
+from pymllm.parallel import current_parallel
+from pymllm.weights.spec import Span
 
 
 class RMSNorm(WeightHolder):
     """x / sqrt(mean(x²) + eps), times a weight.  Float32 maths, then the input's dtype, then the weight.
 
-    weight_offset: what is added to the stored weight.
+    weight_offset: the number that is added to the stored weight.
     """
 
     weight: nn.Parameter | None
@@ -40,9 +42,10 @@ class RMSNorm(WeightHolder):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, taker: nn.Module | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x: [*, H].  Returns the normed x; with a residual, (normed x + residual, x + residual).
+        """Normalise x [*, H].  Returns it; with a residual, (the normed sum of x and residual, that sum).
 
-        taker: who alone is given the normed x. Where it asks for codes, they are what it is given: `QuantisedRows`.
+        taker: the only module that reads what is normed. If it asks for codes (`input_codes`), they are
+        `QuantisedRows`; else, and without a taker, floats.
         """
         codes = codes_between(self, taker, x.shape[-1])
         if codes is not None:
@@ -51,7 +54,7 @@ class RMSNorm(WeightHolder):
 
 
 class GemmaRMSNorm(RMSNorm):
-    """x / sqrt(mean(x²) + eps), times 1 + the stored weight.  All in float32, then the input's dtype."""
+    """x / sqrt(mean(x²) + eps), times (1 + the stored weight).  All in float32, then the input's dtype."""
 
     weight_offset = 1.0
 
@@ -62,6 +65,27 @@ class GemmaRMSNorm(RMSNorm):
         self.finish()
 
     def finish(self) -> None:
-        """Add the one, after each time the weight is read."""
+        """Add 1 to the weight; called after each time that it is read."""
         assert self.weight is not None
         self.weight.data += self.weight_offset
+
+
+class DividedRMSNorm(RMSNorm):
+    """RMSNorm over features that ranks share: each brings its own to the mean.
+
+    total: how many features there are.  share: which of them are this rank's.
+    """
+
+    def __init__(self, total: int, share: Span, eps: float) -> None:
+        super().__init__(total, eps)
+        self.total, self.share, self.parallel = total, share, current_parallel()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise x: [T, this rank's share of N].  Returns the same shape."""
+        if self.parallel.size == 1:
+            return super().forward(x)  # type: ignore[return-value]
+        assert self.weight is not None
+        squares = self.parallel.all_reduce(x.float().square().sum(-1, keepdim=True))
+        summed = self.parallel.size * self.share.size  # more than the total where ranks share a head
+        normed = x.float() * torch.rsqrt(squares / summed + self.eps)
+        return normed.to(x.dtype) * self.weight[self.share.start : self.share.stop]

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class LinearBase(WeightedLayer):
-    """Common base of linear layers; `forward` is for subclasses."""
+    """The common base of linear layers; subclasses define `forward`."""
 
     def __init__(
         self,
@@ -65,22 +65,25 @@ class LinearBase(WeightedLayer):
 
     @property
     def input_codes(self) -> RowCodes | None:
-        """How `forward` takes x as `QuantisedRows`; None: only floats, as it is more than a kernel that reads them."""
+        """The codes in which `forward` may get x, as `QuantisedRows`; None: floats only.
+
+        So it is where something beside the kernel reads x (an adapter, a hook, a method's own `apply`, a reordering of
+        inputs), and where the kernel takes no codes.
+        """
         bound = bound_weight(self)
         if bound is None or bound.input_order is not None or self.adapters:
             return None
         if self._forward_pre_hooks or self._forward_hooks:
             return None
-        if (
-            type(self.quant_method).apply is not LinearMethodBase.apply
-        ):  # a method that does more than the kernel
+        if type(self.quant_method).apply is not LinearMethodBase.apply:
             return None
         ask = getattr(bound.selection.kernel, "input_codes", None)
         return None if ask is None else ask(bound.problem)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [*, I] (or this rank's share of I), or quantised as `input_codes` says.
+        """Multiply x by the weight.
 
+        x: [*, I] (or this rank's share of I), or quantised in `input_codes`.
         Returns [*, O] (or this rank's share of O).
         """
         raise NotImplementedError
@@ -118,7 +121,7 @@ ReplicatedLinear = Linear
 
 
 class ColumnParallelLinear(LinearBase):
-    """Output features are divided over ranks.  gather_output: every rank gets them all again."""
+    """A linear layer whose output features are divided over ranks.  gather_output: whether every rank gets all."""
 
     def __init__(
         self,
@@ -251,10 +254,10 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(LinearBase):
-    """Input features are divided over ranks: x is this rank's share, and the ranks' products are summed.
+    """A linear layer whose input features are divided over ranks: x is a rank's share, and the products are summed.
 
-    The bias is added on every rank after the sum, never before it.  reduce_output False leaves the sum to the caller:
-    then rank 0 alone adds the bias, so that the sum has it once.
+    Every rank adds the bias after the sum, never before it.  reduce_output: False leaves the sum to the caller; then
+    rank 0 alone adds the bias, so that the sum has it once.
     """
 
     def __init__(
@@ -279,7 +282,8 @@ class RowParallelLinear(LinearBase):
     def forward(self, x: Tensor) -> Tensor:
         y = self.quant_method.apply(self, x, None)
         if self.adapters:
-            self.add_lora(x, y)  # this rank's share of it: reduced with the base, once
+            # A rank's share of the adapter's product, which is summed together with the layer's own.
+            self.add_lora(x, y)
         if self.reduce_output:
             y = self.parallel.all_reduce(y)
         elif self.tp_rank > 0:

@@ -1,10 +1,10 @@
 """Low-rank adapters on a layer: y + scaling · (x Aᵀ) Bᵀ, whatever format the layer's own weights have.
 
-A layer holds any number of adapters by name. Which one applies is said for each row of a step, by the current
-`AdapterBatch` (an engine sets it); where nothing is said, the layer's `active_adapter` applies.
+A layer holds any number of adapters by name. The current `AdapterBatch`, which an engine sets, names the adapter of
+each row of a step; for rows without one, and without a batch, the layer's `active_adapter` applies.
 
-Sharding follows the layer: outputs divide B, inputs divide A. A row-parallel layer adds its share of x Aᵀ Bᵀ to its
-share of the product, so that both are summed over ranks at once.
+Sharding follows the layer: B is divided as the outputs are, A as the inputs are. A row-parallel layer adds its share of
+x Aᵀ Bᵀ to its share of the product, so that both are summed over ranks at once.
 """
 
 # T rows, I in_features, O out_features, r rank of an adapter, V vocabulary
@@ -41,14 +41,18 @@ DEFAULT_ADAPTER = "default"
 
 @dataclass(frozen=True)
 class AdapterBatch:
-    """Which adapter each row of a step has: (name, indices of its rows); None for all rows.  rows: how many."""
+    """The adapter of each row of a step.
+
+    groups: an adapter's name (None: the layers' active one) and the indices of its rows (None: all rows).
+    rows: the number of rows.
+    """
 
     groups: tuple[tuple[str | None, Tensor | None], ...]
     rows: int
 
     @classmethod
     def of(cls, names: Sequence[str | None], device: torch.device) -> AdapterBatch:
-        """names: one for each row; None: the layers' active adapter, or none."""
+        """Group rows by adapter.  names: one for each row; None: the layers' active adapter, if they have one."""
         distinct = dict.fromkeys(names)
         if len(distinct) == 1:
             return cls(((next(iter(distinct)), None),), len(names))
@@ -64,7 +68,7 @@ _batch: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=No
 
 @contextlib.contextmanager
 def use_adapters(batch: AdapterBatch | None) -> Iterator[None]:
-    """Every layer that runs in this block applies `batch`, in this thread."""
+    """Have every layer that runs in this block, in this thread, apply `batch`.  None: their active adapters."""
     token = _batch.set(batch)
     try:
         yield
@@ -73,7 +77,7 @@ def use_adapters(batch: AdapterBatch | None) -> Iterator[None]:
 
 
 def lora_specs(kind: str, rank: int, dtype: torch.dtype) -> tuple[WeightSpec, WeightSpec]:
-    """A and B as PEFT stores them, for a layer of this kind."""
+    """Return the specs of A and B as PEFT stores them, for a layer of this kind."""
     if kind == "embedding":  # [r, V] and [embedding size, r]
         return (
             WeightSpec("lora_embedding_A", dtype, (whole(rank), OUT), accepts=FLOATS),
@@ -88,7 +92,7 @@ def lora_specs(kind: str, rank: int, dtype: torch.dtype) -> tuple[WeightSpec, We
 class LoRAPart(nn.Module):
     """The matrices of one part of a layer, or of all its parts together: A [r, I_local], B [O_local, r].
 
-    Of an embedding: A [r, V_local], B [H, r].  rows: where the part's outputs lie among the layer's.
+    An embedding has A [r, V_local] and B [H, r].  rows: the place of the part's outputs among the layer's.
     """
 
     A: nn.Parameter
@@ -106,19 +110,19 @@ class LoRAPart(nn.Module):
             setattr(self, attribute, param)
 
     def start(self, shape: LinearShape, seed: str) -> None:
-        """Kaiming-uniform A, the same whatever the ranks: equal seeds, equal numbers."""
+        """Draw a Kaiming-uniform A.  Equal seeds give equal numbers, however many ranks divide them."""
         draw = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         full = torch.empty((self.rank, shape.in_features), device="cpu")
         nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=draw)
         self.A.data.copy_(full[:, shape.inputs.start : shape.inputs.stop])
 
     def delta(self) -> Tensor:
-        """scaling · B @ A, [O_local, I_local] float32."""
+        """Compute scaling · B @ A, [O_local, I_local] float32."""
         return self.scaling * (self.B.float() @ self.A.float())
 
 
 class LayerAdapter(nn.Module):
-    """One adapter's share of one layer."""
+    """One adapter on one layer.  stacked: the A of all parts in one tensor, of which they are views; None: not so."""
 
     parts: Any  # a ModuleList of LoRAPart
 
@@ -128,14 +132,14 @@ class LayerAdapter(nn.Module):
         self.stacked: Tensor | None = None
 
     def stack(self) -> None:
-        """Lay the A of all parts side by side in memory, so that one product serves them; they stay views of it."""
+        """Lay the A of all parts side by side in memory, so that one product serves them all."""
         if len(self.parts) > 1 and self.stacked is None:
             self.stacked = torch.cat([part.A.data for part in self.parts])
             for part, A in zip(self.parts, self.stacked.split([p.rank for p in self.parts]), strict=True):
                 part.A.data = A
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
-        """Add what this adapter makes of x [T, I_local] to y [T, O_local], in place."""
+        """Add this adapter's product with x [T, I_local] to y [T, O_local], in place."""
         ranks = [part.rank for part in self.parts]
         if self.stacked is None:
             lows: Sequence[Tensor] = [F.linear(x, part.A) for part in self.parts]
@@ -145,21 +149,24 @@ class LayerAdapter(nn.Module):
             y[:, part.rows].addmm_(low, part.B.t(), alpha=part.scaling)
 
     def add_rows_to(self, ids: Tensor, y: Tensor) -> None:
-        """The same for an embedding: ids [T] within this rank's share, y [T, H]."""
+        """Add an embedding's adapter to y [T, H], in place.  ids: [T], within this rank's share."""
         for part in self.parts:
             y.addmm_(part.A[:, ids].t(), part.B.t(), alpha=part.scaling)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """An adapter that lies in the weights.  before: the weights without it by their module; None: not kept."""
+    """An adapter that has been added to the weights.
+
+    before: the modules of the weights, each with its weight from before; None: those were not kept.
+    """
 
     name: str
     before: tuple[tuple[Any, BoundWeight | Tensor], ...] | None
 
 
 class LoRAMixin:
-    """What a layer with weights can do with adapters."""
+    """The adapters of a layer with weights: they are attached, applied, merged and unmerged."""
 
     kind: ClassVar[str]
     shape: LinearShape
@@ -192,14 +199,15 @@ class LoRAMixin:
         shape, rows = self.shape, slice(0, self.shape.out_features_local)
         scaling = alpha / (math.sqrt(r) if rank_stabilised else r)
         part = LoRAPart(self.kind, shape, rows, r, scaling, self.weight_device)
-        if self.kind != "embedding":  # PEFT starts an embedding from A = 0 and a random B
+        # PEFT starts an embedding from A = 0 and a random B; with B = 0 neither adds anything.
+        if self.kind != "embedding":
             part.start(shape, f"{name} {self.prefix}")
         self.attach_adapter(name, LayerAdapter([part]))
         self.active_adapter = name
 
     @property
     def weight_device(self) -> torch.device:
-        """Where the layer's weights are."""
+        """The device of the layer's weights."""
         holder = self._holders()[0][0]
         bound = bound_weight(holder)
         held = holder.parameters() if bound is None else bound.packed.values()
@@ -223,7 +231,7 @@ class LoRAMixin:
         return getattr(adapter.parts[0], attribute) if adapter and len(adapter.parts) == 1 else None
 
     def attach_adapter(self, name: str, adapter: LayerAdapter) -> None:
-        """Hold an adapter under a name, in place of the one that had it."""
+        """Hold an adapter under a name, in place of the adapter that had the name."""
         if self.merged is not None and self.merged.name == name:
             raise ConfigError(
                 f"the adapter {name!r} is merged into {self.prefix or 'the layer'}",
@@ -231,10 +239,8 @@ class LoRAMixin:
                 fix="Unmerge it first.",
             )
         adapter.stack()
-        self.adapters = {
-            **self.adapters,
-            name: adapter,
-        }  # set anew, so that what was recorded of the layer is stale
+        # Set anew, not changed in place, so that what was recorded of the layer is stale (`RevisedModule`).
+        self.adapters = {**self.adapters, name: adapter}
         self.add_module(_module_name(name), adapter)  # type: ignore[attr-defined]
 
     def detach_adapter(self, name: str) -> None:
@@ -252,7 +258,7 @@ class LoRAMixin:
             self.active_adapter = None
 
     def _groups(self, rows: int) -> Iterator[tuple[LayerAdapter, Tensor | None]]:
-        """The adapters to apply to a step of so many rows, each with the indices of its rows."""
+        """Yield the adapters to apply to a step of so many rows, each with the indices of its rows (None: all)."""
         batch = _batch.get()
         groups = ((None, None),) if batch is None else batch.groups
         assert batch is None or batch.rows == rows, f"{self.prefix}: {rows} rows in a step of {batch.rows}"
@@ -263,7 +269,7 @@ class LoRAMixin:
                 yield adapter, indices
 
     def add_lora(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with what the step's adapters add.  x: [*, I_local]; y: [*, O_local], changed in place."""
+        """Add the products of the step's adapters to y, in place, and return y.  x: [*, I_local]; y: [*, O_local]."""
         inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for adapter, rows in self._groups(len(inputs)):
             if rows is None:
@@ -275,7 +281,10 @@ class LoRAMixin:
         return y
 
     def add_lora_rows(self, ids: Tensor, y: Tensor) -> Tensor:
-        """The same for an embedding.  ids: any shape, within this rank's share; y: [*ids.shape, H]."""
+        """Add an embedding's adapters to y, in place, and return y.
+
+        ids: any shape, within this rank's share; y: [*ids.shape, H].
+        """
         flat, outputs = ids.reshape(-1), y.view(-1, y.shape[-1])
         for adapter, rows in self._groups(len(flat)):
             if rows is None:
@@ -287,10 +296,11 @@ class LoRAMixin:
         return y
 
     def merge_lora(self, name: str | None = None, *, keep_base: bool = True) -> str | None:
-        """Add an adapter (None: the active one) into the weights: scaling · B @ A, where these are plain floats.
+        """Add an adapter's scaling · B @ A to the weights, where these are plain floats.  Returns None.
 
-        On anything else the adapter stays beside the weights, still active, and the reason is logged and returned.
-        Merging what is merged already does nothing.  keep_base: keep the weights as they are now for `unmerge_lora`.
+        name: None: the active adapter.  keep_base: keep the weights as they are now, for `unmerge_lora`.
+        Beside other weights the adapter stays as it is, still active; the reason is logged and returned.
+        An adapter that is merged already is not merged again.
         """
         name = name or self.active_adapter or ""
         if self.merged is not None and self.merged.name == name:
@@ -323,7 +333,7 @@ class LoRAMixin:
         return None
 
     def unmerge_lora(self) -> None:
-        """Put the very weights back that were there before `merge_lora`; nothing if nothing is merged."""
+        """Put the very weights back that were there before `merge_lora`.  Do nothing if no adapter is merged."""
         if self.merged is None:
             return
         if self.merged.before is None:
@@ -348,7 +358,7 @@ class LoRAMixin:
 
     def _why_not_merge(self) -> str | None:
         if self.kind == "embedding":
-            return "a table of rows is not a product"
+            return "an embedding looks up rows of its table, and computes no product to merge into"
         if self.shares_table:
             return "the weights are shared with the embedding"
         for holder, _ in self._holders():
@@ -361,7 +371,7 @@ class LoRAMixin:
         return None
 
     def _deltas(self, adapter: LayerAdapter) -> Tensor:
-        """[O_local, I_local] float32."""
+        """Sum what the adapter's parts add to the weight, [O_local, I_local] float32."""
         total = torch.zeros(
             (self.shape.out_features_local, self.shape.in_features_local), device=adapter.parts[0].A.device
         )
@@ -376,7 +386,7 @@ def _weight_of(holder: Any) -> BoundWeight | Tensor:
 
 
 def _with_delta(holder: Any, delta: Tensor) -> BoundWeight | Tensor:
-    """The holder's weight with `delta` added, rounded once to its own dtype."""
+    """Return the holder's weight plus `delta`, rounded once to its own dtype."""
     bound = bound_weight(holder)
     if bound is None:
         return (holder.weight.data.float() + delta).to(holder.weight.dtype)
@@ -393,5 +403,5 @@ def _replace(holder: Any, weight: BoundWeight | Tensor) -> None:
 
 
 def _module_name(name: str) -> str:
-    """An adapter's name as a child module can have it."""
+    """Return the name of the child module that is the adapter of this name."""
     return "lora_" + re.sub(r"\W", lambda found: f"_{ord(found.group()):x}_", name)

@@ -13,15 +13,16 @@ from pymllm.layers.activation import GeluAndMul, SiluAndMul
 from pymllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from pymllm.quantization.base import QuantizationConfig
 
-GATED: dict[str, type[nn.Module]] = {"silu": SiluAndMul, "gelu_tanh": GeluAndMul}  # by `GatedActivation.kind`
+# By `GatedActivation.kind`.
+GATED: dict[str, type[nn.Module]] = {"silu": SiluAndMul, "gelu_tanh": GeluAndMul}
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)); gate and up in one matmul.
+    """down(act(gate(x)) * up(x)), with gate and up in one matmul.
 
-    part_names: of the checkpoint's tensors; one: gate and up lie side by side in it.
-    reads_input: the layers that multiply x.
-    factors: for a layer, the layer and the part of it whose outputs are a factor of its input.
+    part_names: the names of the checkpoint's tensors; if there is one, gate and up lie side by side in that tensor.
+    reads_input: the names of the layers that multiply x.
+    factors: for a layer, the other layer and the part of it whose outputs are a factor of this layer's input.
     """
 
     reads_input: ClassVar[tuple[str, ...]] = ("gate_up_proj",)
@@ -56,9 +57,9 @@ class GatedMLP(nn.Module):
 
     @property
     def input_codes(self) -> RowCodes | None:
-        """How x may come quantised."""
+        """The codes in which x may come; None: floats only."""
         return None if self._forward_pre_hooks or self._forward_hooks else self.gate_up_proj.input_codes
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, hidden_size], or quantised as `input_codes` says.  Returns [T, hidden_size]."""
+        """Compute the MLP.  x: [T, hidden_size], or quantised in `input_codes`.  Returns [T, hidden_size]."""
         return self.down_proj(self.act(self.gate_up_proj(x), self.down_proj))

@@ -1,7 +1,7 @@
 """Rotary position embeddings, with the scalings that checkpoints use.
 
-Tables hold the cosines and sines of every position up to the largest asked for; layers with equal settings share one
-module. The scalings equal transformers' (`modeling_rope_utils`), which the tests compare with.
+Tables hold the cosines and sines of every position up to the largest that was asked for. Layers with equal settings
+share one module. The scalings equal those of transformers (`modeling_rope_utils`), and the tests compare with them.
 """
 
 # T tokens, D head size, R rotary size (the part of a head that is rotated)
@@ -25,10 +25,10 @@ from pymllm.layers.step import current_attn_metadata
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates heads, or their first `rotary_dim` elements, halves paired (the NeoX style).
+    """The rotation of heads, or of their first `rotary_dim` elements: i is paired with i + R/2 (the NeoX style).
 
-    inverse_frequencies: [R/2].  attention_scaling multiplies cosines and sines (yarn).
-    by_length: angles depend on a request's length besides the position.
+    inverse_frequencies: [R/2].  attention_scaling: the factor on cosines and sines (yarn).
+    by_length: True where angles depend on a request's length, besides the position.
     """
 
     by_length: ClassVar[bool] = False
@@ -43,11 +43,11 @@ class RotaryEmbedding(nn.Module):
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _frequencies(self, length: int) -> Tensor:
-        """The frequencies to use for sequences of `length`; one set for all, but for dynamic scaling."""
+        """Return the frequencies for sequences of `length`, [R/2]; here the same for all."""
         return self.inverse_frequencies
 
     def _table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [>= length, R/2], float32."""
+        """Return cosines and sines of `length` positions or more, [>= length, R/2] float32."""
         table = self._tables.get(device)
         if table is None or table[0].shape[0] < length:
             rows = (
@@ -61,7 +61,7 @@ class RotaryEmbedding(nn.Module):
         return table  # type: ignore[return-value]
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [T].  Returns cosines and sines [T, R/2], float32."""
+        """Look up the angles of positions [T].  Returns cosines and sines [T, R/2], float32."""
         # On a GPU the table covers max_position from the start, so that no step waits for a maximum.
         step, on_cpu = current_attn_metadata(), positions.device.type == "cpu"
         if on_cpu and step is not None and step.max_seqlen_k:
@@ -72,8 +72,12 @@ class RotaryEmbedding(nn.Module):
         return cos[positions], sin[positions]
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [T]; query, key: [T, heads * D] or [T, heads, D].  Returns both rotated, in their shapes."""
-        step = current_attn_metadata()  # whose layers all have the same positions
+        """Rotate query and key by the angles of their positions.
+
+        positions: [T]; query, key: [T, heads * D] or [T, heads, D].  Returns both, in their shapes.
+        """
+        # All layers of a step have the same positions, so that they share cosines and sines.
+        step = current_attn_metadata()
         if step is None:
             cos, sin = self.cos_sin(positions)
         else:
@@ -85,11 +89,11 @@ class RotaryEmbedding(nn.Module):
 
 
 class PartialRotaryEmbedding(RotaryEmbedding):
-    """Rotates the first `rotary_dim` elements of each head; the rest pass bit for bit."""
+    """The rotation of the first `rotary_dim` elements of each head; the rest pass bit for bit."""
 
 
 class DynamicNTKRotaryEmbedding(RotaryEmbedding):
-    """The base grows with each request's length, once that is past the trained one."""
+    """The rotation whose base grows with a request's length, once that is past the trained one (NTK)."""
 
     by_length = True
 
@@ -107,9 +111,9 @@ class DynamicNTKRotaryEmbedding(RotaryEmbedding):
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
-    """LongRoPE: one set of frequencies for requests up to the trained length, and another one for longer ones.
+    """The rotation of LongRoPE: one set of frequencies for requests up to the trained length, another for longer ones.
 
-    A request that grows past it needs its earlier keys again (`CausalLM.restart_length`).
+    A request that grows past that length needs its earlier keys made anew (`CausalLM.restart_length`).
     """
 
     by_length = True
@@ -134,9 +138,9 @@ class LongRotaryEmbedding(RotaryEmbedding):
 
 
 def request_lengths(positions: Tensor) -> Tensor:
-    """How long the request of each token is after this step; outside a runner's step all tokens are one's.
+    """Return the length that the request of each token has after this step.
 
-    positions: [T].  Returns [T].
+    positions: [T].  Returns [T].  Outside a runner's step all tokens belong to one request.
     """
     step = current_attn_metadata()
     if step is not None and step.token_lengths.shape == positions.shape:
@@ -152,9 +156,9 @@ def _factors(values: Any, frequencies: Tensor) -> Tensor:
 
 
 class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
-    """Rotates part of a head as if the frequencies were spread over all of it.
+    """The rotation of part of a head as if the frequencies were spread over all of it.
 
-    The exponent's denominator is the head size; the pairs past `rotary_dim` have frequency zero, so pass unchanged.
+    The exponent's denominator is the head size. Pairs past `rotary_dim` have frequency zero, so they pass unchanged.
     """
 
     def __init__(self, head_size: int, rotary_dim: int, max_position: int, base: float):
@@ -165,17 +169,17 @@ class Gemma4ProportionalRotaryEmbedding(RotaryEmbedding):
 
 
 def positions_shape(x: Tensor, head_size: int) -> tuple[int, int, int]:
-    """[T, heads, D] for a tensor that may have its heads flattened."""
+    """Return the shape [T, heads, D] of a tensor that may have its heads flattened."""
     return x.shape[0], math.prod(x.shape[1:]) // head_size, head_size
 
 
 def default_frequencies(rotary_dim: int, base: float) -> Tensor:
-    """base^(-2i/R), [R/2]."""
+    """Compute base^(-2i/R), [R/2]."""
     return 1.0 / base ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
 
 
 def llama3_frequencies(rotary_dim: int, base: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Scale frequencies [R/2]: long wavelengths are stretched by `factor`, short ones kept, others interpolated."""
     frequencies = default_frequencies(rotary_dim, base)
     factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -190,7 +194,7 @@ def llama3_frequencies(rotary_dim: int, base: float, scaling: Mapping[str, Any])
 def yarn_frequencies(
     rotary_dim: int, base: float, max_position: int, scaling: Mapping[str, Any]
 ) -> tuple[Tensor, float]:
-    """Yarn's blend of interpolated and kept frequencies, and its factor on cosines and sines."""
+    """Compute yarn's blend of interpolated and kept frequencies, [R/2], and its factor on cosines and sines."""
     trained = scaling.get("original_max_position_embeddings") or max_position
     factor = scaling.get("factor") or max_position / trained
 
@@ -214,16 +218,15 @@ def yarn_frequencies(
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    width = (
-        high - low or 0.001
-    )  # below 0 where all wavelengths are longer than the trained length: all are kept
+    # Below 0 where all wavelengths are longer than the trained length: all frequencies are kept.
+    width = high - low or 0.001
     ramp = ((torch.arange(rotary_dim // 2).float() - low) / width).clamp(0, 1)
     kept = default_frequencies(rotary_dim, base)
     return kept / factor * ramp + kept * (1 - ramp), float(attention)
 
 
 def divided_frequencies(rotary_dim: int, base: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Each frequency divided by a factor of its own, as GGUF files store whatever scaling a model was given."""
+    """Divide each frequency by a factor of its own.  GGUF files store any scaling of a model as such factors."""
     frequencies = default_frequencies(rotary_dim, base)
     return frequencies / _factors(scaling["factors"], frequencies)
 
@@ -239,11 +242,11 @@ def get_rope(
     rope_scaling: Mapping[str, Any] | None = None,
     rope_type: str = "default",
 ) -> RotaryEmbedding | VllmRotaryEmbeddingAdapter:
-    """The rotary module for these settings; equal settings share one.
+    """Make the rotary module for these settings, or return the one that equal settings have.
 
-    rope_type: one of `ROPE_TYPES`; rope_scaling: that type's settings, named as in config.json, where the type may
-    stand, too.
-    ConfigError for a type we do not have, a missing setting, or an odd or too large rotary_dim.
+    rope_type: one of `ROPE_TYPES`.  rope_scaling: the settings of that type, named as in config.json; if rope_type is
+    "default", the type is read from there, too.
+    ConfigError for an unknown type, a missing setting, or a rotary_dim that is odd or too large.
     """
     if rope_type == "default" and rope_scaling:
         rope_type = rope_scaling.get("rope_type") or rope_scaling.get("type") or rope_type
@@ -273,7 +276,10 @@ def _get_rope(
     execution: Execution | None,
     kernel: Any,
 ) -> RotaryEmbedding | VllmRotaryEmbeddingAdapter:
-    """kernel: what rotates, as part of the key."""
+    """Make the module of `get_rope`.  settings: rope_scaling as JSON.  kernel: the one that rotates.
+
+    Every argument is part of the cache's key.
+    """
     _check_rotary_dim(head_size, rotary_dim)
     if rope_type not in ROPE_TYPES:
         raise unknown_name("rotary scaling", rope_type, ROPE_TYPES, code="rope-type")
@@ -339,7 +345,7 @@ def _check_rotary_dim(head_size: int, rotary_dim: int) -> None:
 def get_gemma4_proportional_rope(
     head_size: int, rotary_dim: int, max_position: int, base: float
 ) -> Gemma4ProportionalRotaryEmbedding:
-    """The cached factory of Gemma's proportional rotary embedding."""
+    """Make Gemma's proportional rotary embedding, or return the one that equal settings have."""
     _check_rotary_dim(head_size, rotary_dim)
     with torch.device("cpu"):
         return _get_proportional_rope(head_size, rotary_dim, max_position, float(base), current_execution())

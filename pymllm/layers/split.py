@@ -1,4 +1,4 @@
-"""A fused layer whose parts have different methods: separate weights, outputs side by side."""
+"""A fused layer whose parts have different methods: it keeps separate weights and puts their outputs side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PartHolder(RevisedModule):
         self.prefix, self.quant_method = self.shape.parts[0], quant_method
 
     def weight_loader(self, param: Tensor, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
-        """Cut a full checkpoint tensor for this rank and write it to `param`, as `WeightedLayer.weight_loader`."""
+        """Cut a full checkpoint tensor for this rank and write it to `param`, as `WeightedLayer.weight_loader` does."""
         load_into(param, loaded_weight, None, self.prefix)
 
 

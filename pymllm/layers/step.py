@@ -1,7 +1,7 @@
-"""What attention layers must know of a step, and the hook through which they fetch it.
+"""A step's metadata, which attention layers read, and the hook through which they fetch it.
 
-A runner installs a fetch function once and makes the current step's metadata available through it; a decoding strategy
-adds its own subclass of `AttnMetaDataBase` beside itself.
+A runner installs a fetch function once, and that function returns the metadata of the current step. A decoding strategy
+defines a subclass of `AttnMetaDataBase` of its own.
 """
 
 # R requests, T tokens of this step
@@ -20,9 +20,9 @@ from pymllm.kernels.attention import AttentionStep
 class AttnMetaDataBase(AttentionStep):
     """One step's requests, side by side: what kernels read (`AttentionStep`), and what runners and strategies add.
 
-    is_prefill: whether a request still reads its prompt; one value for all, or one each.
-    enforce_eager: run outside any captured graph.
-    kv_cache_layout: "unified" is [pages, P, Hkv, D] for keys and for values, the only one there is.
+    is_prefill: whether a request still reads its prompt; one value for all requests, or one for each.
+    enforce_eager: whether the step must run outside any captured graph.
+    kv_cache_layout: "unified", the only one that there is: [pages, P, Hkv, D] for keys and for values.
     """
 
     is_prefill: bool | Sequence[bool] = False
@@ -40,12 +40,12 @@ class AttnMetaDataBase(AttentionStep):
 
     @property
     def has_prefill(self) -> bool:
-        """Whether any request reads its prompt."""
+        """True where some request still reads its prompt."""
         return self.is_prefill if isinstance(self.is_prefill, bool) else any(self.is_prefill)
 
     @property
     def all_prefill(self) -> bool:
-        """Whether every request does, and there is one."""
+        """True where there are requests, and all still read their prompts."""
         if isinstance(self.is_prefill, bool):
             return self.is_prefill
         return len(self.is_prefill) > 0 and all(self.is_prefill)
@@ -56,16 +56,16 @@ _warming_up = False
 
 
 def set_fetch_fn_for_attn_metadata(fn: Callable[[], AttnMetaDataBase] | None) -> None:
-    """Install how attention layers get the current step's metadata."""
+    """Install the function that returns the current step's metadata; None: there is none any more."""
     global _fetch
     _fetch = fn
 
 
 def fetch_attn_metadata() -> AttnMetaDataBase:
-    """The current step's metadata.  ConfigError if no runner has installed a fetch function."""
+    """Return the current step's metadata.  ConfigError if no runner has installed a fetch function."""
     if _fetch is None:
         raise ConfigError(
-            "attention has no metadata to read",
+            "an attention layer runs outside of a step: nothing gives it the requests' lengths and pages",
             code="no-attention-metadata",
             fix="The runner must call set_fetch_fn_for_attn_metadata(fn) before the model's forward.",
         )
@@ -73,15 +73,15 @@ def fetch_attn_metadata() -> AttnMetaDataBase:
 
 
 def current_attn_metadata() -> AttnMetaDataBase | None:
-    """The same, or None outside a runner's step."""
+    """Return the current step's metadata, or None outside a runner's step."""
     try:
         return None if _fetch is None else _fetch()
-    except LookupError:  # of a context variable that no step has set
+    except LookupError:  # a runner's context variable, which no step has set
         return None
 
 
 def set_warming_up(value: bool = True) -> None:
-    """Say that the runs to come only warm up (a graph capture, say)."""
+    """Say that the runs to come only warm up, for a graph capture for example."""
     global _warming_up
     _warming_up = value
 

@@ -1,4 +1,4 @@
-"""The state of a linear layer, embedding or head in other methods: what a swap makes first and puts in place then."""
+"""The state of a linear layer, an embedding or a head: a swap makes one in other methods, and then puts it in place."""
 
 # O out_features, I in_features
 
@@ -22,12 +22,16 @@ from pymllm.weights.spec import LinearShape
 if TYPE_CHECKING:
     from pymllm.layers.weighted import WeightedLayer
 
-BY_OUTPUT = ("weight", "codes", "scales", "zeros", "offsets", "row_scales")  # canonical tensors with O first
+# Canonical tensors whose first dimension is O.
+BY_OUTPUT = ("weight", "codes", "scales", "zeros", "offsets", "row_scales")
 
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """All that a swap changes of a layer: its method, and its packed weight or its parts' ones."""
+    """All that a swap changes of a layer: its method, and its packed weight or the weights of its parts.
+
+    holders: the modules of the parts, where each has a weight of its own; `bound` is then None.
+    """
 
     layer: WeightedLayer
     method: Any  # LinearMethodBase, or SplitLinearMethod
@@ -37,18 +41,18 @@ class LayerState:
 
     @classmethod
     def of(cls, layer: WeightedLayer) -> LayerState:
-        """Take down what the layer runs now."""
+        """Note what the layer runs now."""
         method = layer.quant_method
         holders = tuple(method.holders(layer)) if isinstance(method, SplitLinearMethod) else ()
         return cls(layer, method, bound_weight(layer), holders, layer.shares_table)
 
     @property
     def rearranged(self) -> bool:
-        """Whether tensors are read into other modules: parts of their own, or a head's own copy of a tied table."""
+        """True where tensors may be read into other modules: those of parts, or a head's own copy of a tied table."""
         return bool(self.holders) or self.layer.tied_to is not None
 
     def same_as(self, other: Any) -> bool:
-        """Return whether these are the very same tensors in the same method."""
+        """Tell whether these are the very same tensors in the same method."""
         mine, others = ((s.bound, *s.holders) for s in (self, other))
         same = len(mine) == len(others) and all(a is b for a, b in zip(mine, others, strict=True))
         return same and (self.method, self.shares_table) == (other.method, other.shares_table)
@@ -67,7 +71,7 @@ class LayerState:
         return (HeldWeight(self.method, self.layer.shape, operation, self.layer, self.layer),)
 
     def install(self) -> None:
-        """Put the weights in place."""
+        """Put the method and the weights in place."""
         layer = self.layer
         for name in [name for name, child in layer.named_children() if isinstance(child, PartHolder)]:
             delattr(layer, name)
@@ -79,7 +83,10 @@ class LayerState:
 
 
 def restage(layer: WeightedLayer, old: LayerState, methods: Sequence[LinearMethodBase]) -> LayerState:
-    """Make the state of a layer with other methods, one for each part, from what runs.  The layer stays as it is."""
+    """Make the state of a layer with other methods, one for each part, from the weights of `old`, which run.
+
+    The layer stays as it is.
+    """
     if len(set(methods)) == 1 and not old.holders:
         return replace(old, method=methods[0], bound=repacked(layer, old, methods[0]))
     return _parts_apart(layer, old, methods)
@@ -95,7 +102,10 @@ def repacked(layer: WeightedLayer, old: LayerState, method: LinearMethodBase) ->
 
 
 def _parts_apart(layer: WeightedLayer, old: LayerState, methods: Sequence[LinearMethodBase]) -> LayerState:
-    """Make the state of parts that differ, or stand alone already: those that do not change keep their weights."""
+    """Make the state of parts whose methods differ, or that have weights of their own already.
+
+    A part whose method does not change keeps its weight.
+    """
     former = [h.quant_method for h in old.holders] if old.holders else [old.method] * len(methods)
     if former == list(methods):
         return old
@@ -122,7 +132,7 @@ def _parts_apart(layer: WeightedLayer, old: LayerState, methods: Sequence[Linear
 def encode(
     weight: CanonicalWeight, was: LinearMethodBase, method: LinearMethodBase, shape: LinearShape
 ) -> CanonicalWeight:
-    """Bring a running weight of method `was` into `method`, step by step as `method` has been converted since."""
+    """Convert a running weight of method `was` to `method`, by each conversion that `method` names since `was`."""
     if method == was:
         return weight
     assert isinstance(method, ConvertedLinearMethod)
@@ -158,14 +168,14 @@ def cut_part(
 
 
 def _scales_by_row(weight: Fp8Weight) -> Fp8Weight:
-    """Give the same weight scales for every row, which can be cut anywhere."""
+    """Return the same weight with a row of scales for every row, which can be cut anywhere."""
     side, rows = weight.block[0] or weight.shape[0], weight.shape[0]
     scales = weight.scales.repeat_interleave(side, dim=0)[:rows]
     return replace(weight, scales=scales, block=(1, weight.block[1]))
 
 
 def _scales_by_block(weight: Fp8Weight, side: int) -> Fp8Weight:
-    """Turn scales for every row into scales for `side` rows (0: all) again, where that says the same."""
+    """Return the weight with a row of scales for every `side` rows (0: all rows) again, where that says the same."""
     rows = weight.shape[0]
     coarse = weight.scales[:: side or rows].contiguous()
     if rows == 0 or not torch.equal(coarse.repeat_interleave(side or rows, dim=0)[:rows], weight.scales):

@@ -1,7 +1,7 @@
-"""What linear layers, embeddings and heads share: a shape, a share of it, a `quant_method`, adapters.
+"""The base of linear layers, embeddings and heads: a shape, a rank's share of it, a `quant_method`, adapters.
 
-A layer knows its shape, its share of it and the checkpoint names of its parts. Its `quant_method` does the rest:
-creates the weights, packs them, multiplies.
+A layer knows its shape, its share of it and the checkpoint names of its parts. Its `quant_method` does the rest: it
+creates the weights, packs them and multiplies.
 """
 
 # I in_features, O out_features, N test rows
@@ -42,15 +42,18 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.parameters import add_weight, load_into
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec, side_by_side
 
-MAGNITUDES = {"ordinary": 1.0, "large": 200.0}  # f16 sums stay below 65504 for the layers that models have
+# Of a trial's inputs. Sums in f16 stay below 65504 for the layers that models have.
+MAGNITUDES = {"ordinary": 1.0, "large": 200.0}
 
 
 class WeightedLayer(LoRAMixin, WeightHolder):
     """A layer with one weight, or with several that it fuses.
 
-    kind: "linear", "router", "embedding" or "lm_head", for formats and plans.  operation: which kernels run it.
-    kept: its parameters that stay as they are, while the method's are packed.
-    tied_to: the layer whose tensors it is loaded from too.  shares_table: whether it runs that one's packed weight.
+    kind: "linear", "router", "embedding" or "lm_head", for formats and plans.
+    operation: the operation whose kernels run it.
+    kept: the names of parameters that stay as they are, while those of the method are packed.
+    tied_to: the layer from whose tensors this one is loaded; None: from its own.
+    shares_table: True where this layer runs the packed weight of `tied_to`.
     """
 
     kind: ClassVar[str] = "linear"
@@ -74,13 +77,17 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         )
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
-        """Return a rank's share of the inputs, and of each part's outputs.  ShardingError if there is none."""
+        """Return a rank's share of the inputs, and of each part's outputs.
+
+        ShardingError if `size` ranks cannot divide them.
+        """
         raise NotImplementedError
 
     def shape_for(self, rank: int, size: int, parts: Sequence[str]) -> LinearShape:
         """Return the layer's shape with the share of a rank.  parts: the checkpoint names of what it fuses."""
         inputs, outputs = self.shard(rank, size)
-        if len(parts) < len(outputs):  # one rank has the tensor as it is, wherever its blocks begin
+        if len(parts) < len(outputs):  # one tensor holds several outputs
+            # A single rank reads it as it is, even if a block of it lies across two outputs.
             total = sum(span.total for span in outputs)
             outputs = (Span.full(total),) if size == 1 else side_by_side(outputs)
         return LinearShape(inputs, outputs, tuple(parts), self.params_dtype)
@@ -118,7 +125,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
 
     @property
     def kept_dtype(self) -> torch.dtype | None:
-        """The dtype that plain weights keep, the same for all parts (`Execution.kept_floats`); None: the layer's."""
+        """The dtype that plain weights keep (`Execution.kept_floats`); None: the layer's, also if its parts differ."""
         kept = self.execution.kept_floats if self.execution else {}
         first, *others = (kept.get(f"{part}.weight") for part in self.shape.parts)
         return first if all(other is first for other in others) else None
@@ -126,13 +133,13 @@ class WeightedLayer(LoRAMixin, WeightHolder):
     def weight_loader(self, param: Tensor, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
         """Cut a full checkpoint tensor for this rank and write it to `param`.
 
-        shard_id: which part it is (index or name); None: the only one, or all parts side by side.
-        CheckpointError names layer, tensor, expected and found if it does not fit, or was loaded already.
+        shard_id: the index or name of the part that it is; None: the only one, or all parts side by side.
+        CheckpointError names layer, tensor, expected and found, if the tensor does not fit or its place was written.
         """
         load_into(param, loaded_weight, self.part_index(shard_id), self.prefix)
 
     def part_index(self, shard_id: int | str | None) -> int | None:
-        """Return the index of a part from its index or (last name segment)."""
+        """Return the index of a part.  shard_id: its index, or its name's last segment; None gives None."""
         names = [part.rpartition(".")[2] for part in self.shape.parts]
         if shard_id is None or (isinstance(shard_id, int) and 0 <= shard_id < len(names)):
             return shard_id
@@ -149,11 +156,11 @@ class WeightedLayer(LoRAMixin, WeightHolder):
 
     @property
     def loads(self) -> bool:
-        """Whether there is anything to load: always, if only the table of another layer to share."""
+        """True: where there are no tensors to load, there is the table of another layer to share."""
         return True
 
     def places(self, name: str) -> Iterator[Place]:
-        """Yield the place of every tensor, of the parts too."""
+        """Yield the place of every tensor, also of those in the modules of parts."""
         return slotted_places(self.modules())
 
     def likeness(self) -> Any:
@@ -161,7 +168,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         return type(self), self.quant_method, replace(self.shape, parts=("",) * len(self.shape.parts))
 
     def shares(self, rank: int, size: int) -> Iterable[tuple[LinearMethodBase, LinearShape]]:
-        """Return the method and a rank's share of each weight.  ShardingError if it cannot be divided so."""
+        """Return the method of each weight, and a rank's share.  ShardingError if `size` ranks cannot divide it."""
         shape, held = self.shape_for(rank, size, self.shape.parts), self.held()
         return [(w.method, shape if len(held) == 1 else shape.part(i)) for i, w in enumerate(held)]
 
@@ -196,16 +203,16 @@ class WeightedLayer(LoRAMixin, WeightHolder):
 
     @property
     def shares_with(self) -> WeightedLayer | None:
-        """The layer whose packed weight is this one's too."""
+        """The layer whose packed weight this layer runs too; None: it has its own."""
         return self.tied_to if self.shares_table else None
 
     @property
     def split(self) -> bool:
-        """Whether the layer keeps separate weights, as its parts have different methods."""
+        """True where the layer keeps separate weights, as its parts have different methods."""
         return len(self.held()) > 1
 
     def _bound(self, weight: HeldWeight, shape: LinearShape, binder: Binder) -> tuple[BoundWeight, int]:
-        """Bind a weight without its data.  Returns it, and the bytes that it takes beside those of other layers."""
+        """Bind a weight without its data.  Returns it, and its bytes: 0 where they are those of another layer."""
         bound, table = binder.linear(weight.method, shape, weight.operation), self.shares_with
         if table is not None:
             other = binder.linear(weight.method, table.shape, table.operation)
@@ -214,7 +221,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         return bound, bound.nbytes
 
     def describe(self, binder: Binder) -> Iterable[Description]:
-        """Return what a plan says of each part."""
+        """Describe each part for a plan."""
         names = dict(zip(self.shape.parts, self.names(), strict=True))
         for weight, shape in self._weights():
             bound, nbytes = self._bound(weight, shape, binder)
@@ -237,7 +244,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
                 )
 
     def selections(self, binder: Binder | None = None) -> Iterable[Selection[Any]]:
-        """Return the kernels of the weights."""
+        """Yield the kernel of each weight."""
         for weight, shape in self._weights():
             bound = bound_weight(weight.packed_in)
             if bound is None and binder is not None:
@@ -251,7 +258,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         return sum(param.nbytes for param in kept if param is not None)
 
     def packed_bytes(self, binder: Binder) -> int:
-        """Return the bytes of the packed weights on this rank, but for a table that another layer counts."""
+        """Return the bytes of the packed weights on this rank, without a table that another layer counts."""
         return sum(self._bound(weight, shape, binder)[1] for weight, shape in self._weights())
 
     def bytes_at(self, size: int, binder: Binder) -> int:
@@ -262,9 +269,10 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         return sum(binder.linear(method, share, self.operation).nbytes for method, share in shares)
 
     def converting_bytes(self) -> int:
-        """Return the bytes that packing takes: the canonical codes, and the floats between two formats.
+        """Return the bytes that packing takes beside the stored tensors.
 
-        There are two of these, as one is being rounded.
+        A byte an element for the canonical codes; between two formats also twice the float32 weight, as one copy is
+        being rounded to another.
         """
         converts = any(isinstance(weight.method, ConvertedLinearMethod) for weight in self.held())
         return self.shape.in_features_local * self.shape.out_features_local * (9 if converts else 1)
@@ -274,12 +282,12 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         self.quant_method.process_weights_after_loading(self)
 
     def loaded_bytes(self) -> int:
-        """Return the bytes of the packed weights, once loaded, but for a table that another layer counts."""
+        """Return the bytes of the packed weights, once loaded, without a table that another layer counts."""
         bound = [] if self.shares_with else [bound_weight(weight.packed_in) for weight in self.held()]
         return sum(weight.nbytes for weight in bound if weight is not None)
 
     def trials(self, stored: Callable[[HeldWeight], Mapping[str, Tensor]]) -> Iterable[Trial]:
-        """Return a check of each packed weight."""
+        """Make a check of each packed weight."""
         for weight, shape in self._weights():
             name = shape.name if self.tied_to is None else self.prefix
             yield self._trial(name, weight, shape, stored(weight))
@@ -316,12 +324,12 @@ class WeightedLayer(LoRAMixin, WeightHolder):
     def swapped(
         self, methods: Sequence[LinearMethodBase], staged: Mapping[WeightHolder, HolderState]
     ) -> LayerState:
-        """Make the state with other methods, one for each part."""
+        """Make the state with other methods, one for each part, and leave the layer as it is."""
         return restage(self, LayerState.of(self), methods)
 
 
 def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
-    """Yield the layers of this kind, in the model's order."""
+    """Yield the linear layers, embeddings and heads of a model, in its order."""
     for module in model.modules():
         if isinstance(module, WeightedLayer):
             yield module

@@ -1,7 +1,7 @@
 """Model definitions: one file a family, named by Hugging Face's `model_type`, without any loading code.
 
-A file defines `Model` (built from a `ModelConfig`), `DEFAULTS`, the settings that a config.json may leave out, and,
-where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`.
+A file defines `Model`, which is built from a `ModelConfig`; `DEFAULTS`, the settings that a config.json may leave out;
+and, where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
-SHARED = ("causal_lm",)  # modules here that are no family
+# Modules here that are no family.
+SHARED = ("causal_lm",)
 
 
 def list_model_types() -> list[str]:
-    """The model types that there is a file for."""
+    """List the model types that have a definition."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
 def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """A config.json with its family's defaults.  ConfigError for a model type that we have no definition for."""
+    """Read a config.json with its family's defaults.  ConfigError for a model type that has no definition here."""
     return ModelConfig(raw, _family(raw.get("model_type")).DEFAULTS)
 
 
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> CausalLM:
-    """The model's modules, with weights as the current default device has them (meta, usually)."""
+    """Build the model's modules, their weights on the current default device (usually meta)."""
     return _family(config.raw.get("model_type")).Model(config, quant_config)
 
 

@@ -1,19 +1,21 @@
 """The skeleton of a pre-norm decoder: embedding, blocks of attention and MLP, final norm, head.
 
-A family supplies its attention and MLP; module names are the checkpoint's, but for what is fused.
+A family says what its attention and its MLP differ in. Module names are the checkpoint's, but for what is fused.
 """
 
 # T tokens, H hidden size, V vocabulary
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from pymllm.attention.self_attention import SelfAttention
 from pymllm.config import ModelConfig
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
+from pymllm.layers.mlp import GatedMLP
 from pymllm.layers.rotary_embedding import RotaryEmbedding
 from pymllm.quantization.base import QuantizationConfig
 
@@ -35,7 +37,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = norm(config.size("hidden_size"), config.rms_norm_eps)
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """positions: [T]; hidden, residual: [T, H].  Returns this layer's output and the sum before it."""
+        """Run the layer.  positions: [T]; hidden, residual: [T, H].  Returns its output and the sum before it."""
         if residual is None:
             residual, hidden = hidden, self.input_layernorm(hidden, taker=self.self_attn)
         else:
@@ -43,13 +45,12 @@ class DecoderLayer(nn.Module):
         hidden = self.self_attn(positions, hidden)
         hidden, residual = self.post_attention_layernorm(hidden, residual, self.mlp)
         output = self.mlp(hidden)
-        return output[0] if isinstance(
-            output, tuple
-        ) else output, residual  # experts also give their router's logits
+        # Experts also give their router's logits.
+        return output[0] if isinstance(output, tuple) else output, residual
 
 
 class Decoder(nn.Module):
-    """Everything but the head.  embedding_scale: what embedded tokens are multiplied by."""
+    """The model without its head.  embedding_scale: what embedded tokens are multiplied by."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
         self.norm = norm(config.size("hidden_size"), config.rms_norm_eps)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids, positions: [T].  Returns normed hidden states [T, H]."""
+        """Run every layer.  ids, positions: [T].  Returns normed hidden states [T, H]."""
         hidden, residual = self.embed_tokens(ids), None
         if self.embedding_scale != 1:
             hidden = hidden * self.embedding_scale
@@ -82,14 +83,19 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder with its head.  Families define `make_attention` and `make_mlp`, given the layer's index and prefix.
+    """A decoder with its head.
 
-    layer: what holds these two.  norm: every norm.  embedding_scale: of embedded tokens.
+    A family says in `attention_options` and `mlp_options` what differs from the usual blocks, or makes blocks of its
+    own in `make_attention` and `make_mlp`.
+
+    layer, attention, norm: the classes of layers, of their attention and of every norm.
+    embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     """
 
     config: ModelConfig
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
+    attention: ClassVar[type[SelfAttention]] = SelfAttention
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     embedding_scale = 1.0
     restart_length: int | None = None
@@ -116,21 +122,34 @@ class CausalLM(nn.Module):
             quant_config=quant_config,
         )
 
+    def attention_options(self) -> dict[str, Any]:
+        """Return the keywords of `SelfAttention` that this family sets."""
+        bias = self.config.attention_bias
+        return {"qkv_bias": bias, "output_bias": bias}
+
+    def mlp_options(self) -> dict[str, Any]:
+        """Return the keywords of `GatedMLP` that this family sets."""
+        return {"activation": self.config.hidden_act}
+
     def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        raise NotImplementedError
+        """Make the attention of the layer `index`, whose modules are called `prefix`.*."""
+        options = self.attention_options()
+        return self.attention(self.config, index, prefix=prefix, quant_config=quant_config, **options)
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        raise NotImplementedError
+        """Make the MLP of the layer `index`, whose modules are called `prefix`.*."""
+        hidden, intermediate = self.config.size("hidden_size"), self.config.size("intermediate_size")
+        return GatedMLP(hidden, intermediate, prefix=prefix, quant_config=quant_config, **self.mlp_options())
 
     @property
     def keys_depend_on_length(self) -> bool:
-        """Whether the keys of a token are others where more tokens follow in the same step."""
+        """True if the keys of a token are others where more tokens follow in the same step."""
         return any(module.by_length for module in self.modules() if isinstance(module, RotaryEmbedding))
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""
+        """Run the decoder.  ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""
         return self.model(ids, positions)
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
-        """hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
+        """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
         return self.lm_head(hidden, gather_all=gather_all)

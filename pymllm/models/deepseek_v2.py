@@ -35,7 +35,8 @@ DEFAULTS = {
 class Model(llama.Model):
     """DeepseekV2ForCausalLM."""
 
-    expert_bias = False  # whether the router's experts are ranked with a bias
+    # True: a bias ranks the router's experts.
+    expert_bias = False
 
     def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         return LatentAttention(
@@ -51,7 +52,7 @@ class Model(llama.Model):
         )
 
     def make_router(self, config: ModelConfig) -> TopKRouter:
-        """Softmax, not renormalised; among the best groups, by each group's best expert."""
+        """Make the router: softmax, not renormalised; among the best groups, by each group's best expert."""
         top_k, scale = get_num_experts_per_tok(config), config.routed_scaling_factor
         if config.topk_method == "greedy":
             return build_topk_router("naive", top_k=top_k, renormalize=False, routed_scaling_factor=scale)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-from pymllm.attention.self_attention import SelfAttention
 from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError
 from pymllm.layers.layernorm import GemmaRMSNorm
-from pymllm.layers.mlp import GatedMLP
 from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.base import QuantizationConfig
 
@@ -32,7 +30,7 @@ class Model(CausalLM):
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         if config.use_bidirectional_attention:
             raise ConfigError(
-                "attention to later tokens is not for generating text",
+                "this model attends to later tokens too, so it cannot generate text",
                 code="config-value",
                 file="config.json",
                 tensor="use_bidirectional_attention",
@@ -42,19 +40,7 @@ class Model(CausalLM):
         self.embedding_scale = config.size("hidden_size") ** 0.5
         super().__init__(config, quant_config)
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return SelfAttention(
-            self.config, index, prefix=prefix, quant_config=quant_config, qkv_bias=bias, output_bias=bias
-        )
-
-    def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+    def mlp_options(self) -> dict[str, Any]:
         # "gelu" is what early files have for the tanh approximation.
-        activation = "gelu_pytorch_tanh" if self.config.hidden_act == "gelu" else self.config.hidden_act
-        return GatedMLP(
-            self.config.size("hidden_size"),
-            self.config.size("intermediate_size"),
-            activation,
-            prefix=prefix,
-            quant_config=quant_config,
-        )
+        given = self.config.hidden_act
+        return {"activation": "gelu_pytorch_tanh" if given == "gelu" else given}

@@ -4,17 +4,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pymllm.attention.self_attention import SelfAttention
 from pymllm.config import ModelConfig
 from pymllm.layers.layernorm import RMSNorm
-from pymllm.layers.mlp import GatedMLP
 from pymllm.models import gemma
 from pymllm.models.causal_lm import DecoderLayer
-from pymllm.quantization.base import QuantizationConfig
 
 DEFAULTS = {
     **gemma.DEFAULTS,
@@ -41,7 +38,7 @@ class FourNormLayer(DecoderLayer):
         self.post_feedforward_layernorm = norm(config.size("hidden_size"), config.rms_norm_eps)
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """positions: [T]; hidden, residual: [T, H].  Returns this layer's output and the sum before it."""
+        """Run the layer.  positions: [T]; hidden, residual: [T, H].  Returns its output and the sum before it."""
         if residual is None:
             residual, hidden = hidden, self.input_layernorm(hidden, taker=self.self_attn)
         else:
@@ -57,31 +54,19 @@ class Model(gemma.Model):
     layer = FourNormLayer
     qk_norm: ClassVar[type[RMSNorm] | None] = None
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return SelfAttention(
-            self.config,
-            index,
-            prefix=prefix,
-            quant_config=quant_config,
-            qkv_bias=bias,
-            output_bias=bias,
-            qk_norm=self.qk_norm,
-            scale=self.config.number("query_pre_attn_scalar") ** -0.5,
-            soft_cap=self.config.number_or_none("attn_logit_softcapping"),
-        )
+    def attention_options(self) -> dict[str, Any]:
+        return {
+            **super().attention_options(),
+            "qk_norm": self.qk_norm,
+            "scale": self.config.number("query_pre_attn_scalar") ** -0.5,
+            "soft_cap": self.config.number_or_none("attn_logit_softcapping"),
+        }
 
-    def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        return GatedMLP(
-            self.config.size("hidden_size"),
-            self.config.size("intermediate_size"),
-            self.config.hidden_activation,
-            prefix=prefix,
-            quant_config=quant_config,
-        )
+    def mlp_options(self) -> dict[str, Any]:
+        return {"activation": self.config.hidden_activation}
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
-        """hidden: [N, H].  Returns float32 logits [N, V], capped; None on ranks that do not get them."""
+        """Apply the head and its cap.  hidden: [N, H].  Returns float32 [N, V]; None on ranks that do not get them."""
         logits = super().compute_logits(hidden, gather_all)
         cap = self.config.number_or_none("final_logit_softcapping")
         return logits if logits is None or cap is None else (logits / cap).tanh() * cap

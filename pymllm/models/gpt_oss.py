@@ -5,9 +5,10 @@ Experts are stored all in one tensor, gate and up in turns: floats with inputs b
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from pymllm.attention.self_attention import SelfAttention
 from pymllm.config import ModelConfig
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.models.causal_lm import CausalLM
@@ -48,17 +49,8 @@ class Model(CausalLM):
         config.defaults["layer_types"] = [kinds[index % 2] for index in layers]
         super().__init__(config, quant_config)
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return SelfAttention(
-            self.config,
-            index,
-            prefix=prefix,
-            quant_config=quant_config,
-            qkv_bias=bias,
-            output_bias=bias,
-            sinks=True,
-        )
+    def attention_options(self) -> dict[str, Any]:
+        return {**super().attention_options(), "sinks": True}
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         top_k = get_num_experts_per_tok(self.config)

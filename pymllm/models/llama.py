@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-from pymllm.attention.self_attention import SelfAttention
-from pymllm.layers.mlp import GatedMLP
 from pymllm.models.causal_lm import CausalLM
-from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 DEFAULTS = {
@@ -23,18 +20,5 @@ GGUF = {"llama": GGUFArchitecture("llama", interleaved=True)}
 class Model(CausalLM):
     """LlamaForCausalLM."""
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return SelfAttention(
-            self.config, index, prefix=prefix, quant_config=quant_config, qkv_bias=bias, output_bias=bias
-        )
-
-    def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        return GatedMLP(
-            self.config.size("hidden_size"),
-            self.config.size("intermediate_size"),
-            self.config.hidden_act,
-            bias=self.config.mlp_bias,
-            prefix=prefix,
-            quant_config=quant_config,
-        )
+    def mlp_options(self) -> dict[str, Any]:
+        return {"activation": self.config.hidden_act, "bias": self.config.mlp_bias}

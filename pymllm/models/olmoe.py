@@ -1,19 +1,15 @@
 """OLMoE: routed experts in every layer, and norms over all heads of q, and of k, together."""
 
-# T tokens, N features of all heads
+# T tokens
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from pymllm.attention.self_attention import SelfAttention
-from pymllm.layers.layernorm import RMSNorm
+from pymllm.attention.self_attention import WholeNormAttention
 from pymllm.models import llama
 from pymllm.moe import build_moe_block
-from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.weights.spec import Span
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -26,56 +22,22 @@ DEFAULTS = {
 }
 
 
-class DividedRMSNorm(RMSNorm):
-    """RMSNorm over features that ranks share: each brings its own to the mean."""
-
-    def __init__(self, total: int, share: Span, eps: float) -> None:
-        super().__init__(total, eps)
-        self.total, self.share, self.parallel = total, share, current_parallel()
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """x: [T, this rank's share of N].  Returns the same shape."""
-        if self.parallel.size == 1:
-            return super().forward(x)  # type: ignore[return-value]
-        assert self.weight is not None
-        squares = self.parallel.all_reduce(x.float().square().sum(-1, keepdim=True))
-        summed = self.parallel.size * self.share.size  # more than the total where ranks share a head
-        normed = x.float() * torch.rsqrt(squares / summed + self.eps)
-        return normed.to(x.dtype) * self.weight[self.share.start : self.share.stop]
-
-
-class OlmoeAttention(SelfAttention):
+class OlmoeAttention(WholeNormAttention):
     """Norms, then an optional clip, then rotary positions."""
 
-    def __init__(self, clip: float | None, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
-        eps, (q, k, _) = options["config"].rms_norm_eps, self.qkv_proj.shape.outputs  # type: ignore[attr-defined]
-        self.q_norm, self.k_norm = DividedRMSNorm(q.total, q, eps), DividedRMSNorm(k.total, k, eps)
-        self.clip = clip
-
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv_proj(hidden).split([span.size for span in self.qkv_proj.shape.outputs], dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        if self.clip is not None:
-            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
-        q, k = self.rotary(positions, q, k)
-        return self.o_proj(self.attn(q, k, v))
+    def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise and clip.  q, k, v: [T, this rank's features of all heads].  Returns the same shapes."""
+        q, k, v = super().before_rotary(q, k, v)
+        clip: float | None = self.config.clip_qkv
+        return (
+            (q, k, v) if clip is None else (q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip))
+        )
 
 
 class Model(llama.Model):
     """OlmoeForCausalLM."""
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return OlmoeAttention(
-            self.config.clip_qkv,
-            config=self.config,
-            layer=index,
-            prefix=prefix,
-            quant_config=quant_config,
-            qkv_bias=bias,
-            output_bias=bias,
-        )
+    attention = OlmoeAttention
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         return build_moe_block("auto", self.config, prefix=prefix, quant_config=quant_config)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-from pymllm.attention.self_attention import SelfAttention
 from pymllm.models import llama
-from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 DEFAULTS = {
@@ -23,5 +21,5 @@ GGUF = {"qwen2": GGUFArchitecture("qwen2")}
 class Model(llama.Model):
     """Qwen2ForCausalLM."""
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        return SelfAttention(self.config, index, prefix=prefix, quant_config=quant_config, qkv_bias=True)
+    def attention_options(self) -> dict[str, Any]:
+        return {"qkv_bias": True}

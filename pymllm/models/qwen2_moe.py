@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from pymllm.attention.self_attention import SelfAttention
 from pymllm.models import qwen2
 from pymllm.moe import SharedExpertMLP, build_mlp_or_moe, build_moe_block
 from pymllm.quantization.base import QuantizationConfig
@@ -25,9 +26,8 @@ DEFAULTS = {
 class Model(qwen2.Model):
     """Qwen2MoeForCausalLM."""
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.qkv_bias
-        return SelfAttention(self.config, index, prefix=prefix, quant_config=quant_config, qkv_bias=bias)
+    def attention_options(self) -> dict[str, Any]:
+        return {"qkv_bias": self.config.qkv_bias}
 
     def make_mlp(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
         return build_mlp_or_moe(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-from pymllm.attention.self_attention import SelfAttention
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import llama
-from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.gguf_checkpoint import GGUFArchitecture
 
 DEFAULTS = {
@@ -25,14 +23,5 @@ GGUF = {"qwen3": GGUFArchitecture("qwen3")}
 class Model(llama.Model):
     """Qwen3ForCausalLM."""
 
-    def make_attention(self, index: int, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        bias = self.config.attention_bias
-        return SelfAttention(
-            self.config,
-            index,
-            prefix=prefix,
-            quant_config=quant_config,
-            qkv_bias=bias,
-            output_bias=bias,
-            qk_norm=RMSNorm,
-        )
+    def attention_options(self) -> dict[str, Any]:
+        return {**super().attention_options(), "qk_norm": RMSNorm}

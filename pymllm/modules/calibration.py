@@ -1,4 +1,4 @@
-"""Running a torch module on example inputs, and what its linear layers see then."""
+"""Runs of a torch module on example inputs, and the statistics of what its linear layers see."""
 
 # I in_features
 
@@ -15,36 +15,46 @@ from pymllm.errors import ConfigError
 from pymllm.quantization.rounding.calibrated import InputStatistics
 
 ALGORITHMS = ("gptq", "clip")
-MOST_BYTES = 2 << 30  # of statistics at a time; what is left waits for another run over the inputs
+MOST_BYTES = 2 << 30  # of statistics at a time; other layers wait for another run over the inputs
 
 
 def read_calibration(calibration: Iterable[Any], algorithm: str, act_order: bool) -> list[Any]:
-    """The example inputs, which are gone through several times.  ConfigError for none, or an unknown algorithm."""
+    """List the example inputs, so that they can be run several times.
+
+    ConfigError if there are none, if they are no iterable of inputs, or if the algorithm is unknown.
+    """
     if algorithm not in ALGORITHMS:
         raise ConfigError(
-            "unknown calibration algorithm",
+            "the calibration algorithm is unknown",
             code="calibration",
             expected=" or ".join(ALGORITHMS),
             found=str(algorithm),
         )
     if act_order and algorithm != "gptq":
-        raise ConfigError("act order belongs to gptq", code="calibration", found=algorithm)
+        raise ConfigError(
+            "act_order belongs to the algorithm gptq", code="calibration", expected="gptq", found=algorithm
+        )
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
         raise ConfigError(
-            "calibration is an iterable of inputs",
+            "calibration must be an iterable of inputs",
             code="calibration",
             expected="each a tensor, a tuple of arguments or a mapping of keyword arguments",
             found=type(calibration).__name__,
-            fix="Put a single one into a list.",
+            fix="Put a single input into a list.",
         )
     inputs = list(calibration)
     if not inputs:
-        raise ConfigError("there are no calibration inputs", code="calibration", found="an empty iterable")
+        raise ConfigError(
+            "there are no calibration inputs",
+            code="calibration",
+            expected="one input or more",
+            found="an empty iterable",
+        )
     return inputs
 
 
 def portions(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Names in order, in runs whose grams fit into memory together.  sizes: I of each; 0: it needs no gram."""
+    """Divide names, in order, into runs whose grams fit into memory together.  sizes: I of each; 0: it has no gram."""
     runs: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -61,9 +71,9 @@ def portions(sizes: Mapping[str, int]) -> list[list[str]]:
 def record(
     root: nn.Module, modules: Mapping[str, nn.Module], sizes: Mapping[str, int], inputs: Sequence[Any]
 ) -> dict[str, InputStatistics]:
-    """Run `root` over all inputs and collect what `modules` are called with.
+    """Run `root` on all inputs, and collect statistics of the inputs of `modules`.
 
-    sizes: I of the modules of which products of inputs are wanted; 0: only the largest magnitude is.
+    sizes: I of each module whose gram (the products of its inputs) is wanted; 0: only the largest magnitude is wanted.
     """
     statistics = {name: InputStatistics(sizes[name], gram=bool(sizes[name])) for name in modules}
 
@@ -93,7 +103,7 @@ def record(
 
 @contextlib.contextmanager
 def _evaluating(root: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in."""
+    """Run without dropout; afterwards every module is in the mode that it was in."""
     training = [module for module in root.modules() if module.training]
     root.eval()
     try:

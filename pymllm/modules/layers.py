@@ -1,4 +1,4 @@
-"""The layers that `quantize_model` puts in place of a module's own: packed weights behind the same forward."""
+"""The layers that `quantize_model` puts in place of a module's own: they have packed weights and the same forward."""
 
 # O out_features, I in_features
 
@@ -27,7 +27,10 @@ FORMAT = "format"  # the buffer that says what the others are
 
 
 class QuantizedLayer(WeightedLayer):
-    """A packed weight in the place of a module's own.  Its buffers are the packed tensors, and say what they are."""
+    """A layer whose packed weight takes the place of a module's own.
+
+    Its buffers are the packed tensors, and one buffer more that describes them, so that a state dict has all of it.
+    """
 
     bound: BoundWeight
 
@@ -55,6 +58,7 @@ class QuantizedLayer(WeightedLayer):
         return f"{self.out_features} x {self.in_features}, {self.quant_method.describe()} -> {kernel}"
 
     def _hold(self, bound: BoundWeight, execution: Execution) -> None:
+        """Take this weight, and register its buffers in place of those from before."""
         self.bound, self.execution = bound, execution
         for name in list(self._buffers):
             delattr(self, name)
@@ -62,14 +66,14 @@ class QuantizedLayer(WeightedLayer):
             self.register_buffer(PACKED + name, tensor)
 
     def _held(self) -> dict[str, Tensor]:
-        """What a state dict holds of the weight."""
+        """Return the tensors of the weight that belong into a state dict, by name."""
         bound = self.bound
         order = {} if bound.input_order is None else {"input_order": bound.input_order}
         device = next(iter(bound.packed.values())).device
         return {**bound.packed, **order, FORMAT: _as_bytes(_format_of(bound)).to(device)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """`to`, `half`, `cuda`...: packed tensors are never cast or moved as they are, but packed again."""
+        """Carry out `to`, `half`, `cuda`, ...: packed tensors are never cast or moved as they are, but packed again."""
         buffers = dict(self._buffers)
         self._buffers.clear()
         try:
@@ -117,7 +121,10 @@ class QuantizedLayer(WeightedLayer):
         )
 
     def _read(self, saved: dict[str, Tensor]) -> BoundWeight:
-        """This layer's weight as another one saved it, packed for the kernel here.  ConfigError if unlike."""
+        """Read the weight that another layer saved, and pack it for this layer's kernel.
+
+        saved: the tensors by name, without their prefix.  ConfigError if they are of another weight or shape.
+        """
         bound, mine = self.bound, _format_of(self.bound)
         try:
             theirs = json.loads(bytes(saved.pop(FORMAT).cpu().tolist()))
@@ -127,12 +134,16 @@ class QuantizedLayer(WeightedLayer):
             ) from None
         for setting in ("weight", "shape"):
             if theirs.get(setting) != mine[setting]:
-                raise self._unlike(f"another {setting} was saved", mine[setting], theirs.get(setting))
+                raise self._unlike(
+                    f"the saved {setting} is not this layer's", mine[setting], theirs.get(setting)
+                )
         kernels = {kernel.name: kernel for kernel in kernels_for(self._operation())}
         kernel = kernels.get(theirs["kernel"])
         if kernel is None:
             raise self._unlike(
-                "it was packed for a kernel that is not known here", list(kernels), theirs["kernel"]
+                "the saved weight was packed for a kernel that this version does not know",
+                list(kernels),
+                theirs["kernel"],
             )
         device = next(iter(bound.packed.values())).device
         saved = {name: tensor.detach().to(device, copy=True) for name, tensor in saved.items()}
@@ -142,7 +153,7 @@ class QuantizedLayer(WeightedLayer):
             expected = {name: (t.shape, t.dtype) for name, t in bound.packed.items()}
             found = {name: (t.shape, t.dtype) for name, t in saved.items()}
             if expected != found:
-                raise self._unlike("its packed tensors are of other shapes", expected, found)
+                raise self._unlike("the saved packed tensors have other shapes or dtypes", expected, found)
             return replace(bound, packed=saved, input_order=order)
         weight = kernel.unpack(saved, replace(bound.problem, dtype=dtype))
         if order is not None:
@@ -157,10 +168,10 @@ class QuantizedLayer(WeightedLayer):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """nn.Linear's forward."""
+    """A packed weight behind the forward of nn.Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [*, I], any float dtype.  Returns [*, O] in the same dtype."""
+        """Multiply.  x: [*, I], any float dtype.  Returns [*, O] in the same dtype."""
         inputs = x.to(self.bound.problem.dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         y = self.quant_method.apply(self, inputs, bias)
@@ -168,7 +179,7 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedEmbedding(QuantizedLayer):
-    """nn.Embedding's forward."""
+    """A packed table behind the forward of nn.Embedding."""
 
     kind: ClassVar[str] = "embedding"
     operation: ClassVar[Operation] = "embedding"
@@ -182,13 +193,13 @@ class QuantizedEmbedding(QuantizedLayer):
         return self.in_features
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape.  Returns [*ids.shape, H]."""
+        """Look up rows.  ids: any shape.  Returns [*ids.shape, H]."""
         rows = self.quant_method.embed(self, ids)
         return self.add_lora_rows(ids, rows) if self.adapters else rows
 
 
 def moved(weight: CanonicalWeight, device: torch.device) -> CanonicalWeight:
-    """The same weight on another device."""
+    """Move a weight to another device."""
     tensors = {name: tensor.to(device) for name, tensor in weight.tensors().items()}
     order = getattr(weight, "input_order", None)
     if order is not None:
@@ -197,7 +208,7 @@ def moved(weight: CanonicalWeight, device: torch.device) -> CanonicalWeight:
 
 
 def _format_of(bound: BoundWeight) -> dict[str, Any]:
-    """What a state dict must say of packed tensors for another kernel to read them."""
+    """Describe packed tensors, so that another kernel can read them from a state dict."""
     return {
         "weight": str(bound.problem.weight),
         "shape": [bound.problem.out_features, bound.problem.in_features],
@@ -207,12 +218,12 @@ def _format_of(bound: BoundWeight) -> dict[str, Any]:
 
 
 def _as_bytes(value: dict[str, Any]) -> Tensor:
-    """As a tensor, since safetensors holds nothing else."""
+    """Write a description as a tensor, since safetensors holds nothing else."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def quantized_layers(module: nn.Module) -> Iterator[QuantizedLayer]:
-    """The layers that `quantize_model` put into `module`."""
+    """Yield the layers that `quantize_model` has put into `module`."""
     for child in module.modules():
         if isinstance(child, QuantizedLayer):
             yield child

@@ -1,10 +1,10 @@
-"""The weights of any torch module through our formats and kernels: `quantize_model`, in place.
+"""`quantize_model`: any torch module runs its weights in our formats and kernels, in place.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     pymllm.quantize_model(model, {"gpt_neox.layers.**": "int4:group_size=64"})
     model.generate(...)
 
-`nn.Linear`, `nn.Embedding` and GPT-2's `Conv1D` become layers with the same forward. They are for inference: weights
+`nn.Linear`, `nn.Embedding` and GPT-2's `Conv1D` become layers with the same forward. These are for inference: weights
 get no gradients, and some kernels pass none to their inputs.
 """
 
@@ -43,10 +43,11 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """One module that was replaced, by its path.
+    """A report on one module that was replaced.  prefix: its path.
 
-    kind: linear or embedding.  numerics: of the kernel, as in a plan.  bytes: of the weight alone.
-    tied_to: the module whose packed tensors this one shares.  calibration_rows: how many inputs it was rounded by.
+    kind: linear or embedding.  numerics: how the kernel's results differ, as in a plan.
+    bytes_before, bytes_after: of the weight alone.  tied_to: the module whose packed tensors this one shares.
+    calibration_rows: the number of inputs that its rounding was fitted to.
     """
 
     prefix: str
@@ -73,18 +74,19 @@ def quantize_model(
 ) -> M:
     """Replace the submodules that `rules` name by quantised ones, in place, and return `module`.
 
-    rules: as for `load_model`, over module paths ("bert.encoder.layer.*.attention.**=int4:group_size=64"); the first
-    match wins, and "=none" leaves a module alone. What they can name: nn.Linear and nn.Embedding (subclasses too,
-    unless they have a forward of their own) and transformers' Conv1D.
+    rules: as for `load_model`, over module paths ("bert.encoder.layer.*.attention.**=int4:group_size=64"). The first
+    match wins, and "=none" leaves a module alone. Rules can name nn.Linear and nn.Embedding (subclasses too, unless
+    they have a forward of their own) and transformers' Conv1D.
     calibration: inputs to run the module on (each a tensor, a tuple of arguments, or a mapping of keyword arguments).
-    Integer weights are then rounded by what reaches them, and activations=static finds its scales.
-    algorithm: "gptq" (act_order: the inputs that matter most are rounded first), or "clip" (AWQ's search of ranges; its
-    input scales have no place in any module's forward to be folded into).
-    dtype: of the arithmetic; None: each weight's own. Inputs are cast to it and outputs back to the inputs' dtype.
+    The rounding of integer weights is then fitted to the inputs that reach them, and activations=static finds its
+    scales.
+    algorithm: "gptq" (act_order: the inputs that matter most are rounded first), or "clip" (AWQ's search of ranges,
+    without its input scales: a module's forward has no place to fold them into).
+    dtype: of the arithmetic; None: each weight's own. Inputs are cast to it, and outputs back to the inputs' dtype.
     compute: as for `load_model`.
 
-    Modules that share one weight share the packed one if their methods are equal; else each has its own, made from
-    the same floats, and one that no rule names keeps the floats. `module.quantization` lists what was replaced.
+    Modules that share one weight share the packed one if their methods are equal. Else each has its own, made from the
+    same floats, and a module that no rule names keeps the floats. `module.quantization` lists what was replaced.
     `state_dict` holds the packed tensors; a module quantised by the same rules loads them, on other hardware too.
     Every rule and shape is checked before the first module is replaced.
 
@@ -92,7 +94,10 @@ def quantize_model(
     """
     if compute not in ("auto", "exact", "checkpoint"):
         raise ConfigError(
-            "unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute
+            "the compute mode is unknown",
+            code="compute",
+            expected="auto, exact or checkpoint",
+            found=compute,
         )
     inputs = None if calibration is None else read_calibration(calibration, algorithm, act_order)
     jobs = _jobs(module, RuledConfig(get_quantization_config("none").from_config({}), read_rules(rules)))
@@ -104,7 +109,7 @@ def quantize_model(
         bind(planned, executions[job.name], job.operation)
         wants_gram = isinstance(planned, IntWeight) and planned.offsets is None and job.operation == "linear"
         sizes[job.name] = job.shape.in_features if wants_gram else 0
-    # What modules with one weight and one method have in common: they share the packed weight.
+    # Modules with equal keys have one weight and one method: they share the packed weight.
     keys = {job.name: (_identity(job.module), job.method, executions[job.name]) for job in jobs}
     shared: dict[Any, QuantizedLayer] = {}
     report: list[QuantizedModule] = []
@@ -122,7 +127,8 @@ def quantize_model(
             linear.clear()
         portion = [by_name.pop(name) for name in run]
         jobs = [job for job in jobs if job.name in by_name]
-        for job in _drain(portion):  # each module's floats are freed before the next one's are packed
+        # Each module's floats are freed before those of the next one are packed.
+        for job in _drain(portion):
             other = shared.get(keys[job.name])
             rounding = None
             if inputs is not None and job.operation == "linear":
@@ -149,13 +155,14 @@ def quantize_model(
 
 
 def _drain(jobs: list[_Job]) -> Iterator[_Job]:
+    """Yield jobs in order, and keep none of those that were yielded."""
     jobs.reverse()
     while jobs:
         yield jobs.pop()
 
 
 def _identity(module: nn.Module) -> Any:
-    """Equal for modules that hold the very same weight."""
+    """Return a value that is equal for modules that hold the very same weight."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
@@ -173,7 +180,7 @@ def _same_tensors(one: BoundWeight, other: BoundWeight) -> bool:
 
 @dataclass(frozen=True)
 class _Job:
-    """A module to replace.  names: all the paths that it stands at, the first one its own."""
+    """A module to replace.  names: all the paths at which it stands; it is reported under the first."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -196,7 +203,7 @@ class _Job:
         return LinearShape(Span.full(in_features), (Span.full(out_features),), (self.name,), dtype)
 
     def planned(self, *, calibrated: bool) -> CanonicalWeight:
-        """The weight that there will be, without data."""
+        """Make the weight that the replacement will have, without its data."""
         target = without_static(self.method.target) if calibrated else self.method.target
         planned = replace(self.method, target=target).planned(self.shape)
         if calibrated and needs_inputs(self.method.target) and self.operation == "linear":
@@ -210,7 +217,11 @@ class _Job:
         shared: BoundWeight | None,
         rounding: Callable[[Tensor], CanonicalWeight] | None,
     ) -> QuantizedLayer:
-        """shared: the same weight, packed for another module of the same method.  rounding: by calibration inputs."""
+        """Make the layer that replaces the module.
+
+        shared: the same weight, packed already for another module of the same method; None: there is none.
+        rounding: rounds the weight by calibration inputs; None: the weight is rounded by itself.
+        """
         with torch.no_grad():
             if shared is not None:
                 bound = bind_shared(shared, execution, self.operation)
@@ -242,7 +253,10 @@ class _Job:
 
 
 def _jobs(root: nn.Module, config: RuledConfig) -> list[_Job]:
-    """What the rules replace.  RuleError for a rule without effect, ConfigError for what cannot be replaced."""
+    """List the modules that the rules replace.
+
+    RuleError for a rule without effect, ConfigError for a module that cannot be replaced.
+    """
     names: dict[nn.Module, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
         if _matrix_kind(module) is not None:
@@ -275,7 +289,7 @@ def _jobs(root: nn.Module, config: RuledConfig) -> list[_Job]:
             error.fix = f"{special[0]} has a forward of its own, which a replacement would lose."
         else:
             error.fix = (
-                f"Modules that can be named are like {known[0]}." if known else "It has no such modules."
+                f"Name modules like {known[0]}." if known else "The module has none that a rule can name."
             )
         error.args = (str(error),)
         raise
@@ -286,23 +300,23 @@ KINDS = (nn.Linear, nn.Embedding)
 
 
 def _matrix_kind(module: nn.Module) -> type | str | None:
-    """nn.Linear, nn.Embedding or "Conv1D" if the module's forward is that one's; else None."""
+    """Return nn.Linear, nn.Embedding or "Conv1D" if the module has the forward of that one, else None."""
     for kind in KINDS:
         if isinstance(module, kind):
             return kind if type(module).forward is kind.forward else None
-    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    )  # transformers', told without importing it
+    # transformers' class, recognised without importing it.
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return "Conv1D" if is_conv1d else None
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight as [O, I]; of an embedding, [V, H]."""
+    """Return the module's weight as [O, I]; of an embedding as [V, H]."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.t() if _matrix_kind(module) == "Conv1D" else weight
 
 
 def _check_replaceable(module: nn.Module, name: str) -> None:
+    """Check that nothing would be lost if the module were replaced.  ConfigError says what."""
     problem = None
     if not name:
         problem = "the module itself cannot be replaced in place"
@@ -324,5 +338,5 @@ def _check_replaceable(module: nn.Module, name: str) -> None:
             code="module-unsupported",
             fix="Leave it out with a rule NAME=none before the others."
             if name
-            else "Wrap it in another module, nn.Sequential say.",
+            else "Wrap it in another module, in nn.Sequential for example.",
         )

@@ -1,4 +1,4 @@
-"""Mixture of experts: config readers, routers, dispatchers and blocks.  Models use the builders."""
+"""Mixture of experts: readers of configs, routers, dispatchers and blocks.  Models call the `build_` functions."""
 
 from pymllm.moe.backends import build_token_dispatcher
 from pymllm.moe.build import build_mlp_or_moe, build_moe_block

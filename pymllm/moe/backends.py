@@ -12,7 +12,10 @@ BACKENDS = ("naive", "deepep")
 
 
 def build_token_dispatcher(backend: str, parallel: Parallel, num_experts: int) -> TokenDispatcher:
-    """The dispatcher of this name: naive, or deepep (needs the package deep_ep and NVIDIA GPUs)."""
+    """Make the dispatcher of this name: naive, or deepep, which needs the package deep_ep and NVIDIA GPUs.
+
+    ConfigError for an unknown name, or where that package is missing.
+    """
     if backend == "naive":
         return NaiveA2ADispatcher(parallel, num_experts)
     if backend == "deepep":

@@ -1,4 +1,4 @@
-"""The MLP or sparse block of a decoder layer, made as the model's config says."""
+"""The makers of a decoder layer's MLP or sparse block, as the model's config says."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ IMPLEMENTATIONS: dict[str, type[FusedMoE]] = {
 
 
 def build_moe_block(impl: str, config: Any, **options: Any) -> FusedMoE:
-    """The sparse block of a model with this config.
+    """Make the sparse block of a model with this config.
 
-    impl: naive, tp, ep, or auto: ep where the current `Parallel` says so, else tp.
-    options: of `FusedMoE`; what they leave open is read from the config.
+    impl: naive, tp, ep, or auto: ep where the current `Parallel` says so, else tp.  ConfigError for another one.
+    options: those of `FusedMoE`; what they leave open is read from the config.
     """
     if impl == "auto":
         impl = "ep" if current_parallel().expert_parallel else "tp"
     if impl not in IMPLEMENTATIONS:
         raise unknown_name("MoE block", impl, ("auto", *IMPLEMENTATIONS), code="moe-block")
     if "router" not in options and get_norm_topk_prob(config) and "scoring_func" not in options:
-        # Softmax over all, made to sum to one, is softmax over the chosen; for a single expert, too.
+        # Softmax over all experts, made to sum to one, is softmax over the chosen ones; also for a single one.
         options["scoring_func"] = "topk_softmax"
     elif "router" not in options:
         options.setdefault("renormalize", get_norm_topk_prob(config))
@@ -54,7 +54,7 @@ B = TypeVar("B")
 def build_mlp_or_moe(
     config: Any, layer: int, dense_factory: Callable[[], B], moe_factory: Callable[[], B] | None = None
 ) -> B:
-    """Make the block of this layer: experts where `is_moe_layer` says so, else what `dense_factory` makes.
+    """Make the block of the layer with this index: experts where `is_moe_layer` says so, else by `dense_factory`.
 
     moe_factory: makes the experts; None: `build_moe_block` with the config's settings.
     """

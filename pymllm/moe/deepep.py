@@ -1,7 +1,7 @@
-"""DeepEP behind the dispatcher contract: its kernels move tokens between NVIDIA GPUs (github.com/deepseek-ai/DeepEP).
+"""The dispatcher that moves tokens between NVIDIA GPUs by the kernels of DeepEP (github.com/deepseek-ai/DeepEP).
 
-A token travels once to each rank that has some of its experts; there its other experts' ids are -1. Only its normal
-kernels are used, which serve both phases.
+A token travels once to each rank that has some of its experts; there the ids of its other experts are -1. Only DeepEP's
+normal kernels are used, which serve both phases.
 """
 
 # T tokens here, K experts a token, R tokens received, H hidden size
@@ -21,13 +21,16 @@ from pymllm.parallel import Parallel
 
 
 class DeepEPDispatcher(TokenDispatcher):
-    """Hidden states must be bfloat16 on a GPU, and every rank have equally many experts."""
+    """A dispatcher over DeepEP's buffer.
+
+    Hidden states must be bfloat16 on a GPU, and all ranks must have equally many experts.
+    """
 
     def __init__(self, parallel: Parallel, num_experts: int) -> None:
         super().__init__(parallel, num_experts)
         if num_experts % parallel.size:
             raise ConfigError(
-                f"DeepEP divides {num_experts} experts over {parallel.size} ranks",
+                f"DeepEP cannot divide {num_experts} experts over {parallel.size} ranks",
                 code="dispatcher",
                 expected="equally many experts on every rank",
                 fix="Use the naive dispatcher.",
@@ -35,7 +38,10 @@ class DeepEPDispatcher(TokenDispatcher):
         self._buffer: Any = None
 
     def _buffer_for(self, hidden_bytes: int) -> Any:
-        """One buffer, for the hidden size of the first call: a model has one."""
+        """Return the buffer, made for the hidden size of the first call: a model has only one.
+
+        hidden_bytes: of one token's hidden state.
+        """
         if self._buffer is None:
             import deep_ep
 

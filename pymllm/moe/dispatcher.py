@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold their experts, and the answers back."""
+"""The dispatch of tokens to the ranks that hold their experts, and the way back of the answers."""
 
 # T tokens here, K experts a token, S slots sent, R slots received, H hidden size
 
@@ -20,16 +20,16 @@ Phase = Literal["prefill", "decode"]
 
 
 def expert_range(num_experts: int, rank: int, size: int) -> range:
-    """The experts that a rank holds: consecutive ones, as even as can be, perhaps none."""
+    """Return the experts that a rank holds: consecutive ones, divided as evenly as can be; perhaps none."""
     return range(rank * num_experts // size, (rank + 1) * num_experts // size)
 
 
 @dataclass(frozen=True)
 class DispatcherOutput:
-    """The slots that other ranks (and this one) sent here, to be run by the experts here.
+    """The slots that all ranks sent here, for the experts here to run.
 
-    recv_hidden_states: [R, H].  recv_local_expert_ids: [R] or [R, K] int64, among the experts here, below 0: none.
-    recv_weights: float32, alike.
+    recv_hidden_states: [R, H].  recv_local_expert_ids: [R] or [R, K] int64, positions among the experts here; below 0:
+    none of them.  recv_weights: float32, in the same shape.
     """
 
     metadata: DispatchMetadata
@@ -39,9 +39,10 @@ class DispatcherOutput:
 
 
 class TokenDispatcher(ABC):
-    """dispatch, then the experts, then combine; every rank makes every call, with or without tokens.
+    """The interface of dispatchers: `dispatch`, then the experts, then `combine`.
 
-    Both have two halves, so that a backend can compute while it communicates. A call out of turn is a RuntimeError.
+    Every rank makes every call, with or without tokens. `dispatch` and `combine` have two halves each, so that a
+    backend can compute while it communicates. A call out of turn is a RuntimeError.
     """
 
     def __init__(self, parallel: Parallel, num_experts: int) -> None:
@@ -50,18 +51,29 @@ class TokenDispatcher(ABC):
         self.phase: Phase = "prefill"
 
     def set_forward_phase(self, phase: Phase) -> None:
-        """Say whether steps to come prefill (many tokens) or decode (few), for backends that have a way for each."""
+        """Say whether the steps to come prefill (many tokens) or decode (few), for backends that treat them apart."""
         if phase not in ("prefill", "decode"):
-            raise ConfigError("unknown phase", code="phase", expected="prefill or decode", found=repr(phase))
+            raise ConfigError(
+                "a token dispatcher does not know the phase",
+                code="phase",
+                expected="prefill or decode",
+                found=repr(phase),
+            )
         self.phase = phase
 
     def dispatch(self, hidden_states: Tensor, topk: TopKOutput) -> DispatcherOutput:
-        """hidden_states: [T, H], this rank's own tokens; topk: their experts, by index over all ranks."""
+        """Send tokens to their experts, and receive those of other ranks.
+
+        hidden_states: [T, H], this rank's own tokens.  topk: their experts, by their indices in the layer.
+        """
         self.dispatch_a(hidden_states, topk)
         return self.dispatch_b()
 
     def combine(self, answers: Tensor) -> Tensor:
-        """answers: [R, H], of the slots that `dispatch` gave, weighted.  Returns [T, H]: the sum for each token."""
+        """Send answers back, and sum up those for each token.
+
+        answers: [R, H], weighted, of the slots that `dispatch` gave.  Returns [T, H].
+        """
         self.combine_a(answers)
         return self.combine_b()
 
@@ -83,9 +95,9 @@ class TokenDispatcher(ABC):
 
 
 class NaiveA2ADispatcher(TokenDispatcher):
-    """All-to-all over the ranks' group: a slot travels once for each of a token's experts.
+    """A dispatcher over any group of ranks, by all-to-all: a token travels once for each of its experts.
 
-    The sums are taken in float32 where the tokens came from, in the order of ranks.
+    The rank that a token came from sums up its answers, in float32, in the order of ranks.
     """
 
     def dispatch_a(self, hidden_states: Tensor, topk: TopKOutput) -> None:
@@ -95,9 +107,8 @@ class NaiveA2ADispatcher(TokenDispatcher):
         starts = torch.tensor([expert_range(self.num_experts, r, size).start for r in range(size)])
         starts = starts.to(topk.ids.device)
         experts = topk.ids.flatten()
-        owners = (
-            torch.searchsorted(starts, experts, right=True) - 1
-        )  # the last of those that start at or before it
+        # The owner of an expert is the last rank whose experts start at or before it.
+        owners = torch.searchsorted(starts, experts, right=True) - 1
         order = owners.argsort(stable=True)
         tokens = order // max(topk.ids.shape[1], 1)
         splits = torch.bincount(owners, minlength=size).tolist()
@@ -132,7 +143,7 @@ class NaiveA2ADispatcher(TokenDispatcher):
         found = self._metadata
         if answers.shape != (found.total_recv_slots, found.hidden_size):
             raise ValueError(
-                f"combine needs one answer a slot, {[found.total_recv_slots, found.hidden_size]}, "
+                f"combine needs one answer for each slot, {[found.total_recv_slots, found.hidden_size]}, "
                 f"not {list(answers.shape)}"
             )
         back, sent = list(found.recv_splits), list(found.send_splits)
@@ -149,13 +160,13 @@ class NaiveA2ADispatcher(TokenDispatcher):
 
 
 def check_routed(hidden_states: Tensor, topk: TopKOutput, num_experts: int) -> None:
-    """ValueError unless these are tokens [T, H], each with experts that there are."""
+    """Check that these are tokens [T, H], each with experts that exist.  ValueError if not."""
     if hidden_states.ndim != 2:
         raise ValueError(f"hidden states must be [T, H], not {list(hidden_states.shape)}")
     ids, weights = topk.ids, topk.weights
     if ids.ndim != 2 or ids.shape[0] != hidden_states.shape[0] or weights.shape != ids.shape:
         raise ValueError(
-            f"{hidden_states.shape[0]} tokens need ids and weights [T, K], "
+            f"{hidden_states.shape[0]} tokens need expert ids and weights [T, K], "
             f"not {list(ids.shape)} and {list(weights.shape)}"
         )
     if ids.dtype not in (torch.int64, torch.int32):

@@ -1,4 +1,4 @@
-"""The experts of one layer that this rank holds: where their tensors are, which method they have, how they run."""
+"""The experts of one layer that this rank holds: the places of their tensors, their method, and how they run."""
 
 # T tokens, K experts a token, E experts held here, H hidden size, I intermediate size of one expert
 
@@ -45,9 +45,10 @@ STACKED = ("gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How a checkpoint stores the experts below `prefix` ("model.layers.0.mlp.experts", say).
+    """The layout in which a checkpoint stores the experts below `prefix` ("model.layers.0.mlp.experts", for example).
 
-    names: of gate, up and down, each below an expert's index; or, stacked, of gate and up together and of down.
+    names: three, of gate, up and down, which stand below an expert's index; or two, of gate and up together and of
+    down, each a tensor that holds all experts (stacked).
     """
 
     prefix: str
@@ -55,11 +56,12 @@ class ExpertsLayout:
 
     @property
     def stacked(self) -> bool:
+        """True where a tensor holds all experts."""
         return len(self.names) == 2
 
     @classmethod
     def find(cls, prefix: str, quant_config: QuantizationConfig | None) -> ExpertsLayout:
-        """The layout that the checkpoint's tensors have; without any, one name an expert, as most have it.
+        """Find the layout that the checkpoint's tensors have; without any tensors, the usual one: names by expert.
 
         CheckpointError where some tensors are an expert's own and others hold all experts (FAULTS 25).
         """
@@ -72,7 +74,7 @@ class ExpertsLayout:
             assert quant_config is not None
             first = next(name for name in quant_config.stored if name.startswith(stacked[0]))
             raise CheckpointError(
-                "the tensor holds all experts of the layer, but other tensors of them are stored for each expert",
+                "the tensor holds all experts of the layer, but other tensors of that layer hold one expert each",
                 code="experts-layout",
                 tensor=first,
                 expected=f"all of {prefix}.0.{single[0]} and so on, or all of {stacked[0]}",
@@ -84,7 +86,7 @@ class ExpertsLayout:
         return cls(prefix, single or SPELLINGS[0])
 
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """The names of the parts of each product, with "{}" for an expert's index."""
+        """Return the names of each product's parts, with "{}" for an expert's index."""
         if self.stacked:
             return {
                 "gate_up": (f"{self.prefix}.{self.names[0]}",),
@@ -96,10 +98,10 @@ class ExpertsLayout:
 
 @dataclass(frozen=True)
 class ExpertsSize:
-    """What a config says of the experts.
+    """The size of a layer's experts, and what else a config says of them.
 
-    bias: whether each product has one.  interleaved, transposed: how a tensor of all experts is stored, see
-    `ExpertsShape` and `UnquantizedLinearMethod`.
+    bias: whether each product has one.  interleaved, transposed: the order in which a tensor of all experts is stored,
+    see `ExpertsShape` and `UnquantizedLinearMethod`.
     """
 
     hidden_size: int
@@ -114,13 +116,15 @@ class ExpertsSize:
 class Experts(WeightHolder):
     """Experts that have one `quant_method` and run together.
 
-    ids: which of the layer's experts these are; others of the layer may have another method, or another rank.
-    tensor_parallel: whether this rank has a share of each; else it has them whole.
+    ids: the indices of these experts in the layer; its other experts have another method, or are on another rank.
+    tensor_parallel: whether this rank has a share of each expert; else it has them whole.
     """
 
-    kind: ClassVar[str] = "linear"  # for formats, which know each expert's weights as a linear layer's
+    # For formats, which know each weight of an expert as that of a linear layer.
+    kind: ClassVar[str] = "linear"
     operation: ClassVar[Operation] = "experts"
-    elsewhere: tuple[Experts, ...] = ()  # other ranks' groups, for accounting alone
+    # The groups of other ranks, which are never loaded here: they say which tensors those ranks will read.
+    elsewhere: tuple[Experts, ...] = ()
 
     def __init__(
         self,
@@ -146,14 +150,15 @@ class Experts(WeightHolder):
 
     @property
     def empty(self) -> bool:
-        """Whether this rank holds none."""
+        """True where the group has no experts, as a rank may have none."""
         return not self.ids
 
     def execution_or_default(self) -> Execution:
+        """Return the execution that the experts were made for; outside of one, their dtype on a CPU."""
         return self.execution or Execution(dtype=self.params_dtype)
 
     def shapes(self, rank: int, size: int) -> dict[str, ExpertsShape]:
-        """The shape of each product, and a rank's share of it.  ShardingError if there is none."""
+        """Return the shape of each product with a rank's share.  ShardingError if `size` ranks cannot divide it."""
         what, hidden = f"{self.prefix}, intermediate size", Span.full(self.size.hidden_size)
         if not self.tensor_parallel:
             rank, size = 0, 1
@@ -168,7 +173,7 @@ class Experts(WeightHolder):
                 total = 2 * share.total
                 up = Span(share.total + share.start, share.total + share.stop, total)
                 outputs = (replace(share, total=total), up)
-                # One span where its outputs lie together in the file: all of them, or a share of interleaved ones.
+                # One span where these outputs lie together in the file: all of them, or a share of interleaved ones.
                 if interleaved or size == 1:
                     outputs = (Span(2 * share.start, 2 * share.stop, total),)
             inputs = share if product == "down" else hidden
@@ -178,18 +183,18 @@ class Experts(WeightHolder):
         return shapes
 
     def products_of(self) -> dict[str, Product]:
-        """Return the products by name."""
+        """Return the products by name: gate_up (or gate and up), and down."""
         return dict(self.products.items())  # type: ignore[arg-type]
 
     # What a holder of weights answers: see `pymllm.layers.held`
 
     @property
     def loads(self) -> bool:
-        """Whether there is anything to load; a group without experts says so, too."""
+        """True: a group without experts also takes part, for the tensors that other ranks hold."""
         return True
 
     def places(self, name: str) -> Iterator[Place]:
-        """Yield the place of every tensor, those of the products too."""
+        """Yield the place of every tensor, also of those in the modules of products."""
         return slotted_places(self.modules())
 
     def slots_elsewhere(self) -> Iterator[Slot]:
@@ -206,7 +211,7 @@ class Experts(WeightHolder):
         return [(methods[name], shape.one) for name, shape in self.shapes(rank, size).items()]
 
     def parts(self) -> Iterator[HeldPart]:
-        """Yield every weight here under its checkpoint name."""
+        """Yield every weight that a rule can name; of stacked experts one for all of them."""
         for product in self.products_of().values():
             one, method = product.shape.one, product.quant_method
             names = dict.fromkeys(one.parts)
@@ -217,7 +222,7 @@ class Experts(WeightHolder):
                     yield HeldPart(name, name, "experts", method, shape, product, self.layout.stacked)
 
     def held(self) -> tuple[HeldWeight, ...]:
-        """Return the products, which are packed together."""
+        """Return the products of all experts here, which are packed together."""
         return tuple(
             HeldWeight(product.quant_method, product.shape, "experts", product, self)
             for product in self.products_of().values()
@@ -228,6 +233,7 @@ class Experts(WeightHolder):
         return dict.fromkeys(self.quant_method.methods().values())
 
     def _planned(self, binder: Binder) -> BoundExperts:
+        """Bind the experts without their data."""
         shares = tuple(self.shares(self.parallel.rank, self.parallel.size))
         shapes = tuple((shape.inputs, shape.outputs) for _, shape in shares)
         key = (self.quant_method, len(self.ids), self.activation, self.layout.stacked, shapes)
@@ -237,7 +243,7 @@ class Experts(WeightHolder):
         )
 
     def describe(self, binder: Binder) -> Iterator[Description]:
-        """Yield what a plan says of each weight."""
+        """Describe each weight for a plan."""
         if self.empty:
             return
         bound = self._planned(binder)
@@ -261,7 +267,7 @@ class Experts(WeightHolder):
             )
 
     def selections(self, binder: Binder | None = None) -> Iterator[Selection[Any]]:
-        """Yield the kernel of the experts; nothing where this rank has none of them."""
+        """Yield the kernel of the experts; nothing for a group without experts."""
         bound = self.bound
         if bound is None and binder is not None and not self.empty:
             bound = self._planned(binder)
@@ -277,7 +283,11 @@ class Experts(WeightHolder):
         return self.packed_bytes(binder) * self.parallel.size // size
 
     def converting_bytes(self) -> int:
-        """Return the bytes that converting one expert takes at most: codes, or floats between two formats."""
+        """Return the bytes that converting one product of one expert takes at most, beside the stored tensors.
+
+        Experts are converted one at a time.  For each element four bytes; nine between two formats, as in
+        `WeightedLayer.converting_bytes`.
+        """
         return max(
             shape.in_features_local
             * shape.out_features_local
@@ -290,7 +300,7 @@ class Experts(WeightHolder):
         return 0 if self.bound is None else self.bound.nbytes
 
     def trials(self, stored: Callable[[HeldWeight], Mapping[str, Tensor]]) -> Iterator[Trial]:
-        """Yield one check: every packed weight, and each expert's answers to rows routed to it alone."""
+        """Make one check: of every packed weight, and of each expert's answers to rows routed to it alone."""
         if not self.empty:
             yield experts_trial(self, stored)
 
@@ -301,11 +311,11 @@ class Experts(WeightHolder):
     def swapped(
         self, methods: Sequence[LinearMethodBase], staged: Mapping[WeightHolder, HolderState]
     ) -> ExpertsState:
-        """Make the state with other methods, one for each of `parts()`."""
+        """Make the state with other methods, one for each of `parts()`, and leave the experts as they are."""
         return restage_experts(self, methods)
 
     def _add_biases(self) -> None:
-        """gate_up_bias [E, 2·I] and down_bias [E, H], where the experts have them."""
+        """Register gate_up_bias [E, 2·I] and down_bias [E, H], where the experts have biases."""
         self._bias_shapes: dict[str, ExpertsShape] = {}
         if not self.size.bias:
             return
@@ -319,7 +329,7 @@ class Experts(WeightHolder):
             self._bias_shapes[name] = product.shape
 
     def finish(self) -> None:
-        """Pack what has been loaded; once."""
+        """Pack what has been loaded.  A second call does nothing."""
         if self.bound is None:
             for name, shape in self._bias_shapes.items():
                 param = getattr(self, f"{name}_bias")
@@ -328,21 +338,22 @@ class Experts(WeightHolder):
         self.quant_method.process_weights_after_loading(self)
 
     def bias(self) -> ExpertsBias:
-        """The biases that this rank adds: down's, which the ranks' sum must have once, on the first alone."""
+        """Return the biases that this rank adds.  Rank 0 alone adds down's, so that the ranks' sum has it once."""
         if not self._bias_shapes:
             return ExpertsBias()
         first = not self.tensor_parallel or self.parallel.rank == 0
         return ExpertsBias(self.gate_up_bias, self.down_bias if first else None)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """x: [T, H]; topk_ids: [T, K], indexes in the checkpoint, other experts' too; topk_weights: [T, K] float32.
+        """Compute each token's weighted sum over those of its experts that are here.
 
-        Returns [T, H]: each token's weighted sum over its experts that are here. The ranks' sums are the caller's.
+        x: [T, H].  topk_ids: [T, K], indices in the layer, also of experts that are not here.
+        topk_weights: [T, K] float32.  Returns [T, H]; the caller adds up the sums of ranks.
         """
         return self.quant_method.apply(self, x, self.positions(topk_ids), topk_weights)
 
     def positions(self, topk_ids: Tensor) -> Tensor:
-        """Positions among the experts here; -1 for others."""
+        """Turn indices in the layer into positions among the experts here; -1: not here."""
         if self.ids == tuple(range(self.size.num_experts)):
             return topk_ids
         table = torch.full((self.size.num_experts,), -1, dtype=torch.int64)
@@ -362,15 +373,16 @@ def make_experts(
     tensor_parallel: bool = True,
     params_dtype: torch.dtype | None = None,
 ) -> list[Experts]:
-    """Make the experts `held` of the layer's, in groups of one method each: nearly always one group.
+    """Make the experts of the indices `held`, in groups of one method each: nearly always one group.
 
-    The first group knows the others of the layer, which other ranks hold: a rank checks that the checkpoint has what
-    they will read.
+    The first group knows the layer's other experts, which other ranks hold (`elsewhere`), so that every rank checks
+    that the checkpoint has their tensors.
     """
     layout = ExpertsLayout.find(prefix, quant_config)
     probe = _Probe(layout.stacked and size.transposed)
     methods: dict[int, ExpertsMethod] = {}
-    for expert in range(size.num_experts):  # all of them: rules are checked against every name on every rank
+    # All experts, not only those held: on every rank, rules are checked against every name.
+    for expert in range(size.num_experts):
         methods[expert] = _method(layout, expert, quant_config, probe)
         if layout.stacked:
             methods = dict.fromkeys(range(size.num_experts), methods[expert])
@@ -392,7 +404,7 @@ def make_experts(
 
 
 class _Probe(nn.Module):
-    """What a format is asked about, before there is a layer."""
+    """A stand-in for the layer that a format is asked about, before there is one."""
 
     kind = "linear"
 

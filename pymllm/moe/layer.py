@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -29,11 +29,11 @@ from pymllm.weights.spec import FLOATS, OUT, WeightSpec
 
 
 class RouterLinear(Linear):
-    """A router's logits, or the gate of a shared expert: every rank has it whole, and only a rule that names it
-    quantises it.
+    """The layer of a router's logits, or the gate of a shared expert.
 
+    Every rank has it whole, and only a rule that names it quantises it.
     expert_bias: whether the checkpoint has an `e_score_correction_bias` [E], which ranks experts.
-    routing: the kernel that chooses experts by these logits; None: none does, or the router itself.
+    routing: the kernel that chooses experts by these logits; None: the router chooses, or nothing is chosen.
     """
 
     kind: ClassVar[str] = "router"
@@ -55,12 +55,12 @@ class RouterLinear(Linear):
             yield self.routing
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, H], any float dtype.  Returns [T, E] in this layer's own."""
+        """Compute logits.  x: [T, H], any float dtype.  Returns [T, E] in the layer's own dtype."""
         return super().forward(x.to(self.params_dtype))
 
 
 class SharedExpertMLP(nn.Module):
-    """An expert that every token visits; gated: times sigmoid of a gate of its own."""
+    """An expert that every token visits.  gate_prefix: the name of a gate whose sigmoid it is multiplied by, if any."""
 
     def __init__(
         self,
@@ -84,17 +84,18 @@ class SharedExpertMLP(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, H].  Returns [T, H]."""
+        """Run the expert.  x: [T, H].  Returns [T, H]."""
         y = self.mlp(x)
         return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
 
 
 class FusedMoE(nn.Module):
-    """Routed experts of which every rank has all, whole.  Subclasses divide them over ranks.
+    """A block of routed experts of which every rank has all, whole.  Subclasses divide them over ranks.
 
-    router: from logits to experts; None: the K best by softmax, renormalised as `renormalize` says.
-    activation: a name of config.json, or what experts do between their products.
-    shared: what every token visits besides.  router_dtype: of the router's arithmetic; None: the activations'.
+    router: chooses experts by logits; None: the K best by `scoring_func`, renormalised as `renormalize` says.
+    activation: what experts compute between their products, or its name in config.json.
+    shared: the expert that every token visits besides; None: there is none.
+    router_dtype: the dtype of the router's arithmetic; None: the activations'.
     expert_bias: see `RouterLinear`.  bias, interleaved: see `ExpertsSize`.  transposed: whether a float weight that
     holds all experts is stored with inputs before outputs.
     """
@@ -159,17 +160,18 @@ class FusedMoE(nn.Module):
         if expert_bias and isinstance(self.router, GroupLimitedTopKRouter):
             self.router.expert_bias_getter = lambda: self.gate.e_score_correction_bias  # type: ignore[assignment]
 
-    def held(self) -> Sequence[int]:
-        """The experts that this rank has, all or some of each."""
+    def experts_held(self) -> range:
+        """Return the experts that this rank has, whole or a share of each."""
         return range(self.num_experts)
 
     def _make_experts(
         self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
     ) -> list[Experts]:
-        return make_experts(size, prefix, self.held(), quant_config, tensor_parallel=self.tensor_parallel)
+        held = self.experts_held()
+        return make_experts(size, prefix, held, quant_config, tensor_parallel=self.tensor_parallel)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [*, H].  Returns the same shape, and the router's logits [T, E]."""
+        """Run the block on x [*, H].  Returns the same shape, and the router's logits [T, E]."""
         tokens = x.reshape(-1, self.hidden_size)
         logits = self.gate(tokens)
         y = self.run_experts(tokens, self.router(logits))
@@ -178,11 +180,14 @@ class FusedMoE(nn.Module):
         return y.view(x.shape), logits
 
     def run_experts(self, x: Tensor, topk: TopKOutput) -> Tensor:
-        """x: [T, H], the same on every rank.  Returns [T, H], on every rank."""
+        """Run the tokens' experts on all ranks.  x: [T, H], the same on every rank.  Returns [T, H], on every rank."""
         return self.run_held(x, topk.ids, topk.weights)
 
     def run_held(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sums over those experts that are here."""
+        """Sum up, weighted, what those of the tokens' experts give that this rank has.
+
+        x: [T, H]; ids, weights: [T, K], other experts' too.  Returns [T, H].
+        """
         first, *others = self.experts
         y = first(x, ids, weights)
         for group in others:
@@ -194,7 +199,7 @@ SparseMoEBlock = FusedMoE
 
 
 class NaiveFusedMoE(FusedMoE):
-    """The reference: all experts on every rank, by the reference kernel."""
+    """The reference: every rank runs all experts, by the reference kernel."""
 
     def _make_experts(
         self, size: ExpertsSize, prefix: str, quant_config: QuantizationConfig | None
@@ -207,7 +212,7 @@ class NaiveFusedMoE(FusedMoE):
 
 
 class TPFusedMoE(FusedMoE):
-    """Every rank has a share of each expert's intermediate features; their sums are added up."""
+    """The block where every rank has a share of each expert's intermediate features; the ranks' sums are added up."""
 
     tensor_parallel = True
 
@@ -216,19 +221,18 @@ class TPFusedMoE(FusedMoE):
 
 
 class EPFusedMoE(FusedMoE):
-    """Every rank has some of the experts, whole.
+    """The block where every rank has some of the experts, whole.
 
-    As tensor-parallel attention gives all ranks all tokens, each takes its share of them, sends them to the ranks of
-    their experts, and the answers are gathered again. A rank may have no tokens, or no experts.
+    As tensor-parallel attention gives all ranks all tokens, each rank takes its share of them and sends these to the
+    ranks of their experts; then the answers are gathered again. A rank may have no tokens, or no experts.
     """
 
     def __init__(self, *sizes: int, dispatcher: str = "naive", **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.dispatcher = build_token_dispatcher(dispatcher, self.parallel, self.num_experts)
 
-    def held(self) -> Sequence[int]:
-        parallel = current_parallel()
-        return expert_range(self.num_experts, parallel.rank, parallel.size)
+    def experts_held(self) -> range:
+        return expert_range(self.num_experts, self.parallel.rank, self.parallel.size)
 
     def run_experts(self, x: Tensor, topk: TopKOutput) -> Tensor:
         tokens, size = x.shape[0], self.parallel.size
@@ -241,24 +245,21 @@ class EPFusedMoE(FusedMoE):
         return self.parallel.all_gather(padded, dim=0)[:tokens]
 
     def run_own(self, x: Tensor, topk: TopKOutput) -> Tensor:
-        """x: [T, H], tokens of this rank alone, perhaps none; every rank calls it.  Returns [T, H]."""
+        """Run the experts of this rank's own tokens, wherever they are.  Every rank must call it.
+
+        x: [T, H], perhaps no tokens.  Returns [T, H].
+        """
         try:
             received = self.dispatcher.dispatch(x, topk)
             ids, weights = received.recv_local_expert_ids, received.recv_weights
             if ids.ndim == 1:
                 ids, weights = ids.unsqueeze(-1), weights.unsqueeze(-1)
-            indexes = torch.where(ids < 0, -1, ids + self.held_from)
+            indexes = torch.where(ids < 0, -1, ids + self.experts_held().start)
             return self.dispatcher.combine(self.run_held(received.recv_hidden_states, indexes, weights))
-        except (
-            BaseException
-        ):  # out of memory, say: the next request must find the dispatcher at its beginning
+        except BaseException:
+            # Out of memory, for example: the next request must find the dispatcher at its beginning.
             self.dispatcher.reset()
             raise
-
-    @property
-    def held_from(self) -> int:
-        """The first of this rank's experts."""
-        return expert_range(self.num_experts, self.parallel.rank, self.parallel.size).start
 
 
 def _join(prefix: str, name: str) -> str:

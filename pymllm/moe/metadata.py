@@ -1,4 +1,4 @@
-"""What routers, dispatchers and experts hand to one another."""
+"""The records that routers, dispatchers and experts hand to one another."""
 
 # T tokens here, K experts a token, E experts, R slots received, H hidden size
 
@@ -16,7 +16,7 @@ from pymllm.moe.topk import TopKOutput
 
 @dataclass(frozen=True)
 class RouterMetadata:
-    """router_logits: [T, E].  topk_ids: [T, K] int64.  topk_weights: [T, K] float32."""
+    """A router's decision.  router_logits: [T, E].  topk_ids: [T, K] int64.  topk_weights: [T, K] float32."""
 
     router_logits: Tensor
     topk_ids: Tensor
@@ -24,7 +24,7 @@ class RouterMetadata:
 
     @classmethod
     def empty(cls, num_experts: int, top_k: int, device: torch.device | str = "cpu") -> RouterMetadata:
-        """Of no tokens."""
+        """Make the decision for no tokens."""
         return cls(
             torch.empty((0, num_experts), device=device),
             torch.empty((0, top_k), dtype=torch.int64, device=device),
@@ -33,11 +33,12 @@ class RouterMetadata:
 
     @classmethod
     def from_topk_output(cls, output: TopKOutput) -> RouterMetadata:
+        """Take over what a router returned."""
         return cls(output.router_logits, output.ids, output.weights)
 
 
 class DispatcherStage(enum.Enum):
-    """How far a dispatcher is: which call it takes next."""
+    """The stage of a dispatcher: the value is the call that it takes next."""
 
     INITIAL = "dispatch_a"
     AFTER_DISPATCH_A = "dispatch_b"
@@ -45,19 +46,20 @@ class DispatcherStage(enum.Enum):
     AFTER_COMBINE_A = "combine_b"
 
     def expect(self, wanted: DispatcherStage) -> None:
-        """RuntimeError unless this is the stage that a call needs."""
+        """Check that this is the stage that a call needs.  RuntimeError if not."""
         if self is not wanted:
             raise RuntimeError(f"the dispatcher awaits {self.value}, so {wanted.value} cannot be called now")
 
 
 @dataclass(frozen=True)
 class DispatchMetadata:
-    """What a rank sent and received, which `combine` needs to send the answers back.
+    """A record of what a rank sent and received, which `combine` needs to send the answers back.
 
-    num_tokens, hidden_size, dtype, device: of the tokens here.  send_splits, recv_splits: slots to and from each rank.
-    sent_tokens: [S], which token each sent slot was, in the order of sending.
-    recv_hidden_states: [R, H].  recv_local_expert: [R], position among the experts here.  recv_token_indices: [R], the
-    sender's own index of the token.  recv_weights: [R] float32.
+    num_tokens, hidden_size, dtype, device: of the tokens here.
+    send_splits, recv_splits: the number of slots that went to each rank, and that came from it.
+    sent_tokens: [S], the token that each sent slot was, in the order of sending.
+    recv_hidden_states: [R, H].  recv_local_expert: [R], positions among the experts here.
+    recv_token_indices: [R], each token's index on the rank that sent it.  recv_weights: [R] float32.
     """
 
     num_tokens: int
@@ -79,10 +81,11 @@ class DispatchMetadata:
 
 @dataclass(frozen=True)
 class ExpertExecutionMetadata:
-    """The slots of a call of the experts (a token and one of its experts each), sorted into blocks of one expert.
+    """The slots of a call of the experts (a slot is a token and one of its experts), sorted into blocks of one expert.
 
-    packed_token_ids, packed_local_expert_ids, packed_weights: [num_slots], a slot each, in the order of tokens.
-    sorted_slot_ids: [num_tokens_post_padded], slots by expert, every expert's padded to whole blocks with num_slots.
+    packed_token_ids, packed_local_expert_ids, packed_weights: [num_slots], one of each slot, in the order of tokens.
+    sorted_slot_ids: [num_tokens_post_padded], slots sorted by expert. The slots of each expert are padded to whole
+    blocks, by the index num_slots.
     expert_block_ids: the expert of each block.
     """
 
@@ -99,12 +102,11 @@ class ExpertExecutionMetadata:
     def build(
         cls, topk_ids: Tensor, topk_weights: Tensor, num_experts: int, block_size: int
     ) -> ExpertExecutionMetadata:
-        """topk_ids: [T, K], positions among `num_experts`; below 0: no slot.  topk_weights: [T, K]."""
-        held = (topk_ids >= 0).flatten()
-        tokens = torch.arange(topk_ids.shape[0], device=topk_ids.device).repeat_interleave(topk_ids.shape[1])[
-            held
-        ]
-        experts, weights = topk_ids.flatten()[held], topk_weights.flatten()[held]
+        """Sort slots.  topk_ids: [T, K], positions among `num_experts`; below 0: no slot.  topk_weights: [T, K]."""
+        here = (topk_ids >= 0).flatten()
+        tokens = torch.arange(topk_ids.shape[0], device=topk_ids.device)
+        tokens = tokens.repeat_interleave(topk_ids.shape[1])[here]
+        experts, weights = topk_ids.flatten()[here], topk_weights.flatten()[here]
         counts = torch.bincount(experts, minlength=num_experts)
         blocks = -(-counts // block_size)
         ends = (blocks * block_size).cumsum(0)

@@ -1,4 +1,4 @@
-"""The state of a layer's experts in other methods: what a swap makes first and puts in place then."""
+"""The state of a layer's experts: a swap makes one in other methods, and then puts it in place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import LazyWeights
+from pymllm.kernels.experts import LazyWeights
 from pymllm.layers.held import HeldWeight
 from pymllm.layers.swapped import encode
 from pymllm.quantization.experts import BoundExperts, ExpertsMethod, bind_experts, experts_weight
@@ -24,15 +24,15 @@ class ExpertsState:
     layer: Experts
     method: ExpertsMethod
     bound: BoundExperts | None
-    rearranged: bool = False  # their tensors are read where they always were
+    rearranged: bool = False  # tensors are always read into the modules of products
 
     @classmethod
     def of(cls, layer: Experts) -> ExpertsState:
-        """Take down what the experts run now."""
+        """Note what the experts run now."""
         return cls(layer, layer.quant_method, layer.bound)
 
     def same_as(self, other: Any) -> bool:
-        """Return whether these are the very same tensors in the same method."""
+        """Tell whether these are the very same tensors in the same method."""
         return self.bound is other.bound and self.method == other.method
 
     def packed(self) -> list[BoundExperts]:
@@ -44,16 +44,16 @@ class ExpertsState:
         return self.layer.held()
 
     def install(self) -> None:
-        """Put the experts in place."""
+        """Put the method and the packed experts in place."""
         self.layer.quant_method, self.layer.bound = self.method, self.bound
         for name, method in self.method.methods().items():
             self.layer.products_of()[name].quant_method = method
 
 
 def restage_experts(layer: Experts, methods: Sequence[LinearMethodBase]) -> ExpertsState:
-    """Make the state of a layer's experts with other methods, one for each of its parts.
+    """Make the state of a layer's experts with other methods, one for each of `parts()`.  The experts stay as they are.
 
-    ConfigError where some of them alone should change.
+    ConfigError where only some experts would change, or gate without up.
     """
     old, running = layer.quant_method.methods(), layer.bound
     products, wanted = layer.products_of(), {name: set[LinearMethodBase]() for name in old}
@@ -62,7 +62,7 @@ def restage_experts(layer: Experts, methods: Sequence[LinearMethodBase]) -> Expe
     for product, distinct in wanted.items():
         if len(distinct) > 1:
             raise ConfigError(
-                "the experts of a running layer can only be swapped together, gate and up likewise",
+                "the experts of a running layer can only be swapped together, and so can gate and up",
                 code="swap-experts",
                 tensor=f"{layer.prefix}, {product}",
                 expected="a pattern that names all of them, or none",

@@ -1,7 +1,7 @@
-"""Routers: from the logits of a token to its experts and their weights.
+"""Routers: they turn the logits of a token into its experts and their weights.
 
-A router has a rule (`kernels/routing.py`); the kernel that computes it is chosen when a block of a model takes the
-router, and is torch's for one on its own.
+A router has a rule (`kernels/routing.py`). When a block of a model takes the router, it chooses the kernel that
+computes the rule; a router on its own uses torch's.
 """
 
 # T tokens, E experts, K experts a token
@@ -27,7 +27,7 @@ ANY = TorchRouting()
 
 @dataclass(frozen=True)
 class TopKOutput:
-    """weights: [T, K] float32.  ids: [T, K] int64.  router_logits: [T, E], as they came."""
+    """The experts of tokens.  weights: [T, K] float32.  ids: [T, K] int64.  router_logits: [T, E], as they came."""
 
     weights: Tensor
     ids: Tensor
@@ -35,9 +35,10 @@ class TopKOutput:
 
 
 class TopKRouter(nn.Module):
-    """Base of routers: how many experts a token gets, how logits become scores, whether weights sum to one.
+    """The base of routers.
 
-    scoring_func: softmax or sigmoid over all experts, or topk_softmax: softmax over the chosen ones' logits.
+    top_k: the number of experts that a token gets.  renormalize: whether its weights are made to sum to one.
+    scoring_func: softmax or sigmoid over all experts, or topk_softmax: softmax over the logits of the chosen ones.
     """
 
     scoring_funcs: tuple[str, ...] = ("softmax", "sigmoid", "topk_softmax")
@@ -53,18 +54,18 @@ class TopKRouter(nn.Module):
 
     @property
     def routing(self) -> Routing | None:
-        """The rule that kernels compute; None: this router computes its own in `forward`."""
+        """The rule that kernels compute; None: the router computes a rule of its own, in `forward`."""
         return None
 
     def bind(self, num_experts: int, dtype: torch.dtype) -> None:
-        """Choose the kernel for logits [T, num_experts] of this dtype in the current execution, if there is one."""
+        """Choose the kernel for logits [T, num_experts] of this dtype.  Do nothing outside of an execution."""
         execution = current_execution()
         if execution is not None and self.routing is not None:
             problem = RoutingProblem(self.routing, num_experts, dtype, probe_device(execution.device))
             self.selection = select("routing", problem, execution.forced_kernel("routing"))
 
     def forward(self, router_logits: Tensor) -> TopKOutput:
-        """router_logits: [T, E], any float dtype."""
+        """Choose experts.  router_logits: [T, E], any float dtype."""
         raise NotImplementedError
 
     def _route(self, routing: Routing, router_logits: Tensor, bias: Tensor | None = None) -> TopKOutput:
@@ -76,7 +77,7 @@ class TopKRouter(nn.Module):
 
 
 class NaiveTopKRouter(TopKRouter):
-    """The K experts with the highest scores."""
+    """The router that takes the K experts with the highest scores.  routed_scaling_factor: multiplies the weights."""
 
     def __init__(
         self,
@@ -103,10 +104,10 @@ class NaiveTopKRouter(TopKRouter):
 
 
 class GroupLimitedTopKRouter(TopKRouter):
-    """The K best experts of the `topk_group` best of `n_group` groups (DeepSeek).
+    """The router that takes the K best experts of the `topk_group` best of `n_group` groups (DeepSeek).
 
-    expert_bias_getter: gives a bias [E] that ranks experts but does not weigh them; None: no bias.
-    group_score: of a group, the sum of its best two ("top2", DeepSeek-V3) or its best one ("max", V2).
+    expert_bias_getter: returns a bias [E] that ranks experts but does not weigh them; None: there is none.
+    group_score: the score of a group: the sum of its best two ("top2", DeepSeek-V3) or its best one ("max", V2).
     routed_scaling_factor: multiplies the weights, after they were made to sum to one.
     """
 
@@ -165,7 +166,7 @@ ROUTERS: dict[str, type[TopKRouter]] = {"naive": NaiveTopKRouter, "group_limited
 
 
 def build_topk_router(impl: str = "naive", **options: Any) -> TopKRouter:
-    """The router of this name (naive, group_limited) with its options.  ConfigError for an unknown one."""
+    """Make the router of this name (naive, group_limited) with its options.  ConfigError for an unknown name."""
     if impl not in ROUTERS:
         raise unknown_name("router", impl, ROUTERS, code="router")
     return ROUTERS[impl](**options)
@@ -173,7 +174,7 @@ def build_topk_router(impl: str = "naive", **options: Any) -> TopKRouter:
 
 def _bad(setting: str, expected: str, found: Any) -> ConfigError:
     return ConfigError(
-        f"{setting} has a value that a router cannot have",
+        f"the router cannot take this value of {setting}",
         code="config-value",
         file="config.json",
         tensor=setting,

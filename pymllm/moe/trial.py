@@ -16,18 +16,20 @@ from pymllm.quantization.converted import ConvertedLinearMethod
 if TYPE_CHECKING:
     from pymllm.moe.experts import Experts
 
-MAGNITUDES = {"ordinary": 1.0, "large": 14.0}  # a gate times an up: 200 once more, in f16 too
+# Of inputs. A gate times an up squares them: about 200, as for linear layers, which f16 holds.
+MAGNITUDES = {"ordinary": 1.0, "large": 14.0}
 
 
 def experts_trial(experts: Experts, stored: Callable[[HeldWeight], Mapping[str, Tensor]]) -> Trial:
-    """Make the check of these experts: every packed weight, and each expert's answers to rows routed to it alone.
+    """Make the check of these experts: of every packed weight, and of each expert's answers to rows routed to it alone.
 
     stored: reads a product's tensors, [E, ...] each, from the checkpoint again.
     """
     bound = experts.bound
     assert bound is not None
     problem = bound.problem
-    kept: dict[str, list[Tensor]] = {}  # in float32: far closer than any tolerance, at half the size
+    # In float32, which is far closer than any tolerance, at half the size of float64.
+    kept: dict[str, list[Tensor]] = {}
 
     def weights() -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         packed = bound.canonical().products()
@@ -47,7 +49,8 @@ def experts_trial(experts: Experts, stored: Callable[[HeldWeight], Mapping[str, 
 
     def answer(generator: torch.Generator, magnitude: float) -> tuple[Tensor, Tensor]:
         device, ids = problem.device.torch_device, torch.arange(problem.num_experts)
-        ids = ids.repeat_interleave(TRIAL_ROWS).unsqueeze(-1)  # every expert has rows of its own
+        # Every expert has rows of its own.
+        ids = ids.repeat_interleave(TRIAL_ROWS).unsqueeze(-1)
         x = torch.randn((len(ids), problem.down.out_features), generator=generator) * magnitude
         x = x.to(problem.dtype)
         got = bound.run(x.to(device), ids.to(device), torch.ones(ids.shape, device=device), experts.bias())

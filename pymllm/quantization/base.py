@@ -1,28 +1,20 @@
-"""The contract between layers and weight formats.
+"""The configs of weight formats: the interface that each implements, and the registry that knows them by name.
 
-A layer holds a `quant_method`. The method creates the weights as the checkpoint stores them, converts them once to a
-canonical layout, binds the best kernel for it, and applies that. `LinearMethodBase` does all of this from four things
-that a format supplies: its tensors (`weight_specs`), what it refuses (`check`), and its layout both ways
-(`to_canonical`, and `quantize` for use as the target of a rule).
-
-Methods are frozen values without per-layer state: equal methods mean equal formats, so a fused layer whose parts
-resolve to equal methods is one matmul. What belongs to a layer lives on the layer.
+A config says which method each layer of a checkpoint has; `method.py` says what a method does.
 """
-
-# T tokens, O out_features, I in_features
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
-from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
 from pymllm.weights.spec import FLOATS
 
 if TYPE_CHECKING:
@@ -32,25 +24,35 @@ if TYPE_CHECKING:
 
 
 class QuantizationConfig(ABC):
-    """A checkpoint's `quantization_config`, read: which method each layer has, by its checkpoint name."""
+    """The interface of a format's config, which gives each layer its method by the layer's checkpoint name."""
+
+    registered_as: ClassVar[str]
 
     @classmethod
-    @abstractmethod
     def get_name(cls) -> str:
-        """The `quant_method` spelling this class reads."""
+        """Return the name that the class is registered under: the `quant_method` that it reads.  TypeError for none."""
+        if not hasattr(cls, "registered_as"):
+            raise TypeError(f"{cls.__name__} has no name; give it one with @register_quantization(name)")
+        return cls.registered_as
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a `quantization_config`.  ConfigError names the field, its value and what is supported."""
+        """Read a `quantization_config`.
+
+        ConfigError for what cannot be read: it names the field, its value and what is supported.
+        """
 
     @abstractmethod
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method of the layer with this (unfused) checkpoint name; None: not quantised."""
+        """Return the method of the layer with this (unfused) checkpoint name, or None if it is not quantised."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
-        """The method that a rule `pattern=name:key=value,...` asks for.  ConfigError for an unknown option."""
+        """Make the method that a rule `pattern=name:key=value,...` asks for.
+
+        ConfigError for an unknown option, and for a format that can only be read.
+        """
         raise ConfigError(
             f"{cls.get_name()} cannot be the method of a rule",
             code="not-a-target",
@@ -58,37 +60,53 @@ class QuantizationConfig(ABC):
         )
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        """How the attention module `prefix` is to store keys and values; None: the checkpoint does not say."""
+        """Return how the attention module `prefix` stores keys and values, or None if the checkpoint does not say."""
         return None
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Told once, before any layer is made, what the checkpoint's headers hold; for what a config leaves open."""
+        """Receive the checkpoint's headers once, before any layer is built.
+
+        From them a format settles what its config leaves open.  tensors: by name.
+        """
         self.stored = tensors
         self.stored_modules = frozenset(name.rpartition(".")[0] for name in tensors)
 
     stored: Mapping[str, StoredTensor] = MappingProxyType({})
-    stored_modules: frozenset[str] = frozenset()  # what the stored tensors belong to
+    stored_modules: frozenset[str] = frozenset()  # the names that the stored tensors belong to
 
     def stored_as_float(self, prefix: str) -> bool:
-        """Whether the checkpoint holds this layer's weight as plain floats, whatever its config says of it."""
+        """Tell whether the checkpoint holds this layer's weight as plain floats, whatever its config says of it."""
         weight = self.stored.get(f"{prefix}.weight")
         return weight is not None and weight.dtype in FLOATS
 
+    def covers(self, layer: nn.Module, prefix: str, *tensors: str) -> bool:
+        """Tell whether the format can be this layer's, by the layer's kind and by what the checkpoint holds for it.
+
+        It can where the layer is linear, or the checkpoint has one of `tensors` (suffixes that no float layer has) for
+        it; it cannot where the checkpoint holds the weight as plain floats.
+        """
+        packed = any(f"{prefix}.{name}" in self.stored for name in tensors)
+        return (packed or kind_of(layer) == "linear") and not self.stored_as_float(prefix)
+
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """List the dtypes that activations may have beside weights of this format."""
         return [torch.float32, torch.bfloat16, torch.float16]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The least CUDA compute capability (80 is 8.0) that the format needs; 0: none, the reference runs anywhere."""
+        """Return the least CUDA compute capability that the format needs, times ten (80 is 8.0).
+
+        0: it needs none, as the reference kernel runs anywhere.
+        """
         return 0
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
-        """Files beside config.json that may hold the settings of this format."""
+        """List the files beside config.json that may hold the settings of this format."""
         return []
 
     def skip_reason(self, tensor: str) -> str | None:
-        """Why a tensor which no layer asks for may be skipped; None: it may not."""
+        """Return why a tensor that no layer asks for may be skipped, or None if it may not."""
         return None
 
 
@@ -97,7 +115,7 @@ C = TypeVar("C", bound=type[QuantizationConfig])
 
 
 def register_quantization(name: str) -> Callable[[C], C]:
-    """Class decorator: make a `QuantizationConfig` known by `name`.  ValueError if the name is taken."""
+    """Make a `QuantizationConfig` known by `name`, as a class decorator.  ConfigError if the name is taken."""
 
     def register(cls: C) -> C:
         if name in _registry:
@@ -106,14 +124,14 @@ def register_quantization(name: str) -> Callable[[C], C]:
                 code="duplicate-method",
                 fix="Choose another name.",
             )
-        _registry[name] = cls
+        _registry[name], cls.registered_as = cls, name
         return cls
 
     return register
 
 
 def get_quantization_config(name: str) -> type[QuantizationConfig]:
-    """The format registered under `name`.  An unknown name is an error that lists what there is."""
+    """Return the config registered under `name`.  ConfigError for an unknown name, with all names that there are."""
     known = list_quantization_methods()
     if name not in _registry:
         raise ConfigError(
@@ -122,13 +140,13 @@ def get_quantization_config(name: str) -> type[QuantizationConfig]:
             expected=" or ".join(known),
             found=name,
             fix=nearest(str(name), known)
-            or "This format is not supported; the layer would not be read as it is.",
+            or "Use a checkpoint in one of these formats; this one's tensors would be read as something else.",
         )
     return _registry[name]
 
 
 def list_quantization_methods() -> list[str]:
-    """The names of all formats, those of `quantization/formats/` included."""
+    """List the names of all formats: those of `quantization/formats/`, and those that a user has registered."""
     from pymllm.quantization.formats import load_formats
 
     load_formats()

@@ -1,4 +1,4 @@
-"""A weight bound to its kernel: chosen once, packed once, with the reasons kept."""
+"""Weights bound to their kernels: each kernel is chosen once, with the reasons kept, and packs its weight once."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class BoundWeight:
         return self.selection.kernel.run(self.packed, self.problem, *args)
 
     def canonical(self) -> CanonicalWeight:
-        """The weight in its canonical layout again."""
+        """Unpack the weight to its canonical layout again."""
         weight = self.selection.kernel.unpack(self.packed, self.problem)
         return replace(weight, input_order=self.input_order) if isinstance(weight, IntWeight) else weight
 
 
 def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) -> BoundWeight:
-    """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
+    """Choose the kernel for `weight` and pack it.  A plan binds meta tensors, to count bytes without data."""
     input_order = weight.input_order if isinstance(weight, IntWeight) else None
     if isinstance(weight, IntWeight):
         weight = replace(weight, input_order=None)
@@ -70,7 +70,7 @@ def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) ->
 
 
 def bind_shared(bound: BoundWeight, execution: Execution, operation: Operation) -> BoundWeight:
-    """The same weight for another operation: the very same tensors, where its kernel packs them alike."""
+    """Bind the same weight for another operation, and share the packed tensors where its kernel packs them alike."""
     problem = replace(bound.problem, dtype=execution.dtype, compute=execution.compute)
     selection = select(operation, problem, execution.forced_kernel(operation))
     if selection.kernel.layout == bound.selection.kernel.layout and problem.dtype is bound.problem.dtype:
@@ -79,7 +79,7 @@ def bind_shared(bound: BoundWeight, execution: Execution, operation: Operation) 
 
 
 def bound_weight(layer: nn.Module) -> BoundWeight | None:
-    """The layer's packed weight; None before `process_weights_after_loading`."""
+    """Return the layer's packed weight, or None before `process_weights_after_loading`."""
     return getattr(layer, "bound", None)
 
 
@@ -89,7 +89,7 @@ def bind_layer(layer: Any, weight: CanonicalWeight) -> None:
 
 
 def bind_for(layer: Any, weight: CanonicalWeight) -> BoundWeight:
-    """Pack `weight` for the kernel that fits the layer; the layer stays as it is."""
+    """Pack `weight` for the kernel that fits the layer, and leave the layer as it is."""
     execution = getattr(layer, "execution", None) or Execution(
         dtype=layer.shape.dtype, device=weight_device(weight)
     )

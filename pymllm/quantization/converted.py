@@ -1,10 +1,9 @@
-"""A weight stored in one format and run in another."""
+"""The method of a layer that is stored in one format and runs in another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import LinearShape, WeightSpec
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class ConvertedLinearMethod(LinearMethodBase):
-    """Reads the checkpoint's format and runs another one: decoded and encoded once, layer by layer, while loading."""
+    """A method that reads the format of `source` and runs that of `target`.
+
+    Weights are decoded and encoded again once, layer by layer, while they load.
+    """
 
     source: LinearMethodBase
     target: LinearMethodBase
@@ -43,7 +42,7 @@ class ConvertedLinearMethod(LinearMethodBase):
         return self.convert(self.source.to_canonical(tensors, shape), shape)
 
     def convert(self, weight: CanonicalWeight, shape: LinearShape) -> CanonicalWeight:
-        """A weight of the source format in the target's."""
+        """Convert a weight of the source format to the target's."""
         return self.target.quantize(weight.dequantize(torch.float32), shape)
 
     def describe(self) -> str:

@@ -1,8 +1,8 @@
 """The experts of a layer in any format that linear layers have: `ExpertsMethod`.
 
-An expert is two products, gate and up in one and down, and each has a linear method. What the method says of one
-weight holds for every expert's: its tensors get an axis EXPERT, its layout is converted an expert at a time, and the
-kernel is chosen for all of them together.
+An expert is two products, gate and up together and down, and each product has a linear method. The method describes
+one expert's weight; the tensors of all experts have an axis EXPERT before its dimensions, weights are converted one
+expert at a time, and one kernel is chosen for all experts together.
 """
 
 # T tokens, K experts a token, E experts held here, H hidden size
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, ExpertsWeight, IntWeight, LazyWeights, on_meta
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight, on_meta
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight, LazyWeights
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
@@ -53,16 +53,16 @@ class BoundExperts:
         return self.tolerance > 2 * TOLERANCES[self.problem.dtype]
 
     def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, bias: ExpertsBias) -> Tensor:
-        """See `pymllm.kernels.registry.ExpertsKernel.run`."""
+        """Run the kernel.  Shapes as of `pymllm.kernels.registry.ExpertsKernel.run`."""
         return self.selection.kernel.run(self.packed, self.problem, x, topk_ids, topk_weights, bias)
 
     def canonical(self) -> ExpertsWeight:
-        """The weights in their canonical layout again."""
+        """Unpack the weights to their canonical layout again."""
         return self.selection.kernel.unpack(self.packed, self.problem)
 
 
 def bind_experts(weight: ExpertsWeight, activation: GatedActivation, execution: Execution) -> BoundExperts:
-    """Choose the kernel for `weight` and pack it.  Works on meta tensors too, which is how a plan counts bytes."""
+    """Choose the kernel for `weight` and pack it.  A plan binds meta tensors, to count bytes without data."""
     device = probe_device(execution.device)
     firsts = [experts[0] for experts in weight.products().values()]
     *gate_up, down = (
@@ -96,8 +96,8 @@ class Product(nn.Module):
     ) -> None:
         """Cut a full checkpoint tensor for this rank and write it to `param`.
 
-        shard_id: (expert, part) as the checkpoint counts them, or the part alone of stacked experts. A tensor of an
-        expert that another rank holds is left out.
+        shard_id: (expert, part) as the checkpoint counts them, or the part alone where experts are stacked in one
+        tensor.  A tensor of an expert that another rank holds is ignored.
         """
         expert, part = shard_id if isinstance(shard_id, tuple) else (None, shard_id)
         if expert is not None and expert not in self.shape.ids:
@@ -113,9 +113,9 @@ class Product(nn.Module):
     def canonical(
         self, tensors: Mapping[str, Tensor] | None = None, method: LinearMethodBase | None = None
     ) -> LazyWeights:
-        """Each expert's canonical weight, from this product's parameters.
+        """Convert each expert's weight to the canonical layout, when it is asked for.
 
-        tensors: others in their place.  method: another than this product's to read them.
+        tensors: what to convert, by name; None: this product's parameters.  method: what reads them; None: its own.
         """
         held = {name: p.data for name, p in self.named_parameters()} if tensors is None else tensors
         shape, reader = self.shape, method or self.quant_method
@@ -130,26 +130,29 @@ class Product(nn.Module):
 
 @dataclass(frozen=True)
 class ExpertsMethod(QuantizeMethodBase):
-    """gate_up: the method of gate and up as one weight, or one each where that cannot be.  down: down's."""
+    """The method of a layer's experts, made of the linear methods of their products.
+
+    gate_up: the method of gate and up as one weight, or one for each where they cannot be one.  down: down's method.
+    """
 
     gate_up: tuple[LinearMethodBase, ...]
     down: LinearMethodBase
     name: ClassVar[str] = "experts"
 
     def methods(self) -> dict[str, LinearMethodBase]:
-        """By product, as `ExpertsWeight.products` names them."""
+        """Return the linear methods by product, under the names of `ExpertsWeight.products`."""
         names = ("gate_up",) if len(self.gate_up) == 1 else ("gate", "up")
         return {**dict(zip(names, self.gate_up, strict=True)), "down": self.down}
 
     def create_weights(
         self, layer: Any, shapes: Mapping[str, ExpertsShape], **extra_weight_attrs: Any
     ) -> None:  # type: ignore[override]
-        """Register the parameters of every product, in a module of its own.  shapes: by product."""
+        """Register the parameters of each product in a module of its own, a `Product`.  shapes: by product."""
         for product, method in self.methods().items():
             layer.products[product] = Product(shapes[product], method, f"{layer.prefix} {product}")
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Bind the loaded experts to a kernel; the checkpoint's layout is freed.  A second call does nothing."""
+        """Bind the loaded experts to a kernel and free the checkpoint's layout.  A second call does nothing."""
         if layer.bound is not None or layer.empty:
             return
         products: dict[str, Product] = dict(layer.products.items())
@@ -163,7 +166,7 @@ class ExpertsMethod(QuantizeMethodBase):
                 delattr(product, name)
 
     def planned(self, layer: Any) -> ExpertsWeight:
-        """The canonical weights without their data, on the meta device."""
+        """Make the canonical weights without their data, on the meta device."""
 
         def one(product: Product) -> CanonicalWeight:
             tensors = {
@@ -177,8 +180,11 @@ class ExpertsMethod(QuantizeMethodBase):
         return experts_weight({name: LazyWeights(lambda _, w=w: w, size) for name, w in made.items()})  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:  # type: ignore[override]
-        """x: [T, H].  topk_ids: [T, K], positions among the experts held here; below 0: none of them.
-        topk_weights: [T, K] float32.  Returns [T, H]: each token's weighted sum over its experts here."""
+        """Run each token's experts and sum their outputs by weight: x [T, H] -> [T, H].
+
+        topk_ids: [T, K], positions among the experts held here; below 0: an expert that another rank holds, which
+        adds nothing.  topk_weights: [T, K] float32.
+        """
         if layer.empty:
             return torch.zeros_like(x)
         if layer.bound is None:
@@ -195,5 +201,5 @@ class ExpertsMethod(QuantizeMethodBase):
 
 
 def experts_weight(products: Mapping[str, Any]) -> ExpertsWeight:
-    """From the weights of each product, by name."""
+    """Make the experts' weight from those of each product.  products: by name, "down" and the others."""
     return ExpertsWeight(tuple(w for name, w in products.items() if name != "down"), products["down"])

@@ -1,12 +1,12 @@
 """The KV cache's methods: how an attention layer stores its keys and values.
 
-An `Attention` layer holds one as its `quant_method`, as linear layers do theirs. The layouts of the pages are those
-of `KVType`:
+An `Attention` layer holds one as its `quant_method`, as a linear layer holds its own. `KVType` gives the layouts of
+the pages:
 
-    none                        as they are, in the activations' dtype or another one
-    fp8, int8 (static)          e4m3 or int8, value = code * scale; a scale for keys and one for values, or one a head,
-                                from the checkpoint, and 1 where it has none
-    int8, fp8 (a scale a token) value = code * scale; a float32 scale beside every head of every token
+    none                          floats, in the activations' dtype or another one
+    fp8, int8 (static scales)     e4m3 or int8, value = code * scale; the checkpoint gives one scale for keys and one
+                                  for values, or one for each head; 1 where it has none
+    int8, fp8 (scales of tokens)  value = code * scale; a float32 scale beside every head of every token
 """
 
 # N slots, T tokens, Hkv key heads, D head size, Dv value head size, P page size
@@ -40,16 +40,16 @@ ZERO_POINT = re.compile(r"\.(k|v)_zero_point$")
 
 
 class KVCacheMethodBase(QuantizeMethodBase):
-    """One layer's cache in one storage type.  Subclasses are frozen dataclasses."""
+    """The interface of a KV cache method: one layer's cache in one storage type.  Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def kv_type(self, dtype: torch.dtype) -> KVType:
-        """How keys and values of this dtype are stored."""
+        """Return how keys and values of this dtype are stored."""
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        """The checkpoint's tensors; outputs of the shape are key heads."""
+        """Describe the checkpoint's tensors.  shape: the layer's, whose outputs are key heads."""
         return ()
 
     def create_weights(self, layer: nn.Module, *args: Any, **extra_weight_attrs: Any) -> None:
@@ -69,7 +69,7 @@ class KVCacheMethodBase(QuantizeMethodBase):
                 delattr(layer, name)
 
     def allocate(self, layer: Any, num_pages: int, page_size: int, device: torch.device) -> PagedKV:
-        """Empty pages for the layer."""
+        """Make empty pages for the layer.  num_pages, page_size: how many pages, and slots in each."""
         kind: KVType = layer.problem.kv
         slots = (num_pages, page_size, layer.num_kv_heads)
         scales: list[Tensor | None] = [None, None]
@@ -86,17 +86,20 @@ class KVCacheMethodBase(QuantizeMethodBase):
         )
 
     def store(self, layer: Any, k: Tensor, v: Tensor, step: AttentionStep) -> None:
-        """Write new keys and values to their slots; a slot below 0 is skipped.  k: [T, Hkv, D], v: [T, Hkv, Dv]."""
+        """Write new keys and values to their slots, and skip slots below 0.  k: [T, Hkv, D], v: [T, Hkv, Dv]."""
         layer.store_selection.kernel.run(layer.problem, k, v, layer.cache, step)
 
     def load(self, layer: Any, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """What slots of the flattened pages hold, in the activations' dtype.  Returns [N, Hkv, D] and [N, Hkv, Dv]."""
+        """Read slots [N] of the flattened pages, in the activations' dtype.  Returns [N, Hkv, D] and [N, Hkv, Dv]."""
         return layer.cache.read(slots, layer.problem.dtype)
 
     def apply(  # type: ignore[override]
         self, layer: Any, q: Tensor, k: Tensor, v: Tensor, step: AttentionStep, sinks: Tensor | None = None
     ) -> Tensor:
-        """Store the step's keys and values, then attend.  Shapes as of `AttentionKernel.run`.  Returns [T, H, Dv]."""
+        """Store the step's keys and values, then attend.  Shapes as of `AttentionKernel.run`.  Returns [T, H, Dv].
+
+        A step that caches nothing attends to keys and values that are rounded as the cache would round them.
+        """
         problem, kernel = layer.problem, layer.selection.kernel
         cache = None if step.page_tables is None else layer.cache
         if cache is not None and step.need_kv_cache_store:
@@ -109,7 +112,7 @@ class KVCacheMethodBase(QuantizeMethodBase):
         return kernel.run(problem, q, k, v, step, cache, sinks)
 
     def as_stored(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as they would come back from pages: for steps that cache nothing."""
+        """Return keys and values as they would come back from pages, for steps that cache nothing."""
         tokens = k.shape[0]
         pages = self.allocate(layer, 1, tokens, k.device)
         slots = torch.arange(tokens, device=k.device)
@@ -117,13 +120,13 @@ class KVCacheMethodBase(QuantizeMethodBase):
         return pages.read(slots, k.dtype)
 
     def describe(self) -> str:
-        """The method with its options, for people."""
+        """Name the method with its options, for people."""
         return self.name
 
 
 @dataclass(frozen=True)
 class UnquantizedKVCacheMethod(KVCacheMethodBase):
-    """Plain floats.  dtype: None: the activations' own."""
+    """A cache in plain floats.  dtype: of the pages; None: the activations' own."""
 
     dtype: torch.dtype | None = None
     name: ClassVar[str] = "none"
@@ -137,10 +140,10 @@ class UnquantizedKVCacheMethod(KVCacheMethodBase):
 
 @dataclass(frozen=True)
 class QuantizedKVCacheMethod(KVCacheMethodBase):
-    """Eight bits a value.
+    """A cache of eight bits for each value.
 
-    kind: of the codes.  scaling: "static", or "token": each token's head has its own scale.
-    stored: of static scales, what the checkpoint has: one a tensor, one a key head, or none, which means 1.
+    kind: the codes' type.  scaling: "static": scales that do not change; "token": one for each head of each token.
+    stored: which static scales the checkpoint has: one for the tensor, one for each key head, or none, which means 1.
     """
 
     kind: Literal["fp8", "int8"]
@@ -166,7 +169,7 @@ class QuantizedKVCacheMethod(KVCacheMethodBase):
     def with_stored_scales(
         self, stored: Mapping[str, StoredTensor], prefix: str, num_kv_heads: int
     ) -> QuantizedKVCacheMethod:
-        """The same method with the scales that the checkpoint has for the attention module `prefix`."""
+        """Return the same method with the scales that the checkpoint has for the attention module `prefix`."""
         found = next((stored[f"{prefix}.{n}"] for n in KEY_SCALES if f"{prefix}.{n}" in stored), None)
         if self.scaling != "static" or found is None:
             return self
@@ -183,9 +186,10 @@ KV_METHODS = ("auto", "none", "fp8", "int8", "float32", "bfloat16", "float16")
 
 
 def build_kv_method(name: str, options: Mapping[str, str]) -> KVCacheMethodBase | None:
-    """The method that a user asks for; "auto": None, the checkpoint's.  ConfigError for an unknown one or option.
+    """Make the method that a user asks for, or return None for "auto", which is the checkpoint's own.
 
-    fp8 takes its scales from the checkpoint, int8 takes one of each token's head; `scale=` says otherwise.
+    fp8 has static scales from the checkpoint, int8 a scale for each head of each token; the option `scale` (checkpoint
+    or token) says otherwise.  ConfigError for an unknown method or option.
     """
     if name in DTYPES:
         kind: Any = name
@@ -201,7 +205,7 @@ def build_kv_method(name: str, options: Mapping[str, str]) -> KVCacheMethodBase 
 
 
 def unused_kv_tensor(tensor: str) -> str | None:
-    """Why a tensor of the KV cache's quantisation that no layer asks for may be skipped; None: it is not one."""
+    """Return why a tensor that no layer asks for may be skipped, or None if it is not of the KV cache."""
     if SCALE.search(tensor):
         return "a scale of the KV cache, which is kept in floats"
     if QUERY_SCALE.search(tensor):
@@ -212,20 +216,24 @@ def unused_kv_tensor(tensor: str) -> str | None:
 
 
 def unsupported_kv_cache(field: str, value: Any, supported: str) -> ConfigError:
-    """The error for a checkpoint's KV cache scheme that cannot be honoured."""
+    """Make the error for a KV cache scheme of the checkpoint that no method here implements."""
+    name = field.rpartition(".")[2]
     return ConfigError(
-        f"the checkpoint wants a KV cache with {field.rpartition('.')[2]} {value!r}, which there is no method for",
+        f"the checkpoint asks for a KV cache with {name} {value!r}, for which there is no method",
         code="quantization-config",
         file="config.json",
         tensor=f"quantization_config.{field}",
         expected=supported,
         found=repr(value),
-        fix="Choose one: kv_cache='none' (--kv-cache none) keeps keys and values in floats.",
+        fix="Choose a method yourself: kv_cache='none' (--kv-cache none) keeps keys and values in floats.",
     )
 
 
 def read_kv_scheme(scheme: Any) -> KVCacheMethodBase | None:
-    """`kv_cache_scheme`, of compressed-tensors and others: type, num_bits, strategy, dynamic and symmetric."""
+    """Read `kv_cache_scheme` of compressed-tensors and others: type, num_bits, strategy, dynamic and symmetric.
+
+    None: the checkpoint has no scheme.  ConfigError for one that no method implements.
+    """
     if scheme is None:
         return None
     at = "kv_cache_scheme"

@@ -1,10 +1,21 @@
-"""The contract between a layer and its weight format."""
+"""The contract between a layer and its weight format: the method.
+
+A layer holds a `quant_method`. The method creates the weights as the checkpoint stores them, converts them once to a
+canonical layout, binds the best kernel for it, and applies that. `LinearMethodBase` does all of this from four things
+that a format supplies: its tensors (`weight_specs`), what it refuses (`check`), and its layout both ways
+(`to_canonical`, and `quantize` for use as the target of a rule).
+
+Methods are frozen values without per-layer state: equal methods mean equal formats, so a fused layer whose parts
+resolve to equal methods is one matmul. What belongs to a layer lives on the layer.
+"""
+
+# O out_features, I in_features, V vocabulary
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +27,14 @@ from pymllm.quantization.parameters import add_weight, layer_shape
 from pymllm.weights.loader import place
 from pymllm.weights.spec import LinearShape, WeightSpec
 
-if TYPE_CHECKING:
-    pass
+
+def kind_of(layer: nn.Module) -> str:
+    """Return the kind of a layer: "linear", "embedding", "lm_head" or "router"; a module that says none is linear."""
+    return getattr(layer, "kind", "linear")
 
 
 class QuantizeMethodBase(ABC):
-    """What a layer asks of its method, whatever the layer is."""
+    """The interface of every method, whatever its layer is."""
 
     @abstractmethod
     def create_weights(self, layer: nn.Module, *args: Any, **extra_weight_attrs: Any) -> None:
@@ -37,20 +50,23 @@ class QuantizeMethodBase(ABC):
 
 
 class LinearMethodBase(QuantizeMethodBase):
-    """A linear layer's weights in one format.  Subclasses are frozen dataclasses."""
+    """The interface of a method for linear layers: their weights in one format.  Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        """The tensors of one layer, as the checkpoint stores them."""
+        """Describe the tensors of one layer, as the checkpoint stores them."""
 
     @abstractmethod
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        """This rank's tensors, by the names of `weight_specs`, in the canonical layout."""
+        """Convert this rank's tensors, by the names of `weight_specs`, to the canonical layout."""
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        """A float weight [O, I] in this format's canonical layout.  ConfigError where that is not defined."""
+        """Quantise a float weight [O, I] to this format's canonical layout.
+
+        ConfigError for a format that can only be read.
+        """
         raise ConfigError(
             f"{self.name} can be read but not made from other weights here",
             code="not-a-target",
@@ -59,9 +75,9 @@ class LinearMethodBase(QuantizeMethodBase):
         )
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
-        """The inverse of `to_canonical` for one part: the checkpoint's tensors by the names of `weight_specs`.
+        """Invert `to_canonical` for one part: return the checkpoint's tensors by the names of `weight_specs`.
 
-        `weight` must be of the kind that `to_canonical` makes.  ConfigError where writing is not defined.
+        weight: of the kind that `to_canonical` makes.  ConfigError for a format that cannot be written.
         """
         raise ConfigError(
             f"{self.describe()} can be read but not written here",
@@ -71,19 +87,19 @@ class LinearMethodBase(QuantizeMethodBase):
         )
 
     def check(self, shape: LinearShape) -> None:
-        """Refuse, at construction, a shape or dtype that this method cannot run.  ConfigError."""
+        """Raise ConfigError for a shape or dtype that this method cannot run.  Layers call it as they are built."""
 
     @property
     def fuses(self) -> bool:
-        """Whether parts of a fused layer that all have this method can be one weight."""
+        """True if parts of a fused layer that all have this method can be one weight."""
         return True
 
     def describe(self) -> str:
-        """The method with its options, for people."""
+        """Name the method with its options, for people."""
         return self.name
 
     def source_method(self) -> LinearMethodBase:
-        """The method that reads the checkpoint's tensors; another one only where a rule converts."""
+        """Return the method that reads the checkpoint's tensors: this one, unless a rule converts the layer."""
         return self
 
     def create_weights(
@@ -105,7 +121,7 @@ class LinearMethodBase(QuantizeMethodBase):
             add_weight(layer, spec, shape, **extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Bind the loaded weights to a kernel; the checkpoint's layout is freed.  A second call does nothing."""
+        """Bind the loaded weights to a kernel and free the checkpoint's layout.  A second call does nothing."""
         if bound_weight(layer) is None:
             shape: Any = layer.shape
             names = [spec.name for spec in self.weight_specs(shape)]
@@ -115,7 +131,7 @@ class LinearMethodBase(QuantizeMethodBase):
             bind_layer(layer, weight)
 
     def planned(self, shape: LinearShape) -> CanonicalWeight:
-        """The canonical weight without its data, on the meta device."""
+        """Make the canonical weight of a layer of this shape without its data, on the meta device."""
         tensors = {
             spec.name: torch.empty(place(spec, shape)[0], dtype=spec.dtype, device="meta")
             for spec in self.weight_specs(shape)
@@ -123,7 +139,7 @@ class LinearMethodBase(QuantizeMethodBase):
         return on_meta(self.to_canonical(tensors, shape))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x: [*, I_local].  Returns [*, O_local] (all parts side by side)."""
+        """Multiply: x [*, I_local] -> [*, O_local], all parts side by side."""
         return self._bound(layer).run(x, bias)
 
     @staticmethod
@@ -139,16 +155,16 @@ class LinearMethodBase(QuantizeMethodBase):
         return bound
 
     def logits(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """An LM head's product.  x: [*, I].  Returns [*, V_local]."""
+        """Multiply by an LM head's weight: x [*, I] -> [*, V_local]."""
         return self.apply(layer, x, bias)
 
     def embed(self, layer: nn.Module, ids: Tensor) -> Tensor:
-        """Rows of an embedding.  ids: any shape, within this rank's share.  Returns [*ids.shape, I]."""
+        """Gather rows of an embedding.  ids: any shape, within this rank's share.  Returns [*ids.shape, I]."""
         return self._bound(layer).run(ids)
 
 
 class StoredTensor(Protocol):
-    """What a checkpoint's header says of a tensor."""
+    """A tensor as a checkpoint's header describes it.  dtype: None for elements of less than a byte."""
 
     @property
     def dtype(self) -> torch.dtype | None: ...

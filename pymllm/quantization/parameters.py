@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from pymllm.errors import ConfigError
 from pymllm.weights.loader import Written, copy_full_tensor, place
 from pymllm.weights.spec import LinearShape, Span, WeightSpec
-
-if TYPE_CHECKING:
-    pass
 
 
 def layer_shape(
@@ -25,7 +22,10 @@ def layer_shape(
     out_features: int,
     dtype: torch.dtype,
 ) -> LinearShape:
-    """The layer's own shape, or, for a bare module, one made of the sizes: unsharded, or the first rank's share."""
+    """Return the layer's own shape.  A module that has none gets one made of these sizes.
+
+    The shape that is made is of an unsharded layer or, where local and full sizes differ, of the first rank's share.
+    """
     if not hasattr(layer, "shape"):
         total = sum(out_local)
         outputs = tuple(
@@ -39,7 +39,10 @@ def layer_shape(
 
 
 def add_weight(layer: nn.Module, spec: WeightSpec, shape: LinearShape, **attrs: Any) -> None:
-    """Register the parameter for `spec` on `layer`, ready for `weight_loader`: zeros where the share is padded."""
+    """Register the parameter for `spec` on `layer`, ready for `weight_loader`.
+
+    It holds zeros where this rank's share is padded, as nothing is loaded there.  attrs: more attributes for it.
+    """
     local, slots = place(spec, shape)
     padded = sum(slot.elements for slot in slots) != math.prod(local)
     param = nn.Parameter(
@@ -51,7 +54,7 @@ def add_weight(layer: nn.Module, spec: WeightSpec, shape: LinearShape, **attrs: 
 
 
 def set_weight_attrs(param: Tensor, attrs: Mapping[str, Any] | None) -> None:
-    """Attach loader metadata to a parameter.  Overwriting an attribute is an error."""
+    """Attach loader metadata to a parameter.  ConfigError for a name that the parameter already has."""
     for key, value in (attrs or {}).items():
         if hasattr(param, key):
             raise ConfigError(
@@ -63,5 +66,9 @@ def set_weight_attrs(param: Tensor, attrs: Mapping[str, Any] | None) -> None:
 
 
 def load_into(param: Tensor, loaded: Tensor, part: int | None, layer: str) -> None:
-    """`weight_loader` for every layer: cut `loaded` (a full checkpoint tensor) for this rank and write it once."""
+    """Cut `loaded`, a full checkpoint tensor, for this rank and write it once: the `weight_loader` of every layer.
+
+    part: the part of a fused layer that `loaded` is; None: the only one, or all parts side by side along their outputs.
+    layer: its name, for messages.
+    """
     copy_full_tensor(param.data, param.slots, loaded, param.written, part, layer)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Which method every layer has, and why: the user's rules over the checkpoint's own config.
+"""The user's rules over the checkpoint's own config: which method every layer has, and why.
 
-A rule is `pattern=method[:key=value,...]`. Rules are ordered and the first match wins. A pattern is a checkpoint name,
-unfused and whole: exact, a glob over dotted segments (`*` within one, `**` any number of them), or `re:` with a regular
-expression for the whole name.
+A rule is `pattern=method[:key=value,...]`. Rules are ordered, and the first one that matches a layer decides. A pattern
+stands for whole checkpoint names of layers, unfused. It is such a name, or a glob over its dotted segments (`*` matches
+within one segment, `**` any number of segments), or `re:` and a regular expression that matches the whole name.
 
     **.mlp.**=fp8
     model.layers.0.**=none
@@ -31,7 +31,7 @@ from pymllm.quantization.kv_cache import (
     UnquantizedKVCacheMethod,
     build_kv_method,
 )
-from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.method import LinearMethodBase, kind_of
 
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
 RULE_OPTIONS = re.compile(r":.*")
@@ -40,7 +40,7 @@ RuleSource = str | Path | Mapping[str, str] | Iterable[str] | None
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the user's rules."""
+    """One rule of the user's."""
 
     pattern: str
     method: str
@@ -67,7 +67,7 @@ class Rule:
             key, equals, value = option.partition("=")
             if not equals or not key.strip():
                 raise RuleError(
-                    f"the option {option!r} of the rule {text!r} lacks its name or its value",
+                    f"the option {option!r} of the rule {text!r} has no name or no value",
                     code="rule-syntax",
                     expected="key=value",
                     found=option,
@@ -81,18 +81,22 @@ class Rule:
         return _compile(self.pattern).fullmatch(name) is not None
 
     def applies(self, layer: nn.Module, name: str) -> bool:
-        """Whether it matches the layer's name; a router only by a pattern that says to the end what it means."""
+        """Tell whether the rule is for this layer: whether it matches the layer's name.
+
+        A rule is for a router only if its pattern names the router to the end. One that ends in "*", or that is a
+        regular expression, is meant for the layers that one quantises, and a router is not among them.
+        """
         vague = self.pattern.endswith("*") or self.pattern.startswith("re:")
-        return not (vague and getattr(layer, "kind", "linear") == "router") and self.matches(name)
+        return not (vague and kind_of(layer) == "router") and self.matches(name)
 
     def build(self) -> LinearMethodBase:
-        """The method it asks for.  ConfigError for an unknown method or option."""
+        """Make the method that the rule asks for.  ConfigError for an unknown method or option."""
         return get_quantization_config(self.method).from_options(dict(self.options))
 
 
 @functools.lru_cache(maxsize=1024)
 def _compile(pattern: str) -> re.Pattern[str]:
-    """A pattern as a regular expression over the whole name."""
+    """Compile a pattern to a regular expression over the whole name.  RuleError if `re:` precedes what is none."""
     if pattern.startswith("re:"):
         try:
             return re.compile(pattern[3:])
@@ -116,7 +120,11 @@ def _segment(glob: str) -> str:
 
 
 def read_rules(source: RuleSource) -> tuple[Rule, ...]:
-    """Rules from a mapping, a list of lines, one line, or a file of them (a Path, or "@FILE"; # starts a comment)."""
+    """Read rules from a mapping, a list of lines, one line, or a file of them.
+
+    A file is a Path, or "@FILE"; a line of it that starts with # is a comment.  RuleError for a rule that cannot be
+    read, or a file.
+    """
     if source is None:
         return ()
     if isinstance(source, str) and not source.startswith("@"):
@@ -137,7 +145,7 @@ def read_rules(source: RuleSource) -> tuple[Rule, ...]:
 
 
 def read_kv_rules(source: RuleSource) -> tuple[Rule, ...]:
-    """Rules for attention layers, as `read_rules`; a method alone is for all of them: "fp8" is "**=fp8"."""
+    """Read rules for attention layers, as `read_rules` does.  A method alone is for all layers: "fp8" is "**=fp8"."""
     if isinstance(source, str) and source and "=" not in RULE_OPTIONS.sub("", source) and source[0] != "@":
         source = f"**={source}"
     if source is None or isinstance(source, (str, Path, Mapping)):
@@ -147,9 +155,9 @@ def read_kv_rules(source: RuleSource) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Decision:
-    """Why a layer has its method.
+    """A layer's method and the reason for it.
 
-    rule: the user's rule, or None.  source: "rule", or what of the checkpoint decided.
+    prefix: the layer's checkpoint name.  source: "rule", or what in the checkpoint decided.  rule: the user's, or None.
     """
 
     prefix: str
@@ -159,10 +167,10 @@ class Decision:
 
 
 class RuledConfig(QuantizationConfig):
-    """The checkpoint's config with the user's rules over it.  Remembers every decision.
+    """The checkpoint's config with the user's rules over it.  It remembers every decision.
 
-    decisions: by checkpoint name, in the order in which layers were made.  kv_rules, kv_decisions: the same for the
-    KV cache of attention layers, which rules for weights do not touch.
+    decisions: by checkpoint name, in the order in which layers were built.  kv_rules, kv_decisions: the same for the
+    KV cache of attention layers, to which rules for weights do not apply.
     """
 
     def __init__(
@@ -186,8 +194,8 @@ class RuledConfig(QuantizationConfig):
         raise TypeError("rules come from the user, not from a config file")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method of the layer named `prefix`; a tied head reads its table under the embedding's name."""
-        name = getattr(layer, "prefix", prefix) if getattr(layer, "kind", "linear") == "lm_head" else prefix
+        """Return the method of the layer named `prefix`.  A tied head reads its table under the embedding's name."""
+        name = getattr(layer, "prefix", prefix) if kind_of(layer) == "lm_head" else prefix
         config = self.checkpoint_config
         stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod(
             getattr(layer, "transposed", False)
@@ -202,9 +210,9 @@ class RuledConfig(QuantizationConfig):
         return decision.method
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        """How the attention layer named `prefix` stores keys and values.
+        """Return how the attention layer named `prefix` stores keys and values.
 
-        The user's rule decides, else the checkpoint; but compute=exact rounds nothing that the user did not ask for.
+        The user's rule decides, else the checkpoint; but compute=exact rounds nothing unless the user asks for it.
         """
         rule = next((rule for rule in self.kv_rules if rule.matches(prefix)), None)
         method = None if rule is None else self.kv_targets[rule]
@@ -214,7 +222,7 @@ class RuledConfig(QuantizationConfig):
             exact = execution is not None and execution.compute == "exact"
             try:
                 method = self.checkpoint_config.get_kv_cache_method(layer, prefix)
-            except ConfigError:  # a scheme that there is no method for
+            except ConfigError:  # the checkpoint asks for a scheme that no method implements
                 if not exact:
                     raise
                 source = "compute=exact"
@@ -244,7 +252,10 @@ class RuledConfig(QuantizationConfig):
         return self.checkpoint_config.skip_reason(tensor)
 
     def lint(self) -> None:
-        """Once every layer is made: a rule that matches nothing, or is always preceded by another, is a RuleError."""
+        """Check the rules once every layer is built.
+
+        RuleError for a rule that matches no layer, and for one that never applies because others come first.
+        """
         self._lint(self.rules, self.decisions)
         self._lint(self.kv_rules, self.kv_decisions)
 
@@ -256,10 +267,11 @@ class RuledConfig(QuantizationConfig):
             if not matched:
                 hint = self._hint(rule, names)
                 problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
-            elif not any(decisions[name].rule is rule for name in matched):  # an equal one may come first
+            # "is", as an equal rule may come first.
+            elif not any(decisions[name].rule is rule for name in matched):
                 earlier = next(other for other in rules[:index] if other.matches(matched[0]))
                 problems.append(
-                    f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all its layers."
+                    f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all of its layers."
                 )
         if problems:
             raise RuleError(
@@ -277,7 +289,7 @@ class RuledConfig(QuantizationConfig):
 
 
 def _suffixes(names: Iterable[str]) -> list[str]:
-    """Every dotted tail of every name, without repetition."""
+    """List every dotted tail of every name, each once."""
     tails: dict[str, None] = {}
     for name in names:
         segments = name.split(".")

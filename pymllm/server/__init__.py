@@ -1,1 +1,1 @@
-"""A thin OpenAI-style HTTP server: requests share steps, nothing is ignored.  docs/serving.md has the whole of it."""
+"""A thin OpenAI-style HTTP server: requests share steps, and no parameter is ignored.  docs/serving.md describes it."""

@@ -1,4 +1,4 @@
-"""What clients get: completion and chat objects, whole or in chunks, as the OpenAI API has them."""
+"""The answers to clients: completion and chat objects of the OpenAI API, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pymllm.text.tokenizer import Tokenizer
 
 
 def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, int]:
-    """Tokens of prompts and answers; an answer's includes the token that ended it."""
+    """Count the tokens of prompts and answers; an answer's count includes the token that ended it."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     answer = sum(len(output.token_ids) for output in outputs)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 class _Answer:
-    """The objects of one request share an id and a time."""
+    """The objects that answer one request, which share an id and a time.
+
+    prefix: of the id.  kind, chunk_kind: the `object` of whole answers and of chunks.
+    """
 
     prefix: str
     kind: str
@@ -46,15 +49,17 @@ class _Answer:
         return {**self._object(self.kind, choices), "usage": usage_of(outputs)}
 
     def opening(self, prompts: int) -> list[dict[str, Any]]:
-        """Chunks before the first piece."""
+        """Return the chunks that come before the first piece."""
         return []
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """Return the finished answer to the prompt `index`, as an entry of `choices`."""
         raise NotImplementedError
 
     def delta(
         self, index: int, text: str, finish_reason: str | None, logprobs: Sequence[TokenLogprobs] | None
     ) -> dict[str, Any]:
+        """Return one piece of the answer to the prompt `index`, as an entry of a chunk's `choices`."""
         raise NotImplementedError
 
     def _token(self, token_id: int) -> str:
@@ -68,7 +73,8 @@ class CompletionAnswer(_Answer):
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(model, tokenizer)
-        self._offsets: dict[int, int] = {}  # by choice: characters whose log-probabilities are out
+        # By choice: how many characters have had their log-probabilities sent.
+        self._offsets: dict[int, int] = {}
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         return self.delta(index, output.text, output.finish_reason, output.logprobs)

@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, and the way of a request through them."""
+"""The HTTP application: its routes, and the path of a request through them."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def create_app(
     max_running: int = MAX_REQUESTS,
     max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
-    """The application for one loaded model.
+    """Make the application for one loaded model.
 
-    model_name: what clients call it; adapters are called by their own names.  api_key: demanded of every request but
-    /health.  max_running: prompts that are answered together.  max_waiting: those that may wait; more get 503.
+    model_name: what clients call the model; adapters are called by their own names.  api_key: every request but
+    /health must bring it; None: none need it.  max_running: how many prompts are answered together.
+    max_waiting: how many more may wait; a request beyond these gets 503.
     """
-    # No schema pages: bodies are read by protocol.py, of which FastAPI knows nothing.
+    # No schema pages: protocol.py reads the bodies, and FastAPI does not know their shape.
     app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)
     add_gate(app, api_key)
     service = _Service(llm, model_name, max_running, max_waiting)
@@ -79,21 +80,24 @@ def create_app(
 
 
 class _Service:
-    """Both endpoints: read the request, take a place in the line, generate, answer."""
+    """The work of both endpoints: read the request, take a place in the line, generate, answer."""
 
     def __init__(self, llm: LLM, model_name: str, max_running: int, max_waiting: int) -> None:
         if model_name in llm.adapters:
             raise ConfigError(
                 f"an adapter is called {model_name!r}, as the model itself",
                 code="adapter-name",
-                fix="Choose another name for one of them.",
+                fix="Choose another name for the adapter or for the model.",
             )
         self.llm, self.model_name = llm, model_name
-        # Makes the KV cache too: a machine without room for it fails before it serves.
+        # The worker makes the KV cache too: a machine without room for it fails before it serves.
         self.worker = Worker(llm, max_running, max_waiting)
 
     def adapter_of(self, name: str | None) -> str | None:
-        """The adapter that a request's `model` asks for; None: the model itself."""
+        """Return the adapter that a request's `model` asks for; None: the model itself.
+
+        Raises NoSuchModel for any other name.
+        """
         if name is None or name == self.model_name:
             return None
         if name not in self.llm.adapters:
@@ -106,7 +110,9 @@ class _Service:
         return self.llm.check_adapter(name)
 
     async def answer(self, http: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
-        self.worker.check_room()  # before any work
+        """Answer one HTTP request of this kind, whole or as a stream of events."""
+        # Before any work.
+        self.worker.check_room()
         body = await read_body(http)
         request, prompts, params = await asyncio.to_thread(self._prepare, kind, body)
         adapter = self.adapter_of(request.model)
@@ -116,7 +122,7 @@ class _Service:
         try:
             if not request.stream:
                 return JSONResponse(answer.whole(await unless_gone(http, generation.outputs())))
-            # The first token before the headers: what fails until then is still a proper status.
+            # The first token comes before the headers, so that an error until then still gets its own status.
             first = await unless_gone(http, anext(generation))
         except BaseException:
             generation.close()
@@ -127,7 +133,10 @@ class _Service:
     def _prepare(
         self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes
     ) -> tuple[CompletionRequest | ChatRequest, list[list[int]], SamplingParams]:
-        """Everything that can be refused, off the event loop: a long text takes a while to encode."""
+        """Read and check a request, off the event loop, as a long text takes a while to encode.
+
+        Whatever is wrong with the request is refused here.  Returns it, its prompts' token ids and its settings.
+        """
         request: CompletionRequest | ChatRequest = read_request(kind, body)
         self.adapter_of(request.model)
         params = self.llm.default_params(**request.sampling())
@@ -147,7 +156,7 @@ class _Service:
 
 
 async def unless_gone(http: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; ClientDisconnect as soon as the client has left."""
+    """Wait for `work` and return its result; ClientDisconnect as soon as the client has left."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(http))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -165,7 +174,7 @@ async def _until_gone(http: Request) -> None:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; however the sending ends, so does the generation."""
+    """A response of server-sent events; however the sending ends, it ends the generation too."""
 
     def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -185,7 +194,7 @@ async def stream_events(
     *,
     usage: bool,
 ) -> AsyncIterator[str]:
-    """The events of one answer, [DONE] at the end.  An error on the way is the last event instead."""
+    """Yield the events of one answer, [DONE] at the end.  If an error comes first, it is the last event instead."""
     tail = {"usage": None} if usage else {}
     outputs = {}
     for chunk in answer.opening(len(generation.prompts)):

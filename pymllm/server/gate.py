@@ -1,4 +1,4 @@
-"""What stands around the routes: bounds on headers and bodies, the API key, errors as OpenAI clients know them."""
+"""The gate before the routes: bounds on headers and bodies, the API key, errors as OpenAI clients know them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,38 @@ logger = logging.getLogger("pymllm")
 
 MAX_BODY_BYTES = 4 << 20
 MAX_HEADER_BYTES = 16 << 10
-BODY_SECONDS = 30.0  # for a client to send its whole body
 RETRY_AFTER_SECONDS = 5
 OPEN_PATH = "/health"
-CLIENT_GONE = 499  # nginx's code; nobody receives it
-# Errors that are no fault of the server's, though they are not RequestErrors: this model cannot take such a request.
+
+# How long a client may take to send its whole body.
+BODY_SECONDS = 30.0
+
+# nginx's status for a client that has left; nobody receives it.
+CLIENT_GONE = 499
+
+# Errors that are not RequestErrors, and yet no fault of the server's: this model cannot take such a request.
 CLIENT_CODES = ("chat-template-missing", "tokenizer-missing")
 
 
 def add_gate(app: FastAPI, api_key: str | None) -> None:
-    """Put the guard before all routes of `app`, and give every error its JSON.  api_key: of all but /health."""
+    """Put the guard before all routes of `app`, and give every error its JSON.
+
+    api_key: every request but /health must bring it; None: none need it.
+    """
     app.add_middleware(Guard, api_key=api_key)
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
 
 
 class NoSuchModel(RequestError):
-    """404, as clients know it."""
+    """A request for a model that is not here, which clients know as 404."""
 
 
 async def read_body(http: Request) -> bytes:
-    """The body, of bounded size and in bounded time.  HTTPException 413 or 408."""
+    """Read the body, within bounds of size and time.
+
+    Raises HTTPException: 400 for a bad Content-Length, 413 for too large a body, 408 for too slow a client.
+    """
     declared = http.headers.get("content-length", "0")
     if not (declared.isascii() and declared.isdecimal()):
         raise HTTPException(400, "Content-Length is not a number")
@@ -64,7 +75,7 @@ async def _read_at_most(http: Request, limit: int) -> bytes:
 
 
 class Guard:
-    """Before everything else: the size of the headers and the API key."""
+    """The check before everything else: the size of the headers, and the API key."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self.app = app
@@ -80,7 +91,7 @@ class Guard:
         if self.key is None or scope["path"] == OPEN_PATH:
             return None
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        # Digests of equal length, compared in constant time: the answer's delay tells nothing of the key.
+        # Digests of equal length are compared in constant time, so that the answer's delay tells nothing of the key.
         if hmac.compare_digest(_digest(sent), self.key):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
@@ -141,7 +152,8 @@ async def _on_gone(http: Request, error: Exception) -> Response:
 
 
 async def _on_defect(http: Request, error: Exception) -> Response:
-    return error_response(500, "internal error")  # the traceback is in the log
+    # The traceback is in the log.
+    return error_response(500, "internal error")
 
 
 HANDLERS = {

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 protocol with a time limit for a request's headers, and JSON for a request that is none."""
+"""uvicorn's HTTP/1.1 protocol, with a time limit for headers, and JSON for a request that cannot be read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ HEADER_SECONDS = 10.0
 
 
 class HeaderTimeoutProtocol(H11Protocol):
-    """Answers 408 and closes where headers have not come HEADER_SECONDS after the connection, or their first byte."""
+    """A connection that answers 408 and closes if a request's headers take too long.
+
+    They must be there HEADER_SECONDS after the connection was made or, for a later request, after their first byte.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -26,9 +29,11 @@ class HeaderTimeoutProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:  # headers are there, or were never ones
+        if self.conn.their_state is not h11.IDLE:
+            # The headers are there, or what came are none.
             self._stop_waiting()
-        elif self.conn.trailing_data[0] and self._deadline is None:  # the next request's have begun
+        elif self.conn.trailing_data[0] and self._deadline is None:
+            # The next request's headers have begun.
             self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -48,7 +53,7 @@ class HeaderTimeoutProtocol(H11Protocol):
         self._refuse(408, f"the headers did not arrive within {HEADER_SECONDS:g} seconds")
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls, while it handles h11's error, for a request that cannot be read."""
+        """Refuse a request that cannot be read; uvicorn calls this while it handles h11's error."""
         if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
             self._refuse(431, "the headers are too large")
         else:

@@ -1,4 +1,4 @@
-"""What clients may ask for: request bodies, read strictly.  Whatever is not supported is refused by its name."""
+"""The requests that clients may send: bodies are read strictly, and what is not supported is refused by its name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pymllm.engine.sampling import MAX_LOGPROBS
 from pymllm.errors import RequestError
 
-MAX_PROMPTS = 16  # that one request may bring
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+# How many prompts one request may bring.
+MAX_PROMPTS = 16
 
-# Parameters of the OpenAI API that this server does not have, with the values that ask for nothing. null is another.
+# OpenAI's default of max_tokens for completions.
+COMPLETION_MAX_TOKENS = 16
+
+# Parameters of the OpenAI API that this server does not have, each with the values that ask for nothing; null is always
+# one of them.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -45,12 +49,15 @@ class StreamOptions(_Strict):
 
 
 class _Sampled(_Strict):
-    """What both endpoints take.  None: the checkpoint's recommendation, or SamplingParams' default."""
+    """The parameters that both endpoints take.
+
+    None: the checkpoint's recommendation, or the default of SamplingParams.  user: accepted, but it changes no answer.
+    """
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # taken, not used: it changes no answer
+    user: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -76,7 +83,7 @@ class _Sampled(_Strict):
     )
 
     def sampling(self) -> dict[str, Any]:
-        """The keywords of SamplingParams that this request sets."""
+        """Return the keywords of SamplingParams that this request sets."""
         chosen = {name: getattr(self, name) for name in self.COPIED if getattr(self, name) is not None}
         if self.logit_bias is not None:
             chosen["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
@@ -84,12 +91,12 @@ class _Sampled(_Strict):
 
     @property
     def answer_length(self) -> int | None:
-        """New tokens at most; None: as many as the context holds."""
+        """The number of new tokens at most; None: as many as the context holds."""
         return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
-        """How many of the likeliest tokens to report for each; None: no log-probabilities."""
+        """The number of likeliest tokens to report for each token; None: no log-probabilities."""
         return None
 
 
@@ -107,7 +114,7 @@ class CompletionRequest(_Sampled):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each text or token ids."""
+        """The prompts, one or several, each a text or token ids."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]  # type: ignore[list-item]
         if not 1 <= len(self.prompt) <= MAX_PROMPTS:
@@ -125,7 +132,7 @@ class Message(_Strict):
     content: str | list[TextPart]
 
     def for_template(self) -> dict[str, str]:
-        """Templates know `system`, not OpenAI's later name for it."""
+        """Return the message as chat templates take it: they know `system`, not OpenAI's later name `developer`."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         return {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
 
@@ -151,7 +158,7 @@ R = TypeVar("R", bound=_Sampled)
 
 
 def read_request(kind: type[R], body: bytes) -> R:
-    """A request of this kind from a body.  RequestError, with the parameter's name where one is to blame."""
+    """Read a request of this kind from a body.  RequestError, with the parameter's name if one is to blame."""
     raw = _read_json(body)
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
@@ -160,10 +167,11 @@ def read_request(kind: type[R], body: bytes) -> R:
             refuse(name, "is not supported by this server", code="unsupported_parameter")
         raw.pop(name, None)
     raw = {key: value for key, value in raw.items() if value is not None}
-    if kind is CompletionRequest and raw.get("logprobs") is False:  # the chat API's way to say no
+    # False is the chat API's way to ask for no log-probabilities.
+    if kind is CompletionRequest and raw.get("logprobs") is False:
         del raw["logprobs"]
     if kind is ChatRequest and isinstance(raw.get("messages"), list):
-        # Clients send back what they were given, with null for what an answer did not have.
+        # Clients send back the messages that they were given, with null for what an answer did not have.
         raw["messages"] = [
             {key: value for key, value in message.items() if value is not None}
             if isinstance(message, dict)
@@ -189,10 +197,12 @@ def read_request(kind: type[R], body: bytes) -> R:
 def _read_json(body: bytes) -> Any:
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-        if b"\\ud" in body.lower():  # half a surrogate pair is no text: it cannot be encoded again
+        # Half a surrogate pair is no text: it cannot be encoded again.
+        if b"\\ud" in body.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+    except (ValueError, RecursionError) as error:
+        # UnicodeDecodeError is a ValueError.
         raise RequestError(f"the body is not valid JSON: {error}", code="json") from None
 
 
@@ -208,7 +218,7 @@ def _finite(text: str) -> float:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and not merely as 1 equals True."""
+    """Compare values and their types: 1 equals True, but is not the same."""
     return type(value) is type(neutral) and value == neutral
 
 
@@ -219,4 +229,5 @@ def _token_id(text: str) -> int:
 
 
 def refuse(param: str, message: str, *, code: str = "parameter") -> NoReturn:
+    """Raise the RequestError for a parameter; `message` goes on from its name."""
     raise RequestError(f"{param} {message}", code=code, tensor=param)

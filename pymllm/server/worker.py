@@ -1,4 +1,4 @@
-"""One thread steps the model for all requests: those that come join those that run, and whoever leaves is aborted."""
+"""One thread steps the model for all requests: new ones join those that run, and one whose client left is aborted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ Item = tuple[int, StreamPiece] | Exception | None
 
 
 class Busy(Exception):
-    """The line is full."""
+    """The refusal of a request because the line is full."""
 
 
 class Worker:
-    """The thread before one model.  max_running: prompts answered at a time.  max_waiting: those that may wait."""
+    """The thread that runs one model.
+
+    max_running: how many prompts are answered together.  max_waiting: how many more may wait.
+    room: how many more may come now.
+    """
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
         self.llm = llm
@@ -34,14 +38,14 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "generation")
 
     def check_room(self, prompts: int = 1) -> None:
-        """Busy if no more prompts may come."""
+        """Refuse with Busy if so many more prompts may not come."""
         if prompts > self.room:
             raise Busy
 
     def start(
         self, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None = None
     ) -> Generation:
-        """Take places in the line.  Busy if there are too few."""
+        """Take places in the line for these prompts, and start to answer them.  Busy if there are too few places."""
         self.check_room(len(prompts))
         self.room -= len(prompts)
         generation = Generation(self, prompts, params, adapter)
@@ -50,17 +54,18 @@ class Worker:
         return generation
 
     def _work(self) -> None:
-        """In the thread: answer until no request is left, and let go of the model, which others may use as well."""
-        if self._arrived.empty():  # answered in an earlier round
+        """Answer, in the thread, until no request is left; then release the model, which others may use as well."""
+        # They may have been answered in an earlier round.
+        if self._arrived.empty():
             return
         with self.llm.session() as session:
             _Round(session, self._arrived).run()
 
 
 class Generation:
-    """One request's pieces, as an async iterator of (index of the prompt, piece).
+    """The pieces of one request, as an async iterator of (index of the prompt, piece).
 
-    `close` aborts it wherever it is, before the next step.
+    `close` aborts the request before the next step, however far it is.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class Generation:
         return item
 
     async def outputs(self) -> list[RequestOutput]:
-        """Wait for the end of all."""
+        """Wait until all prompts are answered.  Returns their outputs, in the order of the prompts."""
         finished = {index: piece.output async for index, piece in self if piece.output is not None}
         return [finished[index] for index in range(len(self.prompts))]
 
@@ -91,12 +96,16 @@ class Generation:
         self.closed = True
 
     def deliver(self, item: tuple[int, StreamPiece]) -> None:
-        """From the generating thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has gone, and so has the client
+        """Hand a piece over; the generating thread calls this."""
+        # RuntimeError: the loop has gone, and so has the client.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
     def leave(self, error: Exception | None = None) -> None:
-        """From the generating thread, once: nothing more comes, and the places are free."""
+        """End the pieces and free the places; the generating thread calls this once.
+
+        error: what `__anext__` raises in place of an end.
+        """
 
         def end() -> None:
             self.worker.room += len(self.prompts)
@@ -107,11 +116,14 @@ class Generation:
 
 
 class _Round:
-    """From the first request on until none is left."""
+    """One use of the model, from the first request until none is left.
+
+    requests: the unfinished requests of each generation.  owners: the generation of each request.
+    """
 
     def __init__(self, session: Session, arrived: queue.SimpleQueue[Generation]) -> None:
         self.session, self.arrived = session, arrived
-        self.requests: dict[Generation, list[Request]] = {}  # unfinished ones
+        self.requests: dict[Generation, list[Request]] = {}
         self.owners: dict[Request, Generation] = {}
 
     def run(self) -> None:
@@ -145,7 +157,8 @@ class _Round:
 
     def _hand_out(self, request: Request, piece: StreamPiece | None) -> None:
         generation = self.owners.get(request)
-        if generation is None:  # aborted within this step, after another of its prompts failed
+        # It may have been aborted within this step, after another of its prompts failed.
+        if generation is None:
             return
         if piece is not None:
             generation.deliver((request.req_id, piece))

@@ -1,7 +1,7 @@
 """A checkpoint's chat template, rendered in a sandbox with a limit on time and size.
 
-Templates are code from a checkpoint: they reach no attributes of Python objects, build no huge strings, and end after
-one second.
+A template is code from a checkpoint: it reaches no attribute of a Python object, builds no huge string, and is stopped
+after one second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_CHARACTERS = 1 << 20
 
 
 class _Refused(Exception):
-    """A template asked for too much."""
+    """The refusal of something too large or too slow that a template asked for."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -49,7 +49,7 @@ def _raise(message: str) -> None:
 
 
 class ChatTemplate:
-    """Compiled once.  source: the Jinja text.  file: where it came from, for messages."""
+    """A template, compiled once.  source: the Jinja text.  file: where it came from, for error messages."""
 
     def __init__(self, source: str, file: str) -> None:
         self.file = file
@@ -67,10 +67,10 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
-        """The conversation as text, up to where the assistant answers.
+        """Write a conversation as text, up to where the assistant answers.
 
-        CheckpointError if the template takes longer than a second, writes more than a megabyte or reaches for what a
-        sandbox refuses; RequestError if it rejects the messages itself.
+        Raises CheckpointError if the template takes longer than a second, writes more than a megabyte or reaches for
+        what the sandbox refuses; RequestError if the template itself rejects the messages.
         """
         variables = {
             **special_tokens,
@@ -107,7 +107,7 @@ class ChatTemplate:
 
 
 class _Deadline:
-    """Raises _Refused in this thread once the time is up; a template is Python code, so every line is asked."""
+    """A time limit that raises _Refused in this thread; a template is Python code, so each line checks the time."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds

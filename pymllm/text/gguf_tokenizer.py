@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describes, built as one of the `tokenizers` library.
+"""The tokenizer that a GGUF file's metadata describes, built with the `tokenizers` library.
 
 `tokenizer.ggml.model` names the kind: "gpt2" is byte-level BPE with the file's merges, and `tokenizer.ggml.pre` names
-how text is split before; "llama" is sentencepiece's BPE, whose merges follow from the tokens' scores. Any other kind,
-or an unknown split, is an error once text is encoded: token ids still work.
+the way to split text before; "llama" is sentencepiece's BPE, whose merges follow from the tokens' scores. Any other
+kind, or an unknown split, is an error once text is encoded: token ids still work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.tokenizer import Encoder, FastEncoder, Tokenizer
 from pymllm.weights.checkpoint import Checkpoint
 
-# Regular expressions by which models split text into words; one BPE runs within each.
+# Regular expressions that split text into words; BPE runs within each word.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,25 +35,35 @@ SPLITS |= dict.fromkeys(
 )
 SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), QWEN2)
 SPLITS |= {"tekken": TEKKEN}
-DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")  # then GPT-2's split
-BEGINS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")  # unless the file says
-WHOLE_TOKENS_FIRST = BEGINS_WITH_BOS  # a word that is a token is not merged from its pieces
-COMPOSED = ("qwen2", "deepseek-r1-qwen")  # text is brought to NFC
 
-# tokenizer.ggml.token_type
+# Each digit is a word of its own; GPT-2's split follows.
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+
+# A text begins with the token bos, unless the file says otherwise.
+BEGINS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+
+# A word that is a token is not merged from its pieces.
+WHOLE_TOKENS_FIRST = BEGINS_WITH_BOS
+
+# Text is brought to NFC first.
+COMPOSED = ("qwen2", "deepseek-r1-qwen")
+
+# Values of tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-SPACE = "\u2581"  # stands for a space in sentencepiece's tokens
+
+# What stands for a space in sentencepiece's tokens.
+SPACE = "\u2581"
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of a folder, or of a GGUF file."""
+    """Open the tokenizer of a checkpoint, which is a folder or a GGUF file."""
     if checkpoint.metadata:
         return GGUFTokenizer(checkpoint.path, checkpoint.metadata)
     return Tokenizer(checkpoint.path)
 
 
 class GGUFTokenizer(Tokenizer):
-    """metadata: the file's."""
+    """A tokenizer made of a GGUF file's `metadata`.  path: the file."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.folder, self.metadata = path, metadata
@@ -64,7 +74,7 @@ class GGUFTokenizer(Tokenizer):
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
     def _token(self, key: str) -> str | None:
-        """The text of a special token that the metadata names by its id."""
+        """Return the text of a special token that the metadata names by its id, or None."""
         tokens, index = self._get("tokens"), self._get(f"{key}_token_id")
         known = isinstance(tokens, list) and type(index) is int and 0 <= index < len(tokens)
         return tokens[index] if known else None
@@ -91,12 +101,14 @@ class GGUFTokenizer(Tokenizer):
                 built = self._sentencepiece(tokens)
             else:
                 raise self._unusable(
-                    f"the tokenizer {kind!r} of the file is not known here", "tokenizer-unknown"
+                    f"the file has a tokenizer of the kind {kind!r}, which is not known here",
+                    "tokenizer-unknown",
                 )
             self._add_special_tokens(built, tokens)
         except CheckpointError:
             raise
-        except Exception as error:  # tokenizers raises bare Exception for what it cannot use
+        except Exception as error:
+            # tokenizers raises bare Exception for what it cannot use.
             raise self._unusable(f"the tokenizer cannot be built: {error}", "tokenizer") from None
         return FastEncoder(built)
 
@@ -109,7 +121,8 @@ class GGUFTokenizer(Tokenizer):
         split = self._get("pre", "default")
         if split not in SPLITS and split not in DIGITS_APART:
             raise self._unusable(
-                f"text of the kind {split!r} (tokenizer.ggml.pre) cannot be split here", "tokenizer-unknown"
+                f"the file splits text by {split!r} (tokenizer.ggml.pre), which is not known here",
+                "tokenizer-unknown",
             )
         merges = [tuple(merge.split(" ")) for merge in self._get("merges", ())]
         vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -148,7 +161,7 @@ class GGUFTokenizer(Tokenizer):
         return built
 
     def _add_special_tokens(self, built: Any, tokens: list[str]) -> None:
-        """Tokens that are never cut into pieces, and those that every text begins or ends with."""
+        """Add the tokens that are never cut into pieces, and those that every text begins or ends with."""
         from tokenizers import AddedToken, processors
 
         kinds = self._get("token_type")
@@ -179,7 +192,7 @@ class GGUFTokenizer(Tokenizer):
 
 
 def merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """Sentencepiece's merges: any two tokens that make a third, the best-scored third first.
+    """Yield sentencepiece's merges: any two tokens that make a third, the third of the best score first.
 
     Of several ways to make the same token, those of earlier tokens come first.
     """

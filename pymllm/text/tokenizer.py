@@ -13,13 +13,15 @@ from pymllm.text.chat_template import ChatTemplate
 
 
 class Encoder(Protocol):
+    """The two directions of a tokenizer: text to ids, ids to text."""
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
 
 class FastEncoder:
-    """A tokenizer of the `tokenizers` library, a tokenizer.json say."""
+    """A tokenizer of the `tokenizers` library, which reads tokenizer.json."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -30,7 +32,8 @@ class FastEncoder:
 
         try:
             return cls(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        except Exception as error:
+            # tokenizers raises bare Exception for a damaged file.
             raise CheckpointError(
                 f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)
             ) from None
@@ -55,14 +58,15 @@ class AutoEncoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
+# The message of transformers' error for a list.
 LIST_ERROR = "'list' object has no attribute"
 
 
 def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """transformers' AutoTokenizer.from_pretrained, also where `extra_special_tokens` is a list.
+    """Call transformers' AutoTokenizer.from_pretrained, also where `extra_special_tokens` is a list.
 
-    Versions that expect an object there fail on a list (an AttributeError that says so); the tokens are then given to
-    them under the names extra_special_token_0, 1, ... Any other failure is raised as it is.
+    Versions of transformers that expect an object there fail on a list (an AttributeError that says so); they then get
+    the tokens under the names extra_special_token_0, 1, ... Any other failure is raised as it is.
     """
     from transformers import AutoTokenizer
 
@@ -77,7 +81,10 @@ def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer.  A checkpoint without one still runs on token ids; text then says what is missing."""
+    """A checkpoint's tokenizer.
+
+    A checkpoint without one still runs on token ids; to encode text is then an error that says what is missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +113,7 @@ class Tokenizer:
         return any((self.folder / name).is_file() for name in names)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer itself adds."""
+        """Encode a text to token ids, with the special tokens that the tokenizer itself adds."""
         return self.encoder.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -114,17 +121,18 @@ class Tokenizer:
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:
-        """From chat_template.jinja or tokenizer_config.json; None if the checkpoint has none."""
+        """The template in chat_template.jinja or tokenizer_config.json; None if the checkpoint has none."""
         file = self.folder / "chat_template.jinja"
         if file.is_file():
             return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
         template = self.settings.get("chat_template")
-        if isinstance(template, list):  # named templates, as transformers writes several
+        # transformers writes several templates as a list of named ones.
+        if isinstance(template, list):
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         return ChatTemplate(template, str(self.folder / "tokenizer_config.json")) if template else None
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant answers.  ConfigError without a chat template."""
+        """Encode a conversation, up to where the assistant answers.  ConfigError without a chat template."""
         if self.chat_template is None:
             raise ConfigError(
                 "the checkpoint has no chat template",
@@ -142,23 +150,28 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns a growing list of ids into text pieces, never inside a character or a stop string."""
+    """A growing list of ids as pieces of text, none of which ends inside a character or a stop string.
+
+    text: what is certain so far.  sent: how many of its characters pieces have had.
+    stopped: whether a stop string has come.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ids: list[int] = []
-        self.text = ""  # decided so far
+        self.text = ""
         self.sent = 0
         self.stopped = False
-        self._settled = 0  # ids before this index no longer change the text of later ones
+        # The text of ids before `_settled` is certain; decoding begins at `_prefix`, a little before.
+        self._settled = 0
         self._prefix = 0
 
     def push(self, token: int) -> str:
-        """One more id.  Returns the text that it adds for sure, perhaps none."""
+        """Add an id.  Returns the text that it adds for certain, which may be empty."""
         self.ids.append(token)
         if self.stopped:
             return ""
-        # Decode from a little before what is new, as a decoder may look back (a leading space, say).
+        # Decode from a little before the new ids, as a decoder may look back (for a leading space, say).
         known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
         longer = self.tokenizer.decode(self.ids[self._prefix :])
         if len(longer) > len(known) and not longer.endswith("\ufffd"):
@@ -167,7 +180,7 @@ class TextStream:
         return self._send(final=False)
 
     def finish(self) -> str:
-        """The text that was held back."""
+        """Return the text that was held back."""
         if not self.stopped:
             known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
             self.text += self.tokenizer.decode(self.ids[self._prefix :])[len(known) :]
@@ -190,7 +203,7 @@ class TextStream:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; {} if there is none.  CheckpointError if it cannot be read."""
+    """Read a JSON object from a file; {} if there is none.  CheckpointError if the file cannot be read."""
     if not file.is_file():
         return {}
     try:

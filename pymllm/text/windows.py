@@ -1,4 +1,4 @@
-"""Windows of token ids for a model to run over: of a text file, or, without one, random."""
+"""Windows of token ids for a model to run over: from a text file or, without one, random."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pymllm.errors import ConfigError
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.weights.checkpoint import Checkpoint
 
-LEAST_WINDOW = 32  # tokens; a text of fewer says nothing of a model
+# Tokens of a window at least; a text of fewer says nothing of a model.
+LEAST_WINDOW = 32
 
 Windows = tuple[tuple[int, ...], ...]
 
@@ -19,7 +20,10 @@ Windows = tuple[tuple[int, ...], ...]
 def read_windows(
     checkpoint: Checkpoint, config: ModelConfig, file: Path, tokens: int, window: int
 ) -> Windows:
-    """About `tokens` token ids of a text file, in windows at even distances.  ConfigError for too short a text."""
+    """Read about `tokens` token ids of a text file, in windows at even distances.
+
+    window: the tokens of a window, or fewer where the model or the text is shorter.  ConfigError for too short a text.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +45,7 @@ def read_windows(
 
 
 def random_windows(config: ModelConfig, tokens: int, window: int, seed: int = 0) -> Windows:
-    """Random token ids, the same for every run."""
+    """Make about `tokens` random token ids in windows, the same ones for the same `seed`."""
     generator = torch.Generator().manual_seed(seed)
     window = min(window, config.size("max_position_embeddings"), tokens)
     count = max(1, tokens // window)

@@ -14,9 +14,10 @@ from pymllm.weights.tensor_file import TensorFile, TensorInfo
 class Checkpoint:
     """A local checkpoint.
 
-    path: the folder, or the (first) GGUF file.  config: config.json, or what stands for it.  files: in the order in
-    which they are read.  tensors: of all files by their names in the model, file by file, in the order of the bytes.
-    config_file: where `config` was read.  metadata: what a GGUF file says besides (its tokenizer, say); else empty.
+    path: the folder, or the (first) GGUF file.  config: config.json, or the settings that a GGUF file has in its place.
+    files: in the order in which they are read.  tensors: those of all files by their names in the model, file by file,
+    in the order of the bytes.  config_file: the file that `config` was read from.
+    metadata: all that a GGUF file's header has besides its tensors (its tokenizer, say); else empty.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 def merge_tensors(files: Sequence[TensorFile]) -> dict[str, TensorInfo]:
-    """The tensors of all files.  CheckpointError "duplicate-tensor" for a name that is in two."""
+    """Collect the tensors of all files.  CheckpointError "duplicate-tensor" for a name that is in two files."""
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():
@@ -61,7 +62,7 @@ def merge_tensors(files: Sequence[TensorFile]) -> dict[str, TensorInfo]:
                     code="duplicate-tensor",
                     file=str(file.path),
                     tensor=name,
-                    fix="Keep only the files of one save; leftovers of another often stay in the folder.",
+                    fix="Keep only the files of one save: files of an earlier one often stay behind in the folder.",
                 )
             tensors[name] = info
     return tensors

@@ -1,7 +1,7 @@
-"""A checkpoint's folder: which of its files are read, and what its index says.
+"""A checkpoint's folder: its config, its index, and the choice of the files that are read.
 
-Those that `model.safetensors.index.json` names; without it `model.safetensors`; without that every `*.safetensors`.
-Whatever disagrees is an error, and pickles are never opened.
+These are the files that `model.safetensors.index.json` names; without it `model.safetensors`; without that every
+`*.safetensors`. An index that disagrees with its files is an error, and pickles are never opened.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ MAX_INDEX_BYTES = 100_000_000
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF file, from its ending."""
+    """Tell from its ending whether a path names a GGUF file."""
     return path.name.lower().endswith(".gguf") and not path.is_dir()
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """Read the config.json of a folder.  Raises CheckpointError "config-missing", or as `parse_json_object`."""
     if not os.path.lexists(path / CONFIG):
         files = [name for name in list_names(path) if name.lower().endswith(".gguf")]
         raise CheckpointError(
@@ -46,6 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def list_names(path: Path) -> list[str]:
+    """List the names in a folder, sorted.  Raises CheckpointError "unreadable"."""
     try:
         return sorted(os.listdir(path))
     except OSError as error:
@@ -53,12 +55,12 @@ def list_names(path: Path) -> list[str]:
             f"cannot list the folder: {error.strerror}",
             code="unreadable",
             file=str(path),
-            fix="Check its permissions.",
+            fix="Check the folder's permissions.",
         ) from error
 
 
 def pick_files(path: Path, names: Sequence[str]) -> list[str]:
-    """The weight files of a folder without an index."""
+    """Choose the weight files of a folder without an index.  CheckpointError "pickle-only" or "weights-missing"."""
     if SINGLE in names:
         return [SINGLE]
     found = [name for name in names if name.endswith(".safetensors")]
@@ -69,12 +71,12 @@ def pick_files(path: Path, names: Sequence[str]) -> list[str]:
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
-            "the weights are only there as pickles, which can run code when opened",
+            "the folder has its weights only as pickles, which can run code when they are opened",
             code="pickle-only",
             file=str(path / pickles[0]),
             expected="*.safetensors",
             found=reprlib.repr(pickles),
-            fix="Convert them, if you trust them: load with transformers and model.save_pretrained(folder), "
+            fix="Convert them if you trust them: load with transformers and model.save_pretrained(folder), "
             "or torch.load(file, weights_only=True) and safetensors.torch.save_file(tensors, path).",
         )
     raise CheckpointError(
@@ -88,10 +90,12 @@ def pick_files(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """weight_map: tensor name -> file name, every one a plain base name."""
-    weight_map = parse_json_object(read_small_file(path, MAX_INDEX_BYTES, "index"), path, "index").get(
-        "weight_map"
-    )
+    """Read an index: the file of every tensor by the tensor's name, every file name a plain base name.
+
+    Raises CheckpointError "index-entry" or "index-escapes", or as `parse_json_object`.
+    """
+    index = parse_json_object(read_small_file(path, MAX_INDEX_BYTES, "index"), path, "index")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             "the index maps no tensors",
@@ -99,16 +103,19 @@ def read_index(path: Path) -> dict[str, str]:
             file=str(path),
             expected='an object "weight_map" of tensor name to file name',
             found=reprlib.repr(weight_map),
-            fix="Download it again.",
+            fix="Download the index again.",
         )
     for tensor, name in weight_map.items():
         check_tensor_name(path, tensor, "index-entry")
         if not isinstance(name, str):
-            problem, code = "the index maps it to something else than a file name", "index-entry"
+            problem, code = "the index maps this tensor to something that is no file name", "index-entry"
         elif name in ("", ".", "..") or set(name) & set("/\\:") or not name.isprintable():
-            problem, code = "the index leads out of the folder", "index-escapes"
+            problem, code = (
+                "the index maps this tensor to a path that may lead out of the folder",
+                "index-escapes",
+            )
         elif not name.endswith(".safetensors"):
-            problem, code = "the index maps it to a file of another format", "index-entry"
+            problem, code = "the index maps this tensor to a file of another format", "index-entry"
         else:
             continue
         raise CheckpointError(
@@ -124,7 +131,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
-    """Raise one error with all missing shards."""
+    """Raise one CheckpointError "shards-missing" that names all missing shards, if any is."""
     missing = []
     for name in shards:
         try:
@@ -132,7 +139,7 @@ def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
         except FileNotFoundError:  # also a link whose target is gone
             missing.append(name)
         except OSError:
-            pass  # opening it says more
+            pass  # the error of opening the file says more
     if missing:
         fix = "Download the missing files"
         if SINGLE not in missing and os.path.exists(path / SINGLE):
@@ -148,7 +155,7 @@ def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
 
 
 def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
-    """Raise one error unless the index and the shards say the same, both ways."""
+    """Raise one CheckpointError "index-disagrees" unless the index and the shards say the same, both ways."""
     problems: dict[str, str] = {}
     for name, shard in weight_map.items():
         if name not in tensors:
@@ -165,6 +172,6 @@ def check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tenso
             code="index-disagrees",
             file=str(path),
             tensor=next(iter(problems)),
-            fix="The files are of different saves: download all of them again.",
+            fix="The index and the files are of different saves: download all of them again.",
             brief=f"{head} {first_few(listed, '; ')}",
         )

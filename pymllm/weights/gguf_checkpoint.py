@@ -24,7 +24,7 @@ from pymllm.weights.checkpoint import Checkpoint, merge_tensors
 from pymllm.weights.gguf_file import GGUFFile
 from pymllm.weights.tensor_file import TensorInfo
 
-# What stands before ".weight" or ".bias".
+# The part of a tensor's name before ".weight" or ".bias" -> its module's name in the model.
 MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_MODULES = {
     "attn_norm": "input_layernorm",
@@ -56,7 +56,7 @@ class GGUFArchitecture:
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 
-# Keys after "ARCHITECTURE." -> config.json's, as they are.
+# Keys after "ARCHITECTURE." -> config.json's keys; the values are the same.
 SETTINGS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -69,22 +69,22 @@ SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-# Read besides, or without a meaning for what the model computes.
+# Further keys that are known: read below, or without an effect on what the model computes.
 OTHER_SETTINGS = {"vocab_size", "attention.value_length", "rope.dimension_count", "tensor_data_layout"}
 OTHER_SETTINGS |= {"expert_used_count", "rope.scale_linear", "n_ctx", "ctx_length"}
 TOKENS = {"bos_token_id": "bos_token_id", "padding_token_id": "pad_token_id"}
 END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
-QUANTISED = torch.uint8  # what blocks are read as
+QUANTISED = torch.uint8  # the dtype that blocks are read as
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 def open_gguf(path: Path, architectures: Mapping[str, GGUFArchitecture]) -> Checkpoint:
-    """Read the header of a GGUF model, all its files.
+    """Read the headers of all files of a GGUF model.
 
     architectures: what model definitions say of their files, by `general.architecture`.
-    Raises CheckpointError: for a file see `GGUFFile.open`; for the model shards-missing, split-part, split-disagrees,
-    duplicate-tensor, config-key, config-value, architecture.
+    Raises CheckpointError; its code for a file: see `GGUFFile.open`; for the model it is one of: shards-missing,
+    split-part, split-disagrees, duplicate-tensor, config-key, config-value, architecture, shape, bad-content.
     """
     files = _open_parts(path)
     metadata = files[0].metadata
@@ -112,10 +112,11 @@ def open_gguf(path: Path, architectures: Mapping[str, GGUFArchitecture]) -> Chec
             renamed = InterleavedHeads(**vars(renamed), head_dim=head_dim)
         if name in tensors:
             raise CheckpointError(
-                f"two tensors are the model's {name!r}",
+                f"two tensors of the file are the model's {name!r}",
                 code="duplicate-tensor",
                 file=str(path),
                 tensor=info.name,
+                fix="The file is badly written: convert or download it again.",
             )
         tensors[name] = renamed
     types = {
@@ -129,7 +130,7 @@ def open_gguf(path: Path, architectures: Mapping[str, GGUFArchitecture]) -> Chec
 
 
 def _model_name(stored: str, architecture: GGUFArchitecture) -> str:
-    """The tensor's name in the model; its own where it has none there, so that matching reports it."""
+    """Return a tensor's name in the model; its own where the model has none for it, so that matching reports it."""
     module, _, suffix = stored.rpartition(".")
     if module in MODULES:
         return f"{MODULES[module]}.{suffix}"
@@ -143,7 +144,7 @@ def _model_name(stored: str, architecture: GGUFArchitecture) -> str:
 
 @dataclass(frozen=True)
 class InterleavedHeads(TensorInfo):
-    """A tensor whose rows are stored head by head as 0, D/2, 1, D/2 + 1, ...; read in their own order."""
+    """A tensor whose rows are stored head by head as 0, D/2, 1, D/2 + 1, ...; `read` gives them in order."""
 
     head_dim: int
 
@@ -158,7 +159,7 @@ class InterleavedHeads(TensorInfo):
 
 
 def _open_parts(path: Path) -> list[GGUFFile]:
-    """The file, or all files of a model that is split."""
+    """Open the file, or all files of a model that is split over several."""
     first = GGUFFile.open(path)
     count, number = (first.metadata.get(f"split.{name}", 0) for name in ("count", "no"))
     if type(count) is not int or type(number) is not int or count <= 1:
@@ -166,11 +167,11 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     name = SPLIT_NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != count or int(name["index"]) != number + 1:
         raise CheckpointError(
-            "the file is part of a model in several files, and its name is not that part's",
+            f"the file says that it is part {number + 1} of {count} of its model, but does not have that part's name",
             code="split-part",
             file=str(path),
             expected=f"NAME-{number + 1:05d}-of-{count:05d}.gguf",
-            fix="Give the files the names that they were made with.",
+            fix="Give the model's files the names that they were made with.",
         )
     paths = [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
     missing = [other.name for other in paths if not other.exists()]
@@ -194,7 +195,7 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     for index, file in enumerate(files):
         if (file.metadata.get("split.count"), file.metadata.get("split.no")) != (count, index):
             raise CheckpointError(
-                "the file is not this part of the model",
+                "the file is not the part of the model that its name says",
                 code="split-disagrees",
                 file=str(file.path),
                 expected=f"part {index} of {count}",
@@ -204,18 +205,19 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     total, announced = sum(len(file.tensors) for file in files), first.metadata.get("split.tensors.count")
     if announced is not None and announced != total:
         raise CheckpointError(
-            "the files do not have the tensors that the first one announces",
+            "the files of the model do not hold as many tensors as the first one announces",
             code="split-disagrees",
             file=str(path),
             expected=f"{announced} tensors",
             found=str(total),
+            fix="The files are of different models: download them again.",
         )
     return files
 
 
 @dataclass(frozen=True)
 class _ConfigReader:
-    """Metadata → the settings of a config.json."""
+    """A reader that turns a GGUF file's metadata into the settings of a config.json."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -223,6 +225,7 @@ class _ConfigReader:
     known: GGUFArchitecture
 
     def read(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+        """Return the config.  tensors: by their names in the file; some settings only show in them."""
         config: dict[str, Any] = {"model_type": self.known.model_type}
         for key, name in SETTINGS.items():
             value = self._get(key)
@@ -257,14 +260,14 @@ class _ConfigReader:
 
     def _get(self, key: str) -> Any:
         value = self.metadata.get(f"{self.architecture}.{key}")
-        # Writers round to float32: 1e-5 is meant, not 9.999999747378752e-06.
+        # Writers round settings to float32: read 1e-5, which they mean, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def _bad(
         self, key: str, expected: str, code: str = "config-value", fix: str | None = None
     ) -> CheckpointError:
         return CheckpointError(
-            "the metadata asks for what this architecture cannot do here",
+            "the metadata has a setting that pymllm cannot honour for this architecture",
             code=code,
             file=str(self.path),
             tensor=f"{self.architecture}.{key}",
@@ -274,7 +277,7 @@ class _ConfigReader:
         )
 
     def _same_for_all_layers(self, key: str, value: Any) -> Any:
-        """A setting; some may be given for each layer."""
+        """Reduce a setting that is given for each layer to one value.  CheckpointError where the layers differ."""
         if isinstance(value, np.ndarray):
             if value.size == 0 or not (value == value[0]).all():
                 raise self._bad(key, "the same value for all layers")
@@ -282,7 +285,7 @@ class _ConfigReader:
         return value
 
     def _refuse_unknown(self) -> None:
-        """A setting that we do not know may change what the model computes."""
+        """Raise CheckpointError "config-key" for an unknown setting: it may change what the model computes."""
         for name, value in self.metadata.items():
             key = name.removeprefix(f"{self.architecture}.")
             known = key in SETTINGS or key in OTHER_SETTINGS or key.startswith("rope.scaling.")
@@ -290,9 +293,8 @@ class _ConfigReader:
                 continue
             if isinstance(value, (int, float, str)) and not value and key != "attention.causal":
                 continue  # zero, false and "" ask for nothing
-            raise self._bad(
-                key, f"settings out of {', '.join([*SETTINGS, *sorted(OTHER_SETTINGS)])}", "config-key"
-            )
+            known_keys = ", ".join([*SETTINGS, *sorted(OTHER_SETTINGS)])
+            raise self._bad(key, f"only settings out of {known_keys}", "config-key")
 
     def _check_heads(self, config: dict[str, Any]) -> None:
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -302,12 +304,12 @@ class _ConfigReader:
         if type(head_dim) is not int or head_dim < 1:
             raise self._bad("attention.key_length", "a positive integer")
         if self._get("attention.value_length") not in (None, head_dim):
-            raise self._bad("attention.value_length", f"{head_dim}, the length of keys")
+            raise self._bad("attention.value_length", f"{head_dim}, as for keys")
         if self.known.interleaved and head_dim % 2:
             raise self._bad("attention.key_length", "an even number")
 
     def _rope(self, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-        """`rope_parameters`, whichever way the file spells them."""
+        """Return `rope_parameters`, whichever way the file spells them."""
         head_dim = config["head_dim"]
         rope: dict[str, Any] = {"rope_type": "default"}
         if "rope_theta" in config:
@@ -346,20 +348,21 @@ class _ConfigReader:
             count = (rotated or head_dim) // 2
             if factors.torch_dtype is not torch.float32 or factors.shape != (count,):
                 raise CheckpointError(
-                    "the frequency factors do not fit the heads",
+                    "the rotary frequency factors do not fit the heads",
                     code="shape",
                     file=str(self.path),
                     tensor=FREQUENCY_FACTORS,
-                    expected=f"F32 [{count}]",
+                    expected=f"F32 [{count}], one for each rotated pair of a head",
                     found=f"{factors.dtype_name} {list(factors.shape)}",
                 )
             values = factors.read()
             if not bool((values.isfinite() & (values > 0)).all()):
                 raise CheckpointError(
-                    "a frequency factor is not a positive number",
+                    "a rotary frequency factor is not a positive number",
                     code="bad-content",
                     file=str(self.path),
                     tensor=FREQUENCY_FACTORS,
+                    fix="The file is damaged or badly written: download it or convert it again.",
                 )
             rope |= {"rope_type": "factors", "factors": values.tolist()}
         return rope

@@ -1,10 +1,11 @@
 """One GGUF file: its header, checked in full; tensors are read as from any `TensorFile`.
 
-A file is "GGUF", a version (2 or 3), the number of tensors and of metadata entries; the entries (key, type, value), the
-tensors (name, sizes with the innermost first, type, offset), then the tensors' bytes, each from a multiple of
-`general.alignment` on.  Everything is little-endian; a string is its length in 8 bytes, then UTF-8.
+A file is "GGUF", a version (2 or 3), the number of tensors and the number of metadata entries; then the entries (key,
+type, value), the tensors' descriptions (name, sizes with the innermost first, type, offset), and the tensors' bytes,
+each from a multiple of `general.alignment` on.  Everything is little-endian; a string is its length in 8 bytes, then
+UTF-8.
 
-A tensor of a quantised type consists of blocks, along its innermost side, of so many values in so many bytes
+A tensor of a quantised type consists of blocks along its innermost side, of so many values in so many bytes
 (`TYPES`).  Here it has the dtype uint8, and its innermost size is in bytes; `dtype_name` says what they mean.
 """
 
@@ -39,7 +40,7 @@ MAX_RANK = 4
 MAX_ALIGNMENT = 1 << 20
 CHUNK_BYTES = 1 << 20  # of the header, read at a time
 LEAST_ENTRY_BYTES = 8 + 1 + 4 + 1  # key length, key, type, value
-LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, rank, one size, type, offset
 
 # Type number -> name, values of a block, bytes of a block, torch's dtype where a block is one value.
 TYPES: dict[int, tuple[str, int, int, torch.dtype]] = {
@@ -96,7 +97,7 @@ BOOL, STRING, ARRAY = 7, 8, 9
 
 
 class GGUFFile(TensorFile):
-    """A GGUF file.  metadata: its entries; arrays are lists of strings, or numpy arrays."""
+    """A GGUF file.  metadata: the values of its entries by key; an array is a list of strings, or a numpy array."""
 
     metadata: dict[str, Any]
 
@@ -123,7 +124,7 @@ class GGUFFile(TensorFile):
         least = tensors * LEAST_TENSOR_BYTES + entries * LEAST_ENTRY_BYTES
         if least > header.limit:
             found = f"{tensors} tensors and {entries} entries"
-            message = "the file is too small for what its header announces"
+            message = "the header announces more tensors and metadata entries than the file has room for"
             raise fault(path, "header-length", message, f"at most {header.limit} bytes of header", found)
         self.metadata = _read_metadata(header, entries)
         self.alignment = _alignment(path, self.metadata.get("general.alignment", 32))
@@ -135,10 +136,15 @@ class GGUFFile(TensorFile):
         self.tensors = {info.name: info for info in infos}
         if len(self.tensors) < len(infos):
             twice = Counter(info.name for info in infos).most_common(1)[0][0]
-            raise fault(path, "header-duplicate-key", f"tensor {twice!r} is there twice", tensor=twice)
+            raise fault(
+                path, "header-duplicate-key", f"the header has the tensor {twice!r} twice", tensor=twice
+            )
 
     def _info(self, data_start: int, name: str, sizes: Sequence[int], number: int, offset: int) -> TensorInfo:
-        """A tensor as its entry describes it: sizes in values, the innermost first."""
+        """Check a tensor's description and turn it into a `TensorInfo`.
+
+        sizes: in values, the innermost first.  number: of its type.  offset: from `data_start`, in bytes.
+        """
 
         def bad(code: str, message: str, expected: str, found: str) -> CheckpointError:
             return fault(self.path, code, f"tensor {name!r}: {message}", expected, found, name)
@@ -165,7 +171,7 @@ class GGUFFile(TensorFile):
 class _Header:
     """The start of a file, read as far as it is asked for.
 
-    position: of the next byte.  limit: what a header may take at most.
+    position: the index of the next byte.  limit: how many bytes a header may take at most.
     """
 
     def __init__(self, descriptor: Descriptor) -> None:
@@ -176,7 +182,7 @@ class _Header:
         self._descriptor = descriptor
 
     def need(self, count: int) -> int:
-        """Make `count` further bytes available.  Returns where they begin in the buffer, and moves past them."""
+        """Read `count` further bytes into the buffer and move past them.  Returns where they begin in it."""
         start, end = self.position, self.position + count
         if end > self.limit:
             short = self.limit < MAX_HEADER_BYTES
@@ -194,7 +200,7 @@ class _Header:
         return bytes(self.buffer[start : start + count])
 
     def number(self, kind: str) -> int:
-        """An unsigned integer.  kind: struct's "I" or "Q"."""
+        """Read an unsigned integer.  kind: struct's "I" (4 bytes) or "Q" (8 bytes)."""
         return int(struct.unpack_from("<" + kind, self.buffer, self.need(struct.calcsize("<" + kind)))[0])
 
     def string(self) -> str:
@@ -206,14 +212,13 @@ class _Header:
             raise fault(self.path, "header-utf8", message, found=reprlib.repr(raw)) from error
 
     def strings(self, count: int) -> list[str]:
-        """As many strings, one after the other."""
+        """Read `count` strings, one after the other."""
         if count * 8 > self.limit - self.position:
-            self.need(count * 8)  # says so
+            self.need(count * 8)  # raises the error
         length = struct.Struct("<Q")
         found = []
-        for _ in range(
-            count
-        ):  # hundreds of thousands: those within the buffer are read without further calls
+        # There may be hundreds of thousands: strings within the buffer are read without further calls.
+        for _ in range(count):
             start = self.position + 8
             if start <= len(self.buffer):
                 end = start + length.unpack_from(self.buffer, self.position)[0]
@@ -221,7 +226,7 @@ class _Header:
                     try:
                         found.append(self.buffer[start:end].decode("utf-8"))
                     except UnicodeDecodeError:
-                        found.append(self.string())  # says so
+                        found.append(self.string())  # raises the error
                     self.position = end
                     continue
             found.append(self.string())
@@ -233,10 +238,10 @@ def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = header.string()
         if not key or not is_plain(key):
-            message = "a metadata key is not printable, or too long"
+            message = "a metadata key is empty, not printable, or too long"
             raise fault(header.path, "header-metadata", message, found=reprlib.repr(key))
         if key in metadata:
-            raise fault(header.path, "header-duplicate-key", f"the metadata key {key!r} is there twice")
+            raise fault(header.path, "header-duplicate-key", f"the header has the metadata key {key!r} twice")
         metadata[key] = _read_value(header, key, header.number("I"))
     return metadata
 
@@ -255,23 +260,24 @@ def _read_numbers(header: _Header, key: str, kind: int, count: int) -> np.ndarra
     dtype = np.dtype(SCALARS.get(kind, "<u1"))
     if kind not in SCALARS and kind != BOOL:
         found = "an array of arrays" if kind == ARRAY else f"type {kind}"
-        message = f"the metadata of {key!r} has a type that cannot be read"
+        message = f"the value of the metadata key {key!r} has a type that GGUF does not have here"
         raise fault(header.path, "header-metadata", message, "numbers, booleans or strings", found)
     start = header.need(count * dtype.itemsize)
     values = np.frombuffer(bytes(header.buffer[start : header.position]), dtype)
     if kind == BOOL:
         if values.size and int(values.max()) > 1:
-            raise fault(header.path, "header-metadata", f"{key!r} is no boolean", "0 or 1", str(values.max()))
+            message = f"the value of the metadata key {key!r} is no boolean"
+            raise fault(header.path, "header-metadata", message, "0 or 1", str(values.max()))
         return values.astype(bool)
     return values
 
 
 def _read_tensor(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, sizes, type and offset."""
+    """Read a tensor's description: its name, sizes, type number and offset."""
     name = header.string()
     check_tensor_name(header.path, name, "header-entry")
     if not name:
-        raise fault(header.path, "header-entry", "a tensor has no name")
+        raise fault(header.path, "header-entry", "a tensor of the header has no name")
     rank = header.number("I")
     if rank > MAX_RANK:
         message = f"tensor {name!r}: too many dimensions"
@@ -282,7 +288,7 @@ def _read_tensor(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
 
 def _alignment(path: Path, value: Any) -> int:
     if type(value) is not int or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        message = "general.alignment is not a usable number"
+        message = "the metadata key 'general.alignment' has no usable value"
         expected = f"a power of two up to {MAX_ALIGNMENT}"
         raise fault(path, "header-metadata", message, expected, reprlib.repr(value))
     return value

@@ -2,7 +2,8 @@
 
 `Slot` says where one checkpoint tensor (or one rank's slice of it) goes in a parameter.  `place` makes the slots of a
 layer's parameter, `copy_full_tensor` serves `weight_loader(param, tensor, shard_id)`, and `Written` proves that every
-element of a parameter is written exactly once.
+element of a parameter is written exactly once.  Slots and Written hang on the parameter: `track` puts them there,
+`slots_of` and `written_of` read them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Slot:
-    """One part's tensor: `source` cuts it in the checkpoint, `target` is where that lands in the parameter.
+    """The place of one part's tensor: `source` cuts this rank's slice in the checkpoint, `target` in the parameter.
 
-    prefix: the part's checkpoint name.  part: which part of a fused layer.
-    source_shape: its full shape in the checkpoint.  together: the tensor holds the layer's other parts, too.
-    expert: which of the parameter's experts this is, if it is one's; a checkpoint's tensor then lacks the axis.
-    stored_as: the names it may have, where they are not the prefix and the spec's.
+    prefix: the part's checkpoint name.  part: its index among the parts of a fused layer.
+    source_shape: the tensor's full shape in the checkpoint.  together: the tensor holds the layer's other parts, too.
+    expert: the index of the slot's expert in a parameter of several, whose axis the checkpoint's tensor then lacks.
+    stored_as: the names that the tensor may have, where they do not follow from the prefix and the spec.
     """
 
     prefix: str
@@ -44,12 +45,12 @@ class Slot:
 
     @property
     def tensor(self) -> str:
-        """Its checkpoint name."""
+        """The tensor's checkpoint name."""
         return self.names[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its checkpoint name, then the other spellings that the format knows."""
+        """The tensor's checkpoint name, then the other spellings that the format knows."""
         if self.stored_as:
             return self.stored_as
         suffixes = (self.spec.name, *self.spec.aliases)
@@ -65,13 +66,13 @@ class Slot:
         return math.prod(self.local_shape)
 
     def view(self, param: Tensor) -> Tensor:
-        """Where the slice lies in the parameter."""
+        """Return the part of the parameter that the slice fills."""
         target = param[self.target] if self.target else param
         return target if self.expert is None else target[0]
 
 
 def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[Slot]]:
-    """The shape of this rank's parameter for `spec`, and one slot for each part.
+    """Return the shape of this rank's parameter for `spec`, and one slot for each part.
 
     Parts lie side by side along OUT and PART dimensions.  Raises ShardingError where the rank's edges split a granule.
     """
@@ -80,7 +81,7 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
     by_part = any(dim.axis in (Axis.OUT, Axis.PART) for dim in spec.dims)
     for part, (outputs, prefix) in enumerate(zip(shape.outputs, shape.names, strict=True)):
         if shape.together and part and not by_part:
-            break  # the one tensor has it once
+            break  # one tensor holds all parts, and has this dimension once
         name = f"{prefix}.{spec.name}" if prefix else spec.name
         source: list[slice] = []
         target: list[slice] = []
@@ -104,48 +105,46 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
 
 
 def place_experts(spec: WeightSpec, shape: ExpertsShape) -> tuple[tuple[int, ...], list[Slot]]:
-    """The shape of this rank's parameter for `spec` (one expert's tensor), and its slots.
+    """Return the shape of this rank's parameter for `spec` (one expert's tensor), and its slots.
 
-    There is one for every expert and part; in a stacked checkpoint one for every part, which holds all experts.
+    Every expert and part has a slot; in a stacked checkpoint every part has one, which holds all experts.
     """
     one, parts = place(spec, shape.one)
-    local, whole_spec = (len(shape.ids), *one), shape.spec(spec)
-    slots: list[Slot] = []
-    if not shape.stacked:
-        for index, expert in enumerate(shape.ids):
-            for slot in parts:
-                slots.append(
-                    Slot(
-                        slot.prefix.format(expert),
-                        whole_spec,
-                        slot.part,
-                        slot.source_shape,
-                        slot.source,
-                        (slice(index, index + 1), *slot.target),
-                        expert=index,
-                    )
-                )
-        return local, slots
     start, count = (shape.ids or (0,))[0], len(shape.ids)
-    for slot in parts:
-        slots.append(
-            Slot(
-                slot.prefix,
-                whole_spec,
-                slot.part,
-                (shape.total, *slot.source_shape),
-                (slice(start, start + count), *slot.source),
-                (slice(0, count), *slot.target),
-                slot.together,
+    whole_spec = shape.spec(spec)
+    if shape.stacked:
+        slots = [
+            replace(
+                slot,
+                spec=whole_spec,
+                source_shape=(shape.total, *slot.source_shape),
+                source=(slice(start, start + count), *slot.source),
+                target=(slice(0, count), *slot.target),
                 stored_as=stacked_names(slot.prefix, (spec.name, *spec.aliases)),
             )
-        )
-    return local, slots
+            for slot in parts
+        ]
+    else:
+        slots = [
+            replace(
+                slot,
+                prefix=slot.prefix.format(expert),
+                spec=whole_spec,
+                target=(slice(index, index + 1), *slot.target),
+                expert=index,
+            )
+            for index, expert in enumerate(shape.ids)
+            for slot in parts
+        ]
+    return (count, *one), slots
 
 
 def stacked_names(prefix: str, suffixes: Iterable[str]) -> tuple[str, ...]:
-    """How a tensor of stacked experts may be called: `experts.down_proj` is the weight itself, and to it belong
-    `experts.down_proj_scale` (or `.weight_scale`), `experts.down_proj_blocks` and so on."""
+    """List the names that a tensor of stacked experts may have.
+
+    `experts.down_proj` is the weight itself; to it belong `experts.down_proj_scale` (or `.weight_scale`),
+    `experts.down_proj_blocks` and so on.
+    """
     names: list[str] = []
     for suffix in suffixes:
         short = suffix.removeprefix("weight").removeprefix("_")
@@ -157,16 +156,16 @@ STACKED_NAME = re.compile(r"(?P<product>.+\.experts\.(?:gate_up_proj|down_proj))
 
 
 class OneOfStack:
-    """A tensor of all experts as its format would see one of them."""
+    """One expert's share of a stacked tensor, as far as a format looks at it: dtype and shape."""
 
     def __init__(self, stacked: Any) -> None:
         self.dtype, self.shape = stacked.dtype, tuple(stacked.shape[1:])
 
 
 def with_stack_members(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors, and those of stacked experts a second time under names that an expert's own would have.
+    """Add the tensors of stacked experts a second time, under the names that one expert's own would have.
 
-    `experts.down_proj_scale`, say, is also `experts.down_proj.weight_scale`, which is what formats look for.
+    Formats look for `experts.down_proj.weight_scale`, say, where the checkpoint has `experts.down_proj_scale`.
     """
     members: dict[str, Any] = {}
     for name, tensor in tensors.items():
@@ -180,10 +179,11 @@ def with_stack_members(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Written:
-    """Which regions of a parameter have been written; a second write to an element is an error."""
+    """The regions of a parameter that have been written; a second write to an element is an error."""
 
     def __init__(self) -> None:
-        # By their first dimension, of which hundreds of experts are slices: only those that may meet are compared.
+        # By their slice of the first dimension, along which hundreds of experts may lie: a slice of one is compared
+        # with the regions of that one alone.
         self.by_first: dict[tuple[int, int], list[Index]] = {}
         self.all_single = True
 
@@ -192,13 +192,14 @@ class Written:
         return [region for regions in self.by_first.values() for region in regions]
 
     def add(self, region: Index, tensor: str) -> None:
+        """Count a write of `tensor` to the region.  CheckpointError if any element of it has been written."""
         self.refuse_twice(region, tensor)
         first = _first(region)
         self.all_single &= first[1] - first[0] == 1
         self.by_first.setdefault(first, []).append(region)
 
     def refuse_twice(self, region: Index, tensor: str) -> None:
-        """CheckpointError if any of the region has been written."""
+        """Raise CheckpointError if any element of the region has been written."""
         first = _first(region)
         single = self.all_single and first[1] - first[0] == 1
         for other in self.by_first.get(first, []) if single else self.regions:
@@ -207,8 +208,8 @@ class Written:
                     "its place in the layer has been written already",
                     code="written-twice",
                     tensor=tensor,
-                    expected="every element written exactly once",
-                    found=f"a second write to {_show(region)}",
+                    expected="every element of the parameter written exactly once",
+                    found=f"a second write to its elements {_show(region)}",
                 )
 
     @property
@@ -217,6 +218,26 @@ class Written:
 
     def clear(self) -> None:
         self.by_first.clear()
+
+
+def track(param: Tensor, slots: list[Slot] | None) -> None:
+    """Give a parameter (or buffer) its slots, and count its writes from now on.
+
+    slots: the places of the checkpoint's tensors in it; None: they are not known, as it has a loader of its own.
+    """
+    tracked: Any = param
+    tracked.slots, tracked.written = slots, Written()
+
+
+def slots_of(param: Tensor) -> list[Slot] | None:
+    """Return the slots that `track` gave a parameter; None: it has none."""
+    return getattr(param, "slots", None)
+
+
+def written_of(param: Tensor) -> Written:
+    """Return what counts a parameter's writes.  AttributeError for one that `track` was never given."""
+    tracked: Any = param
+    return tracked.written
 
 
 def _first(region: Index) -> tuple[int, int]:
@@ -228,9 +249,9 @@ def _show(region: Index) -> str:
 
 
 def same_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal shapes; a scalar may also be written with any number of dimensions of one element.
+    """Tell whether two shapes are equal, where a scalar may have any number of dimensions of one element.
 
-    So may one for each of several experts: [E, 1, 1] is [E].
+    So may a scalar for each of several experts: [E, 1, 1] is [E].
     """
     scalars = len(expected) <= 1 and math.prod(found) == math.prod(expected)
     return found == expected or (scalars and (math.prod(expected) == 1 or found[0] == expected[0]))
@@ -246,17 +267,18 @@ def write(param: Tensor, slot: Slot, local: Tensor, written: Written) -> None:
 def copy_full_tensor(
     param: Tensor, slots: list[Slot], loaded: Tensor, written: Written, part: int | None, layer: str
 ) -> None:
-    """Cut full checkpoint tensors for this rank and write them to `param`.
+    """Cut a full checkpoint tensor for this rank and write it to `param`.
 
-    part: which part `loaded` is; None: the layer's only one, or all parts side by side along their output axis.
-    Raises CheckpointError naming layer, tensor, expected and found where the shape does not fit.
+    part: the index of the part that `loaded` is; None: the layer's only part, or all parts side by side along their
+    output axis.  Raises CheckpointError naming layer, tensor, expected and found where shape or dtype does not fit.
     """
     pieces = [(slots[part or 0], loaded)]
     if slots[0].together:
         pieces = [(slot, loaded) for slot in slots]
     elif part is None and len(slots) > 1:
         pieces = list(zip(slots, _split_parts(slots, loaded, layer), strict=True))
-    for slot, piece in pieces:  # all of them before any is written
+    # All pieces are checked before any is written.
+    for slot, piece in pieces:
         _check_piece(slot, piece, written, layer)
     for slot, piece in pieces:
         write(param, slot, piece.reshape(slot.source_shape)[slot.source], written)
@@ -272,7 +294,7 @@ def _check_piece(slot: Slot, loaded: Tensor, written: Written, layer: str) -> No
             expected=str(list(slot.source_shape)),
             found=str(list(loaded.shape)),
         )
-    if loaded.dtype is not slot.spec.dtype and loaded.dtype not in slot.spec.accepts:
+    if loaded.dtype not in slot.spec.dtypes:
         raise wrong_dtype(slot, loaded.dtype)
     written.refuse_twice(slot.target, slot.tensor)
 
@@ -286,7 +308,7 @@ def _split_parts(slots: list[Slot], loaded: Tensor, layer: str) -> list[Tensor]:
         sizes = [slot.source_shape[axis] for slot in slots]
     if loaded.ndim <= axis or loaded.shape[axis] != sum(sizes):
         raise CheckpointError(
-            "the fused tensor does not divide into the layer's parts",
+            "the tensor does not divide into the parts that this layer fuses",
             code="shape",
             file=layer or None,
             tensor=spec.name,
@@ -297,12 +319,11 @@ def _split_parts(slots: list[Slot], loaded: Tensor, layer: str) -> list[Tensor]:
 
 
 def wrong_dtype(slot: Slot, found: torch.dtype | None) -> CheckpointError:
-    """The error for a tensor whose dtype its spec does not take."""
-    allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
+    """Make the error for a tensor whose dtype its spec does not take."""
     return CheckpointError(
         "the dtype is not one that this layer's format stores",
         code="dtype",
         tensor=slot.tensor,
-        expected=" or ".join(str(dtype).removeprefix("torch.") for dtype in allowed),
+        expected=" or ".join(str(dtype).removeprefix("torch.") for dtype in slot.spec.dtypes),
         found=str(found).removeprefix("torch."),
     )

@@ -1,4 +1,4 @@
-"""Memory of the machine: how much there is for a model, and giving back what was freed while loading."""
+"""The machine's memory: how much of it a model may take, and the return of what was freed while loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from pymllm.errors import ConfigError
 
-# Version 2 of control groups, then version 1: the limit, what is used, and what of that is only cache.
+# The files of control groups, version 2, then version 1: limit, usage, statistics, and the statistic that counts the
+# part of the usage that is only cache.
 CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
@@ -25,7 +26,10 @@ CGROUPS = (
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that this process could still take on `device` ("cpu" or "cuda"); None where the system does not say."""
+    """Return how many bytes this process could still take on `device` ("cpu" or "cuda").
+
+    None where the system does not say.
+    """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     found = [_system_memory(Path("/proc/meminfo")), _cgroup_memory(Path("/sys/fs/cgroup"))]
@@ -34,23 +38,26 @@ def available_memory(device: str) -> int | None:
 
 
 def refuse_too_large(needed: int, device: str, model: str) -> None:
-    """ConfigError "out-of-memory", with the numbers, if loading would take more than there is."""
+    """Raise ConfigError "out-of-memory", with the numbers, if loading would take more memory than is free.
+
+    needed: in bytes.  model: its name or path, for the error.
+    """
     available = available_memory(device)
     if available is not None and needed > available:
         raise ConfigError(
-            f"loading would take up to {needed / 1e9:.2f} GB on {device}, and {available / 1e9:.2f} GB are free",
+            f"loading would take up to {needed / 1e9:.2f} GB on {device}, but only {available / 1e9:.2f} GB are free",
             code="out-of-memory",
             file=model,
             expected=f"at most {available} bytes",
             found=f"{needed} bytes, as `pymllm plan` predicts",
             fix="Choose smaller formats (--quant '**.layers.**=int4'), divide the model over ranks "
-            "(--tensor-parallel-size), free memory, or try all the same with --no-memory-check "
+            "(--tensor-parallel-size), free memory, or load without this check: --no-memory-check "
             "(check_memory=False).",
         )
 
 
 def _system_memory(meminfo: Path) -> int | None:
-    """What the kernel says could be had without swapping."""
+    """Read how many bytes the kernel could give without swapping; None where /proc/meminfo does not say."""
     try:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -61,7 +68,7 @@ def _system_memory(meminfo: Path) -> int | None:
 
 
 def _cgroup_memory(root: Path) -> int | None:
-    """What is left of the control group's limit; None without one."""
+    """Compute how many bytes are left of the control group's limit; None without a limit."""
     for limit_file, used_file, stat_file, cache in CGROUPS:
         try:
             limit, used = (int((root / file).read_text()) for file in (limit_file, used_file))
@@ -73,10 +80,10 @@ def _cgroup_memory(root: Path) -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Ask the C library to return what was freed.
+    """Ask the C library to return freed memory to the system.
 
     glibc keeps freed blocks of up to 32 MB for itself; over a load of many layers that adds a tenth to the peak.
-    Elsewhere this does nothing.
+    With any other C library this does nothing.
     """
     trim = _malloc_trim()
     if trim is not None:

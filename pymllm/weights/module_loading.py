@@ -1,7 +1,7 @@
-"""A checkpoint into any module that exists already: by its resolvers, its packed parts, and exact names.
+"""Loading a checkpoint into any module that exists already: by its resolvers, its packed parts, and exact names.
 
-`pymllm.load_model` builds the model itself and reads each rank's slices alone; this one is for modules that are made
-elsewhere. The accounting is the same.
+`pymllm.load_model` builds the model itself and reads only the rank's own slices; `load_model` here is for modules that
+are made elsewhere. Both count every write.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.weights.checkpoint import Checkpoint
-from pymllm.weights.loader import Written
+from pymllm.weights.loader import slots_of, track, written_of
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
-from pymllm.weights.report import LoadReport, Problem, TensorRecord, raise_problems
+from pymllm.weights.report import HINTS, LoadReport, Problem, TensorRecord, raise_problems
 from pymllm.weights.resolution import (
     ResolvedWeight,
     apply_resolved_weight,
@@ -27,23 +27,23 @@ from pymllm.weights.resolution import (
     resolve_weight_spec,
 )
 
-HINTS = 20
-
 
 def load_model(model: nn.Module, config: Any) -> LoadReport:
     """Load a checkpoint into `model`, then pack every layer that has a quant_method.
 
-    config: what has the checkpoint's folder or hub id as `model` or `path`, or that itself; resolvers are given it.
-    The order for each tensor: the modules' resolvers, the model's `packed_modules_mapping`, exact names; then the
-    patterns of its `skipped_tensors`, with their reasons. Raises ONE CheckpointError for all tensors without a place
-    and all parameters without a tensor, before any is read; and one if an element is written twice or not at all.
+    config: the checkpoint's folder or hub id, or an object or mapping that has it as `model` or `path`; resolvers are
+    given it.  Each tensor's place comes from the first of these that has one: the modules' resolvers, the model's
+    `packed_modules_mapping`, exact names, the patterns of the model's `skipped_tensors` with their reasons.
+    Raises ONE CheckpointError for all tensors without a place and all parameters without a tensor, before any tensor
+    is read; and one if an element is written twice or not at all.
     """
     report = LoadReport()
     started = time.perf_counter()
     with open_checkpoint(resolve_model_path(_folder(config))) as checkpoint:
         places, problems = _places(model, config, checkpoint)
         raise_problems(str(checkpoint.path), problems)
-        _count_writes(model)
+        for param in model.parameters():
+            track(param, slots_of(param))
         for name, place in places.items():
             tensor = checkpoint.tensors[name]
             if isinstance(place, str) or place.skip:
@@ -75,14 +75,15 @@ def _folder(config: Any) -> str | Path:
         "the config does not say where the checkpoint is",
         code="config-value",
         expected="a folder or hub id as its `model` or `path`",
-        found=type(config).__name__,
+        found=f"a {type(config).__name__} without them",
+        fix="Pass the folder or hub id itself, or set config.model.",
     )
 
 
 def _places(
     model: nn.Module, config: Any, checkpoint: Checkpoint
 ) -> tuple[dict[str, ResolvedWeight | str], list[Problem]]:
-    """For each tensor its place, or the reason to skip it; and everything that is wrong."""
+    """Find the place of each tensor, or the reason to skip it; and everything that is wrong."""
     packed = getattr(model, "packed_modules_mapping", {})
     skipped: Mapping[str, str] = getattr(model, "skipped_tensors", {})
     places: dict[str, ResolvedWeight | str] = {}
@@ -102,26 +103,23 @@ def _places(
     known = dict(model.named_parameters())
     for name in stray:
         hint = nearest(name, known) if len(problems) < HINTS else ""
-        problems.append(Problem("unexpected", name, f"unexpected, nothing takes it. {hint}".strip()))
+        problems.append(
+            Problem("unexpected", name, f"unexpected, the model has no place for it. {hint}".strip())
+        )
     resolved = [place for place in places.values() if isinstance(place, ResolvedWeight)]
     if not any(place.loader is not None and place.param is None for place in resolved):
         reached = {id(place.param) for place in resolved}
         for name, param in known.items():
             if id(param) not in reached:
                 hint = nearest(name, stray) if len(problems) < HINTS else ""
-                problems.append(Problem("missing", name, f"missing, no tensor fills it. {hint}".strip()))
+                text = f"missing, no tensor of the checkpoint fills this parameter. {hint}"
+                problems.append(Problem("missing", name, text.strip()))
     return places, problems
 
 
-def _count_writes(model: nn.Module) -> None:
-    """Every parameter's writes are counted from now on."""
-    for param in model.parameters():
-        param.written = Written()  # type: ignore[attr-defined]
-
-
 def _load(name: str, place: ResolvedWeight, loaded: Tensor) -> None:
-    """Carry out one place.  A loader that counts nothing itself is taken to fill the parameter that it names."""
-    before = None if place.param is None else place.param.written.elements  # type: ignore[attr-defined]
+    """Put a tensor in its place.  A loader that counts no write itself is taken to fill the place's parameter."""
+    before = 0 if place.param is None else written_of(place.param).elements
     try:
         apply_resolved_weight(place, loaded)
     except CheckpointError as error:
@@ -129,12 +127,15 @@ def _load(name: str, place: ResolvedWeight, loaded: Tensor) -> None:
         error.args = (str(error),)
         raise
     if place.loader is not None and place.param is not None:
-        count_loader(name, place.param, before or 0)
+        count_loader(name, place.param, before)
 
 
 def count_loader(name: str, param: nn.Parameter, before: int) -> None:
-    """After a loader of its own filled `param`: count that as a write of all of it, unless it counted."""
-    written: Any = param.written  # type: ignore[attr-defined]
+    """Count what a resolver's loader did as one write of all of `param`, unless the loader counted writes itself.
+
+    name: the tensor that it loaded.  before: how many elements were written before it ran.
+    """
+    written = written_of(param)
     if written.elements == before:
         written.add(tuple(slice(0, side) for side in param.shape), name)
 
@@ -142,10 +143,9 @@ def count_loader(name: str, param: nn.Parameter, before: int) -> None:
 def _check_written(model: nn.Module, path: str) -> None:
     problems = []
     for name, param in model.named_parameters():
-        slots = getattr(param, "slots", None)
+        slots, found = slots_of(param), written_of(param).elements
         wanted = param.numel() if slots is None else sum(slot.elements for slot in slots)
-        found = param.written.elements  # type: ignore[attr-defined]
         if found not in (wanted, param.numel()):
-            text = f"half-written; expected {wanted} elements, found {found}"
+            text = f"half-written; expected {wanted} elements to be written, found {found}"
             problems.append(Problem("half-written", name, text))
     raise_problems(path, problems)

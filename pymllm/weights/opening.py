@@ -1,4 +1,4 @@
-"""From a name to an open checkpoint: a folder of config.json and safetensors files, or a GGUF file."""
+"""Opening a checkpoint by its name: a folder of config.json and safetensors files, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or of a hub id "org/name" in the hub's cache, downloaded if need be.
+    """Find the folder (or .gguf file) of a model: the path itself, or a hub id's folder in the hub's cache.
 
-    model: a Path is always local; a str is local if that folder, or .gguf file, exists.
-    Only the files that loading needs are downloaded.  HF_HUB_OFFLINE and the hub's other settings hold.
-    Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local folder.
+    model: a Path is always local; a str is local if that folder, or .gguf file, exists, and else a hub id "org/name",
+    of which the files that loading needs are downloaded.  HF_HUB_OFFLINE and the hub's other settings hold.
+    Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local model.
     """
     folder = Path(model)
     if (folder.is_dir() and model != "") or (is_gguf(folder) and os.path.lexists(folder)):
         if revision is not None:
             raise CheckpointError(
-                f"a local model has no revision {revision!r}",
+                f"this is a local model, which has no revision {revision!r}",
                 code="revision",
                 file=str(folder),
-                fix="Leave the revision out, or pass a hub id.",
+                fix="Leave the revision out, or pass a hub id in place of the path.",
             )
         return folder
     if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
@@ -69,7 +69,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
             f"{model!r} is not a local folder, and the hub did not give it: {reason}",
             code="model-not-found",
             fix="Check the id, the revision, the access rights and the network. "
-            "With HF_HUB_OFFLINE=1 it must be in the cache already.",
+            "With HF_HUB_OFFLINE=1 the model must be in the cache already.",
         ) from error
     return Path(snapshot)
 
@@ -77,7 +77,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
 def open_checkpoint(
     path: str | Path, architectures: Mapping[str, GGUFArchitecture] | None = None
 ) -> Checkpoint:
-    """Read config.json, the index and every header; no tensor byte.
+    """Open a checkpoint: read its config.json, its index and the header of every file, but no tensor.
 
     architectures: what model definitions say of GGUF files (`pymllm.models.gguf_architectures`).
     Raises CheckpointError; its code for the folder is one of: folder-missing, config-missing, config-json
@@ -90,11 +90,11 @@ def open_checkpoint(
         return open_gguf(path, architectures or {})
     if not path.is_dir():
         raise CheckpointError(
-            "not a folder",
+            "the checkpoint's path is not a folder",
             code="folder-missing",
             file=str(path),
             expected="a folder with config.json and safetensors files, or a .gguf file",
-            fix="Pass the checkpoint's folder; hub ids go through resolve_model_path.",
+            fix="Pass the checkpoint's folder; resolve_model_path finds that of a hub id.",
         )
     config = read_config(path)
     names = list_names(path)

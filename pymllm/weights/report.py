@@ -1,4 +1,4 @@
-"""The load report: what became of every tensor of a checkpoint, and of every parameter of the model."""
+"""The load report, which says what became of every tensor of a checkpoint; and the problems that stop a load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Status = Literal["loaded", "tied", "skipped"]
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One checkpoint tensor.  reason: why it was tied or skipped.  nbytes: read from the file by this rank."""
+    """One checkpoint tensor and what became of it.
+
+    nbytes: how many bytes this rank read of it.  reason: why it was tied or skipped.
+    """
 
     name: str
     status: Status
@@ -26,10 +29,10 @@ class TensorRecord:
 
 @dataclass
 class LoadReport:
-    """Filled while loading; `model.load_report` afterwards.
+    """The account of one load, filled while loading; `model.load_report` afterwards.
 
-    loaded: the names of those that were read.  methods: how many layers have each method.
-    final_bytes: packed weights of this rank.
+    loaded: the names of the tensors that were read.  methods: how many layers have each method.
+    final_bytes: the size of this rank's packed weights.
     """
 
     tensors: list[TensorRecord] = field(default_factory=list)
@@ -40,7 +43,7 @@ class LoadReport:
     final_bytes: int = 0
 
     def summary(self) -> str:
-        """One line for a log."""
+        """Sum the report up in one line for a log."""
         counts = Counter(record.status for record in self.tensors)
         states = ", ".join(f"{count} {status}" for status, count in counts.items())
         methods = ", ".join(f"{count} x {name}" for name, count in self.methods.most_common())
@@ -61,7 +64,10 @@ class Problem:
 
 
 def raise_problems(file: str, problems: Iterable[Problem]) -> None:
-    """Raise ONE CheckpointError for all problems; none: return.  Its code is theirs, if they agree."""
+    """Raise ONE CheckpointError for all problems, if there are any.
+
+    Its code is theirs where they agree, else "checkpoint-mismatch".
+    """
     found = list(problems)
     if not found:
         return
@@ -80,21 +86,24 @@ def raise_problems(file: str, problems: Iterable[Problem]) -> None:
     )
 
 
-HINTS = 20  # problems that get a hint: comparing names is slow, and a checkpoint may be wrong in all of them
+# So many problems get a hint: comparing names is slow, and a checkpoint may have a problem with every tensor.
+HINTS = 20
 
 
 def missing(slot: Slot, stray: Sequence[str]) -> Problem:
-    """stray: the checkpoint's tensors that nothing asks for, among which a misspelt one would be."""
+    """Describe a slot that no tensor fills.
+
+    stray: the checkpoint's tensors that nothing asks for, among which a misspelt one would be.
+    """
     wanted = f"{str(slot.spec.dtype).removeprefix('torch.')} {list(slot.source_shape)}"
     hint = nearest(slot.tensor, stray)
     return Problem("missing", slot.tensor, f"missing; the layer needs it as {wanted}. {hint}".strip())
 
 
 def mismatch(slot: Slot, tensor: TensorInfo) -> Problem | None:
-    """What of a tensor's dtype or shape does not fit its place."""
-    if tensor.dtype is not slot.spec.dtype and tensor.dtype not in slot.spec.accepts:
-        allowed = dict.fromkeys((slot.spec.dtype, *slot.spec.accepts))
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    """Return why the tensor's dtype or shape does not fit the slot, or None."""
+    if tensor.dtype not in slot.spec.dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in slot.spec.dtypes)
         found = str(tensor.dtype).removeprefix("torch.")
         return Problem("dtype", tensor.name, f"wrong dtype; expected {expected}, found {found}")
     if not same_shape(tensor.shape, slot.source_shape):

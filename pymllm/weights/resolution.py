@@ -1,7 +1,8 @@
-"""Checkpoint names that are not parameter names: what a module may say about them, and how that is carried out.
+"""Checkpoint names that are not parameter names: a module says where such a tensor goes, and this file puts it there.
 
-A module may define `resolve_checkpoint_weight(suffix, ctx) -> ResolvedWeight | None`: where the tensor goes whose name,
-after the module's own, is `suffix`. The module nearest to the tensor is asked first, then those around it, to the root.
+A module may define `resolve_checkpoint_weight(suffix, ctx) -> ResolvedWeight | None`, which returns the place of the
+tensor whose name, after the module's own, is `suffix`. The module nearest to the tensor is asked first, then those
+around it, up to the root.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.weights.loader import same_shape
 
-PackedMapping = Mapping[
-    str, tuple[str, int | str]
-]  # "q_proj": ("qkv_proj", "q"): whose part a module is, and which
+# "q_proj": ("qkv_proj", "q"), from a module's name to the packed module that it is a part of, and the part's shard id.
+PackedMapping = Mapping[str, tuple[str, int | str]]
 
 
 @dataclass(frozen=True)
 class LoadContext:
-    """config: what the model is loaded with.  full_name: the tensor's whole name in the checkpoint."""
+    """The load that a resolver is asked in.
+
+    config: the one that the model is loaded with.  full_name: the tensor's whole name in the checkpoint.
+    """
 
     config: Any
     full_name: str
@@ -30,10 +33,11 @@ class LoadContext:
 
 @dataclass(frozen=True)
 class ResolvedWeight:
-    """Where a checkpoint tensor goes.
+    """The place of a checkpoint tensor.
 
-    skip: nowhere.  transform: changes it first.  loader: takes it from there, in place of the parameter's own loader;
-    `param` then says which parameter it fills.  param, with shard_id: a parameter, or a part of it.  buffer: a buffer.
+    skip: the tensor goes nowhere.  transform: changes the tensor first.  param: the parameter that it goes to, with
+    shard_id the part of it.  buffer: the buffer that it goes to.  loader: takes the tensor in place of the parameter's
+    own loader; `param` then says which parameter it fills.
     """
 
     param: nn.Parameter | None = None
@@ -46,17 +50,21 @@ class ResolvedWeight:
     def __post_init__(self) -> None:
         if self.param is not None and self.buffer is not None:
             raise ConfigError(
-                "a tensor goes to a parameter or to a buffer, not to both", code="resolved-weight"
+                "a ResolvedWeight has both a parameter and a buffer; a tensor goes to one of them, not to both",
+                code="resolved-weight",
             )
 
 
 def defines_resolver(model: nn.Module) -> bool:
-    """Whether any module of `model` resolves names of its own."""
+    """Tell whether any module of `model` resolves names of its own."""
     return any(hasattr(module, "resolve_checkpoint_weight") for module in model.modules())
 
 
 def resolve_weight_spec(model: nn.Module, name: str, config: Any = None) -> ResolvedWeight | None:
-    """What the modules say of a tensor: the longest prefix of its name is asked first, the root last; None: nothing."""
+    """Ask the modules for a tensor's place: the longest prefix of its name first, the root last.
+
+    config: the one that the model is loaded with.  None: no module names a place.
+    """
     context = LoadContext(config, name)
     modules, segments = _modules_along(model, name), name.split(".")
     for depth in range(len(modules) - 1, -1, -1):
@@ -69,7 +77,7 @@ def resolve_weight_spec(model: nn.Module, name: str, config: Any = None) -> Reso
 
 
 def _modules_along(model: nn.Module, name: str) -> list[nn.Module]:
-    """The root, then the module of each further segment of a tensor's name, as far as there are any."""
+    """List the root, then the module of each further segment of a tensor's name, as far as there are any."""
     modules = [model]
     for segment in name.split("."):
         child = modules[-1]._modules.get(segment)
@@ -80,9 +88,9 @@ def _modules_along(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def apply_resolved_weight(resolved: ResolvedWeight, loaded: Tensor) -> None:
-    """Carry out what was resolved: skip, transform, then the loader, or the parameter, or the buffer.
+    """Put a tensor in its place: skip or transform it, then give it to the loader, the parameter or the buffer.
 
-    ValueError if it names none of them; CheckpointError if the tensor does not fit.
+    Raises ConfigError if the place names none of them, CheckpointError if the tensor does not fit.
     """
     if resolved.skip:
         return
@@ -96,9 +104,10 @@ def apply_resolved_weight(resolved: ResolvedWeight, loaded: Tensor) -> None:
         _copy_once(resolved.buffer, loaded, "the buffer")
     else:
         raise ConfigError(
-            "a resolved tensor has no place to go",
+            "a ResolvedWeight gives its tensor no place to go",
             code="resolved-weight",
             expected="one of skip, loader, param and buffer",
+            fix="Set one of them in the module's resolve_checkpoint_weight.",
         )
 
 
@@ -109,8 +118,9 @@ def load_parameter(param: nn.Parameter, loaded: Tensor, shard_id: int | str | No
         loader(param, loaded, shard_id)
     elif shard_id is not None:
         raise ConfigError(
-            f"a parameter without a weight_loader has no part {shard_id!r}",
+            f"a tensor is meant for one part of a parameter, which has no weight_loader and so no part {shard_id!r}",
             code="shard-id",
+            expected="no shard_id, or a parameter with a weight_loader",
             found=str(shard_id),
         )
     else:
@@ -118,7 +128,7 @@ def load_parameter(param: nn.Parameter, loaded: Tensor, shard_id: int | str | No
 
 
 def default_weight_loader(param: Tensor, loaded_weight: Tensor) -> None:
-    """Copy a whole tensor of the same shape, once.  CheckpointError for another shape or a second time."""
+    """Copy a whole tensor to a parameter, once.  CheckpointError for another shape or dtype, or a second time."""
     _copy_once(param, loaded_weight, "the parameter")
 
 
@@ -148,7 +158,7 @@ def _check_fits(place: Tensor, loaded: Tensor, what: str) -> None:
 
 
 def find_direct(model: nn.Module, name: str) -> ResolvedWeight | None:
-    """The parameter or buffer of exactly this name."""
+    """Find the parameter or buffer of exactly this name.  None: there is none."""
     path, _, last = name.rpartition(".")
     modules = _modules_along(model, path) if path else [model]
     if path and len(modules) <= len(path.split(".")):
@@ -160,9 +170,9 @@ def find_direct(model: nn.Module, name: str) -> ResolvedWeight | None:
 
 
 def find_packed(model: nn.Module, packed: PackedMapping, name: str) -> ResolvedWeight | None:
-    """The part of a packed parameter that this name means.
+    """Find the part of a packed parameter that this name means.  None: the mapping does not place it.
 
-    A key is a segment of the path, or several in a row, of which the target replaces the last; never a part of one.
+    A key of the mapping is one segment of the name, or several in a row, of which the target replaces the last.
     """
     segments = name.split(".")
     for key, (target, shard_id) in packed.items():
@@ -177,22 +187,22 @@ def find_packed(model: nn.Module, packed: PackedMapping, name: str) -> ResolvedW
 
 
 def _index_of(segments: Sequence[str], wanted: Sequence[str]) -> int | None:
-    """Where `wanted` stands in a row among the segments before the last (which names the tensor)."""
+    """Find `wanted` in a row among the segments before the last (which names the tensor).  None: it is not there."""
     starts = range(len(segments) - len(wanted))
     return next((i for i in starts if list(segments[i : i + len(wanted)]) == list(wanted)), None)
 
 
 def try_load_direct(model: nn.Module, name: str, loaded_weight: Tensor) -> bool:
-    """Load a tensor whose name is a parameter's or a buffer's.  False if it is neither."""
+    """Load a tensor whose name is a parameter's or a buffer's.  Returns False if it is neither's."""
     return _applied(find_direct(model, name), loaded_weight)
 
 
 def try_load_via_packed_mapping(
     model: nn.Module, packed_mapping: PackedMapping, name: str, loaded_weight: Tensor, config: Any = None
 ) -> bool:
-    """Load a tensor that is a part of a packed parameter.  False if the mapping does not place it.
+    """Load a tensor that is a part of a packed parameter.  Returns False if nothing places it.
 
-    A module around the packed one may still resolve the name itself (`config` is what it is told).
+    The modules' own resolvers are asked first, with `config`, then the mapping.
     """
     resolved = resolve_weight_spec(model, name, config)
     return _applied(resolved or find_packed(model, packed_mapping, name), loaded_weight)

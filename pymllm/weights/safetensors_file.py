@@ -59,7 +59,7 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file.  metadata: the header's `__metadata__`, strings by name."""
+    """A safetensors file.  metadata: the strings of the header's `__metadata__` by name."""
 
     def __init__(
         self, path: Path, identity: tuple[int, int, int], header: dict[str, Any], data_start: int
@@ -84,7 +84,8 @@ class SafetensorsFile(TensorFile):
         descriptor = Descriptor(path)
         size = descriptor.identity[2]
         if size < 8:
-            raise fault(path, "header-short", "no room for a header", "at least 8 bytes", f"{size} bytes")
+            message = "the file has no room for a header"
+            raise fault(path, "header-short", message, "at least 8 bytes", f"{size} bytes")
         length = int.from_bytes(descriptor.read(0, 8), "little")
         limit = min(MAX_HEADER_BYTES, size - 8)
         if not 0 < length <= limit:
@@ -101,9 +102,9 @@ class _DuplicateKeyError(ValueError):
 def parse_json_object(
     raw: bytes | bytearray, path: Path, what: str, *, allow_non_finite: bool = False
 ) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no key twice at any depth and, unless allowed, no NaN or Infinity.
+    """Parse a JSON object, strictly: UTF-8, no key twice at any depth and, unless allowed, no NaN or Infinity.
 
-    what: "header", "index" or "config"; the codes are its -utf8, -duplicate-key and -json.
+    what: "header", "index" or "config".  Raises CheckpointError "<what>-utf8", "<what>-duplicate-key", "<what>-json".
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,8 +142,8 @@ def parse_json_object(
 
 def _parse_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        message = "__metadata__ is not as it must be"
-        raise fault(path, "header-metadata", message, "an object of strings", reprlib.repr(metadata))
+        message = "the header's __metadata__ is not a JSON object of strings"
+        raise fault(path, "header-metadata", message, "strings by name", reprlib.repr(metadata))
     return metadata
 
 
@@ -152,18 +153,21 @@ def _parse_entry(file: SafetensorsFile, name: str, entry: object, data_start: in
 
     check_tensor_name(file.path, name, "header-entry")
     if not isinstance(entry, dict) or entry.keys() != set(_FIELDS):
-        raise bad("header-entry", "not described", f"an object of {', '.join(_FIELDS)}", reprlib.repr(entry))
+        expected = f"an object of {', '.join(_FIELDS)}"
+        raise bad("header-entry", "the header does not describe it", expected, reprlib.repr(entry))
     dtype_name, shape, offsets = (entry[key] for key in _FIELDS)
     if not isinstance(dtype_name, str):
         raise bad("header-entry", "bad dtype", "a string", reprlib.repr(dtype_name))
     if dtype_name not in DTYPES:
         raise bad("header-dtype", "unknown dtype", f"one of {', '.join(DTYPES)}", reprlib.repr(dtype_name))
     if not _are_sizes(shape) or len(shape) > MAX_RANK:
-        raise bad("header-entry", "bad shape", f"at most {MAX_RANK} integers from 0 on", reprlib.repr(shape))
+        raise bad(
+            "header-entry", "bad shape", f"up to {MAX_RANK} integers of at least 0", reprlib.repr(shape)
+        )
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad("header-entry", "bad data_offsets", "integers [start, end]", reprlib.repr(offsets))
     bits, dtype = DTYPES[dtype_name]
-    # Zeros count as one here: torch computes strides from the other dims, and these must not overflow either.
+    # A size of 0 counts as 1 here: torch computes strides from the other dims, which must not overflow either.
     if math.prod(size or 1 for size in shape) * bits >= 1 << 66:
         raise bad("size-overflow", "too large", "less than 2^63 bytes", f"{dtype_name} {reprlib.repr(shape)}")
     (start, end), expected_bits = offsets, math.prod(shape) * bits

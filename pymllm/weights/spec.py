@@ -26,7 +26,7 @@ from pymllm.errors import ConfigError, ShardingError
 
 
 class Axis(enum.Enum):
-    """What a stored dimension counts."""
+    """The logical axis whose elements a stored dimension counts."""
 
     OUT = "output features"
     IN = "input features"
@@ -42,9 +42,9 @@ class Dim:
     size: the stored size of a WHOLE dimension, which no layer shape determines.
     apart: whether an element holds its logical ones apart, side by side, instead of one value that they share.
     count: how many elements together cover the granule.
-    spread: every rank holds all of it, as each element has logical ones from all over the axis.
+    spread: every rank holds the whole dimension, as each stored element has logical ones from all over the axis.
     flat: where not 0, the whole weight is laid out along this dimension, row after row, with one element for every
-    `flat` values; `of_rows` says what granule and count that is.
+    `flat` values; `of_rows` turns that into a granule and a count.
     """
 
     axis: Axis
@@ -56,39 +56,42 @@ class Dim:
     spread: bool = False
 
     def every(self, granule: int) -> Dim:
-        """The same axis with one stored element for `granule` logical ones; 0 or less: one for all."""
+        """Store one element for `granule` logical ones; 0 or less: one for the whole axis."""
         return replace(self, granule=max(granule, 0))
 
     def packed(self, count: int) -> Dim:
-        """The same axis with `count` logical elements packed in each stored one, which no rank can hold in part."""
+        """Pack `count` logical elements in each stored one, which no rank can hold in part."""
         return replace(self, granule=count, apart=True)
 
     def in_words(self, bits: int) -> Dim:
-        """The same axis as fields of `bits` bits, one after the other in 32-bit words, some across two of them."""
+        """Store the axis as fields of `bits` bits, one after the other in 32-bit words, some across two of them."""
         common = math.gcd(32, bits)
         return replace(self, granule=32 // common, count=bits // common, apart=True)
 
     def in_blocks(self, values: int, size: int) -> Dim:
-        """The same axis in blocks: `values` logical elements in `size` stored ones (bytes, say)."""
+        """Store the axis in blocks: `values` logical elements in `size` stored ones (bytes, say)."""
         return replace(self, granule=values, count=size, apart=True)
 
     def flattened(self, per: int) -> Dim:
-        """This axis with the other one within it: the weight laid flat, one stored element for every `per` values."""
+        """Lay the whole weight flat along this axis, row after row, with one stored element for every `per` values."""
         return replace(self, flat=per)
 
     def undivided(self) -> Dim:
-        """The same dimension, held in full by every rank."""
+        """Let every rank hold the dimension in full."""
         return replace(self, spread=True)
 
     def of_rows(self, length: int) -> Dim:
-        """The same dimension where rows are of this length: the rows that end with an element, and their elements."""
+        """Settle a flat dimension for rows of `length` values; any other dimension stays as it is.
+
+        The granule becomes the fewest rows that end where a stored element ends, the count their stored elements.
+        """
         if not self.flat:
             return self
         together = math.lcm(length, self.flat)
         return replace(self, granule=together // max(length, 1), count=together // self.flat, flat=0)
 
     def stored(self, logical: int) -> int:
-        """How many stored elements cover `logical` ones."""
+        """Count the stored elements that cover `logical` ones."""
         return 1 if self.granule == 0 else -(-logical * self.count // self.granule)
 
 
@@ -96,11 +99,11 @@ OUT, IN, PART, EXPERT = Dim(Axis.OUT), Dim(Axis.IN), Dim(Axis.PART), Dim(Axis.EX
 
 
 def whole(size: int) -> Dim:
-    """A dimension of `size` elements that every rank holds in full."""
+    """Make a dimension of `size` elements that every rank holds in full."""
     return Dim(Axis.WHOLE, size=size)
 
 
-# What a float parameter may be read from: a conversion between these is what `dtype=` asks for.
+# The dtypes that a float parameter may be read from: `dtype=` asks for a conversion between them.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -108,11 +111,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class WeightSpec:
     """One tensor of a layer, as the checkpoint stores it.
 
-    name: its suffix after the layer's name.  dtype: what the parameter holds.
+    name: the tensor's suffix after the layer's name.  dtype: that of the parameter.
     accepts: further dtypes that the checkpoint may have, converted on reading.
-    aliases: other suffixes that checkpoints of the format use for it.
-    scale: a scale, which must be finite and not zero.
-    refuse: told what was read and the part's shape, says why that cannot be right; None: it can.
+    aliases: other suffixes that checkpoints of the format use for the tensor.
+    scale: whether the tensor is a scale, which must be finite and not zero.
+    refuse: is given what was read and the part's shape, and returns why that cannot be right, or None.
     """
 
     name: str
@@ -123,8 +126,13 @@ class WeightSpec:
     scale: bool = False
     refuse: Callable[[Tensor, LinearShape], str | None] | None = None
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that the checkpoint's tensor may have, the parameter's own first."""
+        return tuple(dict.fromkeys((self.dtype, *self.accepts)))
+
     def source_shape(self, in_features: int, out_features: int) -> tuple[int, ...]:
-        """The full shape of one part's tensor in the checkpoint."""
+        """Return the full shape of one part's tensor in the checkpoint."""
         sizes = {Axis.OUT: out_features, Axis.IN: in_features}
         return tuple(
             dim.size if dim.axis is Axis.WHOLE else dim.of_rows(in_features).stored(sizes[dim.axis])
@@ -148,7 +156,10 @@ class Span:
 
     @classmethod
     def even(cls, total: int, rank: int, size: int, what: str) -> Span:
-        """Share `rank` of `size` equal ones.  ShardingError names the sizes that do divide `total`."""
+        """Return share `rank` of `size` equal shares.
+
+        Raises ShardingError, which names `what` and the sizes that do divide `total`, where `size` does not.
+        """
         if total % size:
             legal = [s for s in range(1, total + 1) if total % s == 0 and s <= 4 * size]
             raise ShardingError(
@@ -166,7 +177,7 @@ class Span:
         return self.stop - self.start + self.padding
 
     def stored(self, dim: Dim, what: str) -> Span:
-        """The same share counted in stored elements.
+        """Count the same share in stored elements.  what: the tensor's name, for the error.
 
         An edge lies on a granule, or is the axis' end, or the whole span lies within one granule of a shared value,
         which is then held by every rank that needs it.  Anything else is a ShardingError.
@@ -193,12 +204,12 @@ class Span:
 
 
 def refuse_sizes(layer: str, **sizes: Sequence[Any]) -> None:
-    """ConfigError for a size of a layer that is no whole number of at least 1, or for none where there must be some."""
+    """Raise ConfigError if a size of a layer is no whole number of at least 1, or if a list of sizes is empty."""
     for name, values in sizes.items():
         bad = [value for value in values if not isinstance(value, Integral) or value < 1]
         if bad or not values:
             raise ConfigError(
-                f"{layer}: {name} cannot be this",
+                f"{layer}: {name} is not a size that a layer can have",
                 code="layer-size",
                 expected="a whole number of at least 1",
                 found=repr(bad[0]) if bad else "none",
@@ -206,7 +217,7 @@ def refuse_sizes(layer: str, **sizes: Sequence[Any]) -> None:
 
 
 def side_by_side(spans: tuple[Span, ...]) -> tuple[Span, ...]:
-    """Shares of several axes as shares of one, on which these lie one after the other."""
+    """Turn shares of several axes into shares of one axis, on which these lie one after the other."""
     total, starts = sum(span.total for span in spans), [0]
     for span in spans:
         starts.append(starts[-1] + span.total)
@@ -223,7 +234,7 @@ class LinearShape:
     inputs: the share of the input features.  outputs: for each fused part, the share of its output features.
     parts: the checkpoint names of the parts, one for a layer that fuses nothing. One name for several outputs: the
     checkpoint has them side by side in one tensor, and the outputs are spans of all that it holds.
-    dtype: what plain float weights are kept in.
+    dtype: the dtype that plain float weights are kept in.
     """
 
     inputs: Span
@@ -252,7 +263,7 @@ class LinearShape:
 
     @property
     def together(self) -> bool:
-        """Whether one tensor of the checkpoint holds several outputs."""
+        """True where one tensor of the checkpoint holds several outputs."""
         return len(self.parts) < len(self.outputs)
 
     @property
@@ -265,7 +276,7 @@ class LinearShape:
         return sum(span.size for span in self.outputs)
 
     def part(self, index: int) -> LinearShape:
-        """One part alone; of outputs that one tensor holds, all of them."""
+        """Return the shape of one part alone; where one tensor holds several outputs, of all of them."""
         if self.together:
             return self
         return replace(self, outputs=(self.outputs[index],), parts=(self.parts[index],))
@@ -273,12 +284,13 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """One product of a layer's experts: the shape of one, and which of them this rank holds.
+    """One product of a layer's experts: the shape of one expert, and which of them this rank holds.
 
-    one: of every expert; where each has tensors of its own, the names of its parts have "{}" for the expert's index.
-    ids: the experts that are held here.  total: how many there are.
+    one: the shape of every expert; where each has tensors of its own, the names of its parts have "{}" for its index.
+    ids: the experts that this rank holds.  total: how many the layer has.
     stacked: one tensor holds all experts, and the outputs of all parts, one part after the other.
-    interleaved: or in turns, an output of each part; they are one part here, and `in_order` sorts them out.
+    interleaved: where not 0, the tensor holds the outputs of so many parts in turns; they count as one part here, and
+    `in_order` sorts them out.
     """
 
     one: LinearShape
@@ -296,19 +308,19 @@ class ExpertsShape:
         return self.one.dtype
 
     def spec(self, spec: WeightSpec) -> WeightSpec:
-        """One expert's tensor as that of all of them."""
+        """Turn the spec of one expert's tensor into that of all experts."""
         return replace(spec, dims=(EXPERT, *spec.dims))
 
     def part(self, index: int) -> LinearShape:
-        """One part of an expert alone."""
+        """Return the shape of one part of an expert alone."""
         return self.one.part(index)
 
     def expert(self, expert: int) -> LinearShape:
-        """The shape of one expert, under its own names.  expert: its index in the checkpoint."""
+        """Return the shape of one expert, under its own names.  expert: its index in the checkpoint."""
         return replace(self.one, parts=tuple(part.format(expert) for part in self.one.parts))
 
     def in_order(self, spec: WeightSpec, tensor: Tensor) -> Tensor:
-        """One expert's tensor with its outputs sorted by part, where they are interleaved."""
+        """Sort the outputs of one expert's tensor by part, where they are interleaved."""
         if not self.interleaved:
             return tensor
         axis = next((i for i, dim in enumerate(spec.dims) if dim.axis is Axis.OUT), None)

@@ -1,10 +1,10 @@
 """Tensors in a file, whatever its container: exact reads of named byte ranges.
 
-`TensorFile` is what the containers share (`safetensors_file`, `gguf_file`): an open file that must stay the one whose
-header was read, and `TensorInfo`s, which read themselves, or a slice, from it.
+`TensorFile` is the base of the containers (`safetensors_file`, `gguf_file`): an open file that must stay the one whose
+header was read, and `TensorInfo`s, which read themselves, or a slice of themselves, from it.
 
 Bytes are read with preadv straight into the destination, not mapped: a file that shrinks while it is used
-gives a CheckpointError instead of SIGBUS, its pages are not counted as our memory, and threads share nothing.
+gives a CheckpointError instead of SIGBUS, its pages do not count as this process's memory, and threads share nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pymllm.errors import CheckpointError
 MAX_NAME_LENGTH = 1000
 MAX_READ_BYTES = 1 << 30  # Linux ends one read at 2^31 - 4096 bytes
 BLOCK_BYTES = 4 << 20  # scratch for slices narrower than a page
-WIDE_BYTES = 4096  # a segment this long is read by itself: fewer bytes would not be less disk
-LONG_ROW_BYTES = 32 << 10  # copying more than this costs more than one further call, about 1.4 us
+WIDE_BYTES = 4096  # a segment this long is read by itself: the disk reads whole pages anyway
+LONG_ROW_BYTES = 32 << 10  # to copy more bytes than this costs more than one further read, about 1.4 us
 STAGE_BYTES = 64 << 20  # scratch for destinations that are on a device or strided in the last dim
 
 
@@ -37,7 +37,7 @@ STAGE_BYTES = 64 << 20  # scratch for destinations that are on a device or strid
 class TensorInfo:
     """One tensor of a checkpoint, from its header alone.
 
-    dtype_name: as the header spells it, e.g. "BF16".  torch_dtype: of what is read; None: nothing can be.
+    dtype_name: as the header spells it, e.g. "BF16".  torch_dtype: what it is read as; None: it cannot be read.
     shape: in elements of that dtype.  start, end: absolute byte offsets in the file.
     """
 
@@ -51,7 +51,7 @@ class TensorInfo:
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's dtype.  Raises CheckpointError ("dtype-unsupported") for sub-byte elements such as F4."""
+        """The torch dtype.  Raises CheckpointError "dtype-unsupported" for sub-byte elements such as F4."""
         dtype = self.torch_dtype
         if dtype is None:
             raise CheckpointError(
@@ -61,7 +61,7 @@ class TensorInfo:
                 tensor=self.name,
                 expected="a dtype of whole bytes",
                 found=self.dtype_name,
-                fix="Store the packed codes as U8.",
+                fix="Convert the checkpoint: store the packed codes as U8.",
             )
         return dtype
 
@@ -70,12 +70,12 @@ class TensorInfo:
         return self.end - self.start
 
     def read(self, index: tuple[slice, ...] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Read the tensor, or a slice of it, and only the bytes this needs.
+        """Read the tensor, or a slice of it, and only the bytes that this needs.
 
-        index: step-1 slices within the shape, one a dim; the last dims may be left out.
-        out: written in place and returned; the slice's shape, the tensor's dtype, any strides and device.
-        Returns [*slice shape].  Rows are read as one run; segments under 4 KiB in rows up to 32 KiB are cut
-        out of blocks of whole rows, at most 4 MiB each.
+        index: slices of step 1 within the shape, one for each dim; the last dims may be left out.
+        out: is written in place and returned; has the slice's shape, the tensor's dtype, any strides and device.
+        Returns [*slice shape].  Rows that adjoin are read as one run; segments under 4 KiB in rows of up to 32 KiB are
+        cut out of blocks of whole rows, at most 4 MiB each.
 
         Raises CheckpointError "truncated" or "changed" if the file is not the one whose header was read,
         "unreadable", "dtype-unsupported"; ValueError for an index or an `out` that does not fit.
@@ -86,7 +86,8 @@ class TensorInfo:
         if out is not None and (tuple(out.shape) != shape or out.dtype != dtype or out.is_meta):
             found = f"{out.dtype} {list(out.shape)} on {out.device}"
             raise ValueError(f"{self.name}: cannot read {dtype} {list(shape)} into {found}")
-        source = self.file.source(self)  # first: a file that shrank is refused before its tensor is allocated
+        # The source comes first: a file that shrank is refused before its tensor is allocated.
+        source = self.file.source(self)
         if out is None:
             out = torch.empty(shape, dtype=dtype)
         if out.numel() == 0:
@@ -103,7 +104,7 @@ class TensorInfo:
         return out
 
     def _bounds(self, index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
-        """[(start, stop)] for each dim."""
+        """Check the slices of `index`.  Returns (start, stop) for each dim; ValueError for a bad slice."""
         parts = tuple(index or ())
         bounds = []
         for dim, size in enumerate(self.shape):
@@ -119,6 +120,7 @@ class TensorInfo:
         return bounds
 
     def _read_through_stage(self, bounds: list[tuple[int, int]], out: torch.Tensor) -> None:
+        """Read a slice into scratch of at most STAGE_BYTES and copy it to `out`; halve a larger slice first."""
         sizes = [stop - start for start, stop in bounds]
         dim = next((dim for dim, size in enumerate(sizes) if size > 1), None)
         if dim is None or out.numel() * out.element_size() <= STAGE_BYTES:
@@ -133,15 +135,18 @@ class TensorInfo:
         )
 
 
-Source = Callable[[np.ndarray, int], None]  # fill a contiguous uint8 array from an absolute offset
+Source = Callable[
+    [np.ndarray, int], None
+]  # fills a contiguous uint8 array from an absolute offset in the file
 
 
 def _merge_dims(
     dest: np.ndarray, extents: list[int], starts: list[int]
 ) -> tuple[np.ndarray, list[int], list[int]]:
-    """The same bytes in as few dims as the slice and the strides of `dest` allow.
+    """Describe the same bytes in as few dims as the slice and the strides of `dest` allow.
 
-    dest: [*slice sizes] uint8, stride 1 in the last dim.  extents: sizes in the file.  starts: of the slice.
+    dest: [*slice sizes] uint8, stride 1 in the last dim.  extents: the dims' sizes in the file.  starts: where the
+    slice starts in each dim.  Returns dest, extents and starts with fewer dims.
     """
     # Innermost first: size, extent, start, stride in dest.
     dims = [(dest.shape[-1], extents[-1], starts[-1], 1)]
@@ -171,7 +176,7 @@ def _fill(dest: np.ndarray, extents: list[int], starts: list[int], offset: int, 
     rows_per_block = min(rows, BLOCK_BYTES // row_bytes)
     scratch = np.empty(rows_per_block * row_bytes, np.uint8)
     parts = [slice(start, start + size) for start, size in zip(starts, dest.shape, strict=True)]
-    cut = (slice(None), *parts[1:])  # of a block
+    cut = (slice(None), *parts[1:])  # the slice's part of a block
     for row in range(0, rows, rows_per_block):
         count = min(rows_per_block, rows - row)
         block = scratch[: count * row_bytes]
@@ -180,12 +185,12 @@ def _fill(dest: np.ndarray, extents: list[int], starts: list[int], offset: int, 
 
 
 class TensorFile:
-    """A file whose header has been read and checked; tensor bytes wait for `TensorInfo.read`.
+    """A file whose header has been read and checked; `TensorInfo.read` reads the tensors' bytes.
 
     path: the file.  identity: device, inode and size when its header was read.  tensors: by name, in file order.
-    metadata: what the header says besides.
+    metadata: what the header holds besides.
     The file is opened again at the first read and stays open until `close`, the end of a `with` block or
-    collection; a read after `close` opens it once more.  Any number of threads may read.
+    garbage collection; a read after `close` opens it once more.  Any number of threads may read.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -198,16 +203,17 @@ class TensorFile:
         self._descriptor: Descriptor | None = None
 
     def source(self, tensor: TensorInfo) -> Source:
-        """A function that fills arrays from this file, on behalf of `tensor`.
+        """Open the file, unless it is open, and make a function that fills arrays from it on behalf of `tensor`.
 
-        Raises CheckpointError if the file is not the one whose header was read.
+        Raises CheckpointError "changed" or "truncated" if the file is not the one whose header was read.
         """
         with self._lock:
             if self._descriptor is None:
                 descriptor = Descriptor(self.path)
                 if descriptor.identity[:2] != self._identity[:2]:
-                    message = "another file took its place after its header was read"
-                    raise fault(self.path, "changed", message, tensor=tensor.name, fix="Open it again.")
+                    message = "another file took this file's place after its header was read"
+                    fix = "Open the checkpoint again."
+                    raise fault(self.path, "changed", message, tensor=tensor.name, fix=fix)
                 self._descriptor = descriptor
             descriptor = self._descriptor
         expected, found = self._identity[2], os.fstat(descriptor.fd).st_size
@@ -216,7 +222,7 @@ class TensorFile:
         return lambda array, offset: descriptor.read_into(array.data, offset, tensor.name)
 
     def close(self) -> None:
-        """Release the open file; reads that other threads are in still finish."""
+        """Release the open file; reads that other threads have begun still finish."""
         with self._lock:
             self._descriptor = None
 
@@ -231,9 +237,9 @@ class TensorFile:
 
 
 class Descriptor:
-    """An open regular file.  It closes when its last user lets go: never under a read of another thread.
+    """An open regular file.  It closes when its last user lets go of it: never during a read of another thread.
 
-    identity: device, inode, size when opened.
+    identity: device, inode and size when it was opened.
     Raises CheckpointError "not-found", "symlink-loop", "not-regular" or "unreadable".
     """
 
@@ -242,15 +248,16 @@ class Descriptor:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)  # before opening: to open a device can have effects
-            if regular:  # non-blocking: the file may have become a FIFO by now
+            # Ask before opening: to open a device can have effects.  Open non-blocking: by then it may be a FIFO.
+            regular = stat.S_ISREG(os.stat(path).st_mode)
+            if regular:
                 self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 found = os.fstat(self.fd)
                 regular = stat.S_ISREG(found.st_mode)
         except OSError as error:
             raise _unreadable(path, error) from error
         if not regular:
-            raise fault(path, "not-regular", "not a regular file", "a regular file, or a link to one")
+            raise fault(path, "not-regular", "this is not a regular file", "a regular file, or a link to one")
         self.identity = (found.st_dev, found.st_ino, found.st_size)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
@@ -258,7 +265,7 @@ class Descriptor:
             close(self.fd)
 
     def read_into(self, buffer: memoryview, offset: int, tensor: str | None = None) -> None:
-        """Fill `buffer` (contiguous bytes) from `offset`.  Raises CheckpointError at the end of the file."""
+        """Fill `buffer` (contiguous bytes) from `offset` on.  CheckpointError "truncated" where the file ends first."""
         done = 0
         while done < len(buffer):
             try:
@@ -276,7 +283,7 @@ class Descriptor:
 
 
 def read_small_file(path: Path, limit: int, what: str) -> bytearray:
-    """All bytes of a regular file.  Raises CheckpointError "<what>-too-large" above `limit` bytes."""
+    """Read all bytes of a regular file.  Raises CheckpointError "<what>-too-large" above `limit` bytes."""
     descriptor = Descriptor(path)
     size = descriptor.identity[2]
     if size > limit:
@@ -286,10 +293,10 @@ def read_small_file(path: Path, limit: int, what: str) -> bytearray:
 
 
 def check_tensor_name(path: Path, name: str, code: str) -> None:
-    """Raise CheckpointError for a name that could flood or steer the terminal which shows it."""
+    """Raise CheckpointError `code` for a tensor name that could flood or steer the terminal which shows it."""
     if not is_plain(name):
-        message = f"the tensor name {reprlib.repr(name)} is refused"
-        found = f"{len(name)}, {'all' if name.isprintable() else 'not all'} printable"
+        message = f"the tensor name {reprlib.repr(name)} is too long or not printable"
+        found = f"{len(name)} characters, {'all' if name.isprintable() else 'not all'} printable"
         raise fault(path, code, message, f"at most {MAX_NAME_LENGTH} printable characters", found)
 
 
@@ -306,14 +313,16 @@ def fault(
     tensor: str | None = None,
     fix: str = "The file is damaged or badly written: download it or convert it again.",
 ) -> CheckpointError:
+    """Make the error for a fault of the file at `path`."""
     return CheckpointError(
         message, code=code, file=str(path), tensor=tensor, expected=expected, found=found, fix=fix
     )
 
 
 def truncated(path: Path, tensor: str | None, expected: int, found: int) -> CheckpointError:
+    """Make the error for a file of another size than its header describes.  expected, found: in bytes."""
     message = "the file does not have the size that its header describes"
-    fix = "Download or copy it again; nothing may write to it while it is used."
+    fix = "Download or copy the file again; nothing may write to it while it is used."
     return fault(path, "truncated", message, f"{expected} bytes", f"{found} bytes", tensor, fix)
 
 
@@ -326,9 +335,11 @@ def _unreadable(path: Path, error: OSError, tensor: str | None = None) -> Checkp
 def check_layout(
     path: Path, infos: Sequence[TensorInfo], data_start: int, size: int, alignment: int = 1
 ) -> None:
-    """Raise unless the tensors, sorted by offset, cover the file from `data_start` to `size` exactly once.
+    """Raise CheckpointError unless the tensors, sorted by offset, cover the file's data exactly once.
 
+    data_start, size: where the data starts and ends, in bytes.
     alignment: every tensor, and the file, may end with padding to a multiple of it from `data_start`.
+    Its code is one of: overlap, hole, offsets-out-of-file, truncated, trailing-bytes.
     """
     end, last = data_start, None
     for info in infos:
@@ -342,9 +353,10 @@ def check_layout(
             message = f"no tensor has the bytes from {position} to {info.start}, where {info.name!r} begins"
             raise fault(path, code, message, f"a start at {position}, an end by {size}", found, info.name)
         end, last = info.end, info
-    if end > size:  # in order and without holes, only too long: what a cut-off file looks like
+    # In order and without holes, only too long: such is a file that was cut off.
+    if end > size:
         cut_off = next(info for info in infos if info.end > size)
         raise truncated(path, cut_off.name, end, size)
     if size - data_start > -(-(end - data_start) // alignment) * alignment:
-        message = "there are bytes after the last tensor"
+        message = "the file has bytes after its last tensor"
         raise fault(path, "trailing-bytes", message, f"{end} bytes", f"{size} bytes")

@@ -1,32 +1,29 @@
 """Make the bitsandbytes golden vectors with its own quantisers and dequantisers, on a CPU.
 
     pip install torch safetensors && pip install --no-deps bitsandbytes==0.50.0
-    python quantization/bitsandbytes/make_golden.py
+    python -m quantization.bitsandbytes.make_golden
 
 The tensors are those that `Linear4bit` and `Linear8bitLt` put in a state dict.
 
 Legend: I in_features, O out_features, B block size.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-from safetensors.torch import save_file
 from torch import Tensor
 
-GOLDEN = Path(__file__).parent / "golden"
+from quantization.golden_writer import random_weight, write_vector
+
 WRITER = "bitsandbytes 0.50.0"
+LAST = ("made_by", "group_size", "block_size", "seed", "note", "dequantized_by", "dequantized_rounded_to")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     name: str
-    in_features: int
-    out_features: int
     quant_type: str = "nf4"
     block: int = 64
     double: bool = False
@@ -34,16 +31,17 @@ class Case:
 
 
 CASES = (
-    Case(name="bnb-nf4-i128-o64", in_features=128, out_features=64),
-    Case(name="bnb-nf4-i96-o40-straddling", in_features=96, out_features=40),
-    Case(name="bnb-nf4-i256-o64-b128-double", in_features=256, out_features=64, block=128, double=True),
-    Case(name="bnb-fp4-i128-o64", in_features=128, out_features=64, quant_type="fp4"),
-    Case(name="bnb-fp4-i96-o24-double", in_features=96, out_features=24, quant_type="fp4", double=True),
-    Case(name="bnb-nf4-i128-o32-bf16-storage", in_features=128, out_features=32, storage=torch.bfloat16),
+    Case("bnb-nf4-i128-o64"),
+    Case("bnb-nf4-i96-o40-straddling"),
+    Case("bnb-nf4-i256-o64-b128-double", block=128, double=True),
+    Case("bnb-fp4-i128-o64", "fp4"),
+    Case("bnb-fp4-i96-o24-double", "fp4", double=True),
+    Case("bnb-nf4-i128-o32-bf16-storage", storage=torch.bfloat16),
 )
 
 
 def make_4bit(case: Case, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the stored tensors and their float32 meaning."""
     packed, state = bnb.quantize_4bit(
         weight,
         blocksize=case.block,
@@ -65,35 +63,30 @@ def make_4bit(case: Case, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def make_int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the stored tensors and their bfloat16 meaning."""
     codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
     tensors = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    return tensors, bnb.int8_vectorwise_dequant(codes, scales)
+    return tensors, bnb.int8_vectorwise_dequant(codes, scales).bfloat16()
 
 
-def save(
-    name: str, tensors: dict[str, Tensor], weight: Tensor, meant: Tensor, settings: dict, **facts
-) -> None:
-    out_features, in_features = weight.shape
-    case = {
-        "format": "bitsandbytes",
-        "quantization_config": {"quant_method": "bitsandbytes", "llm_int8_skip_modules": None} | settings,
-        "in_features": in_features,
-        "out_features": out_features,
-        "orientation": "weight_float and dequantized are [out_features, in_features]",
-        "made_by": WRITER,
-    } | facts
-    tensors = tensors | {"weight_float": weight, "dequantized": meant.float()}
-    path = GOLDEN / f"{name}.safetensors"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"case": json.dumps(case)})
-    print(path)
+def write(name: str, made: tuple[dict[str, Tensor], Tensor], weight: Tensor, settings: dict, **facts) -> None:
+    """Write a vector of the stored tensors and their meaning, `made`."""
+    write_vector(
+        __file__,
+        name,
+        *made,
+        weight,
+        last=LAST,
+        format="bitsandbytes",
+        quantization_config={"quant_method": "bitsandbytes", "llm_int8_skip_modules": None} | settings,
+        made_by=WRITER,
+        **facts,
+    )
 
 
 def main() -> None:
-    GOLDEN.mkdir(exist_ok=True)
     for seed, case in enumerate(CASES):
-        generator = torch.Generator().manual_seed(seed)
-        weight = (torch.randn(case.out_features, case.in_features, generator=generator) * 0.05).bfloat16()
-        tensors, meant = make_4bit(case, weight)
+        weight = random_weight(case.name, seed).bfloat16()
         settings = {
             "load_in_4bit": True,
             "load_in_8bit": False,
@@ -102,34 +95,26 @@ def main() -> None:
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": str(case.storage).removeprefix("torch."),
         }
-        save(
+        write(
             case.name,
-            tensors,
+            make_4bit(case, weight),
             weight,
-            meant,
             settings,
             group_size=case.block,
-            block_size=None,
             seed=seed,
             note=None,
             dequantized_by="bitsandbytes.backends.default.ops._dequantize_4bit_compute",
-            dequantized_rounded_to="float32",
         )
-    weight = (torch.randn(40, 96, generator=torch.Generator().manual_seed(len(CASES))) * 0.05).bfloat16()
-    tensors, meant = make_int8(weight)
-    settings = {"load_in_4bit": False, "load_in_8bit": True, "llm_int8_threshold": 6.0}
-    save(
-        "bnb-int8-i96-o40",
-        tensors,
+    name = "bnb-int8-i96-o40"
+    weight = random_weight(name, len(CASES)).bfloat16()
+    write(
+        name,
+        make_int8(weight),
         weight,
-        meant.bfloat16(),
-        settings,
-        group_size=None,
-        block_size=None,
+        {"load_in_4bit": False, "load_in_8bit": True, "llm_int8_threshold": 6.0},
         seed=len(CASES),
         note="the writer dequantises in float32; rounded to bfloat16 here",
         dequantized_by="bitsandbytes.functional.int8_vectorwise_dequant",
-        dequantized_rounded_to="bfloat16",
     )
 
 

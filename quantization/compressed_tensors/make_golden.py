@@ -1,41 +1,37 @@
 """Make the compressed-tensors golden vectors with the package's own arithmetic, compressors and decompressors.
 
     pip install torch safetensors compressed-tensors==0.20
-    python quantization/compressed_tensors/make_golden.py
+    python -m quantization.compressed_tensors.make_golden
 
 Float8 has its own folder, quantization/fp8. No case quantises activations: what a weight means does not depend on it.
 
 Legend: I in_features, O out_features, G group_size.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from compressed_tensors import __version__ as version
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
 from torch import Tensor
 
-GOLDEN = Path(__file__).parent / "golden"
+from quantization.golden_writer import random_weight, write_vector
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """weights: the settings of `config_groups.*.weights`.  dtype: of the model, and so of scales."""
 
     name: str
     format: str
-    in_features: int
-    out_features: int
     weights: dict
     dtype: torch.dtype = torch.bfloat16
 
 
-def integers(bits: int, strategy: str, *, group_size: int | None = None, symmetric: bool = True) -> dict:
+def integers(bits: int, strategy: str, group_size: int | None = None, *, symmetric: bool = True) -> dict:
+    """Return the settings of integer weights."""
     return {
         "num_bits": bits,
         "type": "int",
@@ -63,93 +59,28 @@ MXFP4 = {
 }
 PACKED, PLAIN = "pack-quantized", "int-quantized"
 CASES = (
-    Case(
-        name="w4-group64-sym-o64-i128",
-        format=PACKED,
-        out_features=64,
-        in_features=128,
-        weights=integers(4, "group", group_size=64),
-    ),
-    Case(
-        name="w4-group32-asym-o40-i96",
-        format=PACKED,
-        out_features=40,
-        in_features=96,
-        weights=integers(4, "group", group_size=32, symmetric=False),
-    ),
-    Case(
-        name="w4-channel-sym-f32-o24-i72",
-        format=PACKED,
-        out_features=24,
-        in_features=72,
-        weights=integers(4, "channel"),
-        dtype=torch.float32,
-    ),
-    Case(
-        name="w4-tensor-sym-o32-i64",
-        format=PACKED,
-        out_features=32,
-        in_features=64,
-        weights=integers(4, "tensor"),
-    ),
-    Case(
-        name="w8-group128-sym-f16-o32-i256",
-        format=PACKED,
-        out_features=32,
-        in_features=256,
-        weights=integers(8, "group", group_size=128),
-        dtype=torch.float16,
-    ),
-    Case(
-        name="w8-channel-asym-o16-i64",
-        format=PACKED,
-        out_features=16,
-        in_features=64,
-        weights=integers(8, "channel", symmetric=False),
-    ),
-    Case(
-        name="w3-group32-asym-o32-i96",
-        format=PACKED,
-        out_features=32,
-        in_features=96,
-        weights=integers(3, "group", group_size=32, symmetric=False),
-    ),
-    Case(
-        name="w8-channel-sym-plain-o40-i72",
-        format=PLAIN,
-        out_features=40,
-        in_features=72,
-        weights=integers(8, "channel"),
-    ),
-    Case(
-        name="w8-tensor-asym-plain-f32-o24-i56",
-        format=PLAIN,
-        out_features=24,
-        in_features=56,
-        weights=integers(8, "tensor", symmetric=False),
-        dtype=torch.float32,
-    ),
-    Case(
-        name="w8-group64-naive-o32-i128",
-        format="naive-quantized",
-        out_features=32,
-        in_features=128,
-        weights=integers(8, "group", group_size=64),
-    ),
-    Case(name="nvfp4-o64-i96", format="nvfp4-pack-quantized", out_features=64, in_features=96, weights=NVFP4),
-    Case(
-        name="mxfp4-o48-i128", format="mxfp4-pack-quantized", out_features=48, in_features=128, weights=MXFP4
-    ),
+    Case("w4-group64-sym-o64-i128", PACKED, integers(4, "group", 64)),
+    Case("w4-group32-asym-o40-i96", PACKED, integers(4, "group", 32, symmetric=False)),
+    Case("w4-channel-sym-f32-o24-i72", PACKED, integers(4, "channel"), torch.float32),
+    Case("w4-tensor-sym-o32-i64", PACKED, integers(4, "tensor")),
+    Case("w8-group128-sym-f16-o32-i256", PACKED, integers(8, "group", 128), torch.float16),
+    Case("w8-channel-asym-o16-i64", PACKED, integers(8, "channel", symmetric=False)),
+    Case("w3-group32-asym-o32-i96", PACKED, integers(3, "group", 32, symmetric=False)),
+    Case("w8-channel-sym-plain-o40-i72", PLAIN, integers(8, "channel")),
+    Case("w8-tensor-asym-plain-f32-o24-i56", PLAIN, integers(8, "tensor", symmetric=False), torch.float32),
+    Case("w8-group64-naive-o32-i128", "naive-quantized", integers(8, "group", 64)),
+    Case("nvfp4-o64-i96", "nvfp4-pack-quantized", NVFP4),
+    Case("mxfp4-o48-i128", "mxfp4-pack-quantized", MXFP4),
 )
 
 
 def parameters(case: Case, args: QuantizationArgs, weight: Tensor) -> dict[str, Tensor]:
-    """Scales and zero points by the minimum and maximum of tensor, channel or group, as the observers have them."""
+    """Return scales and zero points by the extremes of tensor, channel or group, as the observers have them."""
     strategy, size = case.weights["strategy"], case.weights["group_size"]
     if strategy == "tensor":
         low, high = weight.min().reshape(1), weight.max().reshape(1)
     else:
-        groups = weight.unflatten(-1, (-1, size or case.in_features))
+        groups = weight.unflatten(-1, (-1, size or weight.shape[1]))
         low, high = groups.amin(-1), groups.amax(-1)
     made = {}
     global_scale = None
@@ -163,8 +94,7 @@ def parameters(case: Case, args: QuantizationArgs, weight: Tensor) -> dict[str, 
 
 
 def make(case: Case, *, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(case.out_features, case.in_features, generator=generator) * 0.05 + 0.005
+    weight = random_weight(case.name, seed) + 0.005
     weight[1] *= 30.0
     weight = weight.to(case.dtype)
     args = QuantizationArgs(**case.weights)
@@ -173,9 +103,15 @@ def make(case: Case, *, seed: int) -> None:
     stored = compressor.compress({"weight": weight, **parameters(case, args, weight)}, scheme)
     decoded = compressor.decompress(dict(stored), scheme)["weight"]
 
-    description = {
-        "format": "compressed-tensors",
-        "quantization_config": {
+    kind = compressor if isinstance(compressor, type) else type(compressor)
+    write_vector(
+        __file__,
+        case.name,
+        stored,
+        decoded,
+        weight,
+        format="compressed-tensors",
+        quantization_config={
             "quant_method": "compressed-tensors",
             "format": case.format,
             "quantization_status": "compressed",
@@ -189,26 +125,15 @@ def make(case: Case, *, seed: int) -> None:
             },
             "ignore": ["lm_head"],
         },
-        "in_features": case.in_features,
-        "out_features": case.out_features,
-        "group_size": case.weights["group_size"],
-        "block_size": None,
-        "orientation": "weight_float and dequantized are [out_features, in_features]",
-        "dequantized_by": f"{type(compressor).__name__ if not isinstance(compressor, type) else compressor.__name__}"
-        ".decompress",
-        "dequantized_rounded_to": str(decoded.dtype).removeprefix("torch."),
-        "made_by": f"compressed-tensors {version}",
-        "note": None,
-        "seed": seed,
-    }
-    tensors = {**stored, "weight_float": weight, "dequantized": decoded.float()}
-    path = GOLDEN / f"{case.name}.safetensors"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"case": json.dumps(description)})
-    print(path, {k: (str(v.dtype), list(v.shape)) for k, v in stored.items()})
+        group_size=case.weights["group_size"],
+        dequantized_by=f"{kind.__name__}.decompress",
+        made_by=f"compressed-tensors {version}",
+        note=None,
+        seed=seed,
+    )
 
 
 def main() -> None:
-    GOLDEN.mkdir(exist_ok=True)
     for seed, case in enumerate(CASES):
         make(case, seed=seed)
 

@@ -1,7 +1,7 @@
 """Make the FP8 golden vectors with the real writers' own code, on a CPU.
 
     pip install torch safetensors transformers==5.23.0 compressed-tensors==0.20.0
-    python quantization/fp8/make_golden.py
+    python -m quantization.fp8.make_golden
 
 Three makers, named in each file's metadata:
 - transformers' fine-grained FP8 conversion ops (`quant_method: fp8`, `weight_scale_inv`);
@@ -15,8 +15,7 @@ Legend: I in_features, O out_features.
 import json
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 
 import compressed_tensors
 import torch
@@ -29,25 +28,24 @@ from compressed_tensors.quantization import (
     initialize_module_for_quantization,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
-GOLDEN = Path(__file__).parent / "golden"
+from quantization.golden_writer import random_weight, write_vector
+
 FP8_MAX = 448.0
 TRANSFORMERS = f"transformers {transformers.__version__}"
 COMPRESSED_TENSORS = f"compressed-tensors {compressed_tensors.__version__}"
 FORMULA = "the formula in quantization/fp8/README.md (no writer's code)"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     name: str
     make: Callable
-    in_features: int
-    out_features: int
     dtype: torch.dtype = torch.float32  # the model's dtype before quantisation
+    _: KW_ONLY
     block_size: tuple[int, int] | None = None
     strategy: str = "tensor"  # compressed-tensors: tensor, channel or block
     static: bool = False  # activation scale stored in the checkpoint
@@ -66,22 +64,20 @@ class Result:
 
 
 def make_weight(case: Case, *, seed: int) -> Tensor:
-    """[O, I] in case.dtype: layer-like values, with a few rows that stress scales and the FP8 range."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(case.out_features, case.in_features, generator=generator) * 0.05
+    """Make a weight [O, I] in case.dtype, like a layer's, with a few rows that stress scales and the FP8 range."""
+    weight = random_weight(case.name, seed)
     weight[0] = 0.0
     weight[1] *= 1e-3
     weight[2, ::3] = -0.0
     weight[-1, -1] = 1.25
     if case.block_size is not None:
-        weight[: case.block_size[0], -1 - (case.in_features - 1) % case.block_size[1] :] = (
-            0.0  # one block of zeros
-        )
+        height, width = case.block_size
+        weight[:height, -1 - (weight.shape[1] - 1) % width :] = 0.0  # one block of zeros
     return weight.to(case.dtype)
 
 
 def make_input_scale(*, dtype: torch.dtype, seed: int) -> Tensor:
-    """Scalar activation scale, as a min-max observer over one calibration batch leaves it."""
+    """Make a scalar activation scale, as a min-max observer over one calibration batch leaves it."""
     generator = torch.Generator().manual_seed(1000 + seed)
     activations = torch.randn(64, 32, generator=generator).to(dtype)
     return activations.abs().amax() / FP8_MAX
@@ -160,7 +156,7 @@ def compressed_tensors_scheme(case: Case) -> QuantizationScheme:
 
 
 def observed_range(case: Case, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(minimum, maximum) of every part of the weight that gets its own scale, in the scale's shape."""
+    """Return the (minimum, maximum) of every part of the weight that gets its own scale, in the scale's shape."""
     if case.strategy == "tensor":
         return weight.min().reshape(1), weight.max().reshape(1)
     if case.strategy == "channel":
@@ -174,7 +170,7 @@ def observed_range(case: Case, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_compressed_tensors(case: Case, weight: Tensor, *, seed: int) -> Result:
     scheme = compressed_tensors_scheme(case)
-    layer = torch.nn.Linear(case.in_features, case.out_features, bias=False, dtype=case.dtype)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=case.dtype)
     layer.weight.data = weight.clone()
     initialize_module_for_quantization(layer, scheme)
     scale, _ = calculate_qparams(*observed_range(case, weight), scheme.weights)
@@ -204,115 +200,41 @@ def with_compressed_tensors(case: Case, weight: Tensor, *, seed: int) -> Result:
 
 BF16, F16 = torch.bfloat16, torch.float16
 CASES = (
+    Case("fp8-block64x32-o128-i96", with_transformers, F16, block_size=(64, 32)),
+    Case("fp8-block128-o200-i144", with_transformers, F16, block_size=(128, 128)),
+    Case("fp8-block32x64-ue8m0-o96-i128", with_transformers, F16, block_size=(32, 64), scale_fmt="ue8m0"),
+    Case("fp8-tensor-scale-inv-o40-i56", with_transformers),
+    Case("fp8-tensor-static-o72-i48", with_formula, static=True),
+    Case("fp8-tensor-dynamic-o24-i40", with_formula),
+    Case("ct-tensor-static-f32-o72-i48", with_compressed_tensors, static=True),
+    Case("ct-tensor-static-bf16-o40-i24", with_compressed_tensors, BF16, static=True),
+    Case("ct-channel-dynamic-f32-o56-i72", with_compressed_tensors, strategy="channel"),
+    Case("ct-channel-dynamic-bf16-o72-i80", with_compressed_tensors, BF16, strategy="channel"),
     Case(
-        name="fp8-block64x32-o128-i96",
-        make=with_transformers,
-        out_features=128,
-        in_features=96,
-        dtype=F16,
-        block_size=(64, 32),
+        "ct-block128-bf16-o136-i144", with_compressed_tensors, BF16, strategy="block", block_size=(128, 128)
     ),
-    Case(
-        name="fp8-block128-o200-i144",
-        make=with_transformers,
-        out_features=200,
-        in_features=144,
-        dtype=F16,
-        block_size=(128, 128),
-    ),
-    Case(
-        name="fp8-block32x64-ue8m0-o96-i128",
-        make=with_transformers,
-        out_features=96,
-        in_features=128,
-        dtype=F16,
-        block_size=(32, 64),
-        scale_fmt="ue8m0",
-    ),
-    Case(name="fp8-tensor-scale-inv-o40-i56", make=with_transformers, out_features=40, in_features=56),
-    Case(name="fp8-tensor-static-o72-i48", make=with_formula, out_features=72, in_features=48, static=True),
-    Case(name="fp8-tensor-dynamic-o24-i40", make=with_formula, out_features=24, in_features=40),
-    Case(
-        name="ct-tensor-static-f32-o72-i48",
-        make=with_compressed_tensors,
-        out_features=72,
-        in_features=48,
-        static=True,
-    ),
-    Case(
-        name="ct-tensor-static-bf16-o40-i24",
-        make=with_compressed_tensors,
-        out_features=40,
-        in_features=24,
-        dtype=BF16,
-        static=True,
-    ),
-    Case(
-        name="ct-channel-dynamic-f32-o56-i72",
-        make=with_compressed_tensors,
-        out_features=56,
-        in_features=72,
-        strategy="channel",
-    ),
-    Case(
-        name="ct-channel-dynamic-bf16-o72-i80",
-        make=with_compressed_tensors,
-        out_features=72,
-        in_features=80,
-        dtype=BF16,
-        strategy="channel",
-    ),
-    Case(
-        name="ct-block128-bf16-o136-i144",
-        make=with_compressed_tensors,
-        out_features=136,
-        in_features=144,
-        dtype=BF16,
-        strategy="block",
-        block_size=(128, 128),
-    ),
-    Case(
-        name="ct-block128-f16-o40-i256",
-        make=with_compressed_tensors,
-        out_features=40,
-        in_features=256,
-        dtype=F16,
-        strategy="block",
-        block_size=(128, 128),
-    ),
+    Case("ct-block128-f16-o40-i256", with_compressed_tensors, F16, strategy="block", block_size=(128, 128)),
 )
 
 
 def main() -> None:
-    GOLDEN.mkdir(exist_ok=True)
     for seed, case in enumerate(CASES):
         weight = make_weight(case, seed=seed)
         result = case.make(case, weight, seed=seed)
-        description = {
-            "format": result.format,
-            "quantization_config": result.quantization_config,
-            "in_features": case.in_features,
-            "out_features": case.out_features,
-            "group_size": None,
-            "block_size": case.block_size,
-            "orientation": "weight_float and dequantized are [out_features, in_features]",
-            "dequantized_by": result.dequantized_by,
-            "dequantized_rounded_to": str(result.dequantized.dtype).removeprefix("torch."),
-            "made_by": result.made_by,
-            "note": result.note,
-            "seed": seed,
-        }
-        tensors = result.tensors | {
-            "weight_float": weight if case.dtype == F16 else weight.float(),
-            "dequantized": result.dequantized.float(),
-        }
-        path = GOLDEN / f"{case.name}.safetensors"
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            path,
-            {"case": json.dumps(description)},
+        write_vector(
+            __file__,
+            case.name,
+            result.tensors,
+            result.dequantized,
+            weight if case.dtype == F16 else weight.float(),
+            format=result.format,
+            quantization_config=result.quantization_config,
+            block_size=case.block_size,
+            dequantized_by=result.dequantized_by,
+            made_by=result.made_by,
+            note=result.note,
+            seed=seed,
         )
-        print(path)
 
 
 if __name__ == "__main__":

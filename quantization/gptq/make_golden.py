@@ -1,43 +1,41 @@
 """Make the GPTQ golden vectors with GPTQModel's own packer and dequantiser, on a CPU.
 
     pip install torch safetensors transformers numpy && pip install --no-deps gptqmodel==7.6.0
-    python quantization/gptq/make_golden.py
+    python -m quantization.gptq.make_golden
 
 GPTQModel's top-level import needs every kernel's dependency. Only `PackableQuantLinear` matters here, so
 `import_writer` registers bare packages that skip the `__init__` files, and empty stand-ins for the modules which
 that one file imports but does not call on this path. A checkout may stand in for the installation:
-`PYTHONPATH=gptqmodel-7.6.0 python quantization/gptq/make_golden.py`.
+`PYTHONPATH=gptqmodel-7.6.0 python -m quantization.gptq.make_golden`.
 
 Legend: I in_features, O out_features, G group_size.
 """
 
 import importlib
 import importlib.util
-import json
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-GOLDEN = Path(__file__).parent / "golden"
+from quantization.golden_writer import sizes, write_vector
+
 WRITER = "gptqmodel 7.6.0"
 # What convert_gptq_v2_to_v1_format_module takes off a word; 3 bits go field by field there.
 V1_OFFSETS = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """zeros_at_zero: one input group of all-positive weights, whose zero point of 0 borrows under minus one."""
 
     name: str
     bits: int
-    in_features: int
-    out_features: int
     group_size: int
+    _: KW_ONLY
     sym: bool = True
     v2: bool = False
     g_idx: bool = True
@@ -46,81 +44,25 @@ class Case:
 
 
 CASES = (
-    Case(name="w4-i128-o64-g64-sym", bits=4, in_features=128, out_features=64, group_size=64),
-    Case(
-        name="w4-i96-o32-g32-asym",
-        bits=4,
-        in_features=96,
-        out_features=32,
-        group_size=32,
-        sym=False,
-        g_idx=False,
-    ),
-    Case(
-        name="w4-i128-o96-g128-asym-borrow",
-        bits=4,
-        in_features=128,
-        out_features=96,
-        group_size=128,
-        sym=False,
-        zeros_at_zero=True,
-    ),
-    Case(
-        name="w4-i192-o32-g64-asym-v2",
-        bits=4,
-        in_features=192,
-        out_features=32,
-        group_size=64,
-        sym=False,
-        v2=True,
-    ),
-    Case(name="w4-i96-o64-whole-row", bits=4, in_features=96, out_features=64, group_size=-1),
-    Case(
-        name="w2-i128-o32-g32-asym-v2",
-        bits=2,
-        in_features=128,
-        out_features=32,
-        group_size=32,
-        sym=False,
-        v2=True,
-    ),
-    Case(name="w2-i64-o64-g32-sym", bits=2, in_features=64, out_features=64, group_size=32),
-    Case(name="w3-i128-o64-g64-sym", bits=3, in_features=128, out_features=64, group_size=64),
-    Case(
-        name="w3-i96-o32-g32-asym",
-        bits=3,
-        in_features=96,
-        out_features=32,
-        group_size=32,
-        sym=False,
-        zeros_at_zero=True,
-    ),
-    Case(name="w8-i128-o32-g64-asym", bits=8, in_features=128, out_features=32, group_size=64, sym=False),
-    Case(name="w8-i64-o64-g32-sym-v2", bits=8, in_features=64, out_features=64, group_size=32, v2=True),
+    Case("w4-i128-o64-g64-sym", 4, 64),
+    Case("w4-i96-o32-g32-asym", 4, 32, sym=False, g_idx=False),
+    Case("w4-i128-o96-g128-asym-borrow", 4, 128, sym=False, zeros_at_zero=True),
+    Case("w4-i192-o32-g64-asym-v2", 4, 64, sym=False, v2=True),
+    Case("w4-i96-o64-whole-row", 4, -1),
+    Case("w2-i128-o32-g32-asym-v2", 2, 32, sym=False, v2=True),
+    Case("w2-i64-o64-g32-sym", 2, 32),
+    Case("w3-i128-o64-g64-sym", 3, 64),
+    Case("w3-i96-o32-g32-asym", 3, 32, sym=False, zeros_at_zero=True),
+    Case("w8-i128-o32-g64-asym", 8, 64, sym=False),
+    Case("w8-i64-o64-g32-sym-v2", 8, 32, v2=True),
     # In a folder of their own: layers of parts that each order their inputs cannot be fused, nor resampled at random.
-    Case(
-        name="act_order/w4-i256-o64-g64-asym",
-        bits=4,
-        in_features=256,
-        out_features=64,
-        group_size=64,
-        sym=False,
-        desc_act=True,
-    ),
-    Case(
-        name="act_order/w3-i128-o32-g32-sym-v2",
-        bits=3,
-        in_features=128,
-        out_features=32,
-        group_size=32,
-        desc_act=True,
-        v2=True,
-    ),
+    Case("act_order/w4-i256-o64-g64-asym", 4, 64, sym=False, desc_act=True),
+    Case("act_order/w3-i128-o32-g32-sym-v2", 3, 32, desc_act=True, v2=True),
 )
 
 
 def import_writer() -> type:
-    """GPTQModel's PackableQuantLinear, without its package-level imports."""
+    """Return GPTQModel's PackableQuantLinear, without its package-level imports."""
     found = importlib.util.find_spec("gptqmodel")
     if found is None or found.submodule_search_locations is None:
         raise SystemExit("gptqmodel is not found; run: pip install --no-deps gptqmodel==7.6.0")
@@ -169,15 +111,15 @@ def import_writer() -> type:
 
 
 def make_weight(case: Case, generator: torch.Generator) -> Tensor:
-    """[O, I] float16."""
-    weight = torch.randn(case.out_features, case.in_features, generator=generator) * 0.05
+    """Make a weight [O, I] in float16."""
+    weight = torch.randn(sizes(case.name), generator=generator) * 0.05
     if case.zeros_at_zero:
         weight[1::5] = weight[1::5].abs()  # 0 is the smallest: zero points of 0
     return weight.half()
 
 
 def find_parameters(case: Case, weight: Tensor, g_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (float16) and zero points [O, I/G], by the minimum and maximum of each group, as GPTQ's quantiser."""
+    """Return scales (float16) and zero points [O, I/G], by the extremes of each group, as GPTQ's quantiser."""
     top = 2**case.bits - 1
     scales, zeros = [], []
     for group in range(int(g_idx.max()) + 1):
@@ -194,12 +136,11 @@ def find_parameters(case: Case, weight: Tensor, g_idx: Tensor) -> tuple[Tensor, 
 
 
 def minus_one(module: torch.nn.Module, bits: int) -> Tensor:
-    """qzeros as checkpoint_format gptq stores them."""
+    """Return qzeros as checkpoint_format gptq stores them."""
     if bits in V1_OFFSETS:
         return module.qzeros - V1_OFFSETS[bits]
-    stream = (
-        module.qzeros.view(torch.uint8).long().unsqueeze(-1) >> torch.arange(8)
-    ) & 1  # bits, lowest first
+    # bits, lowest first
+    stream = (module.qzeros.view(torch.uint8).long().unsqueeze(-1) >> torch.arange(8)) & 1
     stream = stream.reshape(module.qzeros.shape[0], -1, bits)
     fields = ((stream << torch.arange(bits)).sum(-1) - 1) & (2**bits - 1)
     stream = (fields.unsqueeze(-1) >> torch.arange(bits)) & 1
@@ -210,10 +151,10 @@ def minus_one(module: torch.nn.Module, bits: int) -> Tensor:
 def make(case: Case, packer: type, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = make_weight(case, generator)
-    group = case.in_features if case.group_size == -1 else case.group_size
-    g_idx = torch.arange(case.in_features) // group
+    out_features, in_features = weight.shape
+    g_idx = torch.arange(in_features) // (in_features if case.group_size == -1 else case.group_size)
     if case.desc_act:
-        g_idx = g_idx[torch.randperm(case.in_features, generator=generator)]
+        g_idx = g_idx[torch.randperm(in_features, generator=generator)]
     g_idx = g_idx.to(torch.int32)
     scales, zeros = find_parameters(case, weight, g_idx)
 
@@ -228,11 +169,11 @@ def make(case: Case, packer: type, *, seed: int) -> None:
         pack_np_math_dtype="uint32",
         pack_np_dtype="int32",
         maxq=2**case.bits - 1,
-        in_features=case.in_features,
+        in_features=in_features,
         dequant_dtype=torch.int16 if case.bits == 8 else torch.int8,
         enable_wf_unsqueeze=True,
     )
-    linear = torch.nn.Linear(case.in_features, case.out_features, bias=False)
+    linear = torch.nn.Linear(in_features, out_features, bias=False)
     linear.weight.data = weight.float()
     packer.pack_original(module, linear, scales, zeros, g_idx)
     dequantized = packer.dequantize_weight(module)  # [I, O] float16, from zero points as they are (v2)
@@ -241,14 +182,17 @@ def make(case: Case, packer: type, *, seed: int) -> None:
         "qweight": module.qweight,
         "qzeros": module.qzeros if case.v2 else minus_one(module, case.bits),
         "scales": module.scales,
-        "weight_float": weight,
-        "dequantized": dequantized.t().float(),
     }
     if case.g_idx:
         tensors["g_idx"] = g_idx
-    description = {
-        "format": "gptq",
-        "quantization_config": {
+    write_vector(
+        __file__,
+        case.name,
+        tensors,
+        dequantized.t(),
+        weight,
+        format="gptq",
+        quantization_config={
             "quant_method": "gptq",
             "bits": case.bits,
             "group_size": case.group_size,
@@ -258,21 +202,12 @@ def make(case: Case, packer: type, *, seed: int) -> None:
             "lm_head": False,
             "pack_dtype": "int32",
         },
-        "in_features": case.in_features,
-        "out_features": case.out_features,
-        "group_size": case.group_size,
-        "block_size": None,
-        "orientation": "weight_float and dequantized are [out_features, in_features]",
-        "dequantized_by": "gptqmodel.nn_modules.qlinear.PackableQuantLinear.dequantize_weight",
-        "dequantized_rounded_to": "float16",
-        "made_by": WRITER,
-        "note": None if case.v2 else "minus one as in convert_gptq_v2_to_v1_format_module, after packing",
-        "seed": seed,
-    }
-    path = GOLDEN / f"{case.name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"case": json.dumps(description)})
-    print(path)
+        group_size=case.group_size,
+        dequantized_by="gptqmodel.nn_modules.qlinear.PackableQuantLinear.dequantize_weight",
+        made_by=WRITER,
+        note=None if case.v2 else "minus one as in convert_gptq_v2_to_v1_format_module, after packing",
+        seed=seed,
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Make vectors of keys and values as compressed-tensors rounds them on their way into a cache.
 
     pip install torch safetensors compressed-tensors
-    python quantization/kv_cache/make_vectors.py
+    python -m quantization.kv_cache.make_vectors
 
 Legend: Hkv key heads, T tokens, D head size.
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from safetensors.torch import save_file
+
+from quantization.golden_writer import save
 
 VECTORS = Path(__file__).parent / "vectors"
 HEADS, TOKENS, SIZE = 3, 7, 16
 
 
 def main() -> None:
-    VECTORS.mkdir(exist_ok=True)
     for seed, (kind, strategy) in enumerate(
         (k, s) for k in ("float", "int") for s in ("tensor", "attn_head")
     ):
@@ -39,11 +39,8 @@ def main() -> None:
         scale = 3 / largest * (1 + torch.rand(shape, generator=generator))
         zero_point = torch.zeros(shape, dtype=args.pytorch_dtype())
         tensors = {"x": x, "scale": scale, "rounded": fake_quantize(x, scale, zero_point, args)}
-        name = f"{kind}8-{strategy}"
-        path = VECTORS / f"{name}.safetensors"
-        metadata = {"kv_cache_scheme": json.dumps(scheme), "made_by": "compressed-tensors fake_quantize"}
-        save_file(tensors, path, metadata)
-        print(path)
+        path = VECTORS / f"{kind}8-{strategy}.safetensors"
+        save(path, tensors, kv_cache_scheme=json.dumps(scheme), made_by="compressed-tensors fake_quantize")
 
 
 if __name__ == "__main__":

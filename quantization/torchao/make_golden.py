@@ -1,7 +1,7 @@
 """Make the torchao golden vectors with its own quantisers and dequantisers, on a CPU.
 
     pip install torch safetensors && pip install --no-deps torchao==0.18.0
-    python quantization/torchao/make_golden.py
+    python -m quantization.torchao.make_golden
 
 The tensors and the subclass' description are those of torchao's `flatten_tensor_state_dict`. Its Int4Tensor can only be
 made on a GPU (mslk): that vector has the numbers of mslk's formula, computed here, and no writer behind it.
@@ -9,58 +9,35 @@ made on a GPU (mslk): that vector has the numbers of mslk's formula, computed he
 Legend: I in_features, O out_features, G group_size.
 """
 
-import json
-from pathlib import Path
-
 import torch
 import torchao.quantization as ao
-from safetensors.torch import save_file
 from torch import Tensor
 from torchao.core.config import config_to_dict
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor
 
-GOLDEN = Path(__file__).parent / "golden"
+from quantization.golden_writer import random_weight, write_vector
+
 WRITER = "torchao 0.18.0"
-ASYMMETRIC = ao.MappingType.ASYMMETRIC
-# name, I, O, config
-CASES = (
-    ("torchao-int8-i96-o40", 96, 40, ao.Int8WeightOnlyConfig()),
-    ("torchao-int8-tensor-i64-o24", 64, 24, ao.Int8WeightOnlyConfig(granularity=PerTensor())),
-    ("torchao-int8-dynamic-i64-o40", 64, 40, ao.Int8DynamicActivationInt8WeightConfig()),
-    ("torchao-intx4-g32-i128-o40", 128, 40, ao.IntxWeightOnlyConfig(torch.int4, PerGroup(32))),
-    (
-        "torchao-intx4-g32-asym-i128-o24",
-        128,
-        24,
-        ao.IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=ASYMMETRIC),
-    ),
-    ("torchao-intx8-row-i64-o24", 64, 24, ao.IntxWeightOnlyConfig(torch.int8, PerAxis(0))),
-    ("torchao-float8-i80-o56", 80, 56, ao.Float8WeightOnlyConfig()),
-)
+INTX_32 = torch.int4, PerGroup(32)
+CASES = {
+    "torchao-int8-i96-o40": ao.Int8WeightOnlyConfig(),
+    "torchao-int8-tensor-i64-o24": ao.Int8WeightOnlyConfig(granularity=PerTensor()),
+    "torchao-int8-dynamic-i64-o40": ao.Int8DynamicActivationInt8WeightConfig(),
+    "torchao-intx4-g32-i128-o40": ao.IntxWeightOnlyConfig(*INTX_32),
+    "torchao-intx4-g32-asym-i128-o24": ao.IntxWeightOnlyConfig(*INTX_32, ao.MappingType.ASYMMETRIC),
+    "torchao-intx8-row-i64-o24": ao.IntxWeightOnlyConfig(torch.int8, PerAxis(0)),
+    "torchao-float8-i80-o56": ao.Float8WeightOnlyConfig(),
+}
 
 
-def save(
-    name: str, tensors: dict[str, Tensor], weight: Tensor, meant: Tensor, quant_type: dict, **facts
-) -> None:
-    out_features, in_features = weight.shape
-    case = {
-        "format": "torchao",
-        "quantization_config": {
-            "quant_method": "torchao",
-            "quant_type": {"default": quant_type},
-            "modules_to_not_convert": None,
-        },
-        "in_features": in_features,
-        "out_features": out_features,
-        "block_size": None,
-        "orientation": "weight_float and dequantized are [out_features, in_features]",
-        "dequantized_rounded_to": "float32",
-    } | facts
-    tensors = tensors | {"weight_float": weight, "dequantized": meant.float()}
-    path = GOLDEN / f"{name}.safetensors"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"case": json.dumps(case)})
-    print(path)
+def settings(config: ao.Int8WeightOnlyConfig) -> dict:
+    """Return the quantization_config of a checkpoint that a torchao config made."""
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": config_to_dict(config)},
+        "modules_to_not_convert": None,
+    }
 
 
 def make_int4(weight: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -82,40 +59,43 @@ def make_int4(weight: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def main() -> None:
-    GOLDEN.mkdir(exist_ok=True)
-    for seed, (name, in_features, out_features, config) in enumerate(CASES):
-        weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) * 0.05
-        module = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False))
+    for seed, (name, config) in enumerate(CASES.items()):
+        weight = random_weight(name, seed)
+        module = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
         module[0].weight.data = weight
         ao.quantize_(module, config)
         tensors, metadata = flatten_tensor_state_dict(module.state_dict())
         tensors = {key.removeprefix("0."): value for key, value in tensors.items()}
-        save(
+        write_vector(
+            __file__,
             name,
             tensors,
-            weight,
             module[0].weight.dequantize(),
-            config_to_dict(config),
+            weight,
+            last=("made_by", "seed", "dequantized_by", "note", "group_size"),
+            format="torchao",
+            quantization_config=settings(config),
             made_by=WRITER,
             seed=seed,
             dequantized_by="the subclass' dequantize()",
             note="metadata: " + metadata["0.weight"],
-            group_size=in_features // tensors["_weight_scale"].shape[-1],
+            group_size=weight.shape[1] // tensors["_weight_scale"].shape[-1],
         )
-    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(len(CASES))) * 0.05
-    tensors, meant = make_int4(weight, 32)
-    save(
-        "torchao-int4-g32-i128-o40",
-        tensors,
+    name = "torchao-int4-g32-i128-o40"
+    weight = random_weight(name, len(CASES))
+    write_vector(
+        __file__,
+        name,
+        *make_int4(weight, 32),
         weight,
-        meant,
-        config_to_dict(ao.Int4WeightOnlyConfig(group_size=32)),
+        last=("made_by", "seed", "note", "group_size", "dequantized_by"),
+        format="torchao",
+        quantization_config=settings(ao.Int4WeightOnlyConfig(group_size=32)),
         made_by="make_golden.py, after mslk's formula",
         seed=len(CASES),
         note="no GPU, no writer",
         group_size=32,
         dequantized_by="make_golden.py in float64, rounded",
-        dequantized_rounded_to="bfloat16",
     )
 
 

@@ -325,7 +325,7 @@ def test_an_unknown_target_fails_naming_it_and_the_nearest(tmp_path):
         load_lora_weights(model, folder)
     message = str(caught.value)
     assert "q_prj: a target of the adapter that names no layer" in message and "Nearest: q_proj" in message
-    assert "the adapter's target_modules leave that layer out" in message, "q_proj's matrices are not loaded"
+    assert "the adapter's target_modules leave its layer out" in message, "q_proj's matrices are not loaded"
     assert not loaded_adapters(model) and not any(getattr(m, "adapters", None) for m in model.modules())
 
 

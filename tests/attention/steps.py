@@ -22,6 +22,7 @@ KV_TYPES = {
     "fp8": KVType(torch.float8_e4m3fn, "static"),
     "int8": KVType(torch.int8, "token"),
 }
+REQUESTS_IN_BLOCKS = [(0, 8), (8, 4), (6, 7), (12, 8)]
 
 
 def make_problem(**changes) -> AttentionProblem:
@@ -101,6 +102,21 @@ class Case:
         if step.block_size == 1 or (step.prefix_causal and reading):
             return key <= query
         return key // step.block_size <= query // step.block_size
+
+
+def blocks_of_four(*, prefix_causal: bool, hole: bool) -> dict[str, object]:
+    """Return the settings of a step over REQUESTS_IN_BLOCKS, of which 0 and 2 read their prompts.
+
+    hole: cached positions of a padded prefix are not seen.
+    """
+    return {
+        "block_size": 4,
+        "status_table": torch.tensor([0, 1, 0, 2], dtype=torch.int32),
+        "prefix_causal": prefix_causal,
+        "mask_prefix_hole": hole,
+        "prefix_lens": torch.tensor([3, 5, 2, 6], dtype=torch.int32),
+        "padded_prefix_lens": torch.tensor([8, 8, 4, 12], dtype=torch.int32),
+    }
 
 
 def make_case(

@@ -8,7 +8,7 @@ import torch
 from pymllm.attention import AttnMetaDataBase, reference_torch_attention
 from pymllm.kernels.registry import kernels_for
 
-from .steps import KV_TYPES, empty_pages, make_case, make_problem
+from .steps import KV_TYPES, REQUESTS_IN_BLOCKS, blocks_of_four, empty_pages, make_case, make_problem
 
 KERNELS = {kernel.name: kernel for kernel in kernels_for("attention")}
 STORES = {kernel.name: kernel for kernel in kernels_for("kv_store")}
@@ -80,16 +80,9 @@ def test_page_sizes(name, page_size):
 @pytest.mark.parametrize("name", KERNELS)
 def test_blocks_that_see_themselves(name, window, hole, prefix_causal):
     """Blocks of four; requests 0 and 2 read their prompts; cached positions of a padded prefix are not seen."""
-    settings = {
-        "block_size": 4,
-        "status_table": torch.tensor([0, 1, 0, 2], dtype=torch.int32),
-        "prefix_causal": prefix_causal,
-        "mask_prefix_hole": hole,
-        "prefix_lens": torch.tensor([3, 5, 2, 6], dtype=torch.int32),
-        "padded_prefix_lens": torch.tensor([8, 8, 4, 12], dtype=torch.int32),
-    }
+    settings = blocks_of_four(prefix_causal=prefix_causal, hole=hole)
     problem = make_problem(block_causal=True, sliding_window=window)
-    check(KERNELS[name], make_case(problem, [(0, 8), (8, 4), (6, 7), (12, 8)], **settings))
+    check(KERNELS[name], make_case(problem, REQUESTS_IN_BLOCKS, **settings))
 
 
 @pytest.mark.parametrize("name", KERNELS)

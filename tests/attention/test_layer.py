@@ -14,12 +14,6 @@ from .steps import make_case, make_problem
 REQUESTS = [(0, 5), (33, 1), (7, 12)]
 
 
-@pytest.fixture(autouse=True)
-def nothing_installed():
-    yield
-    set_fetch_fn_for_attn_metadata(None)
-
-
 def layer_for(problem, **options):
     options = {"value_head_dim": problem.value_head_dim, "soft_cap": problem.soft_cap} | options
     return Attention(
@@ -117,5 +111,5 @@ def test_a_kernel_can_be_named():
 
 
 def test_heads_that_key_heads_do_not_share_evenly_are_refused():
-    with pytest.raises(ConfigError, match="shared evenly"):
+    with pytest.raises(ConfigError, match="divided evenly"):
         Attention(4, 32, 0.2, 3)

@@ -16,13 +16,6 @@ from pymllm.attention import (
 from pymllm.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def nothing_installed():
-    yield
-    set_fetch_fn_for_attn_metadata(None)
-    reset_warming_up()
-
-
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import pymllm
 from tests.checkpoints import write_checkpoint
 
 
@@ -20,12 +19,6 @@ def as_it_was(monkeypatch):
     before = logger.level, logger.handlers, logger.propagate
     yield
     logger.level, logger.handlers, logger.propagate = before
-
-
-@pytest.fixture(scope="session")
-def llm() -> pymllm.LLM:
-    """The shipped model."""
-    return pymllm.LLM(progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from pymllm.cli import VERBS, _parse, _parser, main
 from pymllm.errors import BRIEF
 from pymllm.kernels.registry import KERNELS
 from tests.checkpoints import edit_config, write_checkpoint
-from tests.cli.commands import assert_one_error, command
+from tests.cli.commands import assert_one_error
+from tests.processes import python, run
 
 
 def test_help_of_the_command_and_of_every_verb_loads_no_torch():
@@ -27,8 +27,7 @@ def test_help_of_the_command_and_of_every_verb_loads_no_torch():
         "heavy = {'torch', 'transformers', 'rich', 'fastapi', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
+    result = python("-c", code, check=True)
     assert all(verb in result.stdout for verb in VERBS)
 
 
@@ -144,7 +143,7 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
 def test_a_reader_that_goes_away_is_no_error(awq):
     words = f"{sys.executable} -m pymllm plan {awq} --json"
     script = f"set -o pipefail; {words} | true; echo code ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    result = run(["bash", "-c", script])
     assert result.stdout == "code 141\n"  # as `yes | true` ends, too
     assert result.stderr == ""
 
@@ -154,14 +153,13 @@ def test_a_reader_that_goes_away_is_no_error(awq):
 def test_a_full_disk_is_one_line_and_1(awq, verb):
     command = [sys.executable, "-m", "pymllm", verb] + ([str(awq)] if verb == "plan" else [])
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = run(command, stdout=full)
     assert done.returncode == 1
     assert done.stderr == "error: the output cannot be written: No space left on device.\n"
 
 
 def test_a_closed_stdout_is_no_error(awq):
-    shell = f'"{sys.executable}" -m pymllm plan "{awq}" >&-'
-    done = subprocess.run(shell, shell=True, stderr=subprocess.PIPE, text=True)
+    done = run(["sh", "-c", f'"{sys.executable}" -m pymllm plan "{awq}" >&-'])
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -184,7 +182,7 @@ def test_ranks_above_0_print_nothing_but_their_errors(awq, monkeypatch, capsys):
 
 
 def test_the_module_runs_as_the_command():
-    result = command("plan", "/no/such/folder")
+    result = python("-m", "pymllm", "plan", "/no/such/folder")
     assert result.returncode == 1
     assert result.stdout == "" and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 

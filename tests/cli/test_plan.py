@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pymllm
 from pymllm.cli import main
 from pymllm.cli.plan import common_pattern
 from tests.cli.commands import assert_one_error
+from tests.processes import python
 
 
 def test_plan_json_is_the_plan(awq, capsys):
@@ -86,8 +85,7 @@ def test_plan_says_what_to_install_once(awq):
     script = (
         "import sys; sys.modules['pymllm._native'] = None\nfrom pymllm.cli import main\nmain(sys.argv[1:])"
     )
-    words = [sys.executable, "-c", script, "plan", str(awq)]
-    text = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    text = python("-c", script, "plan", awq, check=True).stdout
     assert text.count("the native CPU kernels are not built") == 1
     assert "native_int4 (14 x linear), native (2 x attention): the native CPU kernels" in text
 

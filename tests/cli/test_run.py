@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +12,7 @@ from pymllm.api import shipped_model
 from pymllm.cli import main
 from pymllm.cli.run import DEMO_PROMPT, names_a_model
 from tests.cli.commands import assert_one_error
+from tests.processes import python
 
 
 def test_run_prints_the_answer_and_nothing_else(llm, capsys):
@@ -128,13 +127,6 @@ def test_two_ranks_give_the_text_of_one_once(llm):
         "import os\n",
     ]
     words += ["--max-tokens", "8", "--temperature", "0", "--tensor-parallel-size", "2"]
-    result = subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    result = python(*words, check=True, OMP_NUM_THREADS="1")
     expected = llm.generate("import os\n", llm.default_params(max_tokens=8, temperature=0.0))[0]
     assert json.loads(result.stdout)["text"] == expected.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -14,6 +13,8 @@ import openai
 import pytest
 
 from pymllm.cli import main
+
+from ..processes import SECONDS, environment
 
 REQUEST = {"prompt": "import os\n", "max_tokens": 60, "temperature": 0, "logit_bias": {"0": -100, "2": -100}}
 # Long enough for a second signal to arrive in the middle of it, whatever the kernels.
@@ -27,7 +28,7 @@ def started(*arguments, **env):
         [sys.executable, "-m", "pymllm", "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env=environment(OMP_NUM_THREADS="1", **env),
         # As from a terminal: what runs in a shell's background is born deaf to Ctrl+C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -44,7 +45,7 @@ def started(*arguments, **env):
 
 
 def client(address, api_key="none"):
-    return openai.OpenAI(base_url=address, api_key=api_key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=address, api_key=api_key, max_retries=0, timeout=SECONDS)
 
 
 def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new():
@@ -56,7 +57,7 @@ def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new():
         process.send_signal(signal.SIGTERM)
         chunks += stream
         assert chunks[-1].choices[0].finish_reason == "length"
-        assert process.wait(20) == 0
+        assert process.wait(SECONDS) == 0
         with pytest.raises(openai.APIConnectionError):
             client(address).models.list()
         assert "Traceback" not in process.stderr.read()
@@ -71,13 +72,13 @@ def test_a_second_signal_stops_at_once():
         process.send_signal(signal.SIGTERM)
         assert "once more" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 128 + signal.SIGTERM
+        assert process.wait(SECONDS) == 128 + signal.SIGTERM, "0 is a server that has answered all of it"
 
 
 def test_ctrl_c_is_130():
     with started() as (process, _):
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(SECONDS) == 130
         assert "Traceback" not in process.stderr.read()
 
 

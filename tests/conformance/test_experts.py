@@ -4,18 +4,21 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from pymllm.kernels.canonical import DenseWeight, ExpertsWeight, on_meta
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import DenseWeight, on_meta
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.registry import kernels_for, select
 from pymllm.quantization.base import get_quantization_config
 from pymllm.weights.spec import LinearShape, Span
+
+from ..moe_formula import expected_experts, routed
 
 CPU = probe_device("cpu")
 E, H, I = 5, 64, 96
@@ -71,7 +74,8 @@ def accepting(problem):
     return found
 
 
-def gated(name, gate, up):
+def gated(name, both):
+    gate, up = both.chunk(2)
     if name == "silu":
         return gate / (1 + torch.exp(-gate)) * up
     if name == "gelu":
@@ -81,36 +85,10 @@ def gated(name, gate, up):
     return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
 
 
-def expected(weight, x, ids, weights, bias, activation):
-    """[T, H] float64, a slot at a time."""
-    products = {
-        name: [w.dequantize(torch.float64) for w in experts] for name, experts in weight.products().items()
-    }
-    y = torch.zeros(x.shape, dtype=torch.float64)
-    for token in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            e = int(ids[token, k])
-            if e < 0:
-                continue
-            first = [products[name][e] @ x[token].double() for name in products if name != "down"]
-            hidden = torch.cat(first) + (0 if bias.gate_up is None else bias.gate_up[e].double())
-            answer = products["down"][e] @ gated(activation, hidden[:I], hidden[I:])
-            answer = answer + (0 if bias.down is None else bias.down[e].double())
-            y[token] += float(weights[token, k]) * answer
-    return y
-
-
-def routed(tokens, top_k, seed=3):
-    """ids with some below 0 and some twice, and float32 weights."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, E, (tokens, top_k), generator=generator)
-    return ids, torch.rand(tokens, top_k, generator=generator)
-
-
 def assert_equal(kernel, weight, problem, x, ids, weights, bias, activation):
     y = kernel.run(kernel.pack(weight, problem), problem, x, ids, weights, bias)
     assert y.shape == x.shape and y.dtype is x.dtype
-    want = expected(weight, x, ids, weights, bias, activation)
+    want = expected_experts(weight, x, ids, weights, bias, partial(gated, activation))
     allowed = getattr(kernel, "tolerance", lambda p: 3 * TOLERANCES[p.dtype])(problem)
     assert float((y.double() - want).norm()) <= allowed * max(float(want.norm()), 1e-3), kernel.name
 
@@ -123,7 +101,7 @@ def test_every_kernel_equals_the_float64_formula(name, dtype, tokens, top_k):
     weight, problem = make(name, dtype)
     x = torch.randn(tokens, H, generator=torch.Generator().manual_seed(1)).to(dtype)
     for kernel in accepting(problem):
-        assert_equal(kernel, weight, problem, x, *routed(tokens, top_k), ExpertsBias(), "silu")
+        assert_equal(kernel, weight, problem, x, *routed(tokens, top_k, E), ExpertsBias(), "silu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -135,7 +113,7 @@ def test_biases_activations_and_orders_of_inputs(activation, apart, reordered):
     x = 5 * torch.randn(9, H, generator=generator)  # large enough for swiglu's limits to matter
     bias = ExpertsBias(torch.randn(E, 2 * I, generator=generator), torch.randn(E, H, generator=generator))
     for kernel in accepting(problem):
-        assert_equal(kernel, weight, problem, x, *routed(9, 2), bias, activation)
+        assert_equal(kernel, weight, problem, x, *routed(9, 2, E), bias, activation)
 
 
 @pytest.mark.parametrize("name", ("float32", "bfloat16", *METHODS))

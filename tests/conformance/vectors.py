@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.linear import Linear, LinearBase
+from pymllm.layers.split import SplitLinearMethod
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.method import LinearMethodBase
@@ -159,6 +160,21 @@ def load_layer(
     for index, tensors in enumerate(parts):
         for name, tensor in tensors.items():
             layer.weight_loader(getattr(layer, name), tensor, index)
+    return layer
+
+
+def fill_layer(
+    make: Callable[[], LinearBase], parts: Sequence[dict[str, Tensor]], parallel: Parallel | None = None
+) -> LinearBase:
+    """Make a layer under `parallel`, load each part's tensors and pack it; parts that are kept apart, one by one."""
+    with parallel or Parallel():
+        layer = make()
+    split = isinstance(layer.quant_method, SplitLinearMethod)
+    for index, tensors in enumerate(parts):
+        holder = layer.quant_method.holders(layer)[index] if split else layer
+        for name, tensor in tensors.items():
+            holder.weight_loader(getattr(holder, name), tensor, None if split else index)
+    layer.quant_method.process_weights_after_loading(layer)
     return layer
 
 

@@ -8,7 +8,7 @@ import torch
 from pymllm import LLM, SamplingParams
 from pymllm.api import shipped_model
 from pymllm.engine.decoding import DecodingBatch
-from pymllm.engine.graphs import BUCKETS, DecodingGraphs, why_not_captured
+from pymllm.engine.graphs import BUCKETS, bucket_of, why_not_captured
 from pymllm.engine.request import Request
 from pymllm.planning.make_plan import plan
 
@@ -23,27 +23,20 @@ def answers(llm, prompts, count=24):
 
 
 def played_back(run):
-    """Stands for a CUDA graph: the same step again, its result where the first one was."""
+    """Stand for a CUDA graph: run the same step again, and leave its result where the first one was."""
     logits = run().clone()
-    return lambda: logits.copy_(run()), logits
+    return lambda: logits.copy_(run())
 
 
 def with_graphs(llm, captures):
-    """Let `llm` decode through graphs that are played in Python; notes the size of each capture."""
-    runner = llm.engine.runner
+    """Let `llm` decode through graphs that are played in Python; note the rows of each capture."""
 
-    def decode(requests, cache):
-        if not hasattr(runner, "test_graphs"):
-            longest = min(runner.max_length, cache.num_pages * cache.page_size)
+    def capture(run):
+        replay = played_back(run)
+        captures.append(len(replay()))
+        return replay
 
-            def make(size):
-                captures.append(size)
-                return DecodingBatch(size, cache.pages_for(longest), cache.page_size, longest, runner.device)
-
-            runner.test_graphs = DecodingGraphs(make, runner._forward_decoding, played_back)
-        return runner.test_graphs.step(requests)
-
-    runner._decode = decode
+    llm.engine.runner.capture = capture
     return llm
 
 
@@ -67,8 +60,7 @@ def test_rows_that_no_request_has_store_nothing():
 
 
 def test_more_requests_than_any_graph_has_run_without():
-    graphs = DecodingGraphs(lambda size: None, lambda batch: None, played_back)
-    assert graphs.step([None] * (BUCKETS[-1] + 1)) is None
+    assert bucket_of(BUCKETS[-1] + 1) is None
 
 
 def test_kernels_that_look_at_the_host_are_named_as_the_reason():
@@ -104,7 +96,7 @@ def test_a_captured_step_gives_the_logits_of_an_eager_one():
     llm = LLM(device="cuda", dtype="bfloat16")
     expected = answers(llm, PROMPTS)
     runner = llm.engine.runner
-    assert runner.eager_reason is None and runner._graphs is not None
+    assert runner.eager_reason is None and any(batch.replay for batch in runner._decoding.values())
     assert llm.plan.decoding_graph == {"captured": True, "why_not": None}
     runner.eager_reason = "this test wants none"
     assert answers(llm, PROMPTS) == expected

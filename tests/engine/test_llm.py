@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,9 @@ from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.errors import CheckpointError, RequestError
 
 from ..checkpoints import write_checkpoint
+from ..processes import python
 from ..shipped_model import test_shipped_model as shipped
+from .answers import greedy
 
 PROMPT = "def read_lines(path):\n"
 
@@ -38,10 +38,6 @@ def dequantized_model() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(dtype="float32")
-
-
-def greedy(count: int, **settings) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True, **settings)
 
 
 def test_greedy_text_equals_transformers_on_the_same_dequantised_weights(llm):
@@ -221,7 +217,7 @@ def test_chat_goes_through_the_checkpoints_template(llm):
 
 def test_import_pymllm_loads_no_torch():
     script = "import sys, pymllm; pymllm.__version__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert python("-c", script).returncode == 0
 
 
 def test_the_readmes_names_are_exported():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import pymllm
 from pymllm.engine.outputs import (
     METRICS,
     GenerationOutputs,
@@ -196,11 +195,6 @@ def test_text_ends_before_the_end_token_and_full_text_has_it():
     first, second = outputs.to_benchmark_format()
     assert (first["text"], first["full_text"]) == ("one two three", "one two three <end>")
     assert second["text"] == "two " and second["nfe"] == 3 and second["token_ids"] == [2, 4, 1]
-
-
-@pytest.fixture(scope="module")
-def llm():
-    return pymllm.LLM(progress=False)
 
 
 def test_a_real_generation_is_recorded(llm):

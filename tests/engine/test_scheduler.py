@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pymllm import LLM, SamplingParams
+from pymllm import LLM
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import Request
@@ -13,16 +13,9 @@ from pymllm.engine.scheduler import Scheduler
 from pymllm.kernels.attention import PAGE_SIZE
 
 from ..checkpoints import write_checkpoint
+from .answers import answers, greedy
 
 PROMPTS = [[1 + (7 * i + j) % 250 for j in range(3 + 29 * i)] for i in range(5)]  # 3 to 119 tokens
-
-
-def greedy(count: int, **settings) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True, **settings)
-
-
-def answers(llm, prompts, params, **options):
-    return [output.token_ids for output in llm.generate(prompts, params, **options)]
 
 
 @pytest.fixture(scope="module")

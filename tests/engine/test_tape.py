@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-import pymllm.engine.runner as runner_module
-from pymllm import LLM, SamplingParams
+import pymllm.engine.decoding as decoding_module
+from pymllm import LLM
 from pymllm.engine.tape import NotRepeatable, record
-from pymllm.kernels.native import extension
 from pymllm.swapping.swap import swap
 
-pytestmark = pytest.mark.skipif(
-    not extension.native_available(), reason=str(extension.native_missing_reason())
-)
+from ..kernels.integer_cases import needs_native
+from ..processes import python
+from .answers import answers, greedy
+
+pytestmark = needs_native
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11, 3, 200, 17, 8]]
 
 
-def greedy(count: int) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True)
-
-
-def answers(llm: LLM, prompts: list[list[int]], count: int = 40) -> list[tuple[int, ...]]:
-    return [output.token_ids for output in llm.generate(prompts, greedy(count))]
-
-
 def tapes(llm: LLM) -> dict[int, object]:
-    return {requests: batch.tape for (requests, _), batch in llm.engine.runner._decoding.items()}
+    return {requests: batch.replay for (requests, _), batch in llm.engine.runner._decoding.items()}
 
 
 def refusals(llm: LLM) -> set[str | None]:
@@ -45,7 +35,7 @@ def without_tapes(monkeypatch):
         raise NotRepeatable("this test wants none")
 
     def make(**settings) -> LLM:
-        monkeypatch.setattr(runner_module, "record", refuse)
+        monkeypatch.setattr(decoding_module, "record", refuse)
         return LLM(**settings)
 
     yield make
@@ -95,7 +85,7 @@ def test_a_kernel_that_needs_lengths_in_python_has_no_tape_and_the_same_answers(
 )
 def test_a_step_that_looks_into_a_tensor_is_not_recorded(peek, reason):
     llm = LLM(dtype="float32")
-    expected = answers(llm, PROMPTS[:1], 12)
+    expected = answers(llm, PROMPTS[:1], greedy(12))
     llm.engine.runner._decoding.clear()
     norm = llm.model.model.norm
     run = norm.forward
@@ -106,17 +96,17 @@ def test_a_step_that_looks_into_a_tensor_is_not_recorded(peek, reason):
         return result
 
     norm.forward = forward
-    assert answers(llm, PROMPTS[:1], 12) == expected
+    assert answers(llm, PROMPTS[:1], greedy(12)) == expected
     assert reason in str(refusals(llm))
 
 
 def test_a_hook_is_called_in_every_step():
     llm = LLM(dtype="float32")
-    assert answers(llm, PROMPTS[:1], 12) and tapes(llm)[1] is not None
+    assert answers(llm, PROMPTS[:1], greedy(12)) and tapes(llm)[1] is not None
     calls = []
     hook = llm.model.model.norm.register_forward_hook(lambda *given: calls.append(1))
-    answers(llm, PROMPTS[:1], 12)
-    assert len(calls) >= 12 and refusals(llm) == {"modules of the model have hooks"}
+    answers(llm, PROMPTS[:1], greedy(12))
+    assert len(calls) >= 12 and llm.engine.runner.eager_reason == "modules of the model have hooks"
     hook.remove()
 
 
@@ -180,7 +170,7 @@ def test_recording_a_step_does_not_import_torchs_compiler():
     """It takes the better part of a second, in the middle of the first answer."""
     script = (
         "import sys, pymllm; llm = pymllm.LLM(); llm.generate([[5, 6, 7]]); "
-        "assert any(batch.tape for batch in llm.engine.runner._decoding.values()); "
+        "assert any(batch.replay for batch in llm.engine.runner._decoding.values()); "
         "sys.exit('torch._dynamo' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert python("-c", script).returncode == 0

@@ -18,12 +18,6 @@ HALF_UNIT = {
 }  # of the last place, relative
 
 
-def floats(
-    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, scale: float = 1.0
-) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
 def assert_close(y, x, weight, bias, *, exact: bool, within: float = 0.0) -> None:
     """Within the bounds that follow from how the kernel rounds; none is statistical.
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ..processes import run
+
 CHECK = Path(__file__).parent / "arm" / "check"
 NEEDED = ["bash", os.environ.get("ARM_CXX", "aarch64-linux-gnu-g++"), "cmake", "make"]
 MISSING = [tool for tool in NEEDED if shutil.which(tool) is None]
@@ -17,9 +19,7 @@ if not any(shutil.which(name) for name in ("qemu-aarch64-static", "qemu-aarch64"
 def run_check(**variables: str) -> subprocess.CompletedProcess:
     # Without what `make test` hands down to a make of its own.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(
-        ["bash", str(CHECK), "plain"], env=kept | variables, capture_output=True, text=True, timeout=300
-    )
+    return run(["bash", str(CHECK), "plain"], env=kept | variables)
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; see make arm-check")

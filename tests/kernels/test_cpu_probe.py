@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import pytest
 
 from pymllm.kernels.native import extension
 
-needs_native = pytest.mark.skipif(
-    not extension.native_available(), reason=str(extension.native_missing_reason())
-)
+from ..processes import python
+from .integer_cases import needs_native
+
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc and /sys")
 needs_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86-64 names")
 
@@ -32,11 +31,7 @@ print(json.dumps(info))
 
 
 def run_probe(*, hide_native: bool = False, isa: str | None = None) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "PYMLLM_CPU_ISA"}
-    if isa is not None:
-        env["PYMLLM_CPU_ISA"] = isa
-    code = (HIDE_NATIVE if hide_native else "") + PRINT_PROBE
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    return python("-c", (HIDE_NATIVE if hide_native else "") + PRINT_PROBE, PYMLLM_CPU_ISA=isa)
 
 
 def probed(**options) -> dict:
@@ -93,10 +88,7 @@ def test_native_probe_and_fallback_agree():
 def test_logical_cpus_follow_the_affinity_of_the_process(hide_native):
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += (HIDE_NATIVE if hide_native else "") + PRINT_PROBE
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    info = json.loads(result.stdout)
+    info = json.loads(python("-c", code, check=True).stdout)
     assert info["logical_cpus"] == 1
     assert info["physical_cores"] in (1, None)
 
@@ -199,11 +191,7 @@ sys.modules["pymllm._native"] = stale
 
 
 def test_a_stale_extension_is_named_and_never_called():
-    result = subprocess.run(
-        [sys.executable, "-c", STALE + PRINT_PROBE], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    info = json.loads(result.stdout)
+    info = json.loads(python("-c", STALE + PRINT_PROBE, check=True).stdout)
     assert info["native"] is False
     assert "older than the Python code: they lack Tape, attention, copy_rows, " in info["reason"]
     assert "probe" not in info["reason"] and info["reason"].endswith("(in a clone, rebuild: make native)")

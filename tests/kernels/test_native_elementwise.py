@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native import extension
 from pymllm.kernels.native.elementwise import NativeElementwise
 from pymllm.kernels.native.float_linear import FLOAT_TYPES, isa_code, native
 from pymllm.kernels.registry import select
 
-pytestmark = pytest.mark.skipif(
-    not extension.native_available(), reason=str(extension.native_missing_reason())
-)
+from ..tensors import floats
+from .integer_cases import PATHS, needs_native
 
-PATHS = extension.probe().runnable_paths
+pytestmark = needs_native
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 7, 16, 33, 64, 255, 256, 257, 300, 1000]
 # A unit in the last place, relative: each of the (at most two) roundings to the dtype costs half of one.
@@ -37,10 +36,6 @@ def silu_and_mul(x, isa=None):
 
 def rotate(x, cos, sin, isa=None):
     return NativeElementwise(isa).rotate(x, cos, sin)
-
-
-def floats(*shape, dtype, seed=1, scale=1.0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def assert_close(y, exact, magnitude=None, factor=0.0):

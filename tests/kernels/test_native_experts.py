@@ -6,14 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pymllm.kernels.canonical import ExpertsWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.native.experts import NativeIntegerExperts
 
-from .integer_cases import FLOATS, PATHS, floats, needs_native
+from ..moe_formula import expected_experts, routed
+from ..tensors import floats
+from .integer_cases import FLOATS, PATHS, needs_native
 from .test_native_integer import fp4, integers
 
 # T tokens, K experts a token, E experts, H hidden size, I intermediate size
@@ -44,28 +45,6 @@ def make(name, dtype=torch.float32, path=None, compute="exact", activation="silu
     return weight, problem, KERNEL.pack(weight, problem)
 
 
-def expected(weight, x, ids, weights, bias=NO_BIAS):
-    y = torch.zeros(x.shape, dtype=torch.float64)
-    for token, k in torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist():
-        e = int(ids[token, k])
-        if e < 0:
-            continue
-        both = weight.gate_up[0][e].dequantize(torch.float64) @ x[token].double()
-        both += 0 if bias.gate_up is None else bias.gate_up[e].double()
-        gate, up = both.chunk(2)
-        answer = weight.down[e].dequantize(torch.float64) @ (gate * torch.sigmoid(gate) * up)
-        answer += 0 if bias.down is None else bias.down[e].double()
-        y[token] += float(weights[token, k]) * answer
-    return y
-
-
-def routed(tokens, top_k, experts=E, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, experts, (tokens, top_k), generator=generator), torch.rand(
-        tokens, top_k, generator=generator
-    )
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -75,9 +54,12 @@ def test_every_path_equals_the_float64_formula(path, name, dtype):
     allowed = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}[dtype]
     bias = ExpertsBias(floats(E, 2 * I, dtype=dtype, seed=8), floats(E, H, dtype=dtype, seed=9))
     for tokens, top_k in ((0, 2), (1, 0), (1, 2), (2, 1), (7, 3), (40, 2), (230, 1)):
-        x, (ids, weights) = floats(tokens, H, dtype=dtype), routed(tokens, top_k)
+        x, (ids, weights) = floats(tokens, H, dtype=dtype), routed(tokens, top_k, E)
         for b in (NO_BIAS, bias):
-            y, want = KERNEL.run(packed, problem, x, ids, weights, b), expected(weight, x, ids, weights, b)
+            y, want = (
+                KERNEL.run(packed, problem, x, ids, weights, b),
+                expected_experts(weight, x, ids, weights, b),
+            )
             assert y.shape == x.shape and y.dtype is dtype
             assert float((y.double() - want).norm()) <= allowed * max(float(want.norm()), 1e-6)
 
@@ -87,7 +69,7 @@ def test_few_rows_of_an_expert_are_exact_and_many_as_rough_as_they_say(path):
     weight, problem, packed = make("int4", path=path, compute="auto")
     for rows, least, most in ((2, 0.0, 2e-6), (30, 1e-3, 2e-2)):
         x, ids, weights = floats(rows, H), torch.full((rows, 1), 3), torch.ones(rows, 1)
-        want = expected(weight, x, ids, weights)
+        want = expected_experts(weight, x, ids, weights, NO_BIAS)
         error = (KERNEL.run(packed, problem, x, ids, weights, NO_BIAS).double() - want).norm() / want.norm()
         assert least <= error <= most
 
@@ -95,7 +77,7 @@ def test_few_rows_of_an_expert_are_exact_and_many_as_rough_as_they_say(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_a_token_does_not_depend_on_threads_nor_on_its_neighbours(path, torch_threads):
     _, problem, packed = make("int4", path=path)
-    x, (ids, weights) = floats(70, H), routed(70, 3)
+    x, (ids, weights) = floats(70, H), routed(70, 3, E)
     results = []
     for threads in (1, 2, 3):
         torch_threads(threads)
@@ -110,7 +92,7 @@ def test_a_token_does_not_depend_on_threads_nor_on_its_neighbours(path, torch_th
 
 def test_strided_inputs_and_ids_of_other_dtypes():
     _, problem, packed = make("int4")
-    x, (ids, weights) = floats(H, 5).t(), routed(5, 2)
+    x, (ids, weights) = floats(H, 5).t(), routed(5, 2, E)
     want = KERNEL.run(packed, problem, x.contiguous(), ids, weights, NO_BIAS)
     got = KERNEL.run(packed, problem, x, ids.int().t().contiguous().t(), weights.double(), NO_BIAS)
     assert torch.equal(got, want)
@@ -129,7 +111,7 @@ def test_a_nan_stays_with_the_tokens_that_have_it():
 
 def test_what_does_not_fit_is_refused():
     _, problem, packed = make("int4")
-    x, (ids, weights) = floats(3, H), routed(3, 2)
+    x, (ids, weights) = floats(3, H), routed(3, 2, E)
     for bad_x in (x[:, :32], x.double(), x.unsqueeze(0)):
         with pytest.raises(ValueError, match="x must be"):
             KERNEL.run(packed, problem, bad_x, ids, weights, NO_BIAS)
@@ -147,7 +129,7 @@ def test_several_python_threads_get_the_same_results(torch_threads):
     cases = []
     for name, tokens in (("int4", 1), ("int8", 9), ("mxfp4", 60)):
         _, problem, packed = make(name, compute="auto")
-        arguments = (packed, problem, floats(tokens, H), *routed(tokens, 2), NO_BIAS)
+        arguments = (packed, problem, floats(tokens, H), *routed(tokens, 2, E), NO_BIAS)
         cases.append((arguments, KERNEL.run(*arguments)))
 
     def repeat(start: int) -> bool:

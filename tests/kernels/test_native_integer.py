@@ -16,7 +16,8 @@ from pymllm.kernels.native.int4 import NativeInt4
 from pymllm.kernels.native.int8 import NativeInt8
 from pymllm.quantization.binding import bind, bind_shared
 
-from .integer_cases import FLOATS, HALF_UNIT, PATHS, assert_close, floats, needs_native
+from ..tensors import floats
+from .integer_cases import FLOATS, HALF_UNIT, PATHS, assert_close, needs_native
 
 # M tokens, O out_features, I in_features, G group_size
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -35,6 +34,8 @@ from pymllm.planning.make_plan import plan
 
 from ..checkpoints import relative_error, write_checkpoint
 from ..forward import logits_of
+from ..processes import python
+from ..tensors import random
 
 GETTERS = (
     get_vllm_silu_and_mul_cls,
@@ -158,7 +159,7 @@ def test_off_by_default_and_nothing_of_it_is_imported(tmp_path, monkeypatch):
     assert all(get() is None for get in GETTERS) and "switched off" in why_not()
     assert "vllm" not in sys.modules
     code = "import pymllm.layers.linear, sys; assert not any(m.startswith('vllm') for m in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    python("-c", code, check=True)
 
 
 def test_switched_on_without_the_package_is_none_and_the_native_path(monkeypatch):
@@ -194,10 +195,6 @@ def test_the_switch_forgets_earlier_choices(tmp_path, monkeypatch):
     set_vllm_layers_enabled(False)
     assert select_elementwise(execution).kernel.name == before.kernel.name
     assert all(get() is None for get in GETTERS)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

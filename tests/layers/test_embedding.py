@@ -17,6 +17,7 @@ from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 
 from ..checkpoints import AWQ, FP8, CompressedFP8, Plain
+from ..tensors import random
 
 METHODS = {
     "none": (UnquantizedLinearMethod(), Plain()),
@@ -25,10 +26,6 @@ METHODS = {
     "awq": (AWQLinearMethod(32), AWQ(32)),
 }
 each_method = pytest.mark.parametrize("name", METHODS)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def loaded(layer, tensors, bias=None):

@@ -25,6 +25,7 @@ from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 
 from ..checkpoints import AWQ, FP8, CompressedFP8, Plain
+from ..tensors import random
 
 # Of each: the method, and the independent writer of its tensors.
 METHODS = {
@@ -37,10 +38,6 @@ METHODS = {
     "fp8-channel": (Fp8LinearMethod((1, 0), "token"), CompressedFP8("channel", dtype=torch.float32)),
 }
 each_method = pytest.mark.parametrize("name", METHODS)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(layer, weights, writer, biases=None, by=None):

@@ -24,6 +24,7 @@ from pymllm.parallel import Parallel, simulate
 from pymllm.quantization.formats.awq import AWQLinearMethod
 
 from ..checkpoints import AWQ
+from ..tensors import random
 
 KINDS = {
     "linear": lambda: Linear(16, 24),
@@ -33,10 +34,6 @@ KINDS = {
     "qkv": lambda: QKVParallelLinear(16, 4, 4, 1),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fill(layer, seed=0):

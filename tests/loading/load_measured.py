@@ -37,7 +37,6 @@ def main() -> None:
                 "read": report.bytes_read,
                 "peak": status("VmHWM") - before,
                 "resident": status("VmRSS") - before,
-                "seconds": report.seconds,
             }
         )
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,20 +13,13 @@ import pytest
 from pymllm.kernels.native import extension
 
 from ..checkpoints import AWQ, SIZES
+from ..processes import python
 
-ROOT = Path(__file__).parents[2]
 # The claim is about 1 GB: PYMLLM_TEST_CHECKPOINT_MB=1000 measures just that.
 MEGABYTES = int(os.environ.get("PYMLLM_TEST_CHECKPOINT_MB", "300"))
 # Beside the weights: the modules of the model, report and plan, what torch's operators allocate on first use, and what
 # the C library keeps of what was freed: 45 MB here, at 300 MB and at 1 GB alike.
 CONSTANT = 48 << 20 if MEGABYTES < 1000 else 0
-
-
-def python(*arguments, timeout=300):
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def write_large_awq(folder, megabytes, hidden=2048, intermediate=5632, vocab=4096, group=128):
@@ -94,8 +86,8 @@ def write_large_awq(folder, megabytes, hidden=2048, intermediate=5632, vocab=409
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_peak_memory_while_loading_is_the_packed_model_and_a_little(tmp_path):
     stored = write_large_awq(tmp_path / "m", MEGABYTES)
-    done = python(Path(__file__).with_name("load_measured.py"), tmp_path / "m")
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = Path(__file__).with_name("load_measured.py")
+    done = python(script, tmp_path / "m", check=True, OMP_NUM_THREADS="1")
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert sizes["read"] == stored
     # Packed weights have their own layout; embedding and head stay float16 where a native kernel widens them.
@@ -109,15 +101,13 @@ HEAVY = ("torch", "transformers", "numpy", "safetensors", "triton", "fastapi")
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, pymllm; assert pymllm.__version__; print(*sys.modules)"
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", code, check=True)
     assert not set(HEAVY) & set(done.stdout.split())
 
 
 def test_every_name_of_the_front_door_is_there():
     code = "import pymllm; print([name for name in pymllm.__all__ if getattr(pymllm, name, None) is None])"
-    done = python("-c", code)
-    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
+    assert python("-c", code, check=True).stdout.strip() == "[]"
 
 
 def test_loading_needs_no_transformers(tmp_path):
@@ -126,6 +116,5 @@ def test_loading_needs_no_transformers(tmp_path):
     code = (
         f"import sys, pymllm; pymllm.load_model({str(tmp_path / 'm')!r}, device='cpu'); print(*sys.modules)"
     )
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", code, check=True)
     assert "transformers" not in done.stdout.split()

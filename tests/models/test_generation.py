@@ -21,6 +21,7 @@ FAMILIES = {
     "gemma2": {},
     "gemma3_text": {"num_hidden_layers": 3},
     "phi3": {"sliding_window": 7},
+    "olmo2": {},
 }
 PROMPTS = [list(range(3, 23)), [5], [40, 41, 42, 43, 44, 45, 46]]  # longer than the windows, shorter, as long
 

@@ -13,10 +13,9 @@ from pymllm.models import list_model_types, read_model_config
 from pymllm.parallel import Parallel
 
 from ..checkpoints import FAMILIES, FORMATS, relative_error, tiny_config, write_checkpoint
+from ..forward import TOLERANCE, assert_equal_to_transformers, llm_logits_of
 from ..moe_checkpoints import FAMILIES as MOE_FAMILIES
 
-# Both sides compute in float32; two layers of other summation orders leave some 1e-6.
-TOLERANCE = 1e-5
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -25,15 +24,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-
-
-def logits_of(checkpoint, **options):
-    options = {"device": "cpu", "dtype": "float32"} | options
-    return pymllm.LLM(checkpoint.folder, **options).logits(checkpoint.ids.tolist())
-
-
-def assert_equal_to_transformers(checkpoint, **options):
-    assert relative_error(logits_of(checkpoint, **options), checkpoint.logits()) <= TOLERANCE
 
 
 def test_every_family_is_tested_here():
@@ -50,7 +40,7 @@ def test_logits_equal_transformers(tmp_path, family, fmt):
 def test_every_spelling_of_every_format_gives_the_same_logits(tmp_path, fmt):
     checkpoint = write_checkpoint(tmp_path / "m", "llama", fmt, shards=3)
     assert_equal_to_transformers(checkpoint)
-    exact = logits_of(checkpoint, kernels={"linear": "reference"})
+    exact = llm_logits_of(checkpoint, kernels={"linear": "reference"})
     assert relative_error(exact, checkpoint.logits()) <= TOLERANCE
 
 
@@ -132,7 +122,7 @@ def test_mistrals_window_shorter_than_the_prompt(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "m", "mistral", sliding_window=7)
     assert_equal_to_transformers(checkpoint)
     wide = write_checkpoint(tmp_path / "wide", "mistral", sliding_window=None)
-    assert relative_error(logits_of(wide), checkpoint.logits()) > 0.01, "the window must matter"
+    assert relative_error(llm_logits_of(wide), checkpoint.logits()) > 0.01, "the window must matter"
     assert_equal_to_transformers(wide)
 
 
@@ -253,7 +243,7 @@ def test_rotary_settings_are_not_the_same_thing(tmp_path):
 def test_bfloat16_is_near(tmp_path, fmt):
     checkpoint = write_checkpoint(tmp_path / "m", "llama", fmt)
     # Two layers of eight roundings of 2^-9 each, which partly cancel: some 2% measured.
-    assert relative_error(logits_of(checkpoint, dtype="bfloat16"), checkpoint.logits()) <= 0.05
+    assert relative_error(llm_logits_of(checkpoint, dtype="bfloat16"), checkpoint.logits()) <= 0.05
 
 
 def test_the_checkpoints_own_dtype_is_the_default_unless_it_is_quantised(tmp_path):

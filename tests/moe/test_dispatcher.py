@@ -77,7 +77,7 @@ def test_a_call_out_of_turn():
     dispatcher.dispatch_b()
     with pytest.raises(RuntimeError, match="awaits combine_a"):
         dispatcher.combine_b()
-    with pytest.raises(ValueError, match=r"one answer a slot, \[6, 4\]"):
+    with pytest.raises(ValueError, match=r"one answer for each slot, \[6, 4\]"):
         dispatcher.combine_a(torch.zeros(5, 4))
     dispatcher.combine_a(torch.zeros(6, 4))
     with pytest.raises(RuntimeError, match="awaits combine_b"):
@@ -89,8 +89,8 @@ def test_a_call_out_of_turn():
     "change, named",
     (
         (lambda x, t: (x[0], t), "must be"),
-        (lambda x, t: (x[:2], t), "2 tokens need ids"),
-        (lambda x, t: (x, TopKOutput(t.weights[:, :1], t.ids, t.router_logits)), "3 tokens need ids"),
+        (lambda x, t: (x[:2], t), "2 tokens need expert ids"),
+        (lambda x, t: (x, TopKOutput(t.weights[:, :1], t.ids, t.router_logits)), "3 tokens need expert ids"),
         (lambda x, t: (x, TopKOutput(t.weights, t.ids.float(), t.router_logits)), "integers"),
         (lambda x, t: (x, TopKOutput(t.weights, t.ids + 2, t.router_logits)), r"0\.\.1"),
         (lambda x, t: (x, TopKOutput(t.weights, t.ids - 2, t.router_logits)), r"0\.\.1"),

@@ -226,7 +226,7 @@ def test_weights_and_scales_of_experts_that_disagree_in_layout_name_the_first_su
     rewrite(checkpoint, lambda tensors: fuse(tensors, prefix, "weight_scale"))
     for attempt in (plan, load_model):
         with pytest.raises(
-            CheckpointError, match="other tensors of them are stored for each expert"
+            CheckpointError, match="other tensors of that layer hold one expert each"
         ) as caught:
             attempt(checkpoint.folder, device="cpu")
         assert caught.value.tensor == f"{prefix}.gate_up_proj_scale"

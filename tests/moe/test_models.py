@@ -18,20 +18,10 @@ from pymllm.moe import (
 )
 
 from ..checkpoints import relative_error, save_tensors
+from ..forward import assert_equal_to_transformers
 from ..moe_checkpoints import FAMILIES, moe_config, write_moe
 
-# Both sides compute in float32; two layers of other summation orders leave some 1e-6.
-TOLERANCE = 1e-5
 FORMATS = ("none", "none-bf16", "awq-g32", "fp8-block", "mxfp4", "ct-channel")
-
-
-def logits_of(checkpoint, **options):
-    options = {"device": "cpu", "dtype": "float32"} | options
-    return pymllm.LLM(checkpoint.folder, **options).logits(checkpoint.ids.tolist())
-
-
-def assert_equal_to_transformers(checkpoint, **options):
-    assert relative_error(logits_of(checkpoint, **options), checkpoint.logits()) <= TOLERANCE
 
 
 # gpt-oss has its experts in floats or MXFP4.

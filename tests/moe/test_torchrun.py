@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import torch
 
 from ..checkpoints import relative_error
 from ..moe_checkpoints import write_moe
-from ..parallel.test_torchrun import ROOT, free_port, torchrun
+from ..parallel.test_torchrun import free_port, torchrun
+from ..processes import SECONDS, environment
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
 FORMATS = ("none-bf16", "awq-g32", "fp8-block", "mxfp4")
@@ -25,13 +25,8 @@ pytestmark = [
 ]
 
 
-def environment(**more):
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path} | more
-
-
 def start_ranks(size, script, *arguments):
-    """The processes, without torchrun, which would end all when one ends."""
+    """Start the processes, without torchrun, which would end all when one ends."""
     script, port = Path(__file__).with_name(script), str(free_port())
     command = [sys.executable, str(script), *map(str, arguments)]
     ranks = []
@@ -42,6 +37,8 @@ def start_ranks(size, script, *arguments):
             LOCAL_RANK=str(rank),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
+            OMP_NUM_THREADS="1",
+            GLOO_SOCKET_IFNAME="lo",
         )
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen(command, env=env, **pipes))
@@ -63,7 +60,7 @@ def test_processes_give_the_logits_of_one(tmp_path, checkpoints, size):
     ids = next(iter(checkpoints.values())).ids[:5]  # of four ranks, one has a single token, or none
     folders = [checkpoint.folder for checkpoint in checkpoints.values()]
     script = Path(__file__).with_name("rank_logits.py")
-    done = torchrun(script, tmp_path, json.dumps(ids.tolist()), *folders, ranks=size, timeout=240)
+    done = torchrun(script, tmp_path, json.dumps(ids.tolist()), *folders, ranks=size)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(size):
         found = torch.load(tmp_path / f"rank{rank}.pt")
@@ -81,14 +78,14 @@ def test_a_rank_that_fails_makes_the_others_fail_and_say_so(tmp_path, how, code)
     ranks = start_ranks(3, "rank_that_fails.py", how, checkpoint.folder)
     survivors = [rank for index, rank in enumerate(ranks) if index != 1]
     try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in survivors]
+        outputs = [rank.communicate(timeout=SECONDS)[0] for rank in survivors]
     finally:
         for rank in ranks:
             rank.kill()
     for rank, output in zip(survivors, outputs, strict=True):
         assert rank.returncode == 7, output[-3000:]
-        said = re.search(r"RANK \d (\S+) after (\S+) s: (.*)", output)
+        said = re.search(r"RANK \d (\S+): (.*)", output)
         assert said is not None, output[-3000:]
         assert said[1] in (code, "rank-lost"), output  # who sees that another rank gave up has lost that one
-        assert float(said[2]) <= 10 and "another rank" in said[3] and "start all ranks again" in said[3]
+        assert "another rank" in said[2] and "start all ranks again" in said[2]
     assert any(code in output for output in outputs)

@@ -1,9 +1,7 @@
 """Real ranks: processes started by torchrun, joined by Gloo over the loopback interface."""
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import torch
 
 from ..adapters.handwritten import random_adapter, with_deltas
 from ..checkpoints import relative_error, write_checkpoint
+from ..processes import python
 
 FORMATS = ("none", "awq-g32", "fp8-block")
-ROOT = Path(__file__).parents[2]
 
 
 def free_port():
@@ -23,20 +21,10 @@ def free_port():
         return server.getsockname()[1]
 
 
-def torchrun(*arguments, ranks=2, timeout=120):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-addr",
-        "127.0.0.1",
-    ]
-    command += ["--master-port", str(free_port()), *map(str, arguments)]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+def torchrun(*arguments, ranks=2):
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-addr", "127.0.0.1"]
+    words += ["--master-port", free_port(), *arguments]
+    return python(*words, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo here")

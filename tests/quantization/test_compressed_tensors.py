@@ -14,7 +14,6 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CodebookType, Fp8Type, IntType
 from pymllm.layers.linear import Linear, MergedColumnParallelLinear, RowParallelLinear
-from pymllm.layers.split import SplitLinearMethod
 from pymllm.parallel import Parallel, simulate
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.binding import bound_weight
@@ -22,6 +21,7 @@ from pymllm.quantization.storage.packing import pack_words
 from pymllm.weights.spec import LinearShape, Span
 
 from ..checkpoints import CompressedFP8, relative_error, write_checkpoint
+from ..conformance.vectors import fill_layer
 from ..forward import logits_of
 
 LINEAR = SimpleNamespace(kind="linear")
@@ -225,24 +225,12 @@ def packed_layer(out_features, in_features, *, seed=0, bits=4, act_order=False):
     return tensors, (codes - zeros[:, index]) * scales.double()[:, index]
 
 
-def fill(make, parts, parallel=None):
-    with parallel or Parallel():
-        layer = make()
-    split = isinstance(layer.quant_method, SplitLinearMethod)
-    for index, tensors in enumerate(parts):
-        holder = layer.quant_method.holders(layer)[index] if split else layer
-        for name, tensor in tensors.items():
-            holder.weight_loader(getattr(holder, name), tensor, None if split else index)
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
 @pytest.mark.parametrize("bits", (3, 4, 8))
 def test_parts_whose_zero_points_do_not_fill_their_last_word_fuse(bits):
     """60 and 36 outputs: the words of a part end with fields that mean nothing."""
     config = read(settings({**W4, "num_bits": bits, "symmetric": False}))
     parts = [packed_layer(out, 96, seed=out, bits=bits) for out in (60, 36)]
-    layer = fill(
+    layer = fill_layer(
         lambda: MergedColumnParallelLinear(
             96, [60, 36], False, part_names=["a", "b"], quant_config=config, prefix="x"
         ),
@@ -257,7 +245,7 @@ def test_act_order_by_group_is_honoured_whole_and_sharded(size):
     config = read(settings({**W4, "symmetric": False, "actorder": "group"}))
     tensors, meant = packed_layer(64, 128, act_order=True)
     for rank in range(size):
-        layer = fill(
+        layer = fill_layer(
             lambda: RowParallelLinear(128, 64, False, False, quant_config=config, prefix="x"),
             [tensors],
             Parallel(rank, size),
@@ -305,7 +293,7 @@ def test_int8_parts_with_scales_of_their_own_fuse(per_tensor, symmetric):
         tensors = {"weight": codes, "weight_scale": scale}
         parts.append(tensors if symmetric else {**tensors, "weight_zero_point": zero})
         meant.append((codes.double() - (0 if symmetric else zero.double())) * scale.double())
-    layer = fill(
+    layer = fill_layer(
         lambda: MergedColumnParallelLinear(
             56, [24, 40], False, part_names=["a", "b"], quant_config=config, prefix="x"
         ),
@@ -331,7 +319,7 @@ def test_parts_of_nvfp4_keep_their_global_scales():
                 "weight_global_scale": torch.tensor([overall]),
             }
         )
-    layer = fill(
+    layer = fill_layer(
         lambda: MergedColumnParallelLinear(
             64, [32, 16], False, part_names=["a", "b"], quant_config=config, prefix="x"
         ),
@@ -463,7 +451,7 @@ def test_a_layer_runs_its_activations_through_the_reference_when_asked():
     codes = torch.randint(-128, 128, (16, 64), generator=generator).to(torch.int8)
     scale = torch.rand(16, 1, generator=generator) + 0.1
     with Execution(dtype=torch.float32, compute="checkpoint"):
-        layer = fill(
+        layer = fill_layer(
             lambda: Linear(64, 16, False, quant_config=config, prefix="x"),
             [{"weight": codes, "weight_scale": scale}],
         )

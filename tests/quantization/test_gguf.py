@@ -13,7 +13,7 @@ from pymllm.parallel import Parallel, simulate
 from pymllm.quantization.formats.gguf import BLOCKS
 
 from ..forward import logits_of
-from ..gguf_files import SIZES, byte_tokens, random_blocks, write_gguf
+from ..gguf_files import SIZES, byte_tokens, finish, random_blocks, write_gguf
 
 IDS = torch.randint(0, SIZES["vocab_size"], (24,), generator=torch.Generator().manual_seed(7))
 
@@ -42,7 +42,7 @@ def mixed(name):
 @pytest.mark.parametrize(
     ("family", "kinds"),
     [("llama", kind) for kind in (*BLOCKS, "F32", "F16", "BF16", mixed)]
-    + [(family, kind) for family in ("qwen2", "qwen3") for kind in ("Q4_K", "Q5_0", mixed)],
+    + [(family, kind) for family in ("qwen2", "qwen3", "olmo2") for kind in ("Q4_K", "Q5_0", mixed)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_logits_are_those_of_the_dequantised_weights(family, kinds, tmp_path):
@@ -328,10 +328,7 @@ def test_a_scale_that_is_no_number_is_refused_and_a_zero_is_not(kind, tmp_path):
 
 def test_an_unknown_architecture_and_a_folder_of_gguf_files_say_what_to_do(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     error = refusal(tmp_path / "m.gguf")
     assert error.code == "architecture" and "qwen3" in str(error)
     assert str(tmp_path / "m.gguf") in str(refusal(tmp_path))

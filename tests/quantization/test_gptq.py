@@ -25,6 +25,8 @@ from pymllm.quantization.binding import bind, bound_weight
 from pymllm.quantization.storage.packing import pack_words, unpack_words
 from pymllm.weights.spec import LinearShape, Span
 
+from ..conformance.vectors import fill_layer
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 LINEAR = SimpleNamespace(kind="linear")
 ACT_ORDER = sorted((Path(__file__).parents[2] / "quantization/gptq/golden/act_order").glob("*.safetensors"))
@@ -54,19 +56,6 @@ def make_tensors(in_features, out_features, *, group=32, bits=4, seed=0, minus_o
         "g_idx": index.to(torch.int32),
     }
     return tensors, meant
-
-
-def fill(make, parts, parallel=None):
-    """The layer, with each part's tensors loaded and packed.  Parts that are kept apart are loaded one by one."""
-    with parallel or Parallel():
-        layer = make()
-    for index, tensors in enumerate(parts):
-        split = isinstance(layer.quant_method, SplitLinearMethod)
-        holder = layer.quant_method.holders(layer)[index] if split else layer
-        for name, tensor in tensors.items():
-            holder.weight_loader(getattr(holder, name), tensor, None if split else index)
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def act_order_config(stored=()):
@@ -166,7 +155,7 @@ def test_act_order_decodes_to_the_writers_dequantisation(path):
 def test_act_order_runs_like_the_weight_it_means(bits):
     tensors, meant = make_tensors(128, 64, bits=bits)
     config = read({**GPTQ, "bits": bits, "sym": False, "desc_act": True})
-    layer = fill(lambda: Linear(128, 64, False, quant_config=config, prefix="x"), [tensors])
+    layer = fill_layer(lambda: Linear(128, 64, False, quant_config=config, prefix="x"), [tensors])
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     expected = x.double() @ meant.t()
     assert (layer(x).double() - expected).norm() / expected.norm() < 1e-6
@@ -178,7 +167,7 @@ def test_act_order_under_row_parallelism_equals_the_unsharded_layer(size):
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
     total = torch.zeros(5, 64, dtype=torch.float64)
     for rank in range(size):
-        layer = fill(
+        layer = fill_layer(
             lambda: RowParallelLinear(256, 64, False, False, quant_config=act_order_config(), prefix="x"),
             [tensors],
             Parallel(rank, size),
@@ -196,7 +185,7 @@ def test_act_order_under_row_parallelism_equals_the_unsharded_layer(size):
 def test_parts_of_a_fused_layer_that_order_their_inputs_differently_stay_apart(size):
     parts = [make_tensors(128, out, seed=out) for out in (64, 32)]
     for rank in range(size):
-        layer = fill(
+        layer = fill_layer(
             lambda: MergedColumnParallelLinear(
                 128,
                 [64, 32],
@@ -251,7 +240,7 @@ def test_a_short_last_group_is_read_whole_and_by_column_share():
     }
     meant = (codes - 8) * scales.double()[torch.arange(80) // 32].t()
     for rank in range(2):
-        layer = fill(
+        layer = fill_layer(
             lambda: ColumnParallelLinear(80, 32, False, quant_config=read(GPTQ), prefix="x"),
             [tensors],
             Parallel(rank, 2),

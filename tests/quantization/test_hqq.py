@@ -7,11 +7,10 @@ import torch
 
 import pymllm
 from pymllm.errors import ConfigError
-from pymllm.parallel import simulate
 from pymllm.quantization.base import get_quantization_config
 
 from ..checkpoints import write_checkpoint
-from ..forward import logits_of
+from ..forward import assert_answers_as_meant, logits_of
 
 PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
@@ -55,14 +54,7 @@ class HQQ:
 )
 def test_a_checkpoint_answers_as_the_weights_it_means_on_one_rank_and_on_two(writer, tmp_path):
     written = write_checkpoint(tmp_path, "llama", writer, ignored=("down_proj",))
-    expected = written.logits()
-
-    def run(parallel=None):
-        return logits_of(pymllm.load_model(tmp_path, device="cpu", dtype="float32"), written.ids)
-
-    assert pymllm.verify(tmp_path, device="cpu").ok
-    for logits in (run(), *simulate(2, run)):
-        assert (logits - expected).norm() / expected.norm() < 1e-5
+    assert_answers_as_meant(written)
 
 
 def test_layers_have_the_settings_of_their_tag_and_others_are_left_alone(tmp_path):

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import pymllm
 from pymllm.errors import ConfigError
-from pymllm.parallel import simulate
 from pymllm.quantization.base import get_quantization_config
 
 from ..checkpoints import write_checkpoint
-from ..forward import logits_of
+from ..forward import assert_answers_as_meant
 
 SCHEME = {"dtype": "fp8_e4m3", "is_dynamic": False, "qscheme": "per_tensor"}
 
@@ -59,15 +57,7 @@ BAD = (
 @pytest.mark.parametrize("writer", WRITERS, ids=repr)
 def test_a_checkpoint_answers_as_the_weights_it_means_on_one_rank_and_on_two(writer, tmp_path):
     written = write_checkpoint(tmp_path, "llama", writer, ignored=("down_proj",))
-    expected = written.logits()
-
-    def run(parallel=None):
-        model = pymllm.load_model(tmp_path, device="cpu", dtype="float32", compute="exact")
-        return logits_of(model, written.ids)
-
-    assert pymllm.verify(tmp_path, device="cpu").ok
-    for logits in (run(), *simulate(2, run)):
-        assert (logits - expected).norm() / expected.norm() < 1e-5
+    assert_answers_as_meant(written, compute="exact")
 
 
 @pytest.mark.parametrize(("settings", "said"), BAD)

@@ -17,6 +17,7 @@ import uvicorn
 import pymllm
 from pymllm.server.app import create_app
 from pymllm.server.header_timeout import HeaderTimeoutProtocol
+from tests.processes import SECONDS
 
 MODEL = "shipped"
 
@@ -30,7 +31,7 @@ class Served:
     port: int
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=SECONDS)
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def serve(llm: Any, **settings: Any) -> Iterator[Served]:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + SECONDS
         while not server.started:
             assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
@@ -52,13 +53,7 @@ def serve(llm: Any, **settings: Any) -> Iterator[Served]:
             yield Served(llm, f"http://127.0.0.1:{port}", port)
         finally:
             server.should_exit = server.force_exit = True
-            thread.join(30)
-
-
-@pytest.fixture(scope="session")
-def llm() -> pymllm.LLM:
-    """The shipped model."""
-    return pymllm.LLM(progress=False)
+            thread.join(SECONDS)
 
 
 @pytest.fixture(scope="session")

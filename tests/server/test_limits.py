@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import math
 import socket
 import threading
 import time
@@ -14,14 +16,16 @@ import pytest
 from pymllm.errors import KernelError
 from pymllm.server import header_timeout
 from pymllm.server.gate import MAX_BODY_BYTES
+from pymllm.server.worker import Generation, Worker
+from tests.processes import SECONDS
 from tests.server.conftest import MODEL, serve
 
 LONG = {"prompt": "import os\n", "max_tokens": 900, "logit_bias": {"0": -100, "2": -100}}
 
 
 def post(served, body, path="/v1/completions", headers=None):
-    """Returns (status, JSON, headers)."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    """Post a body, and return (status, JSON, headers)."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=SECONDS)
     try:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})
@@ -125,7 +129,7 @@ def test_a_body_that_is_too_large_is_refused(served):
 
 @pytest.mark.parametrize(("length", "status"), [("-5", 400), ("1e3", 400), ("99999999999999999999", 413)])
 def test_a_false_content_length_is_refused(served, length, status):
-    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+    with connect(served) as connection:
         connection.sendall(
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
         )
@@ -138,13 +142,17 @@ def test_a_false_content_length_is_refused(served, length, status):
 def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, requests_before, started):
     if requests_before and not started:
         pytest.skip("an idle connection is kept for a while, by uvicorn's own rule")
-    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
-    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+    if (
+        not requests_before
+    ):  # the time runs from the connection on, and else from the first byte of the late headers
+        monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
+    with connect(served) as connection:
         for _ in range(requests_before):
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             received = b""
             while not received.endswith(b"}"):
                 received += connection.recv(1000)
+        monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
         connection.sendall(started)
         received = b""
         while more := connection.recv(1000):
@@ -153,10 +161,13 @@ def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, reques
 
 
 def test_an_answer_may_take_longer_than_headers_may(served, monkeypatch, llm):
-    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
-    slow_down(llm, monkeypatch)
-    status, answer, _ = post(served, {"prompt": "x", "max_tokens": 5, "logit_bias": LONG["logit_bias"]})
-    assert status == 200 and answer["usage"]["completion_tokens"] == 5
+    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 1.0)
+    arrived = calls_of(monkeypatch, Worker, "start")
+    with held_steps(llm) as gate, send(served, {**LONG, "max_tokens": 5}) as connection:
+        wait_until(lambda: arrived)
+        time.sleep(1.5)
+        gate.let(math.inf)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("size", (20_000, 60_000))
@@ -175,7 +186,7 @@ def test_large_headers_are_refused(served, size):
     ],
 )
 def test_what_is_no_request_gets_an_error_object_too(served, sent, status):
-    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+    with connect(served) as connection:
         connection.sendall(sent)
         answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
     head, _, body = answer.partition("\r\n\r\n")
@@ -203,79 +214,133 @@ def test_everything_but_health_needs_the_key(llm):
         assert connection.getresponse().status == 200
 
 
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
+def wait_until(condition):
+    deadline = time.monotonic() + SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "it has not happened"
         time.sleep(0.005)
 
 
+def connect(served):
+    """Open a connection."""
+    return socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS)
+
+
 def send(served, body):
-    """A connection with a request on its way."""
+    """Open a connection with a request on its way."""
     data = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", served.port))
+    connection = connect(served)
     connection.sendall(
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
     )
     return connection
 
 
-def slow_down(llm, monkeypatch):
-    """Steps at a large model's pace, so that even a busy machine hears of everything in time.  Returns their list."""
-    inner, steps = llm.engine.step, []
+class Gate:
+    """A gate before every step of an engine: a step that has begun waits until `let` lets it through."""
 
-    def step():
-        time.sleep(0.2)
-        steps.append(1)
-        return inner()
+    def __init__(self, step):
+        self._step, self._changed = step, threading.Condition()
+        self.begun = self._allowed = 0
 
-    monkeypatch.setattr(llm.engine, "step", step)
-    return steps
+    def step(self):
+        with self._changed:
+            self.begun += 1
+            assert self._changed.wait_for(lambda: self.begun <= self._allowed, SECONDS)
+        return self._step()
+
+    def let(self, steps=1):
+        """Let this many more steps through."""
+        with self._changed:
+            self._allowed += steps
+            self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def held_steps(llm):
+    """Hold the engine's steps, so that nothing depends on how fast they are."""
+    gate = Gate(llm.engine.step)
+    llm.engine.step = gate.step
+    try:
+        yield gate
+    finally:
+        gate.let(math.inf)
+        del llm.engine.step
+
+
+def calls_of(monkeypatch, owner, name):
+    """Watch a method, and return the list of its calls so far."""
+    method, calls = getattr(owner, name), []
+
+    def watched(*arguments):
+        result = method(*arguments)
+        calls.append(arguments)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+    return calls
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_aborted_within_a_step_or_two(llm, monkeypatch, stream):
-    with serve(llm) as served:
+    with serve(llm) as served, held_steps(llm) as gate:
         free = len(llm.engine.cache.free)
-        steps = slow_down(llm, monkeypatch)
+        left = calls_of(monkeypatch, Generation, "close")
         connection = send(served, {**LONG, "stream": stream})
-        wait_until(lambda: len(steps) > 1)
+        gate.let(2)
+        wait_until(lambda: gate.begun == 3)
         connection.close()
-        before = len(steps)
+        wait_until(lambda: left)
+        gate.let(math.inf)
         wait_until(lambda: len(llm.engine.cache.free) == free)
-        assert len(steps) - before <= 3
-        monkeypatch.undo()
+        assert gate.begun == 3
         assert_alive(served)
 
 
 def test_a_client_that_leaves_while_it_waits_never_runs(llm, monkeypatch):
-    with serve(llm, max_running=1) as served:
-        slow_down(llm, monkeypatch)
+    with serve(llm, max_running=1) as served, held_steps(llm) as gate:
+        arrived, left = calls_of(monkeypatch, Worker, "start"), calls_of(monkeypatch, Generation, "close")
         inner, ran = llm.engine.runner.step, set()
         monkeypatch.setattr(
             llm.engine.runner, "step", lambda batch, *a: (ran.update(batch), inner(batch, *a))[1]
         )
         first = send(served, LONG)
+        gate.let()
         wait_until(lambda: len(ran) == 1)
         second = send(served, LONG)
+        wait_until(lambda: len(arrived) == 2)
+        gate.let()
         wait_until(lambda: len(llm.engine.scheduler.waiting) == 1)
         second.close()
+        wait_until(lambda: len(left) == 1)
+        gate.let()
         wait_until(lambda: not llm.engine.scheduler.waiting)
         first.close()
+        wait_until(lambda: len(left) == 2)
+        gate.let(math.inf)
         assert_alive(served)
         assert len(ran) == 2  # the first, and assert_alive's
 
 
-def test_the_line_is_bounded_and_says_when_to_come_back(llm, monkeypatch):
-    with serve(llm, max_running=1, max_waiting=0) as served:
-        slow_down(llm, monkeypatch)
+def test_the_line_is_bounded_and_says_when_to_come_back(llm):
+    with serve(llm, max_running=1, max_waiting=0) as served, held_steps(llm) as gate:
+        gate.let()
         stream = served.client().completions.create(model=MODEL, stream=True, **LONG)
         next(stream)
         status, answer, headers = post(served, {"prompt": "x", "max_tokens": 1})
         assert status == 503 and int(headers["Retry-After"]) > 0
         assert answer["error"]["code"] == "overloaded"
         stream.close()
+        gate.let(math.inf)
         wait_until(lambda: post(served, {"prompt": "x", "max_tokens": 1})[0] == 200)
+
+
+def all_at_once(ask, *arguments):
+    """Call `ask` with each argument, in threads of their own, and return them."""
+    threads = [threading.Thread(target=ask, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 @pytest.mark.parametrize("running", [1, 64])
@@ -287,35 +352,33 @@ def test_clients_at_the_same_time_all_get_their_own_answers(llm, running):
             body = {"prompt": f"x = {number}\n", "max_tokens": 4, "temperature": 0}
             texts[number] = post(served, body)[1]["choices"][0]["text"]
 
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        for thread in all_at_once(ask, *range(6)):
+            thread.join()
         params = llm.default_params(temperature=0.0, max_tokens=4)
         assert texts == {number: llm.generate(f"x = {number}\n", params)[0].text for number in range(6)}
 
 
 def test_clients_at_the_same_time_share_the_steps(llm, monkeypatch):
-    with serve(llm) as served:
-        steps = slow_down(llm, monkeypatch)
-        connections = [
-            send(served, {"prompt": f"x = {n}\n", "max_tokens": 6, "logit_bias": LONG["logit_bias"]})
-            for n in range(8)
-        ]
+    with serve(llm) as served, held_steps(llm) as gate:
+        arrived = calls_of(monkeypatch, Worker, "start")
+        body = {"max_tokens": 6, "logit_bias": LONG["logit_bias"]}
+        connections = [send(served, {**body, "prompt": f"x = {n}\n"}) for n in range(8)]
+        wait_until(lambda: len(arrived) == 8)
+        gate.let(math.inf)
         for connection in connections:
-            connection.settimeout(30)
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
             connection.close()
-        assert 6 <= len(steps) <= 12  # one after the other they take 48
+        assert (
+            6 <= gate.begun <= 7
+        )  # the first step may have begun before all were there; one by one they take 48
 
 
 def test_only_the_request_that_fails_within_a_shared_step_is_told_so(llm, monkeypatch):
     with serve(llm) as served:
-        inner = llm.engine.runner.step
+        inner, shared = llm.engine.runner.step, set()
 
         def step(batch, cache):
-            time.sleep(0.05)
+            shared.add(len(batch))
             if any(request.params.seed == 13 and len(request.answer) == 3 for request in batch):
                 raise KernelError("unlucky", code="kernel-refused")
             return inner(batch, cache)
@@ -328,11 +391,13 @@ def test_only_the_request_that_fails_within_a_shared_step_is_told_so(llm, monkey
         def ask(seed):
             answers[seed] = post(served, {**body, "seed": seed})
 
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in (12, 13, 14)]
+        arrived = calls_of(monkeypatch, Worker, "start")
+        with held_steps(llm):
+            threads = all_at_once(ask, 12, 13, 14)
+            wait_until(lambda: len(arrived) == 3)
         for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+            thread.join()
+        assert 3 in shared
         assert answers[13][0] == 500 and "unlucky" in answers[13][1]["error"]["message"]
         assert [answers[seed][1]["choices"][0]["text"] for seed in (12, 14)] == [expected] * 2
         assert llm.engine.idle

@@ -14,6 +14,8 @@ from pymllm.errors import CheckpointError
 from pymllm.weights import gguf_file
 from pymllm.weights.gguf_file import GGUFFile
 
+from ..gguf_files import finish
+
 U32, STRING, ARRAY, U64 = 4, 8, 9, 10
 
 
@@ -78,10 +80,7 @@ def test_what_the_gguf_package_writes_is_read_exactly(tmp_path):
     writer.add_tensor("floats", floats)
     writer.add_tensor("halves", halves)
     writer.add_tensor("blocks", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     file = GGUFFile.open(path)
     read = file.metadata
     assert (read["x.add_uint8"], read["x.add_int64"], read["x.add_float32"]) == (255, -(2**40), 0.5)

@@ -23,9 +23,7 @@ from pymllm.weights.resolution import (
     try_load_via_packed_mapping,
 )
 
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from ..tensors import random
 
 
 class Inner(nn.Module):

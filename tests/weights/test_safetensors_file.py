@@ -6,8 +6,6 @@ import gc
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 import tracemalloc
 from pathlib import Path
@@ -20,6 +18,7 @@ from pymllm.errors import CheckpointError
 from pymllm.weights import safetensors_file, tensor_file
 from pymllm.weights.safetensors_file import SafetensorsFile
 
+from ..processes import python
 from . import hostile
 from .opening import random_tensor, same_bytes, write
 
@@ -309,9 +308,7 @@ try:
 except module.CheckpointError as error:
     print(error.code)
 """
-    command = [sys.executable, "-O", "-c", script, str(tmp_path / "model.safetensors")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    done = python("-O", "-c", script, tmp_path / "model.safetensors")
     assert done.stdout == "not-regular\n", done.stderr
 
 

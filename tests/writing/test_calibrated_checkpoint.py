@@ -21,11 +21,13 @@ from ..checkpoints import (
     TinyCheckpoint,
     load_tensors,
     random_model,
+    relative_error,
     save_tensors,
     write_checkpoint,
 )
 from ..forward import logits_of
 from .layouts import decode_compressed
+from .stopping import Stop, stop_at
 
 
 def lines(numbers: range) -> str:
@@ -60,6 +62,12 @@ def divergence(folder: Path, there) -> float:
     found = logits_of(pymllm.load_model(folder, dtype="float32"), ids).log_softmax(-1)
     expected = there.logits(ids).log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def distance(folder: Path, there) -> float:
+    """Relative error of the logits to the float model's, on text of the kind that was calibrated on."""
+    ids = torch.tensor(pymllm.text.tokenizer.Tokenizer(there.folder).encode(lines(range(130, 140)))[:120])
+    return relative_error(logits_of(pymllm.load_model(folder, dtype="float32"), ids), there.logits(ids))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +127,35 @@ def test_scales_are_folded_into_every_kind_of_norm(family, tmp_path):
     norms = [name for name in there.tensors if "layernorm" in name and ".layers.0." in name]
     assert sum(not torch.equal(after[name], there.tensors[name]) for name in norms) == 2
     assert divergence(tmp_path / "out", there) < 2e-3
+
+
+@pytest.mark.parametrize("pattern", ["**.layers.**", "**.mlp.**", "**.self_attn.**"])
+def test_a_family_whose_norms_come_after_is_calibrated_as_well_as_one_whose_norms_come_before(
+    pattern, tmp_path
+):
+    """No norm feeds its attention or MLP: to fold scales into the norm before them by its name would ruin them."""
+    errors = {}
+    (tmp_path / "text.txt").write_text(TEXT)
+    for family in ("llama", "olmo2"):
+        there = write_checkpoint(tmp_path / family, family, "none", vocab_size=4096)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(shipped_model() / file, there.folder)
+        for name, options in (
+            ("plain", {}),
+            ("awq", {"calibrate": tmp_path / "text.txt", "algorithm": "awq", **OPTIONS}),
+        ):
+            out = tmp_path / f"{family}-{name}"
+            pymllm.quantize_checkpoint(there.folder, out, {pattern: "int4:group_size=64"}, **options)
+            errors[family, name] = distance(out, there)
+        norms = [name for name in there.tensors if "norm" in name]
+        if family == "olmo2":
+            after = load_tensors(out)
+            assert all(torch.equal(after[name], there.tensors[name]) for name in norms)
+    assert errors["olmo2", "awq"] < errors["olmo2", "plain"]
+    if (
+        pattern == "**.layers.**"
+    ):  # in one part alone, rounding weighs as the family has it, calibrated or not
+        assert errors["olmo2", "awq"] < 2 * errors["llama", "awq"]
 
 
 def test_experts_are_calibrated_on_what_is_routed_to_them(tmp_path):
@@ -267,25 +304,12 @@ def test_static_scales_are_those_of_the_inputs_that_transformers_sees(model, tmp
     assert pymllm.verify(out).ok
 
 
-class Stop(BaseException):
-    pass
-
-
 def test_a_stopped_calibration_goes_on_where_it_was(model, tmp_path, monkeypatch):
     arguments = [model.folder, tmp_path / "out", {"**.layers.**": "int4:group_size=64"}]
     options = {"calibrate": model.folder / "text.txt", **OPTIONS}
     pymllm.quantize_checkpoint(arguments[0], tmp_path / "whole", arguments[2], **options)
-    real, count = output.save_file, 0
-
-    def stop(*args, **settings):
-        nonlocal count
-        count += 1
-        if count == 6:
-            raise Stop
-        return real(*args, **settings)
-
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(output, "save_file", stop)
+        stop_at(patch, output, "save_file", 6)
         pymllm.quantize_checkpoint(*arguments, **options)
     with pytest.raises(ConfigError, match="calibration changed"):
         pymllm.quantize_checkpoint(*arguments)

@@ -22,6 +22,7 @@ from pymllm.writing import output
 from ..checkpoints import load_tensors, relative_error, save_tensors, write_checkpoint
 from ..forward import logits_of
 from .layouts import decode_awq, decode_compressed
+from .stopping import Stop, stop_at
 
 BLOCKS = "model.layers.**"
 
@@ -283,10 +284,6 @@ def test_too_little_room_is_said_with_numbers(bf16, tmp_path, monkeypatch):
 # Stopping and going on
 
 
-class Stop(BaseException):
-    """As Ctrl+C or a killed process would."""
-
-
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -300,20 +297,10 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(bf16, point, tmp_path, m
     """Stopped at every call of a step of the work in turn, as often as it takes to get through."""
     pymllm.quantize_checkpoint(bf16.folder, tmp_path / "whole", RULES, shard_size="100KB")
     owner, name = (os, "replace") if point == "os.replace" else (output, point)
-    real = getattr(owner, name)
     reached = 0
     for allowed in range(100):
-        calls = 0
-
-        def stop(*args, allowed=allowed, **options):
-            nonlocal calls
-            calls += 1
-            if calls > 1 + allowed // 3:
-                raise Stop
-            return real(*args, **options)
-
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, stop)
+            stop_at(patch, owner, name, 2 + allowed // 3)
             try:
                 written = pymllm.quantize_checkpoint(bf16.folder, tmp_path / "out", RULES, shard_size="100KB")
                 break
@@ -329,18 +316,8 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(bf16, point, tmp_path, m
 @pytest.fixture
 def stopped(bf16, tmp_path, monkeypatch):
     """A folder whose run was stopped in its fourth step of five."""
-    count = 0
-    real = output.save_file
-
-    def stop(*args, **options):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise Stop
-        return real(*args, **options)
-
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(output, "save_file", stop)
+        stop_at(patch, output, "save_file", 4)
         pymllm.quantize_checkpoint(bf16.folder, tmp_path / "out", RULES)
     return tmp_path / "out"
 

@@ -1,1 +1,1 @@
-"""Kernels of the C++ extension, one file an operation and a kind of weight."""
+"""The kernels of the C++ extension, a file for each operation and kind of weight."""

@@ -1,7 +1,7 @@
-"""Attention over pages, and storing in them, on the CPU in C++: `kernels/attention.h` says how.
+"""Attention over pages, and storing in pages, on the CPU in C++: `kernels/attention.h` says how.
 
-Arithmetic is float32 whatever keys and values are stored as. A row's result depends neither on the requests beside it
-nor on the threads.
+The arithmetic is float32, whatever keys and values are stored as. A row's result depends neither on the requests beside
+it nor on the number of threads.
 """
 
 # R requests, T tokens of this step, H query heads, Hkv key heads, D head size, Dv value head size, P page size
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
-from pymllm.kernels.native.float_linear import FLOAT_TYPES
+from pymllm.kernels.native.float_linear import FLOAT_TYPES, why_not_here
 
 # KVElement in kernels/attention.h
 ELEMENTS = {
@@ -26,23 +26,22 @@ ELEMENTS = {
 
 
 class NativeAttention:
-    """One pass over what a step sees.  isa: a kernel path, for tests; None: the one that runs here."""
+    """Attention in one pass over what a step sees.  isa: a kernel path, for tests; None: the one in use here."""
 
     name = "native"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa
 
     def why_not(self, problem: AttentionProblem) -> str | None:
-        if problem.device.type != "cpu":
-            return "runs on the CPU only"
-        if problem.dtype not in FLOAT_TYPES:
-            return f"computes over float32, float16 or bfloat16, not {problem.dtype}"
+        here = why_not_here(problem)
+        if here is not None:
+            return here
         if problem.kv.dtype not in ELEMENTS:
             return f"reads no cache of {problem.kv}"
         if problem.block_causal:
-            return "sees what lies before a position, not whole blocks"
+            return "sees the positions up to a query's own, not whole blocks"
         return native_missing_reason()
 
     def run(
@@ -55,12 +54,14 @@ class NativeAttention:
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        # Every line counts: test_a_call_costs_few_microseconds.
+        # Every line counts: benchmarks/cpu_dispatch.py.
         tokens, heads, head_dim = q.shape
         value_dim = problem.value_head_dim
-        if q.dtype is not problem.dtype or not q.is_cpu or (heads, head_dim) != _heads(problem):
+        wanted = (problem.num_heads, problem.head_dim)
+        if q.dtype is not problem.dtype or not q.is_cpu or (heads, head_dim) != wanted:
             raise ValueError(
-                f"q must be [T, {problem.num_heads}, {problem.head_dim}] {problem.dtype} on the CPU"
+                f"q must be [T, {wanted[0]}, {wanted[1]}] {problem.dtype} on the CPU, "
+                f"not {list(q.shape)} {q.dtype} on {q.device}"
             )
         q = _heads_adjoining(q)
         if cache is None:
@@ -111,43 +112,41 @@ class NativeAttention:
 
 
 class NativeKVStore:
-    """Copies, rounds to floats, or scales and rounds to int8.  isa: as `NativeAttention`."""
+    """Storing in pages: a copy, rounding to floats, or scaling and rounding to int8.  isa: as for `NativeAttention`."""
 
     name = "native"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa
 
     def why_not(self, problem: AttentionProblem) -> str | None:
-        if problem.device.type != "cpu":
-            return "runs on the CPU only"
-        if problem.dtype not in FLOAT_TYPES:
-            return f"stores float32, float16 or bfloat16 activations, not {problem.dtype}"
+        here = why_not_here(problem)
+        if here is not None:
+            return here
         kind = problem.kv
         floats = kind.scaling == "none" and kind.dtype in FLOAT_TYPES
         codes = kind.scaling == "token" and kind.dtype is torch.int8
         if not floats and not codes:
             return f"stores floats, and int8 with a scale a token's head, not {kind}"
-        if codes and max(problem.head_dim, problem.value_head_dim) > MAX_CODED_HEAD:
-            return f"stores int8 heads of up to {MAX_CODED_HEAD}"
+        largest = max(problem.head_dim, problem.value_head_dim)
+        if codes and largest > MAX_CODED_HEAD:
+            return f"stores int8 heads of up to {MAX_CODED_HEAD} elements, the layer has {largest}"
         return native_missing_reason()
 
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
         slots = step.checked(("native slots", cache.k.shape[:2]), lambda: _slots(step, cache, k.shape[0]))
-        heads, isa, threads = (
-            problem.num_kv_heads,
-            isa_code(self.isa or problem.device.isa),
-            torch.get_num_threads(),
-        )
+        heads, threads = problem.num_kv_heads, torch.get_num_threads()
+        isa = isa_code(self.isa or problem.device.isa)
         for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
             new = _heads_adjoining(new)
             tokens, given, size = new.shape
             if new.dtype is not problem.dtype or not new.is_cpu or (given, size) != pages.shape[2:]:
                 raise ValueError(
-                    f"new keys and values must be [T, {heads}, {pages.shape[3]}] {problem.dtype}"
+                    f"new keys and values must be [T, {heads}, {pages.shape[3]}] {problem.dtype} on the CPU, "
+                    f"not {list(new.shape)} {new.dtype} on {new.device}"
                 )
             native().store_kv(
                 new.data_ptr(),
@@ -170,16 +169,13 @@ MAX_CODED_HEAD = 256  # kStrip in kernels/strips.h
 _NO_PAGES: tuple[int, int, int, Tensor | None] = (0, 0, 1, None)
 
 
-def _heads(problem: AttentionProblem) -> tuple[int, int]:
-    return problem.num_heads, problem.head_dim
-
-
 def _heads_adjoining(x: Tensor) -> Tensor:
-    """[T, heads, D] with the heads of a token side by side; tokens may be further apart."""
+    """Bring the heads of each token of x, [T, heads, D], side by side; tokens may be further apart."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _scales(cache: PagedKV) -> tuple[int, int, int]:
+    """Return the addresses of the scales of keys and of values, and the step between tokens; 0 where there are none."""
     if cache.k_scale is None or cache.v_scale is None:
         return 0, 0, 0
     return (
@@ -189,7 +185,8 @@ def _scales(cache: PagedKV) -> tuple[int, int, int]:
     )
 
 
-# The native code reads addresses: what a step's tensors say is checked, once a step. Each result keeps its tensors.
+# The native code reads what it finds at addresses, without looking: so a step's tensors are checked first, once a step.
+# Each result holds the addresses, and the tensors that keep them alive.
 
 
 def _pages(step: AttentionStep, cache: PagedKV) -> tuple[int, int, int, Tensor | None]:
@@ -198,9 +195,13 @@ def _pages(step: AttentionStep, cache: PagedKV) -> tuple[int, int, int, Tensor |
     pages, size = cache.k.shape[:2]
     lengths = step.context_lens
     if table.numel() and (int(table.min()) < 0 or int(table.max()) >= pages):
-        raise ValueError(f"page tables name pages outside 0 to {pages - 1}")
+        raise ValueError(
+            f"page_tables must name pages from 0 to {pages - 1}, not {int(table.min())} to {int(table.max())}"
+        )
     if lengths.numel() and int(lengths.max()) > table.shape[1] * size:
-        raise ValueError(f"a request of {int(lengths.max())} tokens has {table.shape[1]} pages of {size}")
+        raise ValueError(
+            f"a request of {int(lengths.max())} tokens has only {table.shape[1]} pages of {size} tokens in page_tables"
+        )
     return table.data_ptr(), table.shape[1], size, table
 
 
@@ -212,7 +213,7 @@ def _requests(step: AttentionStep, tokens: int) -> tuple[int, int, int, Tensor, 
     if starts.numel() != lengths.numel() + 1 or int(starts[0]) != 0 or int(starts[-1]) != tokens:
         raise ValueError(f"cu_seqlens_q must be [R + 1] from 0 to {tokens}, for {lengths.numel()} requests")
     if bool((counts < 0).any()) or bool((lengths < counts).any()):
-        raise ValueError("a request has fewer tokens than it has new ones")
+        raise ValueError("a request has more new tokens (cu_seqlens_q) than tokens in all (context_lens)")
     return starts.data_ptr(), lengths.data_ptr(), lengths.numel(), starts, lengths
 
 
@@ -221,5 +222,5 @@ def _slots(step: AttentionStep, cache: PagedKV, tokens: int) -> Tensor:
     slots = step.slot_mapping.to("cpu", torch.int64).contiguous()
     total = cache.k.shape[0] * cache.k.shape[1]
     if slots.shape != (tokens,) or (tokens and int(slots.max()) >= total):
-        raise ValueError(f"slot_mapping must be [{tokens}], below {total}")
+        raise ValueError(f"slot_mapping must be [{tokens}] with slots below {total}, not {list(slots.shape)}")
     return slots

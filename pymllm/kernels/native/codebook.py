@@ -1,7 +1,7 @@
 """Linear layers over 4-bit codes of a codebook on the CPU, in C++: bitsandbytes' nf4 and fp4.
 
-Weight-only: `kernels/float_linear.h` looks codes up in a register and multiplies float32. Packed as the reference packs
-them, so that an embedding may share the table.
+Activations stay floats: `kernels/float_linear.h` looks codes up in a register and multiplies in float32. Weights are
+packed as the reference packs them, so that an embedding may share the table.
 """
 
 # O out_features, I in_features, G group_size
@@ -23,19 +23,19 @@ PACKING = ReferenceLinear()
 
 
 class NativeCodebook:
-    """Codes of nf4 or fp4 × activations of any float dtype, in float32."""
+    """The kernel for codes of nf4 or fp4 × activations of any float dtype, in float32."""
 
     name = "native_codebook"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     layout = PACKING.layout
 
     def why_not(self, problem: LinearProblem) -> str | None:
         kind = problem.weight
         if not isinstance(kind, CodebookType) or kind.codebook not in ("nf4", "fp4"):
             return f"multiplies codes of nf4 or fp4 only, the weight is {kind}"
-        why = why_not_floats(problem, kind.activations)
-        if why is not None:
-            return why
+        floats = why_not_floats(problem, kind.activations)
+        if floats is not None:
+            return floats
         if kind.scales is not torch.float32:
             return f"takes scales in float32, the weight has {kind.scales}"
         if kind.group_size < problem.in_features and kind.group_size % BLOCK_INPUTS:
@@ -52,7 +52,8 @@ class NativeCodebook:
         groups = -(-problem.in_features // weight.group_size)
         if weight.row_scales is not None or tuple(weight.scales.shape) != (problem.out_features, groups):
             raise ValueError(
-                f"the scales must be [{problem.out_features}, {groups}], not {list(weight.scales.shape)}"
+                f"the scales must be [{problem.out_features}, {groups}] without scales of rows, "
+                f"not {list(weight.scales.shape)}{'' if weight.row_scales is None else ' with scales of rows'}"
             )
         return {name: tensor.contiguous() for name, tensor in PACKING.pack(weight, problem).items()}
 

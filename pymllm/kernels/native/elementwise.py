@@ -1,6 +1,6 @@
 """RMSNorm, silu·mul and rotary on the CPU in one pass each, in C++ (`kernels/elementwise.h`).
 
-Results equal those of `torch_elementwise` up to float32 rounding before the last step.
+Results equal those of `TorchElementwise` up to float32 rounding before the last step.
 """
 
 from __future__ import annotations
@@ -11,29 +11,25 @@ from torch import Tensor
 from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.kernels.elementwise import ElementwiseProblem
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
-from pymllm.kernels.native.float_linear import FLOAT_TYPES
+from pymllm.kernels.native.float_linear import FLOAT_TYPES, why_not_here
 
 
 class NativeElementwise:
-    """One pass over memory for each.  isa: a kernel path, for tests; None: the one that runs here."""
+    """The elementwise kernels, each one pass over memory.  isa: a kernel path, for tests; None: the one in use here."""
 
     name = "native"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa
 
     def why_not(self, problem: ElementwiseProblem) -> str | None:
-        if problem.device.type != "cpu":
-            return "runs on the CPU only"
-        if problem.dtype not in FLOAT_TYPES:
-            return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
-        return native_missing_reason()
+        return why_not_here(problem) or native_missing_reason()
 
     def rms_norm(
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `TorchElementwise.rms_norm`, which also runs a float32 weight over activations of another dtype."""
+        """Compute what `TorchElementwise.rms_norm` does, which runs a float32 weight over other activations itself."""
         if weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32:
             return TorchElementwise().rms_norm(x, weight, eps, residual)
         _check(x, *(t for t in (weight, residual) if t is not None))
@@ -64,10 +60,10 @@ class NativeElementwise:
         return y if summed is None else (y, summed)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        """As `TorchElementwise.silu_and_mul`."""
+        """Compute what `TorchElementwise.silu_and_mul` does."""
         _check(x)
         if x.shape[-1] % 2:
-            raise ValueError(f"the last dimension holds gate and up and must be even, not {x.shape[-1]}")
+            raise ValueError(f"the last dimension of x holds gate and up and must be even, not {x.shape[-1]}")
         x = x.contiguous()
         size = x.shape[-1] // 2
         y = x.new_empty((*x.shape[:-1], size))
@@ -83,18 +79,22 @@ class NativeElementwise:
         return y
 
     def gelu_and_mul(self, x: Tensor) -> Tensor:
-        """As `TorchElementwise.gelu_and_mul`, which runs it: two torch operations."""
+        """Call `TorchElementwise.gelu_and_mul`: it is two torch operations."""
         return TorchElementwise().gelu_and_mul(x)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """As `TorchElementwise.rotate`; x may be a slice of a fused projection, with its tokens further apart."""
+        """Compute what `TorchElementwise.rotate` does; x may be a slice of a fused projection (strided tokens)."""
         _check(x)
         tokens, heads, head_size = x.shape
         rotary_size = 2 * cos.shape[-1]
         if cos.shape != sin.shape or cos.shape[0] != tokens or rotary_size > head_size:
-            raise ValueError(f"cos and sin must be [{tokens}, up to {head_size // 2}], not {list(cos.shape)}")
+            shapes = f"{list(cos.shape)} and {list(sin.shape)}"
+            raise ValueError(f"cos and sin must both be [{tokens}, up to {head_size // 2}], not {shapes}")
         if {cos.dtype, sin.dtype} != {torch.float32} or not (cos.is_cpu and sin.is_cpu):
-            raise ValueError("cos and sin must be float32 on the CPU")
+            raise ValueError(
+                f"cos and sin must be float32 on the CPU, not {cos.dtype} on {cos.device} "
+                f"and {sin.dtype} on {sin.device}"
+            )
         cos, sin = cos.contiguous(), sin.contiguous()
         if x.stride(2) != 1 or x.stride(1) != head_size or x.stride(0) < 0:
             x = x.contiguous()
@@ -117,7 +117,9 @@ class NativeElementwise:
 
 
 def _check(x: Tensor, *others: Tensor) -> None:
-    """The native code reads addresses: what they point to must be floats of one dtype, in this memory."""
+    """Raise ValueError unless all tensors are CPU floats of one dtype: the native code reads addresses, unchecked."""
     for tensor in (x, *others):
         if tensor.dtype is not x.dtype or tensor.dtype not in FLOAT_TYPES or not tensor.is_cpu:
-            raise ValueError(f"expected CPU floats of one dtype, not {tensor.dtype} on {tensor.device}")
+            raise ValueError(
+                f"x, weight and residual must be floats of one dtype on the CPU, not {tensor.dtype} on {tensor.device}"
+            )

@@ -1,4 +1,4 @@
-"""Rows of packed tables on the CPU, in C++: read out of the very bytes that the linear kernels multiply.
+"""Embeddings over packed tables on the CPU, in C++: rows out of the very bytes that the linear kernels multiply.
 
 A tied head therefore shares the table with its embedding. A row is what dequantising would give, bit for bit.
 """
@@ -6,8 +6,6 @@ A tied head therefore shares the table with its embedding. A row is what dequant
 # O rows of the table, I its width
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ from pymllm.kernels.registry import Packed
 
 
 class NativeIntegerEmbedding(NativeIntegerLinear):
-    """What the embeddings below share."""
+    """The base of the embeddings below: rows out of packed blocks."""
 
     def why_not(self, problem: LinearProblem) -> str | None:
         if problem.out_features < BLOCK_ROWS:
@@ -50,10 +48,7 @@ class NativeIntegerEmbedding(NativeIntegerLinear):
         native().integer_gather(
             blocks.data_ptr(),
             problem.out_features,
-            plan.in_features,
-            plan.group,
-            plan.format,
-            plan.zero,
+            *plan.arguments,
             0 if factors is None else factors.data_ptr(),
             problem.in_features,
             ids.data_ptr(),
@@ -66,12 +61,12 @@ class NativeIntegerEmbedding(NativeIntegerLinear):
 
 
 class NativeInt4Embedding(NativeIntegerEmbedding, NativeInt4):
-    name: ClassVar[str] = NativeInt4.name
+    """Rows of the tables that `NativeInt4` multiplies."""
 
 
 class NativeInt8Embedding(NativeIntegerEmbedding, NativeInt8):
-    name: ClassVar[str] = NativeInt8.name
+    """Rows of the tables that `NativeInt8` multiplies."""
 
 
 class NativeFp4Embedding(NativeIntegerEmbedding, NativeFp4):
-    name: ClassVar[str] = NativeFp4.name
+    """Rows of the tables that `NativeFp4` multiplies."""

@@ -1,7 +1,7 @@
-"""All routed experts of a layer in one call, over integer weights on the CPU: `kernels/integer_experts.h`.
+"""All routed experts of a layer in one call, over integer weights on the CPU: `kernels/integer_experts.h` says how.
 
-Packed as the linear kernels pack them. Tokens are sorted by expert and quantised once, the row blocks of all experts
-are one parallel loop, and what stands between the products is float32.
+Weights are packed as the linear kernels pack them. Tokens are sorted by expert and quantised once, the row blocks of
+all experts are one parallel loop, and the values between the two products stay float32.
 """
 
 # T tokens, K experts a token, E experts, H hidden size, I intermediate size
@@ -17,6 +17,7 @@ from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import LinearExperts
 from pymllm.kernels.native.extension import isa_code, native
+from pymllm.kernels.native.float_linear import wrong_input
 from pymllm.kernels.native.integer import (
     DTYPES,
     EXACT_SLICES,
@@ -27,31 +28,29 @@ from pymllm.kernels.native.integer import (
 from pymllm.kernels.registry import Packed
 
 GATES = {"silu": 0, "gelu_tanh": 1, "swiglu": 2}  # Gate::Kind in kernels/elementwise.h
-ALL_TOKENS = 1 << 62
+ALL_TOKENS = 1 << 62  # as the number of tokens that are multiplied float-exactly
 
 
 class NativeIntegerExperts(LinearExperts):
-    """Experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
+    """The kernel for experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
 
     name = "native_experts"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
 
     def why_not(self, problem: ExpertsProblem) -> str | None:
         products = problem.products()
         for product, linear in products.items():
             kernel = self.linear_kernel(linear)
             if not isinstance(kernel, NativeIntegerLinear):
-                return (
-                    f"takes products that native kernels over integers run, {product} goes to {kernel.name}"
-                )
+                return f"takes products of native integer kernels, {product} goes to {kernel.name}"
             if linear.compute == "checkpoint" and linear.weight.activations != "float":  # type: ignore[union-attr]
                 return "quantises activations in its own way, which compute=checkpoint forbids"
             if blocks_of(linear).in_features != linear.in_features:
-                return f"takes inputs in whole blocks, {product} has {linear.in_features}"
+                return f"takes inputs in whole blocks, {product} has {linear.in_features} inputs"
         if "gate_up" not in products:
-            return "takes gate and up as one weight"
+            return "takes gate and up as one weight, the layer has two"
         if problem.reordered:
-            return "takes inputs in order"
+            return "takes inputs in order, the weights have an order of their own"
         return None
 
     def numerics(self, problem: ExpertsProblem) -> str:
@@ -70,20 +69,17 @@ class NativeIntegerExperts(LinearExperts):
     ) -> Tensor:
         dtype, gate_up, down = problem.dtype, problem.gate_up[0], problem.down
         if x.dtype is not dtype or not x.is_cpu or x.ndim != 2 or x.shape[1] != gate_up.in_features:
-            raise ValueError(
-                f"x must be [T, {gate_up.in_features}] {dtype} on the CPU, not {tuple(x.shape)} {x.dtype} on {x.device}"
-            )
+            raise wrong_input(x, gate_up, tokens="T")
         tokens, top_k = topk_ids.shape
         if tokens != x.shape[0] or topk_weights.shape != topk_ids.shape:
             raise ValueError(
-                f"{x.shape[0]} tokens have ids {tuple(topk_ids.shape)} and weights {tuple(topk_weights.shape)}"
+                f"{x.shape[0]} tokens have ids {tuple(topk_ids.shape)} and weights {tuple(topk_weights.shape)}, "
+                f"both must be [{x.shape[0]}, K]"
             )
         x = x.contiguous()
-        ids, weights = (
-            topk_ids.to("cpu", torch.int64).contiguous(),
-            topk_weights.to("cpu", torch.float32).contiguous(),
-        )
-        # Both products' biases in one dtype: theirs if they agree.
+        ids = topk_ids.to("cpu", torch.int64).contiguous()
+        weights = topk_weights.to("cpu", torch.float32).contiguous()
+        # Both products' biases need one dtype: their own if they agree, else float32.
         kinds = {b.dtype for b in bias if b is not None} or {torch.float32}
         bias_dtype = kinds.pop() if len(kinds) == 1 else torch.float32
         first, second = (None if b is None else b.to("cpu", bias_dtype).contiguous() for b in bias)
@@ -115,7 +111,7 @@ class NativeIntegerExperts(LinearExperts):
 def _product(
     packed: Packed, name: str, linear: LinearProblem, experts: int, bias: Tensor | None
 ) -> tuple[Any, ...]:
-    """What the binding wants of one product."""
+    """Make the arguments that the binding takes for one product."""
     blocks, factors, plan = packed[f"{name}.blocks"], packed.get(f"{name}.row_factors"), blocks_of(linear)
     check_blocks(blocks, (experts, *plan.shape))
     if bias is not None and bias.shape != (experts, linear.out_features):
@@ -125,10 +121,7 @@ def _product(
     return (
         blocks.data_ptr(),
         linear.out_features,
-        plan.in_features,
-        plan.group,
-        plan.format,
-        plan.zero,
+        *plan.arguments,
         0 if factors is None else factors.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )

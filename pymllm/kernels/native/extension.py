@@ -1,7 +1,7 @@
-"""The CPU we run on, and the binding of the native kernels in `pymllm._native`.
+"""The CPU of this machine, and the binding of the native kernels in `pymllm._native`.
 
-The extension is optional: without it every function here still answers, from /proc and /sys, and
-`native_missing_reason()` says what is lost and how to get it. Nothing here imports torch.
+The extension is optional: without it the functions here answer from /proc and /sys, and `native_missing_reason()` says
+what is lost and how to get it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Kernel paths, best first, with the features each needs. kernels/cpu_probe.cpp has the same table for the native side.
+# Kernel paths, best first, with the features that each needs. kernels/cpu_probe.cpp has the same table for C++.
 _PATHS: Mapping[str, tuple[str, ...]] = {
     "avx512_vnni": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     "avx2_vnni": ("avx2", "fma", "f16c", "avx_vnni"),
@@ -25,14 +25,14 @@ _PATHS: Mapping[str, tuple[str, ...]] = {
     "portable": (),
 }
 
-# The features we ask about; on ARM, /proc/cpuinfo has its own names for some.
+# The features that are looked for; on ARM, /proc/cpuinfo has names of its own for some.
 _X86_FEATURES = frozenset(
     {"sse4_2", "avx2", "fma", "f16c", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"}
     | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"}
 )
 _ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
 
-# What Python calls in the extension: one that lacks a part was built from older sources.
+# The names that Python calls in the extension: one that lacks a part was built from older sources.
 NATIVE_PARTS = (
     "Tape",
     "attention",
@@ -55,17 +55,17 @@ NATIVE_PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class CpuInfo:
-    """What the CPU can run, and which kernel path is taken on it. Sizes are bytes; None means unknown."""
+    """The CPU, and the kernel path that is taken on it.  Sizes are in bytes; None means unknown."""
 
-    native: bool  # True: asked of the CPU itself; False: read from the operating system, no native kernels
+    native: bool  # True: the extension asked the CPU; False: read from the operating system, without native kernels
     arch: str  # "x86_64", "aarch64" or "other"
     vendor: str | None
     brand: str  # as the maker writes it, or the architecture where nothing names it
-    features: frozenset[str]  # the CPU has it and the system saves its registers
-    runnable_paths: tuple[str, ...]  # the kernel paths this CPU can run, best first
-    best_path: str  # the one to take: the first of them, or what PYMLLM_CPU_ISA asks for
-    logical_cpus: int  # that this process may run on
-    physical_cores: int | None  # that those CPUs sit on; a virtual machine may misreport it
+    features: frozenset[str]  # those that the CPU has and whose registers the system saves
+    runnable_paths: tuple[str, ...]  # the kernel paths that this CPU can run, best first
+    best_path: str  # the path to take: the first of them, or the one that PYMLLM_CPU_ISA names
+    logical_cpus: int  # those that this process may run on
+    physical_cores: int | None  # those that the logical CPUs sit on; a virtual machine may misreport them
     l1d_bytes: int | None
     l2_bytes: int | None
     l3_bytes: int | None
@@ -73,31 +73,31 @@ class CpuInfo:
 
 
 def native_available() -> bool:
-    """Whether the native CPU kernels are built and load."""
+    """Tell whether the native CPU kernels are built and load."""
     return _load_native()[0] is not None
 
 
 def native_missing_reason() -> str | None:
-    """None if the native kernels load, else why they do not, what it costs and what to do."""
+    """Return why the native kernels do not load, what that costs and what to do; None: they load."""
     return _load_native()[1]
 
 
 @functools.cache
 def native() -> Any:
-    """The extension, for kernels that were chosen because `native_available`."""
+    """Return the extension, for kernels that are only chosen where it loads."""
     return importlib.import_module("pymllm._native")
 
 
 @functools.cache
 def isa_code(name: str | None) -> int:
-    """The extension's number of a kernel path; None: the one that the probe chose."""
+    """Return the extension's number of a kernel path.  None: the path that the probe chose."""
     return native().isa_code(name or "")
 
 
 def probe() -> CpuInfo:
-    """Ask the CPU what it can run. A few file reads: ask once and keep the answer.
+    """Ask the CPU what it can run.  This takes a few file reads: ask once and keep the answer.
 
-    The environment variable PYMLLM_CPU_ISA forces a lower kernel path.
+    The environment variable PYMLLM_CPU_ISA forces another kernel path.
     Raises ValueError if it names no path, or one that this CPU cannot run.
     """
     extension, _ = _load_native()
@@ -137,7 +137,10 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 
 
 def _choose_path(features: frozenset[str], forced: str) -> str:
-    """The best path that `features` allow, or `forced` if it is not empty."""
+    """Choose the best path that `features` allow, or `forced` if it is not empty.
+
+    Raises ValueError if `forced` is no path, or needs a feature that is missing.
+    """
     runnable = _runnable_paths(features)
     if not forced:
         return runnable[0]
@@ -156,7 +159,7 @@ def _runnable_paths(features: frozenset[str]) -> tuple[str, ...]:
 
 
 def _probe_from_files() -> CpuInfo:
-    """The same answer without the extension: complete on Linux, mostly None elsewhere."""
+    """Answer as `probe` does, without the extension: in full on Linux, mostly None elsewhere."""
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cpuinfo = _read_cpuinfo()
     arch = {"amd64": "x86_64", "x86_64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}.get(
@@ -200,7 +203,7 @@ def _read_text(path: str) -> str | None:
 
 
 def _read_cpuinfo() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo; empty where there is none."""
+    """Read the first processor's entries of /proc/cpuinfo; empty where there is no such file."""
     entries = {}
     for line in (_read_text("/proc/cpuinfo") or "").split("\n\n")[0].splitlines():
         name, _, value = line.partition(":")
@@ -214,7 +217,7 @@ def _count_physical_cores(cpus: list[int]) -> int | None:
 
 
 def _read_caches(cpu: int) -> dict[str, int]:
-    """Cache level -> bytes, data and unified caches only."""
+    """Read the bytes of each cache level, of data and unified caches only."""
     caches = {}
     for index in range(16):
         folder = f"/sys/devices/system/cpu/cpu{cpu}/cache/index{index}"

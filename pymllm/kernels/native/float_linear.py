@@ -1,8 +1,8 @@
 """Linear layers over bf16 and f16 weights on the CPU, in C++: `kernels/float_linear.h` says how.
 
 The weight is the checkpoint's own tensor, read once a call and widened in registers; the arithmetic is float32, so
-activations may have any float dtype. A token's result does not depend on the tokens beside it, nor on the threads;
-where many tokens are left to torch (below, and in `numerics`), torch decides.
+activations may have any float dtype. A token's result depends neither on the tokens beside it nor on the number of
+threads, except where many tokens are left to torch (`TORCH_TOKENS`, and said in `numerics`).
 """
 
 # T tokens, O out_features, I in_features
@@ -10,6 +10,7 @@ where many tokens are left to torch (below, and in `numerics`), torch decides.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,16 @@ from pymllm.kernels.native.extension import isa_code, native, native_missing_rea
 from pymllm.kernels.registry import Packed
 
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in kernels/float_linear.h
-# WeightType there; bytes are codes of a codebook, two in each
+# WeightType there; a byte holds two codes of a codebook.
 WEIGHT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
-FAST_PATHS = ("avx512_vnni", "avx2_vnni", "avx2")  # measured to be faster than torch over the same weight
-# With AVX512_BF16 torch multiplies pairs of bf16 and wins once arithmetic is the limit: 16 tokens take it 2.6 ms at
-# 4096 x 4096, and float32 arithmetic 3.4 (benchmarks/cpu_float_linear.py).
+FAST_PATHS = (
+    "avx512_vnni",
+    "avx2_vnni",
+    "avx2",
+)  # paths that were measured to beat torch over the same weight
+# More tokens than these are left to torch where the CPU has AVX512_BF16: torch then multiplies pairs of bf16 and wins
+# once arithmetic is the limit. 16 tokens take it 2.6 ms at 4096 x 4096, and float32 arithmetic 3.4 ms
+# (benchmarks/cpu_float_linear.py).
 TORCH_TOKENS = 8
 
 
@@ -53,32 +59,22 @@ def run_native(
     row_nan: int = 0,
     table: int = 0,
 ) -> Tensor:
-    """Check, and call `float_linear`.  scales, row_nan, table: addresses, for fp8 weights and codebooks."""
-    # Every line costs: test_a_call_costs_few_microseconds.
-    dtype, out_features, in_features, shape = (
-        problem.dtype,
-        problem.out_features,
-        problem.in_features,
-        x.shape,
-    )
+    """Check the tensors, and call the extension's `float_linear`.
+
+    block: outputs and inputs that share a scale.  scales, row_nan, table: addresses, for fp8 weights and codebooks.
+    """
+    # Every line costs: benchmarks/cpu_dispatch.py.
+    dtype, out_features, in_features = problem.dtype, problem.out_features, problem.in_features
+    shape, columns = x.shape, in_features // 2 if table else in_features
     if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
+        raise wrong_input(x, problem)
+    if weight.shape != (out_features, columns) or not weight.is_contiguous() or not weight.is_cpu:
         raise ValueError(
-            f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
+            f"the weight must be [{out_features}, {columns}], contiguous and on the CPU, "
+            f"not {list(weight.shape)} on {weight.device}"
         )
-    if (
-        weight.shape != (out_features, in_features // 2 if table else in_features)
-        or not weight.is_contiguous()
-        or not weight.is_cpu
-    ):
-        raise ValueError(f"the weight must be [{out_features}, {in_features}], contiguous and on the CPU")
-    bias_address = 0
     if bias is not None:
-        bias = bias.to(dtype).contiguous()
-        if bias.shape != (out_features,) or not bias.is_cpu:
-            raise ValueError(
-                f"the bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}"
-            )
-        bias_address = bias.data_ptr()
+        bias = bias_of(bias, problem)
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))
     native().float_linear(
@@ -91,7 +87,7 @@ def run_native(
         block[1],
         row_nan,
         table,
-        bias_address,
+        0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         y.numel() // out_features if out_features else 0,
         out_features,
@@ -102,35 +98,61 @@ def run_native(
     return y
 
 
-def why_not_floats(problem: LinearProblem, wanted: str) -> str | None:
-    """What keeps activations from being multiplied as they are.  wanted: how the checkpoint has them quantised."""
+def wrong_input(x: Tensor, problem: LinearProblem, tokens: str = "*") -> ValueError:
+    """Make the error for an x of another shape, dtype or device than the problem's."""
+    return ValueError(
+        f"x must be [{tokens}, {problem.in_features}] {problem.dtype} on the CPU, "
+        f"not {tuple(x.shape)} {x.dtype} on {x.device}"
+    )
+
+
+def bias_of(bias: Tensor, problem: LinearProblem) -> Tensor:
+    """Bring a bias into the problem's dtype, contiguous.  ValueError for another shape or device than the layer's."""
+    bias = bias.to(problem.dtype).contiguous()
+    if bias.shape != (problem.out_features,) or not bias.is_cpu:
+        raise ValueError(
+            f"the bias must be [{problem.out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}"
+        )
+    return bias
+
+
+def why_not_here(problem: Any) -> str | None:
+    """Return why no native kernel runs this problem: it is not on the CPU, or not in a dtype of `FLOAT_TYPES`.
+
+    problem: of any operation.  None: one may.
+    """
     if problem.device.type != "cpu":
         return "runs on the CPU only"
     if problem.dtype not in FLOAT_TYPES:
-        return f"computes over float32, float16 or bfloat16 activations, not {problem.dtype}"
-    if problem.compute == "checkpoint" and wanted != "float":
-        return f"keeps activations as floats, compute=checkpoint wants them quantised ({wanted})"
+        return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
     return None
 
 
+def why_not_floats(problem: LinearProblem, wanted: str) -> str | None:
+    """Return why activations cannot be multiplied as the floats that they are; None: they can.
+
+    wanted: the kind of activations that the checkpoint asks for.
+    """
+    here = why_not_here(problem)
+    if here is None and problem.compute == "checkpoint" and wanted != "float":
+        return f"keeps activations as floats, compute=checkpoint wants them quantised ({wanted})"
+    return here
+
+
 class NativeFloatLinear:
-    """bf16 or f16 weights × activations of any float dtype, in float32."""
+    """The kernel for bf16 or f16 weights × activations of any float dtype, in float32."""
 
     name = "native_bf16"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     layout = "dense"  # the tensor as it is: an embedding may share it
 
     def why_not(self, problem: LinearProblem) -> str | None:
         kind = problem.weight
         if not isinstance(kind, DenseType) or kind.dtype not in (torch.bfloat16, torch.float16):
             return f"streams bfloat16 or float16 weights, the weight is {kind}"
-        if problem.device.type != "cpu":
-            return "runs on the CPU only"
-        if problem.dtype not in FLOAT_TYPES:
-            return f"computes over float32, float16 or bfloat16 activations, not {problem.dtype}"
-        missing = native_missing_reason()
-        if missing is not None:
-            return missing
+        here = why_not_here(problem) or native_missing_reason()
+        if here is not None:
+            return here
         isa = problem.device.isa
         if kind.dtype is problem.dtype and isa is not None and isa not in FAST_PATHS:
             return f"is not known to be faster than torch on the path {isa}"

@@ -1,7 +1,7 @@
-"""fp4 (e2m1) linear on the CPU, in C++: MXFP4 and NVFP4 weights.
+"""Linear layers over fp4 (e2m1) weights on the CPU, in C++: MXFP4 and NVFP4.
 
-Twice an e2m1 value is an integer from -12 to 12, so that the codes are looked up in a register and multiplied as
-integers are; the half goes to the rows' factors.
+Twice an e2m1 value is an integer from -12 to 12, so codes are looked up in a register and multiplied as integers are;
+the factor of one half goes into the rows' factors.
 """
 
 # O out_features, I in_features, G group_size
@@ -29,10 +29,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class NativeFp4(NativeIntegerLinear):
-    """Scales as the checkpoint has them: e8m0, e4m3 or floats; a factor a row."""
+    """The kernel for fp4 codes, with scales as the checkpoint has them (e8m0, e4m3 or floats) and a factor a row."""
 
     name: ClassVar[str] = "native_fp4"
-    layout: ClassVar[str] = "native_integer 16-row blocks"
 
     def why_not(self, problem: LinearProblem) -> str | None:
         kind = problem.weight
@@ -50,9 +49,9 @@ class NativeFp4(NativeIntegerLinear):
         assert isinstance(weight, CodebookWeight)
         values = torch.tensor([*E2M1, *(-value for value in E2M1)])
         if not weight.table.is_meta and not torch.equal(weight.table.float(), values):
-            raise ValueError("the table is not e2m1")
+            raise ValueError(f"the weight's table must be that of e2m1, not {weight.table.tolist()}")
         if weight.scales.element_size() == 1 and not weight.scales.is_meta and has_nan(weight.scales):
-            raise ValueError("some scales are NaN")
+            raise ValueError("some scales of the weight are NaN")
         ones = weight.table.new_ones(problem.out_features, dtype=torch.float32)
         factors = E2M1_UNIT * (ones if weight.row_scales is None else weight.row_scales.float())
         kept = {"table": weight.table}
@@ -78,6 +77,6 @@ class NativeFp4(NativeIntegerLinear):
 
 
 def has_nan(scales: Tensor) -> bool:
-    """Whether 8-bit scales, e4m3 or e8m0, have NaN among them."""
+    """Tell whether 8-bit scales, e4m3 or e8m0, have NaN among them."""
     bits = scales.view(torch.uint8)
     return bool((bits == 255 if scales.dtype is torch.float8_e8m0fnu else (bits & 127) == 127).any())

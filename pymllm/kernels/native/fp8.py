@@ -1,7 +1,7 @@
 """Linear layers over fp8 e4m3 weights on the CPU, in C++: `kernels/float_linear.h` says how.
 
-Weight-only: activations stay floats. Codes become float32 in registers (through f16, which holds every one exactly),
-are scaled by their block or once a row, and the arithmetic is float32.
+Activations stay floats. Codes become float32 in registers (through f16, which holds every code exactly) and are scaled
+by block or once a row; the arithmetic is float32.
 """
 
 # T tokens, O out_features, I in_features
@@ -19,24 +19,24 @@ from pymllm.kernels.reference.linear import ReferenceEmbedding
 from pymllm.kernels.registry import Packed
 
 BLOCK_INPUTS = 64  # a scale covers a multiple of so many inputs: one register of codes
-NAN_CODE = 0x7F  # and 0xFF
-ROWS_AT_A_TIME = 4096  # bounds the memory of looking for NaN codes
+NAN_CODE = 0x7F  # without the sign: 0xFF is NaN too
+ROWS_AT_A_TIME = 4096  # bounds the memory that the search for NaN codes takes
 
 
 class NativeFp8Linear:
-    """fp8 e4m3 weights × activations of any float dtype, in float32."""
+    """The kernel for fp8 e4m3 weights × activations of any float dtype, in float32."""
 
     name = "native_fp8"
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     layout = "native_fp8"
 
     def why_not(self, problem: LinearProblem) -> str | None:
         kind = problem.weight
         if not isinstance(kind, Fp8Type):
             return f"multiplies fp8 only, the weight is {kind}"
-        why = why_not_floats(problem, kind.activations)
-        if why is not None:
-            return why
+        floats = why_not_floats(problem, kind.activations)
+        if floats is not None:
+            return floats
         if kind.block[1] % BLOCK_INPUTS:
             return f"takes a scale for a multiple of {BLOCK_INPUTS} inputs, the weight has {kind}"
         return native_missing_reason()
@@ -85,7 +85,7 @@ class NativeFp8Embedding(NativeFp8Linear):
 
 
 def _row_nan(weight: Tensor) -> Tensor:
-    """[O] float32: NaN for a row with a NaN code, whose product with anything is NaN; else 0."""
+    """Mark the rows with a NaN code, whose product with anything is NaN.  Returns [O] float32: NaN for such, else 0."""
     if weight.is_meta:
         return torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
     row_nan = torch.zeros(weight.shape[0], dtype=torch.float32)

@@ -1,4 +1,7 @@
-"""Group-wise int8 linear on the CPU, in C++: weight-only, and over int8 activations as a checkpoint demands them."""
+"""Linear layers over int8 weights in groups on the CPU, in C++.
+
+Activations are as the kernel chooses (`integer.py`), or int8 as a checkpoint demands them.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,15 @@ import torch
 
 from pymllm.kernels.canonical import IntType
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.native.int4 import integer_reason
-from pymllm.kernels.native.integer import NativeIntegerLinear
+from pymllm.kernels.native.integer import NativeIntegerLinear, integer_reason
 
 
 class NativeInt8(NativeIntegerLinear):
-    """Codes of 5 to 8 bits; zero points or float offsets; scales as the checkpoint has them."""
+    """The kernel for codes of 5 to 8 bits; zero points or float offsets; scales as the checkpoint has them."""
 
     name: ClassVar[str] = "native_int8"
-    layout: ClassVar[str] = "native_integer 16-row blocks"
-    # Twice the bytes of int4 take twice the time to read: 9 rows of products are hidden behind them (3 slices of 3
-    # tokens in float32, 2 of 4 in 16 bits; benchmarks/cpu_linear.py).
+    # Twice the bytes of int4 take twice the time to read, which hides 9 rows of products (3 slices of 3 tokens in
+    # float32, 2 slices of 4 in 16 bits; benchmarks/cpu_linear.py).
     exact_tokens: ClassVar[dict[torch.dtype, int]] = {torch.float32: 3, torch.float16: 4, torch.bfloat16: 4}
 
     def why_not(self, problem: LinearProblem) -> str | None:

@@ -1,7 +1,7 @@
-"""What the native kernels over integer codes share: `kernels/integer.h` has the layout and says how it is fast.
+"""The base of the native kernels over integer codes: `kernels/integer.h` has the layout and says how it is fast.
 
-Activations become int8 codes with a scale for every token and group, except where that would save no time (up to
-`exact_tokens` tokens, reading the weights takes longer than multiplying them several times) or is forbidden.
+Activations become int8 codes with a scale for every token and group, except where that is forbidden or would save no
+time: up to `exact_tokens` tokens, reading the weights takes longer than multiplying them several times.
 """
 
 # T tokens, O out_features, I in_features, G group_size
@@ -20,6 +20,7 @@ from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
+from pymllm.kernels.native.float_linear import bias_of, why_not_here, wrong_input
 from pymllm.kernels.native.packed_memory import empty_packed
 from pymllm.kernels.registry import Packed
 
@@ -27,40 +28,37 @@ BLOCK_ROWS = 16
 BLOCK_GROUPS = (128, 64, 32, 16)  # inputs of one packed block
 LONG_ROW = 1024  # from here on, a group that is a whole row is filled up to blocks of 128
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in kernels/integer.h
+# Scales in kernels/integer.h
 SCALES = {
     torch.float16: 0,
     torch.bfloat16: 1,
     torch.float32: 2,
     torch.float8_e4m3fn: 3,
     torch.float8_e8m0fnu: 4,
-}  # Scales there
+}
 DEMANDS = {"float": 0, "token": 1, "tensor": 2, "group": 3, "static": 4}  # Demand there
 CODE_NIBBLES, CODE_BYTES = 0, 1
 ZERO_SAME, ZERO_EACH, ZERO_OFFSETS = 0, 1, 2
 TABLE_E2M1 = 1
 E2M1_ZERO, E2M1_UNIT = 12, 0.5  # the table holds 12 + 2 * value
-# A 16-bit float is rounded to 4e-3 or 5e-4 on the way out: two slices (2e-5) are exact enough, float32 takes three.
+# Results in 16 bits are rounded by 4e-3 or 5e-4, so two slices (2e-5) are exact enough for them; float32 takes three.
 EXACT_SLICES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a weight is packed: Format and Weights in kernels/integer.h.
+    """The packed form of a weight: Format and Weights in kernels/integer.h.
 
-    shape: [ceil(O/16), ceil(I/group), bytes of a block].  in_features: of the blocks, filled up.
-    stored_group: the checkpoint's.  offsets, zeros: whether the checkpoint stores them.
+    shape: [ceil(O/16), ceil(I/group), bytes of a block].  in_features: those of the blocks, filled up.
+    zeros: ZERO_SAME, ZERO_EACH or ZERO_OFFSETS.  stored_group: the checkpoint's group size.
+    arguments: in_features, group, format and zero point, as every function of the extension takes them.
     """
 
     shape: tuple[int, int, int]
     in_features: int
-    group: int
-    format: int
-    zero: int
+    zeros: int
     stored_group: int
-
-    @property
-    def zeros(self) -> int:
-        return self.format >> 8 & 15
+    arguments: tuple[int, int, int, int]
 
 
 @functools.cache
@@ -98,12 +96,12 @@ def _blocks(
     in_features: int,
 ) -> Blocks:
     filled = in_features
-    if group_size >= in_features:  # one group a row: activations are 0 where it is filled up
+    # A group that is the whole row is filled up; activations are 0 there.
+    if group_size >= in_features:
         side = 128 if in_features >= LONG_ROW and in_features % 64 else 32
         filled = -(-in_features // side) * side
-    group = next(
-        size for size in BLOCK_GROUPS if (filled if filled != in_features else group_size) % size == 0
-    )
+    divided = filled if filled != in_features else group_size
+    group = next(size for size in BLOCK_GROUPS if divided % size == 0)
     header = BLOCK_ROWS * (scales.itemsize + (0, 1, 4)[zeros])
     fused = codes == CODE_NIBBLES and zeros == ZERO_EACH and table == 0 and scales.itemsize == 2
     if codes == CODE_BYTES or fused:
@@ -112,15 +110,14 @@ def _blocks(
     return Blocks(
         shape=(-(-out_features // BLOCK_ROWS), filled // group, size),
         in_features=filled,
-        group=group,
-        format=codes | SCALES[scales] << 4 | zeros << 8 | table << 12,
-        zero=zero,
+        zeros=zeros,
         stored_group=min(group_size, in_features),
+        arguments=(filled, group, codes | SCALES[scales] << 4 | zeros << 8 | table << 12, zero),
     )
 
 
 def blocks_of(problem: LinearProblem) -> Blocks:
-    """How the weight of `problem` is packed."""
+    """Return the packed form of the problem's weight."""
     kind, outputs, inputs = problem.weight, problem.out_features, problem.in_features
     if isinstance(kind, IntType):
         return _int_blocks(
@@ -131,10 +128,10 @@ def blocks_of(problem: LinearProblem) -> Blocks:
 
 
 def group_reason(kind: IntType | CodebookType, in_features: int, out_features: int) -> str | None:
-    """Why groups do not fit into blocks; None: they do."""
+    """Return why groups do not fit into blocks; None: they do."""
     smallest = BLOCK_GROUPS[-1]
     if in_features <= 0 or out_features <= 0:
-        return "takes weights that are not empty"
+        return f"takes weights that are not empty, this one is {out_features}×{in_features}"
     if kind.group_size >= in_features:
         return None
     if kind.group_size <= 0 or kind.group_size % smallest:
@@ -145,30 +142,44 @@ def group_reason(kind: IntType | CodebookType, in_features: int, out_features: i
 
 
 def check_blocks(blocks: Tensor, shape: tuple[int, ...]) -> None:
-    """The kernel reads as many bytes as the shape needs, without looking."""
+    """Raise ValueError for other blocks than `shape` says: the native code reads that many bytes, without looking."""
     fits = blocks.shape == shape and blocks.dtype is torch.uint8 and blocks.is_contiguous() and blocks.is_cpu
     if not fits:
         raise ValueError(
-            f"packed blocks must be {shape} uint8 on the CPU, not {tuple(blocks.shape)} {blocks.dtype}"
+            f"packed blocks must be {shape} uint8, contiguous and on the CPU, "
+            f"not {tuple(blocks.shape)} {blocks.dtype} on {blocks.device}"
         )
 
 
 def device_reason(problem: LinearProblem) -> str | None:
-    """Why not here: another device, another dtype, or no native kernels."""
-    if problem.device.type != "cpu":
-        return "runs on the CPU only"
-    if problem.dtype not in DTYPES:
-        return f"computes in float32, float16 or bfloat16, not in {problem.dtype}"
-    return native_missing_reason()
+    """Return why the problem cannot run here: another device, another dtype, or no native kernels; None: it can."""
+    return why_not_here(problem) or native_missing_reason()
+
+
+def integer_reason(problem: LinearProblem) -> str | None:
+    """Return why a native kernel cannot take this weight of integers, whose bits it does take; None: it can."""
+    kind = problem.weight
+    assert isinstance(kind, IntType)
+    if kind.indexed:
+        return f"takes groups that lie in order, the weight is {kind}"
+    if kind.scales not in SCALES:
+        return f"takes scales in float16, bfloat16 or float32, the weight has {kind.scales}"
+    if problem.compute == "checkpoint" and kind.activations != "float":
+        if "product" in kind.activations:
+            return f"rounds activations before it multiplies, the checkpoint wants {kind.activations}"
+        # W8A8 logits: with exact weights 3.6e-2 from the writer's, with rounded ones 3.1e-2.
+        if problem.dtype is not torch.float32:
+            return f"keeps weights exact, which writers of quantised activations round to {problem.dtype}"
+    return group_reason(kind, problem.in_features, problem.out_features) or device_reason(problem)
 
 
 class NativeIntegerLinear:
-    """int8 (or, exactly, several int8) activations × integer codes."""
+    """The base of the kernels for integer codes × activations in int8 (or, exactly, in several int8 slices)."""
 
-    device_type = "cpu"  # the only one it runs on
+    device_type = "cpu"
     name: ClassVar[str]
-    layout: ClassVar[str]
-    # So many tokens are multiplied float-exactly at no cost, by the dtype of the activations.
+    layout: ClassVar[str] = "native_integer 16-row blocks"
+    # By the dtype of the activations, how many tokens are multiplied float-exactly at no cost.
     exact_tokens: ClassVar[dict[torch.dtype, int]] = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 2}
 
     def numerics(self, problem: LinearProblem) -> str:
@@ -185,7 +196,7 @@ class NativeIntegerLinear:
         )
 
     def tolerance(self, problem: LinearProblem) -> float:
-        """Relative error that `verify` allows: twice what rounding activations to int8 explains, or the dtype's."""
+        """Return the relative error that `verify` allows: the dtype's, and twice what rounded activations explain."""
         said = self.numerics(problem)
         rounds = 5e-2 if "fp8" in said else 1.2e-2 if problem.compute == "auto" or "int8" in said else 0.0
         return TOLERANCES[problem.dtype] + rounds
@@ -197,7 +208,7 @@ class NativeIntegerLinear:
         if isinstance(weight, IntWeight):
             zeros = weight.zeros if weight.offsets is None else weight.offsets.float()
             if weight.offsets is not None and weight.offsets.dtype is not torch.float32:
-                kept["offsets"] = weight.offsets.new_empty(0)  # their dtype, for `unpack`
+                kept["offsets"] = weight.offsets.new_empty(0)  # tells `unpack` their dtype
         return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem), **kept}
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
@@ -219,54 +230,41 @@ class NativeIntegerLinear:
         )
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        # About 3 us a call: every line here counts (test_dispatch_costs_few_microseconds).
+        # About 3 us a call: every line here counts (benchmarks/cpu_dispatch.py).
         blocks, dtype, compute = packed["blocks"], problem.dtype, problem.compute
         in_features, out_features = problem.in_features, problem.out_features
         shape = x.shape
         if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
-            raise ValueError(
-                f"x must be [*, {in_features}] {dtype} on the CPU, not {tuple(shape)} {x.dtype} on {x.device}"
-            )
+            raise wrong_input(x, problem)
         plan = blocks_of(problem)
         check_blocks(blocks, plan.shape)
         tokens = x.numel() // in_features
         y = x.new_empty((*shape[:-1], out_features))
-        if compute == "checkpoint" and _demand(problem) == 0:
-            x = _rounded(x, packed, problem)
-        x = (
-            F.pad(x, (0, plan.in_features - in_features))
-            if plan.in_features != in_features
-            else x.contiguous()
-        )
-        bias_address = 0
-        if bias is not None:
-            bias = bias.to(dtype).contiguous()
-            if bias.shape != (out_features,) or not bias.is_cpu:
-                raise ValueError(
-                    f"bias must be [{out_features}] on the CPU, not {tuple(bias.shape)} on {bias.device}"
-                )
-            bias_address = bias.data_ptr()
-        factors = packed.get("row_factors")
         slices, demand, scale = 1, 0, 0.0
-        if compute == "auto":
-            if tokens <= self.exact_tokens[dtype]:
-                slices = EXACT_SLICES[dtype]
-        else:
-            demand = _demand(problem)
-            if demand == 0:
-                slices = EXACT_SLICES[dtype]
-            elif demand == DEMANDS["static"]:  # the largest of the parts', which overflows in none of them
+        if compute == "checkpoint":
+            kind: Any = problem.weight
+            demand = DEMANDS.get(kind.activations, 0)
+            if demand == 0 and kind.activations != "float":
+                x = quantise_activations(x, kind, packed.get("input_scales"), packed.get("input_zeros"))
+            elif demand == DEMANDS["static"]:  # the largest of the parts' scales, which overflows in no part
                 scale = float(packed["input_scales"].max().to(dtype))
+        if demand == 0 and (compute != "auto" or tokens <= self.exact_tokens[dtype]):
+            slices = EXACT_SLICES[dtype]
+        filled, group, form, zero = plan.arguments  # by name: a starred call costs 0.1 us
+        x = F.pad(x, (0, filled - in_features)) if filled != in_features else x.contiguous()
+        if bias is not None:
+            bias = bias_of(bias, problem)
+        factors = packed.get("row_factors")
         native().integer_linear(
             blocks.data_ptr(),
             out_features,
-            plan.in_features,
-            plan.group,
-            plan.format,
-            plan.zero,
+            filled,
+            group,
+            form,
+            zero,
             0 if factors is None else factors.data_ptr(),
             x.data_ptr(),
-            bias_address,
+            0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             tokens,
             DTYPES[dtype],
@@ -280,46 +278,34 @@ class NativeIntegerLinear:
         return y
 
 
-def _demand(problem: LinearProblem) -> int:
-    """How the kernel itself rounds activations as the checkpoint wants it; 0: not at all."""
-    kind: Any = problem.weight
-    return DEMANDS.get(kind.activations, 0) if problem.compute == "checkpoint" else 0
-
-
-def _rounded(x: Tensor, packed: Packed, problem: LinearProblem) -> Tensor:
-    """x as the checkpoint's codes would say it, to be multiplied exactly."""
-    kind: Any = problem.weight
-    if kind.activations == "float":
-        return x
-    return quantise_activations(x, kind, packed.get("input_scales"), packed.get("input_zeros"))
-
-
 def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: LinearProblem) -> Tensor:
-    """[ceil(O/16), ceil(I/G), bytes] uint8."""
+    """Pack the problem's weight.  codes: [O, I].  scales, zeros (or offsets): [O, I/G].
+
+    Returns [ceil(O/16), ceil(I/G), bytes] uint8; of codes on the meta device, on meta.
+    """
     plan = blocks_of(problem)
     if codes.is_meta:
         return torch.empty(plan.shape, dtype=torch.uint8, device="meta")
     zero_dtype = torch.float32 if plan.zeros == ZERO_OFFSETS else torch.uint8
     if codes.dtype is not torch.uint8 or (zeros is not None and zeros.dtype is not zero_dtype):
-        raise TypeError("codes and zeros are uint8, and offsets float32, in the canonical layout")
+        found = f"codes are {codes.dtype}, zeros or offsets {None if zeros is None else zeros.dtype}"
+        raise TypeError(f"codes and zeros must be uint8, and offsets float32; {found}")
     if not (codes.is_cpu and scales.is_cpu and (zeros is None or zeros.is_cpu)):
-        raise ValueError("the weight is not on the CPU")
+        raise ValueError(f"the weight must be on the CPU, its codes are on {codes.device}")
     outputs, inputs = problem.out_features, problem.in_features
     if codes.shape != (outputs, inputs):
         raise ValueError(f"codes are {tuple(codes.shape)}, the layer is {outputs}×{inputs}")
     stored = (outputs, -(-inputs // plan.stored_group))
     if scales.shape != stored or (zeros is not None and zeros.shape != stored):
-        raise ValueError(f"scales and zeros must be {stored}, the scales are {tuple(scales.shape)}")
+        found = f"{tuple(scales.shape)} and {None if zeros is None else tuple(zeros.shape)}"
+        raise ValueError(f"scales and zeros must be {stored}, not {found}")
     blocks = empty_packed(plan.shape)
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     native().integer_pack(
         blocks.data_ptr(),
         outputs,
-        plan.in_features,
-        plan.group,
-        plan.format,
-        plan.zero,
+        *plan.arguments,
         codes.data_ptr(),
         scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
@@ -333,7 +319,7 @@ def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: Li
 def unpack_blocks(
     blocks: Tensor, scale_dtype: torch.dtype, symmetric: bool, problem: LinearProblem
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales, and zeros or offsets: what `pack_blocks` was given."""
+    """Return what `pack_blocks` was given: codes, scales, and zeros or offsets (None for a symmetric weight)."""
     plan, outputs, inputs = blocks_of(problem), problem.out_features, problem.in_features
     stored = (outputs, -(-inputs // plan.stored_group))
     codes = blocks.new_empty((outputs, inputs))
@@ -346,10 +332,7 @@ def unpack_blocks(
         native().integer_unpack(
             blocks.data_ptr(),
             outputs,
-            plan.in_features,
-            plan.group,
-            plan.format,
-            plan.zero,
+            *plan.arguments,
             codes.data_ptr(),
             scales.data_ptr(),
             0 if zeros is None else zeros.data_ptr(),

@@ -1,8 +1,8 @@
 """Memory for packed weights, in huge pages.
 
-What decoding reads passes by once a token, and from 4 KiB pages it does so 2 % slower. Memory that was in use before,
-while loading, gets no huge pages any more, so that a large weight has a mapping of its own: as many huge pages as it
-fills, and small ones for its end.
+Decoding reads every weight once a token, and 2 % slower from pages of 4 KiB. Memory that was in use before, while
+loading, gets no huge pages any more; so a large weight has a mapping of its own: as many huge pages as it fills, and
+small pages for its end.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ HUGE_PAGE = 2 << 20
 
 
 def empty_packed(shape: Sequence[int]) -> Tensor:
-    """An uninitialised uint8 tensor on the CPU, 64-byte aligned."""
+    """Allocate an uninitialised uint8 tensor on the CPU, 64-byte aligned."""
     size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=torch.uint8)
-    # Memory that nothing is written to costs nothing: what lies before the first huge page, and behind the end.
+    # The mapping is larger than the weight: memory before the first huge page and behind the end is never written to,
+    # and so costs nothing.
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without them: advice only
+    with contextlib.suppress(OSError):  # this is only advice, which a kernel without huge pages refuses
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
     return whole[start : start + size].view(tuple(shape))

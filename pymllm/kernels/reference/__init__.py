@@ -1,1 +1,1 @@
-"""The plain formula of every operation: it runs everything, slowly."""
+"""The reference kernels: the plain formula of an operation, which runs everything, slowly."""

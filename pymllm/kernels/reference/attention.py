@@ -1,4 +1,4 @@
-"""The reference attention kernel: the formula, in float32, one request at a time."""
+"""The reference kernel for attention: the formula in float32, one request at a time."""
 
 # T tokens, H query heads, Hkv key heads, D head size, Dv value head size
 

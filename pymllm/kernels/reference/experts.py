@@ -1,4 +1,4 @@
-"""The reference of experts: always last, runs everything, right before fast.
+"""The reference kernel for experts: always last, runs everything, correct rather than fast.
 
 Weights stay packed as the linear reference packs them; an expert is dequantised, a few rows at a time, only where
 tokens were routed to it. Products accumulate in float32.
@@ -13,7 +13,7 @@ from pymllm.kernels.reference.linear import ReferenceLinear
 
 
 class ReferenceExperts(LinearExperts):
-    """As `LinearExperts`, with the reference for every product."""
+    """`LinearExperts` with the reference for every product."""
 
     name = "reference"
     layout = "reference, stacked over experts"

@@ -1,7 +1,7 @@
-"""The reference kernels: always last, run everything, right before fast.
+"""The reference kernels for linear layers and embeddings: always last, run everything, correct rather than fast.
 
-Dequantise to the activation dtype, then multiply with float32 accumulation. Weights stay packed (two int4 codes a
-byte); a few rows are dequantised at a time, so that memory does not grow with the layer.
+They dequantise to the activations' dtype, then multiply with float32 accumulation. Weights stay packed (two int4 codes
+a byte); a few rows are dequantised at a time, so that memory does not grow with the layer.
 """
 
 # T tokens, O out_features, I in_features, G group_size
@@ -32,12 +32,12 @@ CHUNK_ELEMENTS = 1 << 21  # weights dequantised at a time: 8 MB as float32
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """[O, I] uint8 codes 0..15 → [O, I/2] bytes, the even column in the low nibble.  I is even."""
+    """Pack [O, I] uint8 codes 0..15 in [O, I/2] bytes, the even column in the low nibble.  I is even."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """[O, I/2] bytes → [O, I] uint8 codes 0..15, the low nibble first."""
+    """Unpack [O, I/2] bytes to [O, I] uint8 codes 0..15, the low nibble first."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
@@ -50,14 +50,15 @@ def _pack(weight: CanonicalWeight) -> dict[str, Tensor]:
 
 
 def _unpack(packed: Packed, problem: LinearProblem, rows: slice | Tensor | None = None) -> CanonicalWeight:
-    """The canonical weight again; `rows`: only those outputs."""
+    """Rebuild the canonical weight.  rows: the outputs that it shall have; None: all."""
     kind = problem.weight
 
     def cut(name: str) -> Tensor | None:
         tensor = packed.get(name)
         if tensor is None or rows is None:
             return tensor
-        if tensor.dtype.itemsize == 1 and isinstance(rows, Tensor):  # torch gathers no rows of fp8
+        # torch gathers no rows of fp8, but of bytes.
+        if tensor.dtype.itemsize == 1 and isinstance(rows, Tensor):
             return tensor.view(torch.uint8)[rows].view(tensor.dtype)
         return tensor[rows]
 
@@ -104,7 +105,7 @@ def _needed(tensor: Tensor | None) -> Tensor:
 
 
 class ReferenceLinear:
-    """Dequantise a chunk of rows, multiply, repeat."""
+    """The reference for linear layers: it dequantises some rows, multiplies, and goes on."""
 
     name = "reference"
     layout = "reference"
@@ -122,12 +123,11 @@ class ReferenceLinear:
         return "weights dequantised exactly, float32 accumulation"
 
     def tolerance(self, problem: LinearProblem) -> float:
-        """Relative error that `verify` allows: twice what the rounding of activations explains, or the dtype's."""
+        """Return the relative error that `verify` allows: the dtype's, and twice what rounded activations explain."""
         rounding = {"int8": 1.2e-2, "fp8": 5e-2, "fp4": 2.5e-1}
         said = self.numerics(problem)
-        return TOLERANCES[problem.dtype] + next(
-            (error for name, error in rounding.items() if name in said), 0.0
-        )
+        rounded = (error for name, error in rounding.items() if name in said)
+        return TOLERANCES[problem.dtype] + next(rounded, 0.0)
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         return _pack(weight)
@@ -136,29 +136,21 @@ class ReferenceLinear:
         return _unpack(packed, problem)
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        if _quantises_activations(problem):
-            kind: Any = problem.weight
-            if "product" in kind.activations:
-                return self._integer_product(packed, problem, x, bias)
+        kind: Any = problem.weight
+        rounds = _quantises_activations(problem)
+        product = rounds and "product" in kind.activations
+        if rounds and not product:
             x = quantise_activations(x, kind, packed.get("input_scales"), packed.get("input_zeros"))
-        out_features, in_features = problem.out_features, problem.in_features
-        step = max(1, CHUNK_ELEMENTS // max(in_features, 1))
-        result = x.new_empty((*x.shape[:-1], out_features))
-        for start in range(0, out_features, step):
-            rows = slice(start, min(start + step, out_features))
-            weight = _unpack(packed, problem, rows).dequantize(problem.dtype)
-            result[..., rows] = F.linear(x, weight)
-        return result if bias is None else result + bias
-
-    @staticmethod
-    def _integer_product(packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         step = max(1, CHUNK_ELEMENTS // max(problem.in_features, 1))
         result = x.new_empty((*x.shape[:-1], problem.out_features))
         for start in range(0, problem.out_features, step):
             rows = slice(start, min(start + step, problem.out_features))
             weight = _unpack(packed, problem, rows)
-            assert isinstance(weight, IntWeight)
-            result[..., rows] = integer_product(x, weight)
+            if product:
+                assert isinstance(weight, IntWeight)
+                result[..., rows] = integer_product(x, weight)
+            else:
+                result[..., rows] = F.linear(x, weight.dequantize(problem.dtype))
         return result if bias is None else result + bias
 
 
@@ -167,7 +159,7 @@ def _quantises_activations(problem: LinearProblem) -> bool:
 
 
 class ReferenceEmbedding:
-    """Gather packed rows, then dequantise just those."""
+    """The reference for embeddings: it gathers packed rows, then dequantises just those."""
 
     name = "reference"
     layout = "reference"

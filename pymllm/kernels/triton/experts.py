@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import CanonicalWeight, DenseType, DenseWeight, ExpertsWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import CanonicalWeight, DenseType, DenseWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem

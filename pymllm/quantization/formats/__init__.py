@@ -1,4 +1,4 @@
-"""The formats, one file each.  Every module of this package is a format: adding a file adds it."""
+"""The formats, one file each.  Every module of this package is a format, so that a new file is a new format."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pkgutil
 
 @functools.cache
 def load_formats() -> None:
-    """Import every format file; each registers itself."""
+    """Import every format file once; each registers its format."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -1,4 +1,4 @@
-"""AutoRound's own spelling, `quant_method: auto-round`: the tensors are GPTQ's or AWQ's, as `packing_format` says.
+"""AutoRound's own spelling, `quant_method: auto-round`.  `packing_format` says whose tensors a checkpoint has:
 
     auto_round:auto_gptq             GPTQ, zero points minus one
     auto_round, auto_round:gptqmodel GPTQ, zero points as they are
@@ -6,27 +6,30 @@
     auto_round:llm_compressor        compressed-tensors' NVFP4, MXFP4 and MXFP8 (data_type nv_fp, mx_fp)
     auto_round:fp8_static            float8 (data_type fp): weight e4m3 [O, I], weight_scale [O] or [1], input_scale [1]
 
-`extra_config` overrides settings for single layers; `block_name_to_quantize` names the blocks that are quantised.
-Checkpoints that AutoRound exports as plain gptq or awq name that as their quant_method.
+`extra_config` overrides settings of single layers; `block_name_to_quantize` names the blocks that are quantised.
+A checkpoint that AutoRound exports as plain gptq or awq has that as its quant_method, and is read as such.
 The page: quantization/gptq/README.md, "auto-round".
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import Activations
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.fields import compile_pattern
+from pymllm.quantization.storage.fields import compile_pattern, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
-# packing_format: the format of the tensors, and what its own config must say besides
+_unsupported = functools.partial(unsupported, "AutoRound")
+
+# packing_format -> the format of the tensors, and what the config for that format needs besides.
 PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto_gptq": ("gptq", {"checkpoint_format": "gptq"}),
     "gptq": ("gptq", {"checkpoint_format": "gptq"}),
@@ -38,7 +41,7 @@ PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_static": ("", {}),
 }
 SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_dynamic")
-# (data_type, bits): compressed-tensors' name and what it stores
+# (data_type, bits) -> compressed-tensors' name, and the settings of its weights.
 FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("nv_fp", 4): ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
     ("mx_fp", 4): ("mxfp4-pack-quantized", {"strategy": "group", "group_size": 32}),
@@ -48,23 +51,19 @@ FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 
 
 @register_quantization("auto-round")
+@dataclass(kw_only=True, eq=False)
 class AutoRoundConfig(QuantizationConfig):
-    """`quantization_config` of AutoRound: bits, group_size, sym, data_type, packing_format, extra_config."""
+    """`quantization_config` of AutoRound: bits, group_size, sym, data_type, packing_format, extra_config.
 
-    def __init__(
-        self,
-        *,
-        packing: str,
-        settings: Mapping[str, Any],
-        layers: Mapping[str, Mapping[str, Any]],
-        blocks: tuple[str, ...] = (),
-    ) -> None:
-        self.packing, self.settings, self.layers, self.blocks = packing, settings, layers, blocks
-        self.formats: dict[tuple[Any, ...], QuantizationConfig] = {}
+    packing: a key of PACKINGS.  settings: of all layers, those of SETTINGS that the config has.  layers: extra_config.
+    blocks: names of the blocks that are quantised; none: all.  formats: the configs made so far, by their settings.
+    """
 
-    @classmethod
-    def get_name(cls) -> str:
-        return "auto-round"
+    packing: str
+    settings: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Any]]
+    blocks: tuple[str, ...] = ()
+    formats: dict[tuple[Any, ...], QuantizationConfig] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoRoundConfig:
@@ -96,12 +95,11 @@ class AutoRoundConfig(QuantizationConfig):
             return None
         found = self._format(named or "")
         if isinstance(found, LinearMethodBase):
-            linear = getattr(layer, "kind", "linear") == "linear" and not self.stored_as_float(prefix)
-            return found if linear else None
+            return found if self.covers(layer, prefix) else None
         return None if found is None else found.get_quant_method(layer, prefix)
 
     def _key(self, prefix: str) -> str | None:
-        """The entry of extra_config for this layer: its name, or a regular expression found in it."""
+        """Find the entry of extra_config for this layer: its name, or a regular expression found in its name."""
         if prefix in self.layers:
             return prefix
         return next(
@@ -114,7 +112,7 @@ class AutoRoundConfig(QuantizationConfig):
         )
 
     def _format(self, key: str) -> QuantizationConfig | LinearMethodBase | None:
-        """The format of layers under this entry of extra_config ("": all others); None: plain floats."""
+        """Return the format of layers under this entry of extra_config ("": all others), or None for plain floats."""
         settings = {**self.settings, **{k: v for k, v in self.layers.get(key, {}).items() if v is not None}}
         at = f"extra_config.{key}." if key else ""
         if isinstance(settings.get("bits"), int) and settings["bits"] >= FLOAT_BITS:
@@ -146,7 +144,7 @@ class AutoRoundConfig(QuantizationConfig):
 
 
 def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
-    """The compressed-tensors config of NVFP4, MXFP4 or MXFP8."""
+    """Make the compressed-tensors config of NVFP4, MXFP4 or MXFP8.  at: the path of these settings, for messages."""
     element: Any = settings["data_type"]
     bits: Any = settings.get("bits")
     family = next((name for name in ("nv_fp", "mx_fp") if str(element).startswith(name)), element)
@@ -169,21 +167,21 @@ def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
-    """e4m3 with a scale for the tensor (group_size 0) or for each row (-1)."""
+    """Make the method of e4m3 weights with a scale for the tensor (group_size 0) or for each row (-1)."""
     if settings.get("bits") != 8:
         raise _unsupported(f"{at}bits", settings.get("bits"), "8 with data_type fp")
-    blocks = {0: (0, 0), -1: (1, 0)}
+    blocks = {0: TENSOR, -1: CHANNEL}
     size = settings.get("group_size")
     if size not in blocks:
         raise _unsupported(f"{at}group_size", size, "0 (the tensor) or -1 (a row) with data_type fp")
     activations: Activations = "float"
     if settings.get("act_bits", FLOAT_BITS) == 8:
         activations = "token" if settings.get("act_dynamic", True) else "static"
-    return NamedFp8LinearMethod("auto-round", blocks[size], activations, flat_scale=True)
+    return NamedFp8LinearMethod(blocks[size], activations, format="auto-round", flat_scale=True)
 
 
 def _is_pattern(key: str) -> bool:
-    """As AutoRound takes them: what is no layer's name is a regular expression, if it can be one."""
+    """Tell whether AutoRound takes a key of extra_config, which is no layer's name, for a regular expression."""
     try:
         re.compile(key)
     except re.error:
@@ -197,14 +195,3 @@ def _read_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(flat, (list, tuple)) or not all(isinstance(name, str) for name in flat):
         raise _unsupported("block_name_to_quantize", blocks, "a name, or a list of names")
     return tuple(name.strip() for name in flat)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"AutoRound with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

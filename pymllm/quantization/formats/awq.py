@@ -4,13 +4,14 @@
     qzeros  int32   [I/G, O/8]   zero points, packed the same way
     scales  float16 [I/G, O]
 
-w = (code - zero) * scale. The page with the layout: quantization/awq/README.md.
+w = (code - zero) * scale. The layout: quantization/awq/README.md.
 """
 
 # I in_features, O out_features, G group_size
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,27 +23,25 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.options import one_of, parse_options
-from pymllm.quantization.storage.fields import read_names
-from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups
+from pymllm.quantization.options import one_of, parse_options, read_group_size
+from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
+from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups, group_within
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
-NIBBLE_COLUMNS = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # nibble i of a word, from the low end, holds this column of its eight
+_unsupported = functools.partial(unsupported, "AWQ")
+
+# Nibble i of a word, from the low end, holds this column of its eight.
+NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
 
 
 @dataclass(frozen=True)
 class AWQLinearMethod(LinearMethodBase):
-    """group_size: inputs that share a scale; 0 or less: the whole row.  zero_point: whether `quantize` makes zeros."""
+    """AWQ's weights.
+
+    group_size: how many inputs share a scale; 0 or less: the whole row.
+    zero_point: whether `quantize` chooses zero points; the middle code where not.
+    """
 
     group_size: int = 128
     zero_point: bool = True
@@ -69,21 +68,23 @@ class AWQLinearMethod(LinearMethodBase):
                 )
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes = unpack_words(tensors["qweight"])
+        codes = unpack_columns(tensors["qweight"])
         scales = tensors["scales"].t().contiguous()
-        # A rank that holds part of one group has that one group: its size is what the rank holds.
-        return IntWeight(codes, scales, unpack_words(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1])
+        # A rank that holds a part of one group has that group alone, of the size that it holds.
+        return IntWeight(
+            codes, scales, unpack_columns(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1]
+        )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
+        group_size = group_within(self.group_size, weight.shape[1])
         return IntWeight.from_float(weight, bits=4, group_size=group_size, symmetric=not self.zero_point)
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, IntWeight)
         zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
         return {
-            "qweight": pack_words(weight.codes),
-            "qzeros": pack_words(zeros),
+            "qweight": pack_columns(weight.codes),
+            "qzeros": pack_columns(zeros),
             "scales": weight.scales.t().half().contiguous(),
         }
 
@@ -92,22 +93,22 @@ class AWQLinearMethod(LinearMethodBase):
         return f"awq int4 {groups}{'' if self.zero_point else ' sym'}"
 
 
-def unpack_words(words: Tensor) -> Tensor:
-    """[N, O/8] int32 words → [O, N] uint8 codes 0..15 in column order.
+def unpack_columns(words: Tensor) -> Tensor:
+    """Unpack [N, O/8] int32 words to [O, N] uint8 codes 0..15 in column order.
 
     Words are transposed first, then taken apart byte by byte into whole rows: twice as fast as moving single codes.
     """
     octets = words.t().flatten().view(torch.uint8).view(words.shape[1], words.shape[0], 4)  # [O/8, N, 4]
     codes = torch.empty((words.shape[1], PER_WORD, words.shape[0]), dtype=torch.uint8, device=words.device)
-    # A plan wants the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
+    # A plan needs the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
     for byte in range(0 if codes.is_meta else 4):
         codes[:, NIBBLE_COLUMNS[2 * byte]] = octets[:, :, byte] & 15
         codes[:, NIBBLE_COLUMNS[2 * byte + 1]] = octets[:, :, byte] >> 4
     return codes.view(-1, words.shape[0])
 
 
-def pack_words(codes: Tensor) -> Tensor:
-    """The inverse of `unpack_words`: [O, N] uint8 codes → [N, O/8] int32 words."""
+def pack_columns(codes: Tensor) -> Tensor:
+    """Pack [O, N] uint8 codes into [N, O/8] int32 words, the inverse of `unpack_columns`."""
     columns = codes.t().reshape(codes.shape[1], -1, PER_WORD)[:, :, list(NIBBLE_COLUMNS)]
     octets = columns[:, :, 0::2] | (columns[:, :, 1::2] << 4)
     return octets.contiguous().view(torch.int32).squeeze(-1)
@@ -124,10 +125,6 @@ class AWQConfig(QuantizationConfig):
         self.modules_to_not_convert = modules_to_not_convert
 
     @classmethod
-    def get_name(cls) -> str:
-        return "awq"
-
-    @classmethod
     def get_config_filenames(cls) -> list[str]:
         return ["quant_config.json"]
 
@@ -140,12 +137,7 @@ class AWQConfig(QuantizationConfig):
         if version != "gemm":
             raise _unsupported("version", version, "gemm")
         group_size = config.get("group_size", config.get("q_group_size"))
-        if (
-            not isinstance(group_size, int)
-            or isinstance(group_size, bool)
-            or group_size == 0
-            or group_size < -1
-        ):
+        if not is_group_size(group_size):
             raise _unsupported("group_size", group_size, "-1 (whole rows) or a positive integer")
         return cls(
             group_size=group_size,
@@ -156,32 +148,14 @@ class AWQConfig(QuantizationConfig):
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
         values = parse_options(
-            "awq", options, {"group_size": _read_group_size, "zero_point": one_of("true", "false")}
+            "awq", options, {"group_size": read_group_size, "zero_point": one_of("true", "false")}
         )
         return AWQLinearMethod(values.get("group_size", 128), values.get("zero_point") != "false")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        # Writers read the list differently, so what the files hold is the last word. Without it: AutoAWQ converts the
-        # linear layers of decoder blocks whose name contains none of the strings.
+        # Writers take modules_to_not_convert differently, so what the files hold decides. Where they hold nothing, as
+        # AutoAWQ does it: it converts linear layers of decoder blocks whose name contains none of the strings.
         if f"{prefix}.qweight" in self.stored:
             return self.method
-        is_linear = getattr(layer, "kind", "linear") == "linear"
-        skipped = not is_linear or any(part in prefix for part in self.modules_to_not_convert)
-        return None if skipped or self.stored_as_float(prefix) else self.method
-
-
-def _read_group_size(text: str) -> int:
-    if int(text) == 0 or int(text) < -1:
-        raise ValueError("Choose a positive number, or -1 for whole rows.")
-    return int(text)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"AWQ with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )
+        skipped = any(part in prefix for part in self.modules_to_not_convert)
+        return None if skipped or not self.covers(layer, prefix) else self.method

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +43,7 @@ STATE = "weight.quant_state.bitsandbytes__"
 
 @dataclass(frozen=True)
 class Nested:
-    """Double quantisation.  block: how many scales share one.  offset: what is added to each."""
+    """The double quantisation of scales.  block: how many scales share one of their own.  offset: added to each."""
 
     block: int
     offset: float
@@ -51,10 +51,10 @@ class Nested:
 
 @dataclass(frozen=True)
 class BitsAndBytes4BitLinearMethod(LinearMethodBase):
-    """Everything but the tensors, from the layer's quant_state.
+    """4-bit weights, as the layer's quant_state describes them.
 
-    table: what the 16 codes mean.  block: values that share a scale.  state_bytes: the length of the JSON.
-    storage: the dtype that the bytes are declared as.
+    table: the values that the 16 codes stand for.  block: how many values share a scale.
+    storage: the dtype that the file declares the packed bytes to be.  state_bytes: the length of the JSON.
     """
 
     quant_type: str
@@ -67,7 +67,7 @@ class BitsAndBytes4BitLinearMethod(LinearMethodBase):
 
     @property
     def per_element(self) -> int:
-        """How many codes an element of the stored weight holds."""
+        """The number of codes in an element of the stored weight."""
         return 2 * self.storage.itemsize
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
@@ -92,7 +92,10 @@ class BitsAndBytes4BitLinearMethod(LinearMethodBase):
         return specs
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        """Every rank has whole rows, of which a row-parallel one keeps its columns: rows share bytes and blocks."""
+        """Cut this rank's columns out of whole rows.
+
+        Rows share bytes and blocks with one another, so a rank reads whole rows, even where it keeps some columns.
+        """
         dims = {spec.name: spec.dims[0].of_rows(shape.in_features) for spec in self.weight_specs(shape)}
         start, stop = shape.inputs.start, shape.inputs.stop
         # The widest groups that neither a block nor an edge of this rank cuts.
@@ -127,25 +130,28 @@ class BitsAndBytes4BitLinearMethod(LinearMethodBase):
 
 
 def _spec(name: str, dtype: torch.dtype, *dims: Dim) -> WeightSpec:
-    """A tensor that the writer names after the weight; torch takes no parameter whose name has a dot."""
+    """Make the spec of a tensor that is stored as `weight.{name}`; torch takes no parameter whose name has a dot."""
     return WeightSpec(name, dtype, dims, aliases=(f"weight.{name}",))
 
 
 def _part(tensor: Tensor, shape: LinearShape, part: int, dim: Dim, width: int = 1) -> Tensor:
-    """What a part has of a flat tensor; width: how many of the tensor's elements are one of the dimension's."""
+    """Narrow a flat tensor to one part's share.  width: the tensor's elements in one element of the dimension."""
     sizes = [span.stored(dim, "").size * width for span in shape.outputs]
     return tensor.narrow(0, sum(sizes[:part]), sizes[part])
 
 
 def _values_at(tensor: Tensor, positions: Tensor, shape: LinearShape, part: int, dim: Dim) -> Tensor:
-    """The elements of a part's full tensor at `positions`, of which this rank holds a piece."""
+    """Pick the elements at `positions` of a part's full tensor, of which this rank holds a piece."""
     held: Span = shape.outputs[part].stored(dim, "")
     return _part(tensor, shape, part, dim)[positions - held.start]
 
 
 @dataclass(frozen=True)
 class BitsAndBytesInt8LinearMethod(LinearMethodBase):
-    """LLM.int8(): a scale a row.  Run weight-only: which inputs the writer keeps in floats, it never stores."""
+    """The int8 weights of LLM.int8(), with a scale for each row.
+
+    Activations stay floats: the file does not say which inputs LLM.int8() would leave out of its int8 product.
+    """
 
     name: ClassVar[str] = "bitsandbytes"
 
@@ -175,22 +181,17 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
 
 
 @register_quantization("bitsandbytes")
+@dataclass(kw_only=True, eq=False)
 class BitsAndBytesConfig(QuantizationConfig):
-    """`quantization_config` of bitsandbytes: load_in_4bit or load_in_8bit, llm_int8_skip_modules, bnb_4bit_*."""
+    """`quantization_config` of bitsandbytes: load_in_4bit or load_in_8bit, llm_int8_skip_modules, bnb_4bit_*.
 
-    def __init__(
-        self,
-        *,
-        bits: int,
-        quant_type: str = "fp4",
-        skip_modules: tuple[str, ...] = (),
-    ) -> None:
-        self.bits, self.quant_type, self.skip_modules = bits, quant_type, skip_modules
-        self.methods: dict[str, LinearMethodBase] = {}
+    methods: by layer, of those whose quant_state the checkpoint holds.
+    """
 
-    @classmethod
-    def get_name(cls) -> str:
-        return "bitsandbytes"
+    bits: int
+    quant_type: str = "fp4"
+    skip_modules: tuple[str, ...] = ()
+    methods: dict[str, LinearMethodBase] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:
@@ -209,7 +210,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Reads every layer's quant_state, without which its other tensors have neither sizes nor meaning."""
+        """Receive the headers and read every layer's quant_state, which gives its other tensors sizes and meaning."""
         super().see_checkpoint(tensors)
         for name in tensors:
             prefix, found, quant_type = name.partition(f".{STATE}")
@@ -221,22 +222,21 @@ class BitsAndBytesConfig(QuantizationConfig):
             return self.methods[prefix]
         if f"{prefix}.SCB" in self.stored:
             return BitsAndBytesInt8LinearMethod()
-        if getattr(layer, "kind", "linear") != "linear" or is_skipped(prefix, self.skip_modules):
-            return None
-        if self.stored_as_float(prefix):
+        if is_skipped(prefix, self.skip_modules) or not self.covers(layer, prefix):
             return None
         if self.bits == 8:
             return BitsAndBytesInt8LinearMethod()
         raise CheckpointError(
-            "the layer has no quant_state, which says what its codes mean",
+            "the layer has no quant_state, without which its codes have no meaning",
             code="quant-state",
             tensor=f"{prefix}.{STATE}{self.quant_type}",
             expected=" or ".join(f"{STATE}{kind}" for kind in QUANT_TYPES),
-            fix="If it was left unquantised, name it in llm_int8_skip_modules; "
-            "else save it again with bitsandbytes 0.41.3 or later.",
+            fix="If the layer was not quantised, name it in llm_int8_skip_modules; "
+            "otherwise save the model again with bitsandbytes 0.41.3 or later.",
         )
 
     def _read_state(self, prefix: str, quant_type: str) -> LinearMethodBase:
+        """Make the method of a layer from its quant_state.  CheckpointError for one that cannot be read."""
         name = f"{prefix}.{STATE}{quant_type}"
         raw = bytes(read_stored(self.stored[name]).flatten().tolist())
         try:
@@ -258,7 +258,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         weight, table = (self.stored.get(f"{prefix}.{name}") for name in ("weight", "weight.quant_map"))
         if weight is None or weight.dtype is None or table is None:
             raise CheckpointError(
-                "the layer has a quant_state but not what it describes",
+                "the layer has a quant_state, but lacks the tensors that it describes",
                 code="quant-state",
                 tensor=name,
                 expected=f"{prefix}.weight and {prefix}.weight.quant_map",

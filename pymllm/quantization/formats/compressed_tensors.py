@@ -1,9 +1,9 @@
-"""compressed-tensors, the format of llm-compressor: which layers have which of the methods in `compressed_linear.py`.
+"""compressed-tensors, the format of llm-compressor.  Its config gives each layer a method of `compressed_linear.py`:
 
     pack-quantized                          integers of 1 to 8 bits, packed
     int-quantized                           int8, often with int8 activations
     float-quantized                         float8 e4m3
-    naive-quantized                         either of the two, by type
+    naive-quantized                         int8 or float8, by the weights' type
     nvfp4-pack-quantized                    fp4 in groups of 16
     mxfp4-pack-quantized                    fp4 in groups of 32
     mxfp8-quantized                         float8 e4m3 in groups of 32, whose scales are powers of two
@@ -13,6 +13,7 @@ The page with the layouts: quantization/compressed_tensors/README.md; for float8
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,18 +23,20 @@ import torch
 from torch import nn
 
 from pymllm.errors import ConfigError, nearest
-from pymllm.kernels.canonical import Activations
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
-from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
 from pymllm.quantization.storage.compressed_linear import (
     MX_GROUP,
     FloatQuantizedLinearMethod,
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
-from pymllm.quantization.storage.fields import compile_pattern, read_names
+from pymllm.quantization.storage.fields import compile_pattern, is_block, read_names, unsupported
 from pymllm.weights.spec import FLOATS
+
+_unsupported = functools.partial(unsupported, "compressed-tensors")
 
 FORMATS = (
     "pack-quantized",
@@ -46,12 +49,13 @@ FORMATS = (
 )
 ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
 CLASS_NAME = re.compile(r"[A-Z]\w*")
-ACT_ORDER = ("group", "dynamic", True)  # by group index; "weight" and "static" change calibration alone
+# These store the group of every input; "weight" and "static" only change how the writer calibrates.
+ACT_ORDER = ("group", "dynamic", True)
 
 
 @dataclass(frozen=True)
 class Group:
-    """One of `config_groups`: which layers, and their method."""
+    """One of `config_groups`: the layers that it targets, and their method."""
 
     name: str
     targets: tuple[str, ...]
@@ -59,17 +63,13 @@ class Group:
 
 
 @register_quantization("compressed-tensors")
+@dataclass(kw_only=True, eq=False)
 class CompressedTensorsConfig(QuantizationConfig):
     """`quantization_config` of compressed-tensors: config_groups with targets, ignore, format, kv_cache_scheme."""
 
-    def __init__(
-        self, *, groups: Sequence[Group], ignore: Sequence[str] = (), kv_cache_scheme: Any = None
-    ) -> None:
-        self.groups, self.ignore, self.kv_cache_scheme = tuple(groups), tuple(ignore), kv_cache_scheme
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "compressed-tensors"
+    groups: Sequence[Group]
+    ignore: Sequence[str] = ()
+    kv_cache_scheme: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:
@@ -79,7 +79,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         if config.get("transform_config"):
             raise _unsupported("transform_config", config["transform_config"], "none")
         settings = config.get("config_groups")
-        # Without a group, only the cache of keys and values is quantised.
+        # A config without groups quantises the cache of keys and values alone.
         if not isinstance(settings, Mapping) or not (settings or config.get("kv_cache_scheme")):
             raise _unsupported("config_groups", settings, "an object of groups")
         groups = [_read_group(name, group, config.get("format")) for name, group in settings.items()]
@@ -98,7 +98,7 @@ class CompressedTensorsConfig(QuantizationConfig):
                 named = not target.startswith("re:") and not CLASS_NAME.fullmatch(target)
                 if (named and target not in modules) or (CLASS_NAME.fullmatch(target) and target != "Linear"):
                     raise ConfigError(
-                        f"the target {target!r} is no layer of this checkpoint",
+                        f"the target {target!r} is not a layer of this checkpoint",
                         code="quantization-config",
                         file="config.json",
                         tensor=f"quantization_config.config_groups.{group.name}.targets",
@@ -108,8 +108,7 @@ class CompressedTensorsConfig(QuantizationConfig):
                     )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        kind = getattr(layer, "kind", "linear")
-        if kind == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
+        if kind_of(layer) == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
             return None
         if "Linear" in self.ignore or self.stored_as_float(prefix):
             return None
@@ -120,13 +119,13 @@ class CompressedTensorsConfig(QuantizationConfig):
         return read_kv_scheme(self.kv_cache_scheme)
 
     def _group(self, prefix: str) -> Group | None:
-        """A group that names the layer comes first, then one that has a pattern for it, then one of its class."""
+        """Find the layer's group: one that names the layer, else one with a pattern for it, else one for its class."""
         ranked = [(_rank(target, prefix), target, group) for group in self.groups for target in group.targets]
         hits = [entry for entry in ranked if entry[0] is not None]
         return min(hits, key=lambda entry: entry[:2])[2] if hits else None
 
     def _as_stored(self, method: LinearMethodBase, prefix: str) -> LinearMethodBase:
-        """The method, with what the config leaves open taken from the checkpoint's headers."""
+        """Complete the method with what the config leaves open and the checkpoint's headers say."""
         scale = self.stored.get(f"{prefix}.weight_scale")
         if isinstance(method, IntQuantizedLinearMethod):
             if scale is not None and scale.dtype in FLOATS:
@@ -144,25 +143,26 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     def skip_reason(self, tensor: str) -> str | None:
         if ZERO_POINTS.search(tensor):
-            return "a zero point of symmetric quantisation, which has none"
+            return "a zero point of symmetric quantisation, which does not use any"
         return unused_kv_tensor(tensor)
 
 
 def _rank(target: str, prefix: str) -> int | None:
-    """How closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None: it does not."""
+    """Rank how closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None if it does not."""
     if target == "Linear":
         return 2
     return int(target.startswith("re:")) if _targets(target, prefix) else None
 
 
 def _targets(pattern: str, prefix: str) -> bool:
-    """Whether a target or ignore entry names this layer: exactly, or as `re:` from its start."""
+    """Tell whether a target or ignore entry means this layer: its name, or `re:` and a pattern for its start."""
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "targets or ignore").match(prefix) is not None
     return pattern == prefix
 
 
 def _refuse_conflicts(groups: Sequence[Group]) -> None:
+    """Raise ConfigError for a target that two groups give different methods."""
     first: dict[str, Group] = {}
     for group in groups:
         for target in group.targets:
@@ -205,15 +205,11 @@ def _read_float8(
     at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
 ) -> LinearMethodBase:
     _expect(at, weights, type="float", num_bits=8)
-    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    _expect_symmetric(at, weights)
     strategy = weights.get("strategy")
     if strategy == "block":
-        structure = weights.get("block_structure")
-        if not (
-            isinstance(structure, list)
-            and len(structure) == 2
-            and all(type(s) is int and s > 0 for s in structure)
-        ):
+        structure: Any = weights.get("block_structure")
+        if not is_block(structure):
             raise _unsupported(f"{at}.block_structure", structure, "two positive integers")
         block = (structure[0], structure[1])
     elif strategy == "group":
@@ -223,7 +219,7 @@ def _read_float8(
             )
         block = (1, weights["group_size"])
     elif strategy in ("tensor", "channel"):
-        block = (0, 0) if strategy == "tensor" else (1, 0)
+        block = TENSOR if strategy == "tensor" else CHANNEL
     else:
         raise _unsupported(f"{at}.strategy", strategy, "tensor, channel, group or block")
     return FloatQuantizedLinearMethod(block, activations.read("float", 8, block[1]))
@@ -265,7 +261,7 @@ def _read_fp4(
     kind: Any = file_format.removesuffix("-pack-quantized")
     size, strategies = (16, ("tensor_group",)) if kind == "nvfp4" else (32, ("group",))
     _expect(at, weights, type="float", num_bits=4, group_size=size)
-    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    _expect_symmetric(at, weights)
     if weights.get("strategy") not in strategies:
         raise _unsupported(f"{at}.strategy", weights.get("strategy"), " or ".join(strategies))
     quantised = activations.read("float", 4, size)
@@ -276,25 +272,25 @@ def _read_mxfp8(
     at: str, weights: Mapping[str, Any], file_format: str, activations: _Activations
 ) -> LinearMethodBase:
     _expect(at, weights, type="float", num_bits=8, strategy="group", group_size=MX_GROUP)
-    _expect(at, {"symmetric": True, **weights}, symmetric=True)
+    _expect_symmetric(at, weights)
     quantised = activations.read("float", 8, MX_GROUP)
     if quantised not in ("float", "group"):
         raise _unsupported(f"{activations.at}.strategy", quantised, "group")
-    return FloatQuantizedLinearMethod(
-        (1, MX_GROUP), "group mx" if quantised == "group" else "float", e8m0=True
-    )
+    quantised = "group mx" if quantised == "group" else "float"
+    return FloatQuantizedLinearMethod((1, MX_GROUP), quantised, exponent_bytes=True)
 
 
 class _Activations:
-    """`input_activations` of a group."""
+    """`input_activations` of a group.  at: their path in the config, for messages."""
 
     def __init__(self, at: str, settings: Any) -> None:
         self.at, self.settings = at, settings
 
     def read(self, element: str, bits: int, group_size: int) -> Activations:
-        """How activations are quantised; beside weights of this element, bits and group size, few others are supported.
+        """Read how activations are quantised, beside weights of this element, bits and group size.
 
-        Integers may be asymmetric, and beside integer weights activations may be fp8, a scale a token.
+        They must be of the weights' own type, but integers may have zero points, and beside integer weights they may
+        be fp8 with a scale for each token.  ConfigError for anything else.
         """
         at, settings = self.at, self.settings
         if settings is None:
@@ -303,19 +299,13 @@ class _Activations:
             raise _unsupported(at, settings, "null, or an object")
         strategy, dynamic = settings.get("strategy"), settings.get("dynamic")
         if element == "int" and settings.get("type") == "float":
-            _expect(
-                at,
-                {"symmetric": True, **settings},
-                num_bits=8,
-                strategy="token",
-                dynamic=True,
-                symmetric=True,
-            )
+            _expect(at, settings, num_bits=8, strategy="token", dynamic=True)
+            _expect_symmetric(at, settings)
             return "token fp8"
         _expect(at, settings, type=element, num_bits=bits)
         symmetric = element != "int" or _read_bool(at, settings, "symmetric", True)
         if element != "int":
-            _expect(at, {"symmetric": True, **settings}, symmetric=True)
+            _expect_symmetric(at, settings)
         if bits == 4:
             kind = "tensor_group" if group_size == 16 else "group"
             _expect(at, settings, strategy=kind, group_size=group_size)
@@ -337,10 +327,15 @@ class _Activations:
 
 
 def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse settings with another value of any of these fields."""
+    """Raise ConfigError for settings that have another value in any of these fields."""
     for field, value in expected.items():
         if settings.get(field) != value:
             raise _unsupported(f"{at}.{field}", settings.get(field), repr(value))
+
+
+def _expect_symmetric(at: str, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings with zero points.  Where `symmetric` is absent, there are none."""
+    _expect(at, {"symmetric": True, **settings}, symmetric=True)
 
 
 def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) -> bool:
@@ -348,14 +343,3 @@ def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) 
     if type(value) is not bool:
         raise _unsupported(f"{at}.{field}", value, "true or false")
     return value
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"compressed-tensors with this {field.rpartition('.')[2]} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -3,8 +3,8 @@
     weight        float8_e4m3fn [O, I]
     weight_scale  float32 [O, 1]
 
-w = weight * weight_scale; activations are rounded to FP8 with a scale for each token, whose largest magnitude
-`activation_scale_ub` bounds. The page with the layout: quantization/fbgemm-fp8/README.md.
+w = weight * weight_scale. Activations are rounded to FP8 with a scale for each token; `activation_scale_ub` bounds the
+largest magnitude that the scale is chosen for. The page with the layout: quantization/fbgemm-fp8/README.md.
 """
 
 # I in_features, O out_features
@@ -12,33 +12,31 @@ w = weight * weight_scale; activations are rounded to FP8 with a scale for each 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from pymllm.kernels.canonical import CHANNEL
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
-METHOD = NamedFp8LinearMethod("fbgemm-fp8", (1, 0), "token")
+METHOD = NamedFp8LinearMethod(CHANNEL, "token", format="fbgemm-fp8")
 
 
 @register_quantization("fbgemm-fp8")
+@dataclass(kw_only=True, eq=False)
 class FbgemmFp8Config(QuantizationConfig):
     """`quantization_config` with quant_method fbgemm_fp8: activation_scale_ub, modules_to_not_convert.
 
-    The bound only bites on inputs beyond it (1200 by default), which here keep a scale of their own.
+    The bound (1200 by default) only matters to tokens with larger inputs. Here it is read and not applied: such a token
+    has the scale of its own largest magnitude.
     """
 
-    def __init__(
-        self, *, activation_scale_ub: float = 1200.0, modules_to_not_convert: tuple[str, ...] = ()
-    ) -> None:
-        self.activation_scale_ub, self.modules_to_not_convert = activation_scale_ub, modules_to_not_convert
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "fbgemm-fp8"
+    activation_scale_ub: float = 1200.0
+    modules_to_not_convert: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FbgemmFp8Config:
@@ -51,11 +49,8 @@ class FbgemmFp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or self.stored_as_float(prefix):
-            return None
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.weight_scale" not in self.stored:
-            return None
-        return METHOD
+        skipped = is_skipped(prefix, self.modules_to_not_convert)
+        return METHOD if not skipped and self.covers(layer, prefix, "weight_scale") else None
 
     def skip_reason(self, tensor: str) -> str | None:
         return "activation_scale_ub again, as a tensor" if tensor.endswith(".input_scale_ub") else None

@@ -1,7 +1,7 @@
 """FP8 e4m3 under `quant_method: fp8`: DeepSeek's and transformers' block scales, and a scale a tensor or channel.
 
     weight            float8_e4m3fn [O, I]
-    weight_scale_inv  float32 [ceil(O/128), ceil(I/128)]     with weight_block_size (it multiplies, despite its name)
+    weight_scale_inv  float32 [ceil(O/128), ceil(I/128)]     with weight_block_size (despite its name, it multiplies)
     weight_scale      float32 [1] or [O, 1]                  without
     input_scale       float32 [1]                            with activation_scheme static
 
@@ -12,6 +12,7 @@ w = weight * scale. The page with the layouts: quantization/fp8/README.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import Activations, CanonicalWeight, Fp8Weight
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations, CanonicalWeight, Fp8Weight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -31,58 +31,29 @@ from pymllm.quantization.kv_cache import (
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
-from pymllm.quantization.storage.fields import is_skipped, read_names
-from pymllm.quantization.storage.packing import refuse_nan_codes, refuse_nan_scales
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, unsupported
+from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.weights.spec import FLOATS, LinearShape
+
+_unsupported = functools.partial(unsupported, "FP8")
 
 IGNORED = ("modules_to_not_convert", "ignored_layers")
-SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
-SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
+SCALES = ("weight_scale_inv", "weight_scale")
 
 
 @dataclass(frozen=True)
-class Fp8LinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; 0 is the whole axis: (0, 0) a tensor, (1, 0) a channel.
+class Fp8LinearMethod(E4M3LinearMethod):
+    """FP8 weights as DeepSeek, transformers and AutoFP8 name their tensors.  The fields are `E4M3LinearMethod`'s."""
 
-    exponent_bytes: scales are stored as the exponents of powers of two, in plain bytes.
-    """
-
-    block: tuple[int, int] = (1, 0)
+    block: tuple[int, int] = CHANNEL
     activations: Activations = "token"
-    exponent_bytes: bool = False
     name: ClassVar[str] = "fp8"
+    input_scale_names: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale")
+    scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (*FLOATS, torch.float8_e8m0fnu)
 
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        names = ("weight_scale_inv", "weight_scale")
-        dims: tuple[Dim, ...] = (OUT.every(self.block[0]), IN.every(self.block[1]))
-        if self.block == (0, 0):
-            names, dims = names[::-1], (PART,)
-        elif self.block == (1, 0):
-            names = names[::-1]
-        scale = WeightSpec(names[0], torch.float32, dims, accepts=SCALE_DTYPES, aliases=names[1:], scale=True)
-        if self.exponent_bytes:
-            scale = WeightSpec(names[0], torch.uint8, dims, aliases=names[1:], refuse=refuse_nan_scales)
-        specs = [WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes), scale]
-        if self.activations == "static":
-            alias = ("activation_scale",)
-            specs.append(
-                WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, aliases=alias, scale=True)
-            )
-        return tuple(specs)
-
-    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-        assert scales is not None
-        if self.exponent_bytes:
-            scales = scales.view(torch.float8_e8m0fnu).float()
-        return Fp8Weight.from_parts(
-            tensors["weight"],
-            scales,
-            self.block,
-            [span.size for span in shape.outputs],
-            self.activations,
-            tensors.get("input_scale"),
-        )
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        return SCALES[::-1] if self.block in (TENSOR, CHANNEL) else SCALES
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         if self.activations == "static":
@@ -90,30 +61,21 @@ class Fp8LinearMethod(LinearMethodBase):
         return Fp8Weight.from_float(weight, block=self.block, activations=self.activations)
 
     def describe(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
-            self.block, f"block {self.block[0]}x{self.block[1]}"
-        )
-        return f"fp8 e4m3 per {granularity}, activations {self.activations}"
+        return super().describe().removeprefix("fp8 ")
 
 
 @register_quantization("fp8")
+@dataclass(kw_only=True, eq=False)
 class Fp8Config(QuantizationConfig):
-    """`quantization_config` with quant_method fp8: weight_block_size, activation_scheme, modules_to_not_convert."""
+    """`quantization_config` with quant_method fp8: weight_block_size, activation_scheme, modules_to_not_convert.
 
-    def __init__(
-        self,
-        *,
-        block: tuple[int, int] | None,
-        activation_scheme: str = "dynamic",
-        modules_to_not_convert: tuple[str, ...] = (),
-        kv_cache_scheme: Any = None,
-    ) -> None:
-        self.block, self.activation_scheme = block, activation_scheme
-        self.modules_to_not_convert, self.kv_cache_scheme = modules_to_not_convert, kv_cache_scheme
+    block: the (outputs, inputs) of weight_block_size, or None: a scale for the tensor or each channel, as stored.
+    """
 
-    @classmethod
-    def get_name(cls) -> str:
-        return "fp8"
+    block: tuple[int, int] | None
+    activation_scheme: str = "dynamic"
+    modules_to_not_convert: tuple[str, ...] = ()
+    kv_cache_scheme: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Fp8Config:
@@ -121,11 +83,7 @@ class Fp8Config(QuantizationConfig):
         if scheme not in ("dynamic", "static"):
             raise _unsupported("activation_scheme", scheme, "dynamic or static")
         block = config.get("weight_block_size")
-        if block is not None and not (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(side) is int and side > 0 for side in block)
-        ):
+        if block is not None and not is_block(block):
             raise _unsupported("weight_block_size", block, "null or two positive integers")
         ignored = tuple(name for field in IGNORED for name in read_names(config, field, regex=""))
         return cls(
@@ -146,15 +104,13 @@ class Fp8Config(QuantizationConfig):
             },
         )
         granularity = values.get("granularity", "channel")
-        block = {"tensor": (0, 0), "channel": (1, 0), "block": (128, 128)}[granularity]
+        block = {"tensor": TENSOR, "channel": CHANNEL, "block": (128, 128)}[granularity]
         return Fp8LinearMethod(
             block, values.get("activations", "group" if granularity == "block" else "token")
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        is_linear = getattr(layer, "kind", "linear") == "linear"
-        has_scale = any(f"{prefix}.{name}" in self.stored for name in ("weight_scale_inv", "weight_scale"))
-        if not (is_linear or has_scale) or self._is_ignored(prefix) or self.stored_as_float(prefix):
+        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
             return None
         static = self.activation_scheme == "static"
         stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
@@ -162,30 +118,19 @@ class Fp8Config(QuantizationConfig):
         if self.block is not None:
             return Fp8LinearMethod(self.block, "static" if static else "group", in_bytes)
         per_channel = stored is not None and math.prod(stored.shape) > 1
-        return Fp8LinearMethod((1, 0) if per_channel else (0, 0), "static" if static else "token", in_bytes)
+        return Fp8LinearMethod(CHANNEL if per_channel else TENSOR, "static" if static else "token", in_bytes)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        """AutoFP8 writes "static" where others write an object."""
+        """Read `kv_cache_scheme`, which AutoFP8 writes as "static" and others as an object."""
         scheme = self.kv_cache_scheme
         return QuantizedKVCacheMethod("fp8") if scheme == "static" else read_kv_scheme(scheme)
 
     def skip_reason(self, tensor: str) -> str | None:
-        """transformers leaves a weight that its blocks do not divide in floats, beside scales that it never set."""
+        """Return why a tensor may be skipped, or None.
+
+        transformers keeps a weight in floats that blocks do not divide, and still writes a scale that it never set.
+        """
         prefix, _, suffix = tensor.rpartition(".")
-        if suffix in SCALES and self.stored_as_float(prefix):
+        if suffix in (*SCALES, *Fp8LinearMethod.input_scale_names) and self.stored_as_float(prefix):
             return "a scale of a weight that is stored in floats, which has none"
         return unused_kv_tensor(tensor)
-
-    def _is_ignored(self, prefix: str) -> bool:
-        return is_skipped(prefix, self.modules_to_not_convert)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"FP8 with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

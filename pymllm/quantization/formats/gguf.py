@@ -2,11 +2,11 @@
 
     weight uint8 [O, I/B · bytes of a block]   blocks of B values, one after the other along the inputs
 
-A block of 32 values has a float16 scale d, codes, and perhaps a float16 minimum. One of 256 has float16 scales over
-small integers that scale its groups: w = d·s·code - dmin·m, or d·s·(code - middle). The page with the layout:
-quantization/gguf/README.md.
+A block of 32 values has a float16 scale d, codes, and in some types a float16 minimum. A block of 256 values has small
+integers that scale its groups, and float16 scales of those: w = d·s·code - dmin·m, or d·s·(code - middle). The page
+with the layout: quantization/gguf/README.md.
 
-A GGUF file has no quantization_config: `weights/gguf_checkpoint.py` makes one, of every tensor's type.
+A GGUF file has no quantization_config: `weights/gguf_checkpoint.py` makes one from the type of every tensor.
 """
 
 # N rows, K blocks of a row, O out_features, I in_features
@@ -26,23 +26,23 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import unsupported
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec
 
-# Codes, scales and (where groups have them) offsets of blocks [N, K, bytes]: [N, K, values], [N, K, groups].
+# What blocks [N, K, bytes] hold: codes [N, K, values], scales [N, K, groups], and offsets alike where groups have them.
 Decoded = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:
-    """[N, K, bytes] → [N, K, 1] the float16 that begins at a byte."""
+    """Read the float16 that begins at a byte of every block: [N, K, bytes] -> [N, K, 1]."""
     return blocks[..., start : start + 2].contiguous().view(torch.float16)
 
 
 def _fields(bytes_: Tensor, bits: int) -> Tensor:
-    """[..., n] bytes → [..., 8/bits, n] fields of `bits` bits: all bytes' lowest fields, then their next ones."""
+    """Unpack fields of `bits` bits: [..., n] bytes -> [..., 8/bits, n], all bytes' lowest fields, then the next."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=bytes_.device)
     return (bytes_.unsqueeze(-2) >> shifts.unsqueeze(-1)) & (2**bits - 1)
 
 
 def _bits_of(word: Tensor) -> Tensor:
-    """[N, K, 4] bytes → [N, K, 32] bits, the lowest of the first byte first."""
+    """Unpack single bits: [N, K, 4] bytes -> [N, K, 32] bits, the lowest of the first byte first."""
     return _fields(word, 1).transpose(-1, -2).flatten(-2)
 
 
@@ -81,7 +81,7 @@ def _q3_k(b: Tensor) -> Decoded:
 
 
 def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K, 12] bytes → [N, K, 8] scales and minima of 6 bits each, of Q4_K and Q5_K."""
+    """Unpack the scales and minima, of 6 bits each, of Q4_K and Q5_K: [N, K, 12] bytes -> [N, K, 8] both."""
     first, second, both = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     scales = torch.cat((first & 63, both & 15 | first >> 6 << 4), dim=-1)
     minima = torch.cat((second & 63, both >> 4 | second >> 6 << 4), dim=-1)
@@ -110,9 +110,10 @@ def _q6_k(b: Tensor) -> Decoded:
 
 @dataclass(frozen=True)
 class BlockType:
-    """values, size: of a block, in values and bytes.  group: values with a scale of their own.
+    """A block type of GGUF.
 
-    halves: the bytes where float16 numbers begin.
+    values, size: how many values and bytes a block has.  bits: of a code.  group: how many values share a scale.
+    halves: the bytes where float16 numbers begin.  decode: unpacks blocks.
     """
 
     values: int
@@ -135,12 +136,12 @@ BLOCKS = {
     "Q5_K": BlockType(256, 176, 5, 32, (0, 2), _q5_k),
     "Q6_K": BlockType(256, 210, 6, 16, (208,), _q6_k),
 }
-ROWS_BYTES = 16 << 20  # of blocks, decoded at a time: temporaries take a few times as much
+ROWS_BYTES = 16 << 20  # how much is decoded at a time; temporaries take a few times as much
 
 
 @dataclass(frozen=True)
 class GGUFLinearMethod(LinearMethodBase):
-    """kind: the block type."""
+    """GGUF's weights.  kind: the name of their block type."""
 
     kind: str
     name: ClassVar[str] = "gguf"
@@ -175,7 +176,7 @@ class GGUFLinearMethod(LinearMethodBase):
         )
 
     def _refuse(self, stored: Tensor, shape: LinearShape) -> str | None:
-        """Scales and minima must be finite; zero is what a block of zeros has."""
+        """Refuse blocks whose scale or minimum is not finite.  Zero is right: a block of zeros has it."""
         blocks = stored.unflatten(1, (-1, self.block.size))
         bad = sum(int((~_half(blocks, at).isfinite()).sum()) for at in self.block.halves)
         return f"{bad} blocks of {self.kind} whose scale or minimum is NaN or infinite" if bad else None
@@ -186,14 +187,10 @@ class GGUFLinearMethod(LinearMethodBase):
 
 @register_quantization("gguf")
 class GGUFConfig(QuantizationConfig):
-    """types: the type of every quantised tensor, by its layer."""
+    """The config of a GGUF file.  types: the block type of every quantised tensor, by its layer."""
 
     def __init__(self, types: Mapping[str, str]) -> None:
         self.types = dict(types)
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "gguf"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GGUFConfig:

@@ -1,9 +1,9 @@
 """GPTQ, as AutoGPTQ and GPTQModel store it: 2, 3, 4 or 8 bits in groups of inputs.
 
     qweight int32   [I·bits/32, O]     codes, packed along the inputs
-    qzeros  int32   [I/G, O·bits/32]   zero points, packed along the outputs; checkpoint_format gptq: minus one
+    qzeros  int32   [I/G, O·bits/32]   zero points, packed along the outputs; less one in checkpoint_format gptq
     scales  float16 [I/G, O]
-    g_idx   int32   [I]                the group of each input; in order, or absent, without desc_act
+    g_idx   int32   [I]                the group of each input; without desc_act in order, or absent
 
 Fields lie in words lowest bits first; 32 fields of 3 bits fill three words.
 w = (code - zero) * scale of the input's group. The page with the layout: quantization/gptq/README.md.
@@ -26,28 +26,27 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import compile_pattern
-from pymllm.quantization.storage.integer_linear import (
-    group_dim,
-    grouped_weight,
-    refuse_unknown_groups,
-    refuse_unordered,
-    unpack_outputs,
-)
+from pymllm.quantization.storage.fields import compile_pattern, is_group_size, unsupported
+from pymllm.quantization.storage.groups import group_within
+from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import pack_words, unpack_words
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "GPTQ")
 
 BITS = (2, 3, 4, 8)
-# What `checkpoint_format: gptq` takes off every zero point, in one word: writers subtract whole words, so that a zero
-# point of 0 borrows from its neighbour, and adding whole words is what undoes it. Only 3 bits go field by field.
+# A one in every field of a word, which `checkpoint_format: gptq` subtracts from zero points. Writers subtract words, so
+# that a zero point of 0 borrows from its neighbour, and adding words undoes it. Only 3 bits go field by field.
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 @dataclass(frozen=True)
 class GPTQLinearMethod(LinearMethodBase):
-    """group_size: inputs that share a scale; 0 or less: the whole row.
+    """GPTQ's weights.
 
-    zeros_minus_one: how zero points are stored.  index: whether there is a g_idx, and whether it is in order.
+    group_size: how many inputs share a scale; 0 or less: the whole row.
+    zeros_minus_one: whether zero points are stored less one.
+    index: whether there is a g_idx, and whether its groups are in order.
     """
 
     bits: int = 4
@@ -59,7 +58,7 @@ class GPTQLinearMethod(LinearMethodBase):
 
     @property
     def fuses(self) -> bool:
-        return self.index != "act order"  # each part has an order of its own
+        return self.index != "act order"  # in act order each part has an order of its own
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         groups = group_dim(self.group_size, shape, indexed=self.index == "act order")
@@ -70,9 +69,8 @@ class GPTQLinearMethod(LinearMethodBase):
         )
         if self.index == "absent":
             return specs
-        refuse = refuse_unknown_groups if self.index == "act order" else refuse_unordered
-        check = functools.partial(refuse, group_size=self.group_size)
-        return (*specs, WeightSpec("g_idx", torch.int32, (PART, IN), accepts=(torch.int64,), refuse=check))
+        in_order = self.index == "in order"
+        return *specs, index_spec("g_idx", self.group_size, in_order=in_order, accepts=(torch.int64,))
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         codes = unpack_words(tensors["qweight"].t(), self.bits)[:, : shape.in_features_local].contiguous()
@@ -82,7 +80,7 @@ class GPTQLinearMethod(LinearMethodBase):
         return grouped_weight(codes, scales, zeros, self.bits, self.group_size, shape, index=index)
 
     def _zeros(self, words: Tensor, shape: LinearShape) -> Tensor:
-        """[I/G, O·bits/32] words → [O, I/G] zero points."""
+        """Unpack zero points: [I/G, O·bits/32] words -> [O, I/G]."""
         if not self.zeros_minus_one:
             return unpack_outputs(words, self.bits, shape)
         if self.bits in ONES:
@@ -90,7 +88,7 @@ class GPTQLinearMethod(LinearMethodBase):
         return (unpack_outputs(words, self.bits, shape) + 1) & (2**self.bits - 1)
 
     def _refuse_zeros(self, words: Tensor, shape: LinearShape) -> str | None:
-        """Symmetric zero points are not read, so they must be what the config says of them."""
+        """Refuse zero points that are not the middle code although the config says sym: they would not be read."""
         if not self.symmetric:
             return None
         whole_words = (shape.outputs[0].stop - shape.outputs[0].start) * self.bits // 32
@@ -101,7 +99,7 @@ class GPTQLinearMethod(LinearMethodBase):
         return f"zero points other than {2 ** (self.bits - 1)}, although the config says sym: true"
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        group_size = min(self.group_size, weight.shape[1]) if self.group_size > 0 else weight.shape[1]
+        group_size = group_within(self.group_size, weight.shape[1])
         if weight.shape[1] % group_size:
             raise ConfigError(
                 f"groups of {group_size} do not divide the {weight.shape[1]} inputs",
@@ -120,32 +118,27 @@ class GPTQLinearMethod(LinearMethodBase):
 
 @dataclass(frozen=True)
 class DynamicRule:
-    """One of the config's `dynamic` rules.  overrides: None: the modules it matches stay in floats."""
+    """One of the config's `dynamic` rules.
+
+    pattern: what matches the start of a module's name.  overrides: settings; None: the modules stay in floats.
+    """
 
     pattern: str
     overrides: Mapping[str, Any] | None
 
 
 @register_quantization("gptq")
+@dataclass(kw_only=True, eq=False)
 class GPTQConfig(QuantizationConfig):
     """`quantization_config` of GPTQ: bits, group_size, sym, desc_act, checkpoint_format, dynamic, lm_head.
 
     modules: names within a decoder block that are quantised; empty: all linear layers.
     """
 
-    def __init__(
-        self,
-        *,
-        method: GPTQLinearMethod,
-        desc_act: bool = False,
-        dynamic: tuple[DynamicRule, ...] = (),
-        modules: tuple[str, ...] = (),
-    ) -> None:
-        self.method, self.desc_act, self.dynamic, self.modules = method, desc_act, dynamic, modules
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "gptq"
+    method: GPTQLinearMethod
+    desc_act: bool = False
+    dynamic: tuple[DynamicRule, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
@@ -182,9 +175,7 @@ class GPTQConfig(QuantizationConfig):
         return GPTQLinearMethod(**values)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.qweight" not in self.stored:
-            return None
-        if self.stored_as_float(prefix):
+        if not self.covers(layer, prefix, "qweight"):
             return None
         method, desc_act = self.method, self.desc_act
         rule = next(
@@ -198,7 +189,7 @@ class GPTQConfig(QuantizationConfig):
             )
         elif self.modules and not any(prefix.endswith(f".{name}") for name in self.modules):
             return None
-        if desc_act and method.group_size > 0:  # a single group has no order
+        if desc_act and method.group_size > 0:  # one group has no order
             return replace(method, index="act order")
         return replace(method, index="in order" if f"{prefix}.g_idx" in self.stored else "absent")
 
@@ -206,13 +197,16 @@ class GPTQConfig(QuantizationConfig):
 def _read_settings(
     config: Mapping[str, Any], at: str, method: GPTQLinearMethod
 ) -> tuple[GPTQLinearMethod, bool]:
-    """The method with the settings of the config, or of the overrides of a rule (`at`); and whether in act order."""
+    """Read the settings of the config, or of a dynamic rule, which has those of `method` where it says nothing.
+
+    at: the rule's path in the config; "": the config itself.  Returns the method, and whether it is in act order.
+    """
     where = f"{at}." if at else ""
     bits = config.get("bits", method.bits if at else None)
     if bits not in BITS or isinstance(bits, bool):
         raise _unsupported(f"{where}bits", bits, "2, 3, 4 or 8")
     group_size = config.get("group_size", method.group_size if at else None)
-    if type(group_size) is not int or group_size == 0 or group_size < -1:
+    if not is_group_size(group_size):
         raise _unsupported(f"{where}group_size", group_size, "-1 (whole rows) or a positive integer")
     symmetric = config.get("sym", method.symmetric)
     for field, value in (("sym", symmetric), ("desc_act", config["desc_act"])):
@@ -226,7 +220,7 @@ def _read_settings(
 
 
 def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
-    """GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides settings; first match wins."""
+    """Read one of GPTQModel's rules: "-:regex" leaves modules out, "+:regex" or "regex" overrides their settings."""
     pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
     compile_pattern(pattern, f"dynamic.{key}", key.removesuffix(pattern))
     if key.startswith("-:"):
@@ -238,7 +232,7 @@ def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRul
 
 
 def _read_modules(names: Any) -> tuple[str, ...]:
-    """`modules_in_block_to_quantize`: a list of names, or of lists of names."""
+    """Read `modules_in_block_to_quantize`: a list of names, or of lists of names."""
     flat = [name for entry in names or () for name in (entry if isinstance(entry, list) else [entry])]
     if not isinstance(names or [], list) or not all(isinstance(name, str) for name in flat):
         raise _unsupported("modules_in_block_to_quantize", names, "a list of names, or of lists of names")
@@ -249,14 +243,3 @@ def _option_bits(text: str) -> int:
     if text not in map(str, BITS):
         raise ValueError("Choose one of 2, 3, 4, 8.")
     return int(text)
-
-
-def _unsupported(field: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(
-        f"GPTQ with {field} {value!r} cannot be read",
-        code="quantization-config",
-        file="config.json",
-        tensor=f"quantization_config.{field}",
-        expected=supported,
-        found=repr(value),
-    )

@@ -1,11 +1,11 @@
 """HQQ, as its `HQQLinear` and transformers store it: codes of 1 to 8 bits with float zero points.
 
-    W_q    uint8 [n/G/c, G]   the weight laid flat in groups of G, c codes a byte: byte r of a column holds the codes of
-                              groups r, r + n/G/c, ..., the first in the high bits    (3 bits: int32, ten)
+    W_q    uint8 [n/G/c, G]   the weight laid flat in groups of G, c codes in a byte: byte r of a column holds the codes
+                              of groups r, r + n/G/c, ..., the first in the high bits (3 bits: ten codes in an int32)
     scale  float [n/G, 1]
     zero   float [n/G, 1]     w = (code - zero) * scale
 
-and the settings again, a tensor each (nbits, group_size, axis, shape, ...), which are read with the headers or skipped.
+and every setting again as a tensor of its own (nbits, group_size, axis, shape, ...), which is skipped.
 The page with the layout: quantization/hqq/README.md.
 """
 
@@ -13,6 +13,7 @@ The page with the layout: quantization/hqq/README.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,9 @@ from pymllm.quantization.storage.fields import read_names, unsupported
 from pymllm.quantization.storage.groups import check_groups
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
 
-PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in a stored element
+_unsupported = functools.partial(unsupported, "HQQ")
+
+PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits -> codes in a stored element
 SETTINGS = frozenset(
     {"nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"}
     | {"quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"}
@@ -38,7 +41,7 @@ SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class HQQLinearMethod(LinearMethodBase):
-    """group_size: inputs that share a scale.  float_dtype: of scales and zero points."""
+    """HQQ's weights.  group_size: how many inputs share a scale.  float_dtype: of scales and zero points."""
 
     bits: int
     group_size: int
@@ -48,7 +51,7 @@ class HQQLinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         word = torch.int32 if self.bits == 3 else torch.uint8
         groups = (OUT.flattened(self.group_size), whole(1))
-        # An element holds rows from all over the weight: every rank reads all of it, and keeps its own rows.
+        # An element holds codes of rows from all over the weight: every rank reads all of them, and keeps its rows.
         packed = OUT.flattened(self.group_size * PER_WORD[self.bits]).undivided()
         return (
             WeightSpec("W_q", word, (packed, whole(self.group_size))),
@@ -86,7 +89,7 @@ class HQQLinearMethod(LinearMethodBase):
         words = tensors["W_q"].split([-(-groups // PER_WORD[self.bits]) for groups in packed_sizes])
         codes = []
         for word, span in zip(words, shape.outputs, strict=True):
-            groups = unpack_words(word, self.bits)[span.start * row : span.stop * row]
+            groups = unpack_groups(word, self.bits)[span.start * row : span.stop * row]
             codes.append(groups.view(span.size, shape.in_features)[:, start:stop])
         scales, zeros = (
             tensors[name].view(-1, row)[:, first:last].contiguous() for name in ("scale", "zero")
@@ -99,8 +102,8 @@ class HQQLinearMethod(LinearMethodBase):
         return f"hqq int{self.bits} g{self.group_size}"
 
 
-def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """[N, G] words → [N * c, G] uint8 codes: first those of all words' high bits, last those of their low bits."""
+def unpack_groups(words: Tensor, bits: int) -> Tensor:
+    """Unpack [N, G] words to [N * c, G] uint8 codes: those in the words' high bits first, in their low bits last."""
     count = PER_WORD[bits]
     mask = 2**bits - 1
     pieces = [((words >> (bits * (count - 1 - index))) & mask).to(torch.uint8) for index in range(count)]
@@ -108,27 +111,23 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 @register_quantization("hqq")
+@dataclass(kw_only=True, eq=False)
 class HQQConfig(QuantizationConfig):
-    """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules."""
+    """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules.
 
-    def __init__(
-        self,
-        *,
-        common: tuple[int, int | None] | None,
-        tagged: Mapping[str, tuple[int, int | None]],
-        skip_modules: tuple[str, ...] = (),
-    ) -> None:
-        self.common, self.tagged, self.skip_modules = common, tagged, skip_modules
+    common: (bits, group_size) of all layers, or None.  tagged: the same by tag, where there is no `common`.
+    A group_size of None is the whole row.
+    """
 
-    @classmethod
-    def get_name(cls) -> str:
-        return "hqq"
+    common: tuple[int, int | None] | None
+    tagged: Mapping[str, tuple[int, int | None]]
+    skip_modules: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:
         settings = config.get("quant_config")
         if not isinstance(settings, Mapping) or not settings:
-            raise unsupported("HQQ", "quant_config", settings, "an object with weight_quant_params")
+            raise _unsupported("quant_config", settings, "an object with weight_quant_params")
         common, tagged = None, {}
         if "weight_quant_params" in settings:
             common = _read_params(settings, "quant_config.")
@@ -141,9 +140,8 @@ class HQQConfig(QuantizationConfig):
         tag = ".".join(
             part for part in prefix.split(".") if part not in ("model", "layers") and not part.isnumeric()
         )
-        if tag in self.skip_modules or prefix in self.skip_modules or self.stored_as_float(prefix):
-            return None
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.W_q" not in self.stored:
+        skipped = tag in self.skip_modules or prefix in self.skip_modules
+        if skipped or not self.covers(layer, prefix, "W_q"):
             return None
         params = self.common if self.common is not None else self.tagged.get(tag)
         if params is None:
@@ -159,45 +157,39 @@ class HQQConfig(QuantizationConfig):
     def skip_reason(self, tensor: str) -> str | None:
         prefix, _, suffix = tensor.rpartition(".")
         if suffix in SETTINGS and f"{prefix}.W_q" in self.stored:
-            return "a setting of HQQ, which quantization_config says again"
+            return "a setting of HQQ, which quantization_config gives too"
         return None
 
 
 def _row_of(words: Any) -> int:
     if words is None:
-        raise unsupported("HQQ", "group_size", None, "a number", within="quantization_config.quant_config.")
+        raise _unsupported("group_size", None, "a number", within="quantization_config.quant_config.")
     return int(words.shape[-1])
 
 
 def _read_params(settings: Any, at: str) -> tuple[int, int | None]:
-    """(bits, group_size) of one quant_config; group_size None: the whole row."""
+    """Read (bits, group_size) of one quant_config; a group_size of None is the whole row.  at: its path, with a dot."""
     within = f"quantization_config.{at}"
     params = settings.get("weight_quant_params") if isinstance(settings, Mapping) else None
     if not isinstance(params, Mapping):
-        raise unsupported("HQQ", "weight_quant_params", params, "an object", within=within)
+        raise _unsupported("weight_quant_params", params, "an object", within=within)
     within += "weight_quant_params."
     for name in ("scale_quant_params", "zero_quant_params"):
         if settings.get(name) is not None:
-            raise unsupported(
-                "HQQ",
-                name,
-                settings[name],
-                "null: float scales and zero points",
-                within=f"quantization_config.{at}",
+            raise _unsupported(
+                name, settings[name], "null: float scales and zero points", within=f"quantization_config.{at}"
             )
     bits, size = params.get("nbits"), params.get("group_size", 64)
     if type(bits) is not int or bits not in PER_WORD:
-        raise unsupported("HQQ", "nbits", bits, " or ".join(map(str, PER_WORD)), within=within)
+        raise _unsupported("nbits", bits, " or ".join(map(str, PER_WORD)), within=within)
     if size is not None and (type(size) is not int or size <= 0):
-        raise unsupported(
-            "HQQ", "group_size", size, "a positive integer, or null for whole rows", within=within
-        )
-    # Groups along the other axis lie across outputs, where no kernel here looks for a scale.
+        raise _unsupported("group_size", size, "a positive integer, or null for whole rows", within=within)
+    # Groups along the other axis take in several outputs, and no kernel here has scales like that.
     for name, default, only in (
         ("axis", 0, 1),
         ("channel_wise", True, True),
         ("view_as_float", False, False),
     ):
         if params.get(name, default) != only:
-            raise unsupported("HQQ", name, params.get(name, default), str(only), within=within)
+            raise _unsupported(name, params.get(name, default), str(only), within=within)
     return bits, size

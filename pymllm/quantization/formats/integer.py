@@ -3,9 +3,9 @@
     **.mlp.**=int4:group_size=64,scale=mse
     **.self_attn.**=int8
 
-Options: group_size (inputs that share a scale; -1: the whole row; 128 for int4, -1 for int8), symmetric (true or
-false), scale (minmax, mse or hqq), activations (float; of int8 with symmetric whole rows also token or static). The
-page that says what each does: quantization/integer.md. No checkpoint is stored so; a source of rules it can never be.
+Options: group_size (how many inputs share a scale; -1: the whole row; by default 128 for int4, -1 for int8), symmetric
+(true or false), scale (minmax, mse or hqq), activations (float; for int8 with symmetric whole rows also token or
+static). What each does: quantization/integer.md. No checkpoint is stored like this, so it can only be a target.
 """
 
 # O out_features, I in_features, G group_size
@@ -22,21 +22,19 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.options import needs_calibration, one_of, parse_options
-from pymllm.quantization.rounding.scales import (
-    refine_zeros,
-    round_to_nearest,
-    search_scales,
-)
-from pymllm.quantization.storage.groups import check_groups, check_share
+from pymllm.quantization.options import needs_calibration, one_of, parse_options, read_group_size
+from pymllm.quantization.rounding.scales import refine_zeros, round_to_nearest, search_scales
+from pymllm.quantization.storage.groups import check_groups, check_share, group_within
 from pymllm.weights.spec import LinearShape, WeightSpec
 
 
 @dataclass(frozen=True)
 class IntegerLinearMethod(LinearMethodBase):
-    """bits: 4 or 8.  group_size: -1 is the whole row.  scale: how scales are chosen.
+    """Integer weights that a rule makes.
 
-    activations: "token" has compute=checkpoint round activations to int8, "static" by scales that calibration finds.
+    bits: 4 or 8.  group_size: how many inputs share a scale; -1: the whole row.  scale: how scales are chosen.
+    activations: with compute=checkpoint, "token" rounds them to int8 with a scale for each token, "static" with scales
+    that calibration finds.
     """
 
     bits: int
@@ -61,8 +59,7 @@ class IntegerLinearMethod(LinearMethodBase):
         check_share(self.group_size, shape)
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        in_features = weight.shape[1]
-        group_size = min(self.group_size, in_features) if self.group_size > 0 else in_features
+        group_size = group_within(self.group_size, weight.shape[1])
         encode = {"minmax": round_to_nearest, "mse": search_scales, "hqq": refine_zeros}[self.scale]
         made = encode(weight.float(), self.bits, group_size, self.symmetric)
         if self.activations == "static":
@@ -76,14 +73,10 @@ class IntegerLinearMethod(LinearMethodBase):
 
 
 class IntegerConfig(QuantizationConfig):
-    """What the two names share.  Neither is the format of a checkpoint."""
+    """The config of int4 and int8, which are targets of rules and never the format of a checkpoint."""
 
     bits: ClassVar[int]
     default_group_size: ClassVar[int]
-
-    @classmethod
-    def get_name(cls) -> str:
-        return f"int{cls.bits}"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> IntegerConfig:
@@ -96,7 +89,7 @@ class IntegerConfig(QuantizationConfig):
             name,
             options,
             {
-                "group_size": _group_size,
+                "group_size": read_group_size,
                 "symmetric": one_of("true", "false"),
                 "scale": one_of("minmax", "mse", "hqq"),
                 "activations": one_of("float", "token", "static"),
@@ -108,7 +101,7 @@ class IntegerConfig(QuantizationConfig):
         symmetric = values.get("symmetric", default) == "true"
         if symmetric and scale == "hqq":
             raise ConfigError(
-                f"{name}: scale=hqq refines zero points, which symmetric=true has none of",
+                f"{name}: scale=hqq refines zero points, and with symmetric=true there are none",
                 code="bad-option",
                 expected="symmetric=false, or scale=minmax or scale=mse",
                 found="symmetric=true,scale=hqq",
@@ -117,7 +110,7 @@ class IntegerConfig(QuantizationConfig):
         activations = values.get("activations", "float")
         if activations != "float" and not (cls.bits == 8 and group_size == -1 and symmetric):
             raise ConfigError(
-                f"{name}: activations={activations} goes with symmetric int8 of whole rows alone",
+                f"{name}: activations={activations} is only for symmetric int8 of whole rows",
                 code="bad-option",
                 expected="int8 with group_size=-1,symmetric=true, or activations=float",
                 found=",".join(f"{key}={value}" for key, value in options.items()),
@@ -140,13 +133,6 @@ class Int8Config(IntegerConfig):
     """8 bits: a scale for each output, symmetric."""
 
     bits, default_group_size = 8, -1
-
-
-def _group_size(text: str) -> int:
-    size = int(text)
-    if size == 0 or size < -1:
-        raise ValueError("A positive number, or -1 for whole rows.")
-    return size
 
 
 def _only_a_target(name: str) -> ConfigError:

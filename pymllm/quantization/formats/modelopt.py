@@ -1,15 +1,20 @@
-"""ModelOpt's spellings: NVFP4, and FP8 with a scale a tensor.  As the target of a rule: `nvfp4`.
+"""ModelOpt's spellings of NVFP4 and FP8.  As the target of a rule, NVFP4 is `nvfp4`.
 
 NVFP4 (`quant_algo` NVFP4, W4A16_NVFP4):
 
     weight          uint8 [O, I/2]           two E2M1 codes a byte, the low nibble first
     weight_scale    float8_e4m3fn [O, I/16]
-    weight_scale_2  float32 []               multiplies, too
-    input_scale     float32 []               W4A4: the same second level, for activations
+    weight_scale_2  float32 []               a second scale, which multiplies too
+    input_scale     float32 []               the same for activations, where they are in 4 bits as well (W4A4)
 
-w = E2M1[code] * (weight_scale * weight_scale_2). The others have a weight float8_e4m3fn [O, I]: FP8 with
-weight_scale [] and input_scale []; FP8_PER_CHANNEL_PER_TOKEN with weight_scale [O]; FP8_PB_WO with
-weight_scale [O/128, 1, I/128, 1].
+w = E2M1[code] * (weight_scale * weight_scale_2).
+
+The FP8 algorithms have weight float8_e4m3fn [O, I] and
+
+    FP8                        weight_scale [], input_scale []
+    FP8_PER_CHANNEL_PER_TOKEN  weight_scale [O]
+    FP8_PB_WO                  weight_scale [O/128, 1, I/128, 1]
+
 The page with the layouts: quantization/modelopt/README.md.
 """
 
@@ -18,6 +23,7 @@ The page with the layouts: quantization/modelopt/README.md.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,7 +31,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, CodebookWeight
+from pymllm.kernels.canonical import CHANNEL, E4M3_MAX, TENSOR, CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -37,22 +43,25 @@ from pymllm.quantization.kv_cache import (
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import read_choice, read_names, unsupported
+from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
-from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
+from pymllm.quantization.storage.packing import encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
+_unsupported = functools.partial(unsupported, "ModelOpt")
+
 GROUP = 16
-LARGEST = 6.0  # of E2M1
+LARGEST = 6.0  # the largest value of E2M1
 E4M3 = torch.float8_e4m3fn
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
-BLOCK = 128  # of FP8_PB_WO, both sides
+BLOCK = 128  # both sides of a block of FP8_PB_WO
 KV_ALGORITHMS: dict[str, Literal["fp8", "int8"]] = {"FP8": "fp8", "INT8": "int8"}
 
 
 @dataclass(frozen=True)
 class NVFP4LinearMethod(LinearMethodBase):
-    """static_input: the checkpoint has an `input_scale`, for activations in 4 bits."""
+    """NVFP4 weights.  static_input: whether the checkpoint has an `input_scale`, for activations in 4 bits."""
 
     static_input: bool = False
     name: ClassVar[str] = "nvfp4"
@@ -60,7 +69,7 @@ class NVFP4LinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         specs: tuple[WeightSpec, ...] = (
             WeightSpec("weight", torch.uint8, (OUT, IN.packed(2))),
-            # A block of zeros may have the scale zero, so this one is not checked as a scale.
+            # Not declared a scale, as these must not be zero, and a block of zeros may have the scale zero.
             WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP))),
             WeightSpec("weight_scale_2", torch.float32, (PART,), accepts=FLOATS, scale=True),
         )
@@ -73,66 +82,45 @@ class NVFP4LinearMethod(LinearMethodBase):
         check_share(GROUP, shape, what="blocks")
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes, scales = unpack_nibbles_low_first(tensors["weight"]), tensors["weight_scale"]
-        second = tensors["weight_scale_2"]  # [P]
-        rows = torch.cat([s.expand(span.size) for s, span in zip(second, shape.outputs, strict=True)])
-        return CodebookWeight(
-            codes,
-            torch.tensor(E2M1, device=codes.device),
-            scales,
-            "e2m1",
-            codes.shape[1] // scales.shape[1],
-            row_scales=rows,
-            activations="group" if self.static_input else "float",
-            input_scales=tensors["input_scale"].reciprocal()
-            if self.static_input
-            else None,  # by which to divide
+        static = self.static_input
+        return e2m1_weight(
+            unpack_nibbles_low_first(tensors["weight"]),
+            tensors["weight_scale"],
+            rows_of_parts(tensors["weight_scale_2"], shape),
+            "group" if static else "float",
+            # The file holds what to multiply codes with, the canonical weight its reciprocal.
+            tensors["input_scale"].reciprocal() if static else None,
         )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        """Every block's peak goes to 6, in scales whose largest is 448 in each part.  weight: [O, I]."""
+        """Round a float weight [O, I] so that every block's peak becomes 6, and every part's largest scale 448."""
         group = min(GROUP, weight.shape[1])
         blocks = weight.float().unflatten(1, (-1, group))  # [O, I/16, 16]
         peaks = blocks.abs().amax(-1)
         smallest = torch.finfo(torch.float32).smallest_normal
         parts = peaks.split([span.size for span in shape.outputs])
-        second = [part.amax() if part.numel() else peaks.new_zeros(()) for part in parts]
-        rows = torch.cat(
-            [
-                (peak / (LARGEST * E4M3_MAX)).clamp(min=smallest).expand(part.shape[0])
-                for peak, part in zip(second, parts, strict=True)
-            ]
-        )
+        second = torch.stack([part.amax() if part.numel() else peaks.new_zeros(()) for part in parts])
+        rows = rows_of_parts((second / (LARGEST * E4M3_MAX)).clamp(min=smallest), shape)
         scales = (peaks / (LARGEST * rows[:, None])).clamp(2.0**-9, E4M3_MAX).to(E4M3)
         codes = encode_e2m1(blocks / (scales.float() * rows[:, None])[..., None])
-        table = torch.tensor(E2M1, device=codes.device)
-        return CodebookWeight(codes.flatten(1), table, scales, "e2m1", group, row_scales=rows)
+        return e2m1_weight(codes.flatten(1), scales, rows)
 
     def describe(self) -> str:
         return f"nvfp4, activations {'fp4' if self.static_input else 'float'}"
 
 
 @register_quantization("modelopt")
+@dataclass(kw_only=True, eq=False)
 class ModelOptConfig(QuantizationConfig):
     """hf_quant_config.json, or a `quantization_config` with quant_method modelopt.
 
     quant_algo, exclude_modules (ignore), kv_cache_quant_algo, and quantized_layers where quant_algo is MIXED_PRECISION.
     """
 
-    def __init__(
-        self,
-        *,
-        quant_algo: str | None,
-        exclude_modules: tuple[str, ...] = (),
-        quantized_layers: Mapping[str, str] | None = None,
-        kv_cache: Any = None,
-    ) -> None:
-        self.quant_algo, self.exclude_modules = quant_algo, exclude_modules
-        self.quantized_layers, self.kv_cache = quantized_layers, kv_cache
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "modelopt"
+    quant_algo: str | None
+    exclude_modules: tuple[str, ...] = ()
+    quantized_layers: Mapping[str, str] | None = None
+    kv_cache: Any = None
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
@@ -142,7 +130,7 @@ class ModelOptConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> ModelOptConfig:
         settings = config.get("quantization", config)
         if not isinstance(settings, Mapping):
-            raise unsupported("ModelOpt", "quantization", settings, "an object")
+            raise _unsupported("quantization", settings, "an object")
         named = settings.get("quant_algo")
         algo = read_choice(
             "ModelOpt",
@@ -164,9 +152,7 @@ class ModelOptConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if self.is_excluded(prefix) or self.stored_as_float(prefix):
-            return None
-        if getattr(layer, "kind", "linear") != "linear" and f"{prefix}.weight_scale" not in self.stored:
+        if self.is_excluded(prefix) or not self.covers(layer, prefix, "weight_scale"):
             return None
         algo = self.quant_algo if self.quantized_layers is None else self.quantized_layers.get(prefix)
         if algo is None:
@@ -174,15 +160,15 @@ class ModelOptConfig(QuantizationConfig):
         # Without headers, as the algorithm says; with them, as the layer has it.
         static = f"{prefix}.input_scale" in self.stored if self.stored else algo != "W4A16_NVFP4"
         if algo == "FP8":
-            return NamedFp8LinearMethod("modelopt", (0, 0), "static" if static else "float")
+            return NamedFp8LinearMethod(TENSOR, "static" if static else "float", format="modelopt")
         if algo == "FP8_PER_CHANNEL_PER_TOKEN":
-            return NamedFp8LinearMethod("modelopt", (1, 0), "token", flat_scale=True)
+            return NamedFp8LinearMethod(CHANNEL, "token", format="modelopt", flat_scale=True)
         if algo == "FP8_PB_WO":
-            return NamedFp8LinearMethod("modelopt", (BLOCK, BLOCK), "float", spaced_scale=True)
+            return NamedFp8LinearMethod((BLOCK, BLOCK), "float", format="modelopt", spaced_scale=True)
         return NVFP4LinearMethod(static)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        """kv_cache_quant_algo names an algorithm; config.json has the object kv_cache_scheme in its place."""
+        """Read kv_cache_quant_algo, which names an algorithm, or the object kv_cache_scheme that config.json has."""
         if not isinstance(self.kv_cache, str):
             return read_kv_scheme(self.kv_cache)
         if self.kv_cache not in KV_ALGORITHMS:
@@ -190,7 +176,7 @@ class ModelOptConfig(QuantizationConfig):
         return QuantizedKVCacheMethod(KV_ALGORITHMS[self.kv_cache])
 
     def is_excluded(self, prefix: str) -> bool:
-        """Entries are names with shell wildcards; one that names a module names all within it."""
+        """Tell whether exclude_modules names the layer, or a module around it, by name or with shell wildcards."""
         return any(
             fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
             for pattern in self.exclude_modules
@@ -201,29 +187,25 @@ class ModelOptConfig(QuantizationConfig):
 
 
 def _read_layers(layers: Any) -> dict[str, str]:
-    """The algorithm of each of `quantized_layers`, by its name."""
+    """Read the algorithm of each layer of `quantized_layers`, by the layer's name."""
     if not isinstance(layers, Mapping):
-        raise unsupported("ModelOpt", "quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
+        raise _unsupported("quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
     algorithms = {}
     for name, settings in layers.items():
         within = f"quantization_config.quantized_layers.{name}."
         algo = settings.get("quant_algo") if isinstance(settings, Mapping) else None
         algo = algo.upper() if isinstance(algo, str) else algo
         if algo not in ALGORITHMS:
-            raise unsupported("ModelOpt", "quant_algo", algo, " or ".join(ALGORITHMS), within=within)
+            raise _unsupported("quant_algo", algo, " or ".join(ALGORITHMS), within=within)
         if settings.get("group_size", GROUP) not in (GROUP, None):
-            raise unsupported("ModelOpt", "group_size", settings["group_size"], str(GROUP), within=within)
+            raise _unsupported("group_size", settings["group_size"], str(GROUP), within=within)
         algorithms[name] = algo
     return algorithms
 
 
 @register_quantization("nvfp4")
 class NVFP4Config(ModelOptConfig):
-    """The name of the format as a rule's target; in checkpoints it is quant_method modelopt, or compressed-tensors."""
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "nvfp4"
+    """The name of NVFP4 as a rule's target.  In checkpoints it is quant_method modelopt, or compressed-tensors."""
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:

@@ -2,7 +2,7 @@
 
     weight        uint8 [O, I/2]     two codes a byte, the low nibble first          (also weight_packed)
     weight_scale  uint8 [O, I/32]    E8M0: 2^(byte - 127)                            (also weight_scales, scales)
-    blocks        uint8 [O, I/32, 16]  in place of weight, the same bytes: gpt-oss' experts, which it stacks
+    blocks        uint8 [O, I/32, 16]  the same bytes in place of weight: the stacked experts of gpt-oss
 
 w = E2M1[code] * scale. The page with the layout: quantization/mxfp4/README.md. As the target of a rule: `mxfp4`.
 """
@@ -18,25 +18,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight
+from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, unsupported
+from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
 from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32
-LARGEST = 6.0  # of E2M1
-BIAS = 127  # of E8M0
+LARGEST = 6.0  # the largest value of E2M1
+BIAS = 127  # the exponent bias of E8M0
 E8M0 = torch.float8_e8m0fnu
+SCALES = ("weight_scale", "weight_scales", "scales")  # all names of the same tensor
 
 
 @dataclass(frozen=True)
 class MXFP4LinearMethod(LinearMethodBase):
-    """scale_dtype: how the file declares the exponents, as plain bytes or as E8M0; they are the same bytes.
+    """MXFP4 weights.
 
+    scale_dtype: how the file declares the exponents, plain bytes or E8M0; the bytes are the same.
     blocks: whether each block of codes is a row of its own.
     """
 
@@ -48,12 +51,7 @@ class MXFP4LinearMethod(LinearMethodBase):
         codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
         if self.blocks:
             codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
-        return (
-            codes,
-            WeightSpec(
-                "weight_scale", self.scale_dtype, (OUT, IN.every(GROUP)), aliases=("weight_scales", "scales")
-            ),
-        )
+        return (codes, WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:]))
 
     def check(self, shape: LinearShape) -> None:
         check_groups(GROUP, shape, what="MXFP4 blocks")
@@ -61,28 +59,29 @@ class MXFP4LinearMethod(LinearMethodBase):
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         packed = tensors["blocks"].flatten(1) if self.blocks else tensors["weight"]
-        codes, scales = unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0)
-        table = torch.tensor(E2M1, device=codes.device)
-        # A rank that holds part of one block has that one block: its size is what the rank holds.
-        return CodebookWeight(codes, table, scales, "e2m1", codes.shape[1] // scales.shape[1])
+        return e2m1_weight(unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0))
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        """Each block has the power of two with the least squared error, of the two on either side of its peak."""
+        """Round a float weight [O, I].
+
+        Of the two powers of two next to its peak / 6, each block has the one with the smaller squared error.
+        """
         group = min(GROUP, weight.shape[1])
         blocks = weight.float().unflatten(1, (-1, group))  # [O, I/32, 32]
-        # peak / scale is in 3..6 for the larger exponent, where nothing is clipped, in 6..12 for the smaller.
+        # With the larger exponent peak / scale is in 3..6, where nothing is clipped; with the smaller it is in 6..12.
         exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST)[1]
         larger, smaller = (_encode(blocks, exponents - step) for step in (0, 1))
         better = smaller[2] < larger[2]
         codes = torch.where(better[..., None], smaller[0], larger[0])
         scales = torch.where(better, smaller[1], larger[1])
-        return CodebookWeight(
-            codes.flatten(1), torch.tensor(E2M1, device=codes.device), scales.view(E8M0), "e2m1", group
-        )
+        return e2m1_weight(codes.flatten(1), scales.view(E8M0))
 
 
 def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """blocks: [O, I/32, 32].  Returns codes, scale bytes [O, I/32] and squared errors [O, I/32] at these exponents."""
+    """Round blocks [O, I/32, 32] with scales of these exponents.
+
+    Returns codes, scale bytes [O, I/32] and squared errors [O, I/32].
+    """
     stored = (exponents + BIAS).clamp(0, 2 * BIAS).to(torch.uint8)
     scales = stored.view(E8M0).float().unsqueeze(-1)
     codes = encode_e2m1(blocks / scales)
@@ -91,15 +90,11 @@ def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register_quantization("mxfp4")
+@dataclass(kw_only=True, eq=False)
 class MXFP4Config(QuantizationConfig):
     """`quantization_config` with quant_method mxfp4: modules_to_not_convert."""
 
-    def __init__(self, *, modules_to_not_convert: tuple[str, ...] = ()) -> None:
-        self.modules_to_not_convert = modules_to_not_convert
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "mxfp4"
+    modules_to_not_convert: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MXFP4Config:
@@ -112,12 +107,10 @@ class MXFP4Config(QuantizationConfig):
         return MXFP4LinearMethod()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or self.stored_as_float(prefix):
+        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
             return None
-        names = [f"{prefix}.{name}" for name in ("weight_scale", "weight_scales", "scales")]
+        names = (f"{prefix}.{name}" for name in SCALES)
         scale = next((self.stored[name] for name in names if name in self.stored), None)
-        if getattr(layer, "kind", "linear") != "linear" and scale is None:
-            return None
         if scale is not None and scale.dtype not in (torch.uint8, E8M0):
             raise unsupported(
                 "MXFP4", "weight_scale", str(scale.dtype), "uint8 or float8_e8m0fnu", within=f"{prefix}."

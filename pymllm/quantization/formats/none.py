@@ -1,10 +1,10 @@
-"""No quantisation: `pattern=none` keeps a layer in plain floats, or decodes it to them."""
+"""No quantisation: a rule `pattern=none` keeps a layer in plain floats, or decodes it to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,10 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
-if TYPE_CHECKING:
-    pass
-
 
 @register_quantization("none")
 class UnquantizedConfig(QuantizationConfig):
-    """A checkpoint without `quantization_config`."""
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "none"
+    """The config of a checkpoint without `quantization_config`: no layer is quantised."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> UnquantizedConfig:
@@ -45,8 +38,8 @@ class UnquantizedConfig(QuantizationConfig):
 class UnquantizedLinearMethod(LinearMethodBase):
     """Plain float weights.
 
-    transposed: stored [I, O], as some checkpoints have the experts of a layer.
-    dtype: in which they are held, for kernels that widen them as they go; None: the layer's own.
+    transposed: whether they are stored [I, O], as some checkpoints store the experts of a layer.
+    dtype: what they are held in, for kernels that widen them as they run; None: the layer's own dtype.
     """
 
     transposed: bool = False
@@ -69,7 +62,7 @@ class UnquantizedLinearMethod(LinearMethodBase):
         return {"weight": weight.weight.contiguous()}
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if bound_weight(layer) is None:  # a layer used on its own, never packed
+        if bound_weight(layer) is None:  # the layer is used on its own, and was never packed
             return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
         return super().apply(layer, x, bias)
 

@@ -1,4 +1,4 @@
-"""Quark FP8 (`quant_method: quark`): e4m3 weights with a scale a tensor or a channel.
+"""Quark FP8 (`quant_method: quark`): e4m3 weights with a scale for the tensor or for each channel.
 
     weight        float8_e4m3fn [O, I]
     weight_scale  float [] (per_tensor) or [O] (per_channel)
@@ -13,13 +13,14 @@ quantization/quark/README.md.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from pymllm.kernels.canonical import Activations
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -31,26 +32,24 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 
-BLOCKS = {"per_tensor": (0, 0), "per_channel": (1, 0)}
+_unsupported = functools.partial(unsupported, "Quark")
+
+BLOCKS = {"per_tensor": TENSOR, "per_channel": CHANNEL}
 
 
 @register_quantization("quark")
+@dataclass(kw_only=True, eq=False)
 class QuarkConfig(QuantizationConfig):
-    """`quantization_config` of Quark: global_quant_config, layer_quant_config, layer_type_quant_config, exclude."""
+    """`quantization_config` of Quark: global_quant_config, layer_quant_config, layer_type_quant_config, exclude.
 
-    def __init__(
-        self,
-        *,
-        common: NamedFp8LinearMethod | None,
-        layers: Mapping[str, NamedFp8LinearMethod | None],
-        exclude: tuple[str, ...] = (),
-        kv_cache: Any = None,
-    ) -> None:
-        self.common, self.layers, self.exclude, self.kv_cache = common, layers, exclude, kv_cache
+    common: the method of all layers, but for those that a pattern of `layers` names; None: not quantised.
+    kv_cache: how keys and values are to be stored, as the config has it, or None.
+    """
 
-    @classmethod
-    def get_name(cls) -> str:
-        return "quark"
+    common: NamedFp8LinearMethod | None
+    layers: Mapping[str, NamedFp8LinearMethod | None]
+    exclude: tuple[str, ...] = ()
+    kv_cache: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuarkConfig:
@@ -60,13 +59,13 @@ class QuarkConfig(QuantizationConfig):
             export.get("weight_format", "real_quantized") if isinstance(export, Mapping) else "real_quantized"
         )
         if stored != "real_quantized" or pack not in ("reorder", "order"):
-            raise unsupported("Quark", "export", export, "weight_format real_quantized")
+            raise _unsupported("export", export, "weight_format real_quantized")
         layers = config.get("layer_quant_config") or {}
         by_type = config.get("layer_type_quant_config") or {}
         if not isinstance(layers, Mapping):
-            raise unsupported("Quark", "layer_quant_config", layers, "an object of layer patterns")
+            raise _unsupported("layer_quant_config", layers, "an object of layer patterns")
         if not isinstance(by_type, Mapping) or set(by_type) - {"Linear"}:
-            raise unsupported("Quark", "layer_type_quant_config", by_type, "an object with no key but Linear")
+            raise _unsupported("layer_type_quant_config", by_type, "an object with no key but Linear")
         if "Linear" in by_type:
             common = _read_scheme(by_type["Linear"], "layer_type_quant_config.Linear")
         else:
@@ -81,13 +80,12 @@ class QuarkConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if any(_names(pattern, prefix) for pattern in self.exclude) or self.stored_as_float(prefix):
+        excluded = any(_names(pattern, prefix) for pattern in self.exclude)
+        if excluded or not self.covers(layer, prefix, "weight_scale"):
             return None
         scale = self.stored.get(f"{prefix}.weight_scale")
-        if getattr(layer, "kind", "linear") != "linear" and scale is None:
-            return None
         found = next((method for name, method in self.layers.items() if _names(name, prefix)), self.common)
-        if found is None or found.block == (0, 0) or scale is None:
+        if found is None or found.block == TENSOR or scale is None:
             return found
         return replace(found, flat_scale=len(scale.shape) == 1)
 
@@ -106,7 +104,7 @@ class QuarkConfig(QuantizationConfig):
 
 
 def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """`output_tensors` of the layers that export's kv_cache_group names: how keys and values are to be stored."""
+    """Find how keys and values are to be stored: `output_tensors` of the layers that export's kv_cache_group names."""
     group = export.get("kv_cache_group") if isinstance(export, Mapping) else None
     for name in group or ():
         tensors = layers.get(name, {}).get("output_tensors")
@@ -116,40 +114,38 @@ def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, An
 
 
 def _names(pattern: str, prefix: str) -> bool:
-    """Quark's patterns: `re:` and a regular expression, or a name with shell wildcards."""
+    """Tell whether a pattern names the layer: `re:` and a regular expression, or a name with shell wildcards."""
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "exclude").search(prefix) is not None
     return fnmatch.fnmatchcase(prefix, pattern)
 
 
 def _read_scheme(scheme: Any, at: str) -> NamedFp8LinearMethod | None:
-    """One layer's config: weight, input_tensors.  None: not quantised."""
+    """Read one layer's config: weight and input_tensors.  None: the layer is not quantised.  at: its path."""
     if not isinstance(scheme, Mapping):
-        raise unsupported("Quark", at, scheme, "an object with weight and input_tensors")
+        raise _unsupported(at, scheme, "an object with weight and input_tensors")
     within = f"quantization_config.{at}."
     weight, inputs = scheme.get("weight"), scheme.get("input_tensors")
     if weight is None:
         return None
     if scheme.get("output_tensors") is not None and "proj" not in at:
-        raise unsupported("Quark", "output_tensors", scheme["output_tensors"], "null", within=within)
+        raise _unsupported("output_tensors", scheme["output_tensors"], "null", within=within)
     _check_fp8(weight, within + "weight.")
     block = BLOCKS.get(weight.get("qscheme"))
     if block is None:
-        raise unsupported(
-            "Quark", "qscheme", weight.get("qscheme"), " or ".join(BLOCKS), within=within + "weight."
-        )
+        raise _unsupported("qscheme", weight.get("qscheme"), " or ".join(BLOCKS), within=within + "weight.")
     if weight.get("is_dynamic"):
-        raise unsupported("Quark", "is_dynamic", True, "false", within=within + "weight.")
+        raise _unsupported("is_dynamic", True, "false", within=within + "weight.")
     activations: Activations = "float"
     if inputs is not None:
         _check_fp8(inputs, within + "input_tensors.")
         activations = "static" if not inputs.get("is_dynamic") else "token"
         if activations == "token" and inputs.get("qscheme") == "per_tensor":
             activations = "tensor"
-    return NamedFp8LinearMethod("quark", block, activations)
+    return NamedFp8LinearMethod(block, activations, format="quark")
 
 
 def _check_fp8(settings: Any, within: str) -> None:
     found = settings.get("dtype") if isinstance(settings, Mapping) else settings
     if found != "fp8_e4m3":
-        raise unsupported("Quark", "dtype", found, "fp8_e4m3", within=within)
+        raise _unsupported("dtype", found, "fp8_e4m3", within=within)

@@ -1,10 +1,11 @@
 """torchao 0.15 and later, in safetensors: int8, int4, intx and float8 weights.  Nothing of torchao is imported.
 
-A layer X has no X.weight but the tensors of a subclass, which the file's metadata describes under "X.weight":
+A layer X has no tensor X.weight. It has the tensors of a subclass of torch's, which the file's metadata describes under
+"X.weight":
 
     Int8Tensor                 X._weight_qdata int8 [O, I], _weight_scale [O/b0, I/b1], _weight_zero_point int8, zeros
     IntxUnpackedToInt8Tensor   the same, with codes of 1 to 8 bits, groups of inputs, and any zero points
-    Int4Tensor                 X._weight_qdata [O, I/2] signed nibbles, low first; _weight_scale [I/G, O],
+    Int4Tensor                 X._weight_qdata [O, I/2] signed nibbles, the low one first; _weight_scale [I/G, O],
                                _weight_zero_point [I/G, O] float, which is added
     Float8Tensor               X._weight_qdata float8_e4m3fn [O, I], _weight_scale float32 [O/b0, I/b1]
 
@@ -16,23 +17,27 @@ quantization/torchao/README.md.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
-from pymllm.kernels.canonical import Activations, CanonicalWeight, IntWeight
+from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations, CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
-from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
+
+_unsupported = functools.partial(unsupported, "torchao")
 
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 INT8, INTX, INT4, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor"
@@ -41,11 +46,11 @@ KINDS = (INT8, INTX, INT4, FLOAT8)
 
 @dataclass(frozen=True)
 class TorchAOIntLinearMethod(LinearMethodBase):
-    """Signed codes, one in each int8.
+    """Weights of signed codes, one in each int8.
 
-    bits: of the codes.  block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a row.
+    bits: of the codes.  block: the (outputs, inputs) that share a scale; TENSOR, CHANNEL, or one row's group.
     scale_dtype, zero_dtype: of the tensors; None: there are no zero points.
-    symmetric: the subclass only has zero points of zero.
+    symmetric: whether all zero points must be zero.
     """
 
     bits: int
@@ -57,7 +62,7 @@ class TorchAOIntLinearMethod(LinearMethodBase):
     name: ClassVar[str] = "torchao"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        dims: tuple[Dim, ...] = (PART,) if self.block == (0, 0) else (OUT, IN.every(self.block[1]))
+        dims: tuple[Dim, ...] = (PART,) if self.block == TENSOR else (OUT, IN.every(self.block[1]))
         specs: tuple[WeightSpec, ...] = (
             WeightSpec(QDATA, torch.int8, (OUT, IN)),
             WeightSpec(SCALE, self.scale_dtype, dims, accepts=FLOATS, scale=True),
@@ -68,7 +73,8 @@ class TorchAOIntLinearMethod(LinearMethodBase):
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         middle = 2 ** (self.bits - 1)
-        codes = (tensors[QDATA] + middle).view(torch.uint8)  # wraps around for 8 bits, which is right
+        # The sum wraps around for 8 bits, which is right.
+        codes = (tensors[QDATA] + middle).view(torch.uint8)
         scales, zeros = self._rows(tensors[SCALE], shape), tensors.get(ZERO)
         group = codes.shape[1] // scales.shape[1]
         weight = IntWeight(codes, scales, None, self.bits, group, activations=self.activations)
@@ -78,7 +84,7 @@ class TorchAOIntLinearMethod(LinearMethodBase):
         if self.symmetric:
             if not zeros.is_meta and bool(zeros.any()):
                 raise CheckpointError(
-                    f"an {INT8} has zero points, which this format takes to be zero",
+                    f"an {INT8} has zero points, and this subclass should only have zeros there",
                     code="zero-points",
                     tensor=f"{shape.name}.{ZERO}",
                     expected="zeros",
@@ -87,28 +93,24 @@ class TorchAOIntLinearMethod(LinearMethodBase):
             return weight
         if zeros.is_floating_point():
             offsets = -(zeros.float() + middle) * scales.float()
-            return IntWeight(
-                codes, scales, None, self.bits, group, offsets=offsets, activations=self.activations
-            )
-        stored = (zeros + middle).view(torch.uint8)
-        return IntWeight(codes, scales, stored, self.bits, group, activations=self.activations)
+            return replace(weight, offsets=offsets)
+        return replace(weight, zeros=(zeros + middle).view(torch.uint8))
 
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
-        """[O, I/G]; one value a part goes to all of its rows."""
-        if self.block != (0, 0):
-            return values
-        counts = torch.tensor([span.size for span in shape.outputs], device=values.device)
-        total = shape.out_features_local
-        return values.repeat_interleave(counts, output_size=total).unsqueeze(1)
+        """Return values of groups [O, I/G] as they are, and give each part's value [P] to all of its rows [O, 1]."""
+        return rows_of_parts(values, shape).unsqueeze(1) if self.block == TENSOR else values
 
     def describe(self) -> str:
-        per = {(0, 0): "tensor", (1, 0): "row"}.get(self.block, f"group of {self.block[1]}")
+        per = {TENSOR: "tensor", CHANNEL: "row"}.get(self.block, f"group of {self.block[1]}")
         return f"torchao int{self.bits} per {per}, activations {self.activations}"
 
 
 @dataclass(frozen=True)
 class TorchAOInt4LinearMethod(LinearMethodBase):
-    """Two signed codes a byte.  qdata_dtype, scale_dtype: of the tensors.  group: inputs that share a scale."""
+    """Weights of signed codes, two in each byte.
+
+    group: how many inputs share a scale; 0: the whole row.  qdata_dtype, scale_dtype: of the tensors.
+    """
 
     group: int
     qdata_dtype: torch.dtype = torch.int8
@@ -135,34 +137,42 @@ class TorchAOInt4LinearMethod(LinearMethodBase):
         return f"torchao int4 g{self.group or 'row'}"
 
 
+@dataclass(frozen=True)
+class TorchAOFp8LinearMethod(E4M3LinearMethod):
+    """float8 weights under torchao's names.  The fields are `E4M3LinearMethod`'s."""
+
+    name: ClassVar[str] = "torchao"
+    weight_name: ClassVar[str] = QDATA
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        return (SCALE,)
+
+
 @register_quantization("torchao")
+@dataclass(kw_only=True, eq=False)
 class TorchAOConfig(QuantizationConfig):
-    """`quantization_config` of torchao: quant_type, modules_to_not_convert.  The files' metadata is the last word."""
+    """`quantization_config` of torchao: quant_type, modules_to_not_convert.  The files' metadata, if any, decides.
 
-    def __init__(
-        self, *, quant_type: Mapping[str, Any], modules_to_not_convert: tuple[str, ...] = ()
-    ) -> None:
-        self.quant_type, self.modules_to_not_convert = quant_type, modules_to_not_convert
-        self.metadata: dict[str, str] = {}
+    metadata: of all files together.
+    """
 
-    @classmethod
-    def get_name(cls) -> str:
-        return "torchao"
+    quant_type: Mapping[str, Any]
+    modules_to_not_convert: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:
         quant_type = config.get("quant_type")
         if not isinstance(quant_type, Mapping) or not isinstance(quant_type.get("default"), Mapping):
-            raise unsupported(
-                "torchao", "quant_type", quant_type, "an object with default, as torchao 0.15 writes it"
-            )
+            raise _unsupported("quant_type", quant_type, "an object with default, as torchao 0.15 writes it")
         return cls(
             quant_type=quant_type["default"],
             modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
         )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Gathers the metadata of all files: that of a weight need not be in the file of its tensors."""
+        """Receive the headers and gather all files' metadata: a weight's need not be in the file of its tensors."""
         super().see_checkpoint(tensors)
         files = {
             id(file): file
@@ -175,11 +185,7 @@ class TorchAOConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         data, scale, zero = (self.stored.get(f"{prefix}.{name}") for name in (QDATA, SCALE, ZERO))
         if data is None or scale is None:
-            if getattr(layer, "kind", "linear") != "linear" or is_skipped(
-                prefix, self.modules_to_not_convert
-            ):
-                return None
-            if self.stored_as_float(prefix):
+            if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix):
                 return None
             raise CheckpointError(
                 "the layer's tensors are not in the checkpoint, and without them its layout is unknown",
@@ -189,26 +195,22 @@ class TorchAOConfig(QuantizationConfig):
             )
         kind, settings = self._describe(prefix)
         if data.dtype is None or scale.dtype is None:
-            raise unsupported(
-                "torchao", "qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}."
-            )
+            raise _unsupported("qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}.")
         if kind == INT4:
             groups, inputs = scale.shape[0], 2 * data.shape[-1]
             return TorchAOInt4LinearMethod(0 if groups == 1 else inputs // groups, data.dtype, scale.dtype)
         block = _block(prefix, tuple(data.shape), tuple(scale.shape))
         activations = _activations(prefix, settings, kind)
         if kind == FLOAT8:
-            return NamedFp8LinearMethod("torchao", block, activations, weight=QDATA, scale=SCALE)
+            return TorchAOFp8LinearMethod(block, activations)
         if block[0] > 1:
-            raise unsupported(
-                "torchao", "block_size", list(block), "one row, or the whole tensor", within=f"{prefix}."
-            )
+            raise _unsupported("block_size", list(block), "one row, or the whole tensor", within=f"{prefix}.")
         bits = 8 if kind == INT8 else _bits(prefix, settings)
         zero_dtype = None if zero is None else zero.dtype
         return TorchAOIntLinearMethod(bits, block, scale.dtype, zero_dtype, kind == INT8, activations)
 
     def _describe(self, prefix: str) -> tuple[str, Mapping[str, Any]]:
-        """The subclass of a layer's weight and its attributes, from the file's metadata, else from the config."""
+        """Return the subclass of a layer's weight and its attributes, from the metadata, else from the config."""
         text = self.metadata.get(f"{prefix}.weight")
         if text is None:
             kind = _kind_of_config(self.quant_type)
@@ -226,14 +228,12 @@ class TorchAOConfig(QuantizationConfig):
                     found=text[:200],
                 ) from None
         if kind not in KINDS or not isinstance(settings, Mapping):
-            raise unsupported(
-                "torchao", "_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight."
-            )
+            raise _unsupported("_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight.")
         return kind, settings
 
 
 def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
-    """The subclass that a config class makes."""
+    """Name the subclass that a config class of torchao makes."""
     name = str(quant_type.get("_type"))
     starts = {
         "Int8WeightOnly": INT8,
@@ -246,12 +246,12 @@ def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
 
 
 def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
-    """The (outputs, inputs) that share a scale; 0: the whole axis, except that one scale of a row is (1, 0)."""
+    """Find the (outputs, inputs) that share a scale; a side of 0 is the whole axis."""
     if len(scale) == 0 or math.prod(scale) == 1:
-        return (0, 0)
+        return TENSOR
     if len(data) != 2 or len(scale) != 2 or 0 in scale:
-        raise unsupported(
-            "torchao", SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."
+        raise _unsupported(
+            SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."
         )
     rows, columns = -(-data[0] // scale[0]), -(-data[1] // scale[1])
     return rows, 0 if scale[1] == 1 else columns
@@ -261,18 +261,18 @@ def _bits(prefix: str, settings: Mapping[str, Any]) -> int:
     target = settings.get("target_dtype", settings.get("weight_dtype"))
     name = target.get("_data") if isinstance(target, Mapping) else target
     if name not in [f"int{bits}" for bits in range(1, 9)]:
-        raise unsupported("torchao", "target_dtype", target, "int1 to int8", within=f"{prefix}.weight.")
+        raise _unsupported("target_dtype", target, "int1 to int8", within=f"{prefix}.weight.")
     return int(str(name)[3:])
 
 
 def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activations:
-    """What `act_quant_kwargs`, or of intx `activation_quantization`, asks for."""
+    """Read how activations are quantised: `act_quant_kwargs`, or of intx `activation_quantization`."""
     if kind == INTX:
         asked = settings.get("activation_quantization")
         name = asked.get("_data") if isinstance(asked, Mapping) else asked
         if name not in (None, "INT8_ASYM_PER_TOKEN", "int8_asym_per_token"):
-            raise unsupported(
-                "torchao", "activation_quantization", asked, "int8_asym_per_token", within=f"{prefix}.weight."
+            raise _unsupported(
+                "activation_quantization", asked, "int8_asym_per_token", within=f"{prefix}.weight."
             )
         return "float" if name is None else "token asym reciprocal"
     kwargs = settings.get("act_quant_kwargs")
@@ -293,7 +293,5 @@ def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activat
         if isinstance(mapping, Mapping) and mapping.get("_data") == "ASYMMETRIC":
             kinds = {"PerRow": "token product asym"}
     if data is None or name not in kinds:
-        raise unsupported(
-            "torchao", "act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight."
-        )
+        raise _unsupported("act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight.")
     return kinds[name]

@@ -1,1 +1,1 @@
-"""How floats become codes: nearest, by searched scales, by AWQ's, by GPTQ's."""
+"""Rounding floats to codes: to nearest, with searched scales, by AWQ and by GPTQ."""

@@ -1,8 +1,8 @@
-"""AWQ: what is searched before int4 weights are rounded, on inputs that layers really see.
+"""AWQ: two searches before int4 weights are rounded, for the least error of outputs on inputs that layers really see.
 
-Two searches, both over errors of outputs. `search_scales` finds a factor for each input channel; multiplied into the
-weights and divided out of whatever makes the inputs, it changes nothing but what rounding hits. `round_with_clipping`
-finds how far the range of each group may be cut.
+`search_scales` finds a factor for each input channel. It is multiplied into the weights and divided out of whatever
+makes the inputs, so that it changes nothing but the errors of rounding. `round_with_clipping` finds how far to cut the
+range of each group.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", https://arxiv.org/abs/2306.00978.
 """
@@ -21,13 +21,13 @@ from pymllm.kernels.canonical import IntWeight
 
 SCALE_EXPONENTS = [step / 10 for step in range(11)]
 RANGE_FACTORS = [1.0 - step / 16 for step in range(6)]
-LEAST = 1e-4  # of a channel's mean magnitude: one that is never used gets no extreme factor
+LEAST = 1e-4  # the least mean magnitude of a channel, so that one which is never used gets no extreme factor
 
 
 def candidate_scales(inputs: Tensor, weights: Sequence[Tensor], group_size: int) -> list[Tensor]:
-    """Scales [I] to try for inputs [N, I] and weights [O, I]: a^x and a^x / w^(1 - x), x in SCALE_EXPONENTS.
+    """List the scales [I] to try for inputs [N, I] and weights [O, I]: a^x and a^x / w^(1 - x), x in SCALE_EXPONENTS.
 
-    a is a channel's mean magnitude; w its mean share of the largest weight of its group.  a^0 is no scaling.
+    a: a channel's mean magnitude.  w: its mean share of the largest weight of its group.  a^0 is no scaling.
     """
     activity = inputs.abs().mean(0).clamp(min=LEAST)
     groups = torch.cat(list(weights)).abs().unflatten(1, (-1, group_size))
@@ -45,10 +45,10 @@ def search_scales(
     rounded: Sequence[Callable[[Tensor], Tensor]],
     group_size: int,
 ) -> Tensor:
-    """The scales [I] with which rounding disturbs `run`'s output least.
+    """Find the scales [I] with which rounding disturbs the output of `run` least.
 
     weights: [O, I] each, of layers that share `inputs` [N, I]; written to meanwhile, and as they were at the end.
-    run: the output to keep, computed from them.  rounded: for each weight, its value after quantisation.
+    run: computes the output to keep from them.  rounded: for each weight, what gives its value after quantisation.
     """
     originals = [weight.clone() for weight in weights]
     reference = run()
@@ -65,7 +65,7 @@ def search_scales(
 
 
 def grams_of(inputs: Tensor, group_size: int) -> Tensor:
-    """[N, I] → [I/G, G, G]: the products of each group's inputs with one another."""
+    """Multiply each group's inputs with one another: [N, I] -> [I/G, G, G]."""
     groups = inputs.unflatten(1, (-1, group_size)).transpose(0, 1)  # [I/G, N, G]
     return groups.transpose(1, 2) @ groups
 
@@ -73,7 +73,7 @@ def grams_of(inputs: Tensor, group_size: int) -> Tensor:
 def round_with_clipping(
     weight: Tensor, grams: Tensor, *, bits: int, group_size: int, symmetric: bool
 ) -> IntWeight:
-    """Round [O, I] float32 to nearest, each group's range cut to where its error on the inputs is least.
+    """Round a weight [O, I] float32 to nearest, with each group's range cut to where its error on the inputs is least.
 
     grams: [I/G, G, G], as `grams_of` makes them.
     """

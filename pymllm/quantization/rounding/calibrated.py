@@ -1,4 +1,4 @@
-"""What calibration inputs are good for, whatever the layer is in: their statistics, and weights rounded with them."""
+"""Calibration, whatever the format: statistics of a layer's inputs, and weights that are rounded by them."""
 
 # N rows of inputs, I in_features, O out_features, G group_size
 
@@ -17,14 +17,14 @@ from pymllm.quantization.rounding.awq import grams_of, round_with_clipping
 from pymllm.quantization.rounding.gptq import round_with_hessian
 from pymllm.weights.spec import LinearShape
 
-INT8_MAX = 127.5  # halfway between the largest codes on either side
+INT8_MAX = 127.5  # halfway between the magnitudes of the largest and the smallest code
 
 
 class InputStatistics:
-    """Of the inputs that one layer saw.
+    """Statistics of the inputs that one layer saw.
 
-    gram: [I, I] float32, the sum over rows of their products; None where nothing asks for it.
-    peak: the largest magnitude.  rows: how many there were.
+    gram: [I, I] float32, the inputs' products with one another, summed over rows; None where nothing asks for it.
+    peak: the largest magnitude.  rows: how many rows there were.
     """
 
     def __init__(self, in_features: int, *, gram: bool) -> None:
@@ -32,7 +32,7 @@ class InputStatistics:
         self.peak, self.rows = 0.0, 0
 
     def add(self, inputs: Tensor) -> None:
-        """inputs: [*, I]."""
+        """Count these inputs in.  inputs: [*, I]."""
         rows = inputs.detach().to("cpu", torch.float32).flatten(0, -2)
         if not rows.numel():
             return
@@ -42,7 +42,7 @@ class InputStatistics:
         self.rows += rows.shape[0]
 
     def grams(self, group_size: int) -> Tensor:
-        """[I/G, G, G]: what `gram` holds of each group."""
+        """Cut each group's own products out of `gram`.  Returns [I/G, G, G]."""
         assert self.gram is not None
         groups = self.gram.shape[0] // group_size
         blocks = self.gram.view(groups, group_size, groups, group_size)
@@ -50,23 +50,26 @@ class InputStatistics:
 
 
 def needs_inputs(target: LinearMethodBase) -> bool:
-    """Whether a method has activation scales that only inputs can tell."""
+    """Tell whether a method has activation scales that can only be found from inputs."""
     return getattr(target, "activations", "float") == "static"
 
 
 def without_static(target: LinearMethodBase) -> LinearMethodBase:
-    """The same weights; activations by a scale a token."""
+    """Return the same method with a scale for each token in place of static activation scales."""
     changed: Any = target
     return replace(changed, activations="token") if needs_inputs(target) else target
 
 
 def with_input_scale(weight: CanonicalWeight, peak: float, name: str) -> CanonicalWeight:
-    """`weight` with a static activation scale that takes `peak` to the largest code."""
+    """Give `weight` a static activation scale that takes `peak` to the largest code.
+
+    name: the layer's, for messages.  ConfigError for a peak that is zero or not finite.
+    """
     assert isinstance(weight, (IntWeight, Fp8Weight))
     scale = torch.tensor([peak / (INT8_MAX if isinstance(weight, IntWeight) else E4M3_MAX)])
     if not bool(torch.isfinite(scale).all()) or not float(scale):
         raise ConfigError(
-            "calibration inputs of this layer are all zero, or not finite",
+            "the calibration inputs of this layer are all zero, or some are not finite",
             code="calibration-values",
             tensor=name,
             expected="finite inputs, some other than zero",
@@ -86,10 +89,10 @@ def quantize_calibrated(
     scale_dtype: torch.dtype = torch.float16,
     inputs: Tensor | None = None,
 ) -> CanonicalWeight:
-    """A weight [O, I] float32 in the format of `target`, rounded with regard to the inputs.
+    """Quantise a weight [O, I] float32 to the format of `target`, rounded for the least error on the inputs.
 
     algorithm: "gptq" (needs statistics.gram), or "clip", AWQ's search of ranges (needs that, or `inputs` [N, I]).
-    Both are for integer codes with integer zero points; other formats are rounded by themselves.
+    Both are for integer codes with integer zero points; the weights of other formats are rounded without the inputs.
     """
     made = without_static(target).quantize(weight, shape)
     if isinstance(made, IntWeight) and made.offsets is None and statistics.rows:

@@ -1,4 +1,4 @@
-"""GPTQ: weights rounded one input at a time, each error made good by the inputs that are not rounded yet.
+"""GPTQ: weights are rounded one input at a time, and the inputs not rounded yet make up for each error.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization", https://arxiv.org/abs/2210.17323.
 """
@@ -13,9 +13,8 @@ from torch import Tensor
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import IntWeight
 
-DAMPING = (
-    0.01  # of the Hessian's mean diagonal; ten and a hundred times that where it is not positive definite
-)
+# This share of the Hessian's mean diagonal is added; ten and a hundred times that where it is not positive definite.
+DAMPING = 0.01
 
 
 def round_with_hessian(
@@ -29,12 +28,14 @@ def round_with_hessian(
     scale_dtype: torch.dtype = torch.float16,
     name: str = "",
 ) -> IntWeight:
-    """Round [O, I] float32 so that its outputs on the calibration inputs change least.
+    """Round a weight [O, I] float32 so that its outputs on the calibration inputs change least.
 
-    gram: [I, I], the inputs' products with one another, summed over all of them (half the Hessian).
+    gram: [I, I], the inputs' products with one another, summed over all rows (half the Hessian).
     act_order: inputs that matter most are rounded first; groups stay where they are, so that nothing is reordered.
-    Without it a group's scale is chosen when its first input's turn comes, with all that was made good by then.
-    scale_dtype: what scales are rounded to before codes are chosen.  ConfigError if `gram` holds what is not finite.
+    Without it a group's scale is chosen when its first input's turn comes, from weights that make up for the errors so
+    far.
+    scale_dtype: what scales are rounded to before codes are chosen.  name: the layer's, for messages.
+    ConfigError if `gram` is not finite, or its Hessian cannot be inverted.
     """
     out_features, in_features = weight.shape
     order = torch.arange(in_features)
@@ -75,24 +76,24 @@ def round_with_hessian(
 def _fitted(
     weight: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zero points [O, I/G] of rounding to nearest, the scales in `dtype`."""
+    """Fit scales and zero points [O, I/G] as rounding to nearest does, and return both in `dtype`."""
     made = IntWeight.from_float(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     middle = torch.full_like(made.scales, 2 ** (bits - 1))
     return made.scales.to(dtype), (middle if made.zeros is None else made.zeros).to(dtype)
 
 
 def _inverse_factor(gram: Tensor, name: str) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse, [I, I]."""
+    """Compute the upper Cholesky factor of the damped Hessian's inverse, [I, I]."""
     if not bool(torch.isfinite(gram).all()):
         raise ConfigError(
-            "calibration inputs of this layer are not finite numbers",
+            "some calibration inputs of this layer are not finite numbers",
             code="calibration-values",
             tensor=name or None,
             fix="Check the model on this text: `pymllm verify MODEL --text FILE`.",
         )
     hessian = gram.clone()
     diagonal = hessian.diagonal()
-    unused = diagonal == 0  # never seen: rounded by itself
+    unused = diagonal == 0  # an input that is always zero is rounded by itself
     diagonal[unused] = 1
     mean = float(gram.diagonal().mean()) or 1.0
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):

@@ -1,4 +1,4 @@
-"""Integer codes of floats: rounded to nearest, with searched scales, with refined zero points."""
+"""Integer codes of floats: by rounding to nearest, with searched scales, or with refined zero points."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ HQQ_NORM, HQQ_STEPS, HQQ_WEIGHT, HQQ_GROWTH = 0.7, 20, 10.0, 1.01
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
-    """[O, I] float32: every group spans its largest magnitude, or its minimum to its maximum."""
+    """Round [O, I] float32 to nearest: a group's range is its largest magnitude, or its minimum to its maximum."""
     return IntWeight.from_float(weight, bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 def search_scales(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
-    """[O, I] float32: of several ranges, each group has the one with the least squared error."""
+    """Round [O, I] float32 with the best of several ranges for each group: the one with the least squared error."""
     groups = weight.unflatten(1, (-1, group_size))  # [O, I/G, G]
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = round_to_nearest(weight, bits, group_size, symmetric)
     least = _squared_error(best, groups)  # [O, I/G]
     for shrink in SHRINKS:
-        # A range is shrunk by what lies outside it, and stretched by multiplying it.
+        # A range shrinks when its values are clamped, and grows when they are multiplied.
         stretched = groups * shrink if shrink > 1 else groups.clamp(low * shrink, high * shrink)
         chosen = round_to_nearest(stretched.flatten(1), bits, group_size, symmetric)
         found = _recode(chosen, groups)
@@ -51,9 +51,9 @@ def search_scales(weight: Tensor, bits: int, group_size: int, symmetric: bool) -
 
 
 def refine_zeros(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> IntWeight:
-    """[O, I] float32: minimum to maximum, then a float zero point that a few outliers do not pull (HQQ).
+    """Round [O, I] float32 by HQQ: a range from minimum to maximum, and a float zero point that few outliers move.
 
-    Alternates, in closed form, between the error of which the 0.7-norm is taken and the zero points which explain
+    It alternates, in closed form, between the error of which the 0.7-norm is taken and the zero points that explain
     the rest: half-quadratic splitting, as https://mobiusml.github.io/hqq_blog/ derives it.
     """
     assert not symmetric, "symmetric codes have no zero points to refine"
@@ -82,7 +82,7 @@ def refine_zeros(weight: Tensor, bits: int, group_size: int, symmetric: bool) ->
 
 
 def _recode(chosen: IntWeight, groups: Tensor) -> IntWeight:
-    """The scales and zero points of `chosen`, with the codes of `groups` [O, I/G, G]."""
+    """Encode `groups` [O, I/G, G] with the scales and zero points of `chosen`."""
     zero: Tensor | int = (
         2 ** (chosen.bits - 1) if chosen.zeros is None else chosen.zeros.float().unsqueeze(-1)
     )
@@ -91,5 +91,5 @@ def _recode(chosen: IntWeight, groups: Tensor) -> IntWeight:
 
 
 def _squared_error(weight: IntWeight, groups: Tensor) -> Tensor:
-    """[O, I/G]"""
+    """Sum the squared error of each group: [O, I/G]."""
     return (weight.dequantize(torch.float32).view_as(groups) - groups).square_().sum(-1)

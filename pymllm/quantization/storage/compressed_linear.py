@@ -1,11 +1,11 @@
-"""What compressed-tensors stores for a linear layer: one method a family. Its format file chooses among them.
+"""The linear methods of compressed-tensors, one for each family. `formats/compressed_tensors.py` chooses among them.
 
 float8        weight e4m3 [O, I], weight_scale [1], [O, 1], [O, I/G] or [⌈O/b0⌉, ⌈I/b1⌉], input_scale [1] if static
 mxfp8         weight e4m3 [O, I], weight_scale uint8 exponents [O, I/32]
 int packed    weight_packed int32 [O, ceil(I·bits/32)], weight_scale [O, I/G], weight_shape int64 [2],
               weight_zero_point int32 [ceil(O·bits/32), I/G] if asymmetric, weight_g_idx int32 [I] if in act order
-int unpacked  weight int8 [O, I], weight_scale [1], [O, 1] or [O, I/G], weight_zero_point int8 alike; for activations:
-              input_scale [1] if static, and input_zero_point [1] if these have zero points
+int unpacked  weight int8 [O, I], weight_scale [1], [O, 1] or [O, I/G], weight_zero_point int8 of the same shape;
+              for activations input_scale [1] if static, and input_zero_point [1] if they have zero points
 fp4           weight_packed uint8 [O, I/2], weight_scale e4m3 [O, I/16] and weight_global_scale f32 [1] (nvfp4),
               or uint8 exponents [O, I/32] (mxfp4); input_global_scale f32 [1]
 
@@ -16,7 +16,6 @@ The page with the layouts: quantization/compressed_tensors/README.md.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -24,20 +23,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight, Fp8Weight, IntWeight
+from pymllm.kernels.canonical import TENSOR, Activations, CanonicalWeight, Fp8Weight, IntWeight
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.groups import check_groups
-from pymllm.quantization.storage.integer_linear import (
-    group_dim,
-    grouped_weight,
-    refuse_unknown_groups,
-    refuse_unordered,
-    unpack_outputs,
-)
+from pymllm.quantization.storage.fp4_linear import e2m1_weight
+from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.quantization.storage.groups import check_groups, rows_of_parts
+from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import (
-    E2M1,
     pack_words,
-    refuse_nan_codes,
     refuse_nan_scales,
     unpack_nibbles_low_first,
     unpack_words,
@@ -49,46 +42,17 @@ MX_GROUP = 32
 
 
 @dataclass(frozen=True)
-class FloatQuantizedLinearMethod(LinearMethodBase):
-    """block: the (outputs, inputs) that share a scale; (0, 0): the tensor, (1, 0): a channel.
+class FloatQuantizedLinearMethod(E4M3LinearMethod):
+    """float8 weights; with exponent_bytes, mxfp8.  The fields are `E4M3LinearMethod`'s."""
 
-    e8m0: scales are the exponents of powers of two, in bytes.
-    """
-
-    block: tuple[int, int]
-    activations: Activations
-    e8m0: bool = False
     name: ClassVar[str] = NAME
-
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        per_tensor: tuple[Dim, ...] = (PART,)
-        dims = per_tensor if self.block == (0, 0) else (OUT.every(self.block[0]), IN.every(self.block[1]))
-        scale = WeightSpec("weight_scale", torch.float32, dims, accepts=FLOATS, scale=True)
-        if self.e8m0:
-            scale = WeightSpec("weight_scale", torch.uint8, dims, refuse=refuse_nan_scales)
-        weight = WeightSpec("weight", torch.float8_e4m3fn, (OUT, IN), refuse=refuse_nan_codes)
-        specs: tuple[WeightSpec, ...] = (weight, scale)
-        if self.activations == "static":
-            specs += (WeightSpec("input_scale", torch.float32, per_tensor, accepts=FLOATS, scale=True),)
-        return specs
-
-    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        scales = tensors["weight_scale"]
-        return Fp8Weight.from_parts(
-            tensors["weight"],
-            scales.view(torch.float8_e8m0fnu).float() if self.e8m0 else scales,
-            self.block,
-            [span.size for span in shape.outputs],
-            self.activations,
-            tensors.get("input_scale"),
-        )
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, Fp8Weight)
         scales = weight.scales.float().contiguous()
         tensors = {
             "weight": weight.weight.contiguous(),
-            "weight_scale": scales.reshape(1) if self.block == (0, 0) else scales,
+            "weight_scale": scales.reshape(1) if self.block == TENSOR else scales,
         }
         if self.activations == "static":
             assert weight.input_scales is not None
@@ -96,19 +60,15 @@ class FloatQuantizedLinearMethod(LinearMethodBase):
         return tensors
 
     def describe(self) -> str:
-        granularity = {(0, 0): "tensor", (1, 0): "channel"}.get(
-            self.block, f"block {self.block[0]}x{self.block[1]}"
-        )
-        kind = "mxfp8" if self.e8m0 else f"fp8 e4m3 per {granularity}"
-        return f"{NAME} {kind}, activations {self.activations}"
+        return f"{NAME} mxfp8, activations {self.activations}" if self.exponent_bytes else super().describe()
 
 
 @dataclass(frozen=True)
 class IntQuantizedLinearMethod(LinearMethodBase):
-    """Integers, stored as they are or (packed) raised by 2^(bits-1) in words.  w = (code - zero point) * scale.
+    """Integer weights: signed bytes, or (packed) codes raised by 2^(bits-1) in words.  w = (code - zero point) * scale.
 
-    group_size: inputs that share a scale; 0: the whole row.  per_tensor: one scale for all rows.
-    index: whether a weight_g_idx is stored, and whether it is in order.  has_shape: whether weight_shape is.
+    group_size: how many inputs share a scale; 0: the whole row.  per_tensor: whether all rows share one scale.
+    index: whether a weight_g_idx is stored, and whether it is in order.  has_shape: whether a weight_shape is stored.
     """
 
     bits: int
@@ -124,7 +84,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
 
     @property
     def fuses(self) -> bool:
-        # Each part has an order, or a zero point of its activations, of its own.
+        # Otherwise each part has an order of its own, or a zero point of its own for its activations.
         return self.index != "act order" and self.activations != "static asym"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
@@ -142,9 +102,8 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         elif not self.symmetric:
             specs.append(WeightSpec("weight_zero_point", torch.int8, grid))
         if self.index != "absent":
-            refuse = refuse_unknown_groups if self.index == "act order" else refuse_unordered
-            check = functools.partial(refuse, group_size=self.group_size)
-            specs.append(WeightSpec("weight_g_idx", torch.int32, (PART, IN), refuse=check))
+            in_order = self.index == "in order"
+            specs.append(index_spec("weight_g_idx", self.group_size, in_order=in_order))
         if self.activations in ("static", "static asym"):
             specs.append(WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, scale=True))
         if self.activations == "static asym":
@@ -199,13 +158,12 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         return tensors
 
     def _rows(self, values: Tensor, shape: LinearShape) -> Tensor:
-        """[P] values of parts as [O, 1] of their rows; [O, I/G] as it is."""
-        return _part_rows(values, shape).unsqueeze(1) if self.per_tensor else values
+        """Give each part's value [P] to its rows, [O, 1]; return values of groups [O, I/G] as they are."""
+        return rows_of_parts(values, shape).unsqueeze(1) if self.per_tensor else values
 
     def describe(self) -> str:
-        groups = (
-            "per tensor" if self.per_tensor else f"g{self.group_size}" if self.group_size else "per channel"
-        )
+        groups = f"g{self.group_size}" if self.group_size else "per channel"
+        groups = "per tensor" if self.per_tensor else groups
         order = " in act order" if self.index == "act order" else ""
         zeros = "sym" if self.symmetric else "asym"
         return f"{NAME} int{self.bits} {groups} {zeros}{order}, activations {self.activations}"
@@ -213,9 +171,9 @@ class IntQuantizedLinearMethod(LinearMethodBase):
 
 @dataclass(frozen=True)
 class Fp4LinearMethod(LinearMethodBase):
-    """e2m1 values.  nvfp4: e4m3 scales of 16 inputs over a global scale; mxfp4: powers of two for 32 inputs.
+    """e2m1 weights.  nvfp4: an e4m3 scale for 16 inputs, over a global scale; mxfp4: a power of two for 32 inputs.
 
-    activations: "group": to fp4 in groups of the same size, as each of the two does it.
+    activations: "group": they are rounded to the same type, in groups of the same size.
     global_activations: whether input_global_scale is stored.
     """
 
@@ -245,40 +203,25 @@ class Fp4LinearMethod(LinearMethodBase):
         check_groups(self.group_size, shape)
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        codes = unpack_nibbles_low_first(tensors["weight_packed"])
-        scales = tensors["weight_scale"]
+        codes, scales = unpack_nibbles_low_first(tensors["weight_packed"]), tensors["weight_scale"]
+        rows = None
         if self.kind == "mxfp4":
             scales = scales.view(torch.float8_e8m0fnu)
-        row_scales = None
-        if "weight_global_scale" in tensors:
-            row_scales = _part_rows(tensors["weight_global_scale"].reciprocal(), shape)
-        return CodebookWeight(
-            codes,
-            torch.tensor(E2M1, device=codes.device),
-            scales,
-            "e2m1",
-            min(self.group_size, codes.shape[1]),
-            row_scales,
-            self.activations,
-            tensors.get("input_global_scale"),
-        )
+        else:
+            rows = rows_of_parts(tensors["weight_global_scale"].reciprocal(), shape)
+        return e2m1_weight(codes, scales, rows, self.activations, tensors.get("input_global_scale"))
 
     def describe(self) -> str:
         return f"{NAME} {self.kind}, activations {self.activations}"
 
 
 def _as_signed(codes: Tensor, bits: int) -> Tensor:
-    """Codes 0..2^bits-1 as int8 around zero."""
+    """Shift codes 0..2^bits-1 to int8 around zero."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
-def _part_rows(values: Tensor, shape: LinearShape) -> Tensor:
-    """[P] values of parts → [O] of their rows."""
-    rows = [value.expand(span.size) for value, span in zip(values.unbind(), shape.outputs, strict=True)]
-    return torch.cat(rows)
-
-
 def _refuse_shape(stored: Tensor, shape: LinearShape) -> str | None:
+    """Refuse a stored shape that is not the layer's."""
     expected = [shape.out_features, shape.in_features]
     found = stored.flatten().tolist()
     return None if found == expected else f"the shape {found}, where the layer has {expected}"

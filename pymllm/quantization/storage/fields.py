@@ -1,4 +1,4 @@
-"""Reading a `quantization_config`: the error for a value that is not supported, and patterns that name modules."""
+"""Reading a `quantization_config`: the error for a value that is not supported, lists of names, and patterns."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def unsupported(
     file: str = "config.json",
     within: str = "quantization_config.",
 ) -> ConfigError:
-    """The error for `field` of a config with a `value` that cannot be read.
+    """Make the error for `field` of a config with a `value` that cannot be read.
 
-    what: the format's name for people.  supported: what is.  within: the path of the object that holds `field`.
+    what: the format's name for people.  supported: what can be read.  within: the path of the object around `field`,
+    with its dot.
     """
     return ConfigError(
         f"{what} with {field} {value!r} cannot be read",
@@ -45,7 +46,7 @@ def unsupported(
 def read_choice(
     what: str, config: Mapping[str, Any], field: str, default: Any, choices: Iterable[Any]
 ) -> Any:
-    """The value of `field`, which must be one of a few; `default` where the field is absent."""
+    """Read `field`, whose value must be one of a few; `default` where the field is absent.  ConfigError for another."""
     value = config.get(field, default)
     known = list(choices)
     if not any(value == choice and type(value) is type(choice) for choice in known):
@@ -53,10 +54,20 @@ def read_choice(
     return value
 
 
-def is_skipped(prefix: str, patterns: Iterable[str]) -> bool:
-    """Whether a module is one that transformers leaves unconverted.
+def is_group_size(value: Any) -> bool:
+    """Tell whether a value is a positive integer, or -1, which means whole rows."""
+    return type(value) is int and (value > 0 or value == -1)
 
-    A pattern is a regular expression from the name's start to a segment's end, or the name's own end.
+
+def is_block(value: Any) -> bool:
+    """Tell whether a value is a list of two positive integers: the outputs and inputs that share a scale."""
+    return isinstance(value, list) and [type(side) is int and side > 0 for side in value] == [True, True]
+
+
+def is_skipped(prefix: str, patterns: Iterable[str]) -> bool:
+    """Tell whether transformers would leave a module unconverted: whether one of the patterns is for it.
+
+    A pattern is a regular expression that matches from the name's start to a segment's end, or it is the name's end.
     """
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(
@@ -67,16 +78,17 @@ def is_skipped(prefix: str, patterns: Iterable[str]) -> bool:
 
 
 MAX_PATTERN = 1000  # characters
-MAX_REPEATS = 5  # of any length; matching takes steps of the order of the name's length to this power
-LONG = 16  # times
+MAX_REPEATS = 5  # long ones; matching takes about as many steps as the name's length to this power
+LONG = 16  # a repeat of more times than this is long
 
 
 @functools.lru_cache(maxsize=4096)
 def compile_pattern(pattern: str, field: str, prefix: str = "") -> re.Pattern[str]:
-    """A regular expression of a checkpoint's config, which may be hostile.  prefix: what stands before it there.
+    """Compile a regular expression of a checkpoint's config, which may be hostile.
 
-    ConfigError for one that is none, or that could take forever: too long, with too many repeats, or with repeats of
-    what itself repeats or has alternatives.
+    field: what holds it.  prefix: what stands before it there, such as "re:".  ConfigError for what is no regular
+    expression, or could take forever to match: it is too long, has too many repeats, or repeats what repeats itself or
+    has alternatives.
     """
     problem = None
     if len(pattern) > MAX_PATTERN:
@@ -100,9 +112,9 @@ def compile_pattern(pattern: str, field: str, prefix: str = "") -> re.Pattern[st
 
 
 def _too_slow(tree: Any) -> str | None:
-    """Why matching could take time without bound; None: it cannot."""
+    """Return why matching could take time without bound, or None if it cannot.  tree: the parsed expression."""
     repeats = 0
-    pending: list[tuple[Any, bool]] = [(tree, False)]  # what is parsed, and whether a repeat is around it
+    pending: list[tuple[Any, bool]] = [(tree, False)]  # nodes, and whether a repeat is around them
     while pending:
         node, repeated = pending.pop()
         if isinstance(node, sre_parse.SubPattern):
@@ -126,34 +138,31 @@ REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
 def read_stored(tensor: Any) -> Tensor:
-    """The data of a small tensor of the checkpoint, on the CPU, for what a config leaves to tensors."""
-    with torch.device("cpu"):  # a model may be being built on the meta device
+    """Read a small tensor of the checkpoint on the CPU, for settings that a format keeps in tensors."""
+    with torch.device("cpu"):  # the caller may be building a model on the meta device
         data = tensor if isinstance(tensor, Tensor) else tensor.read()
     assert isinstance(data, Tensor)
     return data
 
 
 def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = None) -> tuple[str, ...]:
-    """A list of names or patterns in a `quantization_config`; null: none.  ConfigError for anything else.
+    """Read a list of names or patterns; null: an empty one.  ConfigError for anything else.
 
-    regex: what stands before a regular expression, which must then be one; "": all are.
+    regex: what stands before a regular expression, to have these checked; "": every entry is one; None: none is.
     """
     names = config.get(field)
     if names is None:
         return ()
-    problem = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        problem, names = "a list of names", [names]
-    for name in names:
-        if problem is None and regex is not None and name.startswith(regex):
-            compile_pattern(name.removeprefix(regex), field, regex)
-    if problem is not None:
         raise ConfigError(
-            f"{field} of the quantisation must hold {problem}",
+            f"{field} of the quantisation must hold a list of names",
             code="quantization-config",
             file="config.json",
             tensor=f"quantization_config.{field}",
             expected="a list of strings, or null",
-            found=repr(names[0]),
+            found=repr(names),
         )
+    for name in names:
+        if regex is not None and name.startswith(regex):
+            compile_pattern(name.removeprefix(regex), field, regex)
     return tuple(names)

@@ -1,8 +1,10 @@
-"""What formats of grouped integers share: from codes and groups, in whatever order, to the canonical weight."""
+"""Integer linear weights: what the formats share that have groups of inputs, in whatever order these lie."""
 
 # I in_features, O out_features, G group_size, P parts of a fused layer
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -10,15 +12,23 @@ from torch import Tensor
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, IntWeight
 from pymllm.quantization.storage.packing import unpack_words
-from pymllm.weights.spec import IN, OUT, Dim, LinearShape, whole
+from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
 
 
 def group_dim(group_size: int, shape: LinearShape, *, indexed: bool) -> Dim:
-    """The dimension of scales and zero points along the inputs.  group_size: 0 or less: one group.
+    """Make the dimension of scales and zero points along the inputs.
 
-    indexed: inputs name their groups, so that every rank needs all of them.
+    group_size: 0 or less: one group.  indexed: whether inputs name their groups, so that every rank needs all groups.
     """
     return whole(IN.every(group_size).stored(shape.in_features)) if indexed else IN.every(group_size)
+
+
+def index_spec(
+    name: str, group_size: int, *, in_order: bool, accepts: tuple[torch.dtype, ...] = ()
+) -> WeightSpec:
+    """Make the spec of the tensor that names every input's group, which must say what the config says of the order."""
+    refuse = functools.partial(_refuse_unordered if in_order else _refuse_unknown, group_size=group_size)
+    return WeightSpec(name, torch.int32, (PART, IN), accepts=accepts, refuse=refuse)
 
 
 def grouped_weight(
@@ -34,11 +44,11 @@ def grouped_weight(
     input_scales: Tensor | None = None,
     input_zeros: Tensor | None = None,
 ) -> IntWeight:
-    """The canonical weight of codes [O, I] with scales and zeros [O, I/G] as `group_dim` stores them.
+    """Make the canonical weight of codes [O, I] with scales and zeros [O, I/G] as `group_dim` stores them.
 
-    index: [P, I] group of every input, where the format names them ("act order").  A whole layer's inputs are sorted
-    by group, so that groups lie in order for any kernel; a rank's share of them keeps the index.  Which of the two is
-    known from the shape alone, so that a plan can tell.
+    index: [P, I], the group of every input, where the format names it ("act order").  A whole layer's inputs are sorted
+    by group, so that groups lie in order for any kernel; a rank's share of the inputs keeps the index.  The shape alone
+    says which of the two it is, so that a plan knows it without data.
     """
     groups, inputs = scales.shape[1], codes.shape[1]
     order = None
@@ -49,7 +59,7 @@ def grouped_weight(
         if inputs == shape.in_features and inputs == groups * group_size and _equal_groups(index, groups):
             order = torch.argsort(index, stable=True)
             codes, index = codes[:, order], None
-    elif inputs != groups * group_size:  # the last group is short
+    elif inputs != groups * group_size:  # the last group is short, so inputs name their groups
         index = torch.arange(shape.inputs.start, shape.inputs.start + inputs, device=codes.device)
         index = index // group_size - shape.inputs.start // group_size
     return IntWeight(
@@ -67,7 +77,7 @@ def grouped_weight(
 
 
 def unpack_outputs(words: Tensor, bits: int, shape: LinearShape) -> Tensor:
-    """[N, W] words that are packed along the outputs, each part's from a word of its own → [O, N] fields."""
+    """Unpack words that are packed along the outputs: [N, W] -> [O, N] fields.  Each part starts a word of its own."""
     dim = OUT.in_words(bits)
     counts = [span.stored(dim, shape.name).size for span in shape.outputs]
     parts = [
@@ -78,7 +88,7 @@ def unpack_outputs(words: Tensor, bits: int, shape: LinearShape) -> Tensor:
 
 
 def same_for_all_parts(index: Tensor, shape: LinearShape) -> Tensor:
-    """[P, I] → [I].  ConfigError where parts that order their inputs differently are to be one weight."""
+    """Return the index of all parts: [P, I] -> [I].  ConfigError if they differ, as one weight has one order."""
     if index.shape[0] > 1 and not index.is_meta and not bool((index == index[0]).all()):
         raise ConfigError(
             "the parts of a fused layer order their inputs differently, so they cannot be one weight",
@@ -90,15 +100,15 @@ def same_for_all_parts(index: Tensor, shape: LinearShape) -> Tensor:
 
 
 def _equal_groups(index: Tensor, groups: int) -> bool:
-    """Whether every group has as many inputs as any other, as all writers make them; without data, yes."""
+    """Tell whether all groups have equally many inputs, as all writers make them.  Without data, they have."""
     if index.is_meta:
         return True
     counts = torch.bincount(index, minlength=groups)
     return counts.numel() == groups and bool((counts == index.numel() // groups).all())
 
 
-def refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
-    """For a `WeightSpec.refuse`: an index that must name groups in order of inputs, or be all -1 (not set)."""
+def _refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
+    """Refuse an index that does not name groups in the order of inputs, unless it is all -1 (not set)."""
     inputs = torch.arange(shape.inputs.start, shape.inputs.stop, device=index.device)
     expected = inputs // group_size if group_size > 0 else torch.zeros_like(inputs)
     found = index.reshape(-1)
@@ -107,8 +117,8 @@ def refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str 
     return "groups that do not lie in order, although the config has no act order (desc_act, actorder)"
 
 
-def refuse_unknown_groups(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
-    """For a `WeightSpec.refuse`: an index that names groups which the layer does not have."""
+def _refuse_unknown(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
+    """Refuse an index that names groups which the layer does not have."""
     groups = IN.every(group_size).stored(shape.in_features)
     low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
     return None if low >= 0 and high < groups else f"groups {low} to {high}, of a layer with {groups}"

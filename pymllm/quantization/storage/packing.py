@@ -1,4 +1,4 @@
-"""Packing that several formats share: little fields in big words, and the tables of 4-bit floats."""
+"""Packing that several formats share: small fields in words, and the codes of 4-bit and 8-bit floats."""
 
 # N rows, K columns
 
@@ -14,51 +14,52 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 
 def as_bytes(words: Tensor) -> Tensor:
-    """[N, K] int32 words → [N, 4·K] bytes, the lowest of a word first."""
+    """Return the bytes of [N, K] int32 words as [N, 4·K], the lowest of a word first."""
     return words.contiguous().flatten().view(torch.uint8).unflatten(0, (words.shape[0], -1))
 
 
 def unpack_fields(words: Tensor, bits: int) -> Tensor:
-    """[N, K·bits/32] int32 words → [N, K] uint8 fields, the lowest bits of a word first.  bits: 2, 4 or 8.
+    """Unpack [N, K·bits/32] int32 words to [N, K] uint8 fields, the lowest bits of a word first.  bits: 2, 4 or 8.
 
-    Works on bytes, so that no temporary is larger than the result.
+    It works on bytes, so that no temporary is larger than the result.
     """
     octets = as_bytes(words)
     if bits == 8:
         return octets
     fields = torch.empty((*octets.shape, 8 // bits), dtype=torch.uint8, device=octets.device)
-    # A plan wants the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
+    # A plan needs the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
     for index in range(0 if fields.is_meta else 8 // bits):
         fields[..., index] = (octets >> (bits * index)) & (2**bits - 1)
     return fields.flatten(-2)
 
 
 def unpack_nibbles_low_first(packed: Tensor) -> Tensor:
-    """[N, K/2] bytes → [N, K] uint8 codes, the low nibble first."""
+    """Unpack [N, K/2] bytes to [N, K] uint8 codes, the low nibble first."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def pack_nibbles_low_first(codes: Tensor) -> Tensor:
-    """The inverse of `unpack_nibbles_low_first`: [N, K] uint8 codes → [N, K/2] bytes.  K is even."""
+    """Pack [N, K] uint8 codes into [N, K/2] bytes, the inverse of `unpack_nibbles_low_first`.  K is even."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def unpack_nibbles_high_first(packed: Tensor) -> Tensor:
-    """[N, K/2] bytes → [N, K] uint8 codes, the high nibble first."""
+    """Unpack [N, K/2] bytes to [N, K] uint8 codes, the high nibble first."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)
 
 
 def encode_e2m1(values: Tensor) -> Tensor:
-    """The uint8 codes 0..15 of the nearest values that E2M1 holds, ties to even codes; ±6 beyond them."""
+    """Encode values as the uint8 codes 0..15 of the nearest that E2M1 holds, ties to even codes, ±6 for larger ones."""
     magnitudes = torch.tensor(E2M1[:8], device=values.device)
     codes = torch.searchsorted(magnitudes, nearest_e2m1(values).abs().contiguous())
     return codes.to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """[N, ceil(K·bits/32)] int32 words → [N, K'] uint8 fields, the lowest bits of a word first; K' fills the words.
+    """Unpack [N, ceil(K·bits/32)] int32 words to [N, K'] uint8 fields, the lowest bits of a word first.
 
-    bits: 1 to 8.  Fields lie without gaps; where `bits` does not divide 32, some lie across two words.
+    bits: 1 to 8.  K': as many fields as fill the words, K or more.  Fields lie without gaps; where `bits` does not
+    divide 32, some lie across two words.
     """
     if 8 % bits == 0 and bits > 1:
         return unpack_fields(words, bits)
@@ -76,7 +77,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_words(fields: Tensor, bits: int) -> Tensor:
-    """The inverse of `unpack_words`: [N, K] fields → [N, ceil(K·bits/32)] int32 words, zeros after the last."""
+    """Pack [N, K] fields into [N, ceil(K·bits/32)] int32 words, with zeros after the last: `unpack_words` undone."""
     wide = torch.nn.functional.pad(fields.to(torch.int64), (0, -fields.shape[1] % 32)).unflatten(1, (-1, 32))
     start = torch.arange(32, device=fields.device) * bits
     words = torch.zeros((*wide.shape[:2], bits + 1), dtype=torch.int64, device=fields.device)
@@ -85,19 +86,19 @@ def pack_words(fields: Tensor, bits: int) -> Tensor:
     return words[:, :, :bits].flatten(1)[:, : -(-fields.shape[1] * bits // 32)].to(torch.int32)
 
 
-ROWS_AT_A_TIME = 4096  # bounds the memory of looking for NaN codes
+ROWS_AT_A_TIME = 4096  # bounds the memory that looking for NaN codes takes
 E8M0_NAN = 255
 
 
 def refuse_nan_scales(scales: Tensor, shape: object) -> str | None:
-    """For a `WeightSpec.refuse`: NaN among scales that are float8_e4m3, or the exponents of powers of two."""
+    """Refuse NaN among scales that are float8_e4m3, or the exponents of powers of two.  For a `WeightSpec.refuse`."""
     bits = scales.view(torch.uint8)
     bad = bits == E8M0_NAN if scales.dtype is not torch.float8_e4m3fn else (bits & 127) == 127
     return f"{int(bad.sum())} scales of {bad.numel()} that are NaN" if bool(bad.any()) else None
 
 
 def refuse_nan_codes(stored: Tensor, shape: object) -> str | None:
-    """For a `WeightSpec.refuse`: float8_e4m3 codes that are NaN, which no writer makes of a weight."""
+    """Refuse float8_e4m3 codes that are NaN, which no writer makes of a weight.  For a `WeightSpec.refuse`."""
     count = 0
     for codes in stored.view(torch.uint8).split(ROWS_AT_A_TIME):
         count += int(((codes & 0x7F) == 0x7F).sum())

@@ -1,14 +1,13 @@
 """Compiling for GPUs that are not here."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from pymllm.kernels.hardware import ARCHITECTURES
 from pymllm.kernels.triton.ahead_of_time import Built, gather_tasks
+
+from ...processes import python
 
 pytest.importorskip("triton")
 
@@ -31,12 +30,9 @@ def test_too_much_shared_memory_and_spills_in_hot_kernels_are_verdicts():
 
 def test_the_command_compiles_for_nvidia_and_amd_and_says_what_came_out(tmp_path):
     """In a process of its own: this one may run Triton's interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pymllm", "bench", "aot", "--arch", "sm90", "--arch", "gfx942"]
+    command = ["-m", "pymllm", "bench", "aot", "--arch", "sm90", "--arch", "gfx942"]
     command += ["--only", "triton_int", "--limit", "6", "--workers", "1", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stdout + run.stderr
-    launches = json.loads(run.stdout)["launches"]
+    launches = json.loads(python(*command, check=True, TRITON_INTERPRET=None).stdout)["launches"]
     assert {row["architecture"] for row in launches} == {"sm90", "gfx942"}
     for row in launches:
         assert row["verdict"] == "ok" and 0 < row["registers"] <= 255 * (

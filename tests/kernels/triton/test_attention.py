@@ -10,7 +10,7 @@ from pymllm.kernels.aten.kv_store import TorchKVStore
 from pymllm.kernels.attention import AttentionStep, KVType
 from pymllm.kernels.triton import attention as family
 from pymllm.kernels.triton.attention import TritonAttention, TritonGroupedAttention, TritonKVStore
-from tests.attention.steps import empty_pages, make_case, make_problem
+from tests.attention.steps import REQUESTS_IN_BLOCKS, blocks_of_four, empty_pages, make_case, make_problem
 
 from .gpu import DEVICE, HERE, UNIT
 
@@ -78,16 +78,9 @@ def test_windows_caps_sinks_value_heads_and_page_sizes(changes):
 
 @pytest.mark.parametrize("prefix_causal", (False, True))
 def test_blocks_that_see_themselves_and_holes_that_nobody_sees(prefix_causal):
-    settings = {
-        "block_size": 4,
-        "status_table": torch.tensor([0, 1, 0, 2], dtype=torch.int32),
-        "prefix_causal": prefix_causal,
-        "mask_prefix_hole": True,
-        "prefix_lens": torch.tensor([3, 5, 2, 6], dtype=torch.int32),
-        "padded_prefix_lens": torch.tensor([8, 8, 4, 12], dtype=torch.int32),
-    }
+    settings = blocks_of_four(prefix_causal=prefix_causal, hole=True)
     problem = make_problem(block_causal=True, dtype=torch.float16)
-    check(GROUPED, make_case(problem, [(0, 8), (8, 4), (6, 7), (12, 8)], **settings))
+    check(GROUPED, make_case(problem, REQUESTS_IN_BLOCKS, **settings))
 
 
 @pytest.mark.parametrize("sinks", (False, True))

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from pymllm.kernels.canonical import DenseWeight, ExpertsWeight, Fp8Weight, IntWeight
-from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
+from pymllm.kernels.canonical import DenseWeight, Fp8Weight, IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton.experts import TritonExperts, sorted_slots
 
+from ...moe_formula import expected_experts
 from .gpu import DEVICE, HERE, UNIT, randn
 from .test_float_weights import codebook
 
@@ -55,20 +56,6 @@ def packed_here(weight, problem):
     return packed
 
 
-def expected(weight, activation, x, ids, weights, bias):
-    y = torch.zeros(x.shape, dtype=torch.float64)
-    for token, k in torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist():
-        e = int(ids[token, k])
-        if e < 0:
-            continue
-        both = torch.cat([part[e].dequantize(torch.float64) for part in weight.gate_up]) @ x[token].double()
-        both += 0 if bias.gate_up is None else bias.gate_up[e].double()
-        answer = weight.down[e].dequantize(torch.float64) @ activation(both)
-        answer += 0 if bias.down is None else bias.down[e].double()
-        y[token] += float(weights[token, k]) * answer
-    return y
-
-
 def check(kind, sizes, *, apart=False, activation="silu", biased=False):
     weight, problem = make(kind, apart, activation)
     assert KERNEL.why_not(problem) is None
@@ -82,7 +69,7 @@ def check(kind, sizes, *, apart=False, activation="silu", biased=False):
         weights = torch.rand(tokens, top_k, generator=generator)
         found = KERNEL.run(packed, problem, x, ids.to(HERE), weights.to(HERE), bias).cpu()
         at_home = ExpertsBias(*(None if t is None else t.cpu() for t in bias))
-        want = expected(weight, problem.activation, x.cpu(), ids, weights, at_home)
+        want = expected_experts(weight, x.cpu(), ids, weights, at_home, problem.activation)
         assert found.shape == x.shape and found.dtype is torch.float16
         # Weights, the gated product and the sum are rounded to float16, in rows of up to 96 terms.
         scale = want.abs().max() if want.numel() else 0
@@ -108,7 +95,7 @@ def test_an_expert_that_gets_everything_and_one_that_comes_up_twice():
     ids = torch.full((40, 2), 3, device=HERE)
     weights = torch.full((40, 2), 0.5, device=HERE)
     found = KERNEL.run(packed, problem, x, ids, weights, ExpertsBias()).cpu()
-    want = expected(weight, problem.activation, x.cpu(), ids.cpu(), weights.cpu(), ExpertsBias())
+    want = expected_experts(weight, x.cpu(), ids.cpu(), weights.cpu(), ExpertsBias(), problem.activation)
     assert torch.allclose(found.double(), want, atol=4e-3 * float(want.abs().max()))
 
 
