@@ -1,4 +1,4 @@
-"""The front door: a model, loaded and ready to answer."""
+"""The front door: `LLM`, a model that is loaded and ready to answer, and `load_model`, which makes the model alone."""
 
 # T tokens, V vocabulary
 
@@ -36,14 +36,15 @@ from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
-from pymllm.loading.prepare import Prepared, prepare
+from pymllm.loading.prepare import prepare
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
-from pymllm.planning.make_plan import make_plan
+from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.gguf_tokenizer import open_tokenizer
-from pymllm.weights.memory import refuse_too_large
+from pymllm.text.tokenizer import read_json
+from pymllm.weights.report import LoadReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +53,7 @@ Prompt = str | Sequence[int]
 
 
 def shipped_model() -> Path:
-    """The folder of the small trained model that comes with the package."""
+    """Return the folder of the small trained model that comes with the package."""
     return Path(__file__).parent / "shipped_model"
 
 
@@ -80,6 +81,7 @@ class LLM:
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
 
     `plan` says what runs, and why. Several threads may use one LLM; they take turns.
+    Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class LLM:
             )
             self.plan: Plan = make_plan(prepared)
             if check_memory:
-                _refuse_too_large(prepared, self.plan)
+                check_fits(prepared, self.plan)
             self.model = load_prepared(prepared, progress=progress)
         self.prepared = prepared
         self.config = prepared.config
@@ -137,7 +139,10 @@ class LLM:
         return loaded_adapters(self.model)
 
     def load_adapter(self, name: str, path: str | Path) -> LoadedAdapter:
-        """Load a PEFT adapter for requests that name it, in place of one of that name; see `load_lora_weights`."""
+        """Load a PEFT adapter for requests that name it, in place of one of that name; see `load_lora_weights`.
+
+        name: what requests choose it by.  path: a folder as PEFT writes it, or a hub id.
+        """
         with self._lock:
             return load_lora_weights(self.model, path, name=name, activate=False)
 
@@ -147,7 +152,7 @@ class LLM:
             unload_lora_weights(self.model, name)
 
     def merge_adapter(self, name: str) -> LoadedAdapter:
-        """Every request has this adapter from now on, merged into the weights where these are plain floats.
+        """Give every request this adapter from now on, merged into the weights where these are plain floats.
 
         `unmerge_adapter` puts the weights back bit for bit; until then they are held twice, and no request can choose
         another adapter.
@@ -156,12 +161,12 @@ class LLM:
             return merge_lora_weights(self.model, name)
 
     def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`; nothing if nothing is merged."""
+        """Undo `merge_adapter`.  Where nothing is merged, do nothing."""
         with self._lock:
             unmerge_lora_weights(self.model)
 
     def check_adapter(self, name: str | None) -> str | None:
-        """The name of an adapter that a request may have now.  RequestError with the nearest names else."""
+        """Return the name of an adapter that a request may have now.  RequestError, with the nearest names, if none."""
         if name is None:
             return None
         if name not in self.adapters:
@@ -183,15 +188,14 @@ class LLM:
         return name
 
     @property
-    def load_report(self) -> Any:
-        """What became of every checkpoint tensor."""
-        return self.model.load_report
+    def load_report(self) -> LoadReport:
+        """The report of the load: what became of every checkpoint tensor."""
+        report: LoadReport = self.model.load_report  # type: ignore[assignment]
+        return report
 
     @functools.cached_property
     def generation_config(self) -> dict[str, Any]:
         """The checkpoint's generation_config.json; {} without one."""
-        from pymllm.text.tokenizer import read_json
-
         return read_json(self.path / "generation_config.json")
 
     def _end_tokens(self) -> frozenset[int]:
@@ -199,7 +203,10 @@ class LLM:
         return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     def default_params(self, **overrides: Any) -> SamplingParams:
-        """Sampling as the checkpoint's generation_config recommends it, with `overrides`."""
+        """Make the sampling parameters that the checkpoint's generation_config recommends.
+
+        overrides: fields of `SamplingParams` that are to be others.
+        """
         recommended = {}
         if self.generation_config.get("do_sample"):
             recommended = {
@@ -210,7 +217,10 @@ class LLM:
         return SamplingParams(**{**recommended, **overrides})
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; ids are checked against the vocabulary.  RequestError names the first bad one."""
+        """Turn a prompt into token ids; a prompt of ids is checked against the vocabulary.
+
+        RequestError for an id outside of it, or a prompt that is neither text nor ids.
+        """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         vocabulary = self.config.size("vocab_size")
         bad = next((token for token in ids if not 0 <= token < vocabulary), None)
@@ -225,7 +235,10 @@ class LLM:
         return ids
 
     def logits(self, token_ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
-        """Logits after each of the tokens, from one forward without a cache.  Returns [T, V] float32 on the CPU."""
+        """Compute the logits after each of the tokens, in one forward without a cache.
+
+        adapter: the name of one in `adapters`, or None.  Returns [T, V] float32 on the CPU.
+        """
         self.check_adapter(adapter)
         ids = self.encode(token_ids)  # type: ignore[arg-type]
         if not ids:
@@ -241,10 +254,11 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         outputs: GenerationOutputs | None = None,
     ) -> list[RequestOutput]:
-        """Answer one prompt or several, batched.
+        """Answer one prompt or several, batched.  Returns the answers in the order of the prompts.
 
-        A prompt is text or token ids.  params, adapter: one for all, or one each; an adapter is the name of one in
-        `adapters`, or None.  outputs: records every step, for metrics and trajectories.
+        prompts: text or token ids each.  params: one for all, or one each; None: `default_params()`.
+        adapter: one for all, or one each: the name of one in `adapters`, or None.
+        outputs: records every step, for metrics and trajectories.
         """
         many = self._as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
@@ -271,7 +285,10 @@ class LLM:
         adapter: str | None = None,
         outputs: GenerationOutputs | None = None,
     ) -> Iterator[StreamPiece]:
-        """Answer one prompt piece by piece; the last piece carries the output.  Closing the iterator aborts."""
+        """Answer one prompt piece by piece; the last piece carries the output.  Closing the iterator aborts.
+
+        prompt, params, adapter, outputs: as for `generate`.
+        """
         return (piece for _, piece in self.stream_all([prompt], params, adapter=adapter, outputs=outputs))
 
     def stream_all(
@@ -282,8 +299,10 @@ class LLM:
         adapter: str | None = None,
         outputs: GenerationOutputs | None = None,
     ) -> Generator[tuple[int, StreamPiece], None, None]:
-        """Answer several prompts at a time, piece by piece, each with the index of its prompt; as `stream` else."""
-        ids = [self.encode(prompt) for prompt in prompts]  # a bad one fails here, not at the first piece
+        """Answer several prompts at a time, piece by piece, each with the index of its prompt; else as `stream`."""
+        ids = [
+            self.encode(prompt) for prompt in prompts
+        ]  # so that a bad one fails here, not at the first piece
         self.check_adapter(adapter)
         return self._run(ids, [params or self.default_params()] * len(ids), [adapter] * len(ids), outputs)
 
@@ -294,7 +313,10 @@ class LLM:
         *,
         adapter: str | None = None,
     ) -> RequestOutput:
-        """Answer a conversation ([{"role": ..., "content": ...}]) through the checkpoint's chat template."""
+        """Answer a conversation through the checkpoint's chat template.
+
+        messages: [{"role": ..., "content": ...}].  params, adapter: as for `generate`.
+        """
         return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
 
     @staticmethod
@@ -330,7 +352,10 @@ class LLM:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
-        """The engine for this thread alone, for requests that come and go; what has not finished ends with it."""
+        """Give the engine to this thread alone, for requests that come and go; what has not finished ends with it.
+
+        RequestError where the thread has a stream that has not ended.
+        """
         with self._lock:
             if not self.engine.idle:  # the lock lets its own thread in again
                 raise RequestError(
@@ -375,12 +400,12 @@ def load_model(
     """
     prepared = prepare(path, quant, **options)
     if check_memory:
-        _refuse_too_large(prepared, make_plan(prepared))
+        check_fits(prepared, make_plan(prepared))
     return load_prepared(prepared, progress=progress)
 
 
 def _token_ids(prompt: Any) -> list[int]:
-    """A prompt of token ids, whatever holds them."""
+    """Read a prompt of token ids, whatever holds them.  RequestError for anything but whole numbers."""
     try:
         return [
             operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)
@@ -395,21 +420,18 @@ def _token_ids(prompt: Any) -> list[int]:
         ) from None
 
 
-def _refuse_too_large(prepared: Prepared, plan: Plan) -> None:
-    refuse_too_large(plan.totals["peak_load_bytes"], prepared.execution.device, str(prepared.checkpoint.path))
-
-
 def choose_parallel(size: int, expert_parallel: bool = False) -> Parallel:
-    """The current `Parallel`, or the one that torchrun started.  ConfigError if its size is not the one asked for.
+    """Choose the current `Parallel`, or the one that torchrun started.
 
-    expert_parallel: divide experts whole; the current `Parallel` may also say so.
+    size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
+    expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
     """
     parallel = current_parallel()
     if parallel.size == 1:
         parallel = Parallel.from_environment()
     if size not in (1, parallel.size):
         raise ConfigError(
-            f"tensor_parallel_size is {size}, but {parallel.size} process{'es' * (parallel.size > 1)} of this job run",
+            f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",
             code="tp-processes",
             expected=f"{size} processes",
             found=str(parallel.size),

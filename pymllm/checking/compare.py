@@ -1,4 +1,4 @@
-"""Several sets of rules for one model, side by side: bytes, errors of weights, and what becomes of the answers.
+"""`compare`: several sets of rules for one model, side by side: bytes, errors of weights, divergence of the answers.
 
 pymllm.compare("org/model", ["", "**.layers.**=int8", "**.layers.**=int4"], text="held-out.txt")
 """
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 class ComparedLayer:
     """One layer (parts that run in one matmul together) under one set of rules.
 
-    error: relative distance of its weights to the stored ones.  bytes: packed.
+    bytes: packed.  error: relative distance of its weights to the stored ones.
     """
 
     prefix: str
@@ -39,7 +39,10 @@ class ComparedLayer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of rules.  name: the rules as they were given.  ok: whether its kernels verify."""
+    """One set of rules and what it does to the model.
+
+    name: the rules as they were given; rules: one by one.  ok: whether its kernels verify.  weight_bytes: packed.
+    """
 
     name: str
     rules: list[str]
@@ -51,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All sets of rules, in the order in which they were given."""
+    """The sets of rules, in the order in which they were given."""
 
     model: str
     candidates: list[Candidate]
@@ -64,7 +67,7 @@ class Comparison:
         return {"schema_version": SCHEMA_VERSION, "ok": self.ok, **asdict(self)}
 
     def table(self) -> str:
-        """One line a set of rules, then the layers whose errors differ most for their bytes."""
+        """Write one line for each set of rules: bytes, divergence, with text the perplexity."""
         with_text = any(candidate.end_to_end.perplexity for candidate in self.candidates)
         title = f"{'weights':>10} {'KL':>9} {'top 1':>8}"
         lines = [title + (f" {'perplexity':>10}" if with_text else "") + "  rules"]
@@ -75,15 +78,15 @@ class Comparison:
             if with_text:
                 line += f" {whole.perplexity.get('model', float('nan')):10.3f}"
             failed = "" if candidate.ok else "  (a kernel FAILS: pymllm verify)"
-            lines.append(f"{line}  {chr(ord('A') + index % 26)}: {candidate.name or 'as stored'}{failed}")
+            lines.append(f"{line}  {_label(index, candidate)}{failed}")
         return "\n".join(lines)
 
     def layer_table(self, top: int | None = None) -> str:
-        """Every layer's error and bytes under each set of rules, largest errors first."""
+        """List the `top` layers of largest error (None: all): error and bytes under each set of rules."""
         names = list(dict.fromkeys(layer.prefix for c in self.candidates for layer in c.layers))
         by_name = [{layer.prefix: layer for layer in c.layers} for c in self.candidates]
         names.sort(key=lambda name: -max(c[name].error for c in by_name if name in c))
-        letters = [chr(ord("A") + index % 26) for index in range(len(by_name))]
+        letters = map(_letter, range(len(by_name)))
         lines = ["".join(f"{f'error {c}':>10} {f'kB {c}':>9}" for c in letters) + "  layer"]
         for name in names[:top]:
             cells = "".join(
@@ -97,7 +100,10 @@ class Comparison:
         return f"{self.table()}\n\n{self.layer_table(10)}"
 
     def save_plot(self, file: str | Path) -> None:
-        """Error against bytes, a point a layer, as SVG (or what the ending says).  Needs the extra `plot`."""
+        """Plot error against bytes, a point a layer, as SVG (or what the file's ending says).
+
+        MissingExtraError without the extra `plot`; ConfigError for a file that cannot be written.
+        """
         figure = require_matplotlib()(figsize=(9, 6), layout="constrained")
         axes = figure.add_subplot()
         for index, candidate in enumerate(self.candidates):
@@ -107,7 +113,7 @@ class Comparison:
                 [layer.error for layer in layers],
                 s=18,
                 alpha=0.7,
-                label=f"{chr(ord('A') + index % 26)}: {candidate.name or 'as stored'}"[:80],
+                label=_label(index, candidate)[:80],
             )
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1e-4)
@@ -123,8 +129,17 @@ class Comparison:
             raise ConfigError(f"the plot cannot be written: {error}", code="plot", file=str(file)) from None
 
 
+def _letter(index: int) -> str:
+    """Return the letter that a candidate goes by."""
+    return chr(ord("A") + index % 26)
+
+
+def _label(index: int, candidate: Candidate) -> str:
+    return f"{_letter(index)}: {candidate.name or 'as stored'}"
+
+
 def require_matplotlib() -> Any:
-    """matplotlib's Figure.  MissingExtraError without it: ask before what takes long."""
+    """Return matplotlib's Figure.  MissingExtraError without it; so call this before what takes long."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -144,9 +159,10 @@ def compare(
     """Load the model under each set of rules in turn, verify it and measure its answers.
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
-    candidates: sets of rules: each rules separated by ";", or "@FILE"; "": as stored.
+    candidates: the sets of rules; a set is "PATTERN=METHOD" rules separated by ";", or "@FILE"; "": as stored.
     text: a file to measure on, with its perplexity; None: random token ids.
-    tokens, window: how many token ids to measure on, in windows of how many.
+    tokens: how many token ids to measure on.
+    window: how many of these are run together, as a text of its own.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
     compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
@@ -156,6 +172,7 @@ def compare(
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
 
+    Returns the `Comparison`; str() says it in a table.
     Raises whatever loading would raise under any of the rules.
     """
     found = []
@@ -180,17 +197,17 @@ def compare(
 
 
 def split_rules(text: str) -> list[str]:
-    """The rules of one candidate: separated by ";", or "@FILE"."""
+    """Split the rules of one candidate, which ";" separates; "@FILE" is one of them."""
     return [rule.strip() for rule in text.split(";") if rule.strip()]
 
 
 def _layers(planned: Plan, verification: Verification) -> list[ComparedLayer]:
+    """Join each layer's check with its bytes of the plan."""
     sizes = {layer.prefix: layer.bytes for layer in planned.layers}
-    experts = {check.prefix for check in verification.layers if check.kind == "experts"}
     found = []
     for check in verification.layers:
         parts = check.prefix.split(" + ")
-        if check.prefix in experts:
+        if check.kind == "experts":
             parts = [name for name in sizes if name.startswith(f"{check.prefix}.")]
         nbytes = sum(sizes.get(part, 0) for part in parts)
         found.append(ComparedLayer(check.prefix, check.kind, check.method, nbytes, check.quantisation_error))

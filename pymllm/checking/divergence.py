@@ -1,4 +1,4 @@
-"""How far a model's answers are from those of its weights in float32: next-token distributions over a text.
+"""The distance of a model's answers from those of its weights in float32: next-token distributions over a text.
 
 Two references, both run by the reference kernels, which decode weights and multiply in float32: the very weights that
 run (what kernels and activation dtypes change), and, where rules convert, the weights that are stored (what the rules
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ REFERENCE = {"linear": "reference", "embedding": "reference", "experts": "refere
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of one model's next-token distributions from a reference's, over all positions.
+    """The distance of one model's next-token distributions from a reference's, over all positions.
 
-    kl: mean of KL(reference || model) in nats; worst_kl: its largest.  top1: how often both have the same first token.
+    kl: mean of KL(reference || model) in nats; worst_kl: its largest.
+    top1: the share of positions where both have the same first token.
     """
 
     kl: float
@@ -44,10 +45,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """kernels: from the same weights in float32.  rules: from the stored weights in float32; None: no rule converts.
+    """The divergences of a whole model.
 
+    tokens, windows: how many were run.  text: its file, or None for random tokens.
+    kernels: from the same weights in float32.  rules: from the stored weights in float32; None: no rule converts.
     perplexity: on the text, of the model ("model"), of its weights in float32 ("float32") and of the stored ones
-    ("stored"); empty without text.  text: its file, or None for random tokens.
+    ("stored"); empty without text.
     """
 
     tokens: int
@@ -58,7 +61,7 @@ class EndToEnd:
     perplexity: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Write a few lines for people."""
         where = self.text or "random ids"
         found = [f"end to end on {self.tokens} tokens of {where}:"]
         for name, one in (("the same weights in float32", self.kernels), ("the stored weights", self.rules)):
@@ -84,7 +87,8 @@ def measure_end_to_end(
 ) -> EndToEnd:
     """Run a loaded model, then its references, over a text file (None: random token ids).
 
-    arguments: those of `prepare` that made it, but for dtype, compute and kernels.
+    prepared, model: what `prepare` and `load_prepared` made.  arguments: those of `prepare` to make it again, but for
+    dtype, compute and kernels.  tokens: how many ids.  window: how many of these are run together.
     """
     windows = (
         random_windows(prepared.config, tokens, window)
@@ -112,41 +116,48 @@ def _loaded(arguments: Mapping[str, Any]) -> tuple[CausalLM, Prepared]:
     return load_prepared(prepared, progress=False), prepared
 
 
-def _runner(model: CausalLM, prepared: Prepared) -> Runner:
-    return Runner(model, torch.device(prepared.execution.device))
+def _run(
+    model: CausalLM, prepared: Prepared, windows: Windows
+) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:
+    """Run a model over each window.  Yields the window's place among all tokens, its ids and its logits [T, V]."""
+    runner, start = Runner(model, torch.device(prepared.execution.device)), 0
+    for ids in windows:
+        yield slice(start, start + len(ids)), ids, runner.logits(list(ids)).float().cpu()
+        start += len(ids)
 
 
 def _keep(model: CausalLM, prepared: Prepared, windows: Windows, kept: Any) -> float:
     """Write the model's logits to `kept` [T, V].  Returns its mean loss in nats."""
-    runner, at, loss = _runner(model, prepared), 0, 0.0
-    for ids in windows:
-        logits = runner.logits(list(ids)).float().cpu()
-        kept[at : at + len(ids)] = logits.numpy()
-        at += len(ids)
+    loss = 0.0
+    for place, ids, logits in _run(model, prepared, windows):
+        kept[place] = logits.numpy()
         loss += _loss(logits, ids)
-    return loss / max(sum(len(ids) - 1 for ids in windows), 1)
+    return loss / _predictions(windows)
 
 
 def _compare(reference: tuple[CausalLM, Prepared], windows: Windows, kept: Any) -> tuple[Divergence, float]:
-    """The divergence of the kept logits from a reference's, and the reference's mean loss."""
-    runner, at, loss = _runner(*reference), 0, 0.0
-    divergences, same = [], 0
-    for ids in windows:
-        logits = runner.logits(list(ids)).float().cpu()
-        found = torch.from_numpy(np.array(kept[at : at + len(ids)]))
-        at += len(ids)
+    """Measure the divergence of kept logits [T, V] from a reference's.  Returns it and the reference's mean loss."""
+    loss, same = 0.0, 0
+    divergences = []
+    for place, ids, logits in _run(*reference, windows):
+        found = torch.from_numpy(np.array(kept[place]))
         loss += _loss(logits, ids)
         expected = logits.log_softmax(-1)
         divergences.append((expected.exp() * (expected - found.log_softmax(-1))).sum(-1))
         same += int((logits.argmax(-1) == found.argmax(-1)).sum())
     kl = torch.cat(divergences)
-    mean_loss = loss / max(sum(len(ids) - 1 for ids in windows), 1)
     # Rounding alone makes it negative; a NaN stays one.
-    return Divergence(float(kl.mean().clamp(min=0)), float(kl.max().clamp(min=0)), same / at), mean_loss
+    mean, worst = float(kl.mean().clamp(min=0)), float(kl.max().clamp(min=0))
+    return Divergence(mean, worst, same / kl.numel()), loss / _predictions(windows)
+
+
+def _predictions(windows: Windows) -> int:
+    """Count the tokens that are predicted: all but the first of each window."""
+    return max(sum(len(ids) - 1 for ids in windows), 1)
 
 
 def _loss(logits: Tensor, ids: tuple[int, ...]) -> float:
-    """Summed over the window's predictions, in nats."""
+    """Sum the loss of the window's predictions, in nats.  logits: [T, V], for the T ids."""
     targets = torch.tensor(ids[1:])
     return float(torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum"))
 

@@ -1,4 +1,4 @@
-"""Does what runs compute what the checkpoint says?  Every layer's kernel against float64 over the file's own tensors.
+"""`verify`: does what runs compute what the checkpoint says?  Every layer's kernel against float64 over its tensors.
 
 The reference reads each layer's tensors from the file again, decodes them with the format alone and multiplies in
 float64; the packed weights, the kernel and its activation dtype are what is under test.
@@ -24,9 +24,8 @@ from pymllm.loading.match import Placement
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.stored import read_held
-from pymllm.planning.make_plan import make_plan
+from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.quantization.rules import RuleSource
-from pymllm.weights.memory import refuse_too_large
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,8 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer (or one part of it).
+    """The check of one layer (or one part of it).
 
+    prefix, kind: of the layer.  method, kernel, numerics: what runs, for people.
     errors: relative error to float64 by magnitude of the inputs.  tolerance: what its dtype and numerics explain.
     packed_exact: whether the packed weight decodes to the very values of the format.
     quantisation_error: relative distance of the weight that runs to the one stored, where a rule converts; else 0.
@@ -64,7 +64,7 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """All layers, the worst first."""
+    """The checks of all layers, the worst first.  end_to_end: None: it was not asked for."""
 
     model: str
     layers: list[LayerCheck]
@@ -86,7 +86,7 @@ class Verification:
         }
 
     def table(self, top: int | None = None) -> str:
-        """The worst `top` layers (all without it), one a line."""
+        """List the worst `top` layers (None: all), one a line, for people."""
         lines = [f"{'error':>9} {'(large)':>9} {'allowed':>9} {'requant.':>9}  layer"]
         for layer in self.layers[:top]:
             state = "" if layer.ok else "  FAILS" + ("" if layer.packed_exact else ": packed weight differs")
@@ -116,13 +116,16 @@ def verify(
 ) -> Verification:
     """Check every layer that holds weights against float64 over the checkpoint's own tensors.
 
-    path_or_model: a folder, a .gguf file or a hub id, which is loaded; or a loaded model (`load_model`'s, or an `LLM`),
-    whose checkpoint is read again. The other arguments go with a path alone:
-    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; None: as stored.
+    path_or_model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name", which is loaded;
+    or a loaded model (`load_model`'s, or an `LLM`), whose checkpoint is read again. The other arguments go with a path
+    alone:
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
+    "@FILE"; None: as stored.
     end_to_end: whether to compare next-token distributions, too, with those of the weights in float32.
-    text: a file to compare them on, with its perplexity; None: random token ids.
-    tokens, window: how many token ids to compare on, in windows of how many.
-    check_memory: whether to refuse, with numbers, a model that does not fit.
+    text: a file to compare them on, with its perplexity, which asks for end_to_end, too; None: random token ids.
+    tokens: how many token ids to compare them on.
+    window: how many of these are run together, as a text of its own.
+    check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
     compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
@@ -132,14 +135,14 @@ def verify(
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
 
+    Returns the `Verification`; str() says it in a few lines.
     Raises whatever loading would raise; ConfigError for arguments that do not go together.
     """
     whole = None
     if isinstance(path_or_model, (str, Path)):
         prepared = prepare(path_or_model, quant, **options)
         if check_memory:
-            needed = make_plan(prepared).totals["peak_load_bytes"]
-            refuse_too_large(needed, prepared.execution.device, str(prepared.checkpoint.path))
+            check_fits(prepared, make_plan(prepared))
         model = load_prepared(prepared)
         if end_to_end or text is not None:
             same = {name: value for name, value in options.items() if name in ("device", "revision")}
@@ -150,9 +153,9 @@ def verify(
         asked = quant is not None or end_to_end or text is not None or options
         if asked or not isinstance(found, Prepared):
             raise ConfigError(
-                "verify takes a checkpoint with rules, or a model that load_model made",
+                "verify takes a checkpoint, or a model that is loaded; rules and options go with a checkpoint alone",
                 code="verify-argument",
-                found=type(path_or_model).__name__,
+                found=type(path_or_model).__name__ + (", with other arguments" if asked else ""),
             )
         prepared = found
     with prepared.checkpoint, torch.no_grad():

@@ -1,14 +1,11 @@
-"""From a checkpoint folder to a model whose weights are packed, a layer at a time, as `prepare` has decided."""
+"""From a checkpoint to a model whose weights are packed, a layer at a time, as `prepare` has decided."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
+from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_content, check_scale, read_slot
 from pymllm.models.causal_lm import CausalLM
 from pymllm.weights.loader import Slot, Written, write
@@ -24,7 +22,7 @@ from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
 from pymllm.weights.resolution import apply_resolved_weight
-from pymllm.weights.spec import ExpertsShape
+from pymllm.weights.spec import ExpertsShape, LinearShape
 from pymllm.weights.tensor_file import TensorInfo
 
 logger = logging.getLogger("pymllm")
@@ -33,7 +31,8 @@ logger = logging.getLogger("pymllm")
 def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> CausalLM:
     """Read, slice and pack what `prepare` has decided, a layer at a time.
 
-    progress: whether to show a bar; None: on a terminal.  The model carries `load_report` and `prepared`.
+    progress: whether to show a bar on the first rank; None: on a terminal.
+    Returns the model, which carries `load_report` and `prepared`.
     Raises CheckpointError for scales and contents that cannot be right, ConfigError for a device that is not here.
     """
     where = probe_device(prepared.execution.device)
@@ -46,7 +45,9 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Causal
         )
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
-    with prepared.checkpoint, _progress_bar(prepared, progress) as advance:
+    total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
+    show = False if prepared.parallel.rank else progress
+    with prepared.checkpoint, progress_bar("Loading", total, show) as advance:
         for unit in prepared.units:
             _load_unit(unit, prepared, report)
             return_freed_memory()
@@ -61,6 +62,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Causal
 
 
 def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
+    """Read a holder's tensors, check them, pack them, and add them to the report."""
     device = torch.device(prepared.execution.device)
     params = {(id(p.module), p.param): p.module for p in unit.placements}
     resolved = {(id(p.module), p.param) for p in unit.placements if p.resolved is not None}
@@ -113,7 +115,7 @@ def _materialise(module: nn.Module, name: str, device: torch.device, keep: bool 
         setattr(module, name, param)
 
 
-CHUNK_BYTES = 16 << 20  # read at a time where a dtype changes
+CHUNK_BYTES = 16 << 20  # what is read at a time where a dtype changes
 
 
 def _read(placement: Placement) -> int:
@@ -122,7 +124,7 @@ def _read(placement: Placement) -> int:
     param = getattr(placement.module, placement.param)
     target = slot.view(param.data)
     if len(tensor.shape) != len(slot.source) or tuple(target.shape) != slot.local_shape:
-        # A scalar, or one part's row: dimensions of one element more or less.
+        # A scalar, or one part's row: it has dimensions of one element more or fewer.
         write(param.data, slot, read_slot(tensor, slot).to(param.device), param.written)
     else:
         param.written.add(slot.target, tensor.name)
@@ -130,20 +132,14 @@ def _read(placement: Placement) -> int:
             tensor.read(slot.source, out=target)
         else:
             _read_converted(tensor, slot, target)
-    if slot.spec.scale:
-        check_scale(tensor, target)
-    if slot.spec.refuse is not None:
-        shape: Any = placement.module.shape
-        several = isinstance(shape, ExpertsShape) and slot.expert is None
-        for one in target if several else (target,):
-            check_content(tensor, slot.spec.refuse(one, shape.part(slot.part)))
-    return slot.elements * tensor.nbytes // max(_numel(tensor.shape), 1)
+    _check_values(placement, target)
+    return slot.elements * tensor.nbytes // max(math.prod(tensor.shape), 1)
 
 
 def _read_resolved(placement: Placement, first: bool) -> int:
-    """Carry out what a resolver says of a tensor, the first time that one of its placements is read.
+    """Do what a resolver says of a tensor, the first time that one of its placements is read.
 
-    Returns the bytes read.
+    Returns the bytes read: none after the first time.
     """
     tensor, said = placement.tensor, placement.resolved
     assert said is not None
@@ -153,13 +149,20 @@ def _read_resolved(placement: Placement, first: bool) -> int:
         apply_resolved_weight(said, tensor.read().to(param.device))
         if said.loader is not None:
             count_loader(tensor.name, param, before)
-    target = param.data[placement.slot.target]
-    if placement.slot.spec.scale:
-        check_scale(tensor, target)
-    if placement.slot.spec.refuse is not None:
-        shape: Any = placement.module.shape
-        check_content(tensor, placement.slot.spec.refuse(target, shape.part(placement.slot.part)))
+    _check_values(placement, placement.slot.view(param.data))
     return tensor.nbytes if first else 0
+
+
+def _check_values(placement: Placement, target: Tensor) -> None:
+    """Refuse a scale or contents that cannot be right.  target: what the tensor has filled of its parameter."""
+    slot, tensor = placement.slot, placement.tensor
+    if slot.spec.scale:
+        check_scale(tensor, target)
+    if slot.spec.refuse is not None:
+        shape: LinearShape | ExpertsShape = placement.module.shape  # type: ignore[assignment]
+        several = isinstance(shape, ExpertsShape) and slot.expert is None
+        for one in target if several else (target,):
+            check_content(tensor, slot.spec.refuse(one, shape.part(slot.part)))
 
 
 def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:
@@ -175,14 +178,8 @@ def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:
         target[chunk.start - rows.start : chunk.stop - rows.start] = tensor.read((chunk, *rest))
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
 def _check_all_written(module: nn.Module, name: str) -> None:
+    """Refuse a parameter, or this rank's share of it, that was not written in full."""
     param = getattr(module, name)
     slots = param.slots
     wanted = param.numel() if slots is None else sum(slot.elements for slot in slots)
@@ -194,18 +191,3 @@ def _check_all_written(module: nn.Module, name: str) -> None:
             expected=f"{wanted} elements",
             found=str(param.written.elements),
         )
-
-
-@contextlib.contextmanager
-def _progress_bar(prepared: Prepared, progress: bool | None) -> Iterator[Any]:
-    """A bar on a terminal; nothing elsewhere."""
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if not progress or prepared.parallel.rank:
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", leave=False) as bar:
-        yield bar.update

@@ -1,4 +1,4 @@
-"""Every checkpoint tensor and its place: by name, or as a module's own resolver says; from headers alone."""
+"""`match`: every checkpoint tensor gets its place, by name or as a module's own resolver says, from headers alone."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pymllm.weights.tensor_file import TensorInfo
 
 @dataclass(frozen=True)
 class Placement:
-    """One checkpoint tensor and the parameter that it fills a part of.
+    """One checkpoint tensor, and the parameter (or buffer) `param` of `module` that it fills a part of: `slot`.
 
-    resolved: what a module's own resolver says of it; None: the tensor is the slot's by name.
+    resolved: what a module's own resolver says of the tensor; None: it is the slot's by name.
     """
 
     module: nn.Module
@@ -35,7 +35,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is loaded and packed together: a holder of weights, and all that it is loaded from."""
+    """A holder of weights and all that it is loaded from: they are read and packed together.
+
+    name: the holder's, in the model.
+    """
 
     name: str
     holder: WeightHolder
@@ -45,7 +48,11 @@ class Unit:
 def match(
     model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint
 ) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...]]:
-    """Find every parameter's tensors, and account for every tensor.  ONE CheckpointError lists all that is wrong."""
+    """Find every parameter's tensors, and account for every tensor.
+
+    Returns the units to load, and records of the tensors that are skipped.  ONE CheckpointError lists all that is
+    wrong.
+    """
     problems: list[Problem] = []
     units: list[Unit] = []
     used: set[str] = set()
@@ -76,7 +83,9 @@ def match(
                 continue
             used.add(tensor.name)
             problem = mismatch(slot, tensor)
-            if problem is not None and problem not in problems:  # the tensor may hold several parts
+            if (
+                problem is not None and problem not in problems
+            ):  # else said already: a tensor may hold several parts
                 problems.append(problem)
             placements.append(Placement(place.module, place.param, slot, tensor))
         units.append(Unit(name, holder, tuple(placements)))
@@ -110,9 +119,9 @@ def match(
 
 
 class _Resolved:
-    """What the modules' own resolvers say of the checkpoint's tensors.
+    """The answers of the modules' own resolvers on the checkpoint's tensors.
 
-    places: by tensor name.  used: the tensors that found their place, or that are skipped.
+    places: by tensor name.  skipped: the tensors that a resolver skips.  used: these, and those that found their place.
     """
 
     def __init__(self, model: CausalLM, checkpoint: Checkpoint) -> None:
@@ -132,7 +141,10 @@ class _Resolved:
         ]
 
     def placements(self, unit: str, holder: WeightHolder, problems: list[Problem]) -> list[Placement]:
-        """Find the placements of one unit.  A place that two tensors want, or one does not fit, is a problem."""
+        """Find the placements of one unit.
+
+        unit: its name.  problems: gets one for a place that two tensors want, or that one does not fit.
+        """
         found: list[Placement] = []
         module, places = holder.module, list(holder.places(unit))
         for name, said in self.places.items():
@@ -161,7 +173,7 @@ class _Resolved:
         return found
 
     def without_place(self) -> list[Problem]:
-        """Tensors whose resolver names nothing that this model has."""
+        """List a problem for every tensor whose resolver names nothing that this model has."""
         lost = [name for name in self.places if name not in self.used]
         self.used.update(lost)
         text = "its resolver names no parameter (also of a loader of its own) or buffer of this model"
@@ -175,6 +187,7 @@ def _part_index(module: nn.Module, shard_id: int | str) -> int | None:
 
 
 def _skip_reason(name: str, model: CausalLM, rules: RuledConfig) -> str | None:
+    """Return why a tensor that no layer asks for may be skipped, or None."""
     head = model.lm_head
     if head.tied_to is not None and name.startswith(f"{head.prefix}."):
         return f"the head is tied to {head.tied_to.prefix}"

@@ -11,16 +11,16 @@ from pymllm.quantization.rules import RuleSource
 
 
 class LoadOptions(TypedDict, total=False):
-    """How to load a checkpoint, beside its path and the rules for its weights.
+    """The options of loading, beside a checkpoint's path and the rules for its weights.
 
-    device: "auto" (a GPU where there is one), "cpu", "cuda", or, to plan for another machine, "cuda:sm90" say.
-    dtype: of activations; "auto": the checkpoint's own, but float32 on a CPU for a quantised checkpoint.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.
+    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
     compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
     forbids it, "checkpoint" demands just what the checkpoint asks for.
-    kernels: an operation's kernel by name, {"linear": "reference"} say.
+    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none" (the activations' dtype), a dtype's name, or such
     methods for patterns of attention layers, as in rules for weights; None or "auto": as the checkpoint says.
-    revision: a branch, tag or commit of a hub id.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""Everything that is decided before a tensor is read: `prepare`.
+"""`prepare`: everything that is decided before a tensor is read.
 
 It builds the model on the meta device, gives every layer its method, and matches every checkpoint tensor with its
 place. A plan shows just that (`pymllm.planning.make_plan`); loading executes just that (`pymllm.loading.load`).
@@ -34,7 +34,11 @@ from pymllm.weights.report import TensorRecord
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything decided, nothing read but headers."""
+    """A checkpoint about to be loaded: everything is decided, nothing is read but headers.
+
+    config: the model's.  quant: the format and the rules, with the decision for every layer.  parallel: this rank.
+    model: without data, on the meta device.  units: what to load, in order.  records: of tensors that are skipped.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -43,7 +47,7 @@ class Prepared:
     parallel: Parallel
     model: CausalLM
     units: tuple[Unit, ...]
-    records: tuple[TensorRecord, ...]  # of tensors that are tied or skipped
+    records: tuple[TensorRecord, ...]
 
 
 def prepare(
@@ -59,7 +63,9 @@ def prepare(
 ) -> Prepared:
     """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
 
-    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError; see `LoadOptions` for the arguments.
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    quant: rules over the checkpoint's own config; None: as stored.  The others: see `LoadOptions`.
+    Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError.
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
@@ -70,9 +76,10 @@ def prepare(
     execution = replace(execution, kept_floats=floats_to_keep(checkpoint, execution))
     if execution.dtype not in stored.get_supported_act_dtypes():
         raise ConfigError(
-            f"{stored.get_name()} cannot run with {execution.dtype} activations",
+            f"the checkpoint's format, {stored.get_name()}, cannot run with {execution.dtype} activations",
             code="dtype-unsupported",
             expected=" or ".join(map(str, stored.get_supported_act_dtypes())),
+            fix="Choose another dtype.",
         )
     rules = RuledConfig(stored, read_rules(quant), read_kv_rules(kv_cache))
     parallel = current_parallel()
@@ -99,13 +106,16 @@ def prepare(
 def build_on_meta(
     config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
 ) -> CausalLM:
-    """The model without data, every layer with its method."""
+    """Build the model without data, every layer with its method."""
     with execution, parallel, torch.device("meta"):
         return build_model(config, rules)
 
 
 def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
-    """The checkpoint's own quantisation: from config.json, or from the file that its format writes beside it."""
+    """Read the checkpoint's own quantisation: from config.json, or from the file that its format writes beside it.
+
+    ConfigError for a format that is not known, or settings that it does not have.
+    """
     settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if settings is None:
         settings = _read_side_file(checkpoint.path)
@@ -136,6 +146,7 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
 
 
 def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
+    """Read the settings that a format keeps in a file of its own, beside config.json; None without one."""
     for name in list_quantization_methods():
         for file in get_quantization_config(name).get_config_filenames():
             if (folder / file).is_file():
@@ -143,7 +154,7 @@ def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
                     settings = json.loads((folder / file).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     raise ConfigError(
-                        f"the file cannot be read: {error}",
+                        f"the quantisation settings cannot be read: {error}",
                         code="quantization-config",
                         file=str(folder / file),
                     ) from None
@@ -159,12 +170,13 @@ def choose_execution(
     compute: str,
     kernels: Mapping[str, str] | None,
 ) -> Execution:
-    """Where and in which activation dtype to run.
+    """Choose the device, the activation dtype and the compute mode to run with.
 
     Asking for float32 is asking for float32 arithmetic: compute "auto" is then "exact".
     dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
     either way, and whose CPU arithmetic is fastest and most exact in float32; not with compute "checkpoint", as writers
     round activations in the checkpoint's dtype.
+    ConfigError for an unknown compute mode, dtype or device.
     """
     if compute not in ("auto", "exact", "checkpoint"):
         raise ConfigError(
@@ -183,7 +195,10 @@ def choose_execution(
 
 
 def floats_to_keep(checkpoint: Checkpoint, execution: Execution) -> dict[str, torch.dtype]:
-    """The 16-bit tensors that stay so under float32 arithmetic: where a kernel widens them as it reads them."""
+    """Return the dtypes, by name, of the 16-bit tensors that stay so under float32 arithmetic.
+
+    There are some where a kernel widens them as it reads them: the native one, on a CPU with a fast path for that.
+    """
     forced = execution.forced_kernel("linear") not in (None, NativeFloatLinear.name)
     if execution.dtype is not torch.float32 or execution.device != "cpu" or forced:
         return {}
@@ -208,11 +223,15 @@ MOST_PACKED = 32  # 1-bit codes in int32 words: no stored element stands for mor
 
 
 def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Compare the config's sizes with the headers, before anything is built from them."""
+    """Compare the config's sizes with the headers, before anything is built from them.
+
+    CheckpointError for sizes that the checkpoint's tensors cannot have.
+    """
     most_layers = len(checkpoint.tensors)
     longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
     sizes = {name: config.size(name) for name in SIDES if config.raw.get(name) is not None}
-    for name in EXPERT_COUNTS:  # 0: a model whose layers are all dense
+    for name in EXPERT_COUNTS:
+        # 0 stands for a model whose layers are all dense.
         if config.raw.get(name) is not None and repr(config.raw[name]) != "0":
             sizes[name] = config.size(name)
     sizes["num_attention_heads x head_dim"] = config.size("num_attention_heads") * config.head_dim

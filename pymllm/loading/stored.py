@@ -1,4 +1,4 @@
-"""What the checkpoint holds of a layer, read as it is stored."""
+"""A layer's tensors, read as the checkpoint stores them, and checked: for loading, verifying, swapping, writing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from pymllm.weights.tensor_file import TensorInfo
 def read_stored(
     method: LinearMethodBase, shape: LinearShape, placements: Sequence[Placement]
 ) -> dict[str, Tensor]:
-    """A layer's tensors as the checkpoint stores them, parts side by side, by the names of `weight_specs`.
+    """Read a layer's tensors as the checkpoint stores them, parts side by side, by the names of `weight_specs`.
 
-    method: the one that reads them.  placements: at least those of its tensors.  shape: the layer's, or one part's.
+    method: the one that reads them.  shape: the layer's, or one part's.  placements: at least those of its tensors.
+    CheckpointError for scales and contents that cannot be right.
     """
     tensors: dict[str, Tensor] = {}
     for spec in method.weight_specs(shape):
@@ -40,10 +41,8 @@ def read_stored(
                 write(tensor, slot, found.tensor.read(None if scalar else slot.source), written)
             elif found.tensor.name not in whole:
                 whole.add(found.tensor.name)
-                loaded, part = (
-                    _read_transformed(found),
-                    None if found.resolved.shard_id is None else slot.part,
-                )
+                loaded = _read_transformed(found)
+                part = None if found.resolved.shard_id is None else slot.part
                 copy_full_tensor(tensor, slots, loaded, written, part, shape.name)
             target = tensor[slot.target] if slot.target else tensor
             if spec.scale:
@@ -73,11 +72,11 @@ def read_held(weight: HeldWeight, placements: Sequence[Placement]) -> dict[str, 
 
 
 def _read_transformed(placement: Placement) -> Tensor:
-    """The full tensor of a resolved placement.  ConfigError if a loader of the module's own takes it."""
+    """Read the full tensor of a resolved placement.  ConfigError if a loader of the module's own takes it."""
     assert placement.resolved is not None
     if placement.resolved.loader is not None:
         raise ConfigError(
-            "a loader of the module's own takes this tensor, so what it means cannot be read again",
+            "a loader of the module's own takes this tensor, so nobody else can read what it means",
             code="resolved-weight",
             tensor=placement.tensor.name,
         )
@@ -86,11 +85,12 @@ def _read_transformed(placement: Placement) -> Tensor:
 
 
 def read_slot(tensor: TensorInfo, slot: Slot) -> Tensor:
-    """This rank's slice of a tensor, which may be stored with more dimensions of one element."""
+    """Read this rank's slice of a tensor, which may be stored with more dimensions of one element."""
     return tensor.read((*slot.source, *(slice(0, 1) for _ in tensor.shape))[: len(tensor.shape)])
 
 
 def check_scale(tensor: TensorInfo, scale: Tensor) -> None:
+    """Refuse a scale with values that are zero, infinite or NaN.  tensor: where it was read."""
     values = scale.float()
     bad = int((~torch.isfinite(values)).sum()) + int((values == 0).sum())
     if bad:
@@ -106,6 +106,7 @@ def check_scale(tensor: TensorInfo, scale: Tensor) -> None:
 
 
 def check_content(tensor: TensorInfo, why_not: str | None) -> None:
+    """Refuse a tensor for which a method has found a reason; None: there is none."""
     if why_not is not None:
         raise CheckpointError(
             "the tensor contradicts its layer or the checkpoint's config",

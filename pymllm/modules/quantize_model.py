@@ -74,6 +74,7 @@ def quantize_model(
 ) -> M:
     """Replace the submodules that `rules` name by quantised ones, in place, and return `module`.
 
+    module: a torch module of any library, which holds its weights.
     rules: as for `load_model`, over module paths ("bert.encoder.layer.*.attention.**=int4:group_size=64"). The first
     match wins, and "=none" leaves a module alone. Rules can name nn.Linear and nn.Embedding (subclasses too, unless
     they have a forward of their own) and transformers' Conv1D.

@@ -1,4 +1,4 @@
-"""What would change against a saved plan: `pymllm plan MODEL --diff OLD.json`."""
+"""The difference between a saved plan and a new one: `pymllm plan MODEL --diff OLD.json`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class ChangedLayer:
 
 @dataclass(frozen=True)
 class PlanDifference:
-    """From an older plan to a newer one.  settings, totals: [before, after] of what differs.
+    """The difference from an older plan to a newer one.
 
-    added, removed: layers that only one of them has.
+    settings, totals: [before, after] of what differs.  changed: layers that both have.
+    added, removed: names of layers that only the newer, or the older, one has.
     """
 
     settings: dict[str, list[Any]]
@@ -45,7 +46,7 @@ class PlanDifference:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def groups(self) -> list[tuple[ChangedLayer, list[str], int, int]]:
-        """Layers whose method and kernel change alike: (the first, all names, bytes before, bytes after)."""
+        """Group the layers whose method and kernel change alike: (the first, all names, bytes before, bytes after)."""
         grouped: dict[str, list[ChangedLayer]] = {}
         for layer in self.changed:
             same = [
@@ -65,7 +66,7 @@ class PlanDifference:
 
 
 def read_plan(file: Path) -> dict[str, Any]:
-    """A plan as `pymllm plan --json` has saved it.  ConfigError for anything else."""
+    """Read a plan as `pymllm plan --json` has saved it.  ConfigError for anything else."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -76,7 +77,7 @@ def read_plan(file: Path) -> dict[str, Any]:
     layers = saved.get("layers") if isinstance(saved, dict) else None
     if version != SCHEMA_VERSION or not isinstance(layers, list) or not all(_is_layer(x) for x in layers):
         raise ConfigError(
-            "this is no plan that can be compared with",
+            "the file holds no plan that a new one can be compared with",
             code="plan-file",
             file=str(file),
             expected=f"the output of `pymllm plan --json`, schema_version {SCHEMA_VERSION}",
@@ -90,7 +91,7 @@ def _is_layer(value: Any) -> bool:
 
 
 def compare_plans(before: Mapping[str, Any], after: Plan) -> PlanDifference:
-    """before: of `read_plan`, or another plan's `to_dict`."""
+    """Find what differs from an older plan to a newer one.  before: of `read_plan`, or another plan's `to_dict`."""
     new = after.to_dict()
     old_layers = {layer["prefix"]: layer for layer in before["layers"]}
     new_layers = {layer["prefix"]: layer for layer in new["layers"]}

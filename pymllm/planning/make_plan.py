@@ -1,4 +1,4 @@
-"""The plan: what would run, with which kernel, why, and what it takes; from config and headers alone.
+"""`plan`: what would run, with which kernel, why, and the memory that it takes, from config and headers alone.
 
 Loading executes the same `Prepared` that the plan shows, so what runs is what was planned.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pymllm.engine.graphs import why_not_captured
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
+from pymllm.kernels.registry import Selection
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
@@ -21,7 +22,11 @@ from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
 from pymllm.planning.plan import Plan, PlannedLayer
 from pymllm.quantization.converted import ConvertedLinearMethod
+from pymllm.quantization.kv_cache import KVCacheMethodBase
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import RuleSource
+from pymllm.weights.loader import Slot
+from pymllm.weights.memory import refuse_too_large
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +52,11 @@ def plan(path: str | Path, quant: RuleSource = None, **options: Unpack[LoadOptio
     prepared = prepare(path, quant, **options)
     with prepared.checkpoint:
         return make_plan(prepared)
+
+
+def check_fits(prepared: Prepared, plan: Plan) -> None:
+    """Refuse, with numbers, to load what the plan says does not fit into what is free.  ConfigError "out-of-memory"."""
+    refuse_too_large(plan.totals["peak_load_bytes"], prepared.execution.device, str(prepared.checkpoint.path))
 
 
 def make_plan(prepared: Prepared) -> Plan:
@@ -104,7 +114,7 @@ def make_plan(prepared: Prepared) -> Plan:
 
 
 def _row(described: Description, prepared: Prepared) -> PlannedLayer:
-    """Add to what a layer says of itself what decided so."""
+    """Make a layer's row of the plan: what it says of itself, and what decided so."""
     quant, name = prepared.quant, described.name
     decision = quant.decisions.get(name) or quant.kv_decisions.get(name)
     rule = None if decision is None else decision.rule
@@ -129,7 +139,7 @@ def _row(described: Description, prepared: Prepared) -> PlannedLayer:
     )
 
 
-def _stored_method(method: Any) -> Any:
+def _stored_method(method: LinearMethodBase | KVCacheMethodBase) -> LinearMethodBase | KVCacheMethodBase:
     """Return the method that reads the checkpoint, however often a running weight was converted since."""
     while isinstance(method, ConvertedLinearMethod):
         method = method.source
@@ -137,8 +147,8 @@ def _stored_method(method: Any) -> Any:
 
 
 def _plan_routing(holders: Iterable[WeightHolder], binder: Binder) -> list[dict[str, Any]]:
-    """List the kernel of every router, those that have the same choice together."""
-    chosen: dict[Any, list[str]] = {}
+    """List the kernels that choose experts, each with the routers that have it for the same reasons."""
+    chosen: dict[Selection[Any], list[str]] = {}
     for holder in holders:
         for selection in holder.selections(binder):
             if selection.operation == "routing":
@@ -154,7 +164,7 @@ def _plan_routing(holders: Iterable[WeightHolder], binder: Binder) -> list[dict[
 
 
 def _rules(prepared: Prepared) -> list[dict[str, Any]]:
-    """For each of the user's rules: how many layers it names, and how many it decides as the first that does."""
+    """Count for each of the user's rules how many layers it names, and how many it decides as the first that does."""
     found = []
     for rules, decisions in (
         (prepared.quant.rules, prepared.quant.decisions),
@@ -175,7 +185,7 @@ def _rules(prepared: Prepared) -> list[dict[str, Any]]:
     return found
 
 
-def _share(slot: Any) -> float:
+def _share(slot: Slot) -> float:
     """Return the part of a tensor that this rank reads."""
     return slot.elements / max(math.prod(slot.source_shape), 1)
 

@@ -1,4 +1,4 @@
-"""What a plan says: every layer with its method and kernel, and what it takes.
+"""The content of a plan: every layer with its method and kernel, and the memory that it takes.
 
 `Plan.to_dict()` is what `pymllm plan DIR --json` prints, a stable schema: docs/plan-schema.md.
 """
@@ -17,8 +17,9 @@ class PlannedLayer:
 
     kind: linear, experts, router, embedding, lm_head or attention.
     rule: the user's rule that decided, or None.  source: what decided.
-    numerics: how results differ from exact arithmetic; rounds_activations: whether more than to the activations' dtype.
-    method: what runs; source_method: what the checkpoint holds.
+    method: what runs; method_detail: with its settings; source_method: what the checkpoint holds.
+    kernel: the one that runs it.  numerics: how its results differ from exact arithmetic.
+    rounds_activations: whether it rounds them to fewer bits than their dtype has.
     refused: kernels asked before the chosen one, and what their refusals come down to (`kernels/refusals.py`).
     shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
     fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
@@ -46,8 +47,12 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one rank; `to_dict` is the JSON, `str` a summary for people.
+    """The plan of one rank; `to_dict` is the JSON, `str` a summary for people.
 
+    model, model_type: the checkpoint, and its config's.  device, dtype, compute: what it would run with.
+    tensor_parallel: this rank, and the sizes that the model can and cannot be divided over.
+    elementwise, routing: the kernels of what has no weights, and of routers.  layers: attention layers last.
+    totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
     """
 
@@ -69,12 +74,15 @@ class Plan:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def layer(self, prefix: str) -> PlannedLayer:
-        """The layer of this checkpoint name.  KeyError without one."""
-        return next(layer for layer in self.layers if layer.prefix == prefix)
+        """Return the layer of this checkpoint name.  KeyError without one."""
+        for layer in self.layers:
+            if layer.prefix == prefix:
+                return layer
+        raise KeyError(prefix)
 
     def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
-        """Layers that differ in nothing but name and shape, together: (the first one, all their names)."""
-        grouped: dict[Any, list[PlannedLayer]] = {}
+        """Group the layers that differ in nothing but name and shape: (the first one, all their names)."""
+        grouped: dict[tuple[str | None, ...], list[PlannedLayer]] = {}
         for layer in self.layers:
             key = (layer.kind, layer.method_detail, layer.kernel, layer.source, layer.rule)
             grouped.setdefault(key, []).append(layer)

@@ -1,57 +1,43 @@
-"""The rules of swaps over the decisions that loading took."""
+"""The rule of a swap over the decisions that loading, and the swaps before it, took."""
 
 from __future__ import annotations
 
-from torch import nn
-
 from pymllm.errors import RuleError
-from pymllm.layers.held import HeldPart
+from pymllm.layers.held import HeldPart, WeightHolder
 from pymllm.quantization.converted import ConvertedLinearMethod
-from pymllm.quantization.formats.none import UnquantizedLinearMethod
-from pymllm.quantization.method import LinearMethodBase, kind_of
+from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import Decision, Rule, RuledConfig
 
 
 class SwappedConfig(RuledConfig):
-    """The config of the loaded model, with the rules of swaps over its decisions, the latest last.
+    """The config of a running model, with the rule of one more swap over its decisions.
 
-    chosen: the names of the model's weights, in its order.  unchanged: those for which the last rule changes nothing.
+    chosen: the names of the model's weights, in its order.  unchanged: those that the rule names and that run in its
+    method already.
     """
 
-    def __init__(self, loaded: RuledConfig, swaps: tuple[Rule, ...]) -> None:
-        super().__init__(loaded.checkpoint_config, loaded.rules, loaded.kv_rules)
-        self.swaps = tuple((rule, rule.build()) for rule in swaps)
-        self.decisions, self.kv_decisions = dict(loaded.decisions), loaded.kv_decisions
+    def __init__(self, running: RuledConfig, rule: Rule) -> None:
+        super().__init__(running.checkpoint_config, running.rules, running.kv_rules)
+        self.rule, self.target = rule, rule.build()
+        self.decisions, self.kv_decisions = dict(running.decisions), running.kv_decisions
         self.chosen: list[str] = []
         self.unchanged: list[str] = []
 
-    @classmethod
-    def over(cls, config: RuledConfig, rule: Rule) -> SwappedConfig:
-        earlier = tuple(rule for rule, _ in config.swaps) if isinstance(config, SwappedConfig) else ()
-        return cls(config, (*earlier, rule))
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        super().get_quant_method(layer, prefix)
-        name = getattr(layer, "prefix", prefix) if kind_of(layer) == "lm_head" else prefix
-        for rule, target in self.swaps:
-            decision = self.decisions[name]
-            if rule.applies(layer, name) and not _runs_in(decision.method, target, rule):
-                converted = ConvertedLinearMethod(decision.method, target)
-                self.decisions[name] = Decision(name, converted, "swap", rule)
-        return self.decisions[name].method
-
-    def choose(self, layer: nn.Module, part: HeldPart) -> LinearMethodBase:
-        """Return the method that a weight of the layer should have, and remember its name."""
-        method = self.get_quant_method(layer, part.stored) or UnquantizedLinearMethod()
-        rule = self.swaps[-1][0]
+    def choose(self, holder: WeightHolder, part: HeldPart) -> LinearMethodBase:
+        """Return the method that a weight should have from now on, and remember its name."""
         self.chosen.append(part.name)
-        if rule.applies(layer, part.name) and self.decisions[part.name].rule is not rule:
-            self.unchanged.append(part.name)
-        return method
+        running = self.decisions[part.name].method
+        if self.rule.applies(holder, part.name):
+            if _runs_in(running, self.target, self.rule):
+                self.unchanged.append(part.name)
+            else:
+                converted = ConvertedLinearMethod(running, self.target)
+                self.decisions[part.name] = Decision(part.name, converted, "swap", self.rule)
+        return self.decisions[part.name].method
 
     def check_matched(self) -> None:
-        """RuleError, with the nearest names, if the last rule matches no weight."""
-        rule = self.swaps[-1][0]
+        """Refuse a rule that matches no weight.  RuleError with the nearest names."""
+        rule = self.rule
         if not any(rule.matches(name) for name in self.chosen):
             raise RuleError(
                 f"{rule.pattern!r} matches no weight of this model. {self._hint(rule, self.chosen)}".strip(),
@@ -61,6 +47,6 @@ class SwappedConfig(RuledConfig):
 
 
 def _runs_in(method: LinearMethodBase, target: LinearMethodBase, rule: Rule) -> bool:
-    """Whether a weight of `method` is what the rule asks for; one without options takes any of that name."""
+    """Return whether a weight of `method` is what the rule asks for; one without options takes any of that name."""
     running = method.target if isinstance(method, ConvertedLinearMethod) else method
     return running == target or (running.name == target.name and not rule.options)

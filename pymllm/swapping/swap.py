@@ -1,4 +1,4 @@
-"""Another method for some weights of a running model: `swap`, all or nothing, and undoable.
+"""`swap`: another method for some weights of a running model, all or nothing, and undoable.
 
 Every layer keeps its place, its shape and its name; what changes is its `quant_method` and its packed weight. All new
 weights are made first, from what runs, and put in place together at the end, so that whatever fails on the way
@@ -23,6 +23,7 @@ from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.parallel import Parallel
 from pymllm.planning.make_plan import make_plan
+from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import Rule, RuledConfig
 from pymllm.swapping.rules import SwappedConfig
 from pymllm.weights.loader import place
@@ -35,7 +36,8 @@ def swap(model: Any, pattern: str, method: str) -> Swap:
     """Run every weight whose checkpoint name matches `pattern` in another format, from now on.
 
     model: an `LLM`, or what `load_model` returned (a swap of `llm.model` leaves `llm.plan` as it was: pass the `llm`).
-    pattern, method: as the two sides of a rule, swap(llm, "**.mlp.**", "int4:group_size=64").
+    pattern: of checkpoint names, "**.mlp.**" say, as on the left of a rule.
+    method: "int4:group_size=64" say, as on the right of a rule.
 
     The weights are decoded from what runs now, not read from the checkpoint: a swap to fewer bits and another one
     back do not restore what rounding took. `undo()` does, bit for bit: the packed tensors are kept until `commit()`,
@@ -56,11 +58,14 @@ def swap(model: Any, pattern: str, method: str) -> Swap:
 
 
 def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
-    """Make all new states, then put them in place."""
+    """Make all new states, then put them in place.
+
+    model: what the caller passed.  root: the module with the weights.  before: what it runs as now.
+    """
     states: list[HolderState] = []
     after = before
     with _together(before.parallel, before.execution.device), torch.no_grad():
-        quant = SwappedConfig.over(before.quant, rule)
+        quant = SwappedConfig(before.quant, rule)
         holders = [holder for _, holder in weight_holders(root)]
         wanted = {holder: [quant.choose(holder, part) for part in holder.parts()] for holder in holders}
         quant.check_matched()
@@ -88,9 +93,10 @@ def _changed(quant: SwappedConfig, before: RuledConfig, name: str) -> bool:
 
 @dataclass(eq=False)
 class Swap:
-    """What `swap` did.  str() says it in a line.
+    """One swap that was done.  str() says it in a line.
 
     changed: the names whose method is another now.  unchanged: those that matched and ran in that method already.
+    model: what was passed to `swap`.  state: "done", then "undone" or "committed".
     bytes_before, bytes_after: packed, on this rank, of the layers that hold what changed.
     """
 
@@ -102,8 +108,8 @@ class Swap:
     _after: Prepared = field(repr=False)
     _old: list[HolderState] = field(repr=False)
     _new: list[HolderState] = field(repr=False)
-    _plan: Any = field(default=None, repr=False)
-    state: str = "done"  # then "undone" or "committed"
+    _plan: Plan | None = field(default=None, repr=False)
+    state: str = "done"
 
     def __post_init__(self) -> None:
         self.bytes_before, self.bytes_after = _nbytes(self._old), _nbytes(self._new)
@@ -175,7 +181,8 @@ class Swap:
             self._publish(self._before, self._plan)
             raise
 
-    def _publish(self, prepared: Prepared, plan: Any) -> None:
+    def _publish(self, prepared: Prepared, plan: Plan | None) -> None:
+        """Have the model, and an LLM around it, say what runs now."""
         if plan is not None:
             self.model.plan = plan
         for owner in (self.model, prepared.model):
@@ -183,11 +190,11 @@ class Swap:
 
 
 def _check_unmerged(root: nn.Module) -> None:
-    """ConfigError while an adapter lies in the weights: it could not be taken out of other ones again."""
+    """Refuse a swap while an adapter lies in the weights: it could not be taken out of other ones again."""
     for layer in weighted_layers(root):
         if layer.merged is not None:
             raise ConfigError(
-                f"the adapter {layer.merged.name!r} is merged into the weights",
+                f"the adapter {layer.merged.name!r} is merged into the weights, and could not be taken out of others",
                 code="lora-merged",
                 tensor=layer.prefix,
                 fix="Unmerge it first.",
@@ -200,6 +207,7 @@ def _install(states: Sequence[HolderState]) -> None:
 
 
 def _nbytes(states: Sequence[HolderState]) -> int:
+    """Count the bytes of packed tensors; those that layers share count once."""
     weights = [weight for state in states for weight in state.packed()]
     packed = {tensor.data_ptr(): tensor.nbytes for weight in weights for tensor in weight.packed.values()}
     return sum(packed.values())
@@ -213,7 +221,8 @@ def _placed_again(units: Sequence[Unit], states: Sequence[HolderState]) -> tuple
     for unit in units:
         state = changed.get(unit.holder)
         if state is not None:
-            kept = [p for p in unit.placements if p.param in p.module._parameters]  # packing took the others
+            # Packing has taken the parameters of the others.
+            kept = [p for p in unit.placements if p.param in p.module._parameters]
             unit = replace(unit, placements=(*kept, *_placements(state, known)))
         result.append(unit)
     return tuple(result)
@@ -230,7 +239,7 @@ def _placements(state: HolderState, known: Mapping[str, Placement]) -> Iterator[
 
 
 def _running(model: Any) -> tuple[nn.Module, Prepared]:
-    """The module and what `prepare` decided for it.  ConfigError for anything but an LLM or a loaded model."""
+    """Find the module and what it runs as now.  ConfigError for anything but an LLM or a loaded model."""
     prepared = getattr(model, "prepared", None)
     if not isinstance(prepared, Prepared):
         raise ConfigError(
@@ -244,14 +253,14 @@ def _running(model: Any) -> tuple[nn.Module, Prepared]:
 
 @contextlib.contextmanager
 def _lock(model: Any) -> Iterator[None]:
-    """An LLM's turn, so that no forward sees half a swap; a bare module is its caller's to guard."""
+    """Take an LLM's turn, so that no forward sees half a swap.  A bare module is its caller's to guard."""
     with getattr(model, "_lock", None) or contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def _together(parallel: Parallel, device: str) -> Iterator[None]:
-    """Every rank fails if one does."""
+    """Fail on every rank if one does, within a `with` block.  device: of the tensor that the ranks exchange."""
     error: BaseException | None = None
     try:
         yield
@@ -260,6 +269,10 @@ def _together(parallel: Parallel, device: str) -> Iterator[None]:
     if parallel.size > 1 and parallel.group is not None:
         failed = parallel.all_reduce(torch.tensor([0.0 if error is None else 1.0], device=device))
         if error is None and float(failed) > 0:
-            error = ConfigError("another rank could not swap its share; none has", code="swap-rank")
+            error = ConfigError(
+                "another rank could not swap its share, so that no rank has swapped",
+                code="swap-rank",
+                fix="Read the error of that rank.",
+            )
     if error is not None:
         raise error

@@ -22,11 +22,12 @@ OTHER = "Write it as compressed-tensors: --format compressed-tensors."
 
 
 class AWQSpelling:
-    """quant_method awq, version gemm."""
+    """The spelling with quant_method awq, version gemm."""
 
     name = "awq"
 
     def store(self, weight: CanonicalWeight, shape: LinearShape, kind: str) -> LinearMethodBase:
+        """Choose AutoAWQ's method for int4 with integer zero points.  ConfigError for any other quantised weight."""
         if isinstance(weight, DenseWeight):
             return UnquantizedLinearMethod()
         if kind != "linear":
@@ -45,16 +46,18 @@ class AWQSpelling:
         return method
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return torch.float16  # whatever the model's dtype is
+        """Return float16, whatever the model's dtype is."""
+        return torch.float16
 
     def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
+        """Make the `quantization_config`.  ConfigError where layers have several group sizes."""
         methods = {layer.method for layer in layers.values() if isinstance(layer.method, AWQLinearMethod)}
         sizes = sorted({method.group_size for method in methods})
         if len(sizes) > 1:
             raise ConfigError(
-                "the awq spelling has one group size for the whole model",
+                "the awq spelling has one group size for the whole model, and the layers have several",
                 code="spelling",
-                expected="one of them",
+                expected="the same group_size in every rule",
                 found=", ".join(map(str, sizes)),
                 fix=OTHER,
             )
@@ -74,7 +77,7 @@ class AWQSpelling:
 
 
 def _why_not(weight: CanonicalWeight) -> str | None:
-    """Why GEMM tensors cannot hold exactly this weight."""
+    """Return why GEMM tensors cannot hold exactly this weight, or None."""
     if not isinstance(weight, IntWeight) or weight.bits != 4:
         return f"{weight.type}"
     if weight.offsets is not None:

@@ -1,16 +1,14 @@
-"""One checkpoint's way to files: its steps read, made, spelled, kept and put together.
+"""One checkpoint's way to files: its steps are read, quantised, spelled, kept and put together.
 
-What an interrupted run has made is found again (`output.py`); what a spelling cannot express is found before any weight
-is read.
+What an interrupted run has made is found again (`output.py`); what a spelling cannot express is refused before any
+weight is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
 from pymllm.loading.prepare import Prepared
+from pymllm.loading.progress import progress_bar
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -56,7 +55,12 @@ class WrittenLayer:
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """What `quantize_checkpoint` made.  resumed: steps that an earlier run had finished."""
+    """A checkpoint that `quantize_checkpoint` has written.
+
+    path: its folder.  spelling: the format's name.  files: all that were written, by name.  source_bytes,
+    written_bytes: of the tensors before, and of the weight files after.  resumed: how many steps an earlier run had
+    finished.  notes: what a user should know besides.
+    """
 
     path: str
     spelling: str
@@ -81,7 +85,12 @@ class WrittenCheckpoint:
 
 
 class CheckpointWriter:
-    """One checkpoint's way from a `Prepared` to files.  side_files: by name, beside those that the source has."""
+    """The writer of one checkpoint, from a `Prepared` to files.
+
+    shard_bytes: of a weight file.  calibration: None: every weight is rounded by itself.
+    side_files: contents by name, beside the files that the source has.
+    ConfigError, from the start, for a layer that the spelling cannot express.
+    """
 
     def __init__(
         self,
@@ -98,7 +107,7 @@ class CheckpointWriter:
         self._check()
 
     def request(self, rules: list[str]) -> dict[str, Any]:
-        """What makes two runs the same, as JSON."""
+        """Describe the run in JSON: two runs with an equal description write the same checkpoint."""
         checkpoint = self.prepared.checkpoint
         files = {
             file.path.name: [file.path.stat().st_size, file.path.stat().st_mtime_ns]
@@ -127,7 +136,7 @@ class CheckpointWriter:
         self.spelling.config(spelled | self._left_alone(spelled))
 
     def _left_alone(self, spelled: Mapping[str, SpelledLayer]) -> dict[str, SpelledLayer]:
-        """Matrices that no rule can name, but that other readers may take for layers: a tied head, a router."""
+        """List the matrices that no rule names, but other readers may take for layers: a tied head, a router."""
         names = [
             tensor.name.removesuffix(".weight")
             for step in self.steps
@@ -144,19 +153,20 @@ class CheckpointWriter:
             yield from step.layers
 
     def _planned(self, layer: SourceLayer) -> CanonicalWeight:
-        """The weight that will be written, without data."""
+        """Plan the weight that will be written, without data."""
         if layer.target is None:
             return layer.source.planned(layer.shape)
         target = layer.target if self.calibration is None else without_static(layer.target)
         planned = ConvertedLinearMethod(layer.source, target).planned(layer.shape)
-        if isinstance(planned, IntWeight) and planned.offsets is not None:  # zero points will be rounded
+        if isinstance(planned, IntWeight) and planned.offsets is not None:
+            # Float zero points will be rounded: `storable_integers`.
             planned = replace(planned, offsets=None, zeros=planned.offsets.to(torch.uint8))
         if isinstance(planned, (IntWeight, Fp8Weight)) and needs_inputs(layer.target):
             planned = replace(planned, activations="static", input_scales=torch.empty(1, device="meta"))
         return planned
 
     def estimated_bytes(self) -> int:
-        """Of the pieces, and of the one shard that is put together while they still lie there."""
+        """Estimate the room on the disk: for the pieces, and for the one shard made while they still lie there."""
         total = sum(tensor.nbytes for step in self.steps for tensor in step.copied)
         for layer in self.layers():
             planned = self._planned(layer)
@@ -165,17 +175,20 @@ class CheckpointWriter:
         return total + min(total, self.shard_bytes)
 
     def write(self, output: Output, name: str, rules: list[str], progress: bool | None) -> WrittenCheckpoint:
+        """Do what is still to be done in `output`: make the pieces, assemble them, add the side files, publish.
+
+        name, rules: of the source and of the request, for the model card.  progress: whether to show a bar; None: on a
+        terminal.
+        """
         resumed = len(output.pieces)
         if not output.publishing:
             if not output.assembling:
                 self._make_pieces(output, progress)
-            notes = (
-                output.assembly_notes()
-                if output.assembling
-                else {
-                    name: note for step in self.steps for name, note in output.pieces[step.name].notes.items()
-                }
-            )
+            if output.assembling:
+                notes = output.assembly_notes()
+            else:
+                pieces = [output.pieces[step.name] for step in self.steps]
+                notes = {layer: note for piece in pieces for layer, note in piece.notes.items()}
             output.assemble([step.name for step in self.steps], self.shard_bytes, notes)
             self._add_side_files(output, name, rules, notes)
         notes = output.assembly_notes()
@@ -201,7 +214,8 @@ class CheckpointWriter:
 
     def _make_pieces(self, output: Output, progress: bool | None) -> None:
         make = self._make if self.calibration is None else self._calibrated(output, self.calibration)
-        with _progress_bar(sum(step.nbytes for step in self.steps), progress) as advance:
+        total = sum(step.nbytes for step in self.steps)  # of the source
+        with progress_bar("Quantising", total, progress) as advance:
             for step in self.steps:
                 if step.name not in output.pieces:
                     tensors, notes = make(step)
@@ -211,7 +225,7 @@ class CheckpointWriter:
                 advance(step.nbytes)
 
     def _make(self, step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A step's tensors as they are written, and a note on each of its layers."""
+        """Make a step's tensors as they are written, and a note on each of its layers."""
         tensors = {info.name: info.read() for info in step.copied}
         notes = {}
         for layer in step.layers:
@@ -229,7 +243,7 @@ class CheckpointWriter:
     def _calibrated(
         self, output: Output, calibration: Calibration
     ) -> Callable[[Step], tuple[dict[str, Tensor], dict[str, Any]]]:
-        """As `_make`, for a model that also runs; it goes on behind the last step whose output was kept."""
+        """Make what `_make` is for a model that also runs; it goes on behind the last step whose output was kept."""
         model = CalibratedModel(self.prepared, calibration, self.scale_dtype)
         names = [step.name for step in self.steps]
         state = output.load_state()
@@ -237,20 +251,19 @@ class CheckpointWriter:
             output.forget_after([])
         else:
             tensors, last = state
-            model.hidden = tensors["hidden"]
+            model.floats.hidden = tensors["hidden"]
             output.forget_after(names[: names.index(last) + 1])
 
         def make(step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
             previous = names[names.index(step.name) - 1]
-            if model.hidden is not None and previous in output.pieces:
-                output.save_state({"hidden": model.hidden}, previous)
+            if model.floats.hidden is not None and previous in output.pieces:
+                output.save_state({"hidden": model.floats.hidden}, previous)
             made, changed = model.make(step)
             tensors = {info.name: info.read() for info in step.copied} | changed
             notes = {}
             for done in made:
-                unreached = done.layer.name in model.unreached
                 stored, note = self.store(done.layer, done.weight, done.error)
-                notes[done.layer.name] = {**note, "unreached": unreached}
+                notes[done.layer.name] = {**note, "unreached": done.unreached}
                 tensors |= stored
             return tensors, notes
 
@@ -259,8 +272,12 @@ class CheckpointWriter:
     def store(
         self, layer: SourceLayer, weight: CanonicalWeight, error: float
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A layer's tensors by their names in the checkpoint, and its note."""
-        if layer.target is None and isinstance(weight, DenseWeight):  # as it is, in its own dtype
+        """Spell a layer: return its tensors by their names in the checkpoint, and a note on it, which is JSON.
+
+        error: relative distance of `weight` to the source's.  ConfigError if the spelling cannot express the weight.
+        """
+        if layer.target is None and isinstance(weight, DenseWeight):
+            # A kept float weight is copied in its own dtype.
             (placement,) = layer.placements
             stored = {"weight": placement.tensor.read()}
             method: LinearMethodBase = UnquantizedLinearMethod()
@@ -304,6 +321,7 @@ class CheckpointWriter:
         output.add_file("config.json", config_json(checkpoint.config, quantization, untied=untied))
 
     def _notes(self, notes: Mapping[str, Any]) -> list[str]:
+        """Say what a user should know besides.  notes: on every layer, by name."""
         head = self.prepared.model.lm_head
         found = []
         if self.prepared.config.tie_word_embeddings and head.prefix in notes:
@@ -325,6 +343,7 @@ def _digest_of(calibration: Calibration) -> str:
 
 
 def _as_json(method: LinearMethodBase) -> dict[str, Any]:
+    """Write a storage method as JSON, for a note that another run may read back with `_from_json`."""
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     values = {
         name: f"dtype:{str(v).removeprefix('torch.')}" if isinstance(v, torch.dtype) else v
@@ -335,23 +354,11 @@ def _as_json(method: LinearMethodBase) -> dict[str, Any]:
 
 def _from_json(values: Mapping[str, Any]) -> LinearMethodBase:
     (cls,) = (cls for cls in STORED if cls.__name__ == values["class"])
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        if name != "class":
-            is_dtype = isinstance(value, str) and value.startswith("dtype:")
-            fields[name] = (
-                getattr(torch, value[6:]) if is_dtype else tuple(value) if isinstance(value, list) else value
-            )
+    fields = {name: _field(value) for name, value in values.items() if name != "class"}
     return cls(**fields)
 
 
-@contextlib.contextmanager
-def _progress_bar(total: int, progress: bool | None) -> Iterator[Callable[[int], Any]]:
-    """A bar over the source's bytes, on a terminal; nothing elsewhere."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Quantising", leave=False) as bar:
-        yield bar.update
+def _field(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("dtype:"):
+        return getattr(torch, value.removeprefix("dtype:"))
+    return tuple(value) if isinstance(value, list) else value

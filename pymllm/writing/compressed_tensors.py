@@ -27,11 +27,12 @@ SUPPORTED = "int2 to int8, fp8, or floats"
 
 
 class CompressedTensorsSpelling:
-    """quant_method compressed-tensors."""
+    """The spelling with quant_method compressed-tensors."""
 
     name = "compressed-tensors"
 
     def store(self, weight: CanonicalWeight, shape: LinearShape, kind: str) -> LinearMethodBase:
+        """Choose the method for integers or float8.  ConfigError for embeddings and what no tensors can hold."""
         if isinstance(weight, DenseWeight):
             return UnquantizedLinearMethod()
         if kind == "embedding":
@@ -64,7 +65,8 @@ class CompressedTensorsSpelling:
             weight.zeros is None,
             packed,
             activations=weight.activations,
-            scale_dtype=dtype if packed else torch.float32,  # readers hold those of int8 layers in float32
+            # Readers hold the scales of int8 layers in float32.
+            scale_dtype=dtype if packed else torch.float32,
         )
 
     def _floats(self, weight: Fp8Weight, shape: LinearShape) -> LinearMethodBase:
@@ -79,9 +81,11 @@ class CompressedTensorsSpelling:
         return FloatQuantizedLinearMethod((height, width), activations)
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype  # which readers hold them in
+        """Return the model's dtype, as readers hold scales in it."""
+        return model_dtype
 
     def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
+        """Make the `quantization_config`: a group for each scheme, the largest first."""
         by_scheme: dict[str, tuple[dict[str, Any], list[str]]] = {}
         left: list[str] = []
         for name, layer in layers.items():
@@ -95,7 +99,8 @@ class CompressedTensorsSpelling:
         groups = {}
         for index, (scheme, names) in enumerate(schemes):
             # One scheme: the class, which every reader matches first. Several: the layers by name.
-            heads = [name for name in names if layers[name].kind == "lm_head"]  # no Linear to every reader
+            # A head is named besides: not every reader takes it for a Linear.
+            heads = [name for name in names if layers[name].kind == "lm_head"]
             targets = ["Linear", *heads] if len(schemes) == 1 else patterns_for(names, everything)
             groups[f"group_{index}"] = {"targets": targets, **scheme, "output_activations": None}
         formats = {scheme["format"] for scheme, _ in schemes}
@@ -111,7 +116,7 @@ class CompressedTensorsSpelling:
 
 
 def patterns_for(names: Iterable[str], everything: Iterable[str]) -> list[str]:
-    """Targets that mean just these of all layers: `re:` patterns over layer numbers where exact, else the names.
+    """Write targets that mean just these of all layers: `re:` patterns over layer numbers where exact, else the names.
 
     model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj → re:model\\.layers\\.\\d+\\.mlp\\.up_proj$
     """
@@ -126,7 +131,7 @@ def patterns_for(names: Iterable[str], everything: Iterable[str]) -> list[str]:
 
 
 def _scheme(method: LinearMethodBase) -> dict[str, Any] | None:
-    """What a config group says of layers with this method; None: they are not quantised."""
+    """Describe a method as a config group does.  Returns None where it does not quantise."""
     if isinstance(method, IntQuantizedLinearMethod):
         weights = _arguments("int", method.bits, "group" if method.group_size else "channel")
         weights |= {"group_size": method.group_size or None, "symmetric": method.symmetric}
@@ -164,7 +169,10 @@ def _arguments(element: str, bits: int, strategy: str) -> dict[str, Any]:
 
 
 def _activations(element: str, scheme: str, group_size: int = 0) -> dict[str, Any]:
-    """scheme: token, tensor, static, or group (of as many inputs as the blocks of weights have)."""
+    """Make the arguments of quantised activations.
+
+    scheme: token, tensor, static, or group (of `group_size` inputs, as many as the blocks of weights have).
+    """
     arguments = _arguments(element, 8, "tensor" if scheme == "static" else scheme)
     arguments["dynamic"] = scheme != "static"
     if scheme == "group":

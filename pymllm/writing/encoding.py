@@ -24,13 +24,16 @@ from pymllm.weights.spec import LinearShape
 def encode(
     target: LinearMethodBase, floats: Tensor, shape: LinearShape, scale_dtype: torch.dtype
 ) -> CanonicalWeight:
-    """floats: [O, I] float32.  Returns `target`'s weight with what files can hold: integer zero points, and scales
-    that are exact in `scale_dtype`.  CheckpointError where a float dtype overflows."""
+    """Quantise a weight so that files can hold it: with integer zero points, and scales exact in `scale_dtype`.
+
+    target: the method that rounds.  floats: [O, I] float32.  Returns `target`'s weight.
+    CheckpointError where a float dtype overflows.
+    """
     return fitted(target.quantize(floats, shape), floats, scale_dtype)
 
 
 def fitted(made: CanonicalWeight, floats: Tensor, scale_dtype: torch.dtype) -> CanonicalWeight:
-    """A newly made weight of `floats` [O, I] as files can hold it; see `encode`."""
+    """Change a newly made weight of `floats` [O, I] so that files can hold it; see `encode`."""
     if isinstance(made, IntWeight):
         return storable_integers(made, floats, scale_dtype)
     if isinstance(made, Fp8Weight):
@@ -45,7 +48,10 @@ def fitted(made: CanonicalWeight, floats: Tensor, scale_dtype: torch.dtype) -> C
 
 
 def storable_integers(weight: IntWeight, floats: Tensor, scale_dtype: torch.dtype) -> IntWeight:
-    """`weight` with integer zero points, and scales in `scale_dtype`; codes are chosen anew where that changed them."""
+    """Give a weight integer zero points, and scales in `scale_dtype`; codes are chosen anew where that changes them.
+
+    floats: [O, I], what the codes stand for.
+    """
     scales, zeros = weight.scales, weight.zeros
     if weight.offsets is not None:
         zeros = (
@@ -59,7 +65,7 @@ def storable_integers(weight: IntWeight, floats: Tensor, scale_dtype: torch.dtyp
 
 
 def storable_fp8(weight: Fp8Weight, floats: Tensor, scale_dtype: torch.dtype) -> Fp8Weight:
-    """`weight` with scales that are exact in `scale_dtype`, as readers that load all in the model's dtype round them.
+    """Give a weight scales that are exact in `scale_dtype`, as readers that load all in the model's dtype round them.
 
     Where that dtype would change a scale by more than a hundredth (float16 has few bits below 2^-14), they stay.
     """
@@ -72,7 +78,7 @@ def storable_fp8(weight: Fp8Weight, floats: Tensor, scale_dtype: torch.dtype) ->
 
 
 def recoded(weight: IntWeight, floats: Tensor) -> IntWeight:
-    """The same scales and zero points, with the codes nearest to `floats` [O, I].  Groups lie in order."""
+    """Keep the scales and zero points, and choose the codes nearest to `floats` [O, I].  Groups must lie in order."""
     groups = floats.float().unflatten(1, (-1, weight.group_size))  # [O, I/G, G]
     middle = 2 ** (weight.bits - 1)
     zeros = middle if weight.zeros is None else weight.zeros.float().unsqueeze(-1)

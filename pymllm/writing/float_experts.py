@@ -1,6 +1,6 @@
 """The experts of a layer in plain float32, one after the other: what runs while they are calibrated."""
 
-# T tokens, K experts a token, H hidden size, I intermediate size of one expert
+# T tokens, K experts a token, H hidden size, I in_features, O out_features
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pymllm.moe.experts import Experts
 
 
 class FloatExperts:
-    """Takes the place of an `Experts` module's forward until it is closed.
+    """A stand-in for an `Experts` module's forward, until it is closed.
 
     weights: [O, I] zeros by the checkpoint's names, to be filled.  rounds: names, in the order in which they run.
-    seen: a dict to have each layer's inputs recorded, or None.
+    seen: a dict to have each layer's inputs recorded in, or None.
+    ConfigError for experts that the checkpoint stores all in one tensor.
     """
 
     def __init__(self, module: Experts) -> None:
         if module.layout.stacked:
             raise ConfigError(
-                "calibration through experts that lie in one tensor is not supported",
+                "the experts of a layer lie in one tensor, and calibration cannot run through such experts",
                 code="calibration",
                 tensor=module.prefix,
                 fix="Quantise without --calibrate.",
@@ -39,10 +40,14 @@ class FloatExperts:
         module.forward = self.forward  # type: ignore[method-assign]
 
     def close(self) -> None:
+        """Give the module its own forward back."""
         del self.module.forward
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """Run the experts as `Experts.forward` does.
+
+        x: [T, H]; topk_ids: [T, K]; topk_weights: [T, K] float32.  Returns [T, H].
+        """
         y = torch.zeros_like(x)
         for expert, (gate_up, down) in self.names.items():
             rows, place = (topk_ids == expert).nonzero(as_tuple=True)

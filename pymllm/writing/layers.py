@@ -1,7 +1,7 @@
-"""What a checkpoint is made of when it is written: its layers under their names, and the tensors that stay as they are.
+"""The content of a checkpoint that is to be written: layers under their names, and tensors that stay as they are.
 
 Layers come from a `Prepared` model, so that names, rules and checks are those of loading; parts of fused layers stand
-alone. Steps group them by the block of the model that they belong to: what is read, written and kept at a time.
+alone. Steps group them by the block of the model that they belong to: a step is read, written and kept at a time.
 """
 
 # O out_features, I in_features
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import CheckpointError, ConfigError
-from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.stored import read_stored
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.rounding.calibrated import without_static
 from pymllm.quantization.rules import Rule
 from pymllm.weights.spec import LinearShape
 from pymllm.weights.tensor_file import TensorInfo
@@ -34,7 +35,8 @@ BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 class SourceLayer:
     """One layer under its checkpoint name.
 
-    kind: linear, embedding or lm_head.  source: the method that reads it.  target: what a rule makes of it, or None.
+    kind: linear, embedding or lm_head.  source: the method that reads it.  target: the method that a rule gives it, or
+    None: it keeps its weight.  rule: the user's rule that decided, or None.  placements: of its stored tensors.
     """
 
     name: str
@@ -46,11 +48,11 @@ class SourceLayer:
     placements: tuple[Placement, ...] = field(repr=False)
 
     def read(self) -> CanonicalWeight:
-        """The stored weight.  CheckpointError for unusable scales, or values that are not finite."""
+        """Read the stored weight.  CheckpointError for unusable scales, or contents that contradict the layer."""
         return self.source.to_canonical(read_stored(self.source, self.shape, self.placements), self.shape)
 
     def decode(self, weight: CanonicalWeight) -> Tensor:
-        """[O, I] float32.  CheckpointError if a value is not finite."""
+        """Decode a stored weight to [O, I] float32.  CheckpointError if a value is not finite."""
         floats = weight.dequantize(torch.float32)
         bad = floats.numel() - int(torch.isfinite(floats).sum())
         if bad:
@@ -65,6 +67,17 @@ class SourceLayer:
             )
         return floats
 
+    def planned_integers(self) -> IntWeight | None:
+        """Plan, without data, the integer codes that the rule makes, which input scales and Hessians can improve.
+
+        Returns None where the rule makes anything else, or float zero points.
+        """
+        if self.target is None:
+            return None
+        meta = torch.empty((self.shape.out_features, self.shape.in_features), device="meta")
+        made = without_static(self.target).quantize(meta, self.shape)
+        return made if isinstance(made, IntWeight) and made.offsets is None else None
+
     @property
     def nbytes(self) -> int:
         return sum(placement.tensor.nbytes for placement in self.placements)
@@ -74,11 +87,12 @@ class SourceLayer:
 class Step:
     """A block of the model: its layers, and the tensors (norms, biases) that are copied.
 
-    block: its number, or None for what stands outside of the blocks.
+    block: its number, or None for a module outside of the blocks.  units: what loading would read and pack together.
     """
 
     name: str
     block: int | None
+    units: tuple[Unit, ...]
     layers: tuple[SourceLayer, ...]
     copied: tuple[TensorInfo, ...]
 
@@ -88,43 +102,44 @@ class Step:
 
 
 def steps_of(prepared: Prepared) -> list[Step]:
-    """The model's blocks in order, each with its layers and its other tensors."""
-    layers: dict[str, list[SourceLayer]] = {}
-    copied: dict[str, dict[str, TensorInfo]] = {}
-    used: set[str] = set()
+    """Divide the model into its blocks in order, each with its layers and its other tensors.
+
+    ConfigError for layers that cannot be written: see `_refuse_resolved` and `_source_layers`.
+    """
     _refuse_resolved(prepared)
+    by_step: dict[str, list[Unit]] = {}
     for unit in prepared.units:
-        step = _step_name(unit.name)
-        layers.setdefault(step, [])
-        copied.setdefault(step, {})
-        found = list(_source_layers(unit, prepared))
-        layers[step] += found
-        used |= {placement.tensor.name for layer in found for placement in layer.placements}
-        for placement in unit.placements:
-            if placement.tensor.name not in used:
-                copied[step][placement.tensor.name] = placement.tensor
-    return [
-        Step(name, int(name.rpartition(".")[2]) if BLOCK.search(name) else None, tuple(of), tuple(rest))
-        for name, of in layers.items()
-        for rest in (copied[name].values(),)
-    ]
+        by_step.setdefault(_step_name(unit.name), []).append(unit)
+    steps = []
+    used: set[str] = set()  # by steps before, too: a tied head reads the embedding's tensor
+    for name, units in by_step.items():
+        layers: list[SourceLayer] = []
+        copied: dict[str, TensorInfo] = {}
+        for unit in units:
+            found = list(_source_layers(unit, prepared))
+            layers += found
+            used |= {placement.tensor.name for layer in found for placement in layer.placements}
+            copied |= {p.tensor.name: p.tensor for p in unit.placements if p.tensor.name not in used}
+        block = int(name.rpartition(".")[2]) if BLOCK.search(name) else None
+        steps.append(Step(name, block, tuple(units), tuple(layers), tuple(copied.values())))
+    return steps
 
 
 def _refuse_resolved(prepared: Prepared) -> None:
-    """Tensors that a model's own resolver changes while they load are not what is stored, and cannot be written so."""
+    """Refuse tensors that a model's own resolver changes while they load: they are not what would be written."""
     for unit in prepared.units:
         for placement in unit.placements:
             if placement.resolved is not None:
                 raise ConfigError(
-                    "the model resolves its weights in its own way, which files cannot say",
+                    "the model's own resolver places this tensor, and a written checkpoint cannot say how",
                     code="spelling",
                     tensor=placement.tensor.name,
-                    fix="Load the model with rules instead: --quant.",
+                    fix="Load the model with rules instead (--quant), which quantises while it loads.",
                 )
 
 
 def _step_name(unit: str) -> str:
-    """model.layers.3 for all of its units; a name of its own for any other."""
+    """Return the name of a unit's step: model.layers.3 for all units of that block; its own outside of the blocks."""
     block = BLOCK.search(unit)
     return unit[: block.end(1)] if block else unit
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder that appears whole: steps are kept as they finish, and the final files are moved in at the end.
+"""A checkpoint folder that appears whole: steps are kept as they finish, and final files are moved in at the end.
 
 Until then everything lies in OUT/.unfinished:
 
@@ -39,7 +39,11 @@ COPY_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """A finished step.  notes: what the step's maker wants to know of it later; JSON."""
+    """A finished step, kept in a file.
+
+    step: its name.  file: within the staging folder.  digest: BLAKE2b of the file.
+    notes: what the step's maker wants to know of it later; JSON.
+    """
 
     step: str
     file: str
@@ -49,12 +53,18 @@ class Piece:
 
 
 class Output:
-    """An output folder in the making; a context manager, as only one process may work on it."""
+    """An output folder in the making.  It is a context manager, as only one process may work on it.
+
+    folder: where the checkpoint will be.  staging: where everything lies until then.  pieces: finished steps, by name.
+    """
 
     def __init__(self, folder: Path, request: Mapping[str, Any], *, restart: bool = False) -> None:
-        """Start, or go on with, `request` (JSON).  ConfigError if the folder holds anything else."""
+        """Start, or go on with, `request` (JSON).  ConfigError if the folder holds anything else.
+
+        restart: throw away what an unfinished run of any request has left.
+        """
         self.folder, self.staging = folder, folder / STAGING
-        self.resumed = self._prepare(dict(request), restart)
+        self._prepare(dict(request), restart)
         self.pieces: dict[str, Piece] = {}
 
     def __enter__(self) -> Output:
@@ -73,9 +83,15 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _prepare(self, request: dict[str, Any], restart: bool) -> bool:
+    def _prepare(self, request: dict[str, Any], restart: bool) -> None:
+        """Make the staging folder with the request in it, or check that it holds the same one."""
         if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError("the output is a file", code="out-exists", file=str(self.folder))
+            raise ConfigError(
+                "the output is a file",
+                code="out-exists",
+                file=str(self.folder),
+                expected="a folder, or a path where nothing is yet",
+            )
         if restart:
             shutil.rmtree(self.staging, ignore_errors=True)
         found = self.staging / REQUEST
@@ -92,10 +108,9 @@ class Output:
                     found=repr(request.get(key)),
                     fix="Ask for the same again to go on, add --restart to begin anew, or write elsewhere.",
                 )
-            return True
-        others = (
-            [] if not self.folder.exists() else [p.name for p in self.folder.iterdir() if p.name != STAGING]
-        )
+            return
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        others = [path.name for path in there if path.name != STAGING]
         if others:
             raise ConfigError(
                 "the output folder is not empty",
@@ -106,10 +121,9 @@ class Output:
             )
         self.staging.mkdir(parents=True, exist_ok=True)
         _write_text(found, json.dumps(request, indent=1))
-        return False
 
     def _read_journal(self) -> None:
-        """The finished steps whose pieces are what they were; a journal's torn last line is as if it were not there."""
+        """Find the finished steps whose pieces are what the journal says; its torn last line is passed over."""
         journal = self.staging / JOURNAL
         lines = journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []
         for line in lines:
@@ -120,7 +134,7 @@ class Output:
 
     @property
     def assembling(self) -> bool:
-        """Whether all steps are done, and only final files are still to be made."""
+        """True once all steps are done, so that only final files are still to be made."""
         return (self.staging / SHARDS).exists()
 
     def add(self, step: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
@@ -144,7 +158,7 @@ class Output:
         _rename(path.with_suffix(".tmp"), path)
 
     def load_state(self) -> tuple[dict[str, Tensor], str] | None:
-        """What `save_state` kept last, and its step; None if there is nothing, or nothing whole."""
+        """Return what `save_state` kept last, and its step; None if there is nothing, or nothing whole."""
         path = self.staging / "state.safetensors"
         if not path.is_file():
             return None
@@ -159,7 +173,7 @@ class Output:
 
     @property
     def publishing(self) -> bool:
-        """Whether all final files are made, and only have to be moved."""
+        """True once all final files are made, so that they only have to be moved."""
         return (self.staging / FINAL).exists()
 
     def assemble(self, order: Sequence[str], shard_bytes: int, notes: Any) -> None:
@@ -185,7 +199,7 @@ class Output:
         shards = plan["shards"]
         for index, shard in enumerate(shards):
             target = self.staging / shard_name(index, len(shards))
-            if not target.exists():  # renamed only once it is whole
+            if not target.exists():  # else it is whole: it is renamed only then
                 _join(self.staging, shard, target)
             needed = {file for later in shards[index + 1 :] for _, file in later}
             for file in {file for _, file in shard} - needed:
@@ -202,10 +216,11 @@ class Output:
             )
 
     def assembly_notes(self) -> Any:
+        """Return the notes that `assemble` was given, by this run or an earlier one."""
         return json.loads((self.staging / SHARDS).read_text(encoding="utf-8"))["notes"]
 
     def add_file(self, name: str, content: bytes) -> None:
-        """A final file beside the weights."""
+        """Add a final file beside the weights."""
         path = self.staging / f"{name}.tmp"
         path.write_bytes(content)
         _rename(path, self.staging / name)
@@ -227,20 +242,19 @@ class Output:
                 os.replace(self.staging / name, self.folder / name)
         _sync_folder(self.folder)
         done = self.folder / f"{STAGING}-done"
-        os.replace(
-            self.staging, done
-        )  # at once: a half-removed folder would look like something to go on with
+        # Renamed at once: a half-removed folder would look like something to go on with.
+        os.replace(self.staging, done)
         shutil.rmtree(done)
         return list(names)
 
 
 def shard_name(index: int, count: int) -> str:
-    """As transformers names them."""
+    """Name a weight file as transformers does.  index: from 0, of `count` files."""
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _divide(tensors: list[list[str]], sizes: Mapping[str, int], shard_bytes: int) -> list[list[list[str]]]:
-    """Consecutive runs of at most `shard_bytes`, or of one tensor that is larger."""
+    """Divide [tensor, file] entries into consecutive runs of at most `shard_bytes`, or of one tensor that is larger."""
     shards: list[list[list[str]]] = [[]]
     filled = 0
     for entry in tensors:
@@ -291,6 +305,7 @@ def _chunks(info: TensorInfo) -> Iterator[bytes]:
 
 
 def _is(path: Path, nbytes: int, digest: str) -> bool:
+    """Return whether the file is there, of this size and with this content."""
     return path.is_file() and path.stat().st_size == nbytes and _digest(path) == digest
 
 
@@ -319,11 +334,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
+    """Write a file that is there as a whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     _rename(temporary, path)
 
 
 def storable(tensor: Tensor) -> Tensor:
-    """As safetensors takes it: contiguous, with memory of its own."""
+    """Copy a tensor as safetensors takes it: on the CPU, contiguous, with memory of its own."""
     return tensor.detach().to("cpu").contiguous().clone(memory_format=torch.contiguous_format)

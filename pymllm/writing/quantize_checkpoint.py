@@ -1,4 +1,4 @@
-"""`quantize_checkpoint`: another checkpoint of the same model, quantised by rules, that other programs read too.
+"""`quantize_checkpoint`: another checkpoint of the same model, quantised by rules, which other programs read too.
 
     pymllm.quantize_checkpoint("org/model", "model-int4", {"**.layers.**": "int4:scale=mse"})
 
@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pymllm.config import DTYPES
 from pymllm.errors import ConfigError
@@ -56,26 +55,33 @@ def quantize_checkpoint(
     revision: str | None = None,
     progress: bool | None = None,
 ) -> WrittenCheckpoint:
-    """Write `model` to the folder `out`, its layers in the methods that the rules `quant` name.
+    """Write a checkpoint anew, with its layers in the methods that rules name.
 
-    model: a folder or hub id, in any format that loading reads.  A layer without a rule keeps its weights.
+    model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name", in any format that
+    loading reads.
+    out: the folder to write, which must be new or empty, or hold an unfinished run of the same request.
+    quant: rules, {"**.layers.**": "int4:scale=mse"} say; also a list of "PATTERN=METHOD" lines, or "@FILE". A layer
+    without a rule keeps its weights.
     format: "awq", "compressed-tensors", or "auto": AWQ where all rules ask for it, else compressed-tensors.
-    shard_size: of a weight file, "5GB" or bytes.
-    calibrate: a text file.  Integer weights are then rounded by what this text makes of their inputs, and
-    activations=static finds its scales.  algorithm: "awq" (searches of input scales and of ranges), "gptq" (errors made
-    good by inputs not rounded yet; act_order: those that matter most first), "auto": awq for format awq, else gptq.
-    calibration_tokens: how many are taken, in windows of `window` at even distances.
-    restart: throw away what an unfinished run of another request left in `out`.
+    shard_size: of a weight file at most, "5GB" or a number of bytes.
+    calibrate: a text file: integer weights are rounded by what this text makes of their inputs, and
+    activations=static finds its scales; None: every weight is rounded by itself.
+    algorithm: of calibration: "awq" searches input scales and ranges, "gptq" makes errors good by inputs that are not
+    rounded yet, "auto" is awq for format awq, else gptq.
+    act_order: whether gptq rounds the inputs that matter most first.
+    calibration_tokens: how many tokens of the text are taken, in windows at even distances.
+    window: how many tokens a window has.
+    restart: whether to throw away what an unfinished run of another request left in `out`.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
+    progress: whether to show a bar; None: on a terminal.
 
     A run that was stopped and is asked for again goes on where it was. Files appear in `out` once all are made.
     Raises RuleError, ConfigError (a weight that the format cannot hold, say) or CheckpointError.
     """
     folder = resolve_model_path(model, revision)
-    rules = read_rules(quant)
+    rules = [str(rule) for rule in read_rules(quant)]
     with Parallel():
-        prepared = prepare(
-            folder, rules_as_lines(rules), device="cpu", dtype=_model_dtype(folder), compute="exact"
-        )
+        prepared = prepare(folder, rules, device="cpu", dtype=_model_dtype(folder), compute="exact")
     spelling = choose_spelling(format, prepared)
     limit = parse_size(shard_size)
     calibration = None
@@ -87,37 +93,33 @@ def quantize_checkpoint(
         calibration = Calibration(windows, chosen, act_order, Path(calibrate).name)
     elif algorithm != "auto" or act_order:
         raise ConfigError(
-            "an algorithm that looks at inputs needs calibration text",
+            "algorithm and act order belong to calibration, and there is no text to calibrate with",
             code="needs-calibration",
-            found=algorithm,
+            found=f"algorithm={algorithm}, act_order={act_order}",
             fix="Give it some: --calibrate FILE.",
         )
     with prepared.checkpoint:
         tokenizer = _tokenizer_files(prepared.checkpoint)
         writer = CheckpointWriter(prepared, spelling, limit, calibration, tokenizer)
-        request = writer.request(rules_as_lines(rules))
+        request = writer.request(rules)
         _check_place(Path(out), folder, writer.estimated_bytes())
         with Output(Path(out), request, restart=restart) as output:
-            return writer.write(output, str(model), rules_as_lines(rules), progress)
-
-
-def rules_as_lines(rules: Any) -> list[str]:
-    return [str(rule) for rule in rules]
+            return writer.write(output, str(model), rules, progress)
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of "5GB", "300 MB" or a number.  ConfigError for anything else."""
+    """Read a number of bytes from "5GB", "300 MB" or a number.  ConfigError for anything else."""
     found = SIZE.fullmatch(str(size).strip())
     value = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
     if value < 1:
         raise ConfigError(
-            "the shard size cannot be read", code="shard-size", expected="a size such as 5GB", found=str(size)
+            "the shard size is no size", code="shard-size", expected="a size such as 5GB", found=str(size)
         )
     return value
 
 
 def choose_spelling(name: str, prepared: Prepared) -> Spelling:
-    """By name; "auto": AWQ where no rule asks for anything else."""
+    """Choose a spelling by its name; "auto": AWQ where no rule asks for anything else.  ConfigError if unknown."""
     if name == "auto":
         targets = [prepared.quant.targets[rule] for rule in prepared.quant.rules]
         only_awq = any(isinstance(target, AWQLinearMethod) for target in targets) and all(
@@ -135,7 +137,7 @@ def choose_spelling(name: str, prepared: Prepared) -> Spelling:
 
 
 def _model_dtype(folder: Path) -> str:
-    """What floats are written in: the dtype that the checkpoint says it was saved in."""
+    """Return the dtype that floats are written in: the one that the checkpoint says it was saved in."""
     config = open_checkpoint(folder, gguf_architectures()).config
     name = str(config.get("dtype", config.get("torch_dtype")))
     return name if name in DTYPES else "float32"
@@ -144,10 +146,17 @@ def _model_dtype(folder: Path) -> str:
 def _check_place(out: Path, source: Path, expected: int) -> None:
     """Refuse to write into the source, or where there is no room."""
     if out.exists() and out.resolve() == source.resolve():
-        raise ConfigError("the output folder is the source", code="out-exists", file=str(out))
+        raise ConfigError(
+            "the output folder is the source", code="out-exists", file=str(out), fix="Write to a new folder."
+        )
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ConfigError("the output lies below a file", code="out-exists", file=str(there))
+        raise ConfigError(
+            "the output would lie below this file",
+            code="out-exists",
+            file=str(there),
+            fix="Write to a new folder.",
+        )
     free = shutil.disk_usage(there).free
     if free < expected:
         raise ConfigError(
@@ -160,7 +169,10 @@ def _check_place(out: Path, source: Path, expected: int) -> None:
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """A GGUF file's tokenizer as the files that folders have; nothing where it has none that is known."""
+    """Write a GGUF file's tokenizer as the files that folders have; none where it has none that is known.
+
+    Returns contents by name.
+    """
     tokenizer = open_tokenizer(checkpoint)
     if not isinstance(tokenizer, GGUFTokenizer) or not tokenizer.available:
         return {}

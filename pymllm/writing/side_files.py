@@ -1,4 +1,4 @@
-"""What lies beside the weights: config.json with its quantisation, the tokenizer's files, the model card."""
+"""The files beside the weights: config.json with its quantisation, the tokenizer's files, the model card."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LEGAL = re.compile(r"(?i)(licen[cs]e|notice|use_policy|acceptable_use)")
 CARD = "README.md"
 # Settings of the source's own quantisation beside its config.json, which would contradict the new ones.
 STALE = {"quant_config.json", "quantize_config.json", "hf_quant_config.json", "recipe.yaml"}
-LARGEST = 256 << 20  # of a file that is copied: a tokenizer's may have tens of MB
+LARGEST = 256 << 20  # bytes of a file that is copied: a tokenizer's may have tens of MB
 
 
 def files_to_copy(folder: Path) -> list[Path]:
-    """The tokenizer's, the generation config, chat templates, licences: all small files but weights and configs."""
+    """List the tokenizer's files, generation config, chat templates, licences: small files but weights and configs."""
     if not folder.is_dir():
         return []
     return [
@@ -38,7 +38,7 @@ def files_to_copy(folder: Path) -> list[Path]:
 def config_json(
     source: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, untied: bool = False
 ) -> bytes:
-    """The source's config with another quantisation.  untied: the head has weights of its own now."""
+    """Write the source's config with another quantisation, or None.  untied: the head has its own weights now."""
     config = {
         key: value
         for key, value in source.items()
@@ -62,7 +62,10 @@ def model_card(
     notes: Sequence[str],
     version: str,
 ) -> bytes:
-    """The source's card, or a new one, with a section on the quantisation.  methods: by layer."""
+    """Write the source's card, or a new one, with a section on the quantisation.
+
+    folder, name: of the source.  methods: of the layers, by name.  rules: as lines.  notes: a paragraph each.
+    """
     path = folder / CARD
     text = (
         path.read_text(encoding="utf-8", errors="replace").rstrip()

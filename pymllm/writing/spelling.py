@@ -1,10 +1,8 @@
-"""How a checkpoint spells quantised layers: the tensors of a weight, and what `quantization_config` says of them.
+"""The spelling of quantised layers in a checkpoint: the tensors of a weight, and their `quantization_config`.
 
 A spelling is asked for each weight's storage method (`store`), and once, with all of them, for its config. What it
 cannot express is a ConfigError that names the layer and a way out; nothing is rounded a second time to fit.
 """
-
-# O out_features, I in_features, G group_size
 
 from __future__ import annotations
 
@@ -29,24 +27,30 @@ class SpelledLayer:
 
 
 class Spelling(Protocol):
-    """One way to write a checkpoint."""
+    """One way to write a checkpoint.  name: its quant_method."""
 
     name: str
 
     def store(self, weight: CanonicalWeight, shape: LinearShape, kind: str) -> LinearMethodBase:
-        """The method whose tensors hold exactly this weight.  ConfigError if there is none."""
+        """Choose the method whose tensors hold exactly this weight.  ConfigError if there is none.
+
+        kind: linear, embedding or lm_head.
+        """
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """What the scales of newly made integer weights must be exact in."""
+        """Return the dtype in which scales of newly made weights must be exact.  model_dtype: of float tensors."""
 
     def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint with these layers, by their checkpoint names."""
+        """Make the `quantization_config` of a checkpoint with these layers, by their checkpoint names."""
 
 
 def cannot_express(
     spelling: str, shape: LinearShape, what: str, *, expected: str | None = None, fix: str | None = None
 ) -> ConfigError:
-    """The error for a weight that a spelling has no tensors for."""
+    """Make the error for a weight that a spelling has no tensors for.
+
+    what: of the weight cannot be held, as in "cannot hold WHAT".  expected, fix: as of every error.
+    """
     return ConfigError(
         f"the {spelling} spelling cannot hold {what}",
         code="spelling",

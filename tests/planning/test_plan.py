@@ -96,6 +96,11 @@ def test_each_rank_plans_its_own_share():
     assert row.bytes * 2 == plan(shipped_model()).layer("model.layers.0.mlp.down_proj").bytes
 
 
+def test_a_plan_has_no_layer_of_a_name_that_is_not_there():
+    with pytest.raises(KeyError, match="no_proj"):
+        plan(shipped_model()).layer("model.layers.0.mlp.no_proj")
+
+
 def test_a_misspelt_rule_is_reported_with_the_nearest_name():
     with pytest.raises(RuleError, match=r"gate_prj.*matches no layer.*gate_proj"):
         plan(shipped_model(), {"**.mlp.gate_prj": "fp8"})

@@ -24,6 +24,7 @@ from pymllm.quantization.formats.fp8 import Fp8LinearMethod
 
 from ..checkpoints import TinyCheckpoint, write_checkpoint
 from ..forward import logits_of
+from ..moe_checkpoints import write_moe
 
 IDS = list(range(5, 29))
 PAGE = Path(__file__).parents[2] / "docs" / "swapping.md"
@@ -144,6 +145,22 @@ def test_a_tied_head_follows_as_loading_would_have_it(tied, pattern):
     swap.undo()
     assert llm.model.lm_head.shares_table
     assert torch.equal(llm.logits(IDS), logits)
+
+
+def test_experts_stored_with_inputs_before_outputs_stay_where_the_swap_does_not_name_them(tmp_path):
+    """gpt_oss in floats: how its experts are stored is nothing that a swap could ask a layer again."""
+    there = write_moe(tmp_path / "in", "gpt_oss", stacked=True)
+    model = load_model(there.folder, dtype="float32")
+    ids = torch.tensor(IDS)
+    before = logits_of(model, ids)
+    done = pymllm.swap(model, "**.q_proj", "int8")
+    assert done.changed == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    assert torch.equal(
+        logits_of(model, ids),
+        logits_of(load_model(there.folder, {"**.q_proj": "int8"}, dtype="float32"), ids),
+    )
+    done.undo()
+    assert torch.equal(logits_of(model, ids), before)
 
 
 def test_a_head_swapped_after_its_embedding_shares_the_table_again(tied):

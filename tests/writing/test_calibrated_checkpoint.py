@@ -15,6 +15,7 @@ from pymllm.api import shipped_model
 from pymllm.errors import ConfigError
 from pymllm.writing import output
 
+from .. import moe_checkpoints
 from ..checkpoints import (
     SIZES,
     TinyCheckpoint,
@@ -173,6 +174,38 @@ def test_experts_are_calibrated_on_what_is_routed_to_them(tmp_path):
     assert errors[1] < 0.8 * errors[0]
     settings = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert [f"model.layers.{i}.mlp.gate" for i in range(2)] == settings["ignore"][:2]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_rules_for_some_experts_alone_are_calibrated_too(family, tmp_path):
+    """Experts that a rule splits into groups of methods, and those that a checkpoint calls w1, w2 and w3."""
+    there = moe_checkpoints.write_moe(tmp_path / "in", family, vocab_size=4096)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped_model() / file, there.folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    rules = {"**.experts.0.*": "int4:group_size=32", "**.experts.1.*": "int4:group_size=64"}
+    errors = []
+    for name, options in (("plain", {}), ("gptq", {"calibrate": tmp_path / "text.txt", **OPTIONS})):
+        written = pymllm.quantize_checkpoint(there.folder, tmp_path / name, rules, **options)
+        made = [layer.prefix for layer in written.layers if layer.error]
+        assert {prefix.rpartition(".experts.")[2][0] for prefix in made} == {"0", "1"}
+        errors.append(divergence(tmp_path / name, there))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_experts_that_lie_in_one_tensor_are_refused_by_name(tmp_path):
+    there = moe_checkpoints.write_moe(tmp_path / "in", "qwen3_moe", stacked=True, vocab_size=4096)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped_model() / file, there.folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.experts: .* without --calibrate"):
+        pymllm.quantize_checkpoint(
+            there.folder,
+            tmp_path / "out",
+            {"**.self_attn.**": "int4:group_size=16"},
+            calibrate=tmp_path / "text.txt",
+            **OPTIONS,
+        )
 
 
 @pytest.mark.parametrize("method", ["int4:group_size=32,symmetric=true", "fp8"])

@@ -1,0 +1,22 @@
+"""A progress bar over bytes: of a load, and of a checkpoint that is written."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def progress_bar(doing: str, total: int, show: bool | None) -> Iterator[Callable[[int], object]]:
+    """Show a bar over `total` bytes.  Yields a function that takes the number of bytes just done.
+
+    doing: the word before the bar.  show: whether to; None: only where standard error is a terminal.
+    """
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=doing, leave=False) as bar:
+        yield bar.update
