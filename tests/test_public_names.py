@@ -1,4 +1,4 @@
-"""Every public name explains every argument: "name: what it means", or "one, other: what they mean", in its docstring."""
+"""Every public name explains every argument in its docstring: "name: meaning", or "one, other: their meaning"."""
 
 from __future__ import annotations
 

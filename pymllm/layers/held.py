@@ -238,10 +238,10 @@ class WeightHolder(RevisedModule):
 
     def methods(self) -> Iterable[LinearMethodBase]:
         """Return the methods that the load report counts."""
-        return () if self.shares_with is not None else (weight.method for weight in self.held())
+        return () if self.borrows_from is not None else (weight.method for weight in self.held())
 
     @property
-    def shares_with(self) -> WeightHolder | None:
+    def borrows_from(self) -> WeightHolder | None:
         """The layer whose packed weight this layer runs too; None: this layer has its own, or none."""
         return None
 
@@ -302,7 +302,7 @@ class WeightHolder(RevisedModule):
         """Make the checks of the packed weights.  stored: reads a weight's tensors from the checkpoint again."""
         return ()
 
-    def state(self) -> HolderState | None:
+    def packed_state(self) -> HolderState | None:
         """Return what runs now; None: there is nothing that a swap could change."""
         return None
 
@@ -312,7 +312,7 @@ class WeightHolder(RevisedModule):
         """Make the state with other methods, and leave the layer as it is.
 
         methods: one for each of `parts()`.  staged: the new states of the layers before this one.
-        Returns None where `state` does.  ConfigError where the layer cannot run the methods.
+        Returns None where `packed_state` does.  ConfigError where the layer cannot run the methods.
         """
         return None
 

@@ -202,7 +202,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
             yield weight, weight.shape
 
     @property
-    def shares_with(self) -> WeightedLayer | None:
+    def borrows_from(self) -> WeightedLayer | None:
         """The layer whose packed weight this layer runs too; None: it has its own."""
         return self.tied_to if self.shares_table else None
 
@@ -211,11 +211,17 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         """True where the layer keeps separate weights, as its parts have different methods."""
         return len(self.held()) > 1
 
-    def _bound(self, weight: HeldWeight, shape: LinearShape, binder: Binder) -> tuple[BoundWeight, int]:
-        """Bind a weight without its data.  Returns it, and its bytes: 0 where they are those of another layer."""
-        bound, table = binder.linear(weight.method, shape, weight.operation), self.shares_with
+    def _bound(
+        self, weight: HeldWeight, shape: LinearShape, binder: Binder, size: int | None = None
+    ) -> tuple[BoundWeight, int]:
+        """Bind a weight without its data.  Returns it, and its bytes: 0 where they are those of another layer.
+
+        size: of how many ranks `shape` is the first one's share; None: it is this rank's own.
+        """
+        bound, table = binder.linear(weight.method, shape, weight.operation), self.borrows_from
         if table is not None:
-            other = binder.linear(weight.method, table.shape, table.operation)
+            share = table.shape if size is None else table.shape_for(0, size, table.shape.parts)
+            other = binder.linear(weight.method, share, table.operation)
             if other.selection.kernel.layout == bound.selection.kernel.layout:
                 return bound, 0
         return bound, bound.nbytes
@@ -240,7 +246,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
                     (alone.out_features_local, alone.in_features_local),
                     nbytes=nbytes * alone.out_features_local // max(shape.out_features_local, 1),
                     fused_with=tuple(other for other in shape.parts if other != part),
-                    tied_to=None if self.shares_with is None else self.shares_with.prefix,
+                    tied_to=None if self.borrows_from is None else self.borrows_from.prefix,
                 )
 
     def selections(self, binder: Binder | None = None) -> Iterable[Selection[Any]]:
@@ -262,11 +268,12 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         return sum(self._bound(weight, shape, binder)[1] for weight, shape in self._weights())
 
     def bytes_at(self, size: int, binder: Binder) -> int:
-        """Return the bytes of the packed weights on the first of `size` ranks."""
-        if self.shares_with is not None:
-            return 0
-        shares = self.shares(0, size)
-        return sum(binder.linear(method, share, self.operation).nbytes for method, share in shares)
+        """Return the bytes of the weights on the first of `size` ranks."""
+        here, there = self.shape, self.shape_for(0, size, self.shape.parts)
+        # What is kept (biases) follows the outputs.
+        kept = self.kept_bytes() * there.out_features_local // max(here.out_features_local, 1)
+        shares = zip(self.held(), self.shares(0, size), strict=True)
+        return kept + sum(self._bound(weight, share, binder, size)[1] for weight, (_, share) in shares)
 
     def converting_bytes(self) -> int:
         """Return the bytes that packing takes beside the stored tensors.
@@ -283,7 +290,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
 
     def loaded_bytes(self) -> int:
         """Return the bytes of the packed weights, once loaded, without a table that another layer counts."""
-        bound = [] if self.shares_with else [bound_weight(weight.packed_in) for weight in self.held()]
+        bound = [] if self.borrows_from else [bound_weight(weight.packed_in) for weight in self.held()]
         return sum(weight.nbytes for weight in bound if weight is not None)
 
     def trials(self, stored: Callable[[HeldWeight], Mapping[str, Tensor]]) -> Iterable[Trial]:
@@ -317,7 +324,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         weights = [(wanted, original, decoded)]
         return Trial(name, self.kind, method.describe(), bound, weights, MAGNITUDES, answer)
 
-    def state(self) -> LayerState:
+    def packed_state(self) -> LayerState:
         """Return the methods and the packed weights that run now."""
         return LayerState.of(self)
 

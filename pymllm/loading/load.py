@@ -82,13 +82,12 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
         _check_all_written(module, name)
     holder = unit.holder
     holder.finish()
-    if holder.shares_with is not None:
-        tied = f"{holder.shares_with.prefix}.weight"
+    if holder.borrows_from is not None:
+        tied = f"{holder.borrows_from.prefix}.weight"
         report.tensors.append(TensorRecord(tied, "tied", 0, f"shared with {unit.name}"))
     for method in holder.methods():
         report.methods[method.describe()] += 1
-    report.final_bytes += holder.loaded_bytes()
-    report.final_bytes += sum(p.nbytes for p in holder.module._parameters.values() if p is not None)
+    report.final_bytes += holder.loaded_bytes() + holder.kept_bytes()
 
 
 def _materialise(module: nn.Module, name: str, device: torch.device, keep: bool = False) -> None:

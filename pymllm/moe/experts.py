@@ -232,15 +232,13 @@ class Experts(WeightHolder):
         """Return the distinct methods of the products."""
         return dict.fromkeys(self.quant_method.methods().values())
 
-    def _planned(self, binder: Binder) -> BoundExperts:
-        """Bind the experts without their data."""
-        shares = tuple(self.shares(self.parallel.rank, self.parallel.size))
-        shapes = tuple((shape.inputs, shape.outputs) for _, shape in shares)
-        key = (self.quant_method, len(self.ids), self.activation, self.layout.stacked, shapes)
-        execution = self.execution_or_default()
-        return binder.once(
-            key, lambda: bind_experts(self.quant_method.planned(self), self.activation, execution)
-        )
+    def _planned(self, binder: Binder, size: int | None = None) -> BoundExperts:
+        """Bind the experts without their data.  size: as the first of so many ranks; None: as this one."""
+        rank, size = (self.parallel.rank, self.parallel.size) if size is None else (0, size)
+        shapes, method, execution = self.shapes(rank, size), self.quant_method, self.execution_or_default()
+        alike = tuple((shape.one.inputs, shape.one.outputs) for shape in shapes.values())
+        key = (method, len(self.ids), self.activation, self.layout.stacked, alike)
+        return binder.once(key, lambda: bind_experts(method.planned(shapes), self.activation, execution))
 
     def describe(self, binder: Binder) -> Iterator[Description]:
         """Describe each weight for a plan."""
@@ -279,8 +277,12 @@ class Experts(WeightHolder):
         return 0 if self.empty else self._planned(binder).nbytes
 
     def bytes_at(self, size: int, binder: Binder) -> int:
-        """Return the bytes of the packed experts on one of `size` ranks, as evenly as they divide."""
-        return self.packed_bytes(binder) * self.parallel.size // size
+        """Return the bytes of the experts on the first of `size` ranks; whole ones, as evenly as they divide."""
+        kept, here = self.kept_bytes(), self.parallel.size
+        if self.empty or not self.tensor_parallel:
+            return (self.packed_bytes(binder) + kept) * here // size
+        whole = self.get_parameter("down_bias").nbytes if kept else 0  # every rank holds all of down's bias
+        return self._planned(binder, size).nbytes + whole + (kept - whole) * here // size
 
     def converting_bytes(self) -> int:
         """Return the bytes that converting one product of one expert takes at most, beside the stored tensors.
@@ -304,7 +306,7 @@ class Experts(WeightHolder):
         if not self.empty:
             yield experts_trial(self, stored)
 
-    def state(self) -> ExpertsState:
+    def packed_state(self) -> ExpertsState:
         """Return the methods and the packed experts that run now."""
         return ExpertsState.of(self)
 

@@ -36,7 +36,7 @@ class BoundWeight:
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether the kernel owns up to an error beyond what the activations' dtype explains."""
+        """True if the kernel owns up to an error beyond what the activations' dtype explains."""
         return self.tolerance > TOLERANCES[self.problem.dtype]
 
     def run(self, *args: Any) -> Tensor:

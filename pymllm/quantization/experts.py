@@ -49,7 +49,7 @@ class BoundExperts:
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether the kernel owns up to an error beyond what the activations' dtype explains."""
+        """True if the kernel owns up to an error beyond what the activations' dtype explains."""
         return self.tolerance > 2 * TOLERANCES[self.problem.dtype]
 
     def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, bias: ExpertsBias) -> Tensor:
@@ -161,18 +161,12 @@ class ExpertsMethod(QuantizeMethodBase):
             for name in list(product._parameters):
                 delattr(product, name)
 
-    def planned(self, layer: Any) -> ExpertsWeight:
-        """Make the canonical weights without their data, on the meta device."""
-
-        def one(product: Product) -> CanonicalWeight:
-            tensors = {
-                spec.name: torch.empty(place_experts(spec, product.shape)[0], dtype=spec.dtype, device="meta")
-                for spec in product.quant_method.weight_specs(product.shape.one)
-            }
-            return on_meta(product.canonical(tensors)[0])
-
-        made = {name: one(product) for name, product in layer.products.items()}
-        size = len(layer.products["down"].shape.ids)
+    def planned(self, shapes: Mapping[str, ExpertsShape]) -> ExpertsWeight:
+        """Make the canonical weights without their data, on the meta device.  shapes: by product."""
+        with torch.device("meta"):
+            products = {name: Product(shapes[name], method, name) for name, method in self.methods().items()}
+        made = {name: on_meta(product.canonical()[0]) for name, product in products.items()}
+        size = len(shapes["down"].ids)
         return experts_weight({name: LazyWeights(lambda _, w=w: w, size) for name, w in made.items()})  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:  # type: ignore[override]

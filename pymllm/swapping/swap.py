@@ -71,7 +71,7 @@ def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
         quant.check_matched()
         staged: dict[WeightHolder, HolderState] = {}
         for holder, methods in wanted.items():
-            old, new = holder.state(), holder.swapped(methods, staged)
+            old, new = holder.packed_state(), holder.swapped(methods, staged)
             if old is not None and new is not None:
                 staged[holder] = new
                 if not new.same_as(old):
@@ -79,7 +79,7 @@ def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
         if states:
             after = replace(before, quant=quant, units=_placed_again(before.units, states))
     changed = [name for name in quant.chosen if _changed(quant, before.quant, name)]
-    olds = [old for state in states if (old := state.layer.state()) is not None]
+    olds = [old for state in states if (old := state.layer.packed_state()) is not None]
     result = Swap(rule, changed, quant.unchanged, model, before, after, olds, states)
     if states:
         result._redo()

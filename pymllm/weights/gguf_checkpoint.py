@@ -43,7 +43,7 @@ LAYER_MODULES = {
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """What a model definition says of its GGUF files.
+    """A model definition's word on its GGUF files.
 
     model_type: Hugging Face's.  layer_modules: what stands after "blk.N.", and the module within a layer that it is.
     interleaved: whether q and k are stored in the other rotary order.

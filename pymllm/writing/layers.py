@@ -150,7 +150,7 @@ def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
     Floats of all experts in one tensor are no layer: they are copied as they are.
     ConfigError where such a tensor would have to be quantised, or written in another format.
     """
-    if unit.holder.shares_with is not None:
+    if unit.holder.borrows_from is not None:
         return
     for part in unit.holder.parts():
         source = part.method.source_method()

@@ -254,15 +254,15 @@ def test_putting_a_state_in_place_is_a_revision(models):
     seen = set()
     for model in models:
         for name, holder in weight_holders(model):
-            state = holder.state()
+            state = holder.packed_state()
             if state is None:
                 continue
             seen.add((type(holder).__name__, holder.split))
-            assert state.same_as(holder.state()) and state.layer is holder
+            assert state.same_as(holder.packed_state()) and state.layer is holder
             before = RevisedModule.revision
             state.install()
             assert RevisedModule.revision > before, name
-            assert holder.state().same_as(state), name
+            assert holder.packed_state().same_as(state), name
     assert seen == {
         *(("QKVParallelLinear", True), ("QKVParallelLinear", False), ("MergedColumnParallelLinear", False)),
         *(("RowParallelLinear", False), ("VocabParallelEmbedding", False), ("ParallelLMHead", False)),
@@ -275,7 +275,7 @@ def test_asking_is_no_revision(models):
         binder = Binder(model.prepared.execution)
         before = RevisedModule.revision
         for name, holder in weight_holders(model):
-            for question in ("parts", "held", "methods", "likeness", "kept_bytes", "loaded_bytes", "state"):
+            for question in ("parts", "held", "methods", "likeness", "kept_bytes", "loaded_bytes", "packed_state"):
                 getattr(holder, question)()
             list(holder.places(name))
             list(holder.shares(0, 1))

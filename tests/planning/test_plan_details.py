@@ -13,7 +13,8 @@ from pymllm.errors import ConfigError
 from pymllm.planning.difference import compare_plans
 from pymllm.weights import memory
 
-from ..checkpoints import write_checkpoint
+from ..checkpoints import FAMILIES, write_checkpoint
+from ..moe_checkpoints import write_moe
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,21 @@ def test_bytes_of_a_rank_are_what_its_own_plan_says(folder):
     for size, nbytes in one["weight_bytes_by_size"].items():
         with Parallel(0, int(size)):
             assert pymllm.plan(folder).totals["weight_bytes"] == nbytes
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("rules", [None, {"lm_head": "int8"}, {"**": "int8"}])
+def test_biases_tied_tables_and_experts_are_in_the_bytes_of_a_rank(family, rules, tmp_path):
+    if family in FAMILIES:
+        folder = write_checkpoint(tmp_path, family, tie_word_embeddings=family == "qwen2").folder
+    else:
+        folder = write_moe(tmp_path, family).folder
+        rules = None if family == "gpt_oss" and rules else rules  # its experts' floats lie transposed
+    ranks = pymllm.plan(folder, rules).tensor_parallel
+    assert len(ranks["weight_bytes_by_size"]) > 1
+    for size, nbytes in ranks["weight_bytes_by_size"].items():
+        with Parallel(0, int(size)):
+            assert pymllm.plan(folder, rules).totals["weight_bytes"] == nbytes
 
 
 def test_rules_say_how_many_layers_they_decide(folder):
