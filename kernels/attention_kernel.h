@@ -76,7 +76,7 @@ inline void prefetch(const Attention &problem, const AttentionTile &tile, std::i
     const std::int64_t bytes = rows->element == KVElement::f32 ? 4 : rows->element <= KVElement::f16 ? 2 : 1;
     each_row(problem, *rows, tile, begin, end, [&](std::int64_t, std::int64_t element, std::int64_t) {
       const char *from = static_cast<const char *>(rows->data) + element * bytes;
-      for (std::int64_t at = 0; at < rows->size * bytes; at += 64) Lanes::prefetch(from + at);
+      for (std::int64_t at = 0; at < rows->size * bytes; at += 64) prefetch_line(from + at);
     });
   }
 }

@@ -4,6 +4,13 @@
 
 constexpr std::int64_t kStrip = 256; // elements in a buffer: 1 KB each, all in L1
 
+// The vector of floats `at` of a tensor.
+inline Vec load_as(const void *from, std::int64_t at, FloatType type) {
+  if (type == FloatType::f32) return Lanes::load(static_cast<const float *>(from) + at);
+  const auto *bits = static_cast<const std::uint16_t *>(from) + at;
+  return type == FloatType::bf16 ? Lanes::load_bf16(bits) : Lanes::load_f16(bits);
+}
+
 inline void read_strip(const void *from, std::int64_t at, std::int64_t count, FloatType type, float *to) {
   if (type == FloatType::f32) {
     std::memcpy(to, static_cast<const float *>(from) + at, static_cast<std::size_t>(count) * sizeof(float));
@@ -12,7 +19,11 @@ inline void read_strip(const void *from, std::int64_t at, std::int64_t count, Fl
   const auto *bits = static_cast<const std::uint16_t *>(from) + at;
   if (type == FloatType::bf16)
     for (std::int64_t i = 0; i < count; ++i) to[i] = from_bf16(bits[i]);
-  else read_f16(bits, count, to);
+  else {
+    std::int64_t i = 0;
+    for (; i + Lanes::kLanes <= count; i += Lanes::kLanes) Lanes::store(to + i, Lanes::load_f16(bits + i));
+    for (; i < count; ++i) to[i] = from_f16(bits[i]);
+  }
 }
 
 inline void write_strip(const float *from, void *to, std::int64_t at, std::int64_t count, FloatType type) {
@@ -23,7 +34,11 @@ inline void write_strip(const float *from, void *to, std::int64_t at, std::int64
   auto *bits = static_cast<std::uint16_t *>(to) + at;
   if (type == FloatType::bf16)
     for (std::int64_t i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
-  else write_f16(from, count, bits);
+  else {
+    std::int64_t i = 0;
+    for (; i + Lanes::kLanes <= count; i += Lanes::kLanes) Lanes::store_f16(bits + i, Lanes::load(from + i));
+    for (; i < count; ++i) bits[i] = to_f16(from[i]);
+  }
 }
 
 // To the tensor's type and back.
