@@ -406,7 +406,7 @@ void store_tokens(const void *x, FloatType type, std::int64_t x_stride, const KV
                     rows.scales + slot * rows.scale_stride + head);
       }
     } else if (static_cast<int>(rows.element) == static_cast<int>(type)) {
-      const std::int64_t bytes = type == FloatType::f32 ? 4 : 2;
+      const std::int64_t bytes = bytes_of(type);
       std::memcpy(static_cast<char *>(rows.data) + to * bytes, static_cast<const char *>(x) + from * bytes,
                   static_cast<std::size_t>(width * bytes));
     } else {

@@ -95,10 +95,7 @@ struct Epilogue {
   }
 
   void write(std::int64_t token, std::int64_t row, float value) const {
-    const std::int64_t at = token * problem.out_features + row;
-    if (problem.type == FloatType::f32) static_cast<float *>(problem.y)[at] = value;
-    else
-      static_cast<std::uint16_t *>(problem.y)[at] = problem.type == FloatType::bf16 ? to_bf16(value) : to_f16(value);
+    write_float(value, problem.y, problem.type, token * problem.out_features + row);
   }
 };
 
