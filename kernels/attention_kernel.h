@@ -76,7 +76,7 @@ inline void prefetch(const Attention &problem, const AttentionTile &tile, std::i
     const std::int64_t bytes = rows->element == KVElement::f32 ? 4 : rows->element <= KVElement::f16 ? 2 : 1;
     each_row(problem, *rows, tile, begin, end, [&](std::int64_t, std::int64_t element, std::int64_t) {
       const char *from = static_cast<const char *>(rows->data) + element * bytes;
-      for (std::int64_t at = 0; at < rows->size * bytes; at += 64) Lanes::prefetch(from + at);
+      for (std::int64_t at = 0; at < rows->size * bytes; at += 64) prefetch_line(from + at);
     });
   }
 }
@@ -406,7 +406,7 @@ void store_tokens(const void *x, FloatType type, std::int64_t x_stride, const KV
                     rows.scales + slot * rows.scale_stride + head);
       }
     } else if (static_cast<int>(rows.element) == static_cast<int>(type)) {
-      const std::int64_t bytes = type == FloatType::f32 ? 4 : 2;
+      const std::int64_t bytes = bytes_of(type);
       std::memcpy(static_cast<char *>(rows.data) + to * bytes, static_cast<const char *>(x) + from * bytes,
                   static_cast<std::size_t>(width * bytes));
     } else {

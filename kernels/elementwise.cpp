@@ -26,8 +26,6 @@ const ElementwisePath &path_of(Isa isa) {
   return elementwise_portable();
 }
 
-std::int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
-
 } // namespace
 
 const ElementwisePath &elementwise_portable() { return kElementwise; }

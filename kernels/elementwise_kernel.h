@@ -84,7 +84,7 @@ void gate_and_multiply_rows(const float *x, float *y, const Gate &gate, std::int
 void rotate_tokens(const void *x, void *y, const float *cos, const float *sin, FloatType type, std::int64_t begin,
                    std::int64_t end, std::int64_t heads, std::int64_t head_size, std::int64_t rotary_size,
                    std::int64_t token_stride) {
-  const std::int64_t half = rotary_size / 2, bytes = type == FloatType::f32 ? 4 : 2;
+  const std::int64_t half = rotary_size / 2, bytes = bytes_of(type);
   alignas(64) float a[kStrip], b[kStrip], first[kStrip], second[kStrip];
   for (std::int64_t token = begin; token < end; ++token)
     for (std::int64_t head = 0; head < heads; ++head) {

@@ -2,7 +2,7 @@
 //
 // Included once by each of them, inside an anonymous namespace: every path compiles its own copy with its own flags.
 // V brings: type `Vec` of `kLanes` floats, kTokens (T), zero(), load(p), store(p, v), fma(a, b, c), mul(a, b), set1(f),
-// fold4(v0, v1, v2, v3, out): the sums of four vectors; prefetch(p); and for each weight type
+// fold4(v0, v1, v2, v3, out): the sums of four vectors; and for each weight type
 //   decode_bf16 / decode_f16 / decode_e4m3(const uint8_t *group, int part, Vec *out)
 //     half of a group of weights: a group is kLanes * 2 weights of 16 bits, or kLanes * 4 of e4m3
 //   decode_codebook: the same for 4-bit codes, of which a group has kLanes * 4, with a Table of what they mean
@@ -95,10 +95,7 @@ struct Epilogue {
   }
 
   void write(std::int64_t token, std::int64_t row, float value) const {
-    const std::int64_t at = token * problem.out_features + row;
-    if (problem.type == FloatType::f32) static_cast<float *>(problem.y)[at] = value;
-    else
-      static_cast<std::uint16_t *>(problem.y)[at] = problem.type == FloatType::bf16 ? to_bf16(value) : to_f16(value);
+    write_float(value, problem.y, problem.type, token * problem.out_features + row);
   }
 };
 
@@ -161,7 +158,7 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
       }
       for (; at < stop; at += W::group) {
         PYMLLM_UNROLL
-        for (int r = 0; r < kTileRows; ++r) V::prefetch(p[r] + bytes_of<W>(at) + kPrefetchBytes);
+        for (int r = 0; r < kTileRows; ++r) prefetch_line(p[r] + bytes_of<W>(at) + kPrefetchBytes);
         PYMLLM_UNROLL
         for (int part = 0; part < W::parts; ++part) {
           Vec w[kTileRows][W::per_part];
@@ -250,7 +247,7 @@ void tile(const Blocking &blocking, const float *weight, const float *x, std::in
   std::int64_t i = 0;
   for (int half = 0; half < 2; ++half) // one line a step: its latency hides behind the arithmetic
     for (std::int64_t line = 0; line < lines && i < count; ++line, i += V::kLanes) {
-      V::prefetch(ahead[half] + line * 64);
+      prefetch_line(ahead[half] + line * 64);
       step(i);
     }
   for (; i < count; i += V::kLanes) step(i);

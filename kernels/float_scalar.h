@@ -10,6 +10,8 @@
 
 namespace pymllm {
 
+static inline std::int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
+
 static inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -60,6 +62,11 @@ static inline float read_float(const void *p, FloatType type, std::int64_t i) {
   if (type == FloatType::f32) return static_cast<const float *>(p)[i];
   const std::uint16_t bits = static_cast<const std::uint16_t *>(p)[i];
   return type == FloatType::bf16 ? from_bf16(bits) : from_f16(bits);
+}
+
+static inline void write_float(float value, void *p, FloatType type, std::int64_t i) {
+  if (type == FloatType::f32) static_cast<float *>(p)[i] = value;
+  else static_cast<std::uint16_t *>(p)[i] = type == FloatType::bf16 ? to_bf16(value) : to_f16(value);
 }
 
 } // namespace pymllm

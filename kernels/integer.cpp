@@ -2,15 +2,11 @@
 
 #include <algorithm>
 
+#include "float_scalar.h"
 #include "scratch.h"
 #include "threads.h"
 
 namespace pymllm::integer {
-namespace {
-
-std::size_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-} // namespace
 
 const Kernels &kernels_of(Isa isa) {
   switch (isa) {
@@ -49,7 +45,7 @@ void linear(const Weights &weights, const Floats &floats, const Quantisation &qu
   const int slices = quantisation.slices;
   const std::int64_t groups = weights.groups(), row_blocks = weights.row_blocks();
   const std::int64_t parts = (floats.tokens * slices + kRowsAtATime - 1) / kRowsAtATime;
-  const std::size_t element = element_bytes(floats.dtype);
+  const std::int64_t element = bytes_of(floats.dtype);
   thread_local Scratch activations;
   Quantisation demanded = quantisation;
   if (demanded.demand == Demand::tensor) demanded.scale = kernels.demanded_tensor_scale(floats, weights);

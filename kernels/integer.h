@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "float_linear.h"
 #include "isa.h"
 
 namespace pymllm::integer {
@@ -25,7 +26,6 @@ namespace pymllm::integer {
 constexpr std::int64_t kBlockRows = 16;
 constexpr std::int64_t kMaxGroup = 128;
 
-enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Codes : int { nibbles = 0, bytes = 1 };
 enum class Scales : int { f16 = 0, bf16 = 1, f32 = 2, e4m3 = 3, e8m0 = 4 };
 enum class Zeros : int { same = 0, each = 1, offsets = 2 };  // same: `zero` everywhere, nothing is stored
@@ -70,7 +70,7 @@ struct Weights {
 
 // x: [tokens, I] contiguous. y: [tokens, O] contiguous, bias: [O] or null; all of `dtype`.
 struct Floats {
-  Dtype dtype;
+  FloatType dtype;
   std::int64_t tokens;
   const void *x;
   const void *bias;
@@ -143,7 +143,7 @@ void pack(const Weights &shape, const Stored &stored, std::uint8_t *blocks, int 
 void unpack(const Weights &weights, const Stored &stored, int threads);
 
 // Rows `ids` of the weight itself, [count, inputs] in `dtype`: each operation of `W` above in float32, rounded once.
-void gather(const Weights &weights, std::int64_t inputs, const std::int64_t *ids, std::int64_t count, Dtype dtype,
+void gather(const Weights &weights, std::int64_t inputs, const std::int64_t *ids, std::int64_t count, FloatType dtype,
             void *rows, int threads);
 
 } // namespace pymllm::integer

@@ -41,7 +41,7 @@ void linear(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_fe
             int zero, std::uintptr_t row_factors, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y,
             std::int64_t tokens, int dtype, int slices, int demand, std::int64_t demanded_group, float demanded_scale,
             int threads, int isa) {
-  const integer::Floats floats{static_cast<integer::Dtype>(dtype), tokens, pointer<const void>(x),
+  const integer::Floats floats{static_cast<FloatType>(dtype), tokens, pointer<const void>(x),
                                pointer<const void>(bias), pointer<void>(y)};
   const integer::Quantisation quantisation{slices, static_cast<integer::Demand>(demand), demanded_group,
                                            demanded_scale};
@@ -76,7 +76,7 @@ void gather(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_fe
     if (*least < 0 || *most >= out_features) throw nb::index_error("an id is outside the table");
   }
   integer::gather(weights_of(blocks, out_features, in_features, group, format, zero, row_factors), inputs, first,
-                  count, static_cast<integer::Dtype>(dtype), pointer<void>(rows), threads);
+                  count, static_cast<FloatType>(dtype), pointer<void>(rows), threads);
 }
 
 // Each product: (blocks, outputs, inputs, group, format, zero, row factors, biases).
@@ -86,7 +86,7 @@ using ProductTuple =
 integer::Product product_of(const ProductTuple &t, int bias_dtype) {
   return {weights_of(std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t),
                      std::get<6>(t)),
-          pointer<const void>(std::get<7>(t)), static_cast<integer::Dtype>(bias_dtype)};
+          pointer<const void>(std::get<7>(t)), static_cast<FloatType>(bias_dtype)};
 }
 
 void experts(const ProductTuple &gate_up, const ProductTuple &down, std::int64_t count, int gate, float alpha,
@@ -98,7 +98,7 @@ void experts(const ProductTuple &gate_up, const ProductTuple &down, std::int64_t
     if (routing.ids[i] >= count) throw nb::index_error("a token is routed to an expert that there is not");
   integer::experts({product_of(gate_up, bias_dtype), product_of(down, bias_dtype), count,
                     {static_cast<Gate::Kind>(gate), alpha, limit}},
-                   routing, static_cast<integer::Dtype>(dtype), pointer<const void>(x), pointer<void>(y),
+                   routing, static_cast<FloatType>(dtype), pointer<const void>(x), pointer<void>(y),
                    {exact_tokens, exact_slices}, threads, static_cast<Isa>(isa));
 }
 

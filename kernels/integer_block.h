@@ -1,4 +1,4 @@
-// Reading a packed block, and floats, one value at a time. `static`: one copy per file, see isa.h.
+// Reading a packed block, one value at a time. `static`: one copy per file, see isa.h.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,6 @@
 #include "integer.h"
 
 namespace pymllm::integer {
-
-static inline float load_float(Dtype dtype, const void *data, std::int64_t i) {
-  if (dtype == Dtype::f32) return static_cast<const float *>(data)[i];
-  const std::uint16_t half = static_cast<const std::uint16_t *>(data)[i];
-  return dtype == Dtype::f16 ? from_f16(half) : from_bf16(half);
-}
-
-static inline void store_float(Dtype dtype, void *data, std::int64_t i, float value) {
-  if (dtype == Dtype::f32)
-    static_cast<float *>(data)[i] = value;
-  else
-    static_cast<std::uint16_t *>(data)[i] = dtype == Dtype::f16 ? to_f16(value) : to_bf16(value);
-}
 
 // e4m3 without infinities, as in float8_e4m3fn.
 static inline float from_e4m3(std::uint8_t byte) {

@@ -1,48 +1,27 @@
 // int8 activations as a checkpoint demands them, with the roundings of compressed-tensors: scale = largest / 127.5,
-// code = clamp(round(x / scale)), where quotients are rounded to x's own dtype. Loops for compilers that vectorise;
-// `static`: each instruction set's file has its own copy, and calls nothing of the standard library (isa.h).
-#pragma once
-
-#include <cstdint>
-#include <cstring>
-
-#include "integer.h"
-#include "integer_block.h"
-
-namespace pymllm::integer {
+// code = clamp(round(x / scale)), where quotients are rounded to x's own dtype. Loops for compilers that vectorise.
+// Included by integer_kernel.h, inside an anonymous namespace.
 
 constexpr std::uint32_t kInfinityBits = 0x7f800000u;
 
 // Without a branch, so that loops over it become vectors; NaN does not come here.
-static inline float as_bf16(float value) {
+inline float as_bf16(float value) {
   const std::uint32_t bits = bits_of(value);
   return float_of((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
-static inline float as_dtype(float value, Dtype dtype) {
-  if (dtype == Dtype::f32) return value;
-  return dtype == Dtype::bf16 ? as_bf16(value) : from_f16(to_f16(value));
-}
-
-static inline void load_chunk(const Floats &floats, std::int64_t at, std::int64_t count, float *values) {
-  if (floats.dtype == Dtype::f32) {
-    std::memcpy(values, static_cast<const float *>(floats.x) + at, static_cast<std::size_t>(count) * sizeof(float));
-    return;
-  }
-  const auto *halves = static_cast<const std::uint16_t *>(floats.x) + at;
-  if (floats.dtype == Dtype::bf16)
-    for (std::int64_t i = 0; i < count; ++i) values[i] = from_bf16(halves[i]);
-  else
-    for (std::int64_t i = 0; i < count; ++i) values[i] = from_f16(halves[i]);
+inline float as_dtype(float value, FloatType dtype) {
+  if (dtype == FloatType::f32) return value;
+  return dtype == FloatType::bf16 ? as_bf16(value) : from_f16(to_f16(value));
 }
 
 // Of the largest |x| of [at, at + count), the bits: as integers, magnitudes keep their order, and NaN is the largest.
-static std::uint32_t largest_magnitude(const Floats &floats, std::int64_t at, std::int64_t count) {
-  float values[kMaxGroup];
+std::uint32_t largest_magnitude(const Floats &floats, std::int64_t at, std::int64_t count) {
+  alignas(64) float values[kMaxGroup];
   std::int32_t largest = 0;
   for (std::int64_t done = 0; done < count; done += kMaxGroup) {
     const std::int64_t some = count - done < kMaxGroup ? count - done : kMaxGroup;
-    load_chunk(floats, at + done, some, values);
+    read_strip(floats.x, at + done, some, floats.dtype, values);
     for (std::int64_t i = 0; i < some; ++i) {
       const auto magnitude = static_cast<std::int32_t>(bits_of(values[i]) & 0x7fffffffu);
       largest = magnitude > largest ? magnitude : largest;
@@ -52,17 +31,17 @@ static std::uint32_t largest_magnitude(const Floats &floats, std::int64_t at, st
 }
 
 // NaN for infinities and NaN.
-static inline float demanded_scale(std::uint32_t largest, Dtype dtype) {
+inline float demanded_scale(std::uint32_t largest, FloatType dtype) {
   if (largest >= kInfinityBits) return float_of(0x7fc00000u);
-  const float smallest = dtype == Dtype::f16 ? 0x1p-14f : 0x1p-126f;
+  const float smallest = dtype == FloatType::f16 ? 0x1p-14f : 0x1p-126f;
   const float scale = as_dtype(float_of(largest) / 127.5f, dtype);
   return scale > smallest ? scale : smallest;
 }
 
 // Up to kMaxGroup codes; returns their sum. Adding 1.5 * 2^23 rounds to integers, to even.
-template <Dtype kDtype>
-static std::int32_t quantise_chunk(const float *values, std::int64_t count, float scale, std::int8_t *codes) {
-  std::int32_t rounded[kMaxGroup], sum = 0;
+template <FloatType kDtype>
+std::int32_t quantise_chunk(const float *values, std::int64_t count, float scale, std::int8_t *codes) {
+  alignas(64) std::int32_t rounded[kMaxGroup], sum = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     float code = as_dtype(values[i] / scale, kDtype);
     code = code < -128.0f ? -128.0f : code;
@@ -76,7 +55,7 @@ static std::int32_t quantise_chunk(const float *values, std::int64_t count, floa
   return sum;
 }
 
-static void quantise_as_demanded(const Floats &floats, const Weights &weights, const Quantisation &quantisation,
+void quantise_as_demanded(const Floats &floats, const Weights &weights, const Quantisation &quantisation,
                                  const Activations &out, std::int64_t first, std::int64_t last) {
   const std::int64_t inputs = weights.in_features, group = weights.group, stretch = quantisation.group;
   const Demand demand = quantisation.demand;
@@ -97,11 +76,11 @@ static void quantise_as_demanded(const Floats &floats, const Weights &weights, c
       if ((bits_of(scale) & 0x7fffffffu) > kInfinityBits) {
         std::memset(codes, 0, static_cast<std::size_t>(group));
       } else {
-        float values[kMaxGroup];
-        load_chunk(floats, at, group, values);
-        if (floats.dtype == Dtype::f32) sum = quantise_chunk<Dtype::f32>(values, group, scale, codes);
-        else if (floats.dtype == Dtype::bf16) sum = quantise_chunk<Dtype::bf16>(values, group, scale, codes);
-        else sum = quantise_chunk<Dtype::f16>(values, group, scale, codes);
+        alignas(64) float values[kMaxGroup];
+        read_strip(floats.x, at, group, floats.dtype, values);
+        if (floats.dtype == FloatType::f32) sum = quantise_chunk<FloatType::f32>(values, group, scale, codes);
+        else if (floats.dtype == FloatType::bf16) sum = quantise_chunk<FloatType::bf16>(values, group, scale, codes);
+        else sum = quantise_chunk<FloatType::f16>(values, group, scale, codes);
       }
       out.scales[row] = scale;
       out.negative_sums[row] = -sum;
@@ -110,8 +89,6 @@ static void quantise_as_demanded(const Floats &floats, const Weights &weights, c
 }
 
 // The scale that all of x has.
-static float demanded_tensor_scale(const Floats &floats, const Weights &weights) {
+float demanded_tensor_scale(const Floats &floats, const Weights &weights) {
   return demanded_scale(largest_magnitude(floats, 0, floats.tokens * weights.in_features), floats.dtype);
 }
-
-} // namespace pymllm::integer

@@ -84,11 +84,11 @@ void multiply_jobs(const Kernels &kernels, const Product &product, const std::ve
           if (product.bias != nullptr) {
             float *floats = biases.floats(outputs);
             for (std::int64_t i = 0; i < outputs; ++i)
-              floats[i] = load_float(product.bias_dtype, product.bias, job.expert * outputs + i);
+              floats[i] = read_float(product.bias, product.bias_dtype, job.expert * outputs + i);
             bias = floats;
           }
           const std::int64_t begin = step * kStepBlocks, end = std::min((step + some) * kStepBlocks, row_blocks);
-          kernels.multiply(product.of(job.expert), x, {Dtype::f32, job.rows, nullptr, bias, y + job.first * outputs},
+          kernels.multiply(product.of(job.expert), x, {FloatType::f32, job.rows, nullptr, bias, y + job.first * outputs},
                            begin, end, scratch.at_least(kernels.scratch_bytes(shape, x.rows, end - begin)));
           at += some;
         }
@@ -163,7 +163,7 @@ std::vector<Activations> quantise_tokens(const Kernels &kernels, const Weights &
 }
 
 // y[t] = sum over k of weight * answers, in order of k.
-void combine(const Routing &routing, const Sorted &sorted, const float *answers, std::int64_t size, Dtype dtype,
+void combine(const Routing &routing, const Sorted &sorted, const float *answers, std::int64_t size, FloatType dtype,
              void *y, int threads) {
   parallel_for(routing.tokens, worthwhile_threads(routing.tokens * routing.top_k * size * 4, threads),
                [&](std::int64_t first, std::int64_t last) {
@@ -177,14 +177,14 @@ void combine(const Routing &routing, const Sorted &sorted, const float *answers,
                      const float weight = routing.weights[slot], *answer = answers + at * size;
                      for (std::int64_t i = 0; i < size; ++i) sums[i] += weight * answer[i];
                    }
-                   for (std::int64_t i = 0; i < size; ++i) store_float(dtype, y, token * size + i, sums[i]);
+                   for (std::int64_t i = 0; i < size; ++i) write_float(sums[i], y, dtype, token * size + i);
                  }
                });
 }
 
 } // namespace
 
-void experts(const Experts &experts, const Routing &routing, Dtype dtype, const void *x, void *y,
+void experts(const Experts &experts, const Routing &routing, FloatType dtype, const void *x, void *y,
              const Exactness &exactness, int threads, Isa isa) {
   const Kernels &kernels = kernels_of(isa);
   const Weights &gate_up = experts.gate_up.first, &down = experts.down.first;
@@ -208,7 +208,7 @@ void experts(const Experts &experts, const Routing &routing, Dtype dtype, const 
       [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t i = first; i < last; ++i) {
           const Job &job = sorted.jobs[static_cast<std::size_t>(i)];
-          const Floats rows{Dtype::f32, job.rows, gated + job.first * intermediate, nullptr, nullptr};
+          const Floats rows{FloatType::f32, job.rows, gated + job.first * intermediate, nullptr, nullptr};
           kernels.quantise(rows, down, activations[static_cast<std::size_t>(i)], 0, down.groups());
         }
       },

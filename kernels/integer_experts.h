@@ -12,7 +12,7 @@ namespace pymllm::integer {
 struct Product {
   Weights first;
   const void *bias;  // [E, O] in `bias_dtype`, or null
-  Dtype bias_dtype;
+  FloatType bias_dtype;
 
   Weights of(std::int64_t expert) const {
     Weights weights = first;
@@ -42,7 +42,7 @@ struct Exactness {
 };
 
 // x, y: [T, H] in `dtype`. What stands between the products, and the sums over a token's experts, is float32.
-void experts(const Experts &experts, const Routing &routing, Dtype dtype, const void *x, void *y,
+void experts(const Experts &experts, const Routing &routing, FloatType dtype, const void *x, void *y,
              const Exactness &exactness, int threads, Isa isa);
 
 } // namespace pymllm::integer

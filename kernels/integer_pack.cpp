@@ -74,7 +74,7 @@ void unpack(const Weights &weights, const Stored &stored, int threads) {
   });
 }
 
-void gather(const Weights &weights, std::int64_t inputs, const std::int64_t *ids, std::int64_t count, Dtype dtype,
+void gather(const Weights &weights, std::int64_t inputs, const std::int64_t *ids, std::int64_t count, FloatType dtype,
             void *rows, int threads) {
   const Format &format = weights.format;
   const std::int64_t group = weights.group;
@@ -93,8 +93,8 @@ void gather(const Weights &weights, std::int64_t inputs, const std::int64_t *ids
           const auto value = static_cast<float>(value_of(format, read_code(format, group, block, r, k)));
           // Two roundings, not one: this file is compiled without contraction (sources.cmake).
           const float product = (value - zero) * scale;
-          store_float(dtype, rows, i * inputs + g * group + k,
-                      format.zeros == Zeros::offsets ? product + offset : product);
+          write_float(format.zeros == Zeros::offsets ? product + offset : product, rows, dtype,
+                      i * inputs + g * group + k);
         }
       }
     }

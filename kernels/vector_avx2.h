@@ -1,4 +1,4 @@
-// A vector of floats and float16 conversions for AVX2, FMA and F16C.
+// A vector of floats for AVX2, FMA and F16C.
 //
 // In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
 #pragma once
@@ -8,21 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "float_scalar.h"
-
-// GCC takes a function that only prefetches for one without effect, and drops calls of it.
-#if defined(__GNUC__)
-#define PYMLLM_KEEP(p) __asm__ volatile("" : : "r"(p))
-#else
-#define PYMLLM_KEEP(p) (void)(p)
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define PYMLLM_UNROLL _Pragma("GCC unroll 8")
-#define PYMLLM_UNROLL_LANES _Pragma("GCC unroll 16")
-#else
-#define PYMLLM_UNROLL
-#define PYMLLM_UNROLL_LANES
-#endif
 
 namespace pymllm {
 namespace {
@@ -35,14 +22,21 @@ struct Lanes {
   static Vec set1(float f) { return _mm256_set1_ps(f); }
   static Vec load(const float *p) { return _mm256_loadu_ps(p); }
   static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
+  static Vec load_bf16(const std::uint16_t *p) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+  }
+  static Vec load_f16(const std::uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  }
+  static void store_f16(std::uint16_t *p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static void prefetch(const void *p) {
-    _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
-    PYMLLM_KEEP(p);
-  }
 
   static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
     const auto half = [](Vec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
@@ -76,20 +70,6 @@ struct Lanes {
                          _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
   }
 };
-
-inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
-  std::int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bits + i))));
-  for (; i < count; ++i) to[i] = from_f16(bits[i]);
-}
-inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
-  std::int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(bits + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-  for (; i < count; ++i) bits[i] = to_f16(from[i]);
-}
 
 } // namespace
 } // namespace pymllm

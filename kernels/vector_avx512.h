@@ -1,4 +1,4 @@
-// A vector of floats and float16 conversions for AVX-512 (F, BW, DQ, VL).
+// A vector of floats for AVX-512 (F, BW, DQ, VL).
 //
 // In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
 #pragma once
@@ -8,21 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "float_scalar.h"
-
-// GCC takes a function that only prefetches for one without effect, and drops calls of it.
-#if defined(__GNUC__)
-#define PYMLLM_KEEP(p) __asm__ volatile("" : : "r"(p))
-#else
-#define PYMLLM_KEEP(p) (void)(p)
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define PYMLLM_UNROLL _Pragma("GCC unroll 8")
-#define PYMLLM_UNROLL_LANES _Pragma("GCC unroll 16")
-#else
-#define PYMLLM_UNROLL
-#define PYMLLM_UNROLL_LANES
-#endif
 
 namespace pymllm {
 namespace {
@@ -35,14 +22,21 @@ struct Lanes {
   static Vec set1(float f) { return _mm512_set1_ps(f); }
   static Vec load(const float *p) { return _mm512_loadu_ps(p); }
   static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
+  static Vec load_bf16(const std::uint16_t *p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  }
+  static Vec load_f16(const std::uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+  }
+  static void store_f16(std::uint16_t *p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  static void prefetch(const void *p) {
-    _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
-    PYMLLM_KEEP(p);
-  }
 
   static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
     const auto half = [](Vec v) {
@@ -74,20 +68,6 @@ struct Lanes {
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
   }
 };
-
-inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bits + i))));
-  for (; i < count; ++i) to[i] = from_f16(bits[i]);
-}
-inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(bits + i),
-                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-  for (; i < count; ++i) bits[i] = to_f16(from[i]);
-}
 
 } // namespace
 } // namespace pymllm

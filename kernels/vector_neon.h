@@ -1,4 +1,4 @@
-// A vector of floats and float16 conversions for NEON, which every 64-bit ARM has.
+// A vector of floats for NEON, which every 64-bit ARM has.
 //
 // In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
 #pragma once
@@ -8,15 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "float_scalar.h"
-
-#if defined(__clang__)
-#define PYMLLM_UNROLL
-#define PYMLLM_UNROLL_LANES
-#else
-#define PYMLLM_UNROLL _Pragma("GCC unroll 8")
-#define PYMLLM_UNROLL_LANES _Pragma("GCC unroll 16")
-#endif
 
 namespace pymllm {
 namespace {
@@ -29,14 +22,14 @@ struct Lanes {
   static Vec set1(float f) { return vdupq_n_f32(f); }
   static Vec load(const float *p) { return vld1q_f32(p); }
   static void store(float *p, Vec v) { vst1q_f32(p, v); }
+  static Vec load_bf16(const std::uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static Vec load_f16(const std::uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static void store_f16(std::uint16_t *p, Vec v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+  static Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
   static Vec max(Vec a, Vec b) { return vmaxnmq_f32(a, b); }
-  static void prefetch(const void *p) {
-    __builtin_prefetch(p);
-    __asm__ volatile("" : : "r"(p)); // GCC drops calls of functions that only prefetch
-  }
 
   static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
@@ -47,17 +40,6 @@ struct Lanes {
   // The sums of 4 vectors, side by side.
   static Vec fold(const Vec (&v)[4]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
 };
-
-inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(bits + i))));
-  for (; i < count; ++i) to[i] = from_f16(bits[i]);
-}
-inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
-  std::int64_t i = 0;
-  for (; i + 4 <= count; i += 4) vst1_u16(bits + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
-  for (; i < count; ++i) bits[i] = to_f16(from[i]);
-}
 
 } // namespace
 } // namespace pymllm

@@ -1,4 +1,4 @@
-// A vector of floats and float16 conversions for plain C++: four lanes, which a compiler can map onto any 128-bit vector unit.
+// A vector of floats for plain C++: four lanes, which a compiler can map onto any 128-bit vector unit.
 //
 // In an anonymous namespace: each file that includes this keeps its own copy, compiled with its own flags (isa.h).
 #pragma once
@@ -6,8 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "float_scalar.h"
 
+// Loops over structs of four floats are for the compiler to unroll: asked to, GCC takes twice the time for a linear layer.
+#undef PYMLLM_UNROLL
+#undef PYMLLM_UNROLL_LANES
 #define PYMLLM_UNROLL
 #define PYMLLM_UNROLL_LANES
 
@@ -24,6 +28,19 @@ struct Lanes {
   static Vec set1(float f) { return {{f, f, f, f}}; }
   static Vec load(const float *p) { return {{p[0], p[1], p[2], p[3]}}; }
   static void store(float *p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
+  static Vec load_bf16(const std::uint16_t *p) {
+    Vec v;
+    for (int i = 0; i < 4; ++i) v.lane[i] = from_bf16(p[i]);
+    return v;
+  }
+  static Vec load_f16(const std::uint16_t *p) {
+    Vec v;
+    for (int i = 0; i < 4; ++i) v.lane[i] = from_f16(p[i]);
+    return v;
+  }
+  static void store_f16(std::uint16_t *p, Vec v) {
+    for (int i = 0; i < 4; ++i) p[i] = to_f16(v.lane[i]);
+  }
   static Vec fma(Vec a, Vec b, Vec c) {
     for (int i = 0; i < 4; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
@@ -36,17 +53,13 @@ struct Lanes {
     for (int i = 0; i < 4; ++i) a.lane[i] += b.lane[i];
     return a;
   }
+  static Vec sub(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
   static Vec max(Vec a, Vec b) {
     for (int i = 0; i < 4; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
-  }
-  static void prefetch(const void *p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-    __asm__ volatile("" : : "r"(p)); // GCC drops calls of functions that only prefetch
-#else
-    (void)p;
-#endif
   }
 
   static void fold4(Vec a, Vec b, Vec c, Vec d, float *out) {
@@ -66,13 +79,6 @@ struct Lanes {
   // The sums of 4 vectors, side by side.
   static Vec fold(const Vec (&v)[4]) { return {{total(v[0]), total(v[1]), total(v[2]), total(v[3])}}; }
 };
-
-inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = from_f16(bits[i]);
-}
-inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
-  for (std::int64_t i = 0; i < count; ++i) bits[i] = to_f16(from[i]);
-}
 
 } // namespace
 } // namespace pymllm

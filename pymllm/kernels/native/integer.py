@@ -27,7 +27,7 @@ from pymllm.kernels.registry import Packed
 BLOCK_ROWS = 16
 BLOCK_GROUPS = (128, 64, 32, 16)  # inputs of one packed block
 LONG_ROW = 1024  # from here on, a group that is a whole row is filled up to blocks of 128
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in kernels/integer.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in kernels/float_linear.h
 # Scales in kernels/integer.h
 SCALES = {
     torch.float16: 0,

@@ -123,10 +123,10 @@ private:
   }
 };
 
-Bytes stored_as(Dtype dtype, const std::vector<float> &values) {
-  Bytes bytes(values.size() * (dtype == Dtype::f32 ? 4 : 2) + 1);
+Bytes stored_as(FloatType dtype, const std::vector<float> &values) {
+  Bytes bytes(values.size() * static_cast<std::size_t>(bytes_of(dtype)) + 1);
   for (std::size_t i = 0; i < values.size(); ++i)
-    store_float(dtype, bytes.data(), static_cast<std::int64_t>(i), values[i]);
+    write_float(values[i], bytes.data(), dtype, static_cast<std::int64_t>(i));
   return bytes;
 }
 
@@ -138,7 +138,7 @@ struct Quantised {  // activations, and memory for them
 };
 
 // Products of any int8 codes: every path gives the same bits, and those that sums in int64 give.
-void check_products(const Layer &layer, std::int64_t tokens, int slices, Dtype dtype) {
+void check_products(const Layer &layer, std::int64_t tokens, int slices, FloatType dtype) {
   const Weights &w = layer.weights;
   const std::int64_t rows = tokens * slices;
   Quantised codes(w, rows, slices);
@@ -161,7 +161,7 @@ void check_products(const Layer &layer, std::int64_t tokens, int slices, Dtype d
   const auto name = [&] {
     return layer.c.name() + " T " + std::to_string(tokens) + " slices " + std::to_string(slices);
   };
-  const std::size_t bytes = static_cast<std::size_t>(tokens * w.out_features) * (dtype == Dtype::f32 ? 4 : 2);
+  const std::size_t bytes = static_cast<std::size_t>(tokens * w.out_features * bytes_of(dtype));
   Bytes first;
   for (const Isa path : g_paths) {
     const Kernels &kernels = kernels_of(path);
@@ -170,13 +170,13 @@ void check_products(const Layer &layer, std::int64_t tokens, int slices, Dtype d
     kernels.multiply(w, codes.x, {dtype, tokens, nullptr, bias.data(), y.data()}, 0, w.row_blocks(), scratch.data());
     if (path == g_paths[0]) first = y;
     expect(y == first && y.back() == 0xee, [&] { return "bits: " + name(); });
-    if (dtype != Dtype::f32 || slices > 1) continue;
+    if (dtype != FloatType::f32 || slices > 1) continue;
     for (std::int64_t t = 0; t < tokens; ++t)
       for (std::int64_t o = 0; o < w.out_features; ++o) {
         double sum = biases[static_cast<std::size_t>(o)];
         for (std::int64_t i = 0; i < layer.c.inputs; ++i)
           sum += layer.value(o, i) * codes.x.codes[(i / w.group * rows + t) * w.group + i % w.group];
-        expect(load_float(dtype, y.data(), t * w.out_features + o) == sum, [&] { return "integers: " + name(); });
+        expect(read_float(y.data(), dtype, t * w.out_features + o) == sum, [&] { return "integers: " + name(); });
       }
   }
 }
@@ -196,7 +196,7 @@ std::vector<float> activations(const Layer &layer, std::int64_t tokens, bool str
 }
 
 // Codes, scales and sums of activations, also as checkpoints demand them: every path gives the same bits.
-void check_codes(const Layer &layer, std::int64_t tokens, Dtype dtype, bool strange) {
+void check_codes(const Layer &layer, std::int64_t tokens, FloatType dtype, bool strange) {
   const Weights &w = layer.weights;
   const Bytes x = stored_as(dtype, activations(layer, tokens, strange));
   const Floats floats{dtype, tokens, x.data(), nullptr, nullptr};
@@ -248,7 +248,7 @@ void check_linear(const Layer &layer, std::int64_t tokens, int slices) {
   }
   for (const Isa path : g_paths) {
     std::vector<float> y(sums.size() + 1, -7.0f);
-    linear(w, {Dtype::f32, tokens, x.data(), nullptr, y.data()}, {slices}, 1, path);
+    linear(w, {FloatType::f32, tokens, x.data(), nullptr, y.data()}, {slices}, 1, path);
     for (std::size_t i = 0; i < sums.size(); ++i)
       expect(std::fabs(y[i] - sums[i]) <= bounds[i] + 0x1p-126, [&] {
         return "float64: " + layer.c.name() + " T " + std::to_string(tokens) + " slices " + std::to_string(slices) +
@@ -267,7 +267,7 @@ void check_rows(const Layer &layer) {
   if (layer.c.factors) return;
   const std::int64_t id = layer.c.outputs - 1;
   std::vector<float> row(static_cast<std::size_t>(layer.c.inputs));
-  gather(layer.weights, layer.c.inputs, &id, 1, Dtype::f32, row.data(), 1);
+  gather(layer.weights, layer.c.inputs, &id, 1, FloatType::f32, row.data(), 1);
   for (std::int64_t i = 0; i < layer.c.inputs; ++i) {
     const auto [scaled, offset] = layer.parts(id, i);
     const auto product = static_cast<float>(scaled);
@@ -327,7 +327,7 @@ void check_experts(int bits, std::int64_t tokens, std::int64_t top_k) {
   for (const Isa path : g_paths) {
     std::vector<float> y(sums.size());
     experts({gate_up.product, down.product, count, {Gate::silu, 0, 0}}, {ids.data(), shares.data(), tokens, top_k},
-            Dtype::f32, x.data(), y.data(), {tokens * top_k, 3}, 1, path);
+            FloatType::f32, x.data(), y.data(), {tokens * top_k, 3}, 1, path);
     for (std::size_t i = 0; i < sums.size(); ++i)
       expect(std::fabs(y[i] - sums[i]) <= 1e-5 * parts[i] + 1e-5, [&] {
         return "experts, bits " + std::to_string(bits) + " T " + std::to_string(tokens) + ", " + std::to_string(y[i]) +
@@ -338,7 +338,7 @@ void check_experts(int bits, std::int64_t tokens, std::int64_t top_k) {
 
 void check(const Case &c) {
   const Layer exact(c, true), layer(c, false);
-  for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+  for (const FloatType dtype : {FloatType::f32, FloatType::f16, FloatType::bf16}) {
     for (const int slices : {1, 2, 3}) check_products(exact, between(0, 9), slices, dtype);
     check_codes(layer, between(1, 7), dtype, false);
     check_codes(layer, between(2, 7), dtype, true);
@@ -367,7 +367,7 @@ void check_all() {
     const Layer exact({bits, Scales::f16, Zeros::each, 37, 192, 64, 64, false}, true);
     const Layer layer({bits, Scales::f16, Zeros::each, 19, 192, 64, 64, false}, false);
     for (std::int64_t tokens = 0; tokens <= 33; ++tokens) {
-      check_products(exact, tokens, 1, Dtype::f32);
+      check_products(exact, tokens, 1, FloatType::f32);
       for (const int slices : {1, 2, 3}) check_linear(layer, tokens, slices);
     }
   }
