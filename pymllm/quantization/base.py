@@ -14,13 +14,22 @@ import torch
 from torch import nn
 
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
-from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
+from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
 from pymllm.weights.spec import FLOATS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pymllm.quantization.kv_cache import KVCacheMethodBase
+
+__all__ = [
+    "LinearMethodBase",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
+    "get_quantization_config",
+    "list_quantization_methods",
+    "register_quantization",
+]
 
 
 class QuantizationConfig(ABC):

@@ -275,7 +275,15 @@ def test_asking_is_no_revision(models):
         binder = Binder(model.prepared.execution)
         before = RevisedModule.revision
         for name, holder in weight_holders(model):
-            for question in ("parts", "held", "methods", "likeness", "kept_bytes", "loaded_bytes", "packed_state"):
+            for question in (
+                "parts",
+                "held",
+                "methods",
+                "likeness",
+                "kept_bytes",
+                "loaded_bytes",
+                "packed_state",
+            ):
                 getattr(holder, question)()
             list(holder.places(name))
             list(holder.shares(0, 1))
