@@ -22,13 +22,24 @@ def read_windows(
 ) -> Windows:
     """Read about `tokens` token ids of a text file, in windows at even distances.
 
-    window: the tokens of a window, or fewer where the model or the text is shorter.  ConfigError for too short a text.
+    window: the tokens of a window, or fewer where the model or the text is shorter.
+    ConfigError for too short a text, or a tokenizer of another model.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text cannot be read: {error}", code="text", file=str(file)) from None
     ids = open_tokenizer(checkpoint).encode(text)
+    vocabulary, largest = config.size("vocab_size"), max(ids, default=0)
+    if largest >= vocabulary:
+        raise ConfigError(
+            "the tokenizer makes a token that the model has no row for",
+            code="text",
+            file=str(checkpoint.path),
+            expected=f"ids below vocab_size, {vocabulary}",
+            found=str(largest),
+            fix="Put the tokenizer that the model was trained with beside its weights.",
+        )
     window = min(window, config.size("max_position_embeddings"), len(ids))
     if window < LEAST_WINDOW or tokens < window:
         raise ConfigError(
