@@ -27,7 +27,7 @@ def of_another_model(tmp_path):
 
 def test_a_tokenizer_of_another_model_is_named_with_its_ids(of_another_model, tmp_path):
     folder, text = of_another_model
-    with pytest.raises(ConfigError, match="no row for.*ids below vocab_size, 97"):
+    with pytest.raises(ConfigError, match=r"no row for.*ids below vocab_size, 97"):
         pymllm.quantize_checkpoint(folder, tmp_path / "out", {"**": "int8"}, calibrate=text)
     with pytest.raises(ConfigError, match="no row for"):
         pymllm.verify(folder, text=text)
@@ -35,5 +35,5 @@ def test_a_tokenizer_of_another_model_is_named_with_its_ids(of_another_model, tm
 
 def test_a_text_that_is_too_short_says_how_long_it_is(tmp_path):
     (tmp_path / "short.txt").write_text("def f(x):")
-    with pytest.raises(ConfigError, match="too little text.*tokens of text"):
+    with pytest.raises(ConfigError, match=r"too little text.*tokens of text"):
         pymllm.verify(shipped_model(), text=tmp_path / "short.txt")
