@@ -20,6 +20,16 @@ inline void load_as(const void *from, std::int64_t at, FloatType type, Vec (&to)
     for (int i = 0; i < N; ++i) to[i] = Lanes::load_f16(bits + i * Lanes::kLanes);
 }
 
+inline void read_f16(const std::uint16_t *bits, std::int64_t count, float *to) {
+  for (std::int64_t i = 0; i + Lanes::kLanes <= count; i += Lanes::kLanes) Lanes::store(to + i, Lanes::load_f16(bits + i));
+  for (std::int64_t i = count - count % Lanes::kLanes; i < count; ++i) to[i] = from_f16(bits[i]);
+}
+
+inline void write_f16(const float *from, std::int64_t count, std::uint16_t *bits) {
+  for (std::int64_t i = 0; i + Lanes::kLanes <= count; i += Lanes::kLanes) Lanes::store_f16(bits + i, Lanes::load(from + i));
+  for (std::int64_t i = count - count % Lanes::kLanes; i < count; ++i) bits[i] = to_f16(from[i]);
+}
+
 inline void read_strip(const void *from, std::int64_t at, std::int64_t count, FloatType type, float *to) {
   if (type == FloatType::f32) {
     std::memcpy(to, static_cast<const float *>(from) + at, static_cast<std::size_t>(count) * sizeof(float));
@@ -28,11 +38,7 @@ inline void read_strip(const void *from, std::int64_t at, std::int64_t count, Fl
   const auto *bits = static_cast<const std::uint16_t *>(from) + at;
   if (type == FloatType::bf16)
     for (std::int64_t i = 0; i < count; ++i) to[i] = from_bf16(bits[i]);
-  else {
-    const std::int64_t whole = count / Lanes::kLanes * Lanes::kLanes;
-    for (std::int64_t i = 0; i < whole; i += Lanes::kLanes) Lanes::store(to + i, Lanes::load_f16(bits + i));
-    for (std::int64_t i = whole; i < count; ++i) to[i] = from_f16(bits[i]);
-  }
+  else read_f16(bits, count, to);
 }
 
 inline void write_strip(const float *from, void *to, std::int64_t at, std::int64_t count, FloatType type) {
@@ -43,11 +49,7 @@ inline void write_strip(const float *from, void *to, std::int64_t at, std::int64
   auto *bits = static_cast<std::uint16_t *>(to) + at;
   if (type == FloatType::bf16)
     for (std::int64_t i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
-  else {
-    const std::int64_t whole = count / Lanes::kLanes * Lanes::kLanes;
-    for (std::int64_t i = 0; i < whole; i += Lanes::kLanes) Lanes::store_f16(bits + i, Lanes::load(from + i));
-    for (std::int64_t i = whole; i < count; ++i) bits[i] = to_f16(from[i]);
-  }
+  else write_f16(from, count, bits);
 }
 
 // To the tensor's type and back.
