@@ -76,7 +76,7 @@ def _read_transformed(placement: Placement) -> Tensor:
     assert placement.resolved is not None
     if placement.resolved.loader is not None:
         raise ConfigError(
-            "a loader of the module's own takes this tensor, so nobody else can read what it means",
+            "a loader of the module's own takes this tensor, so what it means cannot be read again",
             code="resolved-weight",
             tensor=placement.tensor.name,
         )
