@@ -52,14 +52,15 @@ void multiply(const Weights &weights, const Activations &x, const Floats &floats
               std::int64_t last, void *scratch) {
   const Format &format = weights.format;
   const int group = static_cast<int>(weights.group);
+  const std::int64_t groups = weights.groups(), header = format.header_bytes(), bytes = weights.block_bytes();
   float *sums = static_cast<float *>(scratch);  // [R][16]
   Tile tile;
   for (std::int64_t n = first; n < last; ++n) {
     std::memset(sums, 0, scratch_bytes(weights, x.rows, 1));
-    for (std::int64_t g = 0; g < weights.groups(); ++g) {
-      const std::uint8_t *block = weights.block(n, g);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const std::uint8_t *block = weights.blocks + (n * groups + g) * bytes;
       decode_header(format, block, tile.zeros, tile.scales, tile.offsets);
-      tile.values = V::decode_lines(format, block + format.header_bytes(), group, tile.decoded);
+      tile.values = V::decode_lines(format, block + header, group, tile.decoded);
       if (format.large_values) multiply_tile<true>(tile, x, g, group, sums);
       else multiply_tile<false>(tile, x, g, group, sums);
       if (format.zeros == Zeros::offsets) add_offsets<kBlockRows>(tile.offsets, x, g, sums);
