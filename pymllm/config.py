@@ -136,6 +136,10 @@ class ModelConfig:
     def rms_norm_eps(self) -> float:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps"), self.defaults.get("rms_norm_eps", 1e-6))
 
+    def untied(self) -> ModelConfig:
+        """Return the same config for a head with weights of its own."""
+        return ModelConfig({**self.raw, "tie_word_embeddings": False}, self.defaults)
+
     @property
     def tie_word_embeddings(self) -> bool:
         tied = self.get("tie_word_embeddings")

@@ -15,7 +15,7 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
-from pymllm.loading.stored import check_content, check_scale, read_slot
+from pymllm.loading.stored import check_placed, check_skipped, read_slot
 from pymllm.models.causal_lm import CausalLM
 from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import return_freed_memory
@@ -33,7 +33,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Causal
 
     progress: whether to show a bar on the first rank; None: on a terminal.
     Returns the model, which carries `load_report` and `prepared`.
-    Raises CheckpointError for scales and contents that cannot be right, ConfigError for a device that is not here.
+    Raises CheckpointError for values that cannot be right, ConfigError for a device that is not here.
     """
     where = probe_device(prepared.execution.device)
     if not where.present:
@@ -48,6 +48,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Causal
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
     show = False if prepared.parallel.rank else progress
     with prepared.checkpoint, progress_bar("Loading", total, show) as advance:
+        check_skipped(prepared.skipped)
         for unit in prepared.units:
             _load_unit(unit, prepared, report)
             return_freed_memory()
@@ -153,15 +154,9 @@ def _read_resolved(placement: Placement, first: bool) -> int:
 
 
 def _check_values(placement: Placement, target: Tensor) -> None:
-    """Refuse a scale or contents that cannot be right.  target: what the tensor has filled of its parameter."""
-    slot, tensor = placement.slot, placement.tensor
-    if slot.spec.scale:
-        check_scale(tensor, target)
-    if slot.spec.refuse is not None:
-        shape: LinearShape | ExpertsShape = placement.module.shape  # type: ignore[assignment]
-        several = isinstance(shape, ExpertsShape) and slot.expert is None
-        for one in target if several else (target,):
-            check_content(tensor, slot.spec.refuse(one, shape.part(slot.part)))
+    """Refuse values that cannot be right.  target: what the tensor has filled of its parameter."""
+    shape = getattr(placement.module, "shape", None)
+    check_placed(placement, target, shape if isinstance(shape, (LinearShape, ExpertsShape)) else None)
 
 
 def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:

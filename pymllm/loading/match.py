@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +14,7 @@ from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.rules import RuledConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.loader import Slot
-from pymllm.weights.report import HINTS, Problem, TensorRecord, mismatch, missing, raise_problems
+from pymllm.weights.report import HINTS, Problem, Skip, TensorRecord, mismatch, missing, raise_problems
 from pymllm.weights.resolution import ResolvedWeight, defines_resolver, resolve_weight_spec
 from pymllm.weights.tensor_file import TensorInfo
 
@@ -45,13 +45,17 @@ class Unit:
     placements: tuple[Placement, ...]
 
 
+Skipped = tuple[tuple[TensorInfo, Skip], ...]
+
+
 def match(
-    model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint
-) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...]]:
+    model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint, proven: Mapping[str, str] | None = None
+) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...], Skipped]:
     """Find every parameter's tensors, and account for every tensor.
 
-    Returns the units to load, and records of the tensors that are skipped.  ONE CheckpointError lists all that is
-    wrong.
+    proven: tensors that have been found to be harmless already, and why, by name.
+    Returns the units to load, records of the tensors that are skipped, and those of them whose content has to be
+    looked at while loading.  ONE CheckpointError lists all that is wrong.
     """
     problems: list[Problem] = []
     units: list[Unit] = []
@@ -102,20 +106,22 @@ def match(
         used |= resolved.used
         problems += resolved.without_place()
         records += [TensorRecord(n, "skipped", 0, "the model's resolver skips it") for n in resolved.skipped]
-    for tensor_name in checkpoint.tensors:
+    skipped: list[tuple[TensorInfo, Skip]] = []
+    for tensor_name, tensor in checkpoint.tensors.items():
         if tensor_name in used:
             continue
-        reason = _skip_reason(tensor_name, model, rules)
-        if reason is None:
+        skip = _skip(tensor_name, model, rules, proven or {}, checkpoint.tensors)
+        if skip is None:
             hint = nearest(tensor_name, known) if len(problems) < HINTS else ""
             text = f"unexpected, no layer asks for it. {hint}".strip()
             if tensor_name in known:
                 text = "unexpected, a module's resolver fills its place from another tensor"
             problems.append(Problem("unexpected", tensor_name, text))
         else:
-            records.append(TensorRecord(tensor_name, "skipped", 0, reason))
+            records.append(TensorRecord(tensor_name, "skipped", 0, skip.reason))
+            skipped.append((tensor, skip))
     raise_problems(str(checkpoint.path), problems)
-    return tuple(units), tuple(records)
+    return tuple(units), tuple(records), tuple(skipped)
 
 
 class _Resolved:
@@ -186,12 +192,18 @@ def _part_index(module: nn.Module, shard_id: int | str) -> int | None:
     return 0 if find is None else find(shard_id)
 
 
-def _skip_reason(name: str, model: CausalLM, rules: RuledConfig) -> str | None:
-    """Return why a tensor that no layer asks for may be skipped, or None."""
-    head = model.lm_head
-    if head.tied_to is not None and name.startswith(f"{head.prefix}."):
-        return f"the head is tied to {head.tied_to.prefix}"
+def _skip(
+    name: str,
+    model: CausalLM,
+    rules: RuledConfig,
+    proven: Mapping[str, str],
+    stored: Mapping[str, TensorInfo],
+) -> Skip | None:
+    """Return why a tensor that no layer asks for may be skipped, and the proof; None: it may not."""
+    if name in proven:
+        return Skip(proven[name])
     for pattern, reason in model.skipped_tensors.items():
         if re.fullmatch(pattern, name):
-            return reason
-    return rules.skip_reason(name)
+            return Skip(reason)
+    said = model.skip_reason(name, stored) or rules.skip_reason(name)
+    return Skip(said) if isinstance(said, str) else said

@@ -19,7 +19,8 @@ from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
-from pymllm.loading.match import Unit, match
+from pymllm.loading.head import HEAD, find_own_head
+from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.models import build_model, gguf_architectures, read_model_config
 from pymllm.models.causal_lm import CausalLM
@@ -34,10 +35,11 @@ from pymllm.weights.report import TensorRecord
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint about to be loaded: everything is decided, nothing is read but headers.
+    """A checkpoint about to be loaded: everything is decided, and nothing is read but headers (and, see `head`, a head).
 
     config: the model's.  quant: the format and the rules, with the decision for every layer.  parallel: this rank.
     model: without data, on the meta device.  units: what to load, in order.  records: of tensors that are skipped.
+    skipped: those of them whose content loading has to look at, and what it may be.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +50,7 @@ class Prepared:
     model: CausalLM
     units: tuple[Unit, ...]
     records: tuple[TensorRecord, ...]
+    skipped: Skipped = ()
 
 
 def prepare(
@@ -70,6 +73,9 @@ def prepare(
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
     _check_sizes(config, checkpoint)
+    head = find_own_head(checkpoint, config)
+    if head.own:
+        config = config.untied()
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
@@ -82,6 +88,8 @@ def prepare(
             fix="Choose another dtype.",
         )
     rules = RuledConfig(stored, read_rules(quant), read_kv_rules(kv_cache))
+    if head.own:
+        rules.sources[HEAD] = "stored so, although the config ties it to the embedding"
     parallel = current_parallel()
     try:
         model = build_on_meta(config, rules, execution, parallel)
@@ -99,8 +107,8 @@ def prepare(
         error.args = (str(error),)
         raise
     rules.lint()
-    units, records = match(model, rules, checkpoint)
-    return Prepared(checkpoint, config, rules, execution, parallel, model, units, records)
+    units, records, skipped = match(model, rules, checkpoint, head.equal)
+    return Prepared(checkpoint, config, rules, execution, parallel, model, units, records, skipped)
 
 
 def build_on_meta(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from pymllm.layers.held import HeldWeight
 from pymllm.loading.match import Placement
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.loader import Slot, Written, copy_full_tensor, place, place_experts, write
-from pymllm.weights.spec import LinearShape
+from pymllm.weights.report import Skip
+from pymllm.weights.spec import FLOATS, ExpertsShape, LinearShape, WeightSpec
 from pymllm.weights.tensor_file import TensorInfo
+
+PIECE = 1 << 20  # how many values are counted at a time
 
 
 def read_stored(
@@ -22,7 +25,7 @@ def read_stored(
     """Read a layer's tensors as the checkpoint stores them, parts side by side, by the names of `weight_specs`.
 
     method: the one that reads them.  shape: the layer's, or one part's.  placements: at least those of its tensors.
-    CheckpointError for scales and contents that cannot be right.
+    CheckpointError for values that cannot be right.
     """
     tensors: dict[str, Tensor] = {}
     for spec in method.weight_specs(shape):
@@ -45,10 +48,7 @@ def read_stored(
                 part = None if found.resolved.shard_id is None else slot.part
                 copy_full_tensor(tensor, slots, loaded, written, part, shape.name)
             target = tensor[slot.target] if slot.target else tensor
-            if spec.scale:
-                check_scale(found.tensor, target)
-            if spec.refuse is not None:
-                check_content(found.tensor, spec.refuse(target, shape.part(slot.part)))
+            check_values(found.tensor, spec, target, shape.part(slot.part))
         tensors[spec.name] = tensor
     return tensors
 
@@ -68,6 +68,7 @@ def read_held(weight: HeldWeight, placements: Sequence[Placement]) -> dict[str, 
         written[spec.name] = Written()
     for p in placements:
         write(tensors[p.param], p.slot, read_slot(p.tensor, p.slot), written[p.param])
+        check_placed(p, p.slot.view(tensors[p.param]), shape)
     return tensors
 
 
@@ -89,20 +90,80 @@ def read_slot(tensor: TensorInfo, slot: Slot) -> Tensor:
     return tensor.read((*slot.source, *(slice(0, 1) for _ in tensor.shape))[: len(tensor.shape)])
 
 
-def check_scale(tensor: TensorInfo, scale: Tensor) -> None:
-    """Refuse a scale with values that are zero, infinite or NaN.  tensor: where it was read."""
+def check_placed(placement: Placement, target: Tensor, shape: LinearShape | ExpertsShape | None) -> None:
+    """Refuse values that cannot be right in what a tensor has filled of its parameter.
+
+    shape: of the layer that holds it; None: it is a plain parameter.
+    """
+    slot, module = placement.slot, placement.module
+    if placement.param in module._buffers:
+        return  # a module's own, which may hold infinities, as a mask does
+    several = isinstance(shape, ExpertsShape) and slot.expert is None and slot.spec.refuse is not None
+    part = None if shape is None else shape.part(slot.part)
+    for one in target if several else (target,):
+        check_values(placement.tensor, slot.spec, one, part)
+
+
+def check_values(tensor: TensorInfo, spec: WeightSpec, values: Tensor, shape: LinearShape | None) -> None:
+    """Refuse values that cannot be right: of a scale, of any float, or as the spec's own `refuse` says.
+
+    tensor: where they were read.  values: this rank's share of one part.  shape: the part's.
+    """
+    if spec.scale:
+        check_scale(tensor, values, spec)
+    elif values.dtype in FLOATS and not spec.packed:
+        check_finite(tensor, values)
+    if spec.refuse is not None:
+        assert shape is not None
+        check_content(tensor, spec.refuse(values, shape))
+
+
+# What a scale must be -> whether finite values are, and how to say it.
+SCALES: dict[bool | str, tuple[Callable[[Tensor], Tensor], str]] = {
+    True: (lambda values: values > 0, "above 0"),
+    "or zero": (lambda values: values >= 0, "of 0 or above"),
+    "signed": (lambda values: values != 0, "other than 0"),
+}
+
+
+def check_scale(tensor: TensorInfo, scale: Tensor, spec: WeightSpec) -> None:
+    """Refuse a scale with values that are NaN or infinite, or of a sign that the spec's scale cannot have."""
     values = scale.float()
-    bad = int((~torch.isfinite(values)).sum()) + int((values == 0).sum())
+    usable, expected = SCALES[spec.scale]
+    bad = values.numel() - int((torch.isfinite(values) & usable(values)).sum())
     if bad:
         raise CheckpointError(
             "a quantisation scale is not a usable number",
             code="bad-scale",
             file=str(tensor.file.path),
             tensor=tensor.name,
-            expected="finite values other than zero",
-            found=f"{bad} of {values.numel()} that are NaN, infinite or zero",
+            expected=f"finite values {expected}",
+            found=f"{bad} of {values.numel()} that are not",
             fix="The checkpoint is damaged or was written wrongly; quantise it again.",
         )
+
+
+def check_finite(tensor: TensorInfo, values: Tensor) -> None:
+    """Refuse floats of which some are NaN or infinite.
+
+    One pass without a copy: least and largest are NaN where any value is, and infinite where one is.
+    """
+    if not values.numel() or all(bool(edge.isfinite()) for edge in torch.aminmax(values)):
+        return
+    bad = sum(int((~torch.isfinite(piece)).sum()) for piece in values.reshape(-1).split(PIECE))
+    # A number that the file's dtype holds and a narrower one does not is infinite only here.
+    converted = tensor.dtype is not values.dtype
+    raise CheckpointError(
+        "a parameter has values that are not finite numbers",
+        code="bad-value",
+        file=str(tensor.file.path),
+        tensor=tensor.name,
+        expected="finite values" + (f", also as {str(values.dtype)[6:]}" if converted else ""),
+        found=f"{bad} of {values.numel()} that are NaN or infinite",
+        fix="Load it with another dtype, if the file is whole; else download or write it again."
+        if converted
+        else "The checkpoint is damaged or was written wrongly: download or write it again.",
+    )
 
 
 def check_content(tensor: TensorInfo, why_not: str | None) -> None:
@@ -115,3 +176,18 @@ def check_content(tensor: TensorInfo, why_not: str | None) -> None:
             tensor=tensor.name,
             found=why_not,
         )
+
+
+def check_skipped(skipped: Iterable[tuple[TensorInfo, Skip]]) -> None:
+    """Prove that what is left out may be.  CheckpointError for a tensor whose content says otherwise."""
+    for tensor, skip in skipped:
+        why_not = None if skip.refuse is None else skip.refuse(tensor.read())
+        if why_not is not None:
+            raise CheckpointError(
+                f"the tensor would be left out, as {skip.reason}, but it is not so",
+                code="bad-content",
+                file=str(tensor.file.path),
+                tensor=tensor.name,
+                found=why_not,
+                fix="The config and the tensors contradict each other: correct the config, or write the model again.",
+            )

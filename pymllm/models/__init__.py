@@ -28,25 +28,48 @@ def list_model_types() -> list[str]:
 
 def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a config.json with its family's defaults.  ConfigError for a model type that has no definition here."""
-    return ModelConfig(raw, _family(raw.get("model_type")).DEFAULTS)
+    return ModelConfig(raw, _family(raw).DEFAULTS)
 
 
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> CausalLM:
     """Build the model's modules, their weights on the current default device (usually meta)."""
-    return _family(config.raw.get("model_type")).Model(config, quant_config)
+    return _family(config.raw).Model(config, quant_config)
 
 
 def gguf_architectures() -> dict[str, GGUFArchitecture]:
     """Collect what the definitions say of GGUF files, by `general.architecture`."""
     found: dict[str, GGUFArchitecture] = {}
     for model_type in list_model_types():
-        found |= vars(_family(model_type)).get("GGUF", {})
+        found |= vars(_definition(model_type)).get("GGUF", {})
     return found
 
 
-def _family(model_type: Any) -> Any:
+def find_definition(raw: Mapping[str, Any]) -> str | None:
+    """Find the definition that runs a config.json: its `model_type`, else that of its only known architecture.
+
+    A vendor may give a model a type of its own whose class is another family's (Kimi-K2: DeepseekV3ForCausalLM).
+    Returns the definition's model type, or None.
+    """
     known = list_model_types()
-    if model_type not in known:
+    if raw.get("model_type") in known:
+        return str(raw["model_type"])
+    architectures = raw.get("architectures")
+    classes = {_class_name(model_type): model_type for model_type in known}
+    named = architectures if isinstance(architectures, list) else []
+    found = {classes[name] for name in named if isinstance(name, str) and name in classes}
+    return found.pop() if len(found) == 1 and len(named) == 1 else None
+
+
+def _class_name(model_type: str) -> str:
+    """Return the name of transformers' class for a model type: deepseek_v3 -> DeepseekV3ForCausalLM."""
+    words = model_type.removesuffix("_text").split("_")
+    return "".join(word[:1].upper() + word[1:] for word in words) + "ForCausalLM"
+
+
+def _family(raw: Mapping[str, Any]) -> Any:
+    model_type, found = raw.get("model_type"), find_definition(raw)
+    if found is None:
+        known = list_model_types()
         raise ConfigError(
             f"there is no definition for the model type {model_type!r}",
             code="model-type",
@@ -56,4 +79,8 @@ def _family(model_type: Any) -> Any:
             found=repr(model_type),
             fix=nearest(str(model_type), known) or "Code that a checkpoint brings along is never run.",
         )
+    return _definition(found)
+
+
+def _definition(model_type: str) -> Any:
     return importlib.import_module(f"{__name__}.{model_type}")

@@ -7,8 +7,11 @@ A family says what its attention and its MLP differ in. Module names are the che
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pymllm.attention.self_attention import SelfAttention
@@ -16,8 +19,9 @@ from pymllm.config import ModelConfig
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.mlp import GatedMLP
-from pymllm.layers.rotary_embedding import RotaryEmbedding
-from pymllm.quantization.base import QuantizationConfig
+from pymllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
+from pymllm.quantization.base import QuantizationConfig, StoredTensor
+from pymllm.weights.report import Skip
 
 
 class DecoderLayer(nn.Module):
@@ -99,10 +103,7 @@ class CausalLM(nn.Module):
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     embedding_scale = 1.0
     restart_length: int | None = None
-    skipped_tensors: ClassVar[dict[str, str]] = {
-        r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config",
-        r"rope_freqs\.weight": "factors of the rotary frequencies, which have become part of the config",
-    }
+    skipped_tensors: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
@@ -141,6 +142,22 @@ class CausalLM(nn.Module):
         hidden, intermediate = self.config.size("hidden_size"), self.config.size("intermediate_size")
         return GatedMLP(hidden, intermediate, prefix=prefix, quant_config=quant_config, **self.mlp_options())
 
+    def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
+        """Return why the model does not need a tensor, and the proof; None: it may not be skipped.
+
+        tensor: its name.  stored: all of the checkpoint's, by name.
+        """
+        module, _, suffix = tensor.rpartition(".")
+        if suffix == "inv_freq" and module.rpartition(".")[2].startswith("rotary_emb"):
+            owner = dict(self.named_modules()).get(module.rpartition(".")[0], nn.Module())
+            rotary = [m for m in owner.modules() if hasattr(m, "rotary_dim")]
+            if rotary:
+                refuse = functools.partial(_refuse_frequencies, rotary, self.config.rope_parameters.theta)
+                return Skip("rotary frequencies, which follow from the config", refuse)
+        if tensor == "rope_freqs.weight" and self.config.rope_parameters.rope_type == "factors":
+            return "factors of the rotary frequencies, which have become part of the config"
+        return None
+
     @property
     def keys_depend_on_length(self) -> bool:
         """True if the keys of a token are others where more tokens follow in the same step."""
@@ -153,3 +170,23 @@ class CausalLM(nn.Module):
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
         return self.lm_head(hidden, gather_all=gather_all)
+
+
+def _refuse_frequencies(rotary: Sequence[Any], base: float, stored: Tensor) -> str | None:
+    """Return why stored rotary frequencies are not those that any of these modules turns by, or None.
+
+    base: the config's.  Writers also store them as they were before scaling, and rounded to the weights' dtype, of
+    which bfloat16 has 8 bits.
+    """
+    found = stored.float().flatten().cpu()
+    known = [default_frequencies(module.rotary_dim, base) for module in rotary]
+    known += [m.inverse_frequencies.cpu() for m in rotary if isinstance(m, RotaryEmbedding)]
+    for expected in known:
+        if found.shape == expected.shape and torch.allclose(found, expected, rtol=2**-7, atol=1e-6):
+            return None
+    expected = known[-1]
+    return f"{found.numel()} frequencies {_show(found)}, where the config gives {expected.numel()}: {_show(expected)}"
+
+
+def _show(values: Tensor) -> str:
+    return ", ".join(f"{value:.6g}" for value in values[:4].tolist()) + (" ..." if values.numel() > 4 else "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pymllm.config import ModelConfig
 from pymllm.models import deepseek_v2
 from pymllm.moe import TopKRouter, build_topk_router
 from pymllm.moe.config import get_norm_topk_prob, get_num_experts, get_num_experts_per_tok
-from pymllm.quantization.base import QuantizationConfig
+from pymllm.quantization.base import StoredTensor
+from pymllm.weights.report import Skip
 
 DEFAULTS = {
     **deepseek_v2.DEFAULTS,
@@ -28,12 +31,14 @@ class Model(deepseek_v2.Model):
 
     expert_bias = True
 
-    def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
-        super().__init__(config, quant_config)
-        first, count = config.size("num_hidden_layers"), config.get("num_nextn_predict_layers", 1)
-        further = "|".join(str(first + index) for index in range(count or 0))
-        reason = "a layer that predicts further tokens, which is not run"
-        self.skipped_tensors = {**self.skipped_tensors, rf"model\.layers\.(?:{further})\..*": reason}  # type: ignore[misc]
+    def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
+        # A layer that predicts further tokens joins two streams with eh_proj: another layer is one that the config lacks.
+        first, count = self.config.size("num_hidden_layers"), self.config.get("num_nextn_predict_layers", 1)
+        for index in range(first, first + (count or 0)):
+            prefix = f"model.layers.{index}."
+            if tensor.startswith(prefix) and any(name.startswith(f"{prefix}eh_proj.") for name in stored):
+                return "a layer that predicts further tokens, which is not run"
+        return super().skip_reason(tensor, stored)
 
     def make_router(self, config: ModelConfig) -> TopKRouter:
         return build_topk_router(

@@ -5,8 +5,9 @@ A config says which method each layer of a checkpoint has; `method.py` says what
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -15,12 +16,14 @@ from torch import nn
 
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
-from pymllm.weights.spec import FLOATS
+from pymllm.weights.loader import same_shape
+from pymllm.weights.spec import FLOATS, LinearShape, Span
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pymllm.quantization.kv_cache import KVCacheMethodBase
+    from pymllm.weights.report import Skip
 
 __all__ = [
     "LinearMethodBase",
@@ -32,8 +35,19 @@ __all__ = [
 ]
 
 
+# The suffixes that a layer's weight itself may have: one of them is there, or no weight is stored under the name.
+WEIGHT_NAMES = ("weight", "qweight", "weight_packed", "W_q", "_weight_qdata", "blocks")
+EXCLUDED = "stored so, although the config excludes it"
+INCLUDED = "stored so, although the config quantises it"
+
+
 class QuantizationConfig(ABC):
-    """The interface of a format's config, which gives each layer its method by the layer's checkpoint name."""
+    """The interface of a format's config, which gives each layer its method by the layer's checkpoint name.
+
+    Where the config and the files disagree about a layer, the files have the last word, in every format: `covers` says
+    whether the layer is quantised, `as_stored` which of the methods that the config speaks of reads what is stored.
+    Both note what they overrule.
+    """
 
     registered_as: ClassVar[str]
 
@@ -83,19 +97,89 @@ class QuantizationConfig(ABC):
     stored: Mapping[str, StoredTensor] = MappingProxyType({})
     stored_modules: frozenset[str] = frozenset()  # the names that the stored tensors belong to
 
+    @functools.cached_property
+    def overruled(self) -> dict[str, str]:
+        """What the files have decided against the config, by layer: the plan's word for it."""
+        return {}
+
     def stored_as_float(self, prefix: str) -> bool:
         """Tell whether the checkpoint holds this layer's weight as plain floats, whatever its config says of it."""
         weight = self.stored.get(f"{prefix}.weight")
         return weight is not None and weight.dtype in FLOATS
 
-    def covers(self, layer: nn.Module, prefix: str, *tensors: str) -> bool:
-        """Tell whether the format can be this layer's, by the layer's kind and by what the checkpoint holds for it.
+    def stored_as_codes(self, prefix: str, *tensors: str) -> bool:
+        """Tell whether the checkpoint holds this layer's weight quantised, whatever its config says of it.
 
-        It can where the layer is linear, or the checkpoint has one of `tensors` (suffixes that no float layer has) for
-        it; it cannot where the checkpoint holds the weight as plain floats.
+        tensors: suffixes that no float layer has; beside them, a weight of another dtype than floats is a quantised one.
         """
-        packed = any(f"{prefix}.{name}" in self.stored for name in tensors)
-        return (packed or kind_of(layer) == "linear") and not self.stored_as_float(prefix)
+        if self.stored_as_float(prefix):
+            return False
+        named = any(f"{prefix}.{name}" in self.stored for name in (*tensors, *WEIGHT_NAMES[1:]))
+        return named or f"{prefix}.weight" in self.stored
+
+    def covers(self, layer: nn.Module, prefix: str, *tensors: str, excluded: bool = False) -> bool:
+        """Tell whether this layer is quantised: as it is stored, else as the config and the layer's kind have it.
+
+        tensors: as of `stored_as_codes`.  excluded: whether the config leaves the layer out by name.
+        """
+        asked = kind_of(layer) == "linear" and not excluded
+        if self.stored_as_float(prefix):
+            if asked:
+                self.overruled[prefix] = INCLUDED
+            return False
+        codes = self.stored_as_codes(prefix, *tensors)
+        if codes and excluded:
+            self.overruled[prefix] = EXCLUDED
+        return codes or asked
+
+    def as_stored(
+        self,
+        layer: nn.Module,
+        prefix: str,
+        said: LinearMethodBase | None,
+        others: Iterable[LinearMethodBase | None],
+    ) -> LinearMethodBase | None:
+        """Return the method that reads what is stored for a layer which is quantised: `said`, else one of the others.
+
+        said: what the config gives this layer; None: it leaves it out.  others: what it gives any layer.
+        Where none of them reads the tensors, or nothing is stored, it is `said`, and matching reports what is wrong.
+        """
+        if not self.stored_as_codes(prefix) or (said is not None and self.reads(said, layer, prefix)):
+            return said
+        for other in dict.fromkeys(others):
+            if other is not None and other != said and self.reads(other, layer, prefix):
+                told = f"stored so, although the config says {said.describe()}" if said else EXCLUDED
+                self.overruled[prefix] = told
+                return other
+        return said
+
+    def reads(self, method: LinearMethodBase, layer: nn.Module, prefix: str) -> bool:
+        """Tell whether a method's tensors are just those that are stored for a layer, with their dtypes and shapes.
+
+        The shapes matter where the layer knows its own; a bias is no tensor of the method.
+        """
+        shape: Any = getattr(layer, "shape", None)
+        known = isinstance(shape, LinearShape) and prefix in shape.parts and not shape.together
+        if known:
+            shape = shape.part(shape.parts.index(prefix))
+        else:
+            shape = LinearShape(Span.full(1), (Span.full(1),), (prefix,), torch.float32)
+        read = {"bias"}
+        for spec in method.weight_specs(shape):
+            names = (spec.name, *spec.aliases)
+            name = next((name for name in names if f"{prefix}.{name}" in self.stored), None)
+            if name is None:
+                return False
+            read.add(name)
+            tensor, expected = (
+                self.stored[f"{prefix}.{name}"],
+                spec.source_shape(shape.in_features, shape.out_features),
+            )
+            if tensor.dtype not in spec.dtypes:
+                return False
+            if known and not same_shape(tuple(tensor.shape), expected):
+                return False
+        return not any(f"{prefix}.{name}" in self.stored for name in WEIGHT_NAMES if name not in read)
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """List the dtypes that activations may have beside weights of this format."""
@@ -114,8 +198,12 @@ class QuantizationConfig(ABC):
         """List the files beside config.json that may hold the settings of this format."""
         return []
 
-    def skip_reason(self, tensor: str) -> str | None:
-        """Return why a tensor that no layer asks for may be skipped, or None if it may not."""
+    def skip_reason(self, tensor: str) -> Skip | str | None:
+        """Return why a tensor that no layer asks for may be skipped, or None if it may not.
+
+        tensor: its exact name.  A `Skip` where the content proves it, which loading looks at; a reason alone where the
+        name does.
+        """
         return None
 
 

@@ -13,7 +13,6 @@ the pages:
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,15 +27,21 @@ from pymllm.kernels.registry import select
 from pymllm.quantization.method import QuantizeMethodBase, StoredTensor
 from pymllm.quantization.options import one_of, parse_options
 from pymllm.quantization.parameters import add_weight
+from pymllm.quantization.storage.fields import read_stored, refuse_other_than_zeros
+from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS, OUT, PART, LinearShape, WeightSpec, whole
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-# After the attention module's name, as compressed-tensors, ModelOpt, AutoFP8 and Quark write them.
-KEY_SCALES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale", "kv_scale")
-VALUE_SCALES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale", "kv_scale")
-SCALE = re.compile(r"\.(k|v|kv)_scale$|\.(k|v)_proj\.output_scale$")
-QUERY_SCALE = re.compile(r"\.q_(scale|zero_point)$|\.q_proj\.output_scale$")
-ZERO_POINT = re.compile(r"\.(k|v)_zero_point$")
+# After the attention module's name, as compressed-tensors, ModelOpt, AutoFP8, Quark and vLLM write them.
+KEY_SCALES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "qkv_proj.k_scale", "attn.k_scale")
+VALUE_SCALES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "qkv_proj.v_scale", "attn.v_scale")
+COMMON_SCALES = ("kv_scale", "attn.kv_scale")  # one for both
+QUERY_SCALES = ("q_scale", "q_proj.q_scale", "q_proj.output_scale", "qkv_proj.q_scale", "attn.q_scale")
+PROBABILITY_SCALES = ("prob_scale", "attn.prob_scale", "prob_output_scale")
+
+
+def _zero_points(scales: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.removesuffix("scale") + "zero_point" for name in scales)
 
 
 class KVCacheMethodBase(QuantizeMethodBase):
@@ -163,14 +168,15 @@ class QuantizedKVCacheMethod(KVCacheMethodBase):
         dims = (PART,) if self.stored == "tensor" else (OUT, whole(1), whole(1))
         return tuple(
             WeightSpec(first, torch.float32, dims, accepts=FLOATS, aliases=tuple(others), scale=True)
-            for first, *others in (KEY_SCALES, VALUE_SCALES)
+            for first, *others in ((*KEY_SCALES, *COMMON_SCALES), (*VALUE_SCALES, *COMMON_SCALES))
         )
 
     def with_stored_scales(
         self, stored: Mapping[str, StoredTensor], prefix: str, num_kv_heads: int
     ) -> QuantizedKVCacheMethod:
         """Return the same method with the scales that the checkpoint has for the attention module `prefix`."""
-        found = next((stored[f"{prefix}.{n}"] for n in KEY_SCALES if f"{prefix}.{n}" in stored), None)
+        names = (f"{prefix}.{name}" for name in (*KEY_SCALES, *VALUE_SCALES, *COMMON_SCALES))
+        found = next((stored[name] for name in names if name in stored), None)
         if self.scaling != "static" or found is None:
             return self
         per_head = len(found.shape) == 3 and found.shape[0] == num_kv_heads and num_kv_heads > 1
@@ -204,15 +210,37 @@ def build_kv_method(name: str, options: Mapping[str, str]) -> KVCacheMethodBase 
     return UnquantizedKVCacheMethod(None if name == "none" else getattr(torch, name))
 
 
-def unused_kv_tensor(tensor: str) -> str | None:
-    """Return why a tensor that no layer asks for may be skipped, or None if it is not of the KV cache."""
-    if SCALE.search(tensor):
-        return "a scale of the KV cache, which is kept in floats"
-    if QUERY_SCALE.search(tensor):
+def skip_kv_tensor(
+    method: KVCacheMethodBase, name: str, module: str, stored: Mapping[str, StoredTensor]
+) -> Skip | str | None:
+    """Return why a tensor of an attention module may be skipped, or None if it is not of the KV cache.
+
+    method: how the module's keys and values are stored.  name: after the module's, `module`, which ends with a dot.
+    """
+    if name in (*QUERY_SCALES, *_zero_points(QUERY_SCALES)):
         return "a scale of queries beside the KV cache, which stay in floats"
-    if ZERO_POINT.search(tensor):
-        return "a zero point of the KV cache's symmetric quantisation, which has none"
-    return None
+    if name in PROBABILITY_SCALES:
+        return "a scale of attention probabilities, which stay in floats"
+    if name in _zero_points((*KEY_SCALES, *VALUE_SCALES, *COMMON_SCALES)):
+        return Skip(
+            "a zero point of the KV cache's symmetric quantisation, which has none", refuse_other_than_zeros
+        )
+    kinds = [kind for kind in (KEY_SCALES, VALUE_SCALES, COMMON_SCALES) if name in kind]
+    if not kinds:
+        return None
+    if not isinstance(method, QuantizedKVCacheMethod):
+        return "a scale of the KV cache, which is kept in floats"
+    if method.scaling == "token":
+        return "a scale of the KV cache, which has a scale for each head of each token instead"
+    scales = (*VALUE_SCALES, *COMMON_SCALES) if name in VALUE_SCALES else (*KEY_SCALES, *COMMON_SCALES)
+    used = next(f"{module}{scale}" for scale in scales if f"{module}{scale}" in stored)
+
+    def refuse(found: Tensor) -> str | None:
+        read = read_stored(stored[used]).float().flatten()
+        same = torch.equal(found.float().flatten().cpu(), read)
+        return None if same else f"{found.flatten().tolist()[:4]}, where {used} has {read.tolist()[:4]}"
+
+    return Skip(f"the scale of the KV cache once more, beside {used.removeprefix(module)}", refuse)
 
 
 def unsupported_kv_cache(field: str, value: Any, supported: str) -> ConfigError:

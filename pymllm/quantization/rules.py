@@ -30,8 +30,10 @@ from pymllm.quantization.kv_cache import (
     QuantizedKVCacheMethod,
     UnquantizedKVCacheMethod,
     build_kv_method,
+    skip_kv_tensor,
 )
 from pymllm.quantization.method import LinearMethodBase, kind_of
+from pymllm.weights.report import Skip
 
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
 RULE_OPTIONS = re.compile(r":.*")
@@ -170,7 +172,8 @@ class RuledConfig(QuantizationConfig):
     """The checkpoint's config with the user's rules over it.  It remembers every decision.
 
     decisions: by checkpoint name, in the order in which layers were built.  kv_rules, kv_decisions: the same for the
-    KV cache of attention layers, to which rules for weights do not apply.
+    KV cache of attention layers, to which rules for weights do not apply.  sources: what has decided about a layer
+    before its format is asked.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class RuledConfig(QuantizationConfig):
         self.stored, self.stored_modules = checkpoint_config.stored, checkpoint_config.stored_modules
         self.targets = {rule: rule.build() for rule in self.rules}
         self.decisions: dict[str, Decision] = {}
+        self.sources: dict[str, str] = {}
         self.fused: list[tuple[str, ...]] = []
 
     @classmethod
@@ -202,7 +206,7 @@ class RuledConfig(QuantizationConfig):
         )
         if stored == UnquantizedLinearMethod():
             stored = UnquantizedLinearMethod(dtype=getattr(layer, "kept_dtype", None))
-        decision = Decision(name, stored, self._checkpoint_source(stored, prefix))
+        decision = Decision(name, stored, self._checkpoint_source(stored, name, prefix))
         rule = next((rule for rule in self.rules if rule.applies(layer, name)), None)
         if rule is not None:
             decision = Decision(name, self._convert(stored, rule), "rule", rule)
@@ -242,13 +246,23 @@ class RuledConfig(QuantizationConfig):
         already = target == stored or (target.name == stored.name and not rule.options)
         return stored if already else ConvertedLinearMethod(stored, target)
 
-    def _checkpoint_source(self, stored: LinearMethodBase, prefix: str) -> str:
+    def _checkpoint_source(self, stored: LinearMethodBase, name: str, prefix: str) -> str:
+        overruled = self.sources.get(name) or self.checkpoint_config.overruled.get(prefix)
+        if overruled is not None:
+            return overruled
         if not isinstance(stored, UnquantizedLinearMethod):
             return "quantization_config"
         unquantised = self.checkpoint_config.get_name() == "none"
         return "checkpoint is not quantised" if unquantised else "quantization_config leaves it out"
 
-    def skip_reason(self, tensor: str) -> str | None:
+    def skip_reason(self, tensor: str) -> Skip | str | None:
+        """Return why a tensor may be skipped: as one of an attention layer's KV cache, or as its format says."""
+        for prefix, decision in self.kv_decisions.items():
+            module = f"{prefix.rpartition('.')[0]}."
+            if tensor.startswith(module):
+                said = skip_kv_tensor(decision.method, tensor.removeprefix(module), module, self.stored)
+                if said is not None:
+                    return said
         return self.checkpoint_config.skip_reason(tensor)
 
     def lint(self) -> None:

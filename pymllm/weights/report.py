@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 from pymllm.errors import CheckpointError, first_few, nearest
 from pymllm.weights.loader import Slot, same_shape
@@ -25,6 +27,18 @@ class TensorRecord:
     status: Status
     nbytes: int = 0
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A reason to leave out a tensor of the checkpoint, and the proof that this is harmless.
+
+    refuse: is given what is stored, while loading, and returns why the tensor cannot be left out, or None; None: its
+    name alone is proof enough.
+    """
+
+    reason: str
+    refuse: Callable[[Tensor], str | None] | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -114,7 +114,9 @@ class WeightSpec:
     name: the tensor's suffix after the layer's name.  dtype: that of the parameter.
     accepts: further dtypes that the checkpoint may have, converted on reading.
     aliases: other suffixes that checkpoints of the format use for the tensor.
-    scale: whether the tensor is a scale, which must be finite and not zero.
+    scale: whether the tensor is a scale, which must be finite and above 0; "or zero": it may be 0, as that of a block
+    of zeros; "signed": it may be below 0, as AutoRound's symmetric integers have it, but not 0.
+    packed: whether elements hold codes, whatever dtype they are declared to have: floats need not be finite then.
     refuse: is given what was read and the part's shape, and returns why that cannot be right, or None.
     """
 
@@ -123,7 +125,8 @@ class WeightSpec:
     dims: tuple[Dim, ...]
     accepts: tuple[torch.dtype, ...] = ()
     aliases: tuple[str, ...] = ()
-    scale: bool = False
+    scale: bool | Literal["or zero", "signed"] = False
+    packed: bool = False
     refuse: Callable[[Tensor, LinearShape], str | None] | None = None
 
     @property

@@ -91,12 +91,24 @@ class AutoRoundConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         named = self._key(prefix)
-        if named is None and self.blocks and not any(prefix.startswith(f"{block}.") for block in self.blocks):
+        outside = (
+            named is None
+            and bool(self.blocks)
+            and not any(prefix.startswith(f"{block}.") for block in self.blocks)
+        )
+        found = None if outside else self._format(named or "")
+        if not self.covers(layer, prefix, "weight_scale", "weight_scale_inv", excluded=found is None):
             return None
-        found = self._format(named or "")
-        if isinstance(found, LinearMethodBase):
-            return found if self.covers(layer, prefix) else None
-        return None if found is None else found.get_quant_method(layer, prefix)
+        said = self._method(found, layer, prefix)
+        if said is not None and not self.layers:
+            return said
+        others = (self._method(self._format(key), layer, prefix) for key in ("", *self.layers))
+        return self.as_stored(layer, prefix, said, others)
+
+    def _method(
+        self, found: QuantizationConfig | LinearMethodBase | None, layer: nn.Module, prefix: str
+    ) -> LinearMethodBase | None:
+        return found.get_quant_method(layer, prefix) if isinstance(found, QuantizationConfig) else found
 
     def _key(self, prefix: str) -> str | None:
         """Find the entry of extra_config for this layer: its name, or a regular expression found in its name."""
@@ -131,7 +143,7 @@ class AutoRoundConfig(QuantizationConfig):
             if act_bits not in (FLOAT_BITS, 32):
                 raise _unsupported(f"{at}act_bits", act_bits, f"{FLOAT_BITS} or 32 with integer weights")
             config = {k: settings.get(k) for k in ("bits", "group_size", "sym")}
-            config["zero_point"] = not config["sym"]
+            config |= {"zero_point": not config["sym"], "provider": "auto-round"}
         name, more = PACKINGS[self.packing]
         if name not in (("compressed-tensors",) if element != "int" else ("gptq", "awq")):
             raise _unsupported(f"{at}data_type", element, f"one that {self.packing!r} packs")

@@ -24,7 +24,7 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import one_of, parse_options, read_group_size
-from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
+from pymllm.quantization.storage.fields import is_from_auto_round, is_group_size, read_names, unsupported
 from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups, group_within
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
@@ -41,10 +41,12 @@ class AWQLinearMethod(LinearMethodBase):
 
     group_size: how many inputs share a scale; 0 or less: the whole row.
     zero_point: whether `quantize` chooses zero points; the middle code where not.
+    signed: whether scales may be negative, as AutoRound chooses their sign.
     """
 
     group_size: int = 128
     zero_point: bool = True
+    signed: bool = False
     name: ClassVar[str] = "awq"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
@@ -52,7 +54,13 @@ class AWQLinearMethod(LinearMethodBase):
         return (
             WeightSpec("qweight", torch.int32, (IN, OUT.packed(PER_WORD))),
             WeightSpec("qzeros", torch.int32, (groups, OUT.packed(PER_WORD))),
-            WeightSpec("scales", torch.float16, (groups, OUT), accepts=FLOATS, scale=True),
+            WeightSpec(
+                "scales",
+                torch.float16,
+                (groups, OUT),
+                accepts=FLOATS,
+                scale="signed" if self.signed else True,
+            ),
         )
 
     def check(self, shape: LinearShape) -> None:
@@ -119,9 +127,14 @@ class AWQConfig(QuantizationConfig):
     """`quantization_config` of AutoAWQ: bits, group_size, zero_point, version, modules_to_not_convert."""
 
     def __init__(
-        self, *, group_size: int, zero_point: bool = True, modules_to_not_convert: tuple[str, ...] = ()
+        self,
+        *,
+        group_size: int,
+        zero_point: bool = True,
+        modules_to_not_convert: tuple[str, ...] = (),
+        signed: bool = False,
     ) -> None:
-        self.method = AWQLinearMethod(group_size, zero_point)
+        self.method = AWQLinearMethod(group_size, zero_point, signed)
         self.modules_to_not_convert = modules_to_not_convert
 
     @classmethod
@@ -143,6 +156,7 @@ class AWQConfig(QuantizationConfig):
             group_size=group_size,
             zero_point=bool(config.get("zero_point", True)),
             modules_to_not_convert=read_names(config, "modules_to_not_convert"),
+            signed=is_from_auto_round(config) and not config.get("zero_point", True),
         )
 
     @classmethod
@@ -155,7 +169,5 @@ class AWQConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         # Writers take modules_to_not_convert differently, so what the files hold decides. Where they hold nothing, as
         # AutoAWQ does it: it converts linear layers of decoder blocks whose name contains none of the strings.
-        if f"{prefix}.qweight" in self.stored:
-            return self.method
-        skipped = any(part in prefix for part in self.modules_to_not_convert)
-        return None if skipped or not self.covers(layer, prefix) else self.method
+        excluded = any(part in prefix for part in self.modules_to_not_convert)
+        return self.method if self.covers(layer, prefix, excluded=excluded) else None

@@ -71,22 +71,26 @@ class BitsAndBytes4BitLinearMethod(LinearMethodBase):
         return 2 * self.storage.itemsize
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        scale_dtype = torch.float32 if self.nested is None else torch.uint8
+        # A block of zeros has the scale zero.
+        absmax = _spec("absmax", torch.float32, OUT.flattened(self.block), scale="or zero")
+        if self.nested is not None:
+            absmax = _spec("absmax", torch.uint8, OUT.flattened(self.block))
         specs: tuple[WeightSpec, ...] = (
-            WeightSpec("weight", self.storage, (OUT.flattened(self.per_element), whole(1))),
-            _spec("absmax", scale_dtype, OUT.flattened(self.block)),
+            WeightSpec("weight", self.storage, (OUT.flattened(self.per_element), whole(1)), packed=True),
+            absmax,
             _spec("quant_map", torch.float32, PART, whole(16)),
             WeightSpec(
                 "quant_state",
                 torch.uint8,
                 (PART, whole(self.state_bytes)),
                 aliases=(STATE + self.quant_type,),
+                refuse=_refuse_state,
             ),
         )
         if self.nested is not None:
             nested = OUT.flattened(self.block * self.nested.block)
             specs += (
-                _spec("nested_absmax", torch.float32, nested),
+                _spec("nested_absmax", torch.float32, nested, scale="or zero"),
                 _spec("nested_quant_map", torch.float32, PART, whole(256)),
             )
         return specs
@@ -129,9 +133,16 @@ class BitsAndBytes4BitLinearMethod(LinearMethodBase):
         return f"bitsandbytes {self.quant_type}, blocks of {self.block}{double}"
 
 
-def _spec(name: str, dtype: torch.dtype, *dims: Dim) -> WeightSpec:
+def _spec(name: str, dtype: torch.dtype, *dims: Dim, **more: Any) -> WeightSpec:
     """Make the spec of a tensor that is stored as `weight.{name}`; torch takes no parameter whose name has a dot."""
-    return WeightSpec(name, dtype, dims, aliases=(f"weight.{name}",))
+    return WeightSpec(name, dtype, dims, aliases=(f"weight.{name}",), **more)
+
+
+def _refuse_state(stored: Tensor, shape: LinearShape) -> str | None:
+    """Refuse a quant_state of another shape than the layer's: laid flat, [I, O] looks like [O, I]."""
+    found = json.loads(bytes(stored.flatten().tolist())).get("shape")
+    expected = [shape.out_features, shape.in_features]
+    return None if found in (expected, None) else f"the shape {found}, where the layer has {expected}"
 
 
 def _part(tensor: Tensor, shape: LinearShape, part: int, dim: Dim, width: int = 1) -> Tensor:
@@ -158,7 +169,7 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         return (
             WeightSpec("weight", torch.int8, (OUT, IN)),
-            WeightSpec("SCB", torch.float32, (OUT,)),
+            WeightSpec("SCB", torch.float32, (OUT,), scale="or zero"),
             WeightSpec("weight_format", torch.uint8, (PART,)),
         )
 
@@ -217,14 +228,17 @@ class BitsAndBytesConfig(QuantizationConfig):
             if found and quant_type in QUANT_TYPES:
                 self.methods[prefix] = self._read_state(prefix, quant_type)
 
+    def stored_as_float(self, prefix: str) -> bool:
+        # Codes may be declared to be floats: bnb_4bit_quant_storage.
+        return prefix not in self.methods and super().stored_as_float(prefix)
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        excluded = is_skipped(prefix, self.skip_modules)
+        if not self.covers(layer, prefix, "SCB", excluded=excluded):
+            return None
         if prefix in self.methods:
             return self.methods[prefix]
-        if f"{prefix}.SCB" in self.stored:
-            return BitsAndBytesInt8LinearMethod()
-        if is_skipped(prefix, self.skip_modules) or not self.covers(layer, prefix):
-            return None
-        if self.bits == 8:
+        if f"{prefix}.SCB" in self.stored or self.bits == 8:
             return BitsAndBytesInt8LinearMethod()
         raise CheckpointError(
             "the layer has no quant_state, without which its codes have no meaning",
@@ -245,7 +259,9 @@ class BitsAndBytesConfig(QuantizationConfig):
             if f"{prefix}.weight.nested_absmax" in self.stored:
                 nested = Nested(state["nested_blocksize"], float(state["nested_offset"]))
             sizes = (block,) if nested is None else (block, nested.block)
-            if not all(type(size) is int and size > 0 for size in sizes) or state["quant_type"] != quant_type:
+            offset = 0.0 if nested is None else nested.offset
+            usable = all(type(size) is int and size > 0 for size in sizes) and math.isfinite(offset)
+            if not usable or state["quant_type"] != quant_type:
                 raise ValueError("its fields contradict the tensors")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -264,4 +280,13 @@ class BitsAndBytesConfig(QuantizationConfig):
                 expected=f"{prefix}.weight and {prefix}.weight.quant_map",
             )
         values = tuple(read_stored(table).flatten().tolist())
+        if not all(math.isfinite(value) for value in values):
+            raise CheckpointError(
+                "the values that codes stand for are not all finite numbers",
+                code="bad-value",
+                tensor=f"{prefix}.weight.quant_map",
+                expected="finite values",
+                found=repr(values[:16]),
+                fix="The checkpoint is damaged or was written wrongly: download or write it again.",
+            )
         return BitsAndBytes4BitLinearMethod(quant_type, values, block, nested, weight.dtype, len(raw))

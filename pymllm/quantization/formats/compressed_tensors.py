@@ -20,20 +20,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
-from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
-from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
+from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme
+from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.compressed_linear import (
     MX_GROUP,
     FloatQuantizedLinearMethod,
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
-from pymllm.quantization.storage.fields import compile_pattern, is_block, read_names, unsupported
+from pymllm.quantization.storage.fields import (
+    compile_pattern,
+    is_block,
+    read_names,
+    refuse_other_than_zeros,
+    unsupported,
+)
+from pymllm.quantization.storage.packing import unpack_words
+from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS
 
 _unsupported = functools.partial(unsupported, "compressed-tensors")
@@ -47,7 +55,6 @@ FORMATS = (
     "mxfp4-pack-quantized",
     "mxfp8-quantized",
 )
-ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
 CLASS_NAME = re.compile(r"[A-Z]\w*")
 # These store the group of every input; "weight" and "static" only change how the writer calibrates.
 ACT_ORDER = ("group", "dynamic", True)
@@ -55,11 +62,15 @@ ACT_ORDER = ("group", "dynamic", True)
 
 @dataclass(frozen=True)
 class Group:
-    """One of `config_groups`: the layers that it targets, and their method."""
+    """One of `config_groups`: the layers that it targets, and their method.
+
+    open_symmetry: whether the config does not say if weights have zero points, so that the tensors do.
+    """
 
     name: str
     targets: tuple[str, ...]
     method: LinearMethodBase
+    open_symmetry: bool = False
 
 
 @register_quantization("compressed-tensors")
@@ -108,12 +119,15 @@ class CompressedTensorsConfig(QuantizationConfig):
                     )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if kind_of(layer) == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
-            return None
-        if "Linear" in self.ignore or self.stored_as_float(prefix):
-            return None
         found = self._group(prefix)
-        return None if found is None else self._as_stored(found.method, prefix)
+        excluded = "Linear" in self.ignore or any(_targets(pattern, prefix) for pattern in self.ignore)
+        excluded |= found is None
+        if not self.covers(layer, prefix, "weight_scale", excluded=excluded):
+            return None
+        said = None if found is None or excluded else self._as_stored(found, prefix)
+        if said is not None and len(self.groups) == 1:
+            return said
+        return self.as_stored(layer, prefix, said, (self._as_stored(g, prefix) for g in self.groups))
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
         return read_kv_scheme(self.kv_cache_scheme)
@@ -124,10 +138,12 @@ class CompressedTensorsConfig(QuantizationConfig):
         hits = [entry for entry in ranked if entry[0] is not None]
         return min(hits, key=lambda entry: entry[:2])[2] if hits else None
 
-    def _as_stored(self, method: LinearMethodBase, prefix: str) -> LinearMethodBase:
-        """Complete the method with what the config leaves open and the checkpoint's headers say."""
-        scale = self.stored.get(f"{prefix}.weight_scale")
+    def _as_stored(self, group: Group, prefix: str) -> LinearMethodBase:
+        """Complete a group's method with what the config leaves open and the checkpoint's headers say."""
+        scale, method = self.stored.get(f"{prefix}.weight_scale"), group.method
         if isinstance(method, IntQuantizedLinearMethod):
+            if group.open_symmetry and f"{prefix}.weight_zero_point" in self.stored:
+                method = replace(method, symmetric=False)
             if scale is not None and scale.dtype in FLOATS:
                 method = replace(method, scale_dtype=scale.dtype)
             if method.packed and self.stored:
@@ -141,10 +157,28 @@ class CompressedTensorsConfig(QuantizationConfig):
                 method = replace(method, global_activations=True)
         return method
 
-    def skip_reason(self, tensor: str) -> str | None:
-        if ZERO_POINTS.search(tensor):
-            return "a zero point of symmetric quantisation, which does not use any"
-        return unused_kv_tensor(tensor)
+    def skip_reason(self, tensor: str) -> Skip | str | None:
+        prefix, _, suffix = tensor.rpartition(".")
+        if suffix in ("weight_zero_point", "input_zero_point") and self.stored_as_codes(prefix):
+            packed = suffix == "weight_zero_point" and f"{prefix}.weight_packed" in self.stored
+            found = self._group(prefix)
+            bits = found.method.bits if found and isinstance(found.method, IntQuantizedLinearMethod) else 0
+            scale = self.stored.get(f"{prefix}.weight_scale")
+            outputs = 0 if scale is None or not scale.shape else scale.shape[0]
+            refuse = functools.partial(_refuse_zero_points, bits=bits if packed else 0, outputs=outputs)
+            return Skip("a zero point of symmetric quantisation, which does not use any", refuse)
+        return None
+
+
+def _refuse_zero_points(stored: Tensor, bits: int, outputs: int) -> str | None:
+    """Return how many stored zero points are not neutral, or None.
+
+    bits: of the fields that are packed in int32 words along the outputs, raised by 2^(bits-1); 0: they are not packed.
+    """
+    if not bits or stored.dtype is not torch.int32:
+        return refuse_other_than_zeros(stored)
+    fields = unpack_words(stored.t(), bits)[:, :outputs]  # [I/G, O]
+    return refuse_other_than_zeros(fields.to(torch.int16) - 2 ** (bits - 1))
 
 
 def _rank(target: str, prefix: str) -> int | None:
@@ -198,7 +232,7 @@ def _read_group(name: str, group: Any, default_format: Any) -> Group:
         "mxfp8-quantized": _read_mxfp8,
     }.get(file_format, _read_int)
     method = read(f"{at}.weights", weights, file_format, activations)
-    return Group(name, read_names(group, "targets", regex="re:"), method)
+    return Group(name, read_names(group, "targets", regex="re:"), method, "symmetric" not in weights)
 
 
 def _read_float8(

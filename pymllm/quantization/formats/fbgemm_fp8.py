@@ -11,17 +11,19 @@ largest magnitude that the scale is chosen for. The page with the layout: quanti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pymllm.kernels.canonical import CHANNEL
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.weights.report import Skip
 
 METHOD = NamedFp8LinearMethod(CHANNEL, "token", format="fbgemm-fp8")
 
@@ -49,8 +51,17 @@ class FbgemmFp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        skipped = is_skipped(prefix, self.modules_to_not_convert)
-        return METHOD if not skipped and self.covers(layer, prefix, "weight_scale") else None
+        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        return METHOD if self.covers(layer, prefix, "weight_scale", excluded=excluded) else None
 
-    def skip_reason(self, tensor: str) -> str | None:
-        return "activation_scale_ub again, as a tensor" if tensor.endswith(".input_scale_ub") else None
+    def skip_reason(self, tensor: str) -> Skip | str | None:
+        prefix, _, suffix = tensor.rpartition(".")
+        if suffix == "input_scale_ub" and self.stored_as_codes(prefix):
+            return Skip("activation_scale_ub again, as a tensor", self._refuse_bound)
+        return None
+
+    def _refuse_bound(self, stored: Tensor) -> str | None:
+        """Return why a layer's bound is not the config's, or None."""
+        found = stored.float().flatten().tolist()
+        close = len(found) == 1 and math.isclose(found[0], self.activation_scale_ub, rel_tol=2**-7)
+        return None if close else f"{found[:4]}, where the config has {self.activation_scale_ub}"

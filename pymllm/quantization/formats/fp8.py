@@ -27,7 +27,6 @@ from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
     read_kv_scheme,
-    unused_kv_tensor,
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
@@ -110,7 +109,8 @@ class Fp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
+        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        if not self.covers(layer, prefix, *SCALES, excluded=excluded):
             return None
         static = self.activation_scheme == "static"
         stored = self.stored.get(f"{prefix}.weight_scale", self.stored.get(f"{prefix}.weight_scale_inv"))
@@ -133,4 +133,4 @@ class Fp8Config(QuantizationConfig):
         prefix, _, suffix = tensor.rpartition(".")
         if suffix in (*SCALES, *Fp8LinearMethod.input_scale_names) and self.stored_as_float(prefix):
             return "a scale of a weight that is stored in floats, which has none"
-        return unused_kv_tensor(tensor)
+        return None

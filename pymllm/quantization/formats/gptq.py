@@ -26,7 +26,12 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import compile_pattern, is_group_size, unsupported
+from pymllm.quantization.storage.fields import (
+    compile_pattern,
+    is_from_auto_round,
+    is_group_size,
+    unsupported,
+)
 from pymllm.quantization.storage.groups import group_within
 from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import pack_words, unpack_words
@@ -47,6 +52,7 @@ class GPTQLinearMethod(LinearMethodBase):
     group_size: how many inputs share a scale; 0 or less: the whole row.
     zeros_minus_one: whether zero points are stored less one.
     index: whether there is a g_idx, and whether its groups are in order.
+    signed: whether scales may be negative, as AutoRound chooses their sign.
     """
 
     bits: int = 4
@@ -54,6 +60,7 @@ class GPTQLinearMethod(LinearMethodBase):
     symmetric: bool = True
     zeros_minus_one: bool = True
     index: Literal["absent", "in order", "act order"] = "absent"
+    signed: bool = False
     name: ClassVar[str] = "gptq"
 
     @property
@@ -62,10 +69,11 @@ class GPTQLinearMethod(LinearMethodBase):
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         groups = group_dim(self.group_size, shape, indexed=self.index == "act order")
+        scale: Any = "signed" if self.signed and self.symmetric else True
         specs = (
             WeightSpec("qweight", torch.int32, (IN.in_words(self.bits), OUT)),
             WeightSpec("qzeros", torch.int32, (groups, OUT.in_words(self.bits)), refuse=self._refuse_zeros),
-            WeightSpec("scales", torch.float16, (groups, OUT), accepts=FLOATS, scale=True),
+            WeightSpec("scales", torch.float16, (groups, OUT), accepts=FLOATS, scale=scale),
         )
         if self.index == "absent":
             return specs
@@ -151,7 +159,7 @@ class GPTQConfig(QuantizationConfig):
             raise _unsupported("checkpoint_format", stored_as, "gptq or gptq_v2")
         if config.get("is_marlin_format"):
             raise _unsupported("is_marlin_format", True, "false")
-        method = GPTQLinearMethod(zeros_minus_one=stored_as == "gptq")
+        method = GPTQLinearMethod(zeros_minus_one=stored_as == "gptq", signed=is_from_auto_round(config))
         method, desc_act = _read_settings({"desc_act": False, "sym": True, **config}, "", method)
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
@@ -175,20 +183,27 @@ class GPTQConfig(QuantizationConfig):
         return GPTQLinearMethod(**values)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if not self.covers(layer, prefix, "qweight"):
-            return None
-        method, desc_act = self.method, self.desc_act
         rule = next(
             (rule for rule in self.dynamic if compile_pattern(rule.pattern, "dynamic").match(prefix)), None
         )
         if rule is not None:
-            if rule.overrides is None:
-                return None
-            method, desc_act = _read_settings(
-                {"desc_act": desc_act, **rule.overrides}, f"dynamic.{rule.pattern}", method
-            )
-        elif self.modules and not any(prefix.endswith(f".{name}") for name in self.modules):
+            excluded = rule.overrides is None
+        else:
+            excluded = bool(self.modules) and not any(prefix.endswith(f".{name}") for name in self.modules)
+        if not self.covers(layer, prefix, "qweight", excluded=excluded):
             return None
+        said = None if excluded else self._method(rule, prefix)
+        if said is not None and not self.dynamic:
+            return said
+        rules = (None, *(rule for rule in self.dynamic if rule.overrides is not None))
+        return self.as_stored(layer, prefix, said, (self._method(rule, prefix) for rule in rules))
+
+    def _method(self, rule: DynamicRule | None, prefix: str) -> GPTQLinearMethod:
+        """Make the method of layers under this rule; None: of those under none."""
+        method, desc_act = self.method, self.desc_act
+        if rule is not None:
+            settings = {"desc_act": desc_act, **(rule.overrides or {})}
+            method, desc_act = _read_settings(settings, f"dynamic.{rule.pattern}", method)
         if desc_act and method.group_size > 0:  # one group has no order
             return replace(method, index="act order")
         return replace(method, index="in order" if f"{prefix}.g_idx" in self.stored else "absent")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import read_names, unsupported
 from pymllm.quantization.storage.groups import check_groups
+from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
 
 _unsupported = functools.partial(unsupported, "HQQ")
@@ -116,12 +117,13 @@ class HQQConfig(QuantizationConfig):
     """`quantization_config` of HQQ: quant_config (weight_quant_params, or one for each layer's tag), skip_modules.
 
     common: (bits, group_size) of all layers, or None.  tagged: the same by tag, where there is no `common`.
-    A group_size of None is the whole row.
+    A group_size of None is the whole row.  used: what layers were read with, and their inputs where these are known.
     """
 
     common: tuple[int, int | None] | None
     tagged: Mapping[str, tuple[int, int | None]]
     skip_modules: tuple[str, ...] = ()
+    used: dict[str, tuple[HQQLinearMethod, int | None]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:
@@ -140,12 +142,22 @@ class HQQConfig(QuantizationConfig):
         tag = ".".join(
             part for part in prefix.split(".") if part not in ("model", "layers") and not part.isnumeric()
         )
-        skipped = tag in self.skip_modules or prefix in self.skip_modules
-        if skipped or not self.covers(layer, prefix, "W_q"):
-            return None
         params = self.common if self.common is not None else self.tagged.get(tag)
-        if params is None:
+        excluded = tag in self.skip_modules or prefix in self.skip_modules or params is None
+        if not self.covers(layer, prefix, "W_q", excluded=excluded):
             return None
+        found: LinearMethodBase | None = None
+        if params is not None and not excluded:
+            found = self._method(params, layer, prefix)
+        if found is None or self.common is None:
+            others = [self.common] if self.common is not None else list(self.tagged.values())
+            found = self.as_stored(layer, prefix, found, (self._method(p, layer, prefix) for p in others))
+        if isinstance(found, HQQLinearMethod):
+            self.used[prefix] = found, getattr(getattr(layer, "shape", None), "in_features", None)
+        return found
+
+    def _method(self, params: tuple[int, int | None], layer: nn.Module, prefix: str) -> HQQLinearMethod:
+        """Make the method of a layer with these bits and group size."""
         bits, size = params
         scale = self.stored.get(f"{prefix}.scale")
         if size is None:
@@ -154,11 +166,41 @@ class HQQConfig(QuantizationConfig):
         dtype = torch.float16 if scale is None or scale.dtype is None else scale.dtype
         return HQQLinearMethod(bits, size, dtype)
 
-    def skip_reason(self, tensor: str) -> str | None:
+    def skip_reason(self, tensor: str) -> Skip | str | None:
         prefix, _, suffix = tensor.rpartition(".")
         if suffix in SETTINGS and f"{prefix}.W_q" in self.stored:
-            return "a setting of HQQ, which quantization_config gives too"
+            refuse = functools.partial(self._refuse_setting, prefix, suffix)
+            return Skip("a setting of HQQ, which quantization_config gives too", refuse)
         return None
+
+    def _refuse_setting(self, prefix: str, name: str, stored: Tensor) -> str | None:
+        """Return why a stored setting is not what the layer was read with, or None.  Texts are stored as bytes."""
+        if prefix not in self.used:
+            return "the layer was not read as HQQ"
+        method, inputs = self.used[prefix]
+        values = stored.flatten().tolist()
+        if name == "packing":
+            found, expected = bytes(values).decode("utf-8", "replace"), f"{method.bits}bit_"
+            return (
+                None if found.startswith(expected) else f"{found!r}, where the config has {method.bits} bits"
+            )
+        known: dict[str, list[Any]] = {
+            "nbits": [method.bits],
+            "group_size": [method.group_size],
+            "axis": [1],
+            "view_as_float": [0],
+            "quant_scale": [0],
+            "quant_zero": [0],
+            "channel_wise": [1],
+        }
+        if name == "shape" and inputs is not None:
+            known["shape"] = [*values[:1], inputs]
+        expected_values = known.get(name, values)
+        return (
+            None
+            if values == expected_values
+            else f"{values}, where the layer was read with {expected_values}"
+        )
 
 
 def _row_of(words: Any) -> int:

@@ -38,7 +38,6 @@ from pymllm.quantization.kv_cache import (
     QuantizedKVCacheMethod,
     read_kv_scheme,
     unsupported_kv_cache,
-    unused_kv_tensor,
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
@@ -69,8 +68,8 @@ class NVFP4LinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         specs: tuple[WeightSpec, ...] = (
             WeightSpec("weight", torch.uint8, (OUT, IN.packed(2))),
-            # Not declared a scale, as these must not be zero, and a block of zeros may have the scale zero.
-            WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP))),
+            # A block of zeros may have the scale zero.
+            WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP)), scale="or zero"),
             WeightSpec("weight_scale_2", torch.float32, (PART,), accepts=FLOATS, scale=True),
         )
         if self.static_input:
@@ -152,11 +151,21 @@ class ModelOptConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if self.is_excluded(prefix) or not self.covers(layer, prefix, "weight_scale"):
+        layers = self.quantized_layers
+        algo = self.quant_algo if layers is None else layers.get(prefix)
+        excluded = self.is_excluded(prefix) or algo is None
+        if not self.covers(layer, prefix, "weight_scale", excluded=excluded):
             return None
-        algo = self.quant_algo if self.quantized_layers is None else self.quantized_layers.get(prefix)
-        if algo is None:
-            return None
+        said = None if excluded or algo is None else self._method(algo, prefix)
+        if said is not None and layers is None:
+            return said
+        algorithms = [self.quant_algo] if layers is None else layers.values()
+        return self.as_stored(
+            layer, prefix, said, (self._method(name, prefix) for name in dict.fromkeys(algorithms) if name)
+        )
+
+    def _method(self, algo: str, prefix: str) -> LinearMethodBase:
+        """Make the method of a layer with this algorithm."""
         # Without headers, as the algorithm says; with them, as the layer has it.
         static = f"{prefix}.input_scale" in self.stored if self.stored else algo != "W4A16_NVFP4"
         if algo == "FP8":
@@ -181,9 +190,6 @@ class ModelOptConfig(QuantizationConfig):
             fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
             for pattern in self.exclude_modules
         )
-
-    def skip_reason(self, tensor: str) -> str | None:
-        return unused_kv_tensor(tensor)
 
 
 def _read_layers(layers: Any) -> dict[str, str]:

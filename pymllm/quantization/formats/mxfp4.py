@@ -25,7 +25,12 @@ from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, unsupported
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.packing import (
+    E2M1,
+    encode_e2m1,
+    refuse_nan_scales,
+    unpack_nibbles_low_first,
+)
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32
@@ -51,7 +56,9 @@ class MXFP4LinearMethod(LinearMethodBase):
         codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
         if self.blocks:
             codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
-        return (codes, WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:]))
+        grid = (OUT, IN.every(GROUP))
+        scale = WeightSpec(SCALES[0], self.scale_dtype, grid, aliases=SCALES[1:], refuse=refuse_nan_scales)
+        return codes, scale
 
     def check(self, shape: LinearShape) -> None:
         check_groups(GROUP, shape, what="MXFP4 blocks")
@@ -107,7 +114,8 @@ class MXFP4Config(QuantizationConfig):
         return MXFP4LinearMethod()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
+        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        if not self.covers(layer, prefix, *SCALES, excluded=excluded):
             return None
         names = (f"{prefix}.{name}" for name in SCALES)
         scale = next((self.stored[name] for name in names if name in self.stored), None)

@@ -26,7 +26,6 @@ from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
     QuantizedKVCacheMethod,
     unsupported_kv_cache,
-    unused_kv_tensor,
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
@@ -81,10 +80,17 @@ class QuarkConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         excluded = any(_names(pattern, prefix) for pattern in self.exclude)
-        if excluded or not self.covers(layer, prefix, "weight_scale"):
-            return None
-        scale = self.stored.get(f"{prefix}.weight_scale")
         found = next((method for name, method in self.layers.items() if _names(name, prefix)), self.common)
+        excluded |= found is None
+        if not self.covers(layer, prefix, "weight_scale", excluded=excluded):
+            return None
+        said = None if excluded else self._completed(found, prefix)
+        others = (self._completed(method, prefix) for method in (self.common, *self.layers.values()))
+        return self.as_stored(layer, prefix, said, others)
+
+    def _completed(self, found: NamedFp8LinearMethod | None, prefix: str) -> NamedFp8LinearMethod | None:
+        """Complete a method with the shape that the layer's scale has."""
+        scale = self.stored.get(f"{prefix}.weight_scale")
         if found is None or found.block == TENSOR or scale is None:
             return found
         return replace(found, flat_scale=len(scale.shape) == 1)
@@ -98,9 +104,6 @@ class QuarkConfig(QuantizationConfig):
                 "layer_quant_config.output_tensors", self.kv_cache, "fp8_e4m3, per_tensor, static"
             )
         return QuantizedKVCacheMethod("fp8")
-
-    def skip_reason(self, tensor: str) -> str | None:
-        return unused_kv_tensor(tensor)
 
 
 def _kv_cache_tensors(export: Any, layers: Mapping[str, Any]) -> Mapping[str, Any] | None:

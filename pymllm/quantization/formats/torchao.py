@@ -31,10 +31,10 @@ from pymllm.errors import CheckpointError
 from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations, CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
-from pymllm.quantization.storage.fields import is_skipped, read_names, unsupported
+from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import rows_of_parts
-from pymllm.quantization.storage.packing import unpack_nibbles_low_first
+from pymllm.quantization.storage.packing import refuse_wide_codes, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "torchao")
@@ -42,6 +42,8 @@ _unsupported = functools.partial(unsupported, "torchao")
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 INT8, INTX, INT4, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor"
 KINDS = (INT8, INTX, INT4, FLOAT8)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+SQUARE = (128, 128)  # the only block of several rows that torchao makes, where nothing says another
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class TorchAOIntLinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         dims: tuple[Dim, ...] = (PART,) if self.block == TENSOR else (OUT, IN.every(self.block[1]))
         specs: tuple[WeightSpec, ...] = (
-            WeightSpec(QDATA, torch.int8, (OUT, IN)),
+            WeightSpec(QDATA, torch.int8, (OUT, IN), refuse=refuse_wide_codes(self.bits)),
             WeightSpec(SCALE, self.scale_dtype, dims, accepts=FLOATS, scale=True),
         )
         if self.zero_dtype is not None:
-            specs += (WeightSpec(ZERO, self.zero_dtype, dims),)
+            wide = refuse_wide_codes(self.bits) if self.zero_dtype is torch.int8 else None
+            specs += (WeightSpec(ZERO, self.zero_dtype, dims, refuse=wide),)
         return specs
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
@@ -184,9 +187,10 @@ class TorchAOConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         data, scale, zero = (self.stored.get(f"{prefix}.{name}") for name in (QDATA, SCALE, ZERO))
+        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        if not self.covers(layer, prefix, QDATA, excluded=excluded):
+            return None
         if data is None or scale is None:
-            if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix):
-                return None
             raise CheckpointError(
                 "the layer's tensors are not in the checkpoint, and without them its layout is unknown",
                 code="torchao-layout",
@@ -196,10 +200,13 @@ class TorchAOConfig(QuantizationConfig):
         kind, settings = self._describe(prefix)
         if data.dtype is None or scale.dtype is None:
             raise _unsupported("qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}.")
+        # A dtype that the subclass cannot have is not taken over, so that matching reports it.
+        scale_dtype = scale.dtype if scale.dtype in FLOATS else torch.float32
         if kind == INT4:
-            groups, inputs = scale.shape[0], 2 * data.shape[-1]
-            return TorchAOInt4LinearMethod(0 if groups == 1 else inputs // groups, data.dtype, scale.dtype)
-        block = _block(prefix, tuple(data.shape), tuple(scale.shape))
+            group = _group_of_int4(prefix, settings, tuple(data.shape), tuple(scale.shape))
+            in_bytes = data.dtype if data.dtype in (torch.int8, torch.uint8) else torch.int8
+            return TorchAOInt4LinearMethod(group, in_bytes, scale_dtype)
+        block = _block(prefix, settings, tuple(data.shape), tuple(scale.shape))
         activations = _activations(prefix, settings, kind)
         if kind == FLOAT8:
             return TorchAOFp8LinearMethod(block, activations)
@@ -207,7 +214,9 @@ class TorchAOConfig(QuantizationConfig):
             raise _unsupported("block_size", list(block), "one row, or the whole tensor", within=f"{prefix}.")
         bits = 8 if kind == INT8 else _bits(prefix, settings)
         zero_dtype = None if zero is None else zero.dtype
-        return TorchAOIntLinearMethod(bits, block, scale.dtype, zero_dtype, kind == INT8, activations)
+        if zero_dtype is not None and zero_dtype not in (torch.int8, *(FLOATS if kind == INTX else INTEGERS)):
+            zero_dtype = torch.int8
+        return TorchAOIntLinearMethod(bits, block, scale_dtype, zero_dtype, kind == INT8, activations)
 
     def _describe(self, prefix: str) -> tuple[str, Mapping[str, Any]]:
         """Return the subclass of a layer's weight and its attributes, from the metadata, else from the config."""
@@ -245,8 +254,46 @@ def _kind_of_config(quant_type: Mapping[str, Any]) -> str:
     return next((kind for start, kind in starts.items() if name.startswith(start)), name)
 
 
-def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
-    """Find the (outputs, inputs) that share a scale; a side of 0 is the whole axis."""
+def _declared_block(prefix: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Read `block_size` of a subclass: the (outputs, inputs) that share a scale; None: it is not declared."""
+    declared = settings.get("block_size")
+    if declared is None:
+        return None
+    if not is_block(list(declared) if isinstance(declared, (list, tuple)) else declared):
+        raise _unsupported(
+            "block_size", declared, "two positive integers", file="metadata", within=f"{prefix}.weight."
+        )
+    return declared[0], declared[1]
+
+
+def _group_of_int4(
+    prefix: str, settings: Mapping[str, Any], data: tuple[int, ...], scale: tuple[int, ...]
+) -> int:
+    """Find how many inputs share a scale [I/G, O] of codes [O, I/2]; 0: the whole row."""
+    declared, inputs = _declared_block(prefix, settings), 2 * data[-1] if data else 0
+    if declared is not None:
+        if declared[0] != 1:
+            raise _unsupported(
+                "block_size", list(declared), "one row", file="metadata", within=f"{prefix}.weight."
+            )
+        return 0 if declared[1] == inputs else declared[1]
+    groups = scale[0] if scale else 1
+    return 0 if groups <= 1 else inputs // groups
+
+
+def _block(
+    prefix: str, settings: Mapping[str, Any], data: tuple[int, ...], scale: tuple[int, ...]
+) -> tuple[int, int]:
+    """Find the (outputs, inputs) that share a scale; a side of 0 is the whole axis.
+
+    What the subclass declares decides, and the scale must have its shape. Where it declares nothing, the scale's shape
+    does: one for the tensor, for each row or group of a row, or for each square block.
+    """
+    declared = _declared_block(prefix, settings)
+    if declared is not None and len(data) == 2:
+        if declared[0] >= data[0] and declared[1] >= data[1] and math.prod(scale) == 1:
+            return TENSOR
+        return declared[0], 0 if declared[1] >= data[1] else declared[1]
     if len(scale) == 0 or math.prod(scale) == 1:
         return TENSOR
     if len(data) != 2 or len(scale) != 2 or 0 in scale:
@@ -254,6 +301,13 @@ def _block(prefix: str, data: tuple[int, ...], scale: tuple[int, ...]) -> tuple[
             SCALE, list(scale), f"two dimensions that divide {list(data)}", within=f"{prefix}."
         )
     rows, columns = -(-data[0] // scale[0]), -(-data[1] // scale[1])
+    if rows > 1 and (rows, columns) != SQUARE:
+        raise _unsupported(
+            SCALE,
+            list(scale),
+            f"one value, [{data[0]}, groups], or one for each block of {list(SQUARE)}",
+            within=f"{prefix}.",
+        )
     return rows, 0 if scale[1] == 1 else columns
 
 

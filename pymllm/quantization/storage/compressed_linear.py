@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight
 from pymllm.quantization.storage.packing import (
     pack_words,
     refuse_nan_scales,
+    refuse_wide_codes,
     unpack_nibbles_low_first,
     unpack_words,
 )
@@ -90,17 +91,21 @@ class IntQuantizedLinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         groups = group_dim(self.group_size, shape, indexed=self.index == "act order")
         grid: tuple[Dim, ...] = (PART,) if self.per_tensor else (OUT, groups)
-        specs = [WeightSpec("weight_scale", self.scale_dtype, grid, accepts=FLOATS, scale=True)]
+        # AutoRound gives symmetric scales the sign of the group's peak; zero points take a positive one.
+        scale: Any = "signed" if self.symmetric else True
+        specs = [WeightSpec("weight_scale", self.scale_dtype, grid, accepts=FLOATS, scale=scale)]
+        # In bytes, a code or zero point may have more bits than the config says.
+        refuse = refuse_wide_codes(self.bits)
         if self.packed:
             specs.append(WeightSpec("weight_packed", torch.int32, (OUT, IN.in_words(self.bits))))
             if self.has_shape:
                 specs.append(WeightSpec("weight_shape", torch.int64, (PART, whole(2)), refuse=_refuse_shape))
         else:
-            specs.append(WeightSpec("weight", torch.int8, (OUT, IN)))
+            specs.append(WeightSpec("weight", torch.int8, (OUT, IN), refuse=refuse))
         if not self.symmetric and self.packed and not self.per_tensor:
             specs.append(WeightSpec("weight_zero_point", torch.int32, (OUT.in_words(self.bits), groups)))
         elif not self.symmetric:
-            specs.append(WeightSpec("weight_zero_point", torch.int8, grid))
+            specs.append(WeightSpec("weight_zero_point", torch.int8, grid, refuse=refuse))
         if self.index != "absent":
             in_order = self.index == "in order"
             specs.append(index_spec("weight_g_idx", self.group_size, in_order=in_order))
@@ -191,7 +196,8 @@ class Fp4LinearMethod(LinearMethodBase):
         grid = (OUT, IN.every(self.group_size))
         specs = [WeightSpec("weight_packed", torch.uint8, (OUT, IN.packed(2)))]
         if self.kind == "nvfp4":
-            specs.append(WeightSpec("weight_scale", torch.float8_e4m3fn, grid, refuse=refuse_nan_scales))
+            # A block of zeros may have the scale zero.
+            specs.append(WeightSpec("weight_scale", torch.float8_e4m3fn, grid, scale="or zero"))
             specs.append(WeightSpec("weight_global_scale", torch.float32, (PART,), scale=True))
         else:
             specs.append(WeightSpec("weight_scale", self.scale_dtype, grid, refuse=refuse_nan_scales))

@@ -59,6 +59,11 @@ def is_group_size(value: Any) -> bool:
     return type(value) is int and (value > 0 or value == -1)
 
 
+def is_from_auto_round(config: Mapping[str, Any]) -> bool:
+    """Tell whether AutoRound wrote the checkpoint: the scales of its symmetric integers have the sign of the peak."""
+    return "autoround_version" in config or config.get("provider") == "auto-round"
+
+
 def is_block(value: Any) -> bool:
     """Tell whether a value is a list of two positive integers: the outputs and inputs that share a scale."""
     return isinstance(value, list) and [type(side) is int and side > 0 for side in value] == [True, True]
@@ -143,6 +148,12 @@ def read_stored(tensor: Any) -> Tensor:
         data = tensor if isinstance(tensor, Tensor) else tensor.read()
     assert isinstance(data, Tensor)
     return data
+
+
+def refuse_other_than_zeros(stored: Tensor) -> str | None:
+    """Return how many values of a tensor are not zero, or None if all are.  For a `Skip`, whose tensor must not matter."""
+    other = int((stored.float() != 0).sum())
+    return f"{other} of {stored.numel()} values that are not 0" if other else None
 
 
 def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = None) -> tuple[str, ...]:

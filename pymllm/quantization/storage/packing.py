@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -90,10 +93,21 @@ ROWS_AT_A_TIME = 4096  # bounds the memory that looking for NaN codes takes
 E8M0_NAN = 255
 
 
+def refuse_wide_codes(bits: int) -> Callable[[Tensor, object], str | None] | None:
+    """Make a `WeightSpec.refuse` for signed codes in bytes that do not fit in `bits` bits; None: all bytes do."""
+    return None if bits == 8 else functools.partial(_refuse_wide, bits=bits)
+
+
+def _refuse_wide(codes: Tensor, shape: object, bits: int) -> str | None:
+    low, high = (int(edge) for edge in torch.aminmax(codes)) if codes.numel() else (0, 0)
+    if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
+        return None
+    return f"codes from {low} to {high}, which {bits} bits, as the config has it, do not hold"
+
+
 def refuse_nan_scales(scales: Tensor, shape: object) -> str | None:
-    """Refuse NaN among scales that are float8_e4m3, or the exponents of powers of two.  For a `WeightSpec.refuse`."""
-    bits = scales.view(torch.uint8)
-    bad = bits == E8M0_NAN if scales.dtype is not torch.float8_e4m3fn else (bits & 127) == 127
+    """Refuse NaN among scales that are the exponents of powers of two.  For a `WeightSpec.refuse`."""
+    bad = scales.view(torch.uint8) == E8M0_NAN
     return f"{int(bad.sum())} scales of {bad.numel()} that are NaN" if bool(bad.any()) else None
 
 
