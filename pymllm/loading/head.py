@@ -22,7 +22,7 @@ PIECE_BYTES = 4 << 20  # what is compared at a time
 
 @dataclass(frozen=True)
 class StoredHead:
-    """What the files hold of a head that the config ties.
+    """A tied head as the files hold it.
 
     own: whether it is another table than the embedding's, so that the model has it as a head of its own.
     equal: the reasons to skip the tensors that are the embedding's once more, by name.

@@ -35,7 +35,7 @@ from pymllm.weights.report import TensorRecord
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint about to be loaded: everything is decided, and nothing is read but headers (and, see `head`, a head).
+    """A checkpoint about to be loaded: everything is decided, from headers (and, see `head.py`, a tied head) alone.
 
     config: the model's.  quant: the format and the rules, with the decision for every layer.  parallel: this rank.
     model: without data, on the meta device.  units: what to load, in order.  records: of tensors that are skipped.

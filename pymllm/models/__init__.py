@@ -55,9 +55,15 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
         return str(raw["model_type"])
     architectures = raw.get("architectures")
     classes = {_class_name(model_type): model_type for model_type in known}
-    named = architectures if isinstance(architectures, list) else []
-    found = {classes[name] for name in named if isinstance(name, str) and name in classes}
-    return found.pop() if len(found) == 1 and len(named) == 1 else None
+    named = (
+        [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    )
+    if len(named) != 1 or named[0] not in classes:
+        return None
+    # A checkpoint that brings code along may call any class so, unless it names that class for its model, too.
+    brought = raw.get("auto_map")
+    own = brought.get("AutoModelForCausalLM") if isinstance(brought, Mapping) else None
+    return classes[named[0]] if own is None or str(own).rpartition(".")[2] == named[0] else None
 
 
 def _class_name(model_type: str) -> str:

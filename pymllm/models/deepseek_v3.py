@@ -32,7 +32,7 @@ class Model(deepseek_v2.Model):
     expert_bias = True
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
-        # A layer that predicts further tokens joins two streams with eh_proj: another layer is one that the config lacks.
+        # A layer that predicts further tokens has eh_proj; one without is a layer that the config does not count.
         first, count = self.config.size("num_hidden_layers"), self.config.get("num_nextn_predict_layers", 1)
         for index in range(first, first + (count or 0)):
             prefix = f"model.layers.{index}."

@@ -20,6 +20,7 @@ from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
+from pymllm.models import find_definition
 from pymllm.planning.plan import Plan, PlannedLayer
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.kv_cache import KVCacheMethodBase
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 
 def plan(path: str | Path, quant: RuleSource = None, **options: Unpack[LoadOptions]) -> Plan:
-    """Say what `load_model` with the same arguments would do, from config and headers alone; no tensor is read.
+    """Say what `load_model` with the same arguments would do, from config and headers alone.
+
+    No tensor is read, but for a head that the config ties and the files hold all the same (loading/head.py).
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
@@ -198,6 +201,11 @@ def _notes(
     eager: why a GPU's decoding steps are not captured, if they are not.
     """
     notes = []
+    named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
+    if named != run:
+        notes.append(
+            f"there is no definition for the model type {named!r}; its architecture is that of {run}"
+        )
     if eager is not None:
         notes.append(f"decoding runs without a captured CUDA graph, an operation at a time: {eager}")
     experts = any(weight.operation == "experts" for holder in holders for weight in holder.held())

@@ -17,7 +17,7 @@ from torch import nn
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
 from pymllm.weights.loader import same_shape
-from pymllm.weights.spec import FLOATS, LinearShape, Span
+from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,7 +99,7 @@ class QuantizationConfig(ABC):
 
     @functools.cached_property
     def overruled(self) -> dict[str, str]:
-        """What the files have decided against the config, by layer: the plan's word for it."""
+        """Hold what the files have decided against the config, by layer, in the plan's words."""
         return {}
 
     def stored_as_float(self, prefix: str) -> bool:
@@ -107,27 +107,17 @@ class QuantizationConfig(ABC):
         weight = self.stored.get(f"{prefix}.weight")
         return weight is not None and weight.dtype in FLOATS
 
-    def stored_as_codes(self, prefix: str, *tensors: str) -> bool:
-        """Tell whether the checkpoint holds this layer's weight quantised, whatever its config says of it.
-
-        tensors: suffixes that no float layer has; beside them, a weight of another dtype than floats is a quantised one.
-        """
-        if self.stored_as_float(prefix):
-            return False
-        named = any(f"{prefix}.{name}" in self.stored for name in (*tensors, *WEIGHT_NAMES[1:]))
-        return named or f"{prefix}.weight" in self.stored
-
     def covers(self, layer: nn.Module, prefix: str, *tensors: str, excluded: bool = False) -> bool:
         """Tell whether this layer is quantised: as it is stored, else as the config and the layer's kind have it.
 
-        tensors: as of `stored_as_codes`.  excluded: whether the config leaves the layer out by name.
+        tensors: suffixes that no float layer has.  excluded: whether the config leaves the layer out by name.
         """
         asked = kind_of(layer) == "linear" and not excluded
         if self.stored_as_float(prefix):
             if asked:
                 self.overruled[prefix] = INCLUDED
             return False
-        codes = self.stored_as_codes(prefix, *tensors)
+        codes = any(f"{prefix}.{name}" in self.stored for name in tensors)
         if codes and excluded:
             self.overruled[prefix] = EXCLUDED
         return codes or asked
@@ -144,7 +134,7 @@ class QuantizationConfig(ABC):
         said: what the config gives this layer; None: it leaves it out.  others: what it gives any layer.
         Where none of them reads the tensors, or nothing is stored, it is `said`, and matching reports what is wrong.
         """
-        if not self.stored_as_codes(prefix) or (said is not None and self.reads(said, layer, prefix)):
+        if prefix not in self.stored_modules or (said is not None and self.reads(said, layer, prefix)):
             return said
         for other in dict.fromkeys(others):
             if other is not None and other != said and self.reads(other, layer, prefix):
@@ -154,9 +144,9 @@ class QuantizationConfig(ABC):
         return said
 
     def reads(self, method: LinearMethodBase, layer: nn.Module, prefix: str) -> bool:
-        """Tell whether a method's tensors are just those that are stored for a layer, with their dtypes and shapes.
+        """Tell whether the checkpoint has all of a method's tensors for a layer, in dtypes and shapes that it takes.
 
-        The shapes matter where the layer knows its own; a bias is no tensor of the method.
+        Shapes are compared where the layer knows its own.
         """
         shape: Any = getattr(layer, "shape", None)
         known = isinstance(shape, LinearShape) and prefix in shape.parts and not shape.together
@@ -164,22 +154,17 @@ class QuantizationConfig(ABC):
             shape = shape.part(shape.parts.index(prefix))
         else:
             shape = LinearShape(Span.full(1), (Span.full(1),), (prefix,), torch.float32)
-        read = {"bias"}
+        found: list[tuple[WeightSpec, StoredTensor]] = []
         for spec in method.weight_specs(shape):
-            names = (spec.name, *spec.aliases)
-            name = next((name for name in names if f"{prefix}.{name}" in self.stored), None)
+            names = (f"{prefix}.{name}" for name in (spec.name, *spec.aliases))
+            name = next((name for name in names if name in self.stored), None)
             if name is None:
                 return False
-            read.add(name)
-            tensor, expected = (
-                self.stored[f"{prefix}.{name}"],
-                spec.source_shape(shape.in_features, shape.out_features),
-            )
-            if tensor.dtype not in spec.dtypes:
-                return False
-            if known and not same_shape(tuple(tensor.shape), expected):
-                return False
-        return not any(f"{prefix}.{name}" in self.stored for name in WEIGHT_NAMES if name not in read)
+            found.append((spec, self.stored[name]))
+        if any(tensor.dtype not in spec.dtypes for spec, tensor in found):
+            return False
+        sides = shape.in_features, shape.out_features
+        return not known or all(same_shape(tuple(t.shape), spec.source_shape(*sides)) for spec, t in found)
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """List the dtypes that activations may have beside weights of this format."""

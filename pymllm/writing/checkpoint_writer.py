@@ -21,6 +21,7 @@ from torch import Tensor
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
+from pymllm.loading.stored import check_skipped
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -213,6 +214,7 @@ class CheckpointWriter:
         )
 
     def _make_pieces(self, output: Output, progress: bool | None) -> None:
+        check_skipped(self.prepared.skipped)
         make = self._make if self.calibration is None else self._calibrated(output, self.calibration)
         total = sum(step.nbytes for step in self.steps)  # of the source
         with progress_bar("Quantising", total, progress) as advance:
@@ -226,7 +228,7 @@ class CheckpointWriter:
 
     def _make(self, step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Make a step's tensors as they are written, and a note on each of its layers."""
-        tensors = {info.name: info.read() for info in step.copied}
+        tensors = step.read_copied()
         notes = {}
         for layer in step.layers:
             weight = layer.read()
@@ -259,7 +261,7 @@ class CheckpointWriter:
             if model.floats.hidden is not None and previous in output.pieces:
                 output.save_state({"hidden": model.floats.hidden}, previous)
             made, changed = model.make(step)
-            tensors = {info.name: info.read() for info in step.copied} | changed
+            tensors = step.read_copied() | changed
             notes = {}
             for done in made:
                 stored, note = self.store(done.layer, done.weight, done.error)
@@ -301,8 +303,9 @@ class CheckpointWriter:
         }
         quantised = any(not isinstance(s.method, UnquantizedLinearMethod) for s in spelled.values())
         quantization = self.spelling.config(spelled | self._left_alone(spelled)) if quantised else None
-        tied = self.prepared.config.tie_word_embeddings
-        untied = tied and self.prepared.model.lm_head.prefix in notes
+        head = self.prepared.model.lm_head.prefix
+        tied = self.prepared.config.tie_word_embeddings or head in self.prepared.quant.sources
+        untied = tied and head in notes
         for path in files_to_copy(checkpoint.path):
             output.add_file(path.name, path.read_bytes())
         for file, content in self.side_files.items():
@@ -326,6 +329,10 @@ class CheckpointWriter:
         found = []
         if self.prepared.config.tie_word_embeddings and head.prefix in notes:
             found.append(f"{head.prefix} was tied to the embedding and has weights of its own now.")
+        elif head.prefix in self.prepared.quant.sources:
+            found.append(
+                f"{head.prefix} has weights of its own in the source too, whose config ties it to the embedding."
+            )
         unreached = [layer for layer, note in notes.items() if note.get("unreached")]
         if unreached:
             found.append(

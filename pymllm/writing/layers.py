@@ -19,13 +19,13 @@ from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
-from pymllm.loading.stored import read_stored
+from pymllm.loading.stored import check_finite, read_stored
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rounding.calibrated import without_static
 from pymllm.quantization.rules import Rule
-from pymllm.weights.spec import LinearShape
+from pymllm.weights.spec import FLOATS, LinearShape
 from pymllm.weights.tensor_file import TensorInfo
 
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
@@ -95,6 +95,14 @@ class Step:
     units: tuple[Unit, ...]
     layers: tuple[SourceLayer, ...]
     copied: tuple[TensorInfo, ...]
+
+    def read_copied(self) -> dict[str, Tensor]:
+        """Read the tensors that are copied, by name.  CheckpointError for floats that are not finite."""
+        tensors = {info.name: info.read() for info in self.copied}
+        for info in self.copied:
+            if info.dtype in FLOATS:
+                check_finite(info, tensors[info.name])
+        return tensors
 
     @property
     def nbytes(self) -> int:

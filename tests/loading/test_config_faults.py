@@ -218,7 +218,7 @@ def test_fewer_layers_than_the_files_have_names_the_extra_tensors(tmp_path, read
 
 
 def test_an_unknown_model_type_lists_the_known_ones(folder, reads):
-    edit_config(folder, model_type="lama")
+    edit_config(folder, model_type="lama", architectures=["LamaForCausalLM"])
     error = refused(folder, reads, ConfigError)
     assert error.code == "model-type" and "Nearest: llama" in str(error)
 

@@ -136,7 +136,8 @@ def test_an_extra_tensor_is_refused_by_name(good, folder, reads, extra):
 
 def test_an_extra_tensor_of_a_known_kind_is_skipped_for_a_stated_reason(good, folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_tensors(folder, good.tensors | {name: torch.ones(16)})
+    frequencies = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    save_tensors(folder, good.tensors | {name: frequencies})
     (record,) = (r for r in load_model(folder, device="cpu").load_report.tensors if r.name == name)
     assert record.status == "skipped" and "rotary" in record.reason
 

@@ -328,10 +328,11 @@ def test_parts_of_nvfp4_keep_their_global_scales():
     assert torch.equal(bound_weight(layer).canonical().dequantize(torch.float64), torch.cat(meant))
 
 
-def test_zero_points_of_symmetric_layers_and_cache_scales_are_skipped_with_a_reason():
+def test_zero_points_are_skipped_of_symmetric_layers_alone():
     config = read(settings())
-    assert "symmetric" in config.skip_reason("x.weight_zero_point")
-    assert "KV cache" in config.skip_reason("x.self_attn.k_scale")
+    config.see_checkpoint(dict.fromkeys(("x.weight_scale", "x.weight_zero_point")))
+    assert "symmetric" in config.skip_reason("x.weight_zero_point").reason
+    assert config.skip_reason("y.weight_zero_point") is None
     assert config.skip_reason("x.weight_packed") is None
 
 

@@ -21,7 +21,7 @@ from pymllm.quantization.base import (
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.rules import Rule, read_rules
 
-from ..checkpoints import AWQ, edit_config, random_model, relative_error, write_checkpoint
+from ..checkpoints import AWQ, edit_config, random_model, relative_error, save_tensors, write_checkpoint
 from ..forward import logits_of
 
 # --- reading
@@ -401,6 +401,8 @@ def test_a_layer_the_list_leaves_alone_but_the_files_lack_is_named(tmp_path):
     edit_config(
         checkpoint.folder, quantization_config={"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}
     )
+    tensors = {name: t for name, t in checkpoint.tensors.items() if ".up_proj." not in name}
+    save_tensors(checkpoint.folder, tensors)
     with pytest.raises(CheckpointError, match=r"mlp\.up_proj\.weight"):
         prepare(checkpoint.folder, device="cpu")
 

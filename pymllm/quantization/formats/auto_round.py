@@ -47,6 +47,12 @@ FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("mx_fp", 4): ("mxfp4-pack-quantized", {"strategy": "group", "group_size": 32}),
     ("mx_fp", 8): ("mxfp8-quantized", {"strategy": "group", "group_size": 32}),
 }
+CODES = (
+    "qweight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+)  # of these a layer in floats has none
 FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 
 
@@ -97,7 +103,7 @@ class AutoRoundConfig(QuantizationConfig):
             and not any(prefix.startswith(f"{block}.") for block in self.blocks)
         )
         found = None if outside else self._format(named or "")
-        if not self.covers(layer, prefix, "weight_scale", "weight_scale_inv", excluded=found is None):
+        if not self.covers(layer, prefix, *CODES, excluded=found is None):
             return None
         said = self._method(found, layer, prefix)
         if said is not None and not self.layers:

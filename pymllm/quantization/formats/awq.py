@@ -170,4 +170,4 @@ class AWQConfig(QuantizationConfig):
         # Writers take modules_to_not_convert differently, so what the files hold decides. Where they hold nothing, as
         # AutoAWQ does it: it converts linear layers of decoder blocks whose name contains none of the strings.
         excluded = any(part in prefix for part in self.modules_to_not_convert)
-        return self.method if self.covers(layer, prefix, excluded=excluded) else None
+        return self.method if self.covers(layer, prefix, "qweight", excluded=excluded) else None

@@ -234,7 +234,8 @@ class BitsAndBytesConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         excluded = is_skipped(prefix, self.skip_modules)
-        if not self.covers(layer, prefix, "SCB", excluded=excluded):
+        states = (STATE + kind for kind in QUANT_TYPES)
+        if not self.covers(layer, prefix, "SCB", *states, excluded=excluded):
             return None
         if prefix in self.methods:
             return self.methods[prefix]

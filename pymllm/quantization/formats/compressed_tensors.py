@@ -122,7 +122,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         found = self._group(prefix)
         excluded = "Linear" in self.ignore or any(_targets(pattern, prefix) for pattern in self.ignore)
         excluded |= found is None
-        if not self.covers(layer, prefix, "weight_scale", excluded=excluded):
+        if not self.covers(layer, prefix, "weight_scale", "weight_packed", excluded=excluded):
             return None
         said = None if found is None or excluded else self._as_stored(found, prefix)
         if said is not None and len(self.groups) == 1:
@@ -159,7 +159,7 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     def skip_reason(self, tensor: str) -> Skip | str | None:
         prefix, _, suffix = tensor.rpartition(".")
-        if suffix in ("weight_zero_point", "input_zero_point") and self.stored_as_codes(prefix):
+        if suffix in ("weight_zero_point", "input_zero_point") and f"{prefix}.weight_scale" in self.stored:
             packed = suffix == "weight_zero_point" and f"{prefix}.weight_packed" in self.stored
             found = self._group(prefix)
             bits = found.method.bits if found and isinstance(found.method, IntQuantizedLinearMethod) else 0

@@ -56,7 +56,7 @@ class FbgemmFp8Config(QuantizationConfig):
 
     def skip_reason(self, tensor: str) -> Skip | str | None:
         prefix, _, suffix = tensor.rpartition(".")
-        if suffix == "input_scale_ub" and self.stored_as_codes(prefix):
+        if suffix == "input_scale_ub" and f"{prefix}.weight_scale" in self.stored:
             return Skip("activation_scale_ub again, as a tensor", self._refuse_bound)
         return None
 

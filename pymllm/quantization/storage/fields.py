@@ -151,7 +151,7 @@ def read_stored(tensor: Any) -> Tensor:
 
 
 def refuse_other_than_zeros(stored: Tensor) -> str | None:
-    """Return how many values of a tensor are not zero, or None if all are.  For a `Skip`, whose tensor must not matter."""
+    """Return how many values of a tensor are not zero, or None if all are zero.  For a `Skip`."""
     other = int((stored.float() != 0).sum())
     return f"{other} of {stored.numel()} values that are not 0" if other else None
 
