@@ -14,8 +14,8 @@ from .checkpoints import AWQ, FP8, CompressedFP8, Writer
 from .quantization.test_bitsandbytes import EightBit, FourBit
 from .quantization.test_fbgemm_fp8 import Fbgemm
 from .quantization.test_hqq import HQQ
-from .quantization.test_modelopt import NVFP4
 from .quantization.test_modelopt import FP8 as ModelOptFP8
+from .quantization.test_modelopt import NVFP4
 from .quantization.test_mxfp4 import MXFP4
 from .quantization.test_quark import Quark
 

@@ -129,10 +129,9 @@ E4M3_LARGEST = 126  # the byte of the largest e4m3 number; NaN and what is below
 
 def check_scale(tensor: TensorInfo, scale: Tensor, spec: WeightSpec) -> None:
     """Refuse a scale with values that are NaN or infinite, or of a sign that the spec's scale cannot have."""
-    if spec.scale == "or zero" and scale.dtype is torch.float8_e4m3fn:
-        # Millions of scales of NVFP4, whose bytes say it in one pass.
-        if not scale.numel() or int(scale.view(torch.uint8).max()) <= E4M3_LARGEST:
-            return
+    in_bytes = spec.scale == "or zero" and scale.dtype is torch.float8_e4m3fn and scale.numel() > 0
+    if in_bytes and int(scale.view(torch.uint8).max()) <= E4M3_LARGEST:
+        return  # the millions of scales of NVFP4 in one pass
     values = scale.float()
     usable, expected = SCALES[spec.scale]
     bad = values.numel() - int((torch.isfinite(values) & usable(values)).sum())

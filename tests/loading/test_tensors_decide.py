@@ -15,6 +15,7 @@ from pymllm.writing.quantize_checkpoint import quantize_checkpoint
 
 from ..checkpoints import AWQ, FORMATS, Plain, edit_config, load_tensors, save_tensors, write_checkpoint
 from ..forward import TOLERANCE, llm_logits_of
+from ..gguf_files import write_gguf
 from ..moe_checkpoints import write_moe
 from ..quantization.test_modelopt import FP8 as ModelOptFP8
 from ..quantized import GPTQ, LAYER, WRITERS, CompressedInt, excluded_name
@@ -208,7 +209,7 @@ def test_a_head_of_its_own_is_swapped_and_written_as_one(tmp_path):
     checkpoint, expected = own_head(tmp_path / "m", FORMATS["none"], FORMATS["none"])
     llm = pymllm.LLM(checkpoint.folder, device="cpu", dtype="float32")
     before = llm.logits(checkpoint.ids.tolist())
-    llm.swap({"lm_head": "fp8"})
+    pymllm.swap(llm, "lm_head", "fp8")
     after = llm.logits(checkpoint.ids.tolist())
     assert 1e-4 < float((after - before).norm() / before.norm()) < 0.1
     written = quantize_checkpoint(checkpoint.folder, tmp_path / "out", {"**.mlp.**": "int8"}, progress=False)
@@ -371,3 +372,14 @@ def test_a_layer_that_the_config_does_not_count_is_no_layer_for_further_tokens(t
     further = "model.layers.1.eh_proj.weight"
     save_tensors(tmp_path, checkpoint.tensors | {further: torch.zeros(128, 256)})
     assert any("further tokens" in note for note in pymllm.plan(tmp_path, device="cpu").notes)
+
+
+def test_nothing_else_is_skipped_under_the_name_of_a_tied_head_of_gguf(tmp_path):
+    def add(tensors):
+        tensors["output.weightx"] = tensors["output_norm.weight"]
+
+    write_gguf(
+        tmp_path / "m.gguf", "qwen3", "Q8_0", tie_word_embeddings=True, num_hidden_layers=1, edit_tensors=add
+    )
+    with pytest.raises(CheckpointError, match=r"weightx.*unexpected"):
+        pymllm.plan(tmp_path / "m.gguf", device="cpu")
