@@ -41,7 +41,8 @@ class AWQSpelling:
             )
         assert isinstance(weight, IntWeight)
         whole_row = weight.group_size >= shape.in_features
-        method = AWQLinearMethod(-1 if whole_row else weight.group_size, weight.zeros is not None)
+        signed = not weight.scales.is_meta and bool((weight.scales < 0).any())
+        method = AWQLinearMethod(-1 if whole_row else weight.group_size, weight.zeros is not None, signed)
         method.check(shape)
         return method
 
@@ -66,7 +67,9 @@ class AWQSpelling:
             for name, layer in layers.items()
             if layer.kind != "embedding" and not isinstance(layer.method, AWQLinearMethod)
         ]
-        return {
+        # Negative scales come from AutoRound alone, and are only read where the config has its mark.
+        mark = {"provider": "auto-round"} if any(method.signed for method in methods) else {}
+        return mark | {
             "quant_method": "awq",
             "bits": 4,
             "group_size": sizes[0] if sizes else 128,

@@ -96,6 +96,17 @@ def test_negative_scales_of_autorounds_symmetric_integers_are_right(marks, tmp_p
     )
     expected = checkpoint.logits()
     assert (logits - expected).norm() / expected.norm() < 1e-5
+    for spelling in ("awq", "compressed-tensors"):
+        out = tmp_path / spelling
+        quantize_checkpoint(
+            tmp_path, out, {"**.up_proj": "awq:group_size=32"}, format=spelling, progress=False
+        )
+        logits = pymllm.LLM(out, device="cpu", dtype="float32", compute="exact").logits(
+            checkpoint.ids.tolist()
+        )
+        assert (logits - expected).norm() / expected.norm() < 0.2, (
+            spelling
+        )  # but for up_proj, the very weights
     edit_config(tmp_path, quantization_config=dict.fromkeys(marks, "another"))
     if "provider" in marks:  # else the version says it
         assert refused(tmp_path).code == "bad-scale"

@@ -156,7 +156,7 @@ class AWQConfig(QuantizationConfig):
             group_size=group_size,
             zero_point=bool(config.get("zero_point", True)),
             modules_to_not_convert=read_names(config, "modules_to_not_convert"),
-            signed=is_from_auto_round(config) and not config.get("zero_point", True),
+            signed=is_from_auto_round(config),
         )
 
     @classmethod
