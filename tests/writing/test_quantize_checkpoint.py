@@ -261,7 +261,7 @@ def test_values_that_are_not_finite_are_found_and_named(tmp_path):
     save_tensors(there.folder, tensors)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj.*1 of 32768") as caught:
         pymllm.quantize_checkpoint(there.folder, tmp_path / "out", {BLOCKS: "int8"})
-    assert caught.value.code == "bad-weight"
+    assert caught.value.code == "bad-value"
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(bf16, tmp_path):
