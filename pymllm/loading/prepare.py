@@ -21,6 +21,7 @@ from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.match import Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
+from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, gguf_architectures, read_model_config
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
@@ -116,6 +117,9 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
 
     ConfigError for a format that is not known, or settings that it does not have.
     """
+    unnamed = read_unnamed_settings(checkpoint)
+    if unnamed is not None:
+        return unnamed
     settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if settings is None:
         settings = _read_side_file(checkpoint.path)
