@@ -51,8 +51,8 @@ def round_e2m1(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     codes = torch.bucketize(values.abs().float(), middles)
     negative = (values < 0) & (codes > 0)
-    # Where a whole group is zero under an e4m3 scale of zero, 0 / 0 has the code 0.
-    codes = torch.where(values.isnan(), 0, codes + 8 * negative)
+    # Under an e4m3 scale of zero, of a group that is too small for any other, all codes are 0.
+    codes = torch.where(spread == 0, 0, codes + 8 * negative)
     return codes.to(torch.uint8), scales
 
 
@@ -64,10 +64,10 @@ def round_e4m3(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def _round_scales(groups: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Choose the scales [O, I/G], and return them in `dtype` and, [O, I/G, 1], in that of the groups."""
-    peaks = groups.abs().amax(-1) / largest
+    peaks = groups.abs().amax(-1).float() / largest
     if dtype is not E8M0:
-        scales = to_e4m3(peaks.float())
+        scales = to_e4m3(peaks)
         return scales, scales.to(groups.dtype).unsqueeze(-1)
-    exponents = torch.where(peaks == 0, 0.0, peaks.log2().ceil()).float().clamp(-EXPONENT_BIAS, EXPONENT_BIAS)
+    exponents = torch.where(peaks == 0, 0.0, peaks.log2().ceil()).clamp(-EXPONENT_BIAS, EXPONENT_BIAS)
     stored = (exponents + EXPONENT_BIAS).to(torch.uint8).view(E8M0)
     return stored, torch.exp2(exponents).to(groups.dtype).unsqueeze(-1)
