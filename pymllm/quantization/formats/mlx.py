@@ -1,6 +1,6 @@
 """MLX, as `mlx.core.quantize` makes weights and mlx-lm stores them: affine codes, MXFP4, MXFP8 and NVFP4.
 
-    weight        uint32 [O, I·bits/32]  codes along the inputs, lowest bits first; of 3, 5 and 6 bits some lie across words
+    weight        uint32 [O, I·bits/32]  codes along the inputs, lowest bits first, of 3, 5, 6 bits also across words
     scales        [O, I/G]               affine: floats; mxfp4, mxfp8: uint8 exponents; nvfp4: e4m3 in uint8
     biases        float [O, I/G]         affine alone: w = code * scale + bias
     global_scale  float32 []             nvfp4, of some layers: w = E2M1[code] * scale * global_scale / 2688
@@ -54,7 +54,8 @@ class MLXLinearMethod(LinearMethodBase):
     """MLX's weights.
 
     mode: affine, mxfp4, mxfp8 or nvfp4.  group_size: how many inputs share a scale.
-    scale_dtype: of affine scales and biases; None: that of the weight which is quantised, as MLX chooses it.
+    scale_dtype: of affine scales and biases; None: that of the weight which is quantised, as MLX chooses it, or of the
+    layer's floats where the weight was widened to float32.
     global_scale: whether there is a second scale, of the whole tensor.
     """
 
@@ -99,7 +100,9 @@ class MLXLinearMethod(LinearMethodBase):
         if self.mode == "affine":
             # A rank that holds a part of one group has that group alone, of the size that it holds.
             group_size = codes.shape[1] // scales.shape[1]
-            return IntWeight(codes, scales, None, self.bits, group_size, offsets=tensors["biases"].contiguous())
+            return IntWeight(
+                codes, scales, None, self.bits, group_size, offsets=tensors["biases"].contiguous()
+            )
         if self.mode == "mxfp4":
             return e2m1_weight(codes, scales.view(E8M0))
         rows = None
@@ -112,7 +115,7 @@ class MLXLinearMethod(LinearMethodBase):
         groups = weight.unflatten(1, (-1, group_within(self.group_size, weight.shape[1])))  # [O, I/G, G]
         if self.mode == "affine":
             codes, scales, biases = round_affine(groups, self.bits)
-            dtype = self.scale_dtype or weight.dtype
+            dtype = self.scale_dtype or (shape.dtype if weight.dtype is torch.float32 else weight.dtype)
             return IntWeight(
                 codes.flatten(1), scales.to(dtype), None, self.bits, groups.shape[2], offsets=biases.to(dtype)
             )
@@ -220,11 +223,16 @@ class MLXConfig(QuantizationConfig):
         try:
             method = _read_settings(values, "")
             if scales is not None and method.mode != "affine":
-                raise _unsupported("scales", scales, "no such option with this mode, whose scales have one dtype")
+                raise _unsupported(
+                    "scales", scales, "no such option with this mode, whose scales have one dtype"
+                )
         except ConfigError as error:
             said = ",".join(f"{key}={value}" for key, value in options.items())
             raise ConfigError(
-                f"mlx cannot be made with {said}", code="bad-option", expected=error.expected, found=error.found
+                f"mlx cannot be made with {said}",
+                code="bad-option",
+                expected=error.expected,
+                found=error.found,
             ) from None
         return replace(method, scale_dtype=SCALE_DTYPES.get(scales or ""))
 
@@ -266,9 +274,9 @@ def _settle(
             if mode != "affine" and bits * size == together and inputs in (0, size * count)
         )
         return next(fitting, named)
-    if named.mode == "affine" and named.bits * named.group_size == together:
-        if inputs in (0, named.group_size * count):
-            return named
+    fits = named.mode == "affine" and named.bits * named.group_size == together
+    if fits and inputs in (0, named.group_size * count):
+        return named
     size = inputs // count
     if size and inputs % count == 0 and together % size == 0 and together // size in AFFINE_BITS:
         return MLXLinearMethod(together // size, size)
