@@ -326,11 +326,10 @@ class Experts(WeightHolder):
         return restage_experts(self, methods)
 
     def _add_biases(self) -> None:
-        """Register gate_up_bias [E, 2·I] and down_bias [E, H], where the experts have biases."""
+        """Register gate_up_bias [E, 2·I], or one of gate and one of up, and down_bias [E, H], if there are any."""
         self._bias_shapes: dict[str, ExpertsShape] = {}
         if not self.size.bias:
             return
-        assert "gate_up" in self.products, "experts with biases keep gate and up in one weight"
         for name, product in self.products_of().items():
             spec = WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS)
             local, slots = place_experts(spec, product.shape)
@@ -353,7 +352,11 @@ class Experts(WeightHolder):
         if not self._bias_shapes:
             return ExpertsBias()
         first = not self.tensor_parallel or self.parallel.rank == 0
-        return ExpertsBias(self.gate_up_bias, self.down_bias if first else None)  # type: ignore[arg-type]
+        if "gate_up" in self._bias_shapes:
+            gate_up: Any = self.gate_up_bias
+        else:
+            gate_up = torch.cat((self.gate_bias, self.up_bias), dim=1)  # type: ignore[arg-type]
+        return ExpertsBias(gate_up, self.down_bias if first else None)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Compute each token's weighted sum over those of its experts that are here.
