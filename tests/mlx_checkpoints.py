@@ -139,6 +139,10 @@ def write_mlx(
                 _store_apart(name, weight, store)
                 tensors |= {key: torch.stack(parts) for key, parts in stacks.items()}
                 continue
+            if family == "deepseek_v3" and name.endswith("kv_b_proj.weight"):
+                _store_absorbed(name, weight, model.config, store)
+                tensors |= {key: torch.stack(parts) for key, parts in stacks.items()}
+                continue
             weight.copy_(store(name, weight))
             tensors |= {key: parts[0] for key, parts in stacks.items()}
 
@@ -164,3 +168,11 @@ def _store_apart(name: str, weight: Tensor, store: Callable[[str, Tensor], Tenso
             expert.copy_(
                 store(f"{prefix}.{product}.{suffix}", expert.t() if suffix == "weight" else expert).t()
             )
+
+
+def _store_absorbed(name: str, weight: Tensor, config: Any, store: Callable[[str, Tensor], Tensor]) -> None:
+    """Store the keys' and the values' rows of kv_b_proj, head by head; those of keys with inputs for outputs."""
+    prefix, keys = name.removesuffix("kv_b_proj.weight"), config.qk_nope_head_dim
+    for head in weight.unflatten(0, (config.num_attention_heads, -1)):
+        head[:keys] = store(f"{prefix}embed_q.weight", head[:keys].t()).t()
+        head[keys:] = store(f"{prefix}unembed_out.weight", head[keys:])

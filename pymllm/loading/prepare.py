@@ -19,6 +19,7 @@ from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
+from pymllm.loading.absorbed_heads import join_absorbed_heads
 from pymllm.loading.match import Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
@@ -73,6 +74,8 @@ def prepare(
     _check_sizes(config, checkpoint)
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
+    if join_absorbed_heads(checkpoint, stored, config):
+        stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
     execution = replace(execution, kept_floats=floats_to_keep(checkpoint, execution))
     if execution.dtype not in stored.get_supported_act_dtypes():

@@ -122,6 +122,25 @@ def test_experts_whose_products_differ_answer_as_the_weights_they_mean(family, t
     assert_answers_as_meant(written)
 
 
+@pytest.mark.parametrize("keys", (None, MLX(4, 16)), ids=str)
+def test_latent_attention_is_read_as_mlx_lm_divides_it(keys, tmp_path):
+    def choose(layer):
+        if layer.endswith(".gate"):
+            return None
+        return keys if layer.endswith(".embed_q") else MLX(6, 32)
+
+    written = write_mlx(tmp_path, "deepseek_v3", choose, MLX(6, 32).settings())
+    assert not any("kv_b_proj" in name for name in written.tensors)
+    assert_answers_as_meant(written)
+    tensors = load_tensors(tmp_path)
+    tensors["model.layers.1.self_attn.unembed_out.scales"] = tensors[
+        "model.layers.1.self_attn.unembed_out.scales"
+    ][:3]
+    save_tensors(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=r"unembed_out\.scales"):
+        read(tmp_path)
+
+
 def test_experts_in_floats_are_stacked_apart_too(tmp_path):
     def choose(layer):
         return None if "switch_mlp" in layer else MLX()
