@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rule_options(group, "'**.layers.**=int4:scale=mse'")
     group.add_argument(
         "--format",
-        choices=("auto", "awq", "compressed-tensors"),
+        choices=("auto", "awq", "mlx", "compressed-tensors"),
         default="auto",
-        help="the checkpoint's format; auto: awq if all rules ask for awq, else compressed-tensors",
+        help="the checkpoint's format; auto: awq or mlx if all rules ask for it, else compressed-tensors",
     )
     group.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="the largest weight file; default: 5GB"

@@ -19,9 +19,11 @@ from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
+from pymllm.loading.absorbed_heads import join_absorbed_heads
 from pymllm.loading.head import HEAD, find_own_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
+from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, gguf_architectures, read_model_config
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
@@ -78,6 +80,8 @@ def prepare(
         config = config.untied()
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
+    if join_absorbed_heads(checkpoint, stored, config):
+        stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
     execution = replace(execution, kept_floats=floats_to_keep(checkpoint, execution))
     if execution.dtype not in stored.get_supported_act_dtypes():
@@ -124,6 +128,9 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
 
     ConfigError for a format that is not known, or settings that it does not have.
     """
+    unnamed = read_unnamed_settings(checkpoint)
+    if unnamed is not None:
+        return unnamed
     settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if settings is None:
         settings = _read_side_file(checkpoint.path)

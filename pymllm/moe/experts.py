@@ -41,22 +41,26 @@ from pymllm.weights.spec import FLOATS, OUT, ExpertsShape, LinearShape, Span, We
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 STACKED = ("gate_up_proj", "down_proj")
+# mlx-lm stacks gate and up apart, mostly below another name than the model's own: model.layers.0.mlp.switch_mlp.
+STACKED_APART = ("gate_proj", "up_proj", "down_proj")
+SWITCH = "switch_mlp"
 
 
 @dataclass(frozen=True)
 class ExpertsLayout:
     """The layout in which a checkpoint stores the experts below `prefix` ("model.layers.0.mlp.experts", for example).
 
-    names: three, of gate, up and down, which stand below an expert's index; or two, of gate and up together and of
-    down, each a tensor that holds all experts (stacked).
+    names: three, of gate, up and down; or two, of gate and up together and of down.
+    stacked: whether a tensor holds all experts; else the three stand below an expert's index.
     """
 
     prefix: str
     names: tuple[str, ...]
+    stacked: bool = False
 
     @property
-    def stacked(self) -> bool:
-        """True where a tensor holds all experts."""
+    def joined(self) -> bool:
+        """True where gate and up lie in one tensor."""
         return len(self.names) == 2
 
     @classmethod
@@ -66,6 +70,10 @@ class ExpertsLayout:
         CheckpointError where some tensors are an expert's own and others hold all experts (FAULTS 25).
         """
         modules = frozenset() if quant_config is None else quant_config.stored_modules
+        parent = prefix.rpartition(".")[0]
+        for place in (f"{parent}.{SWITCH}" if parent else SWITCH, prefix):
+            if any(f"{place}.{name}" in modules for name in STACKED_APART[:2]):
+                return cls(place, STACKED_APART, True)
         single = next(
             (names for names in SPELLINGS if any(f"{prefix}.0.{name}" in modules for name in names)), None
         )
@@ -82,17 +90,18 @@ class ExpertsLayout:
                 fix="The tool that wrote this checkpoint fused some tensors and not others; quantise it again.",
             )
         if stacked:
-            return cls(prefix, STACKED)
+            return cls(prefix, STACKED, True)
         return cls(prefix, single or SPELLINGS[0])
 
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return the names of each product's parts, with "{}" for an expert's index."""
-        if self.stacked:
+        if self.joined:
             return {
                 "gate_up": (f"{self.prefix}.{self.names[0]}",),
                 "down": (f"{self.prefix}.{self.names[1]}",),
             }
-        gate, up, down = (f"{self.prefix}.{{}}.{name}" for name in self.names)
+        below = self.prefix if self.stacked else f"{self.prefix}.{{}}"
+        gate, up, down = (f"{below}.{name}" for name in self.names)
         return {"gate_up": (gate, up), "gate": (gate,), "up": (up,), "down": (down,)}
 
 
@@ -164,12 +173,12 @@ class Experts(WeightHolder):
             rank, size = 0, 1
         share = Span.even(self.size.intermediate_size, rank, size, what)
         parts = self.layout.parts()
-        interleaved = 2 if self.size.interleaved and self.layout.stacked else 0
+        interleaved = 2 if self.size.interleaved and self.layout.joined else 0
         shapes = {}
         for product in self.quant_method.methods():
             outputs: tuple[Span, ...] = (hidden,) if product == "down" else (share,) * len(parts[product])
             names = parts[product]
-            if product == "gate_up" and self.layout.stacked:
+            if product == "gate_up" and self.layout.joined:
                 total = 2 * share.total
                 up = Span(share.total + share.start, share.total + share.stop, total)
                 outputs = (replace(share, total=total), up)
@@ -317,11 +326,10 @@ class Experts(WeightHolder):
         return restage_experts(self, methods)
 
     def _add_biases(self) -> None:
-        """Register gate_up_bias [E, 2·I] and down_bias [E, H], where the experts have biases."""
+        """Register gate_up_bias [E, 2·I], or one of gate and one of up, and down_bias [E, H], if there are any."""
         self._bias_shapes: dict[str, ExpertsShape] = {}
         if not self.size.bias:
             return
-        assert "gate_up" in self.products, "experts with biases keep gate and up in one weight"
         for name, product in self.products_of().items():
             spec = WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS)
             local, slots = place_experts(spec, product.shape)
@@ -344,7 +352,11 @@ class Experts(WeightHolder):
         if not self._bias_shapes:
             return ExpertsBias()
         first = not self.tensor_parallel or self.parallel.rank == 0
-        return ExpertsBias(self.gate_up_bias, self.down_bias if first else None)  # type: ignore[arg-type]
+        if "gate_up" in self._bias_shapes:
+            gate_up: Any = self.gate_up_bias
+        else:
+            gate_up = torch.cat((self.gate_bias, self.up_bias), dim=1)  # type: ignore[arg-type]
+        return ExpertsBias(gate_up, self.down_bias if first else None)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Compute each token's weighted sum over those of its experts that are here.
@@ -381,11 +393,11 @@ def make_experts(
     that the checkpoint has their tensors.
     """
     layout = ExpertsLayout.find(prefix, quant_config)
-    probe = _Probe(layout.stacked and size.transposed)
+    probe = _Probe(layout.joined and size.transposed)
     methods: dict[int, ExpertsMethod] = {}
     # All experts, not only those held: on every rank, rules are checked against every name.
     for expert in range(size.num_experts):
-        methods[expert] = _method(layout, expert, quant_config, probe)
+        methods[expert] = _method(layout, expert, quant_config, probe, size)
         if layout.stacked:
             methods = dict.fromkeys(range(size.num_experts), methods[expert])
             break
@@ -409,6 +421,7 @@ class _Probe(nn.Module):
     """A stand-in for the layer that a format is asked about, before there is one."""
 
     kind = "linear"
+    in_features = 0  # of the product that is asked about
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -416,9 +429,14 @@ class _Probe(nn.Module):
 
 
 def _method(
-    layout: ExpertsLayout, expert: int, quant_config: QuantizationConfig | None, probe: _Probe
+    layout: ExpertsLayout,
+    expert: int,
+    quant_config: QuantizationConfig | None,
+    probe: _Probe,
+    size: ExpertsSize,
 ) -> ExpertsMethod:
     def of(product: str) -> list[LinearMethodBase]:
+        probe.in_features = size.intermediate_size if product == "down" else size.hidden_size
         names = [part.format(expert) for part in layout.parts()[product]]
         found = [
             None if quant_config is None else quant_config.get_quant_method(probe, name) for name in names

@@ -183,6 +183,16 @@ class QuantizationConfig(ABC):
         """List the files beside config.json that may hold the settings of this format."""
         return []
 
+    @classmethod
+    def get_config_keys(cls) -> list[str]:
+        """List the keys of config.json, beside `quantization_config`, that may hold the settings of this format."""
+        return []
+
+    @classmethod
+    def claims(cls, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
+        """Tell whether settings that name no quant_method are this format's, by their keys and by what is stored."""
+        return False
+
     def skip_reason(self, tensor: str) -> Skip | str | None:
         """Return why a tensor that no layer asks for may be skipped, or None if it may not.
 

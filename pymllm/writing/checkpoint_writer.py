@@ -24,6 +24,7 @@ from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_skipped
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.mlx import MLXLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rounding.calibrated import needs_inputs, without_static
@@ -36,7 +37,10 @@ from pymllm.writing.output import Output, storable
 from pymllm.writing.side_files import config_json, files_to_copy, model_card
 from pymllm.writing.spelling import SpelledLayer, Spelling
 
-STORED = (UnquantizedLinearMethod, AWQLinearMethod, IntQuantizedLinearMethod, FloatQuantizedLinearMethod)
+STORED = (
+    *(UnquantizedLinearMethod, AWQLinearMethod, IntQuantizedLinearMethod, FloatQuantizedLinearMethod),
+    MLXLinearMethod,
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,10 @@ class CheckpointWriter:
             )
         self.spelling.config(spelled | self._left_alone(spelled))
 
+    def final(self, step: Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn a step's tensors, by their names in the model, into those that files hold."""
+        return tensors
+
     def _left_alone(self, spelled: Mapping[str, SpelledLayer]) -> dict[str, SpelledLayer]:
         """List the matrices that no rule names, but other readers may take for layers: a tied head, a router."""
         names = [
@@ -159,7 +167,7 @@ class CheckpointWriter:
             return layer.source.planned(layer.shape)
         target = layer.target if self.calibration is None else without_static(layer.target)
         planned = ConvertedLinearMethod(layer.source, target).planned(layer.shape)
-        if isinstance(planned, IntWeight) and planned.offsets is not None:
+        if isinstance(planned, IntWeight) and planned.offsets is not None and self.scale_dtype is not None:
             # Float zero points will be rounded: `storable_integers`.
             planned = replace(planned, offsets=None, zeros=planned.offsets.to(torch.uint8))
         if isinstance(planned, (IntWeight, Fp8Weight)) and needs_inputs(layer.target):
@@ -221,7 +229,7 @@ class CheckpointWriter:
             for step in self.steps:
                 if step.name not in output.pieces:
                     tensors, notes = make(step)
-                    output.add(step.name, tensors, notes)
+                    output.add(step.name, self.final(step, tensors), notes)
                     del tensors
                     return_freed_memory()
                 advance(step.nbytes)

@@ -19,6 +19,7 @@ from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models import gguf_architectures
 from pymllm.parallel import Parallel
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.mlx import MLXLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.rules import RuleSource, read_rules
 from pymllm.text.gguf_tokenizer import GGUFTokenizer, open_tokenizer
@@ -29,11 +30,12 @@ from pymllm.writing.awq import AWQSpelling
 from pymllm.writing.calibrated import Calibration
 from pymllm.writing.checkpoint_writer import CheckpointWriter, WrittenCheckpoint
 from pymllm.writing.compressed_tensors import CompressedTensorsSpelling
+from pymllm.writing.mlx import MLXSpelling, MLXWriter
 from pymllm.writing.output import Output
 from pymllm.writing.spelling import Spelling
 
 SPELLINGS: dict[str, type[Spelling]] = {
-    spelling.name: spelling for spelling in (AWQSpelling, CompressedTensorsSpelling)
+    spelling.name: spelling for spelling in (AWQSpelling, CompressedTensorsSpelling, MLXSpelling)
 }
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -62,7 +64,8 @@ def quantize_checkpoint(
     out: the folder to write, which must be new or empty, or hold an unfinished run of the same request.
     quant: rules, {"**.layers.**": "int4:scale=mse"} say; also a list of "PATTERN=METHOD" lines, or "@FILE". A layer
     without a rule keeps its weights.
-    format: "awq", "compressed-tensors", or "auto": AWQ where all rules ask for it, else compressed-tensors.
+    format: "awq", "mlx", "compressed-tensors", or "auto": AWQ or MLX where all rules ask for it, else
+    compressed-tensors.
     shard_size: of a weight file at most, "5GB" or a number of bytes.
     calibrate: a text file: integer weights are rounded by what this text makes of their inputs, and
     activations=static finds its scales; None: every weight is rounded by itself.
@@ -100,7 +103,8 @@ def quantize_checkpoint(
         )
     with prepared.checkpoint:
         tokenizer = _tokenizer_files(prepared.checkpoint)
-        writer = CheckpointWriter(prepared, spelling, limit, calibration, tokenizer)
+        kind = MLXWriter if isinstance(spelling, MLXSpelling) else CheckpointWriter
+        writer = kind(prepared, spelling, limit, calibration, tokenizer)
         request = writer.request(rules)
         _check_place(Path(out), folder, writer.estimated_bytes())
         with Output(Path(out), request, restart=restart) as output:
@@ -119,13 +123,13 @@ def parse_size(size: str | int) -> int:
 
 
 def choose_spelling(name: str, prepared: Prepared) -> Spelling:
-    """Choose a spelling by its name; "auto": AWQ where no rule asks for anything else.  ConfigError if unknown."""
+    """Choose a spelling by its name; "auto": AWQ or MLX where rules ask for that alone.  ConfigError if unknown."""
     if name == "auto":
         targets = [prepared.quant.targets[rule] for rule in prepared.quant.rules]
-        only_awq = any(isinstance(target, AWQLinearMethod) for target in targets) and all(
-            isinstance(target, (AWQLinearMethod, UnquantizedLinearMethod)) for target in targets
-        )
-        name = "awq" if only_awq else "compressed-tensors"
+        asked = {type(target) for target in targets} - {UnquantizedLinearMethod}
+        own = {AWQLinearMethod: "awq", MLXLinearMethod: "mlx"}
+        name = own.get(next(iter(asked)), "") if len(asked) == 1 else ""
+        name = name or "compressed-tensors"
     if name not in SPELLINGS:
         raise ConfigError(
             "unknown format to write",

@@ -42,12 +42,14 @@ def config_json(
     config = {
         key: value
         for key, value in source.items()
-        if key not in ("quantization_config", "compression_config")
+        if key not in ("quantization_config", "compression_config", "quantization")
     }
     if untied:
         config["tie_word_embeddings"] = False
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
+        if "quant_method" not in quantization:  # mlx-lm writes its settings twice, and reads the second place
+            config["quantization"] = dict(quantization)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
