@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,6 +26,8 @@ from pymllm.quantization.base import QuantizationConfig, get_quantization_config
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.settings import HarmlessSettings, harmless
+from pymllm.quantization.storage.writer_settings import AUTOROUND, REFUSED, SWITCH
 
 _unsupported = functools.partial(unsupported, "AutoRound")
 
@@ -41,6 +43,8 @@ PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_static": ("", {}),
 }
 SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_dynamic")
+ACTIVATIONS = ("act_sym", "act_group_size")
+STATIC = ("static_kv_dtype", "static_attention_dtype")
 # (data_type, bits) -> compressed-tensors' name, and the settings of its weights.
 FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("nv_fp", 4): ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
@@ -48,6 +52,24 @@ FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("mx_fp", 8): ("mxfp8-quantized", {"strategy": "group", "group_size": 32}),
 }
 FLOAT_BITS = 16  # layers with as many bits or more are not quantised
+
+
+HARMLESS = {
+    **AUTOROUND,
+    **harmless("e4m3 is the only float8 that is read", "fmt", only=("e4m3",)),
+    **harmless("act_dynamic says so, too", "activation_scheme", only=("dynamic", "static")),
+    **harmless("GPTQ's order of inputs is the group index that is stored", "desc_act", only=(False,)),
+    **harmless(
+        "a head is quantised where extra_config or the files say so", "lm_head", "quant_lm_head", only=SWITCH
+    ),
+    **harmless("settings of activations that stay floats, or of the weights' own group", *ACTIVATIONS),
+    **harmless(
+        "settings of activations that stay floats", *(f"extra_config.*.{name}" for name in ACTIVATIONS)
+    ),
+    **harmless("scales are read in the dtype that they are stored in", "extra_config.*.scale_dtype"),
+    **harmless(f"keys, values or queries that are rounded while the model runs; {REFUSED}", *STATIC, only=()),
+    **harmless(f"a rotation that the model undoes while it runs; {REFUSED}", "rotation_configs", only=()),
+}
 
 
 @register_quantization("auto-round")
@@ -64,6 +86,7 @@ class AutoRoundConfig(QuantizationConfig):
     layers: Mapping[str, Mapping[str, Any]]
     blocks: tuple[str, ...] = ()
     formats: dict[tuple[Any, ...], QuantizationConfig] = field(default_factory=dict)
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoRoundConfig:
@@ -76,9 +99,10 @@ class AutoRoundConfig(QuantizationConfig):
         layers = config.get("extra_config") or {}
         if not isinstance(layers, Mapping) or not all(isinstance(v, Mapping) for v in layers.values()):
             raise _unsupported("extra_config", layers, "an object of settings by layer, or null")
-        settings = {"sym": True, **{name: config[name] for name in SETTINGS if config.get(name) is not None}}
-        if config.get("rotation_config") or config.get("spinquant_config"):
-            raise _unsupported("rotation_config", config.get("rotation_config"), "null")
+        settings = {"sym": True, **_given(config)}
+        for rotation in ("rotation_config", "spinquant_config"):
+            if config.get(rotation):
+                raise _unsupported(rotation, config.get(rotation), "null")
         read = cls(packing=short, settings=settings, layers=layers, blocks=_read_blocks(config))
         for name in ("", *layers):
             read._format(name)
@@ -113,7 +137,7 @@ class AutoRoundConfig(QuantizationConfig):
 
     def _format(self, key: str) -> QuantizationConfig | LinearMethodBase | None:
         """Return the format of layers under this entry of extra_config ("": all others), or None for plain floats."""
-        settings = {**self.settings, **{k: v for k, v in self.layers.get(key, {}).items() if v is not None}}
+        settings = {**self.settings, **_given(self.layers.get(key, {}))}
         at = f"extra_config.{key}." if key else ""
         if isinstance(settings.get("bits"), int) and settings["bits"] >= FLOAT_BITS:
             return None
@@ -141,6 +165,11 @@ class AutoRoundConfig(QuantizationConfig):
             read.see_checkpoint(self.stored)
             self.formats[identity] = read
         return self.formats[identity]
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what the settings of all layers, or of one, say: those of SETTINGS that are not null."""
+    return {name: value for name in SETTINGS if (value := settings.get(name)) is not None}
 
 
 def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
@@ -190,7 +219,8 @@ def _is_pattern(key: str) -> bool:
 
 
 def _read_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
-    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
+    names = [config.get(name) for name in ("block_name_to_quantize", "to_quant_block_names")]
+    blocks = names[0] or names[1] or ()
     flat = blocks.split(",") if isinstance(blocks, str) else blocks
     if not isinstance(flat, (list, tuple)) or not all(isinstance(name, str) for name in flat):
         raise _unsupported("block_name_to_quantize", blocks, "a name, or a list of names")

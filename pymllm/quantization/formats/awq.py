@@ -26,6 +26,14 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import one_of, parse_options, read_group_size
 from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
 from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups, group_within
+from pymllm.quantization.storage.settings import harmless
+from pymllm.quantization.storage.writer_settings import (
+    AUTOROUND,
+    GPTQMODEL,
+    RUNNING,
+    SWITCH,
+    TRANSFORMERS_GPTQ,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "AWQ")
@@ -33,6 +41,15 @@ _unsupported = functools.partial(unsupported, "AWQ")
 # Nibble i of a word, from the low end, holds this column of its eight.
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
+FUSED = (
+    "attention",
+    "layernorm",
+    "mlp",
+    "use_alibi",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+)
 
 
 @dataclass(frozen=True)
@@ -114,9 +131,26 @@ def pack_columns(codes: Tensor) -> Tensor:
     return octets.contiguous().view(torch.int32).squeeze(-1)
 
 
+HARMLESS = {
+    **AUTOROUND,
+    **TRANSFORMERS_GPTQ,
+    **GPTQMODEL,
+    **harmless(RUNNING, "do_fuse", "fuse_max_seq_len", *(f"modules_to_fuse.{name}" for name in FUSED)),
+    **harmless("zero_point says so, too", "sym", only=SWITCH),
+    **harmless("AWQ has no order of its own", "desc_act", only=(False,)),
+    **harmless("the layout is AWQ's", "method", only=("awq",)),
+    **harmless("words of 32 bits", "pack_dtype", only=("int32",)),
+    **harmless("codes are integers", "data_type", only=("int",)),
+    **harmless("activations stay floats", "act_bits", only=(16, 32)),
+    **harmless("a layer is quantised where the files hold codes of it", "modules_in_block_to_quantize"),
+}
+
+
 @register_quantization("awq")
 class AWQConfig(QuantizationConfig):
     """`quantization_config` of AutoAWQ: bits, group_size, zero_point, version, modules_to_not_convert."""
+
+    harmless = HARMLESS
 
     def __init__(
         self, *, group_size: int, zero_point: bool = True, modules_to_not_convert: tuple[str, ...] = ()
@@ -133,9 +167,10 @@ class AWQConfig(QuantizationConfig):
         bits = config.get("bits", config.get("w_bit"))
         if bits != 4:
             raise _unsupported("bits", bits, "4")
-        version = str(config.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise _unsupported("version", version, "gemm")
+        for field in ("version", "format", "checkpoint_format"):
+            version = config.get(field, "gemm")
+            if version is not None and str(version).lower() != "gemm":
+                raise _unsupported(field, version, "gemm")
         group_size = config.get("group_size", config.get("q_group_size"))
         if not is_group_size(group_size):
             raise _unsupported("group_size", group_size, "-1 (whole rows) or a positive integer")

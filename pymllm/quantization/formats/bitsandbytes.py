@@ -35,6 +35,8 @@ from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, read_stored, unsupported
 from pymllm.quantization.storage.packing import unpack_nibbles_high_first
+from pymllm.quantization.storage.settings import HarmlessSettings, harmless
+from pymllm.quantization.storage.writer_settings import SWITCH
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -180,6 +182,18 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
         return "bitsandbytes int8"
 
 
+HARMLESS = {
+    **harmless("activations stay floats, so none is too large", "llm_int8_threshold"),
+    **harmless("where another engine would hold weights", "llm_int8_enable_fp32_cpu_offload", only=SWITCH),
+    **harmless("weights are stored in codes", "llm_int8_has_fp16_weight", only=(False,)),
+    **harmless(
+        "scales are codes where the files hold nested_absmax", "bnb_4bit_use_double_quant", only=SWITCH
+    ),
+    **harmless("the run's own dtype is that of activations", "bnb_4bit_compute_dtype"),
+    **harmless("the stored dtype says so", "bnb_4bit_quant_storage"),
+}
+
+
 @register_quantization("bitsandbytes")
 @dataclass(kw_only=True, eq=False)
 class BitsAndBytesConfig(QuantizationConfig):
@@ -192,6 +206,7 @@ class BitsAndBytesConfig(QuantizationConfig):
     quant_type: str = "fp4"
     skip_modules: tuple[str, ...] = ()
     methods: dict[str, LinearMethodBase] = field(default_factory=dict)
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:

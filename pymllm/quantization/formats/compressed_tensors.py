@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,6 +34,15 @@ from pymllm.quantization.storage.compressed_linear import (
     IntQuantizedLinearMethod,
 )
 from pymllm.quantization.storage.fields import compile_pattern, is_block, read_names, unsupported
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import (
+    AUTOROUND,
+    KV_SCHEME,
+    OBSERVERS,
+    REFUSED,
+    RUNNING,
+    SWITCH,
+)
 from pymllm.weights.spec import FLOATS
 
 _unsupported = functools.partial(unsupported, "compressed-tensors")
@@ -53,6 +62,40 @@ CLASS_NAME = re.compile(r"[A-Z]\w*")
 ACT_ORDER = ("group", "dynamic", True)
 
 
+# Of the weights, or the activations, of a group; a reader looks at these in some strategies alone.
+CODES = {
+    **OBSERVERS,
+    **harmless(
+        "scales and zero points are read in the dtype that they are stored in", "scale_dtype", "zp_dtype"
+    ),
+    **harmless("the strategy has no groups", "group_size", only=(-1,)),
+    **harmless("the strategy has no blocks", "block_structure", only=()),
+    **harmless("the order of inputs is that of the groups", "actorder", only=("weight", "static", False)),
+}
+HARMLESS = {
+    **AUTOROUND,
+    **below("config_groups.*.weights", CODES),
+    **below("config_groups.*.weights", harmless("weights are stored in codes", "dynamic", only=(False,))),
+    **below("config_groups.*.input_activations", CODES),
+    **below("kv_cache_scheme", KV_SCHEME),
+    **harmless("the writer's version", "version"),
+    **harmless("a figure about the files", "global_compression_ratio"),
+    **harmless("a layer is quantised where the files hold codes of it", "quantization_status"),
+    **harmless(RUNNING, "run_compressed", "dequantize", "use_optimized_inference", only=SWITCH),
+    **below(
+        "sparsity_config",
+        harmless(
+            "a dense file has every weight",
+            *("targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass"),
+        ),
+    ),
+    **harmless("float8 is e4m3fn", "fp8_dtype_flavor", only=("float8_e4m3fn",)),
+    **harmless(
+        f"queries that are rounded while the model runs; {REFUSED}", "attention_input_activations", only=()
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Group:
     """One of `config_groups`: the layers that it targets, and their method."""
@@ -70,6 +113,7 @@ class CompressedTensorsConfig(QuantizationConfig):
     groups: Sequence[Group]
     ignore: Sequence[str] = ()
     kv_cache_scheme: Any = None
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:
@@ -335,7 +379,8 @@ def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:
 
 def _expect_symmetric(at: str, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings with zero points.  Where `symmetric` is absent, there are none."""
-    _expect(at, {"symmetric": True, **settings}, symmetric=True)
+    if settings.get("symmetric", True) is not True:
+        raise _unsupported(f"{at}.symmetric", settings.get("symmetric"), "True")
 
 
 def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) -> bool:

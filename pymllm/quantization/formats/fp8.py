@@ -33,6 +33,8 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
 from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import GPTQMODEL, KV_SCHEME, REFUSED, RUNNING, SWITCH
 from pymllm.weights.spec import FLOATS, LinearShape
 
 _unsupported = functools.partial(unsupported, "FP8")
@@ -64,6 +66,31 @@ class Fp8LinearMethod(E4M3LinearMethod):
         return super().describe().removeprefix("fp8 ")
 
 
+E4M3_NAMES = ("e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn", "fp8_e4m3")
+HARMLESS = {
+    **GPTQMODEL,
+    **below("kv_cache_scheme", KV_SCHEME),
+    **harmless("weights are e4m3", "fmt", "format", "checkpoint_format", only=E4M3_NAMES),
+    **harmless(
+        "scales are read in the dtype that they are stored in",
+        "scale_fmt",
+        only=("ue8m0", "float", "float32"),
+    ),
+    **harmless("experts are as other layers", "expert_dtype", only=("fp8", "float8_e4m3fn")),
+    **harmless("a layer is quantised where the files hold codes of it", "modules_to_convert"),
+    **harmless(RUNNING, "dequantize", only=SWITCH),
+    **harmless("blocks say so", "weight_per_tensor", "act_per_tensor", only=(False,)),
+    **harmless("the shape of the scales says so", "weight_scale_method", only=("block", "row", "tensor")),
+    **harmless("codes are bytes", "bits", only=(8,)),
+    **harmless("weight_block_size has the groups", "group_size", only=(-1,)),
+    **harmless("inputs are in order", "desc_act", only=(False,)),
+    **harmless("float8 has no zero points", "sym", only=(True,)),
+    **harmless("the layout is FP8's", "method", only=("fp8",)),
+    **harmless("float8 is not packed in words", "pack_dtype"),
+    **harmless(f"settings of single layers; {REFUSED}", "dynamic.*", only=()),
+}
+
+
 @register_quantization("fp8")
 @dataclass(kw_only=True, eq=False)
 class Fp8Config(QuantizationConfig):
@@ -76,6 +103,7 @@ class Fp8Config(QuantizationConfig):
     activation_scheme: str = "dynamic"
     modules_to_not_convert: tuple[str, ...] = ()
     kv_cache_scheme: Any = None
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Fp8Config:

@@ -30,6 +30,13 @@ from pymllm.quantization.storage.fields import compile_pattern, is_group_size, u
 from pymllm.quantization.storage.groups import group_within
 from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import pack_words, unpack_words
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import (
+    AUTOROUND,
+    GPTQ_CALIBRATION,
+    GPTQMODEL,
+    TRANSFORMERS_GPTQ,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "GPTQ")
@@ -127,6 +134,17 @@ class DynamicRule:
     overrides: Mapping[str, Any] | None
 
 
+HARMLESS = {
+    **AUTOROUND,
+    **TRANSFORMERS_GPTQ,
+    **GPTQMODEL,
+    **below("dynamic.*", GPTQ_CALIBRATION),
+    **harmless("the layout is GPTQ's", "method", only=("gptq",)),
+    **harmless("codes are integers", "data_type", only=("int",)),
+    **harmless("activations stay floats", "act_bits", only=(16, 32)),
+}
+
+
 @register_quantization("gptq")
 @dataclass(kw_only=True, eq=False)
 class GPTQConfig(QuantizationConfig):
@@ -139,6 +157,7 @@ class GPTQConfig(QuantizationConfig):
     desc_act: bool = False
     dynamic: tuple[DynamicRule, ...] = ()
     modules: tuple[str, ...] = ()
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
@@ -146,13 +165,17 @@ class GPTQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GPTQConfig:
-        stored_as = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if stored_as not in ("gptq", "gptq_v2"):
-            raise _unsupported("checkpoint_format", stored_as, "gptq or gptq_v2")
+        named = {name: config.get(name) for name in ("checkpoint_format", "format")}
+        stored_as = named["checkpoint_format"] or named["format"] or "gptq"
+        for name, value in named.items():
+            if value and value not in ("gptq", "gptq_v2"):
+                raise _unsupported(name, value, "gptq or gptq_v2")
+            if value and value != stored_as:
+                raise _unsupported(name, value, f"{stored_as}, which checkpoint_format says")
         if config.get("is_marlin_format"):
             raise _unsupported("is_marlin_format", True, "false")
         method = GPTQLinearMethod(zeros_minus_one=stored_as == "gptq")
-        method, desc_act = _read_settings({"desc_act": False, "sym": True, **config}, "", method)
+        method, desc_act = _read_settings(config, "", method)
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise _unsupported("dynamic", dynamic, "an object of rules, or null")
@@ -184,9 +207,7 @@ class GPTQConfig(QuantizationConfig):
         if rule is not None:
             if rule.overrides is None:
                 return None
-            method, desc_act = _read_settings(
-                {"desc_act": desc_act, **rule.overrides}, f"dynamic.{rule.pattern}", method
-            )
+            method, desc_act = _read_settings(rule.overrides, f"dynamic.{rule.pattern}", method, desc_act)
         elif self.modules and not any(prefix.endswith(f".{name}") for name in self.modules):
             return None
         if desc_act and method.group_size > 0:  # one group has no order
@@ -195,7 +216,7 @@ class GPTQConfig(QuantizationConfig):
 
 
 def _read_settings(
-    config: Mapping[str, Any], at: str, method: GPTQLinearMethod
+    config: Mapping[str, Any], at: str, method: GPTQLinearMethod, desc_act: bool = False
 ) -> tuple[GPTQLinearMethod, bool]:
     """Read the settings of the config, or of a dynamic rule, which has those of `method` where it says nothing.
 
@@ -209,14 +230,15 @@ def _read_settings(
     if not is_group_size(group_size):
         raise _unsupported(f"{where}group_size", group_size, "-1 (whole rows) or a positive integer")
     symmetric = config.get("sym", method.symmetric)
-    for field, value in (("sym", symmetric), ("desc_act", config["desc_act"])):
+    act_order = config.get("desc_act", desc_act)
+    for field, value in (("sym", symmetric), ("desc_act", act_order)):
         if type(value) is not bool:
             raise _unsupported(f"{where}{field}", value, "true or false")
     if str(config.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
         raise _unsupported(f"{where}pack_dtype", config["pack_dtype"], "int32")
     if config.get("adapter"):
         raise _unsupported(f"{where}adapter", config["adapter"], "null")
-    return replace(method, bits=bits, group_size=group_size, symmetric=symmetric), config["desc_act"]
+    return replace(method, bits=bits, group_size=group_size, symmetric=symmetric), act_order
 
 
 def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
@@ -224,10 +246,12 @@ def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRul
     pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
     compile_pattern(pattern, f"dynamic.{key}", key.removesuffix(pattern))
     if key.startswith("-:"):
+        if overrides:
+            raise _unsupported(f"dynamic.{key}", overrides, "an empty object, as the modules are left out")
         return DynamicRule(pattern, None)
     if not isinstance(overrides, Mapping):
         raise _unsupported(f"dynamic.{key}", overrides, "an object of settings")
-    _read_settings({"desc_act": False, **overrides}, f"dynamic.{key}", method)
+    _read_settings(overrides, f"dynamic.{key}", method)
     return DynamicRule(pattern, overrides)
 
 

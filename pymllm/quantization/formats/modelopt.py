@@ -47,6 +47,8 @@ from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
 from pymllm.quantization.storage.packing import encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import KV_SCHEME, SWITCH
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "ModelOpt")
@@ -109,6 +111,31 @@ class NVFP4LinearMethod(LinearMethodBase):
         return f"nvfp4, activations {'fp4' if self.static_input else 'float'}"
 
 
+_LAYER = {
+    **harmless("the algorithms that are read have none", "has_zero_point", "pre_quant_scale", only=(False,)),
+}
+# `config_groups` say again in another's words what quant_algo means.
+_GROUP = {
+    **_LAYER,
+    **harmless("quant_algo says which layers", "targets"),
+    **harmless("quant_algo says so", "weights.type", "input_activations.type", only=("float",)),
+    **harmless("quant_algo says so", "weights.num_bits", "input_activations.num_bits", only=(4, 8)),
+    **harmless("quant_algo says so", "weights.group_size", "input_activations.group_size", only=(GROUP,)),
+    **harmless("quant_algo says so", "weights.dynamic", only=(False,)),
+    **harmless("quant_algo says so", "input_activations.dynamic", only=SWITCH),
+    **harmless("quant_algo says so", "weights.strategy", "input_activations.strategy"),
+}
+HARMLESS = {
+    **harmless("the writer's name and version", "producer.name", "producer.version"),
+    **_LAYER,
+    **below("quantization", _LAYER),
+    **below("quantization.quantized_layers.*", _LAYER),
+    **below("quantized_layers.*", _LAYER),
+    **below("config_groups.*", _GROUP),
+    **below("kv_cache_scheme", KV_SCHEME),
+}
+
+
 @register_quantization("modelopt")
 @dataclass(kw_only=True, eq=False)
 class ModelOptConfig(QuantizationConfig):
@@ -121,6 +148,7 @@ class ModelOptConfig(QuantizationConfig):
     exclude_modules: tuple[str, ...] = ()
     quantized_layers: Mapping[str, str] | None = None
     kv_cache: Any = None
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:

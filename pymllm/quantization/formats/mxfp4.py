@@ -26,6 +26,8 @@ from pymllm.quantization.storage.fields import is_skipped, read_choice, read_nam
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
 from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.settings import HarmlessSettings, harmless
+from pymllm.quantization.storage.writer_settings import RUNNING, SWITCH
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32
@@ -95,6 +97,7 @@ class MXFP4Config(QuantizationConfig):
     """`quantization_config` with quant_method mxfp4: modules_to_not_convert."""
 
     modules_to_not_convert: tuple[str, ...] = ()
+    harmless: ClassVar[HarmlessSettings] = harmless(RUNNING, "dequantize", only=SWITCH)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MXFP4Config:

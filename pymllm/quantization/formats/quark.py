@@ -16,7 +16,7 @@ import fnmatch
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,10 +31,53 @@ from pymllm.quantization.kv_cache import (
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import CALIBRATION, PROCESS, REFUSED
 
 _unsupported = functools.partial(unsupported, "Quark")
 
 BLOCKS = {"per_tensor": TENSOR, "per_channel": CHANNEL}
+
+
+_SPEC = {
+    **harmless(
+        CALIBRATION,
+        *(
+            "observer_cls",
+            "round_method",
+            "scale_calculation_mode",
+            "qat_spec.quant_qat",
+            "percentile",
+            "bin_edges",
+        ),
+    ),
+    **harmless("scales are read in the dtype that they are stored in", "scale_type", "scale_format"),
+    **harmless("a channel is an output", "ch_axis", only=(0, -1)),
+    **harmless("float8 has no zero points", "symmetric", only=(True,)),
+    **harmless("scales are not codes", "is_scale_quant", only=(False,)),
+    **harmless("float8 has no zero points", "zero_point_type"),
+}
+_SCHEME = {
+    **below("weight", _SPEC),
+    **below("input_tensors", _SPEC),
+    **below("output_tensors", _SPEC),
+    **below("output_tensors", harmless("read when the cache is made", "dtype", "qscheme", "is_dynamic")),
+    **harmless(PROCESS, "target_device"),
+}
+HARMLESS = {
+    **harmless("the writer's version", "version"),
+    **harmless(PROCESS, "quant_mode", "quant_flow", "gpu_resident_blocks", "keep_prequantized_layers"),
+    **harmless(CALIBRATION, "export.min_kv_scale", "min_kv_scale", "export.weight_merge_groups"),
+    **harmless(CALIBRATION, "shared_scale_groups", "sync_moe_expert_input_amax"),
+    **harmless("a scheme of linear layers, all of which have one by their type", "global_quant_config"),
+    **harmless(
+        f"keys that are rounded before they are rotated; {REFUSED}", "kv_cache_post_rope", only=(False,)
+    ),
+    **harmless(f"a softmax that is rounded while the model runs; {REFUSED}", "softmax_quant_spec", only=()),
+    **below("global_quant_config", _SCHEME),
+    **below("layer_quant_config.*", _SCHEME),
+    **below("layer_type_quant_config.*", _SCHEME),
+}
 
 
 @register_quantization("quark")
@@ -50,6 +93,7 @@ class QuarkConfig(QuantizationConfig):
     layers: Mapping[str, NamedFp8LinearMethod | None]
     exclude: tuple[str, ...] = ()
     kv_cache: Any = None
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuarkConfig:

@@ -35,6 +35,8 @@ from pymllm.quantization.storage.fields import is_skipped, read_names, unsupport
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import unpack_nibbles_low_first
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import CALIBRATION, RUNNING, SWITCH
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "torchao")
@@ -149,6 +151,68 @@ class TorchAOFp8LinearMethod(E4M3LinearMethod):
         return (SCALE,)
 
 
+_OBJECT = (
+    "_type",
+    "_version",
+    "_data",
+)  # how torchao spells an object of a class, or a value of an enumeration
+_GRANULARITY = ("dim", "group_size", "axis", "block_size")
+_CONFIG = {  # of the fields of its config classes; the files' metadata and tensors have the last word on all of them
+    **harmless("the class is read when a layer has no metadata", *_OBJECT[:2]),
+    **harmless("the shapes of the tensors say so", "_data.group_size", "_data.version"),
+    **harmless(
+        "the shapes of the scales say so",
+        *(f"_data.{name}.{part}" for name in ("granularity", "weight_granularity") for part in _OBJECT[:2]),
+        *(
+            f"_data.{name}._data.{part}"
+            for name in ("granularity", "weight_granularity")
+            for part in _GRANULARITY
+        ),
+        *(f"_data.granularity.*.{part}" for part in _OBJECT[:2]),
+        *(f"_data.granularity.*._data.{part}" for part in _GRANULARITY),
+    ),
+    **harmless(
+        "the dtypes and zero points that are stored say so",
+        *("_data.weight_dtype", "_data.target_dtype", "_data.mapping_type", "_data.weight_mapping_type"),
+        *("_data.scale_dtype", "_data.weight_scale_dtype", "_data.block_size", "_data.dtype"),
+    ),
+    **harmless(
+        CALIBRATION,
+        "_data.int4_choose_qparams_algorithm",
+        "_data.intx_choose_qparams_algorithm",
+        "_data.use_hqq",
+    ),
+    **harmless(
+        "read when a layer has no metadata",
+        *("_data.activation_quantization", "_data.act_quant_kwargs", "_data.act_mapping_type"),
+    ),
+    **harmless(
+        RUNNING,
+        *("_data.set_inductor_config", "_data.int4_tile_packed_ntile", "_data.weight_only_decode"),
+        *(
+            "_data.kernel_preference",
+            "_data.mm_config",
+            "_data.alg_id",
+            "_data.layout",
+            "_data.inner_k_tiles",
+        ),
+    ),
+    **harmless("activations are rounded in e4m3 as the weights", "_data.activation_dtype"),
+    **harmless(
+        "the tensors that are stored say so", "_data.int4_packing_format", "_data.intx_packing_format"
+    ),
+    **harmless("the tensors that are stored say so", "_data.packing_format"),
+}
+HARMLESS = {
+    **below("quant_type.default", _CONFIG),
+    **harmless(
+        "the files hold codes of the embedding and of a head of its own, or they do not",
+        *("include_input_output_embeddings", "untie_embedding_weights"),
+        only=SWITCH,
+    ),
+}
+
+
 @register_quantization("torchao")
 @dataclass(kw_only=True, eq=False)
 class TorchAOConfig(QuantizationConfig):
@@ -160,6 +224,7 @@ class TorchAOConfig(QuantizationConfig):
     quant_type: Mapping[str, Any]
     modules_to_not_convert: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:

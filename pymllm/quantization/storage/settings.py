@@ -1,0 +1,225 @@
+"""A `quantization_config` that knows which of its settings were read, so that none is ignored.
+
+A format reads a `Settings` as it would read a dict. What it neither reads nor declares harmless is refused when its
+`from_config` returns (`refusing_unread`, which `QuantizationConfig` puts around every format's): an unknown setting may
+change what the codes mean, and weights that are read wrongly look like any others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pymllm.errors import ConfigError, first_few, nearest
+
+QUANT_METHOD = "quant_method"  # names the format; who reads it has chosen the format by it
+ROOT = "quantization_config"
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """A setting that may be left unread.  reason: why.  only: the values for which that is so; None: any."""
+
+    reason: str
+    only: tuple[Any, ...] | None = None
+
+    def allows(self, value: Any) -> bool:
+        """Tell whether the setting may be left unread with this value."""
+        return self.only is None or any(value == known and type(value) is type(known) for known in self.only)
+
+
+HarmlessSettings = Mapping[str, Harmless]
+
+
+def harmless(reason: str, *paths: str, only: Sequence[Any] | None = None) -> dict[str, Harmless]:
+    """Make the entries of settings that may be left unread.
+
+    paths: below the config, such as `meta.mse`; `*` stands for one name or one place in a list.  All that is below an
+    object of such a path may be left unread, too.  only: the values for which that holds, beside empty ones.
+    """
+    return {path: Harmless(reason, None if only is None else tuple(only)) for path in paths}
+
+
+def below(path: str, settings: HarmlessSettings) -> dict[str, Harmless]:
+    """Give declared settings another place: below `path`."""
+    return {f"{path}.{name}": entry for name, entry in settings.items()}
+
+
+class Settings(Mapping[str, Any]):
+    """An object of a config, read like a dict; it remembers what was asked for.
+
+    Objects in it, and in lists in it, are `Settings`, too.  It cannot be copied into a dict, as every setting of a copy
+    would count as read: `with_defaults` is for that.
+    file: where it stands.  root: what the paths of its settings begin with there; "": the file's own object.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        *,
+        file: str = "config.json",
+        root: str = ROOT,
+        path: tuple[str, ...] = (),
+    ) -> None:
+        self.file, self.root, self.path = file, root, path
+        self.reading = False  # whether a format's from_config is at it
+        self._names: dict[str, None] = {}  # what was asked for, in this order
+        self._values = {name: self._wrap(value, (*path, name)) for name, value in values.items()}
+
+    def _wrap(self, value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return Settings(value, file=self.file, root=self.root, path=path)
+        if isinstance(value, (list, tuple)):
+            return [self._wrap(item, (*path, f"[{index}]")) for index, item in enumerate(value)]
+        return value
+
+    def __getitem__(self, name: str) -> Any:
+        self._names[name] = None
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is such a setting.  To ask is not to read it."""
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def keys(self) -> NoReturn:
+        """Refuse to be copied, as `{**settings}` and `dict(settings)` do.  TypeError, always."""
+        raise TypeError("a copy of Settings would count every setting as read; use with_defaults(name=value)")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Settings):
+            return self._values == other._values
+        return isinstance(other, Mapping) and self._values == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def with_defaults(self, **values: Any) -> Settings:
+        """Return the settings with these values for absent ones.  What is read of it counts as read of both."""
+        filled = Settings({}, file=self.file, root=self.root, path=self.path)
+        filled._values, filled._names = {**values, **self._values}, self._names
+        return filled
+
+    def place(self, path: Sequence[str]) -> str:
+        """Spell the path of a setting as people write it: `quantization_config.config_groups.group_0.weights`."""
+        text = self.root
+        for part in path:
+            text += part if part.startswith("[") or not text else f".{part}"
+        return text
+
+    def refuse_unread(self, format: str, known: HarmlessSettings) -> None:
+        """Raise ConfigError for every setting that was not read, is not empty and is not known to be harmless.
+
+        format: the format's name, for the message.  known: by path, see `harmless`.
+        """
+        table = {tuple(path.split(".")): entry for path, entry in known.items()}
+        unread = list(self._unread(table))
+        if not unread:
+            return
+        within, name, value, entry = unread[0]
+        others = [f"{self.place((*at.path, other))} {_brief(what)}" for at, other, what, _ in unread[1:]]
+        more = f", and likewise {first_few(others)}" if others else ""
+        if entry is not None:
+            raise ConfigError(
+                f"{format} with {self.place((*within.path, name))} {_brief(value)} cannot be read{more}",
+                code="quantization-config",
+                file=self.file,
+                tensor=self.place((*within.path, name)),
+                expected=f"{' or '.join(map(repr, entry.only or ()))}: {entry.reason}",
+                found=_brief(value),
+                fix="Write the checkpoint again without it.",
+            )
+        here = list(dict.fromkeys([*within._names, *_names_at(within.path, table)]))
+        raise ConfigError(
+            f"the setting {self.place((*within.path, name))} is not known to {format}, and may change what the weights "
+            f"mean{more}",
+            code="unknown-setting",
+            file=self.file,
+            tensor=self.place((*within.path, name)),
+            expected=f"one of {', '.join(sorted(within._names)) or 'no settings'}, which are read here",
+            found=_brief(value),
+            fix=f"{nearest(name, here)} Write the checkpoint again without it; if its writer says that it does not "
+            "matter to whoever reads the weights, take it out of the file.".lstrip(),
+        )
+
+    def _unread(
+        self, table: Mapping[tuple[str, ...], Harmless]
+    ) -> Iterator[tuple[Settings, str, Any, Harmless | None]]:
+        """Yield each setting that may not stay unread: the object that it is in, its name, its value, its entry."""
+        for name, value in self._values.items():
+            path = (*self.path, name)
+            if name == QUANT_METHOD and not self.path:
+                continue
+            entry = next((entry for pattern, entry in table.items() if _is(path, pattern)), None)
+            if name in self._names or (entry is None and any(_leads_to(path, pattern) for pattern in table)):
+                for item in _objects(value):
+                    yield from item._unread(table)
+                if name in self._names or isinstance(value, (Settings, list)):
+                    continue
+            if not _is_empty(value) and not (entry is not None and entry.allows(value)):
+                yield self, name, value, entry
+
+
+def refusing_unread(read: Callable[[Any, Any], Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """Make of a format's `from_config` one that refuses the settings which it leaves unread."""
+
+    @functools.wraps(read)
+    def from_config(cls: Any, config: Mapping[str, Any]) -> Any:
+        settings = config if isinstance(config, Settings) else Settings(config)
+        if settings.reading:  # a subclass asks its base class to read a part
+            return read(cls, settings)
+        settings.reading = True
+        try:
+            found = read(cls, settings)
+        finally:
+            settings.reading = False
+        settings.refuse_unread(cls.get_name(), cls.harmless)
+        return found
+
+    return from_config
+
+
+def _is(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    return len(path) == len(pattern) and _leads_to(path, pattern, strictly=False)
+
+
+def _leads_to(path: Sequence[str], pattern: Sequence[str], *, strictly: bool = True) -> bool:
+    """Tell whether a path is the first part of a pattern."""
+    if len(path) + strictly > len(pattern):
+        return False
+    return all(wanted in ("*", name) for name, wanted in zip(path, pattern, strict=False))
+
+
+def _names_at(path: Sequence[str], table: Mapping[tuple[str, ...], Harmless]) -> Iterator[str]:
+    """Yield the names that are known to be harmless in the object at `path`."""
+    for pattern in table:
+        if _leads_to(path, pattern) and len(pattern) == len(path) + 1 and pattern[-1] != "*":
+            yield pattern[-1]
+
+
+def _objects(value: Any) -> Iterator[Settings]:
+    """Yield the objects that a value is, or has in its lists."""
+    if isinstance(value, Settings):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
+
+
+def _is_empty(value: Any) -> bool:
+    """Tell whether a value says nothing: null, or a text, list or object without content."""
+    return value is None or (isinstance(value, (str, list, Settings)) and not value)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
