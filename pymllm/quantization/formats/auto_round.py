@@ -161,6 +161,7 @@ class AutoRoundConfig(QuantizationConfig):
             raise _unsupported(f"{at}data_type", element, f"one that {self.packing!r} packs")
         identity = tuple(map(repr, config.values()))
         if identity not in self.formats:
+            config = {k: v for k, v in config.items() if k != "zero_point" or name == "awq"}
             read = get_quantization_config(name).from_config({**config, **more, "quant_method": name})
             read.see_checkpoint(self.stored)
             self.formats[identity] = read

@@ -52,7 +52,7 @@ _SPEC = {
         ),
     ),
     **harmless("scales are read in the dtype that they are stored in", "scale_type", "scale_format"),
-    **harmless("a channel is an output", "ch_axis", only=(0, -1)),
+    **harmless("a channel is an output, or a token's inputs", "ch_axis", only=(0, 1, -1)),
     **harmless("float8 has no zero points", "symmetric", only=(True,)),
     **harmless("scales are not codes", "is_scale_quant", only=(False,)),
     **harmless("float8 has no zero points", "zero_point_type"),
@@ -60,6 +60,7 @@ _SPEC = {
 _SCHEME = {
     **below("weight", _SPEC),
     **below("input_tensors", _SPEC),
+    **harmless("a static scale is that of the tensor", "input_tensors.qscheme", only=("per_tensor",)),
     **below("output_tensors", _SPEC),
     **below("output_tensors", harmless("read when the cache is made", "dtype", "qscheme", "is_dynamic")),
     **harmless(PROCESS, "target_device"),
