@@ -26,8 +26,8 @@ from pymllm.quantization.base import QuantizationConfig, get_quantization_config
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
-from pymllm.quantization.storage.settings import HarmlessSettings, harmless
-from pymllm.quantization.storage.writer_settings import AUTOROUND, REFUSED, SWITCH
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import AUTOROUND, REFUSED, STORED_DTYPE, STORED_LAYER, SWITCH
 
 _unsupported = functools.partial(unsupported, "AutoRound")
 
@@ -43,8 +43,6 @@ PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_static": ("", {}),
 }
 SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_dynamic")
-ACTIVATIONS = ("act_sym", "act_group_size")
-STATIC = ("static_kv_dtype", "static_attention_dtype")
 # (data_type, bits) -> compressed-tensors' name, and the settings of its weights.
 FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("nv_fp", 4): ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
@@ -54,21 +52,21 @@ FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
 FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 
 
+_ACTIVATIONS = harmless(
+    "of activations that stay floats, or are rounded as the weights", "act_sym act_group_size"
+)
 HARMLESS = {
     **AUTOROUND,
-    **harmless("e4m3 is the only float8 that is read", "fmt", only=("e4m3",)),
+    **_ACTIVATIONS,
+    **below("extra_config.*", _ACTIVATIONS, harmless(STORED_DTYPE, "scale_dtype")),
+    **harmless(STORED_LAYER, "lm_head quant_lm_head", only=SWITCH),
+    **harmless("float8 is e4m3", "fmt", only=("e4m3",)),
     **harmless("act_dynamic says so, too", "activation_scheme", only=("dynamic", "static")),
-    **harmless("GPTQ's order of inputs is the group index that is stored", "desc_act", only=(False,)),
+    **harmless("inputs are in order", "desc_act", only=(False,)),
     **harmless(
-        "a head is quantised where extra_config or the files say so", "lm_head", "quant_lm_head", only=SWITCH
+        f"keys, values or queries are rounded, {REFUSED}", "static_kv_dtype static_attention_dtype", only=()
     ),
-    **harmless("settings of activations that stay floats, or of the weights' own group", *ACTIVATIONS),
-    **harmless(
-        "settings of activations that stay floats", *(f"extra_config.*.{name}" for name in ACTIVATIONS)
-    ),
-    **harmless("scales are read in the dtype that they are stored in", "extra_config.*.scale_dtype"),
-    **harmless(f"keys, values or queries that are rounded while the model runs; {REFUSED}", *STATIC, only=()),
-    **harmless(f"a rotation that the model undoes while it runs; {REFUSED}", "rotation_configs", only=()),
+    **harmless(f"a rotation is undone while the model runs, {REFUSED}", "rotation_configs", only=()),
 }
 
 

@@ -31,6 +31,7 @@ from pymllm.quantization.storage.writer_settings import (
     AUTOROUND,
     GPTQMODEL,
     RUNNING,
+    STORED_LAYER,
     SWITCH,
     TRANSFORMERS_GPTQ,
 )
@@ -41,15 +42,6 @@ _unsupported = functools.partial(unsupported, "AWQ")
 # Nibble i of a word, from the low end, holds this column of its eight.
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
-FUSED = (
-    "attention",
-    "layernorm",
-    "mlp",
-    "use_alibi",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_size",
-)
 
 
 @dataclass(frozen=True)
@@ -135,14 +127,14 @@ HARMLESS = {
     **AUTOROUND,
     **TRANSFORMERS_GPTQ,
     **GPTQMODEL,
-    **harmless(RUNNING, "do_fuse", "fuse_max_seq_len", *(f"modules_to_fuse.{name}" for name in FUSED)),
+    **harmless(STORED_LAYER, "modules_in_block_to_quantize ignore"),
     **harmless("zero_point says so, too", "sym", only=SWITCH),
     **harmless("AWQ has no order of its own", "desc_act", only=(False,)),
-    **harmless("the layout is AWQ's", "method", only=("awq",)),
-    **harmless("words of 32 bits", "pack_dtype", only=("int32",)),
+    **harmless("quant_method says so, too", "method", only=("awq",)),
+    **harmless("words have 32 bits", "pack_dtype", only=("int32",)),
     **harmless("codes are integers", "data_type", only=("int",)),
     **harmless("activations stay floats", "act_bits", only=(16, 32)),
-    **harmless("a layer is quantised where the files hold codes of it", "modules_in_block_to_quantize"),
+    **harmless(RUNNING, "do_fuse fuse_max_seq_len modules_to_fuse"),
 }
 
 

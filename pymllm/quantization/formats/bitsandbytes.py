@@ -35,8 +35,8 @@ from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, read_stored, unsupported
 from pymllm.quantization.storage.packing import unpack_nibbles_high_first
-from pymllm.quantization.storage.settings import HarmlessSettings, harmless
-from pymllm.quantization.storage.writer_settings import SWITCH
+from pymllm.quantization.storage.settings import HarmlessSettings, Settings, harmless
+from pymllm.quantization.storage.writer_settings import RUNNING, SWITCH
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -183,14 +183,17 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
 
 
 HARMLESS = {
-    **harmless("activations stay floats, so none is too large", "llm_int8_threshold"),
-    **harmless("where another engine would hold weights", "llm_int8_enable_fp32_cpu_offload", only=SWITCH),
+    **harmless("activations stay floats", "llm_int8_threshold bnb_4bit_compute_dtype"),
+    **harmless(RUNNING, "llm_int8_enable_fp32_cpu_offload", only=SWITCH),
     **harmless("weights are stored in codes", "llm_int8_has_fp16_weight", only=(False,)),
     **harmless(
         "scales are codes where the files hold nested_absmax", "bnb_4bit_use_double_quant", only=SWITCH
     ),
-    **harmless("the run's own dtype is that of activations", "bnb_4bit_compute_dtype"),
-    **harmless("the stored dtype says so", "bnb_4bit_quant_storage"),
+    **harmless("codes are read in the dtype that they are stored in", "bnb_4bit_quant_storage"),
+}
+STATE_HARMLESS = {
+    **harmless("what the weight had before it was rounded", "dtype nested_dtype"),
+    **harmless("the layer has its own shape", "shape"),
 }
 
 
@@ -255,14 +258,14 @@ class BitsAndBytesConfig(QuantizationConfig):
         name = f"{prefix}.{STATE}{quant_type}"
         raw = bytes(read_stored(self.stored[name]).flatten().tolist())
         try:
-            state = json.loads(raw)
+            state = Settings(json.loads(raw), file="quant_state", root=name)
             block, nested = state["blocksize"], None
             if f"{prefix}.weight.nested_absmax" in self.stored:
                 nested = Nested(state["nested_blocksize"], float(state["nested_offset"]))
             sizes = (block,) if nested is None else (block, nested.block)
             if not all(type(size) is int and size > 0 for size in sizes) or state["quant_type"] != quant_type:
                 raise ValueError("its fields contradict the tensors")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the quant_state cannot be read: {error!r}",
                 code="quant-state",
@@ -270,6 +273,7 @@ class BitsAndBytesConfig(QuantizationConfig):
                 expected=f"JSON with blocksize and quant_type {quant_type} (nested_blocksize and nested_offset)",
                 found=repr(raw[:200]),
             ) from None
+        state.refuse_unread("bitsandbytes", STATE_HARMLESS)
         weight, table = (self.stored.get(f"{prefix}.{name}") for name in ("weight", "weight.quant_map"))
         if weight is None or weight.dtype is None or table is None:
             raise CheckpointError(

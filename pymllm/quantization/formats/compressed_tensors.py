@@ -41,7 +41,10 @@ from pymllm.quantization.storage.writer_settings import (
     OBSERVERS,
     REFUSED,
     RUNNING,
+    STORED_DTYPE,
+    STORED_LAYER,
     SWITCH,
+    WRITER,
 )
 from pymllm.weights.spec import FLOATS
 
@@ -63,35 +66,30 @@ ACT_ORDER = ("group", "dynamic", True)
 
 
 # Of the weights, or the activations, of a group; a reader looks at these in some strategies alone.
-CODES = {
+_CODES = {
     **OBSERVERS,
-    **harmless(
-        "scales and zero points are read in the dtype that they are stored in", "scale_dtype", "zp_dtype"
-    ),
+    **harmless(STORED_DTYPE, "scale_dtype zp_dtype"),
     **harmless("the strategy has no groups", "group_size", only=(-1,)),
     **harmless("the strategy has no blocks", "block_structure", only=()),
     **harmless("the order of inputs is that of the groups", "actorder", only=("weight", "static", False)),
 }
 HARMLESS = {
     **AUTOROUND,
-    **below("config_groups.*.weights", CODES),
+    **below("config_groups.*.weights config_groups.*.input_activations", _CODES),
     **below("config_groups.*.weights", harmless("weights are stored in codes", "dynamic", only=(False,))),
-    **below("config_groups.*.input_activations", CODES),
     **below("kv_cache_scheme", KV_SCHEME),
-    **harmless("the writer's version", "version"),
-    **harmless("a figure about the files", "global_compression_ratio"),
-    **harmless("a layer is quantised where the files hold codes of it", "quantization_status"),
-    **harmless(RUNNING, "run_compressed", "dequantize", "use_optimized_inference", only=SWITCH),
     **below(
         "sparsity_config",
-        harmless(
-            "a dense file has every weight",
-            *("targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass"),
-        ),
+        harmless("a dense file has every weight", "targets ignore global_sparsity sparsity_structure"),
+        harmless("a dense file has every weight", "registry_requires_subclass"),
     ),
+    **harmless(WRITER, "version"),
+    **harmless("a figure about the files", "global_compression_ratio"),
+    **harmless(STORED_LAYER, "quantization_status"),
+    **harmless(RUNNING, "run_compressed dequantize use_optimized_inference", only=SWITCH),
     **harmless("float8 is e4m3fn", "fp8_dtype_flavor", only=("float8_e4m3fn",)),
     **harmless(
-        f"queries that are rounded while the model runs; {REFUSED}", "attention_input_activations", only=()
+        f"queries are rounded while the model runs, {REFUSED}", "attention_input_activations", only=()
     ),
 }
 

@@ -35,7 +35,15 @@ from pymllm.quantization.options import needs_calibration, one_of, parse_options
 from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
-from pymllm.quantization.storage.writer_settings import GPTQMODEL, KV_SCHEME, REFUSED, RUNNING, SWITCH
+from pymllm.quantization.storage.writer_settings import (
+    GPTQMODEL,
+    KV_SCHEME,
+    REFUSED,
+    RUNNING,
+    STORED_DTYPE,
+    STORED_LAYER,
+    SWITCH,
+)
 from pymllm.weights.spec import FLOATS, OUT, Dim, LinearShape
 
 _unsupported = functools.partial(unsupported, "FP8")
@@ -54,7 +62,7 @@ ACTIVATIONS: dict[Any, tuple[Activations, Activations]] = {
 class Fp8LinearMethod(E4M3LinearMethod):
     """FP8 weights as DeepSeek, transformers and AutoFP8 name their tensors.  The fields are `E4M3LinearMethod`'s.
 
-    inverse: whether codes are to be divided by the stored scale.  flat_scale: whether channels' scales are stored as [O].
+    inverse: whether codes are divided by the stored scale.  flat_scale: whether channels' scales are stored as [O].
     """
 
     block: tuple[int, int] = CHANNEL
@@ -92,24 +100,22 @@ E4M3_NAMES = ("e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn", "fp8_e4m3")
 HARMLESS = {
     **GPTQMODEL,
     **below("kv_cache_scheme", KV_SCHEME),
-    **harmless("weights are e4m3", "fmt", "format", "checkpoint_format", only=E4M3_NAMES),
-    **harmless(
-        "scales are read in the dtype that they are stored in",
-        "scale_fmt",
-        only=("ue8m0", "float", "float32"),
-    ),
+    **harmless("weights are e4m3", "fmt format checkpoint_format", only=E4M3_NAMES),
     **harmless("experts are as other layers", "expert_dtype", only=("fp8", "float8_e4m3fn")),
-    **harmless("a layer is quantised where the files hold codes of it", "modules_to_convert"),
+    **harmless(STORED_DTYPE, "scale_fmt", only=("ue8m0", "float", "float32")),
+    **harmless(STORED_LAYER, "modules_to_convert"),
     **harmless(RUNNING, "dequantize", only=SWITCH),
-    **harmless("blocks say so", "weight_per_tensor", "act_per_tensor", only=(False,)),
-    **harmless("the shape of the scales says so", "weight_scale_method", only=("block", "row", "tensor")),
+    **harmless("weight_block_size says so, too", "weight_per_tensor act_per_tensor", only=(False,)),
+    **harmless(
+        "the shape of the scales says so, too", "weight_scale_method", only=("block", "row", "tensor")
+    ),
     **harmless("codes are bytes", "bits", only=(8,)),
     **harmless("weight_block_size has the groups", "group_size", only=(-1,)),
     **harmless("inputs are in order", "desc_act", only=(False,)),
     **harmless("float8 has no zero points", "sym", only=(True,)),
-    **harmless("the layout is FP8's", "method", only=("fp8",)),
+    **harmless("quant_method says so, too", "method", only=("fp8",)),
     **harmless("float8 is not packed in words", "pack_dtype"),
-    **harmless(f"settings of single layers; {REFUSED}", "dynamic.*", only=()),
+    **harmless(f"settings of single layers, {REFUSED}", "dynamic.*", only=()),
 }
 
 

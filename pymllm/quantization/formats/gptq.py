@@ -139,7 +139,7 @@ HARMLESS = {
     **TRANSFORMERS_GPTQ,
     **GPTQMODEL,
     **below("dynamic.*", GPTQ_CALIBRATION),
-    **harmless("the layout is GPTQ's", "method", only=("gptq",)),
+    **harmless("quant_method says so, too", "method", only=("gptq",)),
     **harmless("codes are integers", "data_type", only=("int",)),
     **harmless("activations stay floats", "act_bits", only=(16, 32)),
 }

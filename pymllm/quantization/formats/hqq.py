@@ -113,10 +113,10 @@ def unpack_groups(words: Tensor, bits: int) -> Tensor:
 
 
 _PARAMS = {
-    **harmless(CALIBRATION, "weight_quant_params.optimize", "weight_quant_params.round_zero"),
+    **harmless(CALIBRATION, "weight_quant_params.optimize weight_quant_params.round_zero"),
     **harmless("where the writer held scales", "offload_meta", only=SWITCH),
 }
-HARMLESS = {**below("quant_config", _PARAMS), **below("quant_config.*", _PARAMS)}
+HARMLESS = below("quant_config quant_config.*", _PARAMS)
 
 
 @register_quantization("hqq")

@@ -48,7 +48,7 @@ from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
 from pymllm.quantization.storage.packing import encode_e2m1, unpack_nibbles_low_first
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
-from pymllm.quantization.storage.writer_settings import KV_SCHEME, SWITCH
+from pymllm.quantization.storage.writer_settings import KV_SCHEME, SWITCH, WRITER
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "ModelOpt")
@@ -111,27 +111,27 @@ class NVFP4LinearMethod(LinearMethodBase):
         return f"nvfp4, activations {'fp4' if self.static_input else 'float'}"
 
 
-_LAYER = {
-    **harmless("the algorithms that are read have none", "has_zero_point", "pre_quant_scale", only=(False,)),
+_LAYER = harmless("the algorithms that are read have none", "has_zero_point pre_quant_scale", only=(False,))
+_CODES = {  # what quant_algo means, said again in compressed-tensors' words
+    **harmless("quant_algo says so", "type", only=("float",)),
+    **harmless("quant_algo says so", "num_bits", only=(4, 8)),
+    **harmless("quant_algo says so", "group_size", only=(GROUP,)),
+    **harmless("quant_algo says so", "symmetric", only=(True,)),
+    **harmless("quant_algo says so", "strategy"),
 }
-# `config_groups` say again in another's words what quant_algo means.
 _GROUP = {
-    **_LAYER,
-    **harmless("quant_algo says which layers", "targets"),
-    **harmless("quant_algo says so", "weights.type", "input_activations.type", only=("float",)),
-    **harmless("quant_algo says so", "weights.num_bits", "input_activations.num_bits", only=(4, 8)),
-    **harmless("quant_algo says so", "weights.group_size", "input_activations.group_size", only=(GROUP,)),
+    **below("weights input_activations", _CODES),
     **harmless("quant_algo says so", "weights.dynamic", only=(False,)),
     **harmless("quant_algo says so", "input_activations.dynamic", only=SWITCH),
-    **harmless("quant_algo says so", "weights.strategy", "input_activations.strategy"),
 }
 HARMLESS = {
-    **harmless("the writer's name and version", "producer.name", "producer.version"),
+    **harmless(WRITER, "producer.name producer.version producer.commit"),
     **_LAYER,
-    **below("quantization", _LAYER),
-    **below("quantization.quantized_layers.*", _LAYER),
-    **below("quantized_layers.*", _LAYER),
-    **below("config_groups.*", _GROUP),
+    **_GROUP,
+    **below("quantization quantization.quantized_layers.* quantized_layers.* config_groups.*", _LAYER),
+    **below(
+        "config_groups.*", _GROUP, harmless("quant_algo and quantized_layers say which layers", "targets")
+    ),
     **below("kv_cache_scheme", KV_SCHEME),
 }
 

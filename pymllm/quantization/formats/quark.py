@@ -32,52 +32,53 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import compile_pattern, read_names, unsupported
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
-from pymllm.quantization.storage.writer_settings import CALIBRATION, PROCESS, REFUSED
+from pymllm.quantization.storage.writer_settings import CALIBRATION, PROCESS, REFUSED, STORED_DTYPE, WRITER
 
 _unsupported = functools.partial(unsupported, "Quark")
 
 BLOCKS = {"per_tensor": TENSOR, "per_channel": CHANNEL}
 
 
+# Of a tensor's codes; then of a layer.
 _SPEC = {
     **harmless(
-        CALIBRATION,
-        *(
-            "observer_cls",
-            "round_method",
-            "scale_calculation_mode",
-            "qat_spec.quant_qat",
-            "percentile",
-            "bin_edges",
-        ),
+        CALIBRATION, "observer_cls round_method scale_calculation_mode enable_buffer_reuse max_input_numel"
     ),
-    **harmless("scales are read in the dtype that they are stored in", "scale_type", "scale_format"),
-    **harmless("a channel is an output, or a token's inputs", "ch_axis", only=(0, 1, -1)),
+    **harmless(STORED_DTYPE, "scale_type scale_format zero_point_type"),
+    **harmless("a channel is an output, or a token", "ch_axis", only=(0, 1, -1)),
     **harmless("float8 has no zero points", "symmetric", only=(True,)),
     **harmless("scales are not codes", "is_scale_quant", only=(False,)),
-    **harmless("float8 has no zero points", "zero_point_type"),
 }
 _SCHEME = {
-    **below("weight", _SPEC),
-    **below("input_tensors", _SPEC),
+    **below("weight input_tensors output_tensors", _SPEC),
     **harmless("a static scale is that of the tensor", "input_tensors.qscheme", only=("per_tensor",)),
-    **below("output_tensors", _SPEC),
-    **below("output_tensors", harmless("read when the cache is made", "dtype", "qscheme", "is_dynamic")),
+    **below("output_tensors", harmless("read when the cache is made", "dtype qscheme is_dynamic")),
     **harmless(PROCESS, "target_device"),
 }
-HARMLESS = {
-    **harmless("the writer's version", "version"),
-    **harmless(PROCESS, "quant_mode", "quant_flow", "gpu_resident_blocks", "keep_prequantized_layers"),
-    **harmless(CALIBRATION, "export.min_kv_scale", "min_kv_scale", "export.weight_merge_groups"),
-    **harmless(CALIBRATION, "shared_scale_groups", "sync_moe_expert_input_amax"),
-    **harmless("a scheme of linear layers, all of which have one by their type", "global_quant_config"),
+_ALGORITHM = {
     **harmless(
-        f"keys that are rounded before they are rotated; {REFUSED}", "kv_cache_post_rope", only=(False,)
+        "an algorithm that changes weights alone",
+        "name scaling_layers model_decoder_layers inside_layer_modules alpha beta block_size damp_percent desc_act",
+        "static_groups scale_clamp_min compute_scale_loss iters lr minmax_lr enable_minmax_tuning batch_size",
+        "r1 r2 rotation_size random random2 random_r1 random_r2 backbone v_proj o_proj self_attn mlp",
+        "trainable train_smooth smooth_positions",
     ),
-    **harmless(f"a softmax that is rounded while the model runs; {REFUSED}", "softmax_quant_spec", only=()),
-    **below("global_quant_config", _SCHEME),
-    **below("layer_quant_config.*", _SCHEME),
-    **below("layer_type_quant_config.*", _SCHEME),
+    **harmless(f"activations are rotated, {REFUSED}", "r3 r4 online_r1_rotation", only=(False,)),
+    **harmless(f"activations are rotated, {REFUSED}", "online_config", only=()),
+}
+HARMLESS = {
+    **below(
+        "global_quant_config layer_quant_config.* layer_type_quant_config.* kv_cache_quant_config.*", _SCHEME
+    ),
+    **below("kv_cache_quant_config.*", harmless("layer_quant_config has them, too", "weight input_tensors")),
+    **below("algo_config algo_config.*", _ALGORITHM),
+    **harmless("all linear layers have a scheme by their type", "global_quant_config"),
+    **harmless(WRITER, "version"),
+    **harmless(PROCESS, "quant_mode quant_flow gpu_resident_blocks keep_prequantized_layers"),
+    **harmless(CALIBRATION, "min_kv_scale export.min_kv_scale export.weight_merge_groups"),
+    **harmless(CALIBRATION, "shared_scale_groups sync_moe_expert_input_amax"),
+    **harmless(f"keys are rounded before they are rotated, {REFUSED}", "kv_cache_post_rope", only=(False,)),
+    **harmless(f"a softmax is rounded while the model runs, {REFUSED}", "softmax_quant_spec", only=()),
 }
 
 

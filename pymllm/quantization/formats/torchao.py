@@ -35,8 +35,8 @@ from pymllm.quantization.storage.fields import is_skipped, read_names, unsupport
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import unpack_nibbles_low_first
-from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
-from pymllm.quantization.storage.writer_settings import CALIBRATION, RUNNING, SWITCH
+from pymllm.quantization.storage.settings import HarmlessSettings, Settings, below, harmless
+from pymllm.quantization.storage.writer_settings import CALIBRATION, REFUSED, RUNNING, STORED_LAYER, SWITCH
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "torchao")
@@ -151,65 +151,59 @@ class TorchAOFp8LinearMethod(E4M3LinearMethod):
         return (SCALE,)
 
 
-_OBJECT = (
-    "_type",
-    "_version",
-    "_data",
-)  # how torchao spells an object of a class, or a value of an enumeration
-_GRANULARITY = ("dim", "group_size", "axis", "block_size")
-_CONFIG = {  # of the fields of its config classes; the files' metadata and tensors have the last word on all of them
-    **harmless("the class is read when a layer has no metadata", *_OBJECT[:2]),
-    **harmless("the shapes of the tensors say so", "_data.group_size", "_data.version"),
-    **harmless(
-        "the shapes of the scales say so",
-        *(f"_data.{name}.{part}" for name in ("granularity", "weight_granularity") for part in _OBJECT[:2]),
-        *(
-            f"_data.{name}._data.{part}"
-            for name in ("granularity", "weight_granularity")
-            for part in _GRANULARITY
-        ),
-        *(f"_data.granularity.*.{part}" for part in _OBJECT[:2]),
-        *(f"_data.granularity.*._data.{part}" for part in _GRANULARITY),
-    ),
+# torchao spells an object of a class, or a value of an enumeration, {"_type": ..., "_version": ..., "_data": ...}.
+_VALUE = harmless("a value", "_type _version _data")
+_GRANULARITY = {
+    **harmless("the shape of the scales says so", "_type _version"),
+    **below("_data", harmless("the shape of the scales says so", "dim group_size axis block_size")),
+}
+_FIELDS = {  # of config classes; the files' metadata and tensors have the last word on all of them
+    **below("granularity weight_granularity granularity.*", _GRANULARITY),
+    **harmless("the shapes of the tensors say so", "group_size version"),
     **harmless(
         "the dtypes and zero points that are stored say so",
-        *("_data.weight_dtype", "_data.target_dtype", "_data.mapping_type", "_data.weight_mapping_type"),
-        *("_data.scale_dtype", "_data.weight_scale_dtype", "_data.block_size", "_data.dtype"),
+        "weight_dtype mapping_type weight_mapping_type scale_dtype weight_scale_dtype",
+        "packing_format int4_packing_format intx_packing_format",
     ),
+    **harmless(CALIBRATION, "int4_choose_qparams_algorithm intx_choose_qparams_algorithm use_hqq"),
     **harmless(
-        CALIBRATION,
-        "_data.int4_choose_qparams_algorithm",
-        "_data.intx_choose_qparams_algorithm",
-        "_data.use_hqq",
+        RUNNING, "set_inductor_config int4_tile_packed_ntile weight_only_decode kernel_preference mm_config"
     ),
-    **harmless(
-        "read when a layer has no metadata",
-        *("_data.activation_quantization", "_data.act_quant_kwargs", "_data.act_mapping_type"),
-    ),
-    **harmless(
-        RUNNING,
-        *("_data.set_inductor_config", "_data.int4_tile_packed_ntile", "_data.weight_only_decode"),
-        *(
-            "_data.kernel_preference",
-            "_data.mm_config",
-            "_data.alg_id",
-            "_data.layout",
-            "_data.inner_k_tiles",
-        ),
-    ),
-    **harmless("activations are rounded in e4m3 as the weights", "_data.activation_dtype"),
-    **harmless(
-        "the tensors that are stored say so", "_data.int4_packing_format", "_data.intx_packing_format"
-    ),
-    **harmless("the tensors that are stored say so", "_data.packing_format"),
+    **harmless(RUNNING, "alg_id layout inner_k_tiles"),
+    **harmless("activations are rounded to the weights' own type", "activation_dtype"),
+    **harmless("read with a layer that has no metadata", "act_mapping_type"),
+    **harmless(f"activations have all codes, or not, {REFUSED}", "reduce_range", only=(False,)),
+    **harmless(f"activations have bounds, {REFUSED}", "activation_value_lb activation_value_ub", only=()),
+}
+_ACTIVATIONS = {  # act_quant_kwargs: how activations are rounded
+    **harmless("the class of the weight says so", "_type _version"),
+    **below("_data.granularity", _GRANULARITY),
+    **below("_data.mapping_type _data.float8_dtype", _VALUE),
+    **harmless(RUNNING, "_data.kernel_preference _data.mm_config"),
+    **harmless(f"activations have all codes, or not, {REFUSED}", "_data.reduce_range", only=(False,)),
+    **harmless(f"activations have bounds, {REFUSED}", "_data.hp_value_lb _data.hp_value_ub", only=()),
+}
+_ATTRIBUTES = {  # of the classes of weights, by the files' metadata
+    **below("target_dtype weight_dtype activation_quantization dtype", _VALUE),
+    **harmless("a value", "target_dtype weight_dtype activation_quantization dtype"),
+    **below("act_quant_kwargs", _ACTIVATIONS),
+    **harmless("the layer has its own shape", "block_size shape"),
+    **harmless(RUNNING, "kernel_preference mm_config"),
+    **harmless(f"activations have all codes, or not, {REFUSED}", "reduce_range", only=(False,)),
+    **harmless("activations stay floats", "activation_dtype._type activation_dtype._version"),
+    **harmless("activations stay floats", "activation_dtype._data", only=("bfloat16", "float16", "float32")),
+}
+METADATA_HARMLESS = {
+    **below("_data", _ATTRIBUTES),
+    **harmless("the tensors that are stored have these names", "_tensor_data_names"),
+    **harmless("the class of the weight has one layout", "_version"),
 }
 HARMLESS = {
-    **below("quant_type.default", _CONFIG),
     **harmless(
-        "the files hold codes of the embedding and of a head of its own, or they do not",
-        *("include_input_output_embeddings", "untie_embedding_weights"),
-        only=SWITCH,
+        "read with a layer that has no metadata", "quant_type.default._type quant_type.default._version"
     ),
+    **below("quant_type.default._data", {**_ATTRIBUTES, **_FIELDS}),
+    **harmless(STORED_LAYER, "include_input_output_embeddings untie_embedding_weights", only=SWITCH),
 }
 
 
@@ -276,15 +270,15 @@ class TorchAOConfig(QuantizationConfig):
 
     def _describe(self, prefix: str) -> tuple[str, Mapping[str, Any]]:
         """Return the subclass of a layer's weight and its attributes, from the metadata, else from the config."""
-        text = self.metadata.get(f"{prefix}.weight")
+        text, described = self.metadata.get(f"{prefix}.weight"), None
         if text is None:
             kind = _kind_of_config(self.quant_type)
             settings: Any = self.quant_type.get("_data")
         else:
             try:
-                described = json.loads(text)
+                described = Settings(json.loads(text), file="the files' metadata", root=f"{prefix}.weight")
                 kind, settings = described["_type"], described["_data"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"the file's metadata of the weight cannot be read: {error!r}",
                     code="torchao-metadata",
@@ -294,6 +288,8 @@ class TorchAOConfig(QuantizationConfig):
                 ) from None
         if kind not in KINDS or not isinstance(settings, Mapping):
             raise _unsupported("_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight.")
+        if described is not None:
+            described.refuse_unread("torchao", METADATA_HARMLESS)
         return kind, settings
 
 

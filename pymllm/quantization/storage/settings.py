@@ -36,15 +36,21 @@ HarmlessSettings = Mapping[str, Harmless]
 def harmless(reason: str, *paths: str, only: Sequence[Any] | None = None) -> dict[str, Harmless]:
     """Make the entries of settings that may be left unread.
 
-    paths: below the config, such as `meta.mse`; `*` stands for one name or one place in a list.  All that is below an
-    object of such a path may be left unread, too.  only: the values for which that holds, beside empty ones.
+    paths: below the config, such as `meta.mse`, with spaces between them; `*` stands for one name, or one place in a
+    list.  All that is below an object of such a path may be left unread, too.
+    only: the values for which that holds, beside empty ones.
     """
-    return {path: Harmless(reason, None if only is None else tuple(only)) for path in paths}
+    return {path: Harmless(reason, None if only is None else tuple(only)) for path in " ".join(paths).split()}
 
 
-def below(path: str, settings: HarmlessSettings) -> dict[str, Harmless]:
-    """Give declared settings another place: below `path`."""
-    return {f"{path}.{name}": entry for name, entry in settings.items()}
+def below(paths: str, *settings: HarmlessSettings) -> dict[str, Harmless]:
+    """Give entries another place: below each of the paths, which have spaces between them."""
+    return {
+        f"{path}.{name}": entry
+        for path in paths.split()
+        for table in settings
+        for name, entry in table.items()
+    }
 
 
 class Settings(Mapping[str, Any]):
@@ -134,7 +140,7 @@ class Settings(Mapping[str, Any]):
                 code="quantization-config",
                 file=self.file,
                 tensor=self.place((*within.path, name)),
-                expected=f"{' or '.join(map(repr, entry.only or ()))}: {entry.reason}",
+                expected=f"{' or '.join(map(repr, entry.only or ())) or 'null'}: {entry.reason}",
                 found=_brief(value),
                 fix="Write the checkpoint again without it.",
             )
@@ -160,12 +166,11 @@ class Settings(Mapping[str, Any]):
             if name == QUANT_METHOD and not self.path:
                 continue
             entry = next((entry for pattern, entry in table.items() if _is(path, pattern)), None)
-            if name in self._names or (entry is None and any(_leads_to(path, pattern) for pattern in table)):
+            known_below = entry is None and any(_leads_to(path, pattern) for pattern in table)
+            if name in self._names or (known_below and _has_objects_alone(value)):
                 for item in _objects(value):
                     yield from item._unread(table)
-                if name in self._names or isinstance(value, (Settings, list)):
-                    continue
-            if not _is_empty(value) and not (entry is not None and entry.allows(value)):
+            elif not _is_empty(value) and not (entry is not None and entry.allows(value)):
                 yield self, name, value, entry
 
 
@@ -213,6 +218,13 @@ def _objects(value: Any) -> Iterator[Settings]:
     elif isinstance(value, list):
         for item in value:
             yield from _objects(item)
+
+
+def _has_objects_alone(value: Any) -> bool:
+    """Tell whether a value is an object, or a list of nothing else."""
+    return isinstance(value, Settings) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, Settings) for item in value)
+    )
 
 
 def _is_empty(value: Any) -> bool:
