@@ -145,7 +145,10 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
         format = get_quantization_config(str(name).lower().replace("_", "-"))
         return format.from_config(Settings(settings, file=file, root=root))
     except ConfigError as error:
-        error.file = error.file or file
+        if error.file is None or not root:
+            error.file = file
+        if not root and error.tensor:  # the file has no quantization_config around its settings
+            error.tensor = error.tensor.removeprefix(f"{ROOT}.")
         error.args = (str(error),)
         raise
 

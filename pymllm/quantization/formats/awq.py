@@ -26,7 +26,7 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import one_of, parse_options, read_group_size
 from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
 from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups, group_within
-from pymllm.quantization.storage.settings import harmless
+from pymllm.quantization.storage.settings import below, harmless
 from pymllm.quantization.storage.writer_settings import (
     AUTOROUND,
     GPTQMODEL,
@@ -134,7 +134,9 @@ HARMLESS = {
     **harmless("words have 32 bits", "pack_dtype", only=("int32",)),
     **harmless("codes are integers", "data_type", only=("int",)),
     **harmless("activations stay floats", "act_bits", only=(16, 32)),
-    **harmless(RUNNING, "do_fuse fuse_max_seq_len modules_to_fuse"),
+    **harmless(RUNNING, "do_fuse fuse_max_seq_len"),
+    **below("modules_to_fuse", harmless(RUNNING, "attention layernorm mlp use_alibi hidden_size")),
+    **below("modules_to_fuse", harmless(RUNNING, "num_attention_heads num_key_value_heads")),
 }
 
 

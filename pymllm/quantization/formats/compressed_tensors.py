@@ -115,8 +115,8 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:
-        sparsity = config.get("sparsity_config") or {"format": "dense"}
-        if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
+        sparsity = config.get("sparsity_config") or {}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
             raise _unsupported("sparsity_config", sparsity, "none, or format dense")
         if config.get("transform_config"):
             raise _unsupported("transform_config", config["transform_config"], "none")

@@ -115,7 +115,15 @@ HARMLESS = {
     **harmless("float8 has no zero points", "sym", only=(True,)),
     **harmless("quant_method says so, too", "method", only=("fp8",)),
     **harmless("float8 is not packed in words", "pack_dtype"),
-    **harmless(f"settings of single layers, {REFUSED}", "dynamic.*", only=()),
+    **below(
+        "dynamic.*",
+        harmless(
+            f"settings of single layers, {REFUSED}", "bits group_size format fmt weight_block_size", only=()
+        ),
+        harmless(
+            f"settings of single layers, {REFUSED}", "weight_scale_method weight_scale_semantics", only=()
+        ),
+    ),
 }
 
 

@@ -246,8 +246,6 @@ def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRul
     pattern = key.removeprefix("-:") if key.startswith("-:") else key.removeprefix("+:")
     compile_pattern(pattern, f"dynamic.{key}", key.removesuffix(pattern))
     if key.startswith("-:"):
-        if overrides:
-            raise _unsupported(f"dynamic.{key}", overrides, "an empty object, as the modules are left out")
         return DynamicRule(pattern, None)
     if not isinstance(overrides, Mapping):
         raise _unsupported(f"dynamic.{key}", overrides, "an object of settings")

@@ -35,8 +35,8 @@ from pymllm.quantization.storage.fields import is_skipped, read_names, unsupport
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import unpack_nibbles_low_first
-from pymllm.quantization.storage.settings import HarmlessSettings, Settings, below, harmless
-from pymllm.quantization.storage.writer_settings import CALIBRATION, REFUSED, RUNNING, STORED_LAYER, SWITCH
+from pymllm.quantization.storage.settings import HarmlessSettings, Settings
+from pymllm.quantization.storage.torchao_settings import HARMLESS, METADATA_HARMLESS, READ_LATER
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "torchao")
@@ -151,62 +151,6 @@ class TorchAOFp8LinearMethod(E4M3LinearMethod):
         return (SCALE,)
 
 
-# torchao spells an object of a class, or a value of an enumeration, {"_type": ..., "_version": ..., "_data": ...}.
-_VALUE = harmless("a value", "_type _version _data")
-_GRANULARITY = {
-    **harmless("the shape of the scales says so", "_type _version"),
-    **below("_data", harmless("the shape of the scales says so", "dim group_size axis block_size")),
-}
-_FIELDS = {  # of config classes; the files' metadata and tensors have the last word on all of them
-    **below("granularity weight_granularity granularity.*", _GRANULARITY),
-    **harmless("the shapes of the tensors say so", "group_size version"),
-    **harmless(
-        "the dtypes and zero points that are stored say so",
-        "weight_dtype mapping_type weight_mapping_type scale_dtype weight_scale_dtype",
-        "packing_format int4_packing_format intx_packing_format",
-    ),
-    **harmless(CALIBRATION, "int4_choose_qparams_algorithm intx_choose_qparams_algorithm use_hqq"),
-    **harmless(
-        RUNNING, "set_inductor_config int4_tile_packed_ntile weight_only_decode kernel_preference mm_config"
-    ),
-    **harmless(RUNNING, "alg_id layout inner_k_tiles"),
-    **harmless("activations are rounded to the weights' own type", "activation_dtype"),
-    **harmless("read with a layer that has no metadata", "act_mapping_type"),
-    **harmless(f"activations have all codes, or not, {REFUSED}", "reduce_range", only=(False,)),
-    **harmless(f"activations have bounds, {REFUSED}", "activation_value_lb activation_value_ub", only=()),
-}
-_ACTIVATIONS = {  # act_quant_kwargs: how activations are rounded
-    **harmless("the class of the weight says so", "_type _version"),
-    **below("_data.granularity", _GRANULARITY),
-    **below("_data.mapping_type _data.float8_dtype", _VALUE),
-    **harmless(RUNNING, "_data.kernel_preference _data.mm_config"),
-    **harmless(f"activations have all codes, or not, {REFUSED}", "_data.reduce_range", only=(False,)),
-    **harmless(f"activations have bounds, {REFUSED}", "_data.hp_value_lb _data.hp_value_ub", only=()),
-}
-_ATTRIBUTES = {  # of the classes of weights, by the files' metadata
-    **below("target_dtype weight_dtype activation_quantization dtype", _VALUE),
-    **harmless("a value", "target_dtype weight_dtype activation_quantization dtype"),
-    **below("act_quant_kwargs", _ACTIVATIONS),
-    **harmless("the layer has its own shape", "block_size shape"),
-    **harmless(RUNNING, "kernel_preference mm_config"),
-    **harmless(f"activations have all codes, or not, {REFUSED}", "reduce_range", only=(False,)),
-    **harmless("activations stay floats", "activation_dtype._type activation_dtype._version"),
-    **harmless("activations stay floats", "activation_dtype._data", only=("bfloat16", "float16", "float32")),
-}
-METADATA_HARMLESS = {
-    **below("_data", _ATTRIBUTES),
-    **harmless("the tensors that are stored have these names", "_tensor_data_names"),
-    **harmless("the class of the weight has one layout", "_version"),
-}
-HARMLESS = {
-    **harmless(
-        "read with a layer that has no metadata", "quant_type.default._type quant_type.default._version"
-    ),
-    **below("quant_type.default._data", {**_ATTRIBUTES, **_FIELDS}),
-    **harmless(STORED_LAYER, "include_input_output_embeddings untie_embedding_weights", only=SWITCH),
-}
-
-
 @register_quantization("torchao")
 @dataclass(kw_only=True, eq=False)
 class TorchAOConfig(QuantizationConfig):
@@ -225,6 +169,7 @@ class TorchAOConfig(QuantizationConfig):
         quant_type = config.get("quant_type")
         if not isinstance(quant_type, Mapping) or not isinstance(quant_type.get("default"), Mapping):
             raise _unsupported("quant_type", quant_type, "an object with default, as torchao 0.15 writes it")
+        _note_fields(quant_type["default"].get("_data"))
         return cls(
             quant_type=quant_type["default"],
             modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
@@ -289,8 +234,15 @@ class TorchAOConfig(QuantizationConfig):
         if kind not in KINDS or not isinstance(settings, Mapping):
             raise _unsupported("_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight.")
         if described is not None:
+            _note_fields(settings)
             described.refuse_unread("torchao", METADATA_HARMLESS)
         return kind, settings
+
+
+def _note_fields(settings: Any) -> None:
+    """Count as read what is asked for when a layer's method is made."""
+    for name in READ_LATER if isinstance(settings, Mapping) else ():
+        settings.get(name)
 
 
 def _kind_of_config(quant_type: Mapping[str, Any]) -> str:

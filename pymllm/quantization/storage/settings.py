@@ -37,7 +37,7 @@ def harmless(reason: str, *paths: str, only: Sequence[Any] | None = None) -> dic
     """Make the entries of settings that may be left unread.
 
     paths: below the config, such as `meta.mse`, with spaces between them; `*` stands for one name, or one place in a
-    list.  All that is below an object of such a path may be left unread, too.
+    list.  All that is below an object of such a path may be left unread, too, unless `only` is given.
     only: the values for which that holds, beside empty ones.
     """
     return {path: Harmless(reason, None if only is None else tuple(only)) for path in " ".join(paths).split()}
@@ -166,7 +166,8 @@ class Settings(Mapping[str, Any]):
             if name == QUANT_METHOD and not self.path:
                 continue
             entry = next((entry for pattern, entry in table.items() if _is(path, pattern)), None)
-            known_below = entry is None and any(_leads_to(path, pattern) for pattern in table)
+            about_values = entry is None or entry.only is not None
+            known_below = about_values and any(_leads_to(path, pattern) for pattern in table)
             if name in self._names or (known_below and _has_objects_alone(value)):
                 for item in _objects(value):
                     yield from item._unread(table)

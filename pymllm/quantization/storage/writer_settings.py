@@ -21,9 +21,10 @@ GPTQ_CALIBRATION = {
     **harmless(
         CALIBRATION,
         "damp_percent damp_auto_increment static_groups true_sequential mse act_group_aware hyb_act",
-        "gptaq gptaq_alpha foem v2 v2_alpha v2_memory_device hessian_chunk_size mock_quantization",
+        "gptaq_alpha v2 v2_alpha v2_memory_device hessian_chunk_size mock_quantization",
         "fail_safe failsafe failsafe_with_rtn scale_search_chunked_activations",
     ),
+    **harmless(CALIBRATION, "gptaq foem", only=SWITCH),
     **below("gptaq foem", harmless(CALIBRATION, "alpha beta device")),
     **below("fallback", harmless(CALIBRATION, "strategy threshold")),
     **below(
