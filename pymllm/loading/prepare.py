@@ -99,6 +99,7 @@ def prepare(
             error.fix += f" With expert_parallel: {', '.join(map(str, whole))}."
         error.args = (str(error),)
         raise
+    config.refuse_ignored()
     rules.lint()
     units, records = match(model, rules, checkpoint)
     return Prepared(checkpoint, config, rules, execution, parallel, model, units, records)

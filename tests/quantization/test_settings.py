@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -216,6 +218,49 @@ def test_settings_that_a_format_keeps_in_tensors_and_metadata_are_read_as_strict
     text = json.dumps({"_type": "Int8Tensor", "_data": attributes, "_tensor_data_names": ["qdata", "scale"]})
     config.metadata["model.layer.weight"] = text
     assert config.get_quant_method(SimpleNamespace(kind="linear"), "model.layer").bits == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "found"),
+    [
+        ("logits_scaling", 8.0, "logits_scaling"),
+        ("attention_multiplier", 0.01, "attention_multiplier"),
+        ("final_logit_softcapping", 30.0, "final_logit_softcapping"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "beta": 0.1}, "rope_parameters.beta"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_scaling.rope_type"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "turns": 0}, "rope_parameters.turns"),
+    ],
+)
+def test_a_setting_of_the_model_that_it_does_not_compute_with_is_refused(tmp_path, setting, value, found):
+    checkpoint = write_checkpoint(tmp_path / "m", "llama", FP8())
+    file = checkpoint.folder / "config.json"
+    config = json.loads(file.read_text())
+    if found == "rope_parameters.beta":  # otherwise both are there, and differ
+        del config["rope_parameters"]
+    file.write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(ConfigError) as caught:
+        prepare(checkpoint.folder, device="cpu")
+    assert caught.value.code == "config-ignored" and caught.value.tensor == found
+    neutral = {"logits_scaling": 1.0, "rope_scaling": {"rope_type": "default", "beta": None}}
+    file.write_text(json.dumps(config | {setting: neutral.get(setting)}))
+    prepare(checkpoint.folder, device="cpu")
+
+
+PAGES = Path(__file__).parents[2] / "quantization"
+FOLDERS = {"auto-round": "gptq", "compressed-tensors": "compressed_tensors"}
+
+
+@pytest.mark.parametrize(
+    "name", sorted({config["quant_method"].replace("_", "-") for config in CONFIGS.values()})
+)
+def test_the_page_of_a_format_lists_what_it_leaves_unread(name):
+    settings = get_quantization_config(name).harmless
+    if not settings:
+        return
+    folders = (FOLDERS.get(name, name), "kv_cache", ".")
+    text = "".join((PAGES / folder / "README.md").read_text() for folder in folders)
+    listed = {entry.rpartition(".")[2] for entry in re.findall(r"`([^`\n]+)`", text)}
+    assert [path for path in settings if path.rpartition(".")[2] not in listed] == []
 
 
 # --- the mechanism

@@ -190,7 +190,10 @@ class Fp8Config(QuantizationConfig):
         if self.block is not None:
             return Fp8LinearMethod(self.block, blocks, in_bytes, inverse=self.inverse)
         per_channel = stored is not None and math.prod(stored.shape) > 1
-        block, flat = CHANNEL if per_channel else TENSOR, per_channel and len(stored.shape) == 1
+        block, flat = (
+            CHANNEL if per_channel else TENSOR,
+            stored is not None and per_channel and len(stored.shape) == 1,
+        )
         return Fp8LinearMethod(block, rows, in_bytes, inverse=self.inverse, flat_scale=flat)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
