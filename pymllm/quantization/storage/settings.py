@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from pymllm.errors import ConfigError, first_few, nearest
@@ -127,12 +127,11 @@ class Settings(Mapping[str, Any]):
 
         format: the format's name, for the message.  known: by path, see `harmless`.
         """
-        table = {tuple(path.split(".")): entry for path, entry in known.items()}
-        unread = list(self._unread(table))
+        unread = list(self._unread([_Node.make(known)]))
         if not unread:
             return
-        within, name, value, entry = unread[0]
-        others = [f"{self.place((*at.path, other))} {_brief(what)}" for at, other, what, _ in unread[1:]]
+        within, name, value, entry, harmless_here = unread[0]
+        others = [f"{self.place((*at.path, other))} {_brief(what)}" for at, other, what, *_ in unread[1:]]
         more = f", and likewise {first_few(others)}" if others else ""
         if entry is not None:
             raise ConfigError(
@@ -144,7 +143,7 @@ class Settings(Mapping[str, Any]):
                 found=_brief(value),
                 fix="Write the checkpoint again without it.",
             )
-        here = list(dict.fromkeys([*within._names, *_names_at(within.path, table)]))
+        here = list(dict.fromkeys([*within._names, *harmless_here]))
         raise ConfigError(
             f"the setting {self.place((*within.path, name))} is not known to {format}, and may change what the weights "
             f"mean{more}",
@@ -157,22 +156,52 @@ class Settings(Mapping[str, Any]):
             "matter to whoever reads the weights, take it out of the file.".lstrip(),
         )
 
-    def _unread(
-        self, table: Mapping[tuple[str, ...], Harmless]
-    ) -> Iterator[tuple[Settings, str, Any, Harmless | None]]:
-        """Yield each setting that may not stay unread: the object that it is in, its name, its value, its entry."""
+    def _unread(self, nodes: list[_Node]) -> Iterator[_Unread]:
+        """Yield each setting that may not stay unread.  nodes: what is declared at this object's path."""
         for name, value in self._values.items():
-            path = (*self.path, name)
             if name == QUANT_METHOD and not self.path:
                 continue
-            entry = next((entry for pattern, entry in table.items() if _is(path, pattern)), None)
+            found = [node for at in nodes for part in (name, "*") if (node := at.below.get(part)) is not None]
+            entry = next((node.entry for node in found if node.entry is not None), None)
             about_values = entry is None or entry.only is not None
-            known_below = about_values and any(_leads_to(path, pattern) for pattern in table)
+            known_below = about_values and any(node.below for node in found)
             if name in self._names or (known_below and _has_objects_alone(value)):
-                for item in _objects(value):
-                    yield from item._unread(table)
+                yield from _unread_within(value, found)
             elif not _is_empty(value) and not (entry is not None and entry.allows(value)):
-                yield self, name, value, entry
+                yield self, name, value, entry, [part for at in nodes for part in at.below if part != "*"]
+
+
+# The object that a setting is in, its name, its value, its entry, and the names that are harmless in that object.
+_Unread = tuple[Settings, str, Any, Harmless | None, list[str]]
+
+
+def _unread_within(value: Any, nodes: list[_Node]) -> Iterator[_Unread]:
+    """Yield what may not stay unread in an object, or in those of a list."""
+    if isinstance(value, Settings):
+        yield from value._unread(nodes)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            parts = (f"[{index}]", "*")
+            below = [node for at in nodes for part in parts if (node := at.below.get(part)) is not None]
+            yield from _unread_within(item, below)
+
+
+@dataclass
+class _Node:
+    """A tree of declared settings, by the parts of their paths.  entry: that of the path that ends here."""
+
+    below: dict[str, _Node] = field(default_factory=dict)
+    entry: Harmless | None = None
+
+    @classmethod
+    def make(cls, settings: HarmlessSettings) -> _Node:
+        root = cls()
+        for path, entry in settings.items():
+            node = root
+            for part in path.split("."):
+                node = node.below.setdefault(part, cls())
+            node.entry = entry
+        return root
 
 
 def refusing_unread(read: Callable[[Any, Any], Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
@@ -192,33 +221,6 @@ def refusing_unread(read: Callable[[Any, Any], Any]) -> Callable[[Any, Mapping[s
         return found
 
     return from_config
-
-
-def _is(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    return len(path) == len(pattern) and _leads_to(path, pattern, strictly=False)
-
-
-def _leads_to(path: Sequence[str], pattern: Sequence[str], *, strictly: bool = True) -> bool:
-    """Tell whether a path is the first part of a pattern."""
-    if len(path) + strictly > len(pattern):
-        return False
-    return all(wanted in ("*", name) for name, wanted in zip(path, pattern, strict=False))
-
-
-def _names_at(path: Sequence[str], table: Mapping[tuple[str, ...], Harmless]) -> Iterator[str]:
-    """Yield the names that are known to be harmless in the object at `path`."""
-    for pattern in table:
-        if _leads_to(path, pattern) and len(pattern) == len(path) + 1 and pattern[-1] != "*":
-            yield pattern[-1]
-
-
-def _objects(value: Any) -> Iterator[Settings]:
-    """Yield the objects that a value is, or has in its lists."""
-    if isinstance(value, Settings):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _objects(item)
 
 
 def _has_objects_alone(value: Any) -> bool:
