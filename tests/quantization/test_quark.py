@@ -42,8 +42,12 @@ class Quark:
 WRITERS = (Quark(), Quark(static=False), Quark("per_channel", static=False))
 BAD = (
     ({}, "global_quant_config"),
-    ({"global_quant_config": {"weight": SCHEME | {"dtype": "int4"}}}, "int4"),
-    ({"global_quant_config": {"weight": SCHEME | {"qscheme": "per_group"}}}, "per_group"),
+    ({"global_quant_config": {"weight": SCHEME | {"dtype": "fp6_e2m3"}}}, "fp6_e2m3"),
+    ({"global_quant_config": {"weight": [SCHEME, SCHEME]}}, "dtype"),
+    ({"global_quant_config": {"weight": SCHEME | {"qscheme": "per_group"}}}, "group_size"),
+    ({"global_quant_config": {"weight": SCHEME | {"qscheme": "per_block"}}}, "per_block"),
+    ({"global_quant_config": {"weight": SCHEME | {"dtype": "fp4"}}}, "per_group"),
+    ({"global_quant_config": {"weight": SCHEME}, "algo_config": [{"name": "rotation", "r4": True}]}, "r4"),
     ({"global_quant_config": {"weight": SCHEME, "input_tensors": {"dtype": "int8"}}}, "int8"),
     ({"global_quant_config": {"weight": SCHEME}, "exclude": "lm_head"}, "exclude"),
     (
