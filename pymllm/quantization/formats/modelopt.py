@@ -62,13 +62,14 @@ _unsupported = functools.partial(unsupported, "ModelOpt")
 GROUP = 16
 LARGEST = 6.0  # the largest value of E2M1
 E4M3 = torch.float8_e4m3fn
-# The inputs that share a scale; None: any number.  With -1 the algorithm has no groups.
-GROUPS: dict[str, int | None] = {
-    **dict.fromkeys(("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "NVFP4_AWQ"), GROUP),
-    **dict.fromkeys(("MXFP8", "MXFP4", "W4A8_MXFP4_FP8"), 32),
+# How many inputs may share a scale, the usual number first; None: any number; none at all: there are no groups.
+GROUPS: dict[str, tuple[int, ...] | None] = {
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"), (GROUP,)),
+    "W4A8_NVFP4_FP8": (32, GROUP),
+    **dict.fromkeys(("MXFP8", "MXFP4", "W4A8_MXFP4_FP8"), (32,)),
     **dict.fromkeys(("W4A16_AWQ", "INT4_AWQ", "W4A8_AWQ"), None),
-    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL"), -1),
-    **dict.fromkeys(("W8A16", "INT8_WO", "W8A8_SQ_PER_CHANNEL", "INT8_SQ"), -1),
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL"), ()),
+    **dict.fromkeys(("W8A16", "INT8_WO", "W8A8_SQ_PER_CHANNEL", "INT8_SQ"), ()),
 }
 # Those whose layers have an input_scale, where no headers tell.
 STATIC_INPUTS = (
@@ -91,17 +92,19 @@ class NVFP4LinearMethod(LinearMethodBase):
     """NVFP4 weights.
 
     static_input: whether the checkpoint has an `input_scale`.  fp8_input: it is for activations in fp8, not 4 bits.
+    group_size: how many inputs share a scale.
     """
 
     static_input: bool = False
     fp8_input: bool = False
+    group_size: int = GROUP
     name: ClassVar[str] = "nvfp4"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         specs: tuple[WeightSpec, ...] = (
             WeightSpec("weight", torch.uint8, (OUT, IN.packed(2))),
             # Not declared a scale, as these must not be zero, and a block of zeros may have the scale zero.
-            WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP))),
+            WeightSpec("weight_scale", E4M3, (OUT, IN.every(self.group_size))),
             WeightSpec("weight_scale_2", torch.float32, (PART,), accepts=FLOATS, scale=True),
         )
         if self.static_input:
@@ -109,8 +112,8 @@ class NVFP4LinearMethod(LinearMethodBase):
         return specs
 
     def check(self, shape: LinearShape) -> None:
-        check_groups(GROUP, shape, what="NVFP4 blocks")
-        check_share(GROUP, shape, what="blocks")
+        check_groups(self.group_size, shape, what="NVFP4 blocks")
+        check_share(self.group_size, shape, what="blocks")
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         activations: Activations = "float"
@@ -129,7 +132,7 @@ class NVFP4LinearMethod(LinearMethodBase):
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         """Round a float weight [O, I] so that every block's peak becomes 6, and every part's largest scale 448."""
-        group = min(GROUP, weight.shape[1])
+        group = min(self.group_size, weight.shape[1])
         blocks = weight.float().unflatten(1, (-1, group))  # [O, I/16, 16]
         peaks = blocks.abs().amax(-1)
         smallest = torch.finfo(torch.float32).smallest_normal
@@ -223,7 +226,7 @@ class ModelOptConfig(QuantizationConfig):
             return NamedFp8LinearMethod(CHANNEL, "token", format="modelopt", flat_scale=True)
         if algo in ("FP8_PB_WO", "FP8_PB_REAL"):
             return self._block_method(prefix)
-        return NVFP4LinearMethod(static, static and algo == "W4A8_NVFP4_FP8")
+        return NVFP4LinearMethod(static, static and algo == "W4A8_NVFP4_FP8", group_size)
 
     def _block_method(self, prefix: str) -> LinearMethodBase:
         """Make the method of blocks of 128 x 128 as the scales are stored: with four axes, two, or none."""
@@ -267,9 +270,9 @@ def _read_algorithm(settings: Any, within: str) -> Algorithm:
         if not is_group_size(size):
             raise _unsupported("group_size", size, "a positive integer, or -1 (whole rows)", within=within)
         return algo, max(size, 0)
-    if expected > 0 and size not in (expected, None):
-        raise _unsupported("group_size", size, str(expected), within=within)
-    return algo, max(expected, 0)
+    if expected and size not in (*expected, None):
+        raise _unsupported("group_size", size, " or ".join(map(str, expected)), within=within)
+    return algo, (size or expected[0]) if expected else 0
 
 
 def _read_layers(layers: Any) -> dict[str, Algorithm]:
