@@ -105,8 +105,8 @@ class CompressedTensorsConfig(QuantizationConfig):
         modules = {name.rpartition(".")[0] for name in tensors}
         for group in self.groups:
             for target in group.targets:
-                if group.method is None or target.startswith("re:") or target in CLASSES:
-                    continue
+                if group.method is None or target.startswith("re:") or target in (*CLASSES, "lm_head"):
+                    continue  # a tied head has no tensors of its own
                 if target not in modules:
                     raise ConfigError(
                         f"the target {target!r} is not a layer of this checkpoint",
