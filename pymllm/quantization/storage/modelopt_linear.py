@@ -30,7 +30,7 @@ from pymllm.kernels.canonical import Activations, CanonicalWeight
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.groups import check_groups
 from pymllm.quantization.storage.integer_linear import grouped_weight
-from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
+from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ModelOptIntLinearMethod(LinearMethodBase):
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         if self.bits == 4:
             codes = WeightSpec("weight", torch.uint8, (OUT.packed(2), IN))
-            scales = (OUT, IN.every(self.group_size))
+            scales: tuple[Dim, ...] = (OUT, IN.every(self.group_size))
         else:
             codes, scales = WeightSpec("weight", torch.int8, (OUT, IN)), (OUT,)
         one = {"dtype": torch.float32, "dims": (PART,), "accepts": FLOATS, "scale": True}
