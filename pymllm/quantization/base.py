@@ -90,6 +90,7 @@ class QuantizationConfig(ABC):
         self.stored = tensors
         self.stored_modules = frozenset(name.rpartition(".")[0] for name in tensors)
 
+    notes: tuple[str, ...] = ()  # what a plan says of the config besides
     stored: Mapping[str, StoredTensor] = MappingProxyType({})
     stored_modules: frozenset[str] = frozenset()  # the names that the stored tensors belong to
 

@@ -537,6 +537,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
         "quant_method": "mxfp4",
     },
+    "mxfp8: MiniMax-M3": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": ["lm_head"],
+        "quant_method": "mxfp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [1, 32],
+    },
     "none: a name without settings": {"quant_method": "none"},
     "quark: amd's FP8-KV": QUARK,
     "quark: by the type of layers": {

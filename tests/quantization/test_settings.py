@@ -128,7 +128,7 @@ REFUSED = [
     ("modelopt: nvidia Llama-3.1-8B-Instruct-FP8", "quantization.has_zero_point", True),
     ("modelopt: nvidia Llama-3.1-8B-Instruct-FP8", "quantization.pre_quant_scale", True),
     ("modelopt: nvidia Llama-3.1-8B-Instruct-FP8", "quantization.lora_rank", 32),
-    ("modelopt: config.json of nvidia's NVFP4", "config_groups.group_0.weights.type", "int"),
+    ("modelopt: config.json of nvidia's NVFP4", "config_groups.group_0.weights.type", "uint"),
     ("quark: amd's FP8-KV", "global_quant_config.weight.symmetric", False),
     ("quark: amd's FP8-KV", "global_quant_config.input_tensors.qscheme", "per_channel"),
     ("quark: amd's FP8-KV", "kv_cache_post_rope", True),

@@ -4,9 +4,10 @@
     auto_round, auto_round:gptqmodel GPTQ, zero points as they are
     auto_round:auto_awq              AWQ (GEMM)
     auto_round:llm_compressor        compressed-tensors' NVFP4, MXFP4 and MXFP8 (data_type nv_fp, mx_fp)
-    auto_round:fp8_static            float8 (data_type fp): weight e4m3 [O, I], weight_scale [O] or [1], input_scale [1]
+    auto_round:fp8, fp8_static       float8 (data_type fp): `storage/auto_round_linear.py`
 
-`extra_config` overrides settings of single layers; `block_name_to_quantize` names the blocks that are quantised.
+`extra_config` overrides settings of single layers, which may have another data_type than the others: `packing_format`
+is then about layers of the others' alone. `block_name_to_quantize` names the blocks that are quantised.
 A checkpoint that AutoRound exports as plain gptq or awq has that as its quant_method, and is read as such.
 The page: quantization/gptq/README.md, "auto-round".
 """
@@ -24,8 +25,8 @@ from torch import nn
 from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, register_quantization
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.fields import compile_pattern, unsupported
-from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
+from pymllm.quantization.storage.auto_round_linear import AutoRoundFp8LinearMethod
+from pymllm.quantization.storage.fields import compile_pattern, is_block, read_choice, read_names, unsupported
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
 from pymllm.quantization.storage.writer_settings import AUTOROUND, REFUSED, STORED_DTYPE, STORED_LAYER, SWITCH
 
@@ -41,8 +42,19 @@ PACKINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "awq": ("awq", {"version": "gemm"}),
     "llm_compressor": ("compressed-tensors", {}),
     "fp8_static": ("", {}),
+    "fp8": ("", {}),
 }
-SETTINGS = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type", "act_dynamic")
+INTEGERS = ("gptq", "awq")
+SETTINGS = (
+    "bits",
+    "group_size",
+    "sym",
+    "data_type",
+    "act_bits",
+    "act_data_type",
+    "act_dynamic",
+    "act_group_size",
+)
 # (data_type, bits) -> compressed-tensors' name, and the settings of its weights.
 FLOAT_BLOCKS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("nv_fp", 4): ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
@@ -61,6 +73,7 @@ HARMLESS = {
     **below("extra_config.*", _ACTIVATIONS, harmless(STORED_DTYPE, "scale_dtype")),
     **harmless(STORED_LAYER, "lm_head quant_lm_head", only=SWITCH),
     **harmless("float8 is e4m3", "fmt", only=("e4m3",)),
+    **harmless("group_size says so, too", "weight_block_size"),
     **harmless("act_dynamic says so, too", "activation_scheme", only=("dynamic", "static")),
     **harmless("inputs are in order", "desc_act", only=(False,)),
     **harmless(
@@ -76,13 +89,15 @@ class AutoRoundConfig(QuantizationConfig):
     """`quantization_config` of AutoRound: bits, group_size, sym, data_type, packing_format, extra_config.
 
     packing: a key of PACKINGS.  settings: of all layers, those of SETTINGS that the config has.  layers: extra_config.
-    blocks: names of the blocks that are quantised; none: all.  formats: the configs made so far, by their settings.
+    blocks: names of the blocks that are quantised; none: all.  ignored: layers that are not.
+    formats: the configs made so far, by their settings.
     """
 
     packing: str
     settings: Mapping[str, Any]
     layers: Mapping[str, Mapping[str, Any]]
     blocks: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     formats: dict[tuple[Any, ...], QuantizationConfig] = field(default_factory=dict)
     harmless: ClassVar[HarmlessSettings] = HARMLESS
 
@@ -101,7 +116,14 @@ class AutoRoundConfig(QuantizationConfig):
         for rotation in ("rotation_config", "spinquant_config"):
             if config.get(rotation):
                 raise _unsupported(rotation, config.get(rotation), "null")
-        read = cls(packing=short, settings=settings, layers=layers, blocks=_read_blocks(config))
+        read_choice("AutoRound", config, "fmt", "e4m3", ["e4m3", None])
+        read = cls(
+            packing=short,
+            settings=settings,
+            layers=layers,
+            blocks=_read_blocks(config),
+            ignored=read_names(config, "ignored_layers"),
+        )
         for name in ("", *layers):
             read._format(name)
         return read
@@ -115,9 +137,11 @@ class AutoRoundConfig(QuantizationConfig):
         named = self._key(prefix)
         if named is None and self.blocks and not any(prefix.startswith(f"{block}.") for block in self.blocks):
             return None
-        found = self._format(named or "")
+        if named is None and prefix in self.ignored:
+            return None
+        found = self._format(named or "", prefix)
         if isinstance(found, LinearMethodBase):
-            return found if self.covers(layer, prefix) else None
+            return found if self.covers(layer, prefix, "weight_scale", "weight_scale_inv") else None
         return None if found is None else found.get_quant_method(layer, prefix)
 
     def _key(self, prefix: str) -> str | None:
@@ -133,8 +157,11 @@ class AutoRoundConfig(QuantizationConfig):
             None,
         )
 
-    def _format(self, key: str) -> QuantizationConfig | LinearMethodBase | None:
-        """Return the format of layers under this entry of extra_config ("": all others), or None for plain floats."""
+    def _format(self, key: str, prefix: str = "") -> QuantizationConfig | LinearMethodBase | None:
+        """Return the format of layers under this entry of extra_config ("": all others), or None for plain floats.
+
+        prefix: a layer of these, whose stored tensors tell how integers are packed where packing_format does not.
+        """
         settings = {**self.settings, **_given(self.layers.get(key, {}))}
         at = f"extra_config.{key}." if key else ""
         if isinstance(settings.get("bits"), int) and settings["bits"] >= FLOAT_BITS:
@@ -142,28 +169,35 @@ class AutoRoundConfig(QuantizationConfig):
         element = settings.get("data_type", "int")
         if element == "fp":
             return _float8_method(settings, at)
+        packing = self.packing
         if element != "int":
             config = _float_blocks(settings, at)
-            if self.packing != "llm_compressor":
-                raise _unsupported(
-                    "packing_format", self.packing, f"auto_round:llm_compressor with {element}"
-                )
+            if packing != "llm_compressor" and not key:
+                raise _unsupported("packing_format", packing, f"auto_round:llm_compressor with {element}")
+            packing = "llm_compressor"
         else:
             act_bits = settings.get("act_bits", FLOAT_BITS)
             if act_bits not in (FLOAT_BITS, 32):
                 raise _unsupported(f"{at}act_bits", act_bits, f"{FLOAT_BITS} or 32 with integer weights")
             config = {k: settings.get(k) for k in ("bits", "group_size", "sym")}
             config["zero_point"] = not config["sym"]
-        name, more = PACKINGS[self.packing]
-        if name not in (("compressed-tensors",) if element != "int" else ("gptq", "awq")):
-            raise _unsupported(f"{at}data_type", element, f"one that {self.packing!r} packs")
-        identity = tuple(map(repr, config.values()))
+            if PACKINGS[packing][0] not in INTEGERS and key:
+                packing = "auto_awq" if self._packs_outputs(prefix) else "auto_gptq"
+        name, more = PACKINGS[packing]
+        if name not in (("compressed-tensors",) if element != "int" else INTEGERS):
+            raise _unsupported(f"{at}data_type", element, f"one that {packing!r} packs")
+        identity = (packing, *map(repr, config.values()))
         if identity not in self.formats:
             config = {k: v for k, v in config.items() if k != "zero_point" or name == "awq"}
             read = get_quantization_config(name).from_config({**config, **more, "quant_method": name})
             read.see_checkpoint(self.stored)
             self.formats[identity] = read
         return self.formats[identity]
+
+    def _packs_outputs(self, prefix: str) -> bool:
+        """Tell whether the layer's codes are packed along its outputs, as AWQ does it; GPTQ packs along the inputs."""
+        words, scales = (self.stored.get(f"{prefix}.{name}") for name in ("qweight", "scales"))
+        return words is not None and scales is not None and words.shape[-1] < scales.shape[-1]
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,17 +229,26 @@ def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
-    """Make the method of e4m3 weights with a scale for the tensor (group_size 0) or for each row (-1)."""
+    """Make the method of e4m3 weights with a scale for the tensor, each row, or each group or block.
+
+    group_size is 0, -1, a number of inputs, or [outputs, inputs].
+    """
     if settings.get("bits") != 8:
         raise _unsupported(f"{at}bits", settings.get("bits"), "8 with data_type fp")
-    blocks = {0: TENSOR, -1: CHANNEL}
-    size = settings.get("group_size")
-    if size not in blocks:
-        raise _unsupported(f"{at}group_size", size, "0 (the tensor) or -1 (a row) with data_type fp")
+    size: Any = settings.get("group_size")
+    if is_block(size):
+        block = (size[0], size[1])
+    elif type(size) is int and size >= -1:
+        block = {0: TENSOR, -1: CHANNEL}.get(size, (1, size))
+    else:
+        expected = "0 (the tensor), -1 (a row), a number of inputs, or [outputs, inputs] with data_type fp"
+        raise _unsupported(f"{at}group_size", size, expected)
     activations: Activations = "float"
     if settings.get("act_bits", FLOAT_BITS) == 8:
-        activations = "token" if settings.get("act_dynamic", True) else "static"
-    return NamedFp8LinearMethod(blocks[size], activations, format="auto-round", flat_scale=True)
+        grouped = block[1] > 0 and settings.get("act_group_size") == block[1]
+        dynamic: Activations = "group" if grouped else "token"
+        activations = dynamic if settings.get("act_dynamic", True) else "static"
+    return AutoRoundFp8LinearMethod(block, activations)
 
 
 def _is_pattern(key: str) -> bool:

@@ -8,6 +8,7 @@
     mxfp4-pack-quantized                    fp4 in groups of 32
     mxfp8-quantized                         float8 e4m3 in groups of 32, whose scales are powers of two
 
+A group whose `weights` are null is for attention: it says how keys, values and queries are rounded.
 The page with the layouts: quantization/compressed_tensors/README.md; for float8, quantization/fp8/README.md.
 """
 
@@ -33,6 +34,7 @@ from pymllm.quantization.storage.compressed_linear import (
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
+from pymllm.quantization.storage.compressed_transforms import refuse_online_transforms
 from pymllm.quantization.storage.fields import compile_pattern, is_block, read_names, unsupported
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
 from pymllm.quantization.storage.writer_settings import (
@@ -61,6 +63,8 @@ FORMATS = (
 )
 ZERO_POINTS = re.compile(r"\.(weight|input)_zero_point$")
 CLASS_NAME = re.compile(r"[A-Z]\w*")
+CLASSES = ("Linear", "Embedding")  # of the modules whose weights a group may quantise
+STORED = ("weight_packed", "weight_scale")  # a module with a tensor of such a name is quantised
 # These store the group of every input; "weight" and "static" only change how the writer calibrates.
 ACT_ORDER = ("group", "dynamic", True)
 
@@ -78,6 +82,17 @@ HARMLESS = {
     **below("config_groups.*.weights config_groups.*.input_activations", _CODES),
     **below("config_groups.*.weights", harmless("weights are stored in codes", "dynamic", only=(False,))),
     **below("kv_cache_scheme", KV_SCHEME),
+    # Of a group for attention, whose weights are null.
+    **below(
+        "config_groups.*.input_activations config_groups.*.output_activations",
+        harmless("read when the cache is made", "type num_bits symmetric dynamic strategy"),
+    ),
+    **harmless("attention has no stored codes", "config_groups.*.format", only=(*FORMATS, "dense")),
+    **below(
+        "transform_config.config_groups.*",
+        harmless("folded into the weights", "type head_dim precision randomize requires_grad"),
+        below("apply.*", harmless("folded into the weights", "inverse targets ignore")),
+    ),
     **below(
         "sparsity_config",
         harmless("a dense file has every weight", "targets ignore global_sparsity sparsity_structure"),
@@ -96,11 +111,16 @@ HARMLESS = {
 
 @dataclass(frozen=True)
 class Group:
-    """One of `config_groups`: the layers that it targets, and their method."""
+    """One of `config_groups`: the layers that it targets, and their method.
+
+    method: None where `weights` are null; the group is for attention then.  attention: how it rounds its inputs, keys
+    and values too.
+    """
 
     name: str
     targets: tuple[str, ...]
-    method: LinearMethodBase
+    method: LinearMethodBase | None
+    attention: Any = None
 
 
 @register_quantization("compressed-tensors")
@@ -111,6 +131,7 @@ class CompressedTensorsConfig(QuantizationConfig):
     groups: Sequence[Group]
     ignore: Sequence[str] = ()
     kv_cache_scheme: Any = None
+    notes: tuple[str, ...] = ()
     harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
@@ -118,8 +139,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         sparsity = config.get("sparsity_config") or {}
         if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
             raise _unsupported("sparsity_config", sparsity, "none, or format dense")
-        if config.get("transform_config"):
-            raise _unsupported("transform_config", config["transform_config"], "none")
+        folded = refuse_online_transforms(config.get("transform_config"))
         settings = config.get("config_groups")
         # A config without groups quantises the cache of keys and values alone.
         if not isinstance(settings, Mapping) or not (settings or config.get("kv_cache_scheme")):
@@ -130,6 +150,7 @@ class CompressedTensorsConfig(QuantizationConfig):
             groups=groups,
             ignore=read_names(config, "ignore", regex="re:"),
             kv_cache_scheme=config.get("kv_cache_scheme"),
+            notes=folded,
         )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -137,32 +158,51 @@ class CompressedTensorsConfig(QuantizationConfig):
         modules = {name.rpartition(".")[0] for name in tensors}
         for group in self.groups:
             for target in group.targets:
-                named = not target.startswith("re:") and not CLASS_NAME.fullmatch(target)
-                if (named and target not in modules) or (CLASS_NAME.fullmatch(target) and target != "Linear"):
+                if group.method is None or target.startswith("re:") or target in (*CLASSES, "lm_head"):
+                    continue  # a tied head has no tensors of its own
+                if target not in modules:
                     raise ConfigError(
                         f"the target {target!r} is not a layer of this checkpoint",
                         code="quantization-config",
                         file="config.json",
                         tensor=f"quantization_config.config_groups.{group.name}.targets",
-                        expected="Linear, a layer's name, or re: and a regular expression",
+                        expected="Linear, Embedding, a layer's name, or re: and a regular expression",
                         found=repr(target),
-                        fix=nearest(target, ["Linear", *modules]) or None,
+                        fix=nearest(target, [*CLASSES, *modules]) or None,
                     )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if kind_of(layer) == "embedding" or any(_targets(pattern, prefix) for pattern in self.ignore):
+        if any(_targets(pattern, prefix) for pattern in self.ignore) or self.stored_as_float(prefix):
             return None
-        if "Linear" in self.ignore or self.stored_as_float(prefix):
+        # A tied head has no tensors but the embedding's.
+        tied = getattr(layer, "tied_to", None) is not None
+        of_class = "Embedding" if tied or kind_of(layer) == "embedding" else "Linear"
+        found = None if of_class in self.ignore else self._group(prefix, of_class)
+        if found is None or found.method is None:
             return None
-        found = self._group(prefix)
-        return None if found is None else self._as_stored(found.method, prefix)
+        method: Any = self._as_stored(found.method, prefix)
+        if of_class == "Embedding":  # its inputs are ids
+            method = replace(method, activations="float")
+            if isinstance(method, Fp4LinearMethod):
+                method = replace(method, global_activations=False)
+        return method  # type: ignore[no-any-return]
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        return read_kv_scheme(self.kv_cache_scheme)
+        """Read `kv_cache_scheme`; without one, how a group for this attention module rounds its keys and values."""
+        module = prefix.rpartition(".")[0]
+        groups = (group for group in self.groups if group.method is None and _means_attention(group, module))
+        return read_kv_scheme(self.kv_cache_scheme or next((group.attention for group in groups), None))
 
-    def _group(self, prefix: str) -> Group | None:
-        """Find the layer's group: one that names the layer, else one with a pattern for it, else one for its class."""
-        ranked = [(_rank(target, prefix), target, group) for group in self.groups for target in group.targets]
+    def _group(self, prefix: str, of_class: str) -> Group | None:
+        """Find the layer's group: one that names the layer, else one with a pattern for it, else one for its class.
+
+        A group for attention is no layer's that is stored quantised, though its pattern may fit the layer's name.
+        """
+        stored = any(f"{prefix}.{name}" in self.stored for name in STORED)
+        groups = [group for group in self.groups if group.method is not None or not stored]
+        ranked = [
+            (_rank(target, prefix, of_class), target, group) for group in groups for target in group.targets
+        ]
         hits = [entry for entry in ranked if entry[0] is not None]
         return min(hits, key=lambda entry: entry[:2])[2] if hits else None
 
@@ -189,9 +229,9 @@ class CompressedTensorsConfig(QuantizationConfig):
         return unused_kv_tensor(tensor)
 
 
-def _rank(target: str, prefix: str) -> int | None:
+def _rank(target: str, prefix: str, of_class: str) -> int | None:
     """Rank how closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None if it does not."""
-    if target == "Linear":
+    if target == of_class:
         return 2
     return int(target.startswith("re:")) if _targets(target, prefix) else None
 
@@ -201,6 +241,15 @@ def _targets(pattern: str, prefix: str) -> bool:
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "targets or ignore").match(prefix) is not None
     return pattern == prefix
+
+
+def _means_attention(group: Group, module: str) -> bool:
+    """Tell whether a group means this attention module: by its name, its class, or its projection of keys."""
+    return any(
+        "attention" in target.lower() if CLASS_NAME.fullmatch(target) else _targets(target, name)
+        for target in group.targets
+        for name in (module, f"{module}.k_proj")
+    )
 
 
 def _refuse_conflicts(groups: Sequence[Group]) -> None:
@@ -221,9 +270,12 @@ def _read_group(name: str, group: Any, default_format: Any) -> Group:
     at = f"config_groups.{name}"
     if not isinstance(group, Mapping):
         raise _unsupported(at, group, "an object")
-    if group.get("output_activations"):
-        raise _unsupported(f"{at}.output_activations", group["output_activations"], "null")
-    weights = group.get("weights")
+    weights, outputs = group.get("weights"), group.get("output_activations")
+    targets = read_names(group, "targets", regex="re:")
+    if weights is None and not set(targets) & set(CLASSES):
+        return Group(name, targets, None, group.get("input_activations") or outputs)
+    if outputs:
+        raise _unsupported(f"{at}.output_activations", outputs, "null")
     if not isinstance(weights, Mapping):
         raise _unsupported(f"{at}.weights", weights, "an object")
     file_format = group.get("format") or default_format
@@ -240,7 +292,7 @@ def _read_group(name: str, group: Any, default_format: Any) -> Group:
         "mxfp8-quantized": _read_mxfp8,
     }.get(file_format, _read_int)
     method = read(f"{at}.weights", weights, file_format, activations)
-    return Group(name, read_names(group, "targets", regex="re:"), method)
+    return Group(name, targets, method)
 
 
 def _read_float8(
