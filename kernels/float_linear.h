@@ -26,7 +26,7 @@ struct FloatLinear {
   const void *weight; // [O, I], contiguous; codes of a codebook two a byte, the even input in the low nibble, I even
   WeightType weight_type;
   // e4m3 and codebook only. scales: [ceil(O / block_out), ceil(I / block_in)]; a block side of 0 is the whole axis, and block_in is
-  // otherwise a multiple of 64.
+  // otherwise a multiple of 64; of e4m3 it may be 32.
   const float *scales = nullptr;
   std::int64_t block_out = 0, block_in = 0;
   // e4m3 only, [O]: 0, or NaN for a row that holds a NaN code (its every product is NaN). The kernels read the NaN

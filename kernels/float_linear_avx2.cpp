@@ -35,6 +35,7 @@ struct V : Lanes {
     out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
   }
   static int order_e4m3(int lane) { return lane % 16 * 2 + lane / 16; }
+  static int span_e4m3(int) { return 0; }
 
   // Eight values in each of two registers: the codes' low three bits permute, the fourth chooses.
   struct Table {

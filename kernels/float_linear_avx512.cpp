@@ -35,6 +35,7 @@ struct V : Lanes {
     out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
   }
   static int order_e4m3(int lane) { return lane % 32 * 2 + lane / 32; }
+  static int span_e4m3(int vector) { return vector % 2; }
 
   // 16 values in one register; a permutation looks at the low four bits of its lanes only.
   struct Table {

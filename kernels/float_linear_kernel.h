@@ -7,6 +7,7 @@
 //     half of a group of weights: a group is kLanes * 2 weights of 16 bits, or kLanes * 4 of e4m3
 //   decode_codebook: the same for 4-bit codes, of which a group has kLanes * 4, with a Table of what they mean
 //   order_bf16 / order_e4m3 / order_codebook(i): which input of the group lane i meets, the lanes of its vectors counted in turn
+//   span_e4m3(v): which 32 inputs of a group of e4m3 its vector v holds, all of one span
 // e4m3 values arrive divided by 256, as f16 has them; the row's scale makes up for it.
 
 constexpr int kTileRows = 4;
@@ -16,29 +17,38 @@ constexpr int kPrefetchBytes = 2048; // 1024 costs 20 % at four tokens, 4096 gai
 struct Bf16 {
   static constexpr int bits = 16, parts = 2, per_part = 1, group = 2 * V::kLanes;
   static constexpr bool kScalesTable = false;
+  static int span(int) { return 0; }
   static void decode(const std::uint8_t *p, int part, const V::Table &, Vec *out) { V::decode_bf16(p, part, out); }
   static int order(int lane) { return V::order_bf16(lane); }
 };
 struct F16 {
   static constexpr int bits = 16, parts = 2, per_part = 1, group = 2 * V::kLanes;
   static constexpr bool kScalesTable = false;
+  static int span(int) { return 0; }
   static void decode(const std::uint8_t *p, int part, const V::Table &, Vec *out) { V::decode_f16(p, part, out); }
   static int order(int lane) { return lane; }
 };
 struct E4m3 {
   static constexpr int bits = 8, parts = 2, per_part = 2, group = 4 * V::kLanes;
   static constexpr bool kScalesTable = false;
+  static int span(int vector) { return V::span_e4m3(vector); }
   static void decode(const std::uint8_t *p, int part, const V::Table &, Vec *out) { V::decode_e4m3(p, part, out); }
   static int order(int lane) { return V::order_e4m3(lane); }
 };
 struct Codebook {
   static constexpr int bits = 4, parts = 2, per_part = 2, group = 4 * V::kLanes;
   static constexpr bool kScalesTable = true;
+  static int span(int) { return 0; }
   static void decode(const std::uint8_t *p, int part, const V::Table &table, Vec *out) {
     V::decode_codebook(p, part, table, out);
   }
   static int order(int lane) { return V::order_codebook(lane); }
 };
+
+// What shares a scale: a row; a block of inputs that groups divide; or a span of 32 inputs, several in a group.
+enum class Scales { rows, blocks, spans };
+constexpr std::int64_t kSpan = 32;
+template <class W> constexpr int spans_of = W::group > kSpan ? W::group / kSpan : 1;
 
 template <class W> constexpr std::int64_t bytes_of(std::int64_t weights) { return weights * W::bits / 8; }
 
@@ -79,20 +89,22 @@ struct Epilogue {
   bool scaled_rows; // one scale a row; with several, the weights were scaled as they were decoded
 
   float finish(float sum, std::int64_t row) const {
-    if (problem.scales != nullptr && scaled_rows) sum *= scale(row, 0);
+    if (problem.scales != nullptr && scaled_rows) sum *= *scales(row) * factor();
     if (problem.row_nan != nullptr) sum += problem.row_nan[row];
     if (problem.bias != nullptr) sum += read_float(problem.bias, problem.type, row);
     return sum;
   }
 
-  // Of the block that holds this row and input; of e4m3, times 256 (see the top).
-  float scale(std::int64_t row, std::int64_t input) const {
+  // The scales of the blocks that hold this row, one for every `side` inputs.
+  std::int64_t columns() const {
     const std::int64_t side = problem.block_in > 0 ? problem.block_in : problem.in_features;
-    const std::int64_t columns = side > 0 ? (problem.in_features + side - 1) / side : 0;
-    const std::int64_t line = problem.block_out > 0 ? row / problem.block_out : 0;
-    const float scale = problem.scales[line * columns + (side > 0 ? input / side : 0)];
-    return problem.weight_type == WeightType::e4m3 ? scale * 256.0f : scale;
+    return side > 0 ? (problem.in_features + side - 1) / side : 0;
   }
+  const float *scales(std::int64_t row) const {
+    return problem.scales + (problem.block_out > 0 ? row / problem.block_out : 0) * columns();
+  }
+  // Of e4m3, times 256 (see the top).
+  float factor() const { return problem.weight_type == WeightType::e4m3 ? 256.0f : 1.0f; }
 
   void write(std::int64_t token, std::int64_t row, float value) const {
     write_float(value, problem.y, problem.type, token * problem.out_features + row);
@@ -122,39 +134,47 @@ template <class W> void decode_row(const std::uint8_t *p, std::int64_t count, co
 
 // Few tokens: four streams of rows, each running through a quarter of [begin, end), so that prefetching past the end
 // of a row is right.
-template <class W, int Tokens, bool Blocks>
+template <class W, int Tokens, Scales Kind>
 void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride, std::int64_t first,
                  std::int64_t begin, std::int64_t end) {
   const std::int64_t inputs = problem.in_features, whole = inputs / W::group * W::group;
   const auto *weight = static_cast<const std::uint8_t *>(problem.weight);
+  constexpr bool Blocks = Kind != Scales::rows;
+  constexpr int kSpans = Kind == Scales::spans ? spans_of<W> : 1; // scales of a group
   const Epilogue epilogue{problem, !Blocks};
+  const float factor = epilogue.factor();
   const V::Table table = table_of(problem);
   const std::int64_t quarter = (end - begin + kTileRows - 1) / kTileRows;
-  const std::int64_t side = Blocks ? problem.block_in : whole;
+  const std::int64_t side = !Blocks ? whole : Kind == Scales::spans ? W::group : problem.block_in;
+  const std::int64_t columns = Blocks ? epilogue.columns() : 0;
 
   for (std::int64_t i = 0; i < quarter; ++i) {
     std::int64_t rows[kTileRows];
     const std::uint8_t *p[kTileRows];
+    const float *scales[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       rows[r] = begin + r * quarter + i;
       const std::int64_t row = rows[r] < end ? rows[r] : end - 1; // read again rather than branch
       p[r] = weight + row * bytes_of<W>(inputs);
+      scales[r] = Blocks ? epilogue.scales(row) : nullptr;
     }
     Vec sums[kTileRows][Tokens];
     for (int r = 0; r < kTileRows; ++r)
       for (int t = 0; t < Tokens; ++t) sums[r][t] = V::zero();
 
+    std::int64_t column = 0;
     for (std::int64_t at = 0; at < whole;) {
-      Vec scale[kTileRows];
+      Vec scale[kTileRows][kSpans];
       V::Table tables[kTileRows];
       std::int64_t stop = whole;
       for (int r = 0; r < kTileRows; ++r) tables[r] = table;
       if (Blocks) {
         stop = at + side < whole ? at + side : whole;
         for (int r = 0; r < kTileRows; ++r) {
-          scale[r] = V::set1(epilogue.scale(rows[r] < end ? rows[r] : end - 1, at));
-          if (W::kScalesTable) tables[r] = V::scaled(table, scale[r]);
+          for (int span = 0; span < kSpans; ++span) scale[r][span] = V::set1(scales[r][column + span] * factor);
+          if (W::kScalesTable) tables[r] = V::scaled(table, scale[r][0]);
         }
+        column += kSpans;
       }
       for (; at < stop; at += W::group) {
         PYMLLM_UNROLL
@@ -167,7 +187,8 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
             W::decode(p[r] + bytes_of<W>(at), part, tables[r], w[r]);
             if (Blocks && !W::kScalesTable)
               PYMLLM_UNROLL
-              for (int u = 0; u < W::per_part; ++u) w[r][u] = V::mul(w[r][u], scale[r]);
+              for (int u = 0; u < W::per_part; ++u)
+                w[r][u] = V::mul(w[r][u], scale[r][kSpans > 1 ? W::span(part * W::per_part + u) : 0]);
           }
           PYMLLM_UNROLL
           for (int u = 0; u < W::per_part; ++u)
@@ -186,7 +207,10 @@ void direct_rows(const FloatLinear &problem, const float *x, std::int64_t stride
         decode_row<W>(p[r] + bytes_of<W>(whole), inputs - whole, table, last);
         for (int v = 0; v < W::parts * W::per_part; ++v) {
           Vec w = V::load(last + v * V::kLanes);
-          if (Blocks) w = V::mul(w, V::set1(epilogue.scale(rows[r] < end ? rows[r] : end - 1, whole)));
+          if (Blocks) {
+            const std::int64_t last_column = Kind == Scales::spans ? whole / kSpan + W::span(v) : whole / side;
+            w = V::mul(w, V::set1(scales[r][last_column < columns ? last_column : columns - 1] * factor));
+          }
           for (int t = 0; t < Tokens; ++t)
             sums[r][t] = V::fma(w, V::load(x + t * stride + whole + v * V::kLanes), sums[r][t]);
         }
@@ -265,12 +289,14 @@ void tile_of(const Blocking &blocking, int tokens, const float *weight, const fl
 }
 
 // scratch: the block's weights [rows][chunk] as float32, then the sums [tokens][rows] as vectors.
-template <class W, bool Blocks>
+template <class W, Scales Kind>
 void blocked_rows(const FloatLinear &problem, const float *x, std::int64_t stride, std::int64_t first,
                   std::int64_t tokens, std::int64_t begin, std::int64_t end, float *scratch) {
   const std::int64_t inputs = problem.in_features;
   const auto *weight = static_cast<const std::uint8_t *>(problem.weight);
-  const Epilogue epilogue{problem, !Blocks};
+  const Epilogue epilogue{problem, Kind == Scales::rows};
+  const float factor = epilogue.factor();
+  const std::int64_t columns = Kind == Scales::rows ? 0 : epilogue.columns();
   const Blocking blocking = blocking_for(tokens);
   float *floats = scratch, *sums = scratch + blocking.rows * blocking.chunk;
   // Even tiles: 8 tokens are 4 + 4, not 6 + 2.
@@ -287,13 +313,22 @@ void blocked_rows(const FloatLinear &problem, const float *x, std::int64_t strid
         const std::int64_t row = block + (r < rows ? r : rows - 1);
         float *out = floats + r * blocking.chunk;
         decode_row<W>(weight + row * line_bytes + bytes_of<W>(at), count, table, out);
-        if (Blocks)
+        const std::int64_t padded = (count + W::group - 1) / W::group * W::group;
+        const float *scales = Kind == Scales::rows ? nullptr : epilogue.scales(row);
+        if (Kind == Scales::blocks)
           for (std::int64_t i = 0; i < count;) {
-            const std::int64_t side = problem.block_in, stop = ((at + i) / side + 1) * side - at;
-            const std::int64_t padded = (count + W::group - 1) / W::group * W::group;
-            const Vec scale = V::set1(epilogue.scale(row, at + i));
+            const std::int64_t side = problem.block_in, column = (at + i) / side, stop = (column + 1) * side - at;
+            const Vec scale = V::set1(scales[column] * factor);
             for (; i < stop && i < padded; i += V::kLanes) V::store(out + i, V::mul(V::load(out + i), scale));
           }
+        if (Kind == Scales::spans)
+          for (std::int64_t i = 0; i < padded; i += W::group)
+            for (int v = 0; v < W::parts * W::per_part; ++v) {
+              const std::int64_t column = (at + i) / kSpan + W::span(v);
+              const Vec scale = V::set1(scales[column < columns ? column : columns - 1] * factor);
+              float *part = out + i + v * V::kLanes;
+              V::store(part, V::mul(V::load(part), scale));
+            }
       }
       const std::int64_t vectors = (count + W::group - 1) / W::group * W::group;
       // Next: the same rows' next chunk, or the first chunk of the next block.
@@ -334,18 +369,18 @@ void blocked_rows(const FloatLinear &problem, const float *x, std::int64_t strid
   }
 }
 
-template <class W, bool Blocks, int Tokens>
+template <class W, Scales Kind, int Tokens>
 void rows_direct(const FloatLinear &problem, const float *x, std::int64_t stride, std::int64_t first,
                  std::int64_t tokens, std::int64_t begin, std::int64_t end) {
-  if (tokens == Tokens) return direct_rows<W, Tokens, Blocks>(problem, x, stride, first, begin, end);
-  if constexpr (Tokens > 1) rows_direct<W, Blocks, Tokens - 1>(problem, x, stride, first, tokens, begin, end);
+  if (tokens == Tokens) return direct_rows<W, Tokens, Kind>(problem, x, stride, first, begin, end);
+  if constexpr (Tokens > 1) rows_direct<W, Kind, Tokens - 1>(problem, x, stride, first, tokens, begin, end);
 }
 
-template <class W, bool Blocks>
+template <class W, Scales Kind>
 void rows_as(const FloatLinear &problem, const float *x, std::int64_t stride, std::int64_t first, std::int64_t tokens,
              std::int64_t begin, std::int64_t end, float *scratch) {
-  if (tokens <= V::kTokens) rows_direct<W, Blocks, V::kTokens>(problem, x, stride, first, tokens, begin, end);
-  else blocked_rows<W, Blocks>(problem, x, stride, first, tokens, begin, end, scratch);
+  if (tokens <= V::kTokens) rows_direct<W, Kind, V::kTokens>(problem, x, stride, first, tokens, begin, end);
+  else blocked_rows<W, Kind>(problem, x, stride, first, tokens, begin, end, scratch);
 }
 
 void prepare(const FloatLinear &problem, std::int64_t first, std::int64_t tokens, float *prepared,
@@ -359,16 +394,18 @@ void prepare(const FloatLinear &problem, std::int64_t first, std::int64_t tokens
 void rows(const FloatLinear &problem, const float *x, std::int64_t stride, std::int64_t first, std::int64_t tokens,
           std::int64_t begin, std::int64_t end, float *scratch) {
   if (problem.weight_type == WeightType::bf16)
-    rows_as<Bf16, false>(problem, x, stride, first, tokens, begin, end, scratch);
+    rows_as<Bf16, Scales::rows>(problem, x, stride, first, tokens, begin, end, scratch);
   else if (problem.weight_type == WeightType::f16)
-    rows_as<F16, false>(problem, x, stride, first, tokens, begin, end, scratch);
+    rows_as<F16, Scales::rows>(problem, x, stride, first, tokens, begin, end, scratch);
   else if (problem.weight_type == WeightType::codebook && problem.block_in > 0)
-    rows_as<Codebook, true>(problem, x, stride, first, tokens, begin, end, scratch);
+    rows_as<Codebook, Scales::blocks>(problem, x, stride, first, tokens, begin, end, scratch);
   else if (problem.weight_type == WeightType::codebook)
-    rows_as<Codebook, false>(problem, x, stride, first, tokens, begin, end, scratch);
-  else if (problem.block_in > 0)
-    rows_as<E4m3, true>(problem, x, stride, first, tokens, begin, end, scratch);
-  else rows_as<E4m3, false>(problem, x, stride, first, tokens, begin, end, scratch);
+    rows_as<Codebook, Scales::rows>(problem, x, stride, first, tokens, begin, end, scratch);
+  else if (problem.block_in == 0) rows_as<E4m3, Scales::rows>(problem, x, stride, first, tokens, begin, end, scratch);
+  else if (problem.block_in % E4m3::group == 0)
+    rows_as<E4m3, Scales::blocks>(problem, x, stride, first, tokens, begin, end, scratch);
+  else if constexpr (spans_of<E4m3> > 1)
+    rows_as<E4m3, Scales::spans>(problem, x, stride, first, tokens, begin, end, scratch);
 }
 
 constexpr FloatLinearPath kPath = {prepare, rows, V::kTokens,

@@ -29,6 +29,7 @@ struct V : Lanes {
     out[1] = vcvt_f32_f16(vreinterpret_f16_s16(vget_high_s16(halves)));
   }
   static int order_e4m3(int lane) { return lane; }
+  static int span_e4m3(int) { return 0; }
 
   struct Table {
     Vec values[4];

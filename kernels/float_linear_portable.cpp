@@ -34,6 +34,7 @@ struct V : Lanes {
     }
   }
   static int order_e4m3(int lane) { return lane; }
+  static int span_e4m3(int) { return 0; }
 
   struct Table {
     float values[16];

@@ -78,10 +78,12 @@ class ModelConfig:
     def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.raw = dict(raw)
         self.defaults = dict(defaults or {})
+        self.asked: set[str] = set()  # the settings that were looked up
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("raw", "defaults"):
+        if name.startswith("__") or name in ("raw", "defaults", "asked"):
             raise AttributeError(name)
+        self.asked.add(name)
         for source in (self.raw, self.defaults):
             if name in source:
                 return source[name]
@@ -89,6 +91,7 @@ class ModelConfig:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a setting of the file, else of the family's defaults, else `default`."""
+        self.asked.add(name)
         return self.raw.get(name, self.defaults.get(name, default))
 
     def size(self, name: str) -> int:
@@ -177,7 +180,42 @@ class ModelConfig:
         first = self.get("max_window_layers")
         return window if not first or layer >= _positive("max_window_layers", first) else None
 
+    def refuse_ignored(self) -> None:
+        """Raise ConfigError for a setting of the maths that a family has no default for and its model did not ask for.
 
+        The model is to be built before.  Other families compute with such a setting; this one would answer as if it
+        were not there.
+        """
+        for name, neutral in MATHS.items():
+            value = self.raw.get(name)
+            known = name in self.asked or name in self.defaults
+            if known or value is None or value in ([], {}, "") or value in neutral:
+                continue
+            raise ConfigError(
+                f"config.json has {name}, which {self.raw.get('model_type')} does not compute with here",
+                code="config-ignored",
+                file="config.json",
+                tensor=name,
+                expected="null" + "".join(f" or {value!r}" for value in neutral),
+                found=reprlib.repr(value),
+                fix="If the model that was trained does not compute with it either, take it out of config.json.",
+            )
+
+
+# Settings that change what a model computes, and the values with which they do not.
+MATHS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
+    **dict.fromkeys(("scale_emb", "scale_depth", "final_logit_scale", "mup_width_scale"), (1,)),
+    **dict.fromkeys(("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping"), ()),
+    **dict.fromkeys(("query_pre_attn_scalar", "clip_qkv", "attention_chunk_size", "swiglu_limit"), ()),
+    **dict.fromkeys(
+        ("use_qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn", "alibi"), (False,)
+    ),
+    **dict.fromkeys(("attn_temperature_tuning", "use_alibi", "scale_attn_by_inverse_layer_idx"), (False,)),
+    **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval", "rotary_pct", "rotary_dim"), ()),
+    **dict.fromkeys(("use_sliding_window", "rope_interleave"), (False,)),
+    "partial_rotary_factor": (1,),
+}
 UNREACHED = 2**31  # more positions than any text has, and than kernels count
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
@@ -241,7 +279,9 @@ class RopeParameters:
         kind: of a layer's attention, as `ModelConfig.attention_kind_of` returns it; in Gemma 3 sliding layers have a
         base of their own, and never a scaling.
         """
-        given = config.raw.get("rope_parameters") or config.raw.get("rope_scaling")
+        given, older = config.raw.get("rope_parameters"), config.raw.get("rope_scaling")
+        _refuse_two_scalings(given, older)
+        given = given or older
         settings = given or config.defaults.get("rope_parameters") or {}
         base, local = config.get("rope_theta"), config.get("rope_local_base_freq")
         if isinstance(settings, Mapping) and settings.keys() & set(ATTENTION_KINDS):
@@ -259,6 +299,17 @@ class RopeParameters:
         if "long_factor" in settings:
             scaling, trained = "longrope", config.get("original_max_position_embeddings")
             settings = {"original_max_position_embeddings": trained, **settings}
+        for name, value in settings.items():
+            if name not in ROPE_NAMES and value is not None and value not in ([], {}, ""):
+                raise ConfigError(
+                    f"the rotary setting {name} is not known, and may change the frequencies",
+                    code="config-ignored",
+                    file="config.json",
+                    tensor=f"rope_parameters.{name}",
+                    expected=", ".join(sorted(ROPE_NAMES)),
+                    found=reprlib.repr(value),
+                    fix=nearest(str(name), ROPE_NAMES),
+                )
         for name in ROPE_NUMBERS:
             _number(name, settings.get(name), 0.0, zero=True)
         theta = settings.get("rope_theta") or base
@@ -271,7 +322,32 @@ class RopeParameters:
         )
 
 
+def _refuse_two_scalings(parameters: Any, scaling: Any) -> None:
+    """Raise ConfigError where `rope_scaling` says something that `rope_parameters`, which is read, does not."""
+    if not (isinstance(parameters, Mapping) and parameters and isinstance(scaling, Mapping)):
+        return
+    for name, value in scaling.items():
+        found = parameters.get("rope_type" if name == "type" else name)
+        if value is not None and value != found:
+            raise ConfigError(
+                "config.json has rope_scaling and rope_parameters, which differ",
+                code="config-ignored",
+                file="config.json",
+                tensor=f"rope_scaling.{name}",
+                expected=f"{found!r}, as in rope_parameters",
+                found=reprlib.repr(value),
+                fix="Take out the one that is not meant.",
+            )
+
+
 ROPE_NUMBERS = (
     *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
 )
+ROPE_NAMES = {
+    *ROPE_NUMBERS,
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "short_factor", "long_factor", "factors"),
+    *("truncate", "max_position_embeddings"),
+    # Notes of writers: the model was trained with the scaling; positions of images, which texts do not have.
+    *("finetuned", "mrope_section", "mrope_interleaved"),
+}

@@ -2,7 +2,9 @@
 
 Two references, both run by the reference kernels, which decode weights and multiply in float32: the very weights that
 run (what kernels and activation dtypes change), and, where rules convert, the weights that are stored (what the rules
-change besides). Logits of the model under test wait in a temporary file, so that one model is in memory at a time.
+change besides). Both are what this library reads of the files: what it reads wrongly, it reads wrongly both times, and
+only another reader can tell. Logits of the model under test wait in a temporary file, so that one model is in memory at
+a time.
 """
 
 # T tokens, V vocabulary
@@ -64,12 +66,14 @@ class EndToEnd:
         """Write a few lines for people."""
         where = self.text or "random ids"
         found = [f"end to end on {self.tokens} tokens of {where}:"]
-        for name, one in (("the same weights in float32", self.kernels), ("the stored weights", self.rules)):
+        references = (("the same weights in float32", self.kernels), ("the stored weights", self.rules))
+        for name, one in references:
             if one is not None:
                 found.append(
                     f"  against {name}: KL {one.kl:.2e} nats a token (at most {one.worst_kl:.2e}), "
                     f"first token the same at {one.top1:.2%}"
                 )
+        found.append("  (both sides are this library's reading of the files)")
         if self.perplexity:
             values = ", ".join(f"{name} {value:.3f}" for name, value in self.perplexity.items())
             found.append(f"  perplexity: {values}")

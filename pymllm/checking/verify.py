@@ -121,7 +121,8 @@ def verify(
     alone:
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
-    end_to_end: whether to compare next-token distributions, too, with those of the weights in float32.
+    end_to_end: whether to compare next-token distributions, too, with those of the weights in float32, as they are read
+    from the same files here.
     text: a file to compare them on, with its perplexity, which asks for end_to_end, too; None: random token ids.
     tokens: how many token ids to compare them on.
     window: how many of these are run together, as a text of its own.

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--end-to-end",
         action="store_true",
-        help="also compare next-token distributions with those of the weights in float32, on random token ids",
+        help="also compare next-token distributions with those of the weights in float32, on random token ids; both "
+        "read the files in the same way, so that an error of reading does not show",
     )
     group.add_argument("--text", type=Path, metavar="FILE", help="the same on this text, with its perplexity")
     group.add_argument(

@@ -6,7 +6,7 @@ Each function returns x as its codes and scales say it. The kinds:
                                    all of x, the checkpoint's, or for each group of inputs of a row
     token asym, tensor asym,       int8 codes with a zero point
     static asym
-    token fp8                      e4m3 codes beside integer weights
+    token fp8, static fp8          e4m3 codes beside weights of another kind, scaled by row or by the checkpoint
     group mx                       e4m3 codes in groups of 32 whose scales are powers of two
     token product, tensor product, int8 codes with the scale of x's dtype, multiplied as integers and scaled afterwards
     token product asym
@@ -42,7 +42,7 @@ def quantise_activations(
     """
     if kind.activations == "group mx":
         return quantise_to_mxfp8(x)
-    if isinstance(kind, CodebookType):
+    if isinstance(kind, CodebookType) and not kind.activations.endswith(" fp8"):
         return quantise_to_fp4(x, kind.group_size, input_scales)
     how, _, more = kind.activations.partition(" ")
     if more.startswith("asym"):

@@ -26,7 +26,7 @@ TENSOR, CHANNEL = (0, 0), (1, 0)
 # fmt: off
 Activations = Literal[
     "float", "token", "tensor", "static", "group",
-    "token asym", "tensor asym", "static asym", "token asym reciprocal", "token fp8", "group mx",
+    "token asym", "tensor asym", "static asym", "token asym reciprocal", "token fp8", "static fp8", "group mx",
     "token product", "tensor product", "token product asym",
 ]
 # fmt: on

@@ -29,6 +29,7 @@ from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
+from pymllm.quantization.storage.settings import ROOT, Settings
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.loader import with_stack_members
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
@@ -110,6 +111,7 @@ def prepare(
             error.fix += f" With expert_parallel: {', '.join(map(str, whole))}."
         error.args = (str(error),)
         raise
+    config.refuse_ignored()
     rules.lint()
     units, records, skipped = match(model, rules, checkpoint, head.equal)
     return Prepared(checkpoint, config, rules, execution, parallel, model, units, records, skipped)
@@ -131,9 +133,12 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
     unnamed = read_unnamed_settings(checkpoint)
     if unnamed is not None:
         return unnamed
-    settings = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    config, older = checkpoint.config, "compression_config"  # as compressed-tensors wrote it at first
+    root = older if config.get(older) and not config.get(ROOT) else ROOT
+    settings, file = config.get(root) or None, str(checkpoint.config_file)
     if settings is None:
-        settings = _read_side_file(checkpoint.path)
+        settings, file = _read_side_file(checkpoint.path)
+        root = ""
     if settings is None:
         return get_quantization_config("none").from_config({})
     if not isinstance(settings, Mapping):
@@ -153,15 +158,22 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
             expected=" or ".join(list_quantization_methods()),
         )
     try:
-        return get_quantization_config(str(name).lower().replace("_", "-")).from_config(settings)
+        format = get_quantization_config(str(name).lower().replace("_", "-"))
+        return format.from_config(Settings(settings, file=file, root=root))
     except ConfigError as error:
-        error.file = error.file or str(checkpoint.config_file)
+        if error.file is None or not root:
+            error.file = file
+        if not root and error.tensor:  # the file has no quantization_config around its settings
+            error.tensor = error.tensor.removeprefix(f"{ROOT}.")
         error.args = (str(error),)
         raise
 
 
-def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
-    """Read the settings that a format keeps in a file of its own, beside config.json; None without one."""
+def _read_side_file(folder: Path) -> tuple[Mapping[str, Any] | None, str]:
+    """Read the settings that a format keeps in a file of its own, beside config.json, and where they are.
+
+    (None, "") without such a file.
+    """
     for name in list_quantization_methods():
         for file in get_quantization_config(name).get_config_filenames():
             if (folder / file).is_file():
@@ -173,8 +185,8 @@ def _read_side_file(folder: Path) -> Mapping[str, Any] | None:
                         code="quantization-config",
                         file=str(folder / file),
                     ) from None
-                return {"quant_method": name, **settings}
-    return None
+                return {"quant_method": name, **settings}, str(folder / file)
+    return None, ""
 
 
 def choose_execution(

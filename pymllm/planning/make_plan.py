@@ -237,6 +237,7 @@ def _notes(
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():
         notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
+    notes += prepared.quant.checkpoint_config.notes
     for reason, count in Counter(record.reason for record in prepared.records).items():
         notes.append(f"{count} checkpoint tensors are not needed: {reason}")
     return notes

@@ -16,6 +16,7 @@ from torch import nn
 
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
+from pymllm.quantization.storage.settings import HarmlessSettings, refusing_unread
 from pymllm.weights.loader import same_shape
 from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec
 
@@ -50,6 +51,13 @@ class QuantizationConfig(ABC):
     """
 
     registered_as: ClassVar[str]
+    # The settings that `from_config` need not read, with the reason: `storage/settings.py`.
+    harmless: ClassVar[HarmlessSettings] = MappingProxyType({})
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "from_config" in cls.__dict__:
+            cls.from_config = classmethod(refusing_unread(cls.__dict__["from_config"].__func__))  # type: ignore
 
     @classmethod
     def get_name(cls) -> str:
@@ -63,7 +71,9 @@ class QuantizationConfig(ABC):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Read a `quantization_config`.
 
-        ConfigError for what cannot be read: it names the field, its value and what is supported.
+        config: `Settings`, if not yet, by the time that a format sees it.
+        ConfigError for what cannot be read: it names the field, its value and what is supported.  One, too, for every
+        setting that the format neither reads nor has in `harmless`, unless it is empty.
         """
 
     @abstractmethod
@@ -94,6 +104,7 @@ class QuantizationConfig(ABC):
         self.stored = tensors
         self.stored_modules = frozenset(name.rpartition(".")[0] for name in tensors)
 
+    notes: tuple[str, ...] = ()  # what a plan says of the config besides
     stored: Mapping[str, StoredTensor] = MappingProxyType({})
     stored_modules: frozenset[str] = frozenset()  # the names that the stored tensors belong to
 

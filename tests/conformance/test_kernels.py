@@ -171,6 +171,10 @@ def test_activations_are_quantised_as_the_checkpoint_asks_when_compute_is_checkp
         scale = torch.empty_like(x)
         for start in range(0, in_features, width):
             scale[:, start : start + width] = x[:, start : start + width].abs().amax(1, keepdim=True) / 448
+    elif weight.type.activations == "group mx":  # quantization/compressed_tensors/README.md, "Activations"
+        peaks = x.unflatten(1, (-1, 32)).abs().amax(-1)
+        powers = 2.0 ** (peaks.log2().floor() - 8)
+        scale = torch.where(peaks >= 448 * powers, 2 * powers, powers).repeat_interleave(32, 1)
     else:
         scale = x.abs().amax(1, keepdim=True) / 448
     codes = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)

@@ -37,7 +37,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 31, 32, 33]
 # Below and above a register, a tile of rows (4), a block of rows (32) and a chunk of inputs (1024).
 SHAPES = [(1, 1), (3, 31), (5, 64), (33, 65), (31, 130), (70, 200), (37, 1000), (36, 2090)]
-BLOCKS = [(0, 0), (1, 0), (16, 0), (0, 64), (1, 64), (8, 128), (128, 128), (16, 192)]
+BLOCKS = [(0, 0), (1, 0), (16, 0), (0, 64), (1, 64), (8, 128), (128, 128), (16, 192), (1, 32), (16, 32)]
 OUTPUT_ROUNDING = {
     torch.float32: 2**-24,
     torch.bfloat16: 2**-8,
@@ -282,6 +282,7 @@ def test_results_do_not_depend_on_the_number_of_threads(path, tokens):
     for kernel, weight, problem in (
         dense_case(path, 301, 1100, torch.bfloat16, torch.float32),
         fp8_case(path, 301, 1100, (16, 64), torch.float16),
+        fp8_case(path, 301, 1100, (1, 32), torch.float16),
     ):
         packed = kernel.pack(weight, problem)
         x = floats(tokens, 1100, dtype=problem.dtype, seed=8)
@@ -300,6 +301,7 @@ def test_a_token_does_not_see_the_tokens_beside_it(path):
     for kernel, weight, problem in (
         dense_case(path, 45, 1100, torch.float16, torch.float32),
         fp8_case(path, 45, 1100, (16, 128), torch.bfloat16),
+        fp8_case(path, 45, 1100, (1, 32), torch.bfloat16),
     ):
         packed = kernel.pack(weight, problem)
         x = floats(100, 1100, dtype=problem.dtype, seed=9)
@@ -386,7 +388,7 @@ def test_refusals_say_why():
         (NativeFloatLinear(), dataclasses.replace(dense, dtype=torch.float64), "float64"),
         (NativeFloatLinear(), dataclasses.replace(dense, device=device("portable")), "portable"),
         (NativeFp8Linear(), dataclasses.replace(fp8, compute="checkpoint"), "token"),
-        (NativeFp8Linear(), dataclasses.replace(fp8, weight=Fp8Type((32, 32), "float")), "32x32"),
+        (NativeFp8Linear(), dataclasses.replace(fp8, weight=Fp8Type((32, 48), "float")), "32x48"),
         (NativeFp8Linear(), dataclasses.replace(fp8, device=gpu), "CPU"),
         (NativeFp8Linear(), dataclasses.replace(fp8, weight=DenseType(torch.bfloat16)), "bfloat16"),
     ):

@@ -75,7 +75,7 @@ GROUP = "config_groups.group_0"
             "sparse-24",
             "dense",
         ),
-        (changed(("transform_config", {"config_groups": {"u": {}}})), "transform_config", "'u'", "none"),
+        (changed(("transform_config", {"config_groups": {"u": {}}})), "transform_config", "{}", "apply"),
         (changed((f"{GROUP}.weights.num_bits", 9)), f"{GROUP}.weights.num_bits", "9", "2 to 8"),
         (changed((f"{GROUP}.weights.type", "float")), f"{GROUP}.weights.type", "'float'", "'int'"),
         (

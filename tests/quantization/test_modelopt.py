@@ -173,7 +173,7 @@ def test_mixed_precision_gives_each_layer_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     (
-        ({"quant_algo": "INT4_AWQ"}, "quant_algo"),
+        ({"quant_algo": "NVFP4_SVD"}, "quant_algo"),
         ({}, "quant_algo"),
         ({"quant_algo": "NVFP4", "group_size": 32}, "group_size"),
         ({"quant_algo": "NVFP4", "exclude_modules": "lm_head"}, "exclude_modules"),

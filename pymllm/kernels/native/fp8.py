@@ -19,6 +19,7 @@ from pymllm.kernels.reference.linear import ReferenceEmbedding
 from pymllm.kernels.registry import Packed
 
 BLOCK_INPUTS = 64  # a scale covers a multiple of so many inputs: one register of codes
+HALF_BLOCK = 32  # or these, as in MXFP8
 NAN_CODE = 0x7F  # without the sign: 0xFF is NaN too
 ROWS_AT_A_TIME = 4096  # bounds the memory that the search for NaN codes takes
 
@@ -37,8 +38,8 @@ class NativeFp8Linear:
         floats = why_not_floats(problem, kind.activations)
         if floats is not None:
             return floats
-        if kind.block[1] % BLOCK_INPUTS:
-            return f"takes a scale for a multiple of {BLOCK_INPUTS} inputs, the weight has {kind}"
+        if kind.block[1] % BLOCK_INPUTS and kind.block[1] != HALF_BLOCK:
+            return f"takes a scale for {HALF_BLOCK} or a multiple of {BLOCK_INPUTS} inputs, the weight has {kind}"
         return native_missing_reason()
 
     def numerics(self, problem: LinearProblem) -> str:

@@ -185,7 +185,7 @@ class NativeIntegerLinear:
     def numerics(self, problem: LinearProblem) -> str:
         kind: Any = problem.weight
         if problem.compute == "checkpoint" and kind.activations != "float":
-            element = "fp8" if kind.activations == "token fp8" else "int8"
+            element = "fp8" if kind.activations.endswith(" fp8") else "int8"
             return f"activations rounded to {element} ({kind.activations}), products summed exactly, float32 scales"
         exact = "float-exact activations"
         if problem.compute != "auto":

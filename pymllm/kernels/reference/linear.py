@@ -117,7 +117,7 @@ class ReferenceLinear:
         if _quantises_activations(problem):
             kind: Any = problem.weight
             element = {"fp8": "fp8", "int": "int8", "codebook": "fp4"}[kind.family]
-            if kind.activations in ("token fp8", "group mx"):
+            if kind.activations.endswith(" fp8") or kind.activations == "group mx":
                 element = "fp8"
             return f"activations rounded to {element} ({kind.activations}), float32 accumulation"
         return "weights dequantised exactly, float32 accumulation"

@@ -26,6 +26,15 @@ from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import one_of, parse_options, read_group_size
 from pymllm.quantization.storage.fields import is_from_auto_round, is_group_size, read_names, unsupported
 from pymllm.quantization.storage.groups import OTHER_SIZE, check_groups, group_within
+from pymllm.quantization.storage.settings import below, harmless
+from pymllm.quantization.storage.writer_settings import (
+    AUTOROUND,
+    GPTQMODEL,
+    RUNNING,
+    STORED_LAYER,
+    SWITCH,
+    TRANSFORMERS_GPTQ,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "AWQ")
@@ -122,9 +131,28 @@ def pack_columns(codes: Tensor) -> Tensor:
     return octets.contiguous().view(torch.int32).squeeze(-1)
 
 
+HARMLESS = {
+    **AUTOROUND,
+    **TRANSFORMERS_GPTQ,
+    **GPTQMODEL,
+    **harmless(STORED_LAYER, "modules_in_block_to_quantize ignore"),
+    **harmless("zero_point says so, too", "sym", only=SWITCH),
+    **harmless("AWQ has no order of its own", "desc_act", only=(False,)),
+    **harmless("quant_method says so, too", "method", only=("awq",)),
+    **harmless("words have 32 bits", "pack_dtype", only=("int32",)),
+    **harmless("codes are integers", "data_type", only=("int",)),
+    **harmless("activations stay floats", "act_bits", only=(16, 32)),
+    **harmless(RUNNING, "do_fuse fuse_max_seq_len"),
+    **below("modules_to_fuse", harmless(RUNNING, "attention layernorm mlp use_alibi hidden_size")),
+    **below("modules_to_fuse", harmless(RUNNING, "num_attention_heads num_key_value_heads")),
+}
+
+
 @register_quantization("awq")
 class AWQConfig(QuantizationConfig):
     """`quantization_config` of AutoAWQ: bits, group_size, zero_point, version, modules_to_not_convert."""
+
+    harmless = HARMLESS
 
     def __init__(
         self,
@@ -146,9 +174,10 @@ class AWQConfig(QuantizationConfig):
         bits = config.get("bits", config.get("w_bit"))
         if bits != 4:
             raise _unsupported("bits", bits, "4")
-        version = str(config.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise _unsupported("version", version, "gemm")
+        for field in ("version", "format", "checkpoint_format"):
+            version = config.get(field, "gemm")
+            if version is not None and str(version).lower() != "gemm":
+                raise _unsupported(field, version, "gemm")
         group_size = config.get("group_size", config.get("q_group_size"))
         if not is_group_size(group_size):
             raise _unsupported("group_size", group_size, "-1 (whole rows) or a positive integer")

@@ -35,6 +35,8 @@ from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, read_stored, unsupported
 from pymllm.quantization.storage.packing import unpack_nibbles_high_first
+from pymllm.quantization.storage.settings import HarmlessSettings, Settings, harmless
+from pymllm.quantization.storage.writer_settings import RUNNING, SWITCH
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -191,6 +193,21 @@ class BitsAndBytesInt8LinearMethod(LinearMethodBase):
         return "bitsandbytes int8"
 
 
+HARMLESS = {
+    **harmless("activations stay floats", "llm_int8_threshold bnb_4bit_compute_dtype"),
+    **harmless(RUNNING, "llm_int8_enable_fp32_cpu_offload", only=SWITCH),
+    **harmless("weights are stored in codes", "llm_int8_has_fp16_weight", only=(False,)),
+    **harmless(
+        "scales are codes where the files hold nested_absmax", "bnb_4bit_use_double_quant", only=SWITCH
+    ),
+    **harmless("codes are read in the dtype that they are stored in", "bnb_4bit_quant_storage"),
+}
+STATE_HARMLESS = {
+    **harmless("what the weight had before it was rounded", "dtype nested_dtype"),
+    **harmless("the layer has its own shape", "shape"),
+}
+
+
 @register_quantization("bitsandbytes")
 @dataclass(kw_only=True, eq=False)
 class BitsAndBytesConfig(QuantizationConfig):
@@ -203,6 +220,7 @@ class BitsAndBytesConfig(QuantizationConfig):
     quant_type: str = "fp4"
     skip_modules: tuple[str, ...] = ()
     methods: dict[str, LinearMethodBase] = field(default_factory=dict)
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BitsAndBytesConfig:
@@ -255,7 +273,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         name = f"{prefix}.{STATE}{quant_type}"
         raw = bytes(read_stored(self.stored[name]).flatten().tolist())
         try:
-            state = json.loads(raw)
+            state = Settings(json.loads(raw), file="quant_state", root=name)
             block, nested = state["blocksize"], None
             if f"{prefix}.weight.nested_absmax" in self.stored:
                 nested = Nested(state["nested_blocksize"], float(state["nested_offset"]))
@@ -264,7 +282,7 @@ class BitsAndBytesConfig(QuantizationConfig):
             usable = all(type(size) is int and size > 0 for size in sizes) and math.isfinite(offset)
             if not usable or state["quant_type"] != quant_type:
                 raise ValueError("its fields contradict the tensors")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the quant_state cannot be read: {error!r}",
                 code="quant-state",
@@ -272,6 +290,7 @@ class BitsAndBytesConfig(QuantizationConfig):
                 expected=f"JSON with blocksize and quant_type {quant_type} (nested_blocksize and nested_offset)",
                 found=repr(raw[:200]),
             ) from None
+        state.refuse_unread("bitsandbytes", STATE_HARMLESS)
         weight, table = (self.stored.get(f"{prefix}.{name}") for name in ("weight", "weight.quant_map"))
         if weight is None or weight.dtype is None or table is None:
             raise CheckpointError(

@@ -8,6 +8,7 @@
     mxfp4-pack-quantized                    fp4 in groups of 32
     mxfp8-quantized                         float8 e4m3 in groups of 32, whose scales are powers of two
 
+A group whose `weights` are null is for attention: it says how keys, values and queries are rounded.
 The page with the layouts: quantization/compressed_tensors/README.md; for float8, quantization/fp8/README.md.
 """
 
@@ -17,7 +18,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ from pymllm.errors import ConfigError, nearest
 from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme
-from pymllm.quantization.method import LinearMethodBase, StoredTensor
+from pymllm.quantization.method import LinearMethodBase, StoredTensor, kind_of
 from pymllm.quantization.storage.compressed_linear import (
     MX_GROUP,
     FloatQuantizedLinearMethod,
     Fp4LinearMethod,
     IntQuantizedLinearMethod,
 )
+from pymllm.quantization.storage.compressed_transforms import refuse_online_transforms
 from pymllm.quantization.storage.fields import (
     compile_pattern,
     is_block,
@@ -41,6 +43,18 @@ from pymllm.quantization.storage.fields import (
     unsupported,
 )
 from pymllm.quantization.storage.packing import unpack_words
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import (
+    AUTOROUND,
+    KV_SCHEME,
+    OBSERVERS,
+    REFUSED,
+    RUNNING,
+    STORED_DTYPE,
+    STORED_LAYER,
+    SWITCH,
+    WRITER,
+)
 from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS
 
@@ -56,20 +70,65 @@ FORMATS = (
     "mxfp8-quantized",
 )
 CLASS_NAME = re.compile(r"[A-Z]\w*")
+CLASSES = ("Linear", "Embedding")  # of the modules whose weights a group may quantise
+STORED = ("weight_packed", "weight_scale")  # a module with a tensor of such a name is quantised
 # These store the group of every input; "weight" and "static" only change how the writer calibrates.
 ACT_ORDER = ("group", "dynamic", True)
+
+
+# Of the weights, or the activations, of a group; a reader looks at these in some strategies alone.
+_CODES = {
+    **OBSERVERS,
+    **harmless(STORED_DTYPE, "scale_dtype zp_dtype"),
+    **harmless("the strategy has no groups", "group_size", only=(-1,)),
+    **harmless("the strategy has no blocks", "block_structure", only=()),
+    **harmless("the order of inputs is that of the groups", "actorder", only=("weight", "static", False)),
+}
+HARMLESS = {
+    **AUTOROUND,
+    **below("config_groups.*.weights config_groups.*.input_activations", _CODES),
+    **below("config_groups.*.weights", harmless("weights are stored in codes", "dynamic", only=(False,))),
+    **below("kv_cache_scheme", KV_SCHEME),
+    # Of a group for attention, whose weights are null.
+    **below(
+        "config_groups.*.input_activations config_groups.*.output_activations",
+        harmless("read when the cache is made", "type num_bits symmetric dynamic strategy"),
+    ),
+    **harmless("attention has no stored codes", "config_groups.*.format", only=(*FORMATS, "dense")),
+    **below(
+        "transform_config.config_groups.*",
+        harmless("folded into the weights", "type head_dim precision randomize requires_grad"),
+        below("apply.*", harmless("folded into the weights", "inverse targets ignore")),
+    ),
+    **below(
+        "sparsity_config",
+        harmless("a dense file has every weight", "targets ignore global_sparsity sparsity_structure"),
+        harmless("a dense file has every weight", "registry_requires_subclass"),
+    ),
+    **harmless(WRITER, "version"),
+    **harmless("a figure about the files", "global_compression_ratio"),
+    **harmless(STORED_LAYER, "quantization_status"),
+    **harmless(RUNNING, "run_compressed dequantize use_optimized_inference", only=SWITCH),
+    **harmless("float8 is e4m3fn", "fp8_dtype_flavor", only=("float8_e4m3fn",)),
+    **harmless(
+        f"queries are rounded while the model runs, {REFUSED}", "attention_input_activations", only=()
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Group:
     """One of `config_groups`: the layers that it targets, and their method.
 
+    method: None where `weights` are null; the group is for attention then.  attention: how it rounds its inputs, keys
+    and values too.
     open_symmetry: whether the config does not say if weights have zero points, so that the tensors do.
     """
 
     name: str
     targets: tuple[str, ...]
-    method: LinearMethodBase
+    method: LinearMethodBase | None
+    attention: Any = None
     open_symmetry: bool = False
 
 
@@ -81,14 +140,15 @@ class CompressedTensorsConfig(QuantizationConfig):
     groups: Sequence[Group]
     ignore: Sequence[str] = ()
     kv_cache_scheme: Any = None
+    notes: tuple[str, ...] = ()
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CompressedTensorsConfig:
-        sparsity = config.get("sparsity_config") or {"format": "dense"}
-        if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
+        sparsity = config.get("sparsity_config") or {}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
             raise _unsupported("sparsity_config", sparsity, "none, or format dense")
-        if config.get("transform_config"):
-            raise _unsupported("transform_config", config["transform_config"], "none")
+        folded = refuse_online_transforms(config.get("transform_config"))
         settings = config.get("config_groups")
         # A config without groups quantises the cache of keys and values alone.
         if not isinstance(settings, Mapping) or not (settings or config.get("kv_cache_scheme")):
@@ -99,6 +159,7 @@ class CompressedTensorsConfig(QuantizationConfig):
             groups=groups,
             ignore=read_names(config, "ignore", regex="re:"),
             kv_cache_scheme=config.get("kv_cache_scheme"),
+            notes=folded,
         )
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -106,41 +167,62 @@ class CompressedTensorsConfig(QuantizationConfig):
         modules = {name.rpartition(".")[0] for name in tensors}
         for group in self.groups:
             for target in group.targets:
-                named = not target.startswith("re:") and not CLASS_NAME.fullmatch(target)
-                if (named and target not in modules) or (CLASS_NAME.fullmatch(target) and target != "Linear"):
+                if group.method is None or target.startswith("re:") or target in (*CLASSES, "lm_head"):
+                    continue  # a tied head has no tensors of its own
+                if target not in modules:
                     raise ConfigError(
                         f"the target {target!r} is not a layer of this checkpoint",
                         code="quantization-config",
                         file="config.json",
                         tensor=f"quantization_config.config_groups.{group.name}.targets",
-                        expected="Linear, a layer's name, or re: and a regular expression",
+                        expected="Linear, Embedding, a layer's name, or re: and a regular expression",
                         found=repr(target),
-                        fix=nearest(target, ["Linear", *modules]) or None,
+                        fix=nearest(target, [*CLASSES, *modules]) or None,
                     )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        found = self._group(prefix)
-        excluded = "Linear" in self.ignore or any(_targets(pattern, prefix) for pattern in self.ignore)
-        excluded |= found is None
+        # A tied head has no tensors but the embedding's.
+        tied = getattr(layer, "tied_to", None) is not None
+        of_class = "Embedding" if tied or kind_of(layer) == "embedding" else "Linear"
+        found = self._group(prefix, of_class)
+        excluded = of_class in self.ignore or any(_targets(pattern, prefix) for pattern in self.ignore)
+        excluded |= found is None or found.method is None
         if not self.covers(layer, prefix, "weight_scale", "weight_packed", excluded=excluded):
             return None
-        said = None if found is None or excluded else self._as_stored(found, prefix)
+        said = None if found is None or excluded else self._completed(found, prefix, of_class)
         if said is not None and len(self.groups) == 1:
             return said
-        return self.as_stored(layer, prefix, said, (self._as_stored(g, prefix) for g in self.groups))
+        return self.as_stored(
+            layer, prefix, said, (self._completed(group, prefix, of_class) for group in self.groups)
+        )
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
-        return read_kv_scheme(self.kv_cache_scheme)
+        """Read `kv_cache_scheme`; without one, how a group for this attention module rounds its keys and values."""
+        module = prefix.rpartition(".")[0]
+        groups = (group for group in self.groups if group.method is None and _means_attention(group, module))
+        return read_kv_scheme(self.kv_cache_scheme or next((group.attention for group in groups), None))
 
-    def _group(self, prefix: str) -> Group | None:
-        """Find the layer's group: one that names the layer, else one with a pattern for it, else one for its class."""
-        ranked = [(_rank(target, prefix), target, group) for group in self.groups for target in group.targets]
+    def _group(self, prefix: str, of_class: str) -> Group | None:
+        """Find the layer's group: one that names the layer, else one with a pattern for it, else one for its class.
+
+        A group for attention is no layer's that is stored quantised, though its pattern may fit the layer's name.
+        """
+        stored = any(f"{prefix}.{name}" in self.stored for name in STORED)
+        groups = [group for group in self.groups if group.method is not None or not stored]
+        ranked = [
+            (_rank(target, prefix, of_class), target, group) for group in groups for target in group.targets
+        ]
         hits = [entry for entry in ranked if entry[0] is not None]
         return min(hits, key=lambda entry: entry[:2])[2] if hits else None
 
-    def _as_stored(self, group: Group, prefix: str) -> LinearMethodBase:
+    def _completed(self, group: Group, prefix: str, of_class: str) -> LinearMethodBase | None:
         """Complete a group's method with what the config leaves open and the checkpoint's headers say."""
-        scale, method = self.stored.get(f"{prefix}.weight_scale"), group.method
+        scale = self.stored.get(f"{prefix}.weight_scale")
+        method: Any = group.method
+        if method is not None and of_class == "Embedding":  # its inputs are ids
+            method = replace(method, activations="float")
+            if isinstance(method, Fp4LinearMethod):
+                method = replace(method, global_activations=False)
         if isinstance(method, IntQuantizedLinearMethod):
             if group.open_symmetry and f"{prefix}.weight_zero_point" in self.stored:
                 method = replace(method, symmetric=False)
@@ -154,14 +236,14 @@ class CompressedTensorsConfig(QuantizationConfig):
             if scale is not None and scale.dtype is torch.float8_e8m0fnu:
                 method = replace(method, scale_dtype=scale.dtype)
             if method.kind == "mxfp4" and f"{prefix}.input_global_scale" in self.stored:
-                method = replace(method, global_activations=True)
-        return method
+                method = replace(method, global_activations=of_class != "Embedding")
+        return method  # type: ignore[no-any-return]
 
     def skip_reason(self, tensor: str) -> Skip | str | None:
         prefix, _, suffix = tensor.rpartition(".")
         if suffix in ("weight_zero_point", "input_zero_point") and f"{prefix}.weight_scale" in self.stored:
             packed = suffix == "weight_zero_point" and f"{prefix}.weight_packed" in self.stored
-            found = self._group(prefix)
+            found = self._group(prefix, "Linear") or self._group(prefix, "Embedding")
             bits = found.method.bits if found and isinstance(found.method, IntQuantizedLinearMethod) else 0
             scale = self.stored.get(f"{prefix}.weight_scale")
             outputs = 0 if scale is None or not scale.shape else scale.shape[0]
@@ -181,9 +263,9 @@ def _refuse_zero_points(stored: Tensor, bits: int, outputs: int) -> str | None:
     return refuse_other_than_zeros(fields.to(torch.int16) - 2 ** (bits - 1))
 
 
-def _rank(target: str, prefix: str) -> int | None:
+def _rank(target: str, prefix: str, of_class: str) -> int | None:
     """Rank how closely a target means this layer: 0 by name, 1 by pattern, 2 by class; None if it does not."""
-    if target == "Linear":
+    if target == of_class:
         return 2
     return int(target.startswith("re:")) if _targets(target, prefix) else None
 
@@ -193,6 +275,15 @@ def _targets(pattern: str, prefix: str) -> bool:
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "targets or ignore").match(prefix) is not None
     return pattern == prefix
+
+
+def _means_attention(group: Group, module: str) -> bool:
+    """Tell whether a group means this attention module: by its name, its class, or its projection of keys."""
+    return any(
+        "attention" in target.lower() if CLASS_NAME.fullmatch(target) else _targets(target, name)
+        for target in group.targets
+        for name in (module, f"{module}.k_proj")
+    )
 
 
 def _refuse_conflicts(groups: Sequence[Group]) -> None:
@@ -213,9 +304,12 @@ def _read_group(name: str, group: Any, default_format: Any) -> Group:
     at = f"config_groups.{name}"
     if not isinstance(group, Mapping):
         raise _unsupported(at, group, "an object")
-    if group.get("output_activations"):
-        raise _unsupported(f"{at}.output_activations", group["output_activations"], "null")
-    weights = group.get("weights")
+    weights, outputs = group.get("weights"), group.get("output_activations")
+    targets = read_names(group, "targets", regex="re:")
+    if weights is None and not set(targets) & set(CLASSES):
+        return Group(name, targets, None, group.get("input_activations") or outputs)
+    if outputs:
+        raise _unsupported(f"{at}.output_activations", outputs, "null")
     if not isinstance(weights, Mapping):
         raise _unsupported(f"{at}.weights", weights, "an object")
     file_format = group.get("format") or default_format
@@ -232,7 +326,7 @@ def _read_group(name: str, group: Any, default_format: Any) -> Group:
         "mxfp8-quantized": _read_mxfp8,
     }.get(file_format, _read_int)
     method = read(f"{at}.weights", weights, file_format, activations)
-    return Group(name, read_names(group, "targets", regex="re:"), method, "symmetric" not in weights)
+    return Group(name, targets, method, open_symmetry="symmetric" not in weights)
 
 
 def _read_float8(
@@ -369,7 +463,8 @@ def _expect(at: str, settings: Mapping[str, Any], **expected: Any) -> None:
 
 def _expect_symmetric(at: str, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings with zero points.  Where `symmetric` is absent, there are none."""
-    _expect(at, {"symmetric": True, **settings}, symmetric=True)
+    if settings.get("symmetric", True) is not True:
+        raise _unsupported(f"{at}.symmetric", settings.get("symmetric"), "True")
 
 
 def _read_bool(at: str, settings: Mapping[str, Any], field: str, default: bool) -> bool:

@@ -190,7 +190,7 @@ class GGUFConfig(QuantizationConfig):
     """The config of a GGUF file.  types: the block type of every quantised tensor, by its layer."""
 
     def __init__(self, types: Mapping[str, str]) -> None:
-        self.types = dict(types)
+        self.types = dict(types.items())
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GGUFConfig:

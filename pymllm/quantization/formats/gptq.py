@@ -35,6 +35,13 @@ from pymllm.quantization.storage.fields import (
 from pymllm.quantization.storage.groups import group_within
 from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import pack_words, unpack_words
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import (
+    AUTOROUND,
+    GPTQ_CALIBRATION,
+    GPTQMODEL,
+    TRANSFORMERS_GPTQ,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "GPTQ")
@@ -135,6 +142,17 @@ class DynamicRule:
     overrides: Mapping[str, Any] | None
 
 
+HARMLESS = {
+    **AUTOROUND,
+    **TRANSFORMERS_GPTQ,
+    **GPTQMODEL,
+    **below("dynamic.*", GPTQ_CALIBRATION),
+    **harmless("quant_method says so, too", "method", only=("gptq",)),
+    **harmless("codes are integers", "data_type", only=("int",)),
+    **harmless("activations stay floats", "act_bits", only=(16, 32)),
+}
+
+
 @register_quantization("gptq")
 @dataclass(kw_only=True, eq=False)
 class GPTQConfig(QuantizationConfig):
@@ -147,6 +165,7 @@ class GPTQConfig(QuantizationConfig):
     desc_act: bool = False
     dynamic: tuple[DynamicRule, ...] = ()
     modules: tuple[str, ...] = ()
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
@@ -154,13 +173,17 @@ class GPTQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GPTQConfig:
-        stored_as = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if stored_as not in ("gptq", "gptq_v2"):
-            raise _unsupported("checkpoint_format", stored_as, "gptq or gptq_v2")
+        named = {name: config.get(name) for name in ("checkpoint_format", "format")}
+        stored_as = named["checkpoint_format"] or named["format"] or "gptq"
+        for name, value in named.items():
+            if value and value not in ("gptq", "gptq_v2"):
+                raise _unsupported(name, value, "gptq or gptq_v2")
+            if value and value != stored_as:
+                raise _unsupported(name, value, f"{stored_as}, which checkpoint_format says")
         if config.get("is_marlin_format"):
             raise _unsupported("is_marlin_format", True, "false")
         method = GPTQLinearMethod(zeros_minus_one=stored_as == "gptq", signed=is_from_auto_round(config))
-        method, desc_act = _read_settings({"desc_act": False, "sym": True, **config}, "", method)
+        method, desc_act = _read_settings(config, "", method)
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, Mapping):
             raise _unsupported("dynamic", dynamic, "an object of rules, or null")
@@ -202,15 +225,16 @@ class GPTQConfig(QuantizationConfig):
         """Make the method of layers under this rule; None: of those under none."""
         method, desc_act = self.method, self.desc_act
         if rule is not None:
-            settings = {"desc_act": desc_act, **(rule.overrides or {})}
-            method, desc_act = _read_settings(settings, f"dynamic.{rule.pattern}", method)
+            method, desc_act = _read_settings(
+                rule.overrides or {}, f"dynamic.{rule.pattern}", method, desc_act
+            )
         if desc_act and method.group_size > 0:  # one group has no order
             return replace(method, index="act order")
         return replace(method, index="in order" if f"{prefix}.g_idx" in self.stored else "absent")
 
 
 def _read_settings(
-    config: Mapping[str, Any], at: str, method: GPTQLinearMethod
+    config: Mapping[str, Any], at: str, method: GPTQLinearMethod, desc_act: bool = False
 ) -> tuple[GPTQLinearMethod, bool]:
     """Read the settings of the config, or of a dynamic rule, which has those of `method` where it says nothing.
 
@@ -224,14 +248,15 @@ def _read_settings(
     if not is_group_size(group_size):
         raise _unsupported(f"{where}group_size", group_size, "-1 (whole rows) or a positive integer")
     symmetric = config.get("sym", method.symmetric)
-    for field, value in (("sym", symmetric), ("desc_act", config["desc_act"])):
+    act_order = config.get("desc_act", desc_act)
+    for field, value in (("sym", symmetric), ("desc_act", act_order)):
         if type(value) is not bool:
             raise _unsupported(f"{where}{field}", value, "true or false")
     if str(config.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
         raise _unsupported(f"{where}pack_dtype", config["pack_dtype"], "int32")
     if config.get("adapter"):
         raise _unsupported(f"{where}adapter", config["adapter"], "null")
-    return replace(method, bits=bits, group_size=group_size, symmetric=symmetric), config["desc_act"]
+    return replace(method, bits=bits, group_size=group_size, symmetric=symmetric), act_order
 
 
 def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRule:
@@ -242,7 +267,7 @@ def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRul
         return DynamicRule(pattern, None)
     if not isinstance(overrides, Mapping):
         raise _unsupported(f"dynamic.{key}", overrides, "an object of settings")
-    _read_settings({"desc_act": False, **overrides}, f"dynamic.{key}", method)
+    _read_settings(overrides, f"dynamic.{key}", method)
     return DynamicRule(pattern, overrides)
 
 

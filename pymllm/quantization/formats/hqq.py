@@ -27,6 +27,8 @@ from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.fields import read_names, unsupported
 from pymllm.quantization.storage.groups import check_groups
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import CALIBRATION, SWITCH
 from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, WeightSpec, whole
 
@@ -111,6 +113,13 @@ def unpack_groups(words: Tensor, bits: int) -> Tensor:
     return torch.cat(pieces)
 
 
+_PARAMS = {
+    **harmless(CALIBRATION, "weight_quant_params.optimize weight_quant_params.round_zero"),
+    **harmless("where the writer held scales", "offload_meta", only=SWITCH),
+}
+HARMLESS = below("quant_config quant_config.*", _PARAMS)
+
+
 @register_quantization("hqq")
 @dataclass(kw_only=True, eq=False)
 class HQQConfig(QuantizationConfig):
@@ -124,6 +133,7 @@ class HQQConfig(QuantizationConfig):
     tagged: Mapping[str, tuple[int, int | None]]
     skip_modules: tuple[str, ...] = ()
     used: dict[str, tuple[HQQLinearMethod, int | None]] = field(default_factory=dict)
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HQQConfig:

@@ -1,11 +1,11 @@
-"""ModelOpt's spellings of NVFP4 and FP8.  As the target of a rule, NVFP4 is `nvfp4`.
+"""ModelOpt's spellings of NVFP4, FP8, the MX formats and integers.  As the target of a rule, NVFP4 is `nvfp4`.
 
-NVFP4 (`quant_algo` NVFP4, W4A16_NVFP4):
+NVFP4 (`quant_algo` NVFP4, W4A16_NVFP4, W4A8_NVFP4_FP8, NVFP4_AWQ):
 
     weight          uint8 [O, I/2]           two E2M1 codes a byte, the low nibble first
     weight_scale    float8_e4m3fn [O, I/16]
     weight_scale_2  float32 []               a second scale, which multiplies too
-    input_scale     float32 []               the same for activations, where they are in 4 bits as well (W4A4)
+    input_scale     float32 []               the same for activations, in 4 bits (W4A4) or fp8 (W4A8)
 
 w = E2M1[code] * (weight_scale * weight_scale_2).
 
@@ -13,7 +13,11 @@ The FP8 algorithms have weight float8_e4m3fn [O, I] and
 
     FP8                        weight_scale [], input_scale []
     FP8_PER_CHANNEL_PER_TOKEN  weight_scale [O]
-    FP8_PB_WO                  weight_scale [O/128, 1, I/128, 1]
+    FP8_PB_WO, FP8_PB_REAL     weight_scale [O/128, 1, I/128, 1], or [O/128, I/128], or [] for a weight of one block
+
+MXFP8 is `storage/mxfp8_linear.py`, MXFP4 and W4A8_MXFP4_FP8 `storage/mxfp4_linear.py`; the integers (W4A16_AWQ,
+W4A8_AWQ, W8A16, W8A8_SQ_PER_CHANNEL) are `storage/modelopt_linear.py`. A layer with a `pre_quant_scale`, which
+multiplies its inputs as the model runs, is refused by name.
 
 The page with the layouts: quantization/modelopt/README.md.
 """
@@ -25,13 +29,14 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import CHANNEL, E4M3_MAX, TENSOR, CanonicalWeight
+from pymllm.errors import ConfigError
+from pymllm.kernels.canonical import CHANNEL, E4M3_MAX, TENSOR, Activations, CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -41,11 +46,16 @@ from pymllm.quantization.kv_cache import (
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import read_choice, read_names, unsupported
+from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
+from pymllm.quantization.storage.modelopt_linear import ModelOptIntLinearMethod
+from pymllm.quantization.storage.mxfp4_linear import stored_mxfp4
+from pymllm.quantization.storage.mxfp8_linear import stored_mxfp8
 from pymllm.quantization.storage.packing import encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import KV_SCHEME, SWITCH, WRITER
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "ModelOpt")
@@ -53,23 +63,49 @@ _unsupported = functools.partial(unsupported, "ModelOpt")
 GROUP = 16
 LARGEST = 6.0  # the largest value of E2M1
 E4M3 = torch.float8_e4m3fn
-ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+# How many inputs may share a scale, the usual number first; None: any number; none at all: there are no groups.
+GROUPS: dict[str, tuple[int, ...] | None] = {
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"), (GROUP,)),
+    "W4A8_NVFP4_FP8": (32, GROUP),
+    **dict.fromkeys(("MXFP8", "MXFP4", "W4A8_MXFP4_FP8"), (32,)),
+    **dict.fromkeys(("W4A16_AWQ", "INT4_AWQ", "W4A8_AWQ"), None),
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL"), ()),
+    **dict.fromkeys(("W8A16", "INT8_WO", "W8A8_SQ_PER_CHANNEL", "INT8_SQ"), ()),
+}
+# Those whose layers have an input_scale, where no headers tell.
+STATIC_INPUTS = (
+    "NVFP4",
+    "NVFP4_AWQ",
+    "W4A8_NVFP4_FP8",
+    "W4A8_MXFP4_FP8",
+    "FP8",
+    "W4A8_AWQ",
+    "W8A8_SQ_PER_CHANNEL",
+    "INT8_SQ",
+)
 BLOCK = 128  # both sides of a block of FP8_PB_WO
+Algorithm = tuple[str, int]  # a key of GROUPS, and how many inputs share a scale; 0: no groups, or whole rows
 KV_ALGORITHMS: dict[str, Literal["fp8", "int8"]] = {"FP8": "fp8", "INT8": "int8"}
 
 
 @dataclass(frozen=True)
 class NVFP4LinearMethod(LinearMethodBase):
-    """NVFP4 weights.  static_input: whether the checkpoint has an `input_scale`, for activations in 4 bits."""
+    """NVFP4 weights.
+
+    static_input: whether the checkpoint has an `input_scale`.  fp8_input: it is for activations in fp8, not 4 bits.
+    group_size: how many inputs share a scale.
+    """
 
     static_input: bool = False
+    fp8_input: bool = False
+    group_size: int = GROUP
     name: ClassVar[str] = "nvfp4"
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         specs: tuple[WeightSpec, ...] = (
             WeightSpec("weight", torch.uint8, (OUT, IN.packed(2))),
             # A block of zeros may have the scale zero.
-            WeightSpec("weight_scale", E4M3, (OUT, IN.every(GROUP)), scale="or zero"),
+            WeightSpec("weight_scale", E4M3, (OUT, IN.every(self.group_size)), scale="or zero"),
             WeightSpec("weight_scale_2", torch.float32, (PART,), accepts=FLOATS, scale=True),
         )
         if self.static_input:
@@ -77,23 +113,27 @@ class NVFP4LinearMethod(LinearMethodBase):
         return specs
 
     def check(self, shape: LinearShape) -> None:
-        check_groups(GROUP, shape, what="NVFP4 blocks")
-        check_share(GROUP, shape, what="blocks")
+        check_groups(self.group_size, shape, what="NVFP4 blocks")
+        check_share(self.group_size, shape, what="blocks")
 
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        static = self.static_input
+        activations: Activations = "float"
+        scale = tensors.get("input_scale")
+        if scale is not None:
+            activations = "static fp8" if self.fp8_input else "group"
+            # The file holds what to multiply codes with, the canonical weight of fp4 codes its reciprocal.
+            scale = scale if self.fp8_input else scale.reciprocal()
         return e2m1_weight(
             unpack_nibbles_low_first(tensors["weight"]),
             tensors["weight_scale"],
             rows_of_parts(tensors["weight_scale_2"], shape),
-            "group" if static else "float",
-            # The file holds what to multiply codes with, the canonical weight its reciprocal.
-            tensors["input_scale"].reciprocal() if static else None,
+            activations,
+            scale,
         )
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         """Round a float weight [O, I] so that every block's peak becomes 6, and every part's largest scale 448."""
-        group = min(GROUP, weight.shape[1])
+        group = min(self.group_size, weight.shape[1])
         blocks = weight.float().unflatten(1, (-1, group))  # [O, I/16, 16]
         peaks = blocks.abs().amax(-1)
         smallest = torch.finfo(torch.float32).smallest_normal
@@ -105,7 +145,34 @@ class NVFP4LinearMethod(LinearMethodBase):
         return e2m1_weight(codes.flatten(1), scales, rows)
 
     def describe(self) -> str:
-        return f"nvfp4, activations {'fp4' if self.static_input else 'float'}"
+        element = "fp8" if self.fp8_input else "fp4"
+        return f"nvfp4, activations {element if self.static_input else 'float'}"
+
+
+_LAYER = harmless("the algorithms that are read have none", "has_zero_point pre_quant_scale", only=(False,))
+_CODES = {  # what quant_algo means, said again in compressed-tensors' words
+    **harmless("quant_algo says so", "type", only=("float", "int")),
+    **harmless("quant_algo says so", "num_bits", only=(4, 8)),
+    **harmless("quant_algo says so", "group_size"),
+    **harmless("quant_algo says so", "symmetric", only=(True,)),
+    **harmless("quant_algo says so", "strategy"),
+}
+_GROUP = {
+    **below("weights input_activations", _CODES),
+    **harmless("quant_algo says so", "weights.dynamic", only=(False,)),
+    **harmless("quant_algo says so", "input_activations.dynamic", only=SWITCH),
+}
+HARMLESS = {
+    **harmless(WRITER, "producer.name producer.version producer.commit"),
+    **_LAYER,
+    **_GROUP,
+    **below("quantization quantization.quantized_layers.* quantized_layers.* config_groups.*", _LAYER),
+    **below(
+        "config_groups.*", _GROUP, harmless("quant_algo and quantized_layers say which layers", "targets")
+    ),
+    **harmless("a layer's own tensor of that name says so", "config_groups.*.pre_quant_scale", only=SWITCH),
+    **below("kv_cache_scheme", KV_SCHEME),
+}
 
 
 @register_quantization("modelopt")
@@ -113,13 +180,16 @@ class NVFP4LinearMethod(LinearMethodBase):
 class ModelOptConfig(QuantizationConfig):
     """hf_quant_config.json, or a `quantization_config` with quant_method modelopt.
 
-    quant_algo, exclude_modules (ignore), kv_cache_quant_algo, and quantized_layers where quant_algo is MIXED_PRECISION.
+    algorithm: of all layers, or None where quant_algo is MIXED_PRECISION.  layers: those of `quantized_layers`, by the
+    name or pattern of a layer or a module around it.  exclude_modules: also called ignore.  kv_cache: an algorithm, or
+    a kv_cache_scheme.
     """
 
-    quant_algo: str | None
+    algorithm: Algorithm | None
     exclude_modules: tuple[str, ...] = ()
-    quantized_layers: Mapping[str, str] | None = None
+    layers: Mapping[str, Algorithm] = field(default_factory=dict)
     kv_cache: Any = None
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
@@ -130,51 +200,72 @@ class ModelOptConfig(QuantizationConfig):
         settings = config.get("quantization", config)
         if not isinstance(settings, Mapping):
             raise _unsupported("quantization", settings, "an object")
-        named = settings.get("quant_algo")
-        algo = read_choice(
-            "ModelOpt",
-            {"quant_algo": named.upper() if isinstance(named, str) else named},  # fp8_pb_wo is written small
-            "quant_algo",
-            None,
-            [*ALGORITHMS, "MIXED_PRECISION"],
-        )
-        read_choice("ModelOpt", settings, "group_size", GROUP, [GROUP, None])
-        layers = None
-        if algo == "MIXED_PRECISION":
-            layers = _read_layers(settings.get("quantized_layers"))
+        mixed = str(settings.get("quant_algo")).upper() == "MIXED_PRECISION"
         excluded = (*read_names(settings, "exclude_modules"), *read_names(settings, "ignore"))
         return cls(
-            quant_algo=algo,
+            algorithm=None if mixed else _read_algorithm(settings, "quantization_config."),
             exclude_modules=excluded,
-            quantized_layers=layers,
+            layers=_read_layers(settings.get("quantized_layers")) if mixed else {},
             kv_cache=settings.get("kv_cache_quant_algo", config.get("kv_cache_scheme")),
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        layers = self.quantized_layers
-        algo = self.quant_algo if layers is None else layers.get(prefix)
-        excluded = self.is_excluded(prefix) or algo is None
+        found = self.algorithm or self._layer_algorithm(prefix)
+        excluded = self.is_excluded(prefix) or found is None
         if not self.covers(layer, prefix, "weight_scale", excluded=excluded):
             return None
-        said = None if excluded or algo is None else self._method(algo, prefix)
-        if said is not None and layers is None:
+        self._refuse_smoothing(prefix)
+        said = None if excluded or found is None else self._method(prefix, *found)
+        if said is not None and self.algorithm is not None:
             return said
-        algorithms = [self.quant_algo] if layers is None else layers.values()
-        return self.as_stored(
-            layer, prefix, said, (self._method(name, prefix) for name in dict.fromkeys(algorithms) if name)
-        )
+        algorithms = dict.fromkeys((self.algorithm, *self.layers.values()))
+        return self.as_stored(layer, prefix, said, (self._method(prefix, *a) for a in algorithms if a))
 
-    def _method(self, algo: str, prefix: str) -> LinearMethodBase:
-        """Make the method of a layer with this algorithm."""
+    def _layer_algorithm(self, prefix: str) -> Algorithm | None:
+        """Find a layer's algorithm of MIXED_PRECISION: by its name, else by a pattern or a module around it."""
+        found = (self.layers[name] for name in self.layers if _means(name, prefix))
+        return self.layers.get(prefix) or next(found, None)
+
+    def _refuse_smoothing(self, prefix: str) -> None:
+        """Raise ConfigError for a layer whose inputs are multiplied by a stored factor each, as AWQ leaves them."""
+        if f"{prefix}.pre_quant_scale" in self.stored:
+            raise ConfigError(
+                "ModelOpt's pre_quant_scale multiplies the layer's inputs as the model runs, which is not implemented",
+                code="quantization-config",
+                tensor=f"{prefix}.pre_quant_scale",
+                expected="a layer without it: the exporter folds it into the layer before where it can",
+                fix="Export the model with an algorithm that does not smooth activations, such as NVFP4 or FP8.",
+            )
+
+    def _method(self, prefix: str, algo: str, group_size: int) -> LinearMethodBase:
         # Without headers, as the algorithm says; with them, as the layer has it.
-        static = f"{prefix}.input_scale" in self.stored if self.stored else algo != "W4A16_NVFP4"
+        static = f"{prefix}.input_scale" in self.stored if self.stored else algo in STATIC_INPUTS
+        if algo in ("W4A16_AWQ", "INT4_AWQ", "W4A8_AWQ"):
+            second = f"{prefix}.weight_scale_2" in self.stored
+            return ModelOptIntLinearMethod(4, group_size, "static fp8" if static else "float", second)
+        if algo in ("W8A16", "INT8_WO", "W8A8_SQ_PER_CHANNEL", "INT8_SQ"):
+            return ModelOptIntLinearMethod(8, 0, "static" if static else "float")
+        if algo == "MXFP8":
+            return stored_mxfp8(self.stored, prefix, "ModelOpt", "group mx")
+        if algo == "MXFP4":
+            return stored_mxfp4(self.stored, prefix, "ModelOpt", "group")
+        if algo == "W4A8_MXFP4_FP8":
+            return stored_mxfp4(self.stored, prefix, "ModelOpt", "static fp8" if static else "float")
         if algo == "FP8":
             return NamedFp8LinearMethod(TENSOR, "static" if static else "float", format="modelopt")
         if algo == "FP8_PER_CHANNEL_PER_TOKEN":
             return NamedFp8LinearMethod(CHANNEL, "token", format="modelopt", flat_scale=True)
-        if algo == "FP8_PB_WO":
-            return NamedFp8LinearMethod((BLOCK, BLOCK), "float", format="modelopt", spaced_scale=True)
-        return NVFP4LinearMethod(static)
+        if algo in ("FP8_PB_WO", "FP8_PB_REAL"):
+            return self._block_method(prefix)
+        return NVFP4LinearMethod(static, static and algo == "W4A8_NVFP4_FP8", group_size)
+
+    def _block_method(self, prefix: str) -> LinearMethodBase:
+        """Make the method of blocks of 128 x 128 as the scales are stored: with four axes, two, or none."""
+        scale, weight = (self.stored.get(f"{prefix}.{name}") for name in ("weight_scale", "weight"))
+        axes = 4 if scale is None else len(scale.shape)
+        if axes < 2 and weight is not None and all(side <= BLOCK for side in weight.shape):
+            return NamedFp8LinearMethod(TENSOR, "float", format="modelopt")  # the weight is one block
+        return NamedFp8LinearMethod((BLOCK, BLOCK), "float", format="modelopt", spaced_scale=axes != 2)
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
         """Read kv_cache_quant_algo, which names an algorithm, or the object kv_cache_scheme that config.json has."""
@@ -186,27 +277,46 @@ class ModelOptConfig(QuantizationConfig):
 
     def is_excluded(self, prefix: str) -> bool:
         """Tell whether exclude_modules names the layer, or a module around it, by name or with shell wildcards."""
-        return any(
-            fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
-            for pattern in self.exclude_modules
-        )
+        return any(_means(pattern, prefix) for pattern in self.exclude_modules)
 
 
-def _read_layers(layers: Any) -> dict[str, str]:
+def _means(pattern: str, prefix: str) -> bool:
+    """Tell whether a name, perhaps with shell wildcards, is the layer's, or that of a module around it."""
+    return fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
+
+
+def _read_algorithm(settings: Any, within: str) -> Algorithm:
+    """Read quant_algo and group_size.  within: the path of these settings, with its dot, for messages."""
+    named = settings.get("quant_algo") if isinstance(settings, Mapping) else settings
+    algo = named.upper() if isinstance(named, str) else named  # fp8_pb_wo is written small
+    if not isinstance(algo, str) or algo not in GROUPS:
+        known = " or ".join((*GROUPS, "MIXED_PRECISION") if within == "quantization_config." else GROUPS)
+        raise _unsupported("quant_algo", named, known, within=within)
+    size, expected = settings.get("group_size"), GROUPS[algo]
+    for name in (
+        "has_zero_point",
+        "pre_quant_scale",
+    ):  # the layer's own pre_quant_scale is refused where it is stored
+        if settings.get(name) and not (name == "pre_quant_scale" and algo.endswith("AWQ")):
+            raise _unsupported(name, settings[name], "false", within=within)
+    if expected is None:
+        size = 128 if size is None else size
+        if not is_group_size(size):
+            raise _unsupported("group_size", size, "a positive integer, or -1 (whole rows)", within=within)
+        return algo, max(size, 0)
+    if expected and size not in (*expected, None):
+        raise _unsupported("group_size", size, " or ".join(map(str, expected)), within=within)
+    return algo, (size or expected[0]) if expected else 0
+
+
+def _read_layers(layers: Any) -> dict[str, Algorithm]:
     """Read the algorithm of each layer of `quantized_layers`, by the layer's name."""
     if not isinstance(layers, Mapping):
         raise _unsupported("quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
-    algorithms = {}
-    for name, settings in layers.items():
-        within = f"quantization_config.quantized_layers.{name}."
-        algo = settings.get("quant_algo") if isinstance(settings, Mapping) else None
-        algo = algo.upper() if isinstance(algo, str) else algo
-        if algo not in ALGORITHMS:
-            raise _unsupported("quant_algo", algo, " or ".join(ALGORITHMS), within=within)
-        if settings.get("group_size", GROUP) not in (GROUP, None):
-            raise _unsupported("group_size", settings["group_size"], str(GROUP), within=within)
-        algorithms[name] = algo
-    return algorithms
+    return {
+        name: _read_algorithm(settings, f"quantization_config.quantized_layers.{name}.")
+        for name, settings in layers.items()
+    }
 
 
 @register_quantization("nvfp4")

@@ -15,85 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, unsupported
-from pymllm.quantization.storage.fp4_linear import e2m1_weight
-from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import (
-    E2M1,
-    encode_e2m1,
-    refuse_nan_scales,
-    unpack_nibbles_low_first,
-)
-from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
-
-GROUP = 32
-LARGEST = 6.0  # the largest value of E2M1
-BIAS = 127  # the exponent bias of E8M0
-E8M0 = torch.float8_e8m0fnu
-SCALES = ("weight_scale", "weight_scales", "scales")  # all names of the same tensor
-
-
-@dataclass(frozen=True)
-class MXFP4LinearMethod(LinearMethodBase):
-    """MXFP4 weights.
-
-    scale_dtype: how the file declares the exponents, plain bytes or E8M0; the bytes are the same.
-    blocks: whether each block of codes is a row of its own.
-    """
-
-    scale_dtype: torch.dtype = torch.uint8
-    blocks: bool = False
-    name: ClassVar[str] = "mxfp4"
-
-    def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
-        codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
-        if self.blocks:
-            codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
-        grid = (OUT, IN.every(GROUP))
-        scale = WeightSpec(SCALES[0], self.scale_dtype, grid, aliases=SCALES[1:], refuse=refuse_nan_scales)
-        return codes, scale
-
-    def check(self, shape: LinearShape) -> None:
-        check_groups(GROUP, shape, what="MXFP4 blocks")
-        check_share(GROUP, shape, what="blocks")
-
-    def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
-        packed = tensors["blocks"].flatten(1) if self.blocks else tensors["weight"]
-        return e2m1_weight(unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0))
-
-    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
-        """Round a float weight [O, I].
-
-        Of the two powers of two next to its peak / 6, each block has the one with the smaller squared error.
-        """
-        group = min(GROUP, weight.shape[1])
-        blocks = weight.float().unflatten(1, (-1, group))  # [O, I/32, 32]
-        # With the larger exponent peak / scale is in 3..6, where nothing is clipped; with the smaller it is in 6..12.
-        exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST)[1]
-        larger, smaller = (_encode(blocks, exponents - step) for step in (0, 1))
-        better = smaller[2] < larger[2]
-        codes = torch.where(better[..., None], smaller[0], larger[0])
-        scales = torch.where(better, smaller[1], larger[1])
-        return e2m1_weight(codes.flatten(1), scales.view(E8M0))
-
-
-def _encode(blocks: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round blocks [O, I/32, 32] with scales of these exponents.
-
-    Returns codes, scale bytes [O, I/32] and squared errors [O, I/32].
-    """
-    stored = (exponents + BIAS).clamp(0, 2 * BIAS).to(torch.uint8)
-    scales = stored.view(E8M0).float().unsqueeze(-1)
-    codes = encode_e2m1(blocks / scales)
-    values = torch.tensor(E2M1, device=codes.device)[codes.int()]
-    return codes, stored, (values * scales - blocks).square().sum(-1)
+from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names
+from pymllm.quantization.storage.mxfp4_linear import GROUP, SCALES, MXFP4LinearMethod, stored_mxfp4
+from pymllm.quantization.storage.settings import HarmlessSettings, harmless
+from pymllm.quantization.storage.writer_settings import RUNNING, SWITCH
 
 
 @register_quantization("mxfp4")
@@ -102,6 +32,7 @@ class MXFP4Config(QuantizationConfig):
     """`quantization_config` with quant_method mxfp4: modules_to_not_convert."""
 
     modules_to_not_convert: tuple[str, ...] = ()
+    harmless: ClassVar[HarmlessSettings] = harmless(RUNNING, "dequantize", only=SWITCH)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MXFP4Config:
@@ -117,11 +48,4 @@ class MXFP4Config(QuantizationConfig):
         excluded = is_skipped(prefix, self.modules_to_not_convert)
         if not self.covers(layer, prefix, *SCALES, excluded=excluded):
             return None
-        names = (f"{prefix}.{name}" for name in SCALES)
-        scale = next((self.stored[name] for name in names if name in self.stored), None)
-        if scale is not None and scale.dtype not in (torch.uint8, E8M0):
-            raise unsupported(
-                "MXFP4", "weight_scale", str(scale.dtype), "uint8 or float8_e8m0fnu", within=f"{prefix}."
-            )
-        dtype = torch.uint8 if scale is None or scale.dtype is None else scale.dtype
-        return MXFP4LinearMethod(dtype, f"{prefix}.blocks" in self.stored)
+        return stored_mxfp4(self.stored, prefix, "MXFP4")

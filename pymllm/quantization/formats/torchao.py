@@ -35,6 +35,8 @@ from pymllm.quantization.storage.fields import is_block, is_skipped, read_names,
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import refuse_wide_codes, unpack_nibbles_low_first
+from pymllm.quantization.storage.settings import HarmlessSettings, Settings
+from pymllm.quantization.storage.torchao_settings import HARMLESS, METADATA_HARMLESS, READ_LATER
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "torchao")
@@ -163,12 +165,14 @@ class TorchAOConfig(QuantizationConfig):
     quant_type: Mapping[str, Any]
     modules_to_not_convert: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TorchAOConfig:
         quant_type = config.get("quant_type")
         if not isinstance(quant_type, Mapping) or not isinstance(quant_type.get("default"), Mapping):
             raise _unsupported("quant_type", quant_type, "an object with default, as torchao 0.15 writes it")
+        _note_fields(quant_type["default"].get("_data"))
         return cls(
             quant_type=quant_type["default"],
             modules_to_not_convert=read_names(config, "modules_to_not_convert", regex=""),
@@ -220,15 +224,15 @@ class TorchAOConfig(QuantizationConfig):
 
     def _describe(self, prefix: str) -> tuple[str, Mapping[str, Any]]:
         """Return the subclass of a layer's weight and its attributes, from the metadata, else from the config."""
-        text = self.metadata.get(f"{prefix}.weight")
+        text, described = self.metadata.get(f"{prefix}.weight"), None
         if text is None:
             kind = _kind_of_config(self.quant_type)
             settings: Any = self.quant_type.get("_data")
         else:
             try:
-                described = json.loads(text)
+                described = Settings(json.loads(text), file="the files' metadata", root=f"{prefix}.weight")
                 kind, settings = described["_type"], described["_data"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"the file's metadata of the weight cannot be read: {error!r}",
                     code="torchao-metadata",
@@ -238,7 +242,16 @@ class TorchAOConfig(QuantizationConfig):
                 ) from None
         if kind not in KINDS or not isinstance(settings, Mapping):
             raise _unsupported("_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight.")
+        if described is not None:
+            _note_fields(settings)
+            described.refuse_unread("torchao", METADATA_HARMLESS)
         return kind, settings
+
+
+def _note_fields(settings: Any) -> None:
+    """Count as read what is asked for when a layer's method is made."""
+    for name in READ_LATER if isinstance(settings, Mapping) else ():
+        settings.get(name)
 
 
 def _kind_of_config(quant_type: Mapping[str, Any]) -> str:

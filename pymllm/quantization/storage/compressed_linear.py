@@ -40,6 +40,7 @@ from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightS
 
 NAME = "compressed-tensors"
 MX_GROUP = 32
+INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         if self.packed:
             specs.append(WeightSpec("weight_packed", torch.int32, (OUT, IN.in_words(self.bits))))
             if self.has_shape:
-                specs.append(WeightSpec("weight_shape", torch.int64, (PART, whole(2)), refuse=_refuse_shape))
+                specs.append(_shape_spec())
         else:
             specs.append(WeightSpec("weight", torch.int8, (OUT, IN), refuse=refuse))
         if not self.symmetric and self.packed and not self.per_tensor:
@@ -224,6 +225,11 @@ class Fp4LinearMethod(LinearMethodBase):
 def _as_signed(codes: Tensor, bits: int) -> Tensor:
     """Shift codes 0..2^bits-1 to int8 around zero."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def _shape_spec() -> WeightSpec:
+    """Make the spec of the stored shape, which writers keep in integers of various widths."""
+    return WeightSpec("weight_shape", torch.int64, (PART, whole(2)), accepts=INTEGERS, refuse=_refuse_shape)
 
 
 def _refuse_shape(stored: Tensor, shape: LinearShape) -> str | None:
