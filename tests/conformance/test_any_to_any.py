@@ -25,6 +25,7 @@ TARGETS = (
     "fp8",
     "fp8:granularity=block",
     "mxfp4",
+    "mxfp8",
     "mlx:bits=5,group_size=32",
 )
 

@@ -29,6 +29,7 @@ METHODS = {
     "fp8": {"granularity": "block"},
     "fp8 channel": {"granularity": "channel"},
     "mxfp4": {},
+    "mxfp8": {},
 }
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {

@@ -395,6 +395,7 @@ def test_autorounds_extra_config_overrides_layers_by_name_and_pattern():
         ({"data_type": "fp", "bits": 4}, "bits", "4"),
         ({"data_type": "fp", "bits": 8, "group_size": [128]}, "group_size", "[128]"),
         ({"data_type": "fp", "bits": 8, "group_size": -1, "fmt": "e5m2"}, "fmt", "e5m2"),
+        ({"weight_block_size": [64, 64]}, "weight_block_size", "[64, 64]"),
         ({"extra_config": {"a.b": {"act_bits": 8}}}, "extra_config.a.b.act_bits", "8"),
         ({"extra_config": [1]}, "extra_config", "[1]"),
     ],

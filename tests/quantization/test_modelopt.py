@@ -174,6 +174,9 @@ def test_mixed_precision_gives_each_layer_its_own(tmp_path):
     ("settings", "said"),
     (
         ({"quant_algo": "NVFP4_SVD"}, "quant_algo"),
+        ({"quant_algo": "W4A16_AWQ", "has_zero_point": True}, "has_zero_point"),
+        ({"quant_algo": "W4A16_AWQ", "group_size": 0}, "group_size"),
+        ({"quant_algo": "MXFP8", "group_size": 16}, "group_size"),
         ({}, "quant_algo"),
         ({"quant_algo": "NVFP4", "group_size": 32}, "group_size"),
         ({"quant_algo": "NVFP4", "exclude_modules": "lm_head"}, "exclude_modules"),

@@ -123,6 +123,8 @@ class AutoRoundConfig(QuantizationConfig):
             if config.get(rotation):
                 raise _unsupported(rotation, config.get(rotation), "null")
         read_choice("AutoRound", config, "fmt", "e4m3", ["e4m3", None])
+        if config.get("weight_block_size") not in (None, config.get("group_size")):
+            raise _unsupported("weight_block_size", config["weight_block_size"], "group_size again, or null")
         read = cls(
             packing=short,
             settings=settings,

@@ -292,6 +292,11 @@ def _read_algorithm(settings: Any, within: str) -> Algorithm:
     if not isinstance(algo, str) or algo not in GROUPS:
         known = " or ".join((*GROUPS, "MIXED_PRECISION") if within == "quantization_config." else GROUPS)
         raise _unsupported("quant_algo", named, known, within=within)
+    if settings.get("has_zero_point"):
+        raise _unsupported("has_zero_point", settings["has_zero_point"], "false", within=within)
+    # That layers may have a pre_quant_scale is no news: those that do have a tensor of that name.
+    if settings.get("pre_quant_scale") not in (True, False, None):
+        raise _unsupported("pre_quant_scale", settings["pre_quant_scale"], "true or false", within=within)
     size, expected = settings.get("group_size"), GROUPS[algo]
     for name in (
         "has_zero_point",

@@ -260,7 +260,8 @@ def _read_fp4(weight: Mapping[str, Any], inputs: Any, within: str) -> LinearMeth
 
 
 def _read_fp8(weight: Mapping[str, Any], inputs: Any, within: str) -> LinearMethodBase:
-    scheme, block = weight.get("qscheme"), weight.get("block_size") or ()
+    scheme = weight.get("qscheme")
+    block: Any = weight.get("block_size")
     activations = _read_inputs(inputs, within, "fp8_e4m3")
     if (
         scheme == "per_group"
