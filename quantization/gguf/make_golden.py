@@ -7,7 +7,7 @@ The package quantises to the types of 32 values; the K types it only decodes, so
 codes and small scales) with float16 scales of ordinary size. `dequantized` is its `dequantize` of either.
 
 The other types are the work of llama.cpp (`llama_cpp.py`): half of their rows are what it quantises, the others have
-random bits everywhere but in the scales of blocks. `dequantized` is its, and the package agrees where it knows the type.
+random bits everywhere but in the scales of blocks. `dequantized` is its; the package agrees where it knows the type.
 
 Legend: I in_features, O out_features.
 """
