@@ -22,6 +22,7 @@ from pymllm.kernels.native.integer import (
     blocks_of,
     check_blocks,
 )
+from pymllm.kernels.native.integer_codebook import NativeIntegerCodebook
 from pymllm.kernels.registry import Packed
 
 
@@ -70,3 +71,7 @@ class NativeInt8Embedding(NativeIntegerEmbedding, NativeInt8):
 
 class NativeFp4Embedding(NativeIntegerEmbedding, NativeFp4):
     """Rows of the tables that `NativeFp4` multiplies."""
+
+
+class NativeIntegerCodebookEmbedding(NativeIntegerEmbedding, NativeIntegerCodebook):
+    """Rows of the tables that `NativeIntegerCodebook` multiplies."""
