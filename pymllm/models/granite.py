@@ -31,6 +31,7 @@ GGUF_FACTORS = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+GGUF_CONSTANTS: dict[str, tuple[Any, ...]] = {"rope.scaling.finetuned": (True,)}  # false: no rotary positions
 
 
 def fill_in_factors(config: dict[str, Any]) -> None:
@@ -45,7 +46,7 @@ GGUF = {
         "granite",
         interleaved=True,
         settings=GGUF_FACTORS,
-        constants={"rope.scaling.finetuned": (True,)},  # false: without rotary positions
+        constants=GGUF_CONSTANTS,
         required=("logit_scale",),
         finish=fill_in_factors,
     )
