@@ -6,11 +6,11 @@
 llama.cpp runs as the server of the package xllamacpp, in the Python interpreter PYTHON that has it.
 
 1. Token ids of over 300 strings that are hard to split, with and without the tokens that a text begins with.
-2. Perplexity of a text (this project's documentation), in windows of 512 tokens, the same for both: the exact one of the
+2. Perplexity of a text (this project's documentation), in windows of 512 tokens, alike for both: the exact one of the
    file's weights (all in float32), the usual one ("auto"), and llama.cpp's, which rounds activations to eight bits
    beside quantised weights.
 3. For each method: the file is converted with `quantize_checkpoint`, the folder is loaded, and its next-token
-   distributions are compared with those of the file's weights in float32.  METHOD@FORMAT asks for a format to write.
+   distributions are compared with those of the file's weights in float32.  METHOD@FORMAT: in that format.
 
 The script prints a table; --write also puts it into results/beside_llama_cpp.md and .json.
 """
@@ -51,6 +51,7 @@ SERVER = """
 import sys, xllamacpp as x
 p = x.CommonParams()
 p.model.path, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], int(sys.argv[2]), 1, False
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])
 p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
 p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = x.Server(p)
@@ -61,7 +62,7 @@ sys.stdin.read()
 
 
 def hard_strings() -> list[str]:
-    """Return strings of which each has broken some tokenizer: spaces, scripts, marks, digits, special tokens, length."""
+    """Return strings that are hard to split: spaces, scripts, marks, digits, special tokens, long words."""
     found = [
         "",
         " ",
@@ -384,7 +385,7 @@ class LlamaCpp:
 @contextmanager
 def llama_cpp(python: str, model: Path) -> Iterator[LlamaCpp]:
     """Run the server in another interpreter."""
-    command = [python, "-c", SERVER, str(model), str(2 * WINDOW)]
+    command = [python, "-c", SERVER, str(model), str(2 * WINDOW), "1"]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(

@@ -19,13 +19,60 @@ def piece(text: str) -> str:
     return "".join(ALPHABET[byte] for byte in text.encode())
 
 
-PAIRS = [(" ", " "), (" ", "a"), ("a", "b"), ("ab", "c"), ("1", "2"), ("12", "3"), ("123", "4"), (" ", "1"), ("\n", "\n")]
-PAIRS += [("'", "t"), ("n", "'t"), ("!", "!"), (" ", "é"), (".", "."), ("A", "b"), ("b", "A"), ("/", "/"), ("!", "\n")]
-PAIRS += [(" ", "!"), (" ", "\n"), ("\r", "\n"), ("(", "a"), ("\t", "\t"), ("_", "_"), ("a", "1"), ("1", "a"), ("=", "=")]
-PAIRS += [(" ", "."), ("a", " "), ("中", "中"), ("  ", "  "), ("'", "T"), ("n", "'T"), ("a", "'t"), (" ", "_"), ("a", "!")]
-MERGES = [(piece(left[:1]) if len(left) == 1 and len(left.encode()) > 1 else piece(left), piece(right)) for left, right in PAIRS]
+PAIRS = [
+    (" ", " "),
+    (" ", "a"),
+    ("a", "b"),
+    ("ab", "c"),
+    ("1", "2"),
+    ("12", "3"),
+    ("123", "4"),
+    (" ", "1"),
+    ("\n", "\n"),
+]
+PAIRS += [
+    ("'", "t"),
+    ("n", "'t"),
+    ("!", "!"),
+    (" ", "é"),
+    (".", "."),
+    ("A", "b"),
+    ("b", "A"),
+    ("/", "/"),
+    ("!", "\n"),
+]
+PAIRS += [
+    (" ", "!"),
+    (" ", "\n"),
+    ("\r", "\n"),
+    ("(", "a"),
+    ("\t", "\t"),
+    ("_", "_"),
+    ("a", "1"),
+    ("1", "a"),
+    ("=", "="),
+]
+PAIRS += [
+    (" ", "."),
+    ("a", " "),
+    ("中", "中"),
+    ("  ", "  "),
+    ("'", "T"),
+    ("n", "'T"),
+    ("a", "'t"),
+    (" ", "_"),
+    ("a", "!"),
+]
+MERGES = [
+    (piece(left[:1]) if len(left) == 1 and len(left.encode()) > 1 else piece(left), piece(right))
+    for left, right in PAIRS
+]
 # The two bytes of é, and the three of 中, are merged first.
-BYTES = [(ALPHABET[0xC3], ALPHABET[0xA9]), (ALPHABET[0xE4], ALPHABET[0xB8]), (ALPHABET[0xE4] + ALPHABET[0xB8], ALPHABET[0xAD])]
+BYTES = [
+    (ALPHABET[0xC3], ALPHABET[0xA9]),
+    (ALPHABET[0xE4], ALPHABET[0xB8]),
+    (ALPHABET[0xE4] + ALPHABET[0xB8], ALPHABET[0xAD]),
+]
 MERGES = [*BYTES, *MERGES]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *ALPHABET.values()]
 TOKENS += [token for token in dict.fromkeys(left + right for left, right in MERGES) if token not in TOKENS]
@@ -34,7 +81,8 @@ TYPES = [3, 3, 3, *[1] * (len(TOKENS) - 3)]
 STRINGS = [
     "",
     " a  abc   a    ",
-    "12345 1234 1 a1a", "1234\u0663\u0661 \u0662 a",
+    "12345 1234 1 a1a",
+    "1234\u0663\u0661 \u0662 a",
     "don't DON'T an't a't 't",
     "a\n\nb \n\n \r\nab!\n!!\n",
     "\t\tabc\t a\u00a0 a\u3000a",

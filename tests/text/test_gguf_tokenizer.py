@@ -47,7 +47,16 @@ def test_a_file_that_names_no_split_has_llama_cpps_default_one():
     assert [ours.encode(text) for text in STRINGS] == EXPECTED["default"]
 
 
-SPM = ["<unk>", "<s>", "</s>", "<|end|>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]
+SPM = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|end|>",
+    "<|endoftext|>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "\u2581",
+    "a",
+]
 
 
 def sentencepiece(architecture, **changes):
