@@ -43,7 +43,14 @@ ROOT = Path(__file__).parents[1]
 TEXT = ("README.md", "docs/structure.md", "docs/quantizing.md", "docs/serving.md", "docs/moe.md")
 WINDOW = 512
 BLOCKS = "model.layers.**"
-METHODS = ("int8", "int4", "int4:group_size=32,scale=mse", "awq", "fp8", "fp8:granularity=block")
+METHODS = (
+    "int8",
+    "int4:group_size=64",
+    "int4:group_size=32,scale=mse",
+    "awq:group_size=64",
+    "fp8",
+    "fp8:granularity=block",
+)
 COMPARED_TOKENS = 1024  # of the text, for the methods
 FORCED = (
     1e4  # a bias that makes the server sample one token; the probabilities that it reports are without it
