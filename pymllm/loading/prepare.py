@@ -24,7 +24,7 @@ from pymllm.loading.head import HEAD, find_own_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
-from pymllm.models import build_model, gguf_architectures, read_model_config
+from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
@@ -75,6 +75,7 @@ def prepare(
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
+    rename_tensors(checkpoint)
     _check_sizes(config, checkpoint)
     head = find_own_head(checkpoint, config)
     if head.own:

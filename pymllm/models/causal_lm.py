@@ -23,6 +23,13 @@ from pymllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
+# The tensors of a GGUF file that are settings of its rotary positions, each with the type that uses it.
+ROPE_FACTORS = {
+    "rope_freqs.weight": "factors",
+    "rope_factors_long.weight": "longrope",
+    "rope_factors_short.weight": "longrope",
+}
+
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the sums travel along as `residual`.
@@ -154,7 +161,7 @@ class CausalLM(nn.Module):
             if rotary:
                 refuse = functools.partial(_refuse_frequencies, rotary, self.config.rope_parameters.theta)
                 return Skip("rotary frequencies, which follow from the config", refuse)
-        if tensor == "rope_freqs.weight" and self.config.rope_parameters.rope_type == "factors":
+        if self.config.rope_parameters.rope_type == ROPE_FACTORS.get(tensor):
             return "factors of the rotary frequencies, which have become part of the config"
         return None
 
