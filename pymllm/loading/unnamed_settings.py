@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pymllm.errors import ConfigError
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
+from pymllm.quantization.storage.settings import Settings
 from pymllm.weights.checkpoint import Checkpoint
 
 USUAL_KEY = "quantization_config"
@@ -25,7 +26,8 @@ def read_unnamed_settings(checkpoint: Checkpoint) -> QuantizationConfig | None:
         for key in (*keys, USUAL_KEY) if keys else ():
             settings = config.get(key)
             if isinstance(settings, Mapping) and format_config.claims(settings, checkpoint.tensors):
-                found[key] = format_config.from_config(settings)
+                wrapped = Settings(settings, file=str(checkpoint.config_file), root=key)
+                found[key] = format_config.from_config(wrapped)
     named = config.get(USUAL_KEY) or config.get("compression_config")
     for key in own_keys:
         if isinstance(config.get(key), Mapping) and config[key] and key not in found and not named:

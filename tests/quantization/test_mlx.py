@@ -267,6 +267,24 @@ def test_settings_of_others_are_not_taken_for_these(tmp_path):
         assert not config.claims({"bits": 4, "group_size": 64}, checkpoint.tensors)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    (
+        ({"zz": 1}, "quantization.zz"),
+        ({"zz": {"bits": 4}}, "quantization.zz"),
+        ({"zz": True}, "quantization.zz"),
+        ({"lm_head": {"bits": 4, "zz": False}}, "quantization.lm_head.zz"),
+        ({"lm_head": {"bits": 4, "quantize_input": True}}, "quantization.lm_head.quantize_input"),
+        ({"lm_head": 4}, "quantization.lm_head"),
+    ),
+)
+def test_a_setting_that_is_neither_known_nor_a_stored_layers_is_refused(settings, named, tmp_path):
+    write_mlx(tmp_path, "llama", lambda _: MLX(), {**MLX().settings(), **settings})
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path)
+    assert named in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ("scales", "biases"))
 def test_scales_and_biases_that_are_no_numbers_are_refused(name, tmp_path):
     write_mlx(tmp_path, "llama", lambda _: MLX(), MLX().settings())

@@ -76,7 +76,13 @@ _ACTIVATIONS = harmless(
 HARMLESS = {
     **AUTOROUND,
     **_ACTIVATIONS,
-    **below("extra_config.*", _ACTIVATIONS, harmless(STORED_DTYPE, "scale_dtype")),
+    **below(
+        "extra_config.*",
+        _ACTIVATIONS,
+        harmless(STORED_DTYPE, "scale_dtype"),
+        harmless("float8 is e4m3", "fmt", only=("e4m3",)),
+        harmless("the format is that of all layers", "quant_method", only=("auto-round", "auto_round")),
+    ),
     **harmless(STORED_LAYER, "lm_head quant_lm_head", only=SWITCH),
     **harmless("float8 is e4m3", "fmt", only=("e4m3",)),
     **harmless("group_size says so, too", "weight_block_size"),

@@ -37,9 +37,12 @@ from pymllm.quantization.storage.packing import (
     unpack_fields,
     unpack_words,
 )
+from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
+from pymllm.quantization.storage.writer_settings import SWITCH
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
-_unsupported = functools.partial(unsupported, "MLX", within="quantization.")
+WITHIN = "quantization."
+_unsupported = functools.partial(unsupported, "MLX", within=WITHIN)
 
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 # (bits, group size) where the config does not say; the other modes have no other.
@@ -170,6 +173,13 @@ def _refuse_words(words: Tensor, shape: object) -> str | None:
     return refuse_nan_codes(words.contiguous().view(torch.uint8), shape)
 
 
+HARMLESS = below(
+    "*",
+    harmless("the tensors show whether there is one", "global_scale", only=SWITCH),
+    harmless("inputs stay floats", "quantize_input", only=(False,)),
+)
+
+
 @register_quantization("mlx")
 @dataclass(kw_only=True, eq=False)
 class MLXConfig(QuantizationConfig):
@@ -181,6 +191,7 @@ class MLXConfig(QuantizationConfig):
 
     default: MLXLinearMethod
     layers: Mapping[str, MLXLinearMethod | None]
+    harmless: ClassVar[HarmlessSettings] = HARMLESS
 
     @classmethod
     def get_config_keys(cls) -> list[str]:
@@ -205,12 +216,22 @@ class MLXConfig(QuantizationConfig):
             value = config[name]
             if isinstance(value, Mapping):
                 layers[name] = _read_settings(value, f"{name}.")
-                _refuse_others(value, f"{name}.")
             elif isinstance(value, bool):
                 layers[name] = default if value else None
             else:
                 raise _unsupported(name, value, "a layer's name with an object of settings, true or false")
         return cls(default=default, layers=layers)
+
+    def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Receive the headers.  ConfigError for a setting that is none of all layers, and no stored module's name."""
+        super().see_checkpoint(tensors)
+        for name in self.layers:
+            if not any(module == name or module.startswith(f"{name}.") for module in self.stored_modules):
+                raise _unsupported(
+                    name,
+                    "a layer's settings",
+                    "bits, group_size, mode, or the name of a layer that is stored",
+                )
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
@@ -285,7 +306,7 @@ def _settle(
 
 def _read_settings(config: Mapping[str, Any], at: str) -> MLXLinearMethod:
     """Read bits, group_size and mode.  at: the layer that they are of, with a dot; "": all.  ConfigError."""
-    within = f"quantization.{at}"
+    within = f"{WITHIN}{at}"
     mode = config.get("mode")
     mode = "affine" if mode is None else mode
     if not isinstance(mode, str) or mode not in DEFAULTS:
@@ -301,17 +322,3 @@ def _read_settings(config: Mapping[str, Any], at: str) -> MLXLinearMethod:
         expected = "a positive integer" if mode == "affine" else f"{usual_size} with mode {mode}"
         raise _unsupported("group_size", size, expected, within=within)
     return MLXLinearMethod(bits, size, mode)
-
-
-def _refuse_others(settings: Mapping[str, Any], at: str) -> None:
-    """Refuse settings of one layer that are not known."""
-    for name in settings:
-        value = settings[name]
-        if name in ("bits", "group_size", "mode"):
-            continue
-        # Whether there is a global scale is seen from the tensors; inputs that are quantised, too, are not read.
-        if name == "global_scale" and isinstance(value, bool):
-            continue
-        if name == "quantize_input" and value is False:
-            continue
-        raise _unsupported(name, value, "bits, group_size, mode or global_scale", within=f"quantization.{at}")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pymllm.quantization.base import QuantizationConfig, register_quantization
-from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme, unused_kv_tensor
+from pymllm.quantization.kv_cache import KVCacheMethodBase, read_kv_scheme
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names
@@ -61,12 +61,10 @@ class MXFP8Config(QuantizationConfig):
         return MXFP8LinearMethod()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        if is_skipped(prefix, self.modules_to_not_convert) or not self.covers(layer, prefix, *SCALES):
+        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        if not self.covers(layer, prefix, *SCALES, excluded=excluded):
             return None
         return stored_mxfp8(self.stored, prefix, "MXFP8", "group mx")
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
         return read_kv_scheme(self.kv_cache_scheme)
-
-    def skip_reason(self, tensor: str) -> str | None:
-        return unused_kv_tensor(tensor)
