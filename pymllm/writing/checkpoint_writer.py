@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,19 +24,29 @@ from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.gptq import GPTQLinearMethod
+from pymllm.quantization.formats.modelopt import NVFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rounding.calibrated import needs_inputs, without_static
-from pymllm.quantization.storage.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
+from pymllm.quantization.storage.compressed_linear import (
+    FloatQuantizedLinearMethod,
+    Fp4LinearMethod,
+    IntQuantizedLinearMethod,
+)
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.weights.memory import return_freed_memory
 from pymllm.writing.calibrated import CalibratedModel, Calibration
 from pymllm.writing.encoding import encode
 from pymllm.writing.layers import SourceLayer, Step, steps_of
 from pymllm.writing.output import Output, storable
 from pymllm.writing.side_files import config_json, files_to_copy, model_card
-from pymllm.writing.spelling import SpelledLayer, Spelling
+from pymllm.writing.spelling import SpelledLayer, Spelling, WithSideConfigs
 
-STORED = (UnquantizedLinearMethod, AWQLinearMethod, IntQuantizedLinearMethod, FloatQuantizedLinearMethod)
+STORED = (
+    *(UnquantizedLinearMethod, AWQLinearMethod, GPTQLinearMethod, NVFP4LinearMethod, NamedFp8LinearMethod),
+    *(IntQuantizedLinearMethod, FloatQuantizedLinearMethod, Fp4LinearMethod),
+)
 
 
 @dataclass(frozen=True)
@@ -318,6 +329,9 @@ class CheckpointWriter:
             version=importlib.metadata.version("pymllm"),
         )
         output.add_file("README.md", card)
+        if quantization is not None and isinstance(self.spelling, WithSideConfigs):
+            for file, settings in self.spelling.side_configs(quantization).items():
+                output.add_file(file, (json.dumps(settings, indent=2) + "\n").encode())
         output.add_file("config.json", config_json(checkpoint.config, quantization, untied=untied))
 
     def _notes(self, notes: Mapping[str, Any]) -> list[str]:

@@ -29,11 +29,14 @@ from pymllm.writing.awq import AWQSpelling
 from pymllm.writing.calibrated import Calibration
 from pymllm.writing.checkpoint_writer import CheckpointWriter, WrittenCheckpoint
 from pymllm.writing.compressed_tensors import CompressedTensorsSpelling
+from pymllm.writing.gptq import GPTQSpelling, GPTQv2Spelling
+from pymllm.writing.modelopt import ModelOptSpelling
 from pymllm.writing.output import Output
 from pymllm.writing.spelling import Spelling
 
 SPELLINGS: dict[str, type[Spelling]] = {
-    spelling.name: spelling for spelling in (AWQSpelling, CompressedTensorsSpelling)
+    spelling.name: spelling
+    for spelling in (AWQSpelling, CompressedTensorsSpelling, GPTQSpelling, GPTQv2Spelling, ModelOptSpelling)
 }
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

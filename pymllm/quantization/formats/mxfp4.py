@@ -18,14 +18,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.kernels.canonical import CanonicalWeight
+from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import is_skipped, read_choice, read_names, unsupported
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.packing import (
+    E2M1,
+    encode_e2m1,
+    pack_nibbles_low_first,
+    unpack_nibbles_low_first,
+)
 from pymllm.weights.spec import IN, OUT, LinearShape, WeightSpec, whole
 
 GROUP = 32
@@ -60,6 +65,13 @@ class MXFP4LinearMethod(LinearMethodBase):
     def to_canonical(self, tensors: Mapping[str, Tensor], shape: LinearShape) -> CanonicalWeight:
         packed = tensors["blocks"].flatten(1) if self.blocks else tensors["weight"]
         return e2m1_weight(unpack_nibbles_low_first(packed), tensors["weight_scale"].contiguous().view(E8M0))
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, CodebookWeight)
+        packed = pack_nibbles_low_first(weight.codes)
+        scales = weight.scales.view(torch.uint8).contiguous().view(self.scale_dtype)
+        codes = {"blocks": packed.unflatten(1, (-1, GROUP // 2))} if self.blocks else {"weight": packed}
+        return {**codes, SCALES[0]: scales}
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         """Round a float weight [O, I].
