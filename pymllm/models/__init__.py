@@ -15,7 +15,7 @@ from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError, nearest
 from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.weights.gguf_checkpoint import GGUFArchitecture
+from pymllm.weights.gguf_architecture import GGUFArchitecture
 
 # Modules here that are no family.
 SHARED = ("causal_lm",)

@@ -9,6 +9,7 @@ from pymllm.errors import ConfigError
 from pymllm.layers.layernorm import GemmaRMSNorm
 from pymllm.models.causal_lm import CausalLM
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_architecture import GGUFArchitecture
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -20,6 +21,7 @@ DEFAULTS = {
     "tie_word_embeddings": True,
     "use_bidirectional_attention": False,
 }
+GGUF = {"gemma": GGUFArchitecture("gemma", norms_raised_by=1.0)}
 
 
 class Model(CausalLM):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from pymllm.config import ModelConfig
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import gemma
 from pymllm.models.causal_lm import DecoderLayer
+from pymllm.weights.gguf_architecture import LAYER_MODULES, GGUFArchitecture
 
 DEFAULTS = {
     **gemma.DEFAULTS,
@@ -22,6 +24,41 @@ DEFAULTS = {
     "sliding_window_pattern": 2,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
+}
+NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def attention_scale(layers_of_27b: int) -> Callable[[dict[str, Any]], None]:
+    """Make the function that sets query_pre_attn_scalar, which no file has.
+
+    layers_of_27b: of the one size that divides by the hidden size over the heads in place of the head size.
+    """
+
+    def finish(config: dict[str, Any]) -> None:
+        large = config["num_hidden_layers"] == layers_of_27b
+        size = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+        config["query_pre_attn_scalar"] = size
+
+    return finish
+
+
+GGUF = {
+    "gemma2": GGUFArchitecture(
+        "gemma2",
+        LAYER_MODULES | NORMS,
+        norms_raised_by=1.0,
+        settings={
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        fixed={"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        sliding=2,
+        finish=attention_scale(46),
+    )
 }
 
 

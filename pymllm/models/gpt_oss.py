@@ -15,6 +15,13 @@ from pymllm.models.causal_lm import CausalLM
 from pymllm.moe import build_moe_block, build_topk_router
 from pymllm.moe.config import get_num_experts_per_tok
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_architecture import (
+    ATTENTION_MODULES,
+    EXPERT_CONSTANTS,
+    EXPERT_SETTINGS,
+    GGUFArchitecture,
+    expert_modules,
+)
 
 DEFAULTS = {
     "rms_norm_eps": 1e-5,
@@ -37,6 +44,30 @@ DEFAULTS = {
         "truncate": False,
         "original_max_position_embeddings": 4096,
     },
+}
+
+
+def keep_fractions(config: dict[str, Any]) -> None:
+    """Keep the bounds of yarn's ramp as they are computed: the model does not round them, and no file says so."""
+    rope = config["rope_parameters"]
+    for settings in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if settings.get("rope_type") == "yarn":
+            settings["truncate"] = False
+
+
+GGUF = {
+    "gpt-oss": GGUFArchitecture(
+        "gpt_oss",
+        ATTENTION_MODULES
+        | expert_modules(router="router")
+        | {"post_attention_norm": "post_attention_layernorm", "attn_sinks.weight": "self_attn.sinks"},
+        settings=EXPERT_SETTINGS
+        | {"expert_count": "num_local_experts", "expert_feed_forward_length": "intermediate_size"},
+        constants=EXPERT_CONSTANTS | {"expert_gating_func": (0, 3)},  # softmax of the chosen
+        required=("attention.sliding_window",),
+        sliding=2,
+        finish=keep_fractions,
+    )
 }
 
 

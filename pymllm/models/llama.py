@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pymllm.models.causal_lm import CausalLM
-from pymllm.weights.gguf_checkpoint import GGUFArchitecture
+from pymllm.weights.gguf_architecture import (
+    ATTENTION_MODULES,
+    EXPERT_CONSTANTS,
+    EXPERT_SETTINGS,
+    GGUFArchitecture,
+    expert_modules,
+)
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -14,7 +20,24 @@ DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-GGUF = {"llama": GGUFArchitecture("llama", interleaved=True)}
+# Files of Mistral and Mixtral have this architecture, too.
+GGUF = {
+    "llama": GGUFArchitecture(
+        "llama",
+        interleaved=True,
+        sliding=0,
+        windowed_type="mistral",
+        with_experts=GGUFArchitecture(
+            "mixtral",
+            ATTENTION_MODULES | expert_modules("block_sparse_moe", names=("w1", "w3", "w2")),
+            interleaved=True,
+            settings=EXPERT_SETTINGS
+            | {"expert_count": "num_local_experts", "expert_feed_forward_length": "intermediate_size"},
+            constants=EXPERT_CONSTANTS | {"expert_weights_norm": (True,)},
+            sliding=0,
+        ),
+    )
+}
 
 
 class Model(CausalLM):

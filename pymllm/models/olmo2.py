@@ -13,13 +13,16 @@ from pymllm.config import ModelConfig
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import llama
 from pymllm.models.causal_lm import DecoderLayer
-from pymllm.weights.gguf_checkpoint import LAYER_MODULES, GGUFArchitecture
+from pymllm.weights.gguf_architecture import LAYER_MODULES, GGUFArchitecture
 
 DEFAULTS = {**llama.DEFAULTS, "rms_norm_eps": 1e-5}
 NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 GGUF = {
     "olmo2": GGUFArchitecture(
-        "olmo2", {name: to for name, to in LAYER_MODULES.items() if "layernorm" not in to} | NORMS
+        "olmo2",
+        {name: to for name, to in LAYER_MODULES.items() if "layernorm" not in to} | NORMS,
+        sliding=4,  # OLMo 3, whose files have this architecture, too
+        sliding_scaled=False,
     )
 }
 

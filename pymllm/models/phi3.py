@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pymllm.models.causal_lm import CausalLM
+from pymllm.weights.gguf_architecture import LAYER_MODULES, GGUFArchitecture
 
 DEFAULTS = {
     "rms_norm_eps": 1e-5,
@@ -12,6 +13,18 @@ DEFAULTS = {
     "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096,
     "sliding_window": None,
+}
+GGUF = {
+    "phi3": GGUFArchitecture(
+        "phi3",
+        {
+            name: to
+            for name, to in LAYER_MODULES.items()
+            if name not in ("attn_q", "attn_k", "attn_v", "ffn_gate")
+        }
+        | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        sliding=0,
+    )
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pymllm.models import llama
-from pymllm.weights.gguf_checkpoint import GGUFArchitecture
+from pymllm.weights.gguf_architecture import GGUFArchitecture
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -15,7 +15,7 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-GGUF = {"qwen2": GGUFArchitecture("qwen2")}
+GGUF = {"qwen2": GGUFArchitecture("qwen2", sliding=0)}
 
 
 class Model(llama.Model):

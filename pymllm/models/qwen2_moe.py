@@ -9,6 +9,13 @@ from torch import nn
 from pymllm.models import qwen2
 from pymllm.moe import SharedExpertMLP, build_mlp_or_moe, build_moe_block
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_architecture import (
+    ATTENTION_MODULES,
+    EXPERT_CONSTANTS,
+    EXPERT_SETTINGS,
+    GGUFArchitecture,
+    expert_modules,
+)
 
 DEFAULTS = {
     **qwen2.DEFAULTS,
@@ -20,6 +27,21 @@ DEFAULTS = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
     "qkv_bias": True,
+}
+SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+GGUF = {
+    "qwen2moe": GGUFArchitecture(
+        "qwen2_moe",
+        ATTENTION_MODULES | expert_modules() | SHARED,
+        settings=EXPERT_SETTINGS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        constants=EXPERT_CONSTANTS | {"expert_weights_norm": (False,)},
+        fixed={"norm_topk_prob": False, "decoder_sparse_step": 1},
+    )
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.models import llama
-from pymllm.weights.gguf_checkpoint import GGUFArchitecture
+from pymllm.weights.gguf_architecture import GGUFArchitecture
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -17,7 +17,7 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-GGUF = {"qwen3": GGUFArchitecture("qwen3")}
+GGUF = {"qwen3": GGUFArchitecture("qwen3", sliding=0)}
 
 
 class Model(llama.Model):

@@ -7,6 +7,13 @@ from torch import nn
 from pymllm.models import qwen3
 from pymllm.moe import build_mlp_or_moe, build_moe_block
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.gguf_architecture import (
+    ATTENTION_MODULES,
+    EXPERT_CONSTANTS,
+    EXPERT_SETTINGS,
+    GGUFArchitecture,
+    expert_modules,
+)
 
 DEFAULTS = {
     **qwen3.DEFAULTS,
@@ -16,6 +23,15 @@ DEFAULTS = {
     "moe_intermediate_size": 768,
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
+}
+GGUF = {
+    "qwen3moe": GGUFArchitecture(
+        "qwen3_moe",
+        ATTENTION_MODULES | expert_modules(),
+        settings=EXPERT_SETTINGS,
+        constants=EXPERT_CONSTANTS | {"expert_weights_norm": (True,)},
+        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1},
+    )
 }
 
 

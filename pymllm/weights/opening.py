@@ -19,7 +19,8 @@ from pymllm.weights.folder import (
     read_config,
     read_index,
 )
-from pymllm.weights.gguf_checkpoint import GGUFArchitecture, open_gguf
+from pymllm.weights.gguf_architecture import GGUFArchitecture
+from pymllm.weights.gguf_checkpoint import open_gguf
 from pymllm.weights.safetensors_file import SafetensorsFile
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
