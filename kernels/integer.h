@@ -36,7 +36,7 @@ struct Format {
   Zeros zeros;
   std::int32_t zero;          // for Zeros::same
   const std::uint8_t *table;  // 16 values of 4-bit codes; null: the codes are the values
-  bool large_values;          // some exceed 127
+  bool large_values;          // some may exceed 127
 
   // 4-bit codes with 16-bit scales and zeros: unpacked in registers by the AVX-512 path, which wants lines at 64.
   bool fused() const {

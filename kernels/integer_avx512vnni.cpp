@@ -1,7 +1,7 @@
 // The integer linear with AVX-512 VNNI. Compiled with -mavx512*: see isa.h for what such a file must not contain.
 //
 // One kernel for every number of tokens (integer_avx512vnni_kernel.h): a group of 2 or 4 row blocks is applied to up to
-// 8 rows of activations. The commonest 4-bit codes (Format::fused, and those of a table with 8-bit scales) are unpacked in
+// 8 rows of activations. The commonest 4-bit codes (Format::fused, and those of a table) are unpacked in
 // registers, and again for the next rows, which costs nothing: three instructions beside 32 products, on other ports.
 // Bytes are taken as they lie. Other 4-bit codes, and all other headers, are decoded into the L1 cache once a group.
 #include "integer.h"
@@ -122,12 +122,16 @@ PYMLLM_INLINE void multiply_group(const std::uint8_t *const *blocks, const Weigh
                                   std::int64_t g, float *sums) {
   const Format &format = weights.format;
   if (format.codes == Codes::nibbles && format.table != nullptr && format.zeros == Zeros::same &&
-      format.scales >= Scales::e4m3) {
+      format.scales != Scales::bf16) {
     CodeTable table;
     _mm_storeu_si128(reinterpret_cast<__m128i *>(table.values),
                      _mm_loadu_si128(reinterpret_cast<const __m128i *>(format.table)));
     table.zero = format.zero;
-    if (format.scales == Scales::e4m3)
+    if (format.scales == Scales::f32)
+      multiply_lines<kBlocks, Lines::table_f32>(blocks, nullptr, &table, weights, x, g, sums);
+    else if (format.scales == Scales::f16)
+      multiply_lines<kBlocks, Lines::table_f16>(blocks, nullptr, &table, weights, x, g, sums);
+    else if (format.scales == Scales::e4m3)
       multiply_lines<kBlocks, Lines::e4m3>(blocks, nullptr, &table, weights, x, g, sums);
     else
       multiply_lines<kBlocks, Lines::e8m0>(blocks, nullptr, &table, weights, x, g, sums);

@@ -16,9 +16,10 @@
 namespace pymllm::integer {
 namespace {
 
-// What the lines hold: 4-bit codes, behind a header with 16-bit scales and zeros; 4-bit codes of a table, behind 8-bit
-// scales; values, read from memory, or from a cache. The header of values is apart, decoded.
-enum class Lines { f16, bf16, e4m3, e8m0, streamed, cached };
+// What the lines hold: 4-bit codes, behind a header with 16-bit scales and zeros; 4-bit codes of a table, behind scales
+// alone (table_f16, table_f32, e4m3, e8m0); values, read from memory, or from a cache. The header of values is apart,
+// decoded.
+enum class Lines { f16, bf16, table_f16, table_f32, e4m3, e8m0, streamed, cached };
 
 struct Header {
   std::int32_t zeros[4][kBlockRows];
@@ -87,8 +88,12 @@ constexpr std::uint32_t kNibbles = 0x0f0f0f0f;
 
 // In the loop: one line of each block, then its low nibbles with one quad of every row, and its high ones.
 #define UNPACK(b, low, high) UNPACK_AT("64", b, low, high)
-#define UNPACK_TABLE(b, low, high)                        \
-  UNPACK_AT("16", b, low, high)                           \
+#define UNPACK_e4m3(b, low, high) UNPACK_TABLE("16", b, low, high)
+#define UNPACK_e8m0 UNPACK_e4m3
+#define UNPACK_table_f16(b, low, high) UNPACK_TABLE("32", b, low, high)
+#define UNPACK_table_f32(b, low, high) UNPACK_TABLE("64", b, low, high)
+#define UNPACK_TABLE(lines, b, low, high)                 \
+  UNPACK_AT(lines, b, low, high)                          \
   "vpshufb %%zmm" low ",%%zmm26,%%zmm" low "\n"           \
   "vpshufb %%zmm" high ",%%zmm26,%%zmm" high "\n"
 #define UNPACK_AT(lines, b, low, high)                              \
@@ -132,6 +137,10 @@ constexpr std::uint32_t kNibbles = 0x0f0f0f0f;
   "vpmovzxbd (%[block" b "]),%%zmm" low "\n" \
   "vpslld $23,%%zmm" low ",%%zmm" low "\n"   \
   "vpmaxud 24(%[table])%{1to16%},%%zmm" low ",%%zmm" low "\n"
+#define LOAD_table_f16 LOAD_f16
+#define LOAD_table_f32(b, low, high) \
+  "vmovups (%[block" b "]),%%zmm" low "\n" \
+  "prefetcht0 " AHEAD "(%[block" b "],%[at])\n"
 #define LOAD_cached(b, low, high) "vmovups 256+64*" b "(%[header]),%%zmm" low "\n"
 #define LOAD_streamed LOAD_cached
 #define FINISH(acc, low)                                          \
@@ -200,7 +209,7 @@ constexpr std::uint32_t kNibbles = 0x0f0f0f0f;
                          ROWS##BLOCKS##_##COUNT(START_ROW##BLOCKS)                                                \
                      "vpbroadcastd 20(%[table]),%%zmm25\n"                                                        \
                      ".p2align 5\n"                                                                               \
-                     "1:\n" EACH##BLOCKS(UNPACK_TABLE) ROWS##BLOCKS##_##COUNT(LOW_ROW##BLOCKS)                    \
+                     "1:\n" EACH##BLOCKS(UNPACK_##LINES) ROWS##BLOCKS##_##COUNT(LOW_ROW##BLOCKS)                  \
                          ROWS##BLOCKS##_##COUNT(HIGH_ROW##BLOCKS) STEP_##REACH STEP_HIGH_##REACH                  \
                      "add $64,%[at]\n"                                                                            \
                      "cmp %[lines],%[at]\n"                                                                       \
@@ -247,6 +256,8 @@ void multiply_tile(const KernelArguments &k);
 
 KERNELS(CODES_KERNEL, f16)
 KERNELS(CODES_KERNEL, bf16)
+KERNELS(TABLE_KERNEL, table_f16)
+KERNELS(TABLE_KERNEL, table_f32)
 KERNELS(TABLE_KERNEL, e4m3)
 KERNELS(TABLE_KERNEL, e8m0)
 KERNELS(VALUES_KERNEL, streamed)

@@ -23,17 +23,30 @@ T *pointer(std::uintptr_t address) {
   return reinterpret_cast<T *>(address);
 }
 
-// Twice the values of e2m1 codes, and 12.
-constexpr std::uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+// The integers of codebooks, by their numbers in pymllm/kernels/codebooks.py, less the smallest of them, which is their
+// zero point. A test compares the two. Those above 127 are told from `large`.
+struct Table {
+  std::uint8_t values[16];
+  bool large;
+};
+constexpr Table kTables[] = {
+    {{12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}, false},                          // e2m1, doubled
+    {{0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240}, true},             // iq4
+    {{66, 74, 82, 90, 98, 106, 114, 124, 58, 50, 42, 34, 26, 18, 10, 0}, false},                   // iq3_xxs
+    {{16, 18, 20, 22, 24, 26, 28, 30, 14, 12, 10, 8, 6, 4, 2, 0}, false},                          // iq3_s
+    {{51, 68, 86, 43, 43, 43, 43, 43, 35, 18, 0, 43, 43, 43, 43, 43}, false},                      // iq2
+    {{2, 10, 18, 9, 9, 9, 9, 9, 0, 8, 16, 9, 9, 9, 9, 9}, false},                                  // iq1, times 8
+};
 
-// How weights are packed. format: codes, scales and zeros, 4 bits each, then the table (1: e2m1); zero: see Format.
+// How weights are packed. format: codes, scales and zeros, 4 bits each, then the table (0: none); zero: see Format.
 integer::Weights weights_of(std::uintptr_t blocks, std::int64_t out_features, std::int64_t in_features,
                             std::int64_t group, int format, int zero, std::uintptr_t row_factors) {
   const auto codes = static_cast<integer::Codes>(format & 15);
-  const std::uint8_t *table = format >> 12 == 1 ? kE2m1 : nullptr;
+  const Table *table = format >> 12 == 0 ? nullptr : &kTables[(format >> 12) - 1];
   return {pointer<const std::uint8_t>(blocks), out_features, in_features, group,
           {codes, static_cast<integer::Scales>(format >> 4 & 15), static_cast<integer::Zeros>(format >> 8 & 15), zero,
-           table, codes == integer::Codes::bytes},
+           table == nullptr ? nullptr : table->values,
+           codes == integer::Codes::bytes || (table != nullptr && table->large)},
           pointer<const float>(row_factors)};
 }
 

@@ -28,6 +28,7 @@ MAKERS = {
     "int4 offsets": lambda *shape, seed: integers(4, (*shape, 32), zeros="offsets", seed=seed),
     "int8": lambda *shape, seed: integers(8, (*shape, shape[1]), scales=torch.float32, seed=seed),
     "mxfp4": lambda *shape, seed: fp4((*shape, 32)),
+    "iq3_s": lambda *shape, seed: fp4((*shape, 32), scales=torch.float32, codebook="iq3_s"),
 }
 
 

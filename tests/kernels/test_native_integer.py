@@ -1,4 +1,4 @@
-"""The native kernels over other integers than plain int4, against float64: int8, float offsets, small groups, fp4."""
+"""The native kernels over other integers than plain int4, against float64: int8, float offsets, codebooks."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +8,19 @@ import torch
 
 from pymllm.config import Execution
 from pymllm.kernels.canonical import CodebookWeight, DenseWeight, Fp8Weight, IntWeight, on_meta
+from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.native.embedding import NativeFp4Embedding, NativeInt4Embedding, NativeInt8Embedding
-from pymllm.kernels.native.fp4 import E2M1, NativeFp4
+from pymllm.kernels.native.embedding import (
+    NativeFp4Embedding,
+    NativeInt4Embedding,
+    NativeInt8Embedding,
+    NativeIntegerCodebookEmbedding,
+)
+from pymllm.kernels.native.fp4 import NativeFp4
 from pymllm.kernels.native.int4 import NativeInt4
 from pymllm.kernels.native.int8 import NativeInt8
+from pymllm.kernels.native.integer_codebook import NativeIntegerCodebook
 from pymllm.quantization.binding import bind, bind_shared
 
 from ..tensors import floats
@@ -49,15 +56,18 @@ def halved(weight):
     return dataclasses.replace(weight, offsets=weight.offsets.half())
 
 
-def fp4(shape, *, scales=torch.float8_e8m0fnu, rows=False):
+def fp4(shape, *, scales=torch.float8_e8m0fnu, rows=False, codebook="e2m1"):
     out_features, in_features, group = shape
     generator = torch.Generator().manual_seed(0)
-    stored = torch.rand(out_features, in_features // group, generator=generator) * 0.5 + 0.1
+    table = torch.tensor(INTEGER_CODEBOOKS[codebook].values)
+    stored = (
+        torch.rand(out_features, in_features // group, generator=generator) * 3 + 0.6
+    ) / table.abs().max()
     return CodebookWeight(
         torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, generator=generator),
-        torch.tensor([*E2M1, *(-value for value in E2M1)]),
+        table,
         stored.log2().round().exp2().to(scales) if scales is torch.float8_e8m0fnu else stored.to(scales),
-        "e2m1",
+        codebook,
         group,
         torch.rand(out_features, generator=generator) + 0.5 if rows else None,
     )
@@ -102,12 +112,27 @@ CASES = {
     "mxfp4": lambda: fp4((33, 192, 32)),
     "nvfp4": lambda: fp4((50, 208, 16), scales=torch.float8_e4m3fn, rows=True),
     "fp4-g64-f32": lambda: fp4((18, 128, 64), scales=torch.float32),
+    **{
+        f"{codebook}-g{shape[2]}-{str(scales)[6:]}": (
+            lambda codebook=codebook, scales=scales, shape=shape: fp4(shape, scales=scales, codebook=codebook)
+        )
+        for codebook, scales, shape in (
+            ("iq4", torch.float16, (33, 192, 32)),
+            ("iq4", torch.float32, (70, 256, 32)),
+            ("iq4", torch.float8_e8m0fnu, (20, 128, 64)),
+            ("iq3_xxs", torch.float32, (33, 192, 32)),
+            ("iq3_s", torch.bfloat16, (50, 256, 128)),
+            ("iq2", torch.float32, (50, 208, 16)),
+            ("iq1", torch.float32, (23, 96, 16)),
+        )
+    },
+    "iq4-row": lambda: fp4((23, 72, 72), scales=torch.float32, rows=True, codebook="iq4"),
 }
 
 
 def kernel_of(weight):
     if isinstance(weight, CodebookWeight):
-        return NativeFp4()
+        return NativeFp4() if weight.codebook == "e2m1" else NativeIntegerCodebook()
     return NativeInt4() if weight.bits <= 4 else NativeInt8()
 
 
@@ -164,6 +189,7 @@ def test_a_row_of_a_table_is_the_dequantised_row_and_a_head_shares_its_bytes(nam
         NativeInt4: NativeInt4Embedding,
         NativeInt8: NativeInt8Embedding,
         NativeFp4: NativeFp4Embedding,
+        NativeIntegerCodebook: NativeIntegerCodebookEmbedding,
     }[type(linear)]()
     assert kernel.layout == linear.layout
     for dtype in FLOATS:
@@ -208,6 +234,28 @@ def test_the_largest_products_do_not_overflow(path, codes, value):
     for tokens in (1, 5):
         y = kernel.run(kernel.pack(weight, problem), problem, torch.full((tokens, 256), value), None)
         assert torch.allclose(y, torch.full((tokens, 17), value * (codes - 128.0) * 256), rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("code", (0, 15), ids=("lowest", "highest"))
+def test_the_largest_products_of_a_codebook_do_not_overflow(path, code):
+    weight = fp4((17, 256, 128), scales=torch.float32, codebook="iq4")
+    weight = dataclasses.replace(weight, codes=torch.full_like(weight.codes, code))
+    kernel, problem = NativeIntegerCodebook(), problem_of(weight, path=path)
+    packed, value = kernel.pack(weight, problem), (-127.0, 113.0)[code // 15]
+    for tokens in (1, 5):
+        y = kernel.run(packed, problem, torch.full((tokens, 256), -1.0), None)
+        assert torch.allclose(y, (-128 * value * weight.scales.sum(1)).expand(tokens, 17), rtol=1e-6)
+
+
+def test_a_table_that_is_not_the_codebooks_own_is_refused():
+    weight = fp4((17, 64, 32), scales=torch.float32, codebook="iq2")
+    other = dataclasses.replace(weight, table=weight.table * 2)
+    with pytest.raises(ValueError, match="must be that of iq2"):
+        NativeIntegerCodebook().pack(other, problem_of(weight))
+    assert "nf4" in str(
+        NativeIntegerCodebook().why_not(problem_of(dataclasses.replace(weight, codebook="nf4")))
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -330,6 +378,7 @@ def test_results_do_not_depend_on_threads_nor_on_what_is_batched(path, torch_thr
         integers(8, (331, 512, 128)),
         integers(4, (331, 1024, 32), zeros="offsets"),
         fp4((331, 1024, 32)),
+        fp4((331, 512, 32), scales=torch.float32, codebook="iq4"),
     ):
         kernel, problem = kernel_of(weight), problem_of(weight, path=path)
         x, results = floats(203, weight.shape[1]), []

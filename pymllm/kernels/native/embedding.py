@@ -13,6 +13,7 @@ from torch import Tensor
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.native.extension import native
 from pymllm.kernels.native.fp4 import NativeFp4
+from pymllm.kernels.native.integer_codebook import NativeIntegerCodebook
 from pymllm.kernels.native.int4 import NativeInt4
 from pymllm.kernels.native.int8 import NativeInt8
 from pymllm.kernels.native.integer import (
@@ -70,3 +71,7 @@ class NativeInt8Embedding(NativeIntegerEmbedding, NativeInt8):
 
 class NativeFp4Embedding(NativeIntegerEmbedding, NativeFp4):
     """Rows of the tables that `NativeFp4` multiplies."""
+
+
+class NativeIntegerCodebookEmbedding(NativeIntegerEmbedding, NativeIntegerCodebook):
+    """Rows of the tables that `NativeIntegerCodebook` multiplies."""

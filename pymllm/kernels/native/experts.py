@@ -32,7 +32,7 @@ ALL_TOKENS = 1 << 62  # as the number of tokens that are multiplied float-exactl
 
 
 class NativeIntegerExperts(LinearExperts):
-    """The kernel for experts whose products all go to `native_int4`, `native_int8` or `native_fp4`."""
+    """The kernel for experts whose products all go to kernels of packed integers: `native_int4`, `native_fp4`, ..."""
 
     name = "native_experts"
     device_type = "cpu"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
+from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
 from pymllm.kernels.native.float_linear import bias_of, why_not_here, wrong_input
@@ -39,8 +40,6 @@ SCALES = {
 DEMANDS = {"float": 0, "token": 1, "tensor": 2, "group": 3, "static": 4}  # Demand there
 CODE_NIBBLES, CODE_BYTES = 0, 1
 ZERO_SAME, ZERO_EACH, ZERO_OFFSETS = 0, 1, 2
-TABLE_E2M1 = 1
-E2M1_ZERO, E2M1_UNIT = 12, 0.5  # the table holds 12 + 2 * value
 # Results in 16 bits are rounded by 4e-3 or 5e-4, so two slices (2e-5) are exact enough for them; float32 takes three.
 EXACT_SLICES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 
@@ -79,9 +78,12 @@ def _int_blocks(
 
 
 @functools.cache
-def _codebook_blocks(group_size: int, scales: torch.dtype, out_features: int, in_features: int) -> Blocks:
+def _codebook_blocks(
+    codebook: str, group_size: int, scales: torch.dtype, out_features: int, in_features: int
+) -> Blocks:
+    table = INTEGER_CODEBOOKS[codebook]
     return _blocks(
-        CODE_NIBBLES, ZERO_SAME, TABLE_E2M1, E2M1_ZERO, scales, group_size, out_features, in_features
+        CODE_NIBBLES, ZERO_SAME, table.number, table.zero, scales, group_size, out_features, in_features
     )
 
 
@@ -124,7 +126,7 @@ def blocks_of(problem: LinearProblem) -> Blocks:
             kind.bits, kind.group_size, kind.symmetric, kind.offsets, kind.scales, outputs, inputs
         )
     assert isinstance(kind, CodebookType)
-    return _codebook_blocks(kind.group_size, kind.scales, outputs, inputs)
+    return _codebook_blocks(kind.codebook, kind.group_size, kind.scales, outputs, inputs)
 
 
 def group_reason(kind: IntType | CodebookType, in_features: int, out_features: int) -> str | None:
