@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.canonical import IntWeight
+from pymllm.quantization.storage.gguf_blocks import BLOCKS
 
 ROWS_BYTES = 4 << 20  # of floats that are rounded at a time, so that the search's temporaries stay small
 # How far the ranges of a search go beyond the codes' own, in codes: at each step groups are divided into so many.
@@ -30,16 +31,16 @@ def round_to_blocks(weight: Tensor, kind: str) -> IntWeight:
 
     The type's blocks must divide I.
     """
-    bits, group, rounded = ROUNDING[kind]
+    rounded, bits, group = ROUNDING[kind], BLOCKS[kind].bits, BLOCKS[kind].group
     if weight.is_meta:  # a plan needs the shapes alone
-        scales = weight.new_empty((weight.shape[0], weight.shape[1] // group), dtype=SCALES[kind])
-        offsets = torch.empty_like(scales) if kind in OFFSETS else None
+        scales = weight.new_empty((weight.shape[0], weight.shape[1] // group), dtype=BLOCKS[kind].scales)
+        offsets = torch.empty_like(scales) if BLOCKS[kind].offsets else None
         return IntWeight(weight.to(torch.uint8), scales, None, bits, group, offsets=offsets)
     step = max(1, ROWS_BYTES // max(4 * weight.shape[1], 1))
     pieces = [rounded(piece.float()) for piece in weight.split(step)]
     codes, scales = (torch.cat([piece[index] for piece in pieces]) for index in (0, 1))
-    offsets = [piece[2] for piece in pieces if piece[2] is not None]
-    return IntWeight(codes, scales, None, bits, group, offsets=torch.cat(offsets) if offsets else None)
+    found = [piece[2] for piece in pieces if piece[2] is not None]
+    return IntWeight(codes, scales, None, bits, group, offsets=torch.cat(found) if found else None)
 
 
 def _symmetric_32(bits: int) -> Callable[[Tensor], Rounded]:
@@ -164,18 +165,15 @@ def _fit_ranges(blocks: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return scale, minimum
 
 
-# Type -> bits of a code, values that share a scale, what rounds.
-ROUNDING: dict[str, tuple[int, int, Callable[[Tensor], Rounded]]] = {
-    "Q4_0": (4, 32, _symmetric_32(4)),
-    "Q4_1": (4, 32, _asymmetric_32(4)),
-    "Q5_0": (5, 32, _symmetric_32(5)),
-    "Q5_1": (5, 32, _asymmetric_32(5)),
-    "Q8_0": (8, 32, _q8_0),
-    "Q2_K": (2, 16, _asymmetric_k(2, 16, 4)),
-    "Q3_K": (3, 16, _symmetric_k(3, 16, 6)),
-    "Q4_K": (4, 32, _asymmetric_k(4, 32, 6)),
-    "Q5_K": (5, 32, _asymmetric_k(5, 32, 6)),
-    "Q6_K": (6, 16, _symmetric_k(6, 16, 8)),
+ROUNDING: dict[str, Callable[[Tensor], Rounded]] = {
+    "Q4_0": _symmetric_32(4),
+    "Q4_1": _asymmetric_32(4),
+    "Q5_0": _symmetric_32(5),
+    "Q5_1": _asymmetric_32(5),
+    "Q8_0": _q8_0,
+    "Q2_K": _asymmetric_k(2, 16, 4),
+    "Q3_K": _symmetric_k(3, 16, 6),
+    "Q4_K": _asymmetric_k(4, 32, 6),
+    "Q5_K": _asymmetric_k(5, 32, 6),
+    "Q6_K": _symmetric_k(6, 16, 8),
 }
-OFFSETS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # the types that have minima
-SCALES = {kind: torch.float32 if kind.endswith("K") else torch.float16 for kind in ROUNDING}

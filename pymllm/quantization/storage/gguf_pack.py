@@ -1,4 +1,4 @@
-"""Canonical weights to the bytes of GGUF's blocks: the decoders of `formats/gguf.py` undone, value for value.
+"""Canonical weights to the bytes of GGUF's blocks: the decoders of `gguf_blocks.py` undone, value for value.
 
 A K type stores a group's scale as a small integer times a float16; which ones is found from the scales alone. Where
 several are right, the bytes may not be those of the file that the weight came from, but they mean the same numbers.
@@ -13,17 +13,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import IntWeight
+from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
+from pymllm.quantization.storage.fp4_linear import fp4_kind
+from pymllm.quantization.storage.gguf_blocks import BLOCKS
 
 HALF = torch.float16
 
 
-def pack_blocks(weight: IntWeight, kind: str) -> Tensor | None:
-    """Pack a weight [O, I] into [O, bytes] of a type, without its block order changed.  kind: a key of PACKERS.
+def pack_blocks(weight: CanonicalWeight, kind: str) -> Tensor | None:
+    """Pack a weight [O, I] into [O, bytes] of a type.  kind: a key of PACKERS.
 
-    Returns None where the type cannot hold exactly these scales or offsets.
+    Returns None where the type cannot hold exactly this weight.
     """
     values, groups, pack = PACKERS[kind]
+    if kind == "MXFP4":
+        return _mxfp4(weight) if fp4_kind(weight) == "mxfp4" else None
+    if not isinstance(weight, IntWeight) or not plain_integers(weight, kind):
+        return None
     width = values // groups  # values that share a scale
     if weight.group_size % width or weight.scales.shape[1] * weight.group_size != weight.shape[1]:
         return None
@@ -35,6 +41,21 @@ def pack_blocks(weight: IntWeight, kind: str) -> Tensor | None:
     offsets = None if weight.offsets is None else by_block(weight.offsets)
     packed = pack(weight.codes.unflatten(1, (-1, values)), by_block(weight.scales), offsets)
     return None if packed is None else packed.flatten(1)
+
+
+def plain_integers(weight: IntWeight, kind: str) -> bool:
+    """Tell whether a weight's codes can be those of a type, whatever its scales are."""
+    block = BLOCKS[kind]
+    ordered = weight.group_index is None and weight.input_order is None and weight.zeros is None
+    fits = block.bits == weight.bits and block.offsets == (weight.offsets is not None)
+    return ordered and fits and not block.codebook and block.zero is None and weight.activations == "float"
+
+
+def _mxfp4(weight: CanonicalWeight) -> Tensor:
+    """Pack MXFP4: an exponent, then codes of which the first sixteen are low nibbles."""
+    assert isinstance(weight, CodebookWeight)
+    exponents = weight.scales.view(torch.uint8).unsqueeze(-1)
+    return torch.cat((exponents, _join(weight.codes.unflatten(1, (-1, 32)), 4)), dim=-1).flatten(1)
 
 
 def _join(codes: Tensor, bits: int) -> Tensor:
@@ -183,4 +204,5 @@ PACKERS: dict[str, tuple[int, int, Packer]] = {
     "Q4_K": (256, 8, _q4_k),
     "Q5_K": (256, 8, _q5_k),
     "Q6_K": (256, 16, _q6_k),
+    "MXFP4": (32, 1, lambda codes, scales, offsets: None),  # whose weights have a codebook: `_mxfp4`
 }
