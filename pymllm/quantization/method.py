@@ -95,6 +95,11 @@ class LinearMethodBase(QuantizeMethodBase):
         """True if parts of a fused layer that all have this method can be one weight."""
         return True
 
+    @property
+    def free_scales(self) -> bool:
+        """True if integers made by `quantize` may have other scales and still be stored: calibration chooses its own."""
+        return True
+
     def describe(self) -> str:
         """Name the method with its options, for people."""
         return self.name

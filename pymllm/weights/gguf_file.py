@@ -97,9 +97,14 @@ BOOL, STRING, ARRAY = 7, 8, 9
 
 
 class GGUFFile(TensorFile):
-    """A GGUF file.  metadata: the values of its entries by key; an array is a list of strings, or a numpy array."""
+    """A GGUF file.
+
+    metadata: the values of its entries by key; an array is a list of strings, or a numpy array.
+    spans: where the type and the value of each entry begin and end in the file, by key.
+    """
 
     metadata: dict[str, Any]
+    spans: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -126,7 +131,8 @@ class GGUFFile(TensorFile):
             found = f"{tensors} tensors and {entries} entries"
             message = "the header announces more tensors and metadata entries than the file has room for"
             raise fault(path, "header-length", message, f"at most {header.limit} bytes of header", found)
-        self.metadata = _read_metadata(header, entries)
+        self.spans = {}
+        self.metadata = _read_metadata(header, entries, self.spans)
         self.alignment = _alignment(path, self.metadata.get("general.alignment", 32))
         described = [_read_tensor(header) for _ in range(tensors)]
         data_start = -(-header.position // self.alignment) * self.alignment
@@ -233,7 +239,8 @@ class _Header:
         return found
 
 
-def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
+def _read_metadata(header: _Header, count: int, spans: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Read `count` entries.  Returns their values by key; `spans` gets where each lies."""
     metadata: dict[str, Any] = {}
     for _ in range(count):
         key = header.string()
@@ -242,7 +249,9 @@ def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
             raise fault(header.path, "header-metadata", message, found=reprlib.repr(key))
         if key in metadata:
             raise fault(header.path, "header-duplicate-key", f"the header has the metadata key {key!r} twice")
+        start = header.position
         metadata[key] = _read_value(header, key, header.number("I"))
+        spans[key] = (start, header.position)
     return metadata
 
 

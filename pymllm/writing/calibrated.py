@@ -75,10 +75,10 @@ class MadeLayer:
 class CalibratedModel:
     """The quantisation of a model, one step after the other, as a calibration text runs through it.
 
-    scale_dtype: the dtype in which scales of weights must be exact.
+    scale_dtype: the dtype in which scales of weights must be exact; None: that in which they are made.
     """
 
-    def __init__(self, prepared: Prepared, calibration: Calibration, scale_dtype: torch.dtype) -> None:
+    def __init__(self, prepared: Prepared, calibration: Calibration, scale_dtype: torch.dtype | None) -> None:
         self.calibration, self.scale_dtype = calibration, scale_dtype
         self.floats = FloatModel(prepared, calibration.windows)
 
@@ -148,7 +148,7 @@ class CalibratedModel:
             statistics,
             algorithm="gptq" if gptq else "clip",
             act_order=self.calibration.act_order,
-            scale_dtype=self.scale_dtype,
+            scale_dtype=self.scale_dtype or torch.float16,
             inputs=inputs,
         )
         return fitted(made, weight, self.scale_dtype)

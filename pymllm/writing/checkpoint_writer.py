@@ -24,6 +24,7 @@ from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.gguf import GGUFLinearMethod
 from pymllm.quantization.formats.gptq import GPTQLinearMethod
 from pymllm.quantization.formats.modelopt import NVFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -45,7 +46,7 @@ from pymllm.writing.spelling import SpelledLayer, Spelling, WithSideConfigs
 
 STORED = (
     *(UnquantizedLinearMethod, AWQLinearMethod, GPTQLinearMethod, NVFP4LinearMethod, NamedFp8LinearMethod),
-    *(IntQuantizedLinearMethod, FloatQuantizedLinearMethod, Fp4LinearMethod),
+    *(IntQuantizedLinearMethod, FloatQuantizedLinearMethod, Fp4LinearMethod, GGUFLinearMethod),
 )
 
 
@@ -68,7 +69,7 @@ class WrittenLayer:
 class WrittenCheckpoint:
     """A checkpoint that `quantize_checkpoint` has written.
 
-    path: its folder.  spelling: the format's name.  files: all that were written, by name.  source_bytes,
+    path: its folder, or its file.  spelling: the format's name.  files: all that were written, by name.  source_bytes,
     written_bytes: of the tensors before, and of the weight files after.  resumed: how many steps an earlier run had
     finished.  notes: what a user should know besides.
     """
@@ -140,11 +141,25 @@ class CheckpointWriter:
         """Find what the spelling cannot express before any weight is read, from weights without data."""
         spelled = {}
         for layer in self.layers():
-            planned = self._planned(layer)
-            spelled[layer.name] = SpelledLayer(
-                layer.kind, self.spelling.store(planned, layer.shape, layer.kind)
-            )
+            planned = self.planned(layer)
+            spelled[layer.name] = SpelledLayer(layer.kind, self.storage(layer, planned))
         self.spelling.config(spelled | self._left_alone(spelled))
+
+    def storage(self, layer: SourceLayer, weight: CanonicalWeight) -> LinearMethodBase:
+        """Choose the method that a layer's weight is stored in.  ConfigError if the spelling cannot express it."""
+        return self.spelling.store(weight, layer.shape, layer.kind)
+
+    def output(self, out: Path, request: Mapping[str, Any], restart: bool) -> Output:
+        """Make the output that the checkpoint is written to."""
+        return Output(out, request, restart=restart)
+
+    def final(self, step: Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn a step's tensors, by their names in the model, into those that files hold."""
+        return tensors
+
+    def keeps(self, layer: SourceLayer, weight: CanonicalWeight) -> bool:
+        """Tell whether a layer's stored tensors are copied as they are: kept floats, each in its own dtype."""
+        return layer.target is None and isinstance(weight, DenseWeight)
 
     def _left_alone(self, spelled: Mapping[str, SpelledLayer]) -> dict[str, SpelledLayer]:
         """List the matrices that no rule names, but other readers may take for layers: a tied head, a router."""
@@ -163,13 +178,13 @@ class CheckpointWriter:
         for step in self.steps:
             yield from step.layers
 
-    def _planned(self, layer: SourceLayer) -> CanonicalWeight:
+    def planned(self, layer: SourceLayer) -> CanonicalWeight:
         """Plan the weight that will be written, without data."""
         if layer.target is None:
             return layer.source.planned(layer.shape)
         target = layer.target if self.calibration is None else without_static(layer.target)
         planned = ConvertedLinearMethod(layer.source, target).planned(layer.shape)
-        if isinstance(planned, IntWeight) and planned.offsets is not None:
+        if isinstance(planned, IntWeight) and planned.offsets is not None and self.scale_dtype is not None:
             # Float zero points will be rounded: `storable_integers`.
             planned = replace(planned, offsets=None, zeros=planned.offsets.to(torch.uint8))
         if isinstance(planned, (IntWeight, Fp8Weight)) and needs_inputs(layer.target):
@@ -180,7 +195,7 @@ class CheckpointWriter:
         """Estimate the room on the disk: for the pieces, and for the one shard made while they still lie there."""
         total = sum(tensor.nbytes for step in self.steps for tensor in step.copied)
         for layer in self.layers():
-            planned = self._planned(layer)
+            planned = self.planned(layer)
             packed = planned.codes.numel() * planned.bits // 8 if isinstance(planned, IntWeight) else 0
             total += packed + sum(t.nbytes for name, t in planned.tensors().items() if name != "codes")
         return total + min(total, self.shard_bytes)
@@ -201,11 +216,13 @@ class CheckpointWriter:
                 pieces = [output.pieces[step.name] for step in self.steps]
                 notes = {layer: note for piece in pieces for layer, note in piece.notes.items()}
             output.assemble([step.name for step in self.steps], self.shard_bytes, notes)
-            self._add_side_files(output, name, rules, notes)
+            self.add_side_files(output, name, rules, notes)
         notes = output.assembly_notes()
         files = output.publish()
         written = sum(
-            (output.folder / file).stat().st_size for file in files if file.endswith(".safetensors")
+            (output.folder / file).stat().st_size
+            for file in files
+            if file.endswith((".safetensors", ".gguf"))
         )
         layers = [
             WrittenLayer(layer, note["kind"], note["describe"], note["source"], note["rule"], note["error"])
@@ -213,7 +230,7 @@ class CheckpointWriter:
         ]
         source = sum(tensor.nbytes for tensor in self.prepared.checkpoint.tensors.values())
         return WrittenCheckpoint(
-            str(output.folder),
+            str(output.path),
             self.spelling.name,
             files,
             layers,
@@ -230,7 +247,7 @@ class CheckpointWriter:
             for step in self.steps:
                 if step.name not in output.pieces:
                     tensors, notes = make(step)
-                    output.add(step.name, tensors, notes)
+                    output.add(step.name, self.final(step, tensors), notes)
                     del tensors
                     return_freed_memory()
                 advance(step.nbytes)
@@ -287,13 +304,10 @@ class CheckpointWriter:
 
         error: relative distance of `weight` to the source's.  ConfigError if the spelling cannot express the weight.
         """
-        if layer.target is None and isinstance(weight, DenseWeight):
-            # A kept float weight is copied in its own dtype.
-            (placement,) = layer.placements
-            stored = {"weight": placement.tensor.read()}
-            method: LinearMethodBase = UnquantizedLinearMethod()
+        method = self.storage(layer, weight)
+        if self.keeps(layer, weight):
+            stored = {place.slot.spec.name: place.tensor.read() for place in layer.placements}
         else:
-            method = self.spelling.store(weight, layer.shape, layer.kind)
             stored = method.to_stored(weight, layer.shape)
         note = {
             "kind": layer.kind,
@@ -305,7 +319,8 @@ class CheckpointWriter:
         }
         return {f"{layer.name}.{suffix}": storable(tensor) for suffix, tensor in stored.items()}, note
 
-    def _add_side_files(self, output: Output, name: str, rules: list[str], notes: Mapping[str, Any]) -> None:
+    def add_side_files(self, output: Output, name: str, rules: list[str], notes: Mapping[str, Any]) -> None:
+        """Add what lies beside the weights: config.json, the tokenizer's files, the model card, licences."""
         checkpoint = self.prepared.checkpoint
         spelled = {
             layer: SpelledLayer(note["kind"], _from_json(note["method"])) for layer, note in notes.items()

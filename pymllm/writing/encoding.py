@@ -22,21 +22,22 @@ from pymllm.weights.spec import LinearShape
 
 
 def encode(
-    target: LinearMethodBase, floats: Tensor, shape: LinearShape, scale_dtype: torch.dtype
+    target: LinearMethodBase, floats: Tensor, shape: LinearShape, scale_dtype: torch.dtype | None
 ) -> CanonicalWeight:
     """Quantise a weight so that files can hold it: with integer zero points, and scales exact in `scale_dtype`.
 
+    scale_dtype: None: files hold weights as the method makes them.
     target: the method that rounds.  floats: [O, I] float32.  Returns `target`'s weight.
     CheckpointError where a float dtype overflows.
     """
     return fitted(target.quantize(floats, shape), floats, scale_dtype)
 
 
-def fitted(made: CanonicalWeight, floats: Tensor, scale_dtype: torch.dtype) -> CanonicalWeight:
+def fitted(made: CanonicalWeight, floats: Tensor, scale_dtype: torch.dtype | None) -> CanonicalWeight:
     """Change a newly made weight of `floats` [O, I] so that files can hold it; see `encode`."""
-    if isinstance(made, IntWeight):
+    if isinstance(made, IntWeight) and scale_dtype is not None:
         return storable_integers(made, floats, scale_dtype)
-    if isinstance(made, Fp8Weight):
+    if isinstance(made, Fp8Weight) and scale_dtype is not None:
         return storable_fp8(made, floats, scale_dtype)
     if isinstance(made, DenseWeight) and not bool(torch.isfinite(made.weight).all()):
         raise CheckpointError(

@@ -39,7 +39,7 @@ class ScaleGroup:
 
 
 def fold_input_scales(
-    step: FloatStep, layers: Mapping[str, SourceLayer], scale_dtype: torch.dtype
+    step: FloatStep, layers: Mapping[str, SourceLayer], scale_dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Search the input scales of a step's layers and fold them into what makes their inputs.
 
@@ -93,7 +93,7 @@ def _norm(step: FloatStep, weight: str) -> Any:
 
 
 def search_group(
-    step: FloatStep, group: ScaleGroup, layers: Mapping[str, SourceLayer], scale_dtype: torch.dtype
+    step: FloatStep, group: ScaleGroup, layers: Mapping[str, SourceLayer], scale_dtype: torch.dtype | None
 ) -> Tensor | None:
     """Search the scales [I] with which rounding changes the output of `group.run` least; None without inputs."""
 

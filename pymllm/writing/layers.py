@@ -70,9 +70,9 @@ class SourceLayer:
     def planned_integers(self) -> IntWeight | None:
         """Plan, without data, the integer codes that the rule makes, which input scales and Hessians can improve.
 
-        Returns None where the rule makes anything else, or float zero points.
+        Returns None where the rule makes anything else, or float zero points, or scales that depend on each other.
         """
-        if self.target is None:
+        if self.target is None or not self.target.free_scales:
             return None
         meta = torch.empty((self.shape.out_features, self.shape.in_features), device="meta")
         made = without_static(self.target).quantize(meta, self.shape)

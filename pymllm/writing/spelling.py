@@ -37,8 +37,11 @@ class Spelling(Protocol):
         kind: linear, embedding or lm_head.
         """
 
-    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which scales of newly made weights must be exact.  model_dtype: of float tensors."""
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype | None:
+        """Return the dtype in which scales of newly made weights must be exact.  model_dtype: of float tensors.
+
+        None: weights are stored as they are made, float zero points included.
+        """
 
     def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
         """Make the `quantization_config` of a checkpoint with these layers, by their checkpoint names."""

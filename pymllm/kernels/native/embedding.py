@@ -13,7 +13,6 @@ from torch import Tensor
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.native.extension import native
 from pymllm.kernels.native.fp4 import NativeFp4
-from pymllm.kernels.native.integer_codebook import NativeIntegerCodebook
 from pymllm.kernels.native.int4 import NativeInt4
 from pymllm.kernels.native.int8 import NativeInt8
 from pymllm.kernels.native.integer import (
@@ -23,6 +22,7 @@ from pymllm.kernels.native.integer import (
     blocks_of,
     check_blocks,
 )
+from pymllm.kernels.native.integer_codebook import NativeIntegerCodebook
 from pymllm.kernels.registry import Packed
 
 

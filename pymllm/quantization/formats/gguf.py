@@ -124,6 +124,12 @@ class GGUFLinearMethod(LinearMethodBase):
             )
         return made
 
+    @property
+    def free_scales(self) -> bool:
+        return (
+            self.block.values == self.block.group
+        )  # a block of several groups has scales that depend on each other
+
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         packed = pack_blocks(weight, self.kind) if self.kind in PACKERS and not self.scaled else None
         if packed is None:
@@ -162,7 +168,11 @@ class GGUFConfig(QuantizationConfig):
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
         kind = parse_options("gguf", options, {"type": _read_kind}).get("type", DEFAULT)
-        return UnquantizedLinearMethod(dtype=FLOAT_KINDS[kind]) if kind in FLOAT_KINDS else GGUFLinearMethod(kind)
+        return (
+            UnquantizedLinearMethod(dtype=FLOAT_KINDS[kind])
+            if kind in FLOAT_KINDS
+            else GGUFLinearMethod(kind)
+        )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         kind = self.types.get(prefix)
