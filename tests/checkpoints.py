@@ -42,6 +42,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3", {"pad_token_id": 0}),
     "olmo2": ("Olmo2", {}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "glm4": ("Glm4", {"pad_token_id": 0}),
 }
 # Two layers of four query heads and two key heads; sizes that groups and blocks of 128 divide, but an odd vocabulary.
 SIZES = {

@@ -44,6 +44,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS | LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
     ),
     "deepseek_v3": ("DeepseekV3", EXPERTS | LATENT | {"q_lora_rank": 32}),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 128, "sliding_window": 7},

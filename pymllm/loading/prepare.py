@@ -21,7 +21,7 @@ from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.match import Unit, match
 from pymllm.loading.tensor_parallel import legal_tp_sizes
-from pymllm.models import build_model, gguf_architectures, read_model_config
+from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
@@ -69,6 +69,7 @@ def prepare(
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
+    rename_tensors(checkpoint)
     _check_sizes(config, checkpoint)
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))

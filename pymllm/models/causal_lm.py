@@ -101,7 +101,9 @@ class CausalLM(nn.Module):
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {
         r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config",
-        r"rope_(freqs|factors_long|factors_short)\.weight": "factors of the rotary frequencies, which have become part of the config",
+        r"rope_(freqs|factors_long|factors_short)\.weight": (
+            "factors of the rotary frequencies, which have become part of the config"
+        ),
     }
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:

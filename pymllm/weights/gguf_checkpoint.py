@@ -111,7 +111,7 @@ def _experts(stored: TensorInfo, config: Mapping[str, Any]) -> list[TensorInfo]:
 
 
 def _rows(stored: TensorInfo, names: Sequence[str], config: Mapping[str, Any]) -> list[TensorInfo]:
-    """Cut a tensor whose rows several modules share into theirs.  CheckpointError "shape" for another number of rows."""
+    """Cut a tensor whose rows several modules share into theirs.  CheckpointError "shape" for too many or few rows."""
     if len(names) == 1:
         return [stored]
     rows, head_dim = stored.shape[0] if stored.shape else 0, config["head_dim"]
