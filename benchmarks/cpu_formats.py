@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pymllm import _native
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
+from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.native.fp4 import E2M1
 from pymllm.kernels.reference.linear import ReferenceLinear
 from pymllm.kernels.registry import select
 
@@ -78,7 +78,7 @@ def codebook(name: str, table: tuple[float, ...], group: int, dtype: torch.dtype
     )
 
 
-FP4 = E2M1 + tuple(-value for value in E2M1)
+FP4, IQ4, IQ3, IQ2 = (INTEGER_CODEBOOKS[name].values for name in ("e2m1", "iq4", "iq3_s", "iq2"))
 FORMATS: dict[str, Callable[[], CanonicalWeight]] = {
     "int4 g128, zero points (AWQ)": lambda: integers(4, 128, zeros=True),
     "int4 g32 (Q4_0)": lambda: integers(4, 32),
@@ -88,6 +88,10 @@ FORMATS: dict[str, Callable[[], CanonicalWeight]] = {
     "w8a8 per token": lambda: integers(8, 0, activations="token"),
     "mxfp4": lambda: codebook("e2m1", FP4, 32, torch.float8_e8m0fnu),
     "nvfp4": lambda: codebook("e2m1", FP4, 16, torch.float8_e4m3fn),
+    "iq4 g32 (IQ4_XS)": lambda: codebook("iq4", IQ4, 32, torch.float32),
+    "iq3 g32 (IQ3_S)": lambda: codebook("iq3_s", IQ3, 32, torch.float32),
+    "iq2 g16 (IQ2_XS, IQ2_S)": lambda: codebook("iq2", IQ2, 16, torch.float32),
+    "int2 g256 (TQ2_0)": lambda: integers(2, 256, zeros=True),
     "nf4 g64": lambda: codebook("nf4", NF4, 64, torch.float32),
 }
 

@@ -1,7 +1,8 @@
 """Tiny GGUF models, written by the `gguf` package (llama.cpp's own) from transformers' models.
 
 Types that the package quantises to are its own work; the K types it only decodes, so their blocks are random, with
-scales that keep activations near one. Either way its `dequantize` says what the file means.
+scales that keep activations near one. Either way its `dequantize` says what the file means. Blocks of the other types
+are drawn from golden vectors, which llama.cpp made.
 """
 
 # O out_features, I in_features
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from .checkpoints import random_model, tiny_config
+from .conformance.vectors import ROOT, Vector
 
 # Sizes that blocks of 256 divide.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 96, "head_dim": 64}
@@ -27,6 +29,25 @@ K_SCALES = {  # type: bytes of its float16 scale, of its float16 minimum; the la
     "Q5_K": (0, 2, 31 * 63),
     "Q6_K": (208, None, 32 * 128),
 }
+NEWER_TYPES = {"Q2_0": 42}  # than the package
+gguf.GGML_QUANT_SIZES.setdefault(NEWER_TYPES["Q2_0"], (64, 18))
+
+
+def number_of(kind: str) -> int:
+    """A type's number, as files have it."""
+    return NEWER_TYPES.get(kind) or gguf.GGMLQuantizationType[kind]
+
+
+def golden_blocks(kind: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Blocks that llama.cpp quantised, [n, bytes], and their values, [n, B]; None for a type that the package makes."""
+    path = next(ROOT.glob(f"gguf/golden/gguf-{kind.lower()}-*.safetensors"), None)
+    vector = None if path is None else Vector(path)
+    if vector is None or "llama.cpp" not in vector.case["made_by"]:
+        return None
+    values, size = gguf.GGML_QUANT_SIZES[number_of(kind)]
+    half = vector.out_features // 2  # the other rows are random bits
+    raw, meant = vector.stored["weight"][:half].numpy(), vector.dequantized[:half].numpy()
+    return raw.reshape(-1, size), meant.reshape(-1, values)
 
 
 def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -44,6 +65,13 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarr
 
 def encode(weight: np.ndarray, kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a weight [O, I] in a type, and the float32 weight that they mean."""
+    golden = golden_blocks(kind)
+    if golden is not None:
+        blocks, values = golden
+        drawn = np.random.default_rng(seed).integers(
+            0, len(blocks), (len(weight), weight.shape[1] // values.shape[1])
+        )
+        return blocks[drawn].reshape(len(weight), -1), values[drawn].reshape(weight.shape)
     number = gguf.GGMLQuantizationType[kind]
     if kind in K_SCALES:
         raw = random_blocks(kind, *weight.shape, seed)
@@ -109,7 +137,7 @@ def write_gguf(
     if edit_tensors is not None:
         edit_tensors(tensors)
     for name, (raw, kind) in tensors.items():
-        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(name, raw, raw_dtype=number_of(kind))
     finish(writer)
     return model
 

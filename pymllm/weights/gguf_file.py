@@ -51,13 +51,11 @@ TYPES: dict[int, tuple[str, int, int, torch.dtype]] = {
     6: ("Q5_0", 32, 22, torch.uint8),
     7: ("Q5_1", 32, 24, torch.uint8),
     8: ("Q8_0", 32, 34, torch.uint8),
-    9: ("Q8_1", 32, 40, torch.uint8),
     10: ("Q2_K", 256, 84, torch.uint8),
     11: ("Q3_K", 256, 110, torch.uint8),
     12: ("Q4_K", 256, 144, torch.uint8),
     13: ("Q5_K", 256, 176, torch.uint8),
     14: ("Q6_K", 256, 210, torch.uint8),
-    15: ("Q8_K", 256, 292, torch.uint8),
     16: ("IQ2_XXS", 256, 66, torch.uint8),
     17: ("IQ2_XS", 256, 74, torch.uint8),
     18: ("IQ3_XXS", 256, 98, torch.uint8),
@@ -78,6 +76,18 @@ TYPES: dict[int, tuple[str, int, int, torch.dtype]] = {
     39: ("MXFP4", 32, 17, torch.uint8),
     40: ("NVFP4", 64, 36, torch.uint8),
     41: ("Q1_0", 128, 18, torch.uint8),
+    42: ("Q2_0", 64, 18, torch.uint8),
+}
+# Type numbers that no file should hold, and why.
+ACTIVATIONS = "llama.cpp makes it of activations and never of weights"
+REMOVED = "llama.cpp no longer has it"
+REFUSED_TYPES = {
+    4: ("Q4_2", REMOVED),
+    5: ("Q4_3", REMOVED),
+    9: ("Q8_1", ACTIVATIONS),
+    15: ("Q8_K", ACTIVATIONS),
+    **{31 + i: (f"Q4_0_{layout}", REMOVED) for i, layout in enumerate(("4_4", "4_8", "8_8"))},
+    **{36 + i: (f"IQ4_NL_{layout}", REMOVED) for i, layout in enumerate(("4_4", "4_8", "8_8"))},
 }
 
 # Metadata value types.
@@ -157,7 +167,9 @@ class GGUFFile(TensorFile):
 
         if number not in TYPES:
             known = ", ".join(kind[0] for kind in TYPES.values())
-            raise bad("header-dtype", "unknown type", f"one of {known}", f"type {number}")
+            refused, why = REFUSED_TYPES.get(number, (f"type {number}", ""))
+            message = f"a type that files do not have: {why}" if why else "unknown type"
+            raise bad("header-dtype", message, f"one of {known}", refused)
         type_name, values, nbytes, dtype = TYPES[number]
         if math.prod(size or 1 for size in sizes) * nbytes >= 1 << 63:
             raise bad("size-overflow", "too large", "less than 2^63 bytes", f"{type_name} {list(sizes)}")

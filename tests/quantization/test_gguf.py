@@ -10,10 +10,12 @@ import pymllm
 from pymllm import LLM
 from pymllm.errors import CheckpointError, ConfigError, PymllmError, ShardingError
 from pymllm.parallel import Parallel, simulate
-from pymllm.quantization.formats.gguf import BLOCKS
+from pymllm.quantization.formats.gguf import GGUFConfig
+from pymllm.quantization.storage.gguf_blocks import BLOCKS
+from pymllm.weights.gguf_file import TYPES
 
 from ..forward import logits_of
-from ..gguf_files import SIZES, byte_tokens, finish, random_blocks, write_gguf
+from ..gguf_files import SIZES, byte_tokens, encode, finish, write_gguf
 
 IDS = torch.randint(0, SIZES["vocab_size"], (24,), generator=torch.Generator().manual_seed(7))
 
@@ -50,6 +52,43 @@ def test_logits_are_those_of_the_dequantised_weights(family, kinds, tmp_path):
     llm = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32")
     assert distance(llm.logits(IDS), theirs(model)) < 1e-5
     assert pymllm.verify(tmp_path / "m.gguf", device="cpu").ok
+    assert "reference" not in {row.kernel for row in llm.plan.layers}
+
+
+def test_every_type_of_blocks_that_a_file_may_have_is_decoded():
+    stored = {kind[0]: kind[1:3] for kind in TYPES.values() if kind[1] > 1}
+    assert stored == {name: (block.values, block.size) for name, block in BLOCKS.items()}
+
+
+@pytest.mark.parametrize("kind", ("NVFP4", "Q4_K", "TQ1_0"))
+def test_a_float_beside_the_blocks_multiplies_them(kind, tmp_path):
+    """As llama.cpp's converter stores ModelOpt's weight_scale_2, and the scale of activations, which stay floats."""
+
+    def add_scale(tensors):
+        tensors["blk.0.ffn_up.scale"] = np.array([3.5], np.float32), "F32"
+        tensors["blk.0.ffn_up.input_scale"] = np.array([0.1], np.float32), "F32"
+
+    model = write_gguf(tmp_path / "m.gguf", "qwen2", kind, edit_tensors=add_scale)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 3.5
+    llm = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32")
+    assert distance(llm.logits(IDS), theirs(model)) < 1e-5
+    assert pymllm.verify(tmp_path / "m.gguf", device="cpu").ok
+
+
+@pytest.mark.parametrize("kind", ("IQ4_XS", "IQ1_M", "TQ2_0", "MXFP4", "Q2_0"))
+def test_a_type_that_is_only_read_is_swapped_and_written_in_another_format(kind, tmp_path):
+    model = write_gguf(tmp_path / "m.gguf", "qwen2", kind)
+    llm = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32")
+    before = llm.logits(IDS)
+    undo = pymllm.swap(llm, "**.mlp.**", "int8")
+    assert 1e-4 < distance(llm.logits(IDS), before) < 0.1
+    undo.undo()
+    assert torch.equal(llm.logits(IDS), before)
+    rules = {"model.layers.**": "int8", "model.embed_tokens": "none", "lm_head": "none"}
+    pymllm.quantize_checkpoint(tmp_path / "m.gguf", tmp_path / "out", rules)
+    written = LLM(tmp_path / "out", device="cpu", dtype="float32")
+    assert distance(written.logits(IDS), theirs(model)) < 0.1
 
 
 @pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3"))
@@ -297,33 +336,55 @@ def test_tensors_that_are_missing_misshapen_or_unexpected_are_listed_at_once(tmp
         assert said in text
 
 
-def test_an_unsupported_type_is_named_with_its_layer(tmp_path):
-    def change(tensors):
-        tensors["blk.0.ffn_up.weight"] = np.zeros((512, 66), np.uint8), "IQ2_XXS"
-
-    write_gguf(tmp_path / "m.gguf", kinds="Q8_0", edit_tensors=change)
-    error = refusal(tmp_path / "m.gguf")
-    assert "IQ2_XXS" in str(error) and "model.layers.0.mlp.up_proj" in str(error) and "Q4_K" in str(error)
+def test_an_unsupported_type_is_named_with_its_layer():
+    with pytest.raises(ConfigError) as caught:
+        GGUFConfig.from_config({"types": {"model.layers.0.mlp.up_proj": "Q8_1"}})
+    for said in ("Q8_1", "model.layers.0.mlp.up_proj", "Q4_K", "IQ4_XS"):
+        assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ("Q4_0", "Q5_K", "Q6_K"))
+NAN = np.array([np.nan], np.float16).view(np.uint8)
+# Type: what makes the scale of one of its blocks no number.
+NO_NUMBERS = {
+    "Q4_0": {0: NAN[0], 1: NAN[1]},
+    "Q5_K": {2: NAN[0], 3: NAN[1]},
+    "Q6_K": {208: NAN[0], 209: NAN[1]},
+    "IQ4_XS": {0: 0x00, 1: 0x7C},  # infinite
+    "IQ2_S": {0: NAN[0], 1: NAN[1]},
+    "IQ1_M": {49: 0xFF, 51: 0xFF, 53: 0xFF, 55: 0xFF},
+    "TQ1_0": {52: NAN[0], 53: NAN[1]},
+    "Q1_0": {0: NAN[0], 1: NAN[1]},
+    "MXFP4": {0: 255},
+    "NVFP4": {3: 0x7F},
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
 def test_a_scale_that_is_no_number_is_refused_and_a_zero_is_not(kind, tmp_path):
-    def spoil(value):
+    def spoil(changed):
         def edit(tensors):
-            number = gguf.GGMLQuantizationType[kind]
-            ones = np.ones((512, 256), np.float32)
-            raw = gguf.quantize(ones, number) if kind == "Q4_0" else random_blocks(kind, 512, 256)
-            at = BLOCKS[kind].halves[-1]
-            raw[3, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+            raw, _ = encode(np.ones((512, 256), np.float32), kind)
+            for at, byte in changed.items():
+                raw[3, at] = byte
             tensors["blk.0.ffn_up.weight"] = raw, kind
 
         return edit
 
-    write_gguf(tmp_path / "m.gguf", kinds="Q8_0", edit_tensors=spoil(np.nan))
+    write_gguf(tmp_path / "m.gguf", kinds="Q8_0", edit_tensors=spoil(NO_NUMBERS[kind]))
     error = refusal(tmp_path / "m.gguf")
     assert error.code == "bad-content" and error.tensor == "model.layers.0.mlp.up_proj.weight"
-    write_gguf(tmp_path / "m.gguf", kinds="Q8_0", edit_tensors=spoil(0.0))
+    write_gguf(tmp_path / "m.gguf", kinds="Q8_0", edit_tensors=spoil(dict.fromkeys(NO_NUMBERS[kind], 0)))
     pymllm.load_model(tmp_path / "m.gguf", device="cpu")
+
+
+def test_a_negative_scale_of_nvfp4_which_has_no_sign_is_refused(tmp_path):
+    def edit(tensors):
+        raw, _ = encode(np.ones((512, 256), np.float32), "NVFP4")
+        raw[3, 1] = 0xB8
+        tensors["blk.0.ffn_up.weight"] = raw, "NVFP4"
+
+    write_gguf(tmp_path / "m.gguf", kinds="Q8_0", edit_tensors=edit)
+    assert refusal(tmp_path / "m.gguf").code == "bad-content"
 
 
 def test_an_unknown_architecture_and_a_folder_of_gguf_files_say_what_to_do(tmp_path):

@@ -102,7 +102,18 @@ def test_every_type_has_the_block_of_the_gguf_package():
         for kind in gguf.GGMLQuantizationType
         if kind in gguf.GGML_QUANT_SIZES
     }
+    theirs[42] = ("Q2_0", 64, 18)  # newer than the package
+    refused = {theirs.pop(number)[0] for number in gguf_file.REFUSED_TYPES if number in theirs}
     assert {number: kind[:3] for number, kind in gguf_file.TYPES.items()} == theirs
+    assert refused == {"Q8_1", "Q8_K"}
+
+
+@pytest.mark.parametrize("number, name", ((9, "Q8_1"), (15, "Q8_K"), (31, "Q4_0_4_4"), (38, "IQ4_NL_8_8")))
+def test_a_type_that_files_do_not_have_is_refused_by_name(number, name, tmp_path):
+    path = Raw(tensors=[tensor("a", (256,), number, 0)], data=bytes(512)).write(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match=f"files do not have.*{name}") as caught:
+        GGUFFile.open(path)
+    assert caught.value.code == "header-dtype" and caught.value.tensor == "a"
 
 
 def test_strings_are_read_the_same_across_the_chunks_of_a_header(tmp_path, monkeypatch):

@@ -54,13 +54,15 @@ class NativeIntegerCodebook(NativeIntegerLinear):
         if weight.scales.element_size() == 1 and not weight.scales.is_meta and has_nan(weight.scales):
             raise ValueError("some scales of the weight are NaN")
         packed = {**super().pack(weight, problem), "table": weight.table}
-        if weight.row_scales is not None:
-            packed["row_scales"] = weight.row_scales
-        if codebook.unit != 1 or weight.row_scales is not None:
-            ones = weight.table.new_ones(problem.out_features, dtype=torch.float32)
-            packed["row_factors"] = codebook.unit * (
-                ones if weight.row_scales is None else weight.row_scales.float()
-            )
+        rows, unit = weight.row_scales, codebook.unit
+        if rows is not None:
+            packed["row_scales"] = rows
+            # A plan needs the shape alone, and torch's products of meta tensors would load its compiler (3 s).
+            packed["row_factors"] = (
+                rows.float() if unit == 1 or rows.is_meta else rows.float() * unit
+            ).contiguous()
+        elif unit != 1:
+            packed["row_factors"] = weight.table.new_full((problem.out_features,), unit, dtype=torch.float32)
         return packed
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:

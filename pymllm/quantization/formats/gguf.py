@@ -72,7 +72,7 @@ class GGUFLinearMethod(LinearMethodBase):
         if rows is not None:
             scales = scales.float() * rows[:, None]
             offsets = None if offsets is None else offsets.float() * rows[:, None]
-        zeros = None if block.zero is None else torch.full_like(scales, block.zero, dtype=torch.uint8)
+        zeros = None if block.zero is None else scales.new_full(scales.shape, block.zero, dtype=torch.uint8)
         return IntWeight(codes, scales, zeros, block.bits, block.group, offsets=offsets)
 
     def _decode(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -134,7 +134,8 @@ def _q2_0(b: Tensor) -> Decoded:
 def _trits(bytes_: Tensor, count: int) -> Tensor:
     """Unpack base-3 digits: [..., n] bytes -> [..., count · n], all bytes' first digits, then the next.
 
-    A byte is the number's 256/243, rounded up: digit i is the integer part of 3 times what 3^i times it leaves in 8 bits.
+    A byte is 256/243 of the number, rounded up.  Digit i: of 3 times (3^i times the byte, modulo 256) what is above 8
+    bits.
     """
     powers = torch.tensor([3**i for i in range(count)], dtype=torch.int32, device=bytes_.device)
     left = bytes_.int().unsqueeze(-2) * powers.unsqueeze(-1) & 255
@@ -181,7 +182,7 @@ def _sign_bytes(index: Tensor) -> Tensor:
 
 
 def _signs_and_scale(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpack 32-bit numbers: [..., 4n] bytes -> four bytes of signs each, [..., 4n], and the 4 bits on top, [..., n]."""
+    """Unpack 32-bit numbers: [..., 4n] bytes -> four bytes of signs each, [..., 4n], and their top 4 bits, [..., n]."""
     octets = words.unflatten(-1, (-1, 4)).int()
     low = octets[..., 0] | octets[..., 1] << 8 | octets[..., 2] << 16 | (octets[..., 3] & 15) << 24
     shifts = torch.arange(0, 28, 7, dtype=torch.int32, device=words.device)
@@ -249,7 +250,7 @@ class BlockType:
     decode: unpacks blocks.  scales: the dtype of the scales that it gives.  offsets: whether it gives offsets.
     bits: of a code of an integer.  zero: the zero point; None: the middle code.
     codebook: the name of the codebook; "": the codes are integers.
-    halves: the bytes where float16 numbers begin.  bad: marks the blocks whose scales, stored otherwise, are no numbers.
+    halves: the bytes where float16 numbers begin.  bad: marks blocks whose scales, stored otherwise, are not numbers.
     """
 
     values: int
