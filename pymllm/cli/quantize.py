@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out",
         metavar="OUT",
         type=Path,
-        help="the folder, or the .gguf file, to write, new or of a stopped run",
+        help="the folder, or .gguf file, to write: new, or of a stopped run",
     )
     group = parser.add_argument_group("what to write", ABOUT_RULES)
     add_rule_options(group, "'**.layers.**=int4:scale=mse'")

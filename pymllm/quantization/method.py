@@ -97,7 +97,7 @@ class LinearMethodBase(QuantizeMethodBase):
 
     @property
     def free_scales(self) -> bool:
-        """True if integers made by `quantize` may have other scales and still be stored: calibration chooses its own."""
+        """True if the integers of `quantize` can be stored with any scales: calibration chooses its own."""
         return True
 
     def describe(self) -> str:

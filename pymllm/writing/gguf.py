@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight
+from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, DenseWeight, IntWeight
 from pymllm.loading.prepare import Prepared
 from pymllm.quantization.formats.gguf import FLOAT_KINDS, GGUFLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -88,8 +88,10 @@ class GGUFSpelling:
 def _may_hold(name: str, weight: CanonicalWeight, shape: LinearShape) -> bool:
     """Tell whether a block type can hold weights like this, as far as that shows without its scales' values."""
     block = BLOCKS[name]
-    if name == "MXFP4" or not isinstance(weight, IntWeight):
+    if isinstance(weight, CodebookWeight):
         return name == "MXFP4" and fp4_kind(weight) == "mxfp4" and weight.activations == "float"
+    if not isinstance(weight, IntWeight):
+        return False
     fits = weight.group_size % block.group == 0 and shape.in_features % block.values == 0
     return fits and plain_integers(weight, name)
 
@@ -125,13 +127,8 @@ class GGUFWriter(CheckpointWriter):
         check_settings(self.architecture, self.known, config, settings, self.tensors, self.factors)
         if isinstance(checkpoint.files[0], GGUFFile):
             # Its own words, which may say more than ours.
-            first = checkpoint.files[0]
-            copied = {
-                k: v
-                for k, v in encoded_metadata(first.path, first.spans).items()
-                if not k.startswith(NOT_COPIED)
-            }
-            metadata = {**general, **copied}
+            entries = encoded_metadata(checkpoint.files[0].path, checkpoint.files[0].spans).items()
+            metadata = {**general, **{key: v for key, v in entries if not key.startswith(NOT_COPIED)}}
         else:
             vocabulary = write_vocabulary(
                 Tokenizer(checkpoint.path), config.size("vocab_size"), checkpoint.config

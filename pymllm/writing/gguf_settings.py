@@ -42,7 +42,9 @@ WINDOWS = {
     "layer_types",
     "sliding_window_pattern",
 }
-UNUSED = {"original_max_position_embeddings", "num_local_experts", "num_experts"}
+# What their own tensors, or others of these settings, show.
+SHOWN = {"original_max_position_embeddings", "num_local_experts", "num_experts", "attention_bias", "mlp_bias"}
+SHOWN |= {"qkv_bias", "tie_word_embeddings", "max_position_embeddings"}
 FLOATING = (
     "epsilon",
     "freq_base",
@@ -133,18 +135,18 @@ def _scaling(
                 rotated, rope.theta, given
             )
         return {}, {FREQUENCY_FACTORS: factors.float()}
-    trained = given.get("original_max_position_embeddings")
+    trained = int(given.get("original_max_position_embeddings") or 0)
     if kind == "yarn":
-        factor = given.get("factor") or config.size("max_position_embeddings") / trained
+        factor = given.get("factor") or config.size("max_position_embeddings") / (trained or 1)
         entries: dict[str, Any] = {"type": kind, "factor": float(factor)}
         if trained:
-            entries["original_context_length"] = int(trained)
+            entries["original_context_length"] = trained
         for key, setting in {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}.items():
             if given.get(setting):
                 entries[key] = float(given[setting])
         return {f"rope.scaling.{key}": value for key, value in entries.items()}, {}
     if kind == "longrope":
-        growth = given.get("factor") or config.size("max_position_embeddings") / trained
+        growth = given.get("factor") or config.size("max_position_embeddings") / (trained or 1)
         attention = given.get("attention_factor")
         if attention is None:
             attention = 1.0 if growth <= 1 else math.sqrt(1 + math.log(growth) / math.log(trained))
@@ -190,9 +192,7 @@ def check_settings(
     if back.tie_word_embeddings != tied:
         raise _cannot("tie_word_embeddings", "the head's tensor contradicts it", str(tied))
     names = {*config.defaults, *SETTINGS.values(), *known.settings.values(), *COMPUTED}
-    for setting in sorted(
-        names - ROTARY - WINDOWS - UNUSED - {"tie_word_embeddings", "max_position_embeddings"}
-    ):
+    for setting in sorted(names - ROTARY - WINDOWS - SHOWN):
         ours, theirs = (_comparable(one, setting) for one in (config, back))
         if ours != theirs:
             raise _cannot(setting, f"a GGUF file of {name} has no word for it, and means {theirs!r}", ours)
@@ -233,7 +233,7 @@ def _same_angles(config: ModelConfig, ours: RopeParameters, theirs: RopeParamete
             module: Any = get_rope(config.head_dim, rotated, length, rope.theta, rope.scaling, rope.rope_type)
             tables.append(torch.stack(module.cos_sin(torch.tensor(positions))))
         # Factors are stored in float32: angles of far positions differ by a few of its steps.
-        if tables[0].shape != tables[1].shape or not torch.allclose(*tables, atol=2e-3):
+        if tables[0].shape != tables[1].shape or not torch.allclose(tables[0], tables[1], atol=2e-3):
             return False
     return True
 

@@ -37,7 +37,8 @@ SPECIAL = {"bos": "bos_token", "unknown": "unk_token", "padding": "pad_token"}
 SAMPLES = (
     "Hello, world! It's 2024 - we've paid $1,234.50 (100%).",
     "def f(x):\n    return x ** 2  # \u00fcber\n\n\tif not x:\r\n        pass   ",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f44d\U0001f3fd e\u0301 \u00e9",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f600\U0001f44d\U0001f3fd e\u0301 \u00e9",
     "  two  spaces   three \u00a0nbsp\u2003em I'LL CAN'T camelCase HTTPServer 3.14159 1234567890",
     "",
     "a",
@@ -127,7 +128,7 @@ def _tokens(data: Mapping[str, Any], size: int, tokenizer: Tokenizer) -> tuple[l
 
 
 def _steps(step: Any, within: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a normalizer, pre-tokenizer or decoder one by one.  within: its key for those of a Sequence."""
+    """Yield the steps of a normalizer, pre-tokenizer or decoder.  within: the key of those of a Sequence."""
     if step is None:
         return
     if step.get("type") == "Sequence":
@@ -205,7 +206,7 @@ def _special(tokenizer: Tokenizer, tokens: list[str], config: Mapping[str, Any])
 
     def named(setting: str) -> int | None:
         given = tokenizer.settings.get(setting)
-        return ids.get(given["content"] if isinstance(given, Mapping) else given)
+        return ids.get(str(given["content"] if isinstance(given, Mapping) else given))
 
     found: dict[str, int] = {}
     for key, setting in SPECIAL.items():
@@ -227,8 +228,8 @@ def _added_by_itself(tokenizer: Tokenizer, written: Mapping[str, Any]) -> dict[s
     whole = tokenizer.encode("a")
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
     before, after = ([], []) if start is None else (whole[:start], whole[start + len(plain) :])
-    expected = ([], [written.get("bos_token_id")]), ([], [written.get("eos_token_id")])
-    if start is None or before not in expected[0] or after not in expected[1]:
+    bos, eos = ([[], [written.get(f"{name}_token_id")]] for name in ("bos", "eos"))
+    if start is None or before not in bos or after not in eos:
         raise _cannot(
             tokenizer, f"it makes {whole} of a text that is {plain}", "bos before a text, eos after it"
         )

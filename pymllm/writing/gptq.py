@@ -73,10 +73,12 @@ class GPTQSpelling:
         everything = [name for name, layer in layers.items() if layer.kind != "embedding"]
         left = [n for n in everything if n not in quantised and layers[n].kind != "lm_head"]
         dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in _patterns(left, everything)}
+        undecided = [name for name in everything if name not in left]  # the first rule that matches decides
         for settings in counts:
             names = [name for name, other in quantised.items() if tuple(other.items()) == settings]
             if dict(settings) != common:
-                dynamic |= {f"+:{p}": dict(settings) for p in _patterns(names, everything)}
+                dynamic |= {f"+:{p}": dict(settings) for p in _patterns(names, undecided)}
+                undecided = [name for name in undecided if name not in names]
         return {
             "quant_method": "gptq",
             **common,

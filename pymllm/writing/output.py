@@ -69,7 +69,7 @@ class Output:
 
     @property
     def path(self) -> Path:
-        """What is written, as the user names it."""
+        """The folder or file that is written, as the user names it."""
         return self.folder
 
     def _places(self, out: Path) -> tuple[Path, Path]:

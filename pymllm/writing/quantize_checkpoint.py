@@ -133,7 +133,8 @@ def parse_size(size: str | int) -> int:
 def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
     """Choose a spelling by its name.  ConfigError if it is unknown, or not one for a path like `out`.
 
-    "auto": GGUF for a path that ends in .gguf, AWQ or GPTQ where no rule asks for anything else.
+    "auto": GGUF for a path that ends in .gguf, AWQ or GPTQ where no rule asks for anything else (gptq_v2 if some have
+    zero points).
     """
     file = out.suffix.lower() == ".gguf"
     if name == "auto":
@@ -141,6 +142,8 @@ def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
         asked = {type(target) for target in targets} - {UnquantizedLinearMethod}
         own = {AWQLinearMethod: "awq", GPTQLinearMethod: "gptq"}
         name = own.get(next(iter(asked)), "") if len(asked) == 1 else ""
+        if name == "gptq" and not all(t.symmetric for t in targets if isinstance(t, GPTQLinearMethod)):
+            name = "gptq_v2"  # GPTQModel reads zero points less one from its own files alone
         name = "gguf" if file else name or "compressed-tensors"
     if name not in SPELLINGS:
         raise ConfigError(

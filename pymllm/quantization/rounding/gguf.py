@@ -38,13 +38,13 @@ def round_to_blocks(weight: Tensor, kind: str) -> IntWeight:
         return IntWeight(weight.to(torch.uint8), scales, None, bits, group, offsets=offsets)
     step = max(1, ROWS_BYTES // max(4 * weight.shape[1], 1))
     pieces = [rounded(piece.float()) for piece in weight.split(step)]
-    codes, scales = (torch.cat([piece[index] for piece in pieces]) for index in (0, 1))
+    codes, scales = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
     found = [piece[2] for piece in pieces if piece[2] is not None]
     return IntWeight(codes, scales, None, bits, group, offsets=torch.cat(found) if found else None)
 
 
 def _symmetric_32(bits: int) -> Callable[[Tensor], Rounded]:
-    """Q4_0, Q5_0: the value of largest magnitude becomes the lowest code, whichever its sign is."""
+    """Make the rounding of Q4_0 and Q5_0: the value of largest magnitude gets the lowest code, whatever its sign."""
 
     def rounded(weight: Tensor) -> Rounded:
         groups = weight.unflatten(1, (-1, 32))
@@ -58,7 +58,7 @@ def _symmetric_32(bits: int) -> Callable[[Tensor], Rounded]:
 
 
 def _asymmetric_32(bits: int) -> Callable[[Tensor], Rounded]:
-    """Q4_1, Q5_1: from the least value to the largest."""
+    """Make the rounding of Q4_1 and Q5_1, whose codes go from the least value to the largest."""
 
     def rounded(weight: Tensor) -> Rounded:
         groups = weight.unflatten(1, (-1, 32))
@@ -87,7 +87,7 @@ def _inverse(scales: Tensor) -> Tensor:
 
 
 def _symmetric_k(bits: int, group: int, scale_bits: int) -> Callable[[Tensor], Rounded]:
-    """Q3_K, Q6_K: w = d · s · (code - middle), s a signed integer of `scale_bits` bits."""
+    """Make the rounding of Q3_K and Q6_K: w = d · s · (code - middle), s a signed integer of `scale_bits` bits."""
 
     def rounded(weight: Tensor) -> Rounded:
         blocks = weight.unflatten(1, (-1, K_VALUES // group, group))  # [N, K, S, G]
@@ -114,7 +114,7 @@ def _symmetric_k(bits: int, group: int, scale_bits: int) -> Callable[[Tensor], R
 
 
 def _asymmetric_k(bits: int, group: int, scale_bits: int) -> Callable[[Tensor], Rounded]:
-    """Q2_K, Q4_K, Q5_K: w = d · s · code - dmin · m, with s and m of `scale_bits` bits."""
+    """Make the rounding of Q2_K, Q4_K and Q5_K: w = d · s · code - dmin · m, s and m of `scale_bits` bits."""
 
     def rounded(weight: Tensor) -> Rounded:
         blocks = weight.unflatten(1, (-1, K_VALUES // group, group))  # [N, K, S, G]
