@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.quantization.base import QuantizationConfig, register_quantization
@@ -31,7 +31,7 @@ from pymllm.quantization.rounding.gguf import ROUNDING, round_to_blocks
 from pymllm.quantization.storage.fields import unsupported
 from pymllm.quantization.storage.gguf_blocks import BLOCKS, BlockType
 from pymllm.quantization.storage.gguf_pack import PACKERS, pack_blocks
-from pymllm.quantization.storage.groups import rows_of_parts
+from pymllm.quantization.storage.groups import check_groups, rows_of_parts
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 SCALE = "scale"  # the suffix of a weight's own factor, which NVFP4 has; that of its activations: input_scale
@@ -99,20 +99,22 @@ class GGUFLinearMethod(LinearMethodBase):
         bad = self.block.count_bad(stored.unflatten(1, (-1, self.block.size)))
         return f"{bad} blocks of {self.kind} whose scale or minimum is NaN or infinite" if bad else None
 
+    def check(self, shape: LinearShape) -> None:
+        values = self.block.values
+        other = "gguf:type=Q8_0, whose blocks have 32" if values > 32 else "none, which leaves it in floats"
+        check_groups(values, shape, what=f"{self.kind}'s blocks", fix=f"Give it another rule: {other}.")
+        if shape.in_features_local % values:
+            raise ShardingError(
+                f"{shape.name}: this rank has {shape.in_features_local} inputs, which blocks of {values} do not divide",
+                code="tp-granule",
+                expected=f"a multiple of {values}",
+                found=str(shape.in_features_local),
+            )
+
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         if self.kind not in ROUNDING:
             return super().quantize(weight, shape)
-        values = self.block.values
-        if weight.shape[1] % values:
-            raise ConfigError(
-                f"blocks of {values} values do not divide the {weight.shape[1]} inputs",
-                code="group-size",
-                tensor=shape.name,
-                expected=f"a multiple of {values} inputs for {self.kind}",
-                fix=f"Give it a type with blocks of 32: {shape.name}=gguf:type=Q8_0."
-                if values > 32
-                else f"Leave it in floats: {shape.name}=none.",
-            )
+        self.check(shape)
         made = round_to_blocks(weight, self.kind)
         parts = (made.scales,) if made.offsets is None else (made.scales, made.offsets)
         if not weight.is_meta and not all(bool(part.isfinite().all()) for part in parts):
