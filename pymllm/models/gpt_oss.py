@@ -58,7 +58,7 @@ def keep_fractions(config: dict[str, Any]) -> None:
 GGUF = {
     "gpt-oss": GGUFArchitecture(
         "gpt_oss",
-        ATTENTION_MODULES
+        {name: to for name, to in ATTENTION_MODULES.items() if name != "ffn_norm"}
         | expert_modules(router="router")
         | {"post_attention_norm": "post_attention_layernorm", "attn_sinks.weight": "self_attn.sinks"},
         settings=EXPERT_SETTINGS

@@ -1,4 +1,4 @@
-"""Granite: Llama with four factors: on embedded tokens, on attention's logits, on what blocks add, on the head's logits.
+"""Granite: Llama with a factor each on embedded tokens, attention's logits, what blocks add, and the head's logits.
 
 The head's logits are divided by theirs; the others are multiplied.
 """

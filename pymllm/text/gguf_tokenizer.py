@@ -29,21 +29,41 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = dict.fromkeys(("default", "gpt-2", "gpt2", "mpt", "olmo", "phi-2", "jais"), GPT2)
-SPLITS |= dict.fromkeys(
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"), LLAMA3
+# The o200k split: as tekken's, with contractions at the end of their word, and digits by threes.
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), QWEN2)
-SPLITS |= {"tekken": TEKKEN}
+IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", IDEOGRAPHS, r"\p{N}")
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+# By tokenizer.ggml.pre: the expressions that split a text one after the other. What is between matches is a word, too.
+SPLITS: dict[str, tuple[str, ...]] = {}
+SPLITS |= dict.fromkeys(("gpt-2", "gpt2", "mpt", "olmo", "phi-2", "jais"), (GPT2,))
+SPLITS |= dict.fromkeys(("gigachat", "a.x-4.0", "mellum", "exaone4", "trillion", "granite-docling"), (GPT2,))
+SPLITS |= dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0"), (LLAMA3,))
+SPLITS |= dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), (LLAMA3,))
+SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), (QWEN2,))
+SPLITS |= dict.fromkeys(("gpt-4o", "llama4", "kanana2"), (GPT4O,))
+SPLITS |= {"tekken": (TEKKEN,), "deepseek-coder": CODER, "deepseek-v3": DEEPSEEK3}
+# llama.cpp's own, for files that name none: punctuation apart, and digits by threes from the left.
+SPLITS |= {"default": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")}
 
 # Each digit is a word of its own; GPT-2's split follows.
-DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+SPLITS |= dict.fromkeys(DIGITS_APART, (r"\p{N}", GPT2))
 
 # A text begins with the token bos, unless the file says otherwise.
-BEGINS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+BEGINS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
 
 # A word that is a token is not merged from its pieces.
-WHOLE_TOKENS_FIRST = BEGINS_WITH_BOS
+WHOLE_TOKENS_FIRST = (*BEGINS_WITH_BOS, "glm4")
 
 # Text is brought to NFC first.
 COMPOSED = ("qwen2", "deepseek-r1-qwen")
@@ -68,14 +88,16 @@ class GGUFTokenizer(Tokenizer):
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.folder, self.metadata = path, metadata
         named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-        self.settings = {name: self._token(key) for key, name in named.items()}
+        # A sentencepiece file that does not number these has them where the library itself puts them.
+        usual = {"bos": 1, "eos": 2, "unknown": 0} if self._get("model") == "llama" else {}
+        self.settings = {name: self._token(key, usual.get(key)) for key, name in named.items()}
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
-    def _token(self, key: str) -> str | None:
-        """Return the text of a special token that the metadata names by its id, or None."""
-        tokens, index = self._get("tokens"), self._get(f"{key}_token_id")
+    def _token(self, key: str, usual: int | None) -> str | None:
+        """Return the text of a special token that the metadata names by its id, else of the usual id; or None."""
+        tokens, index = self._get("tokens"), self._get(f"{key}_token_id", usual)
         known = isinstance(tokens, list) and type(index) is int and 0 <= index < len(tokens)
         return tokens[index] if known else None
 
@@ -119,7 +141,7 @@ class GGUFTokenizer(Tokenizer):
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
         split = self._get("pre", "default")
-        if split not in SPLITS and split not in DIGITS_APART:
+        if split not in SPLITS:
             raise self._unusable(
                 f"the file splits text by {split!r} (tokenizer.ggml.pre), which is not known here",
                 "tokenizer-unknown",
@@ -128,8 +150,7 @@ class GGUFTokenizer(Tokenizer):
         vocabulary = {token: index for index, token in enumerate(tokens)}
         model = models.BPE(vocabulary, merges, ignore_merges=split in WHOLE_TOKENS_FIRST)  # type: ignore[arg-type]
         built = Tokenizer(model)
-        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split in DIGITS_APART else []
-        steps.append(pre_tokenizers.Split(Regex(SPLITS.get(split, GPT2)), "isolated"))
+        steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[split]]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         built.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
         if split in COMPOSED:
@@ -169,11 +190,18 @@ class GGUFTokenizer(Tokenizer):
             (token, int(kind))
             for token, kind in zip(tokens, kinds if kinds is not None else (), strict=False)
         ]
-        special = [token for token, kind in typed if token and kind in (CONTROL, UNKNOWN)]
-        added = [token for token, kind in typed if token and kind == USER_DEFINED]
-        built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-        built.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
         sentencepiece = self._get("model") == "llama"
+        takes_spaces = sentencepiece and self.metadata.get("general.architecture") == "phi3"
+
+        def added(token: str, special: bool) -> AddedToken:
+            # Phi-3's own tokens take the spaces that follow them; those of the Llama tokenizer below do not.
+            strips = takes_spaces and token not in ("<unk>", "<s>", "<|endoftext|>")
+            return AddedToken(token, special=special, normalized=False, rstrip=strips)
+
+        built.add_special_tokens(
+            [added(token, True) for token, kind in typed if token and kind in (CONTROL, UNKNOWN)]
+        )
+        built.add_tokens([added(token, False) for token, kind in typed if token and kind == USER_DEFINED])
         begins = self._get("add_bos_token", sentencepiece or self._get("pre") in BEGINS_WITH_BOS)
         bos, eos = self.settings["bos_token"], self.settings["eos_token"]
         before = [bos] if begins and bos is not None else []

@@ -136,7 +136,7 @@ class ConfigReader:
         constants = CONSTANTS | dict(self.known.constants)
         known = SETTINGS.keys() | OTHER_SETTINGS | self.known.settings.keys() | constants.keys()
         if self.known.sliding is not None:
-            known |= {WINDOW, PATTERN, WINDOW_THETA}
+            known |= {WINDOW, PATTERN, *([WINDOW_THETA] if self.known.sliding else [])}
         for name in self.metadata:
             key = name.removeprefix(f"{self.architecture}.")
             if key == name:
