@@ -24,7 +24,7 @@ class IntegerCodebook:
 
     @property
     def zero(self) -> int:
-        """What makes all integers 0 or more."""
+        """The number that makes all integers 0 or more, added to them."""
         return -min(self.integers)
 
     @property

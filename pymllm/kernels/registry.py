@@ -29,6 +29,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.triton.int2_weights:TritonInt2",
         "pymllm.kernels.triton.fp8_weights:TritonFp8",
         "pymllm.kernels.triton.fp4_weights:TritonFp4",
+        "pymllm.kernels.triton.codebook_weights:TritonIntegerCodebook",
         "pymllm.kernels.native.float_linear:NativeFloatLinear",
         "pymllm.kernels.aten.linear:TorchLinear",
         "pymllm.kernels.aten.scaled_mm:TorchScaledMM",
@@ -44,6 +45,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
     "embedding": (
         "pymllm.kernels.triton.embedding:TritonIntEmbedding",
         "pymllm.kernels.triton.embedding:TritonFp8Embedding",
+        "pymllm.kernels.triton.embedding:TritonIntegerCodebookEmbedding",
         "pymllm.kernels.aten.linear:TorchEmbedding",
         "pymllm.kernels.native.embedding:NativeInt4Embedding",
         "pymllm.kernels.native.embedding:NativeInt8Embedding",

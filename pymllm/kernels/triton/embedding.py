@@ -17,6 +17,7 @@ from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
+from pymllm.kernels.triton.codebook_weights import TritonIntegerCodebook
 from pymllm.kernels.triton.fp8_weights import TritonFp8
 from pymllm.kernels.triton.int_weights import TritonInt
 from pymllm.kernels.triton.launch import kernel
@@ -62,6 +63,10 @@ class TritonIntEmbedding(_Gather, TritonInt):
 
 class TritonFp8Embedding(_Gather, TritonFp8):
     """A table of fp8."""
+
+
+class TritonIntegerCodebookEmbedding(_Gather, TritonIntegerCodebook):
+    """A table of codes of a codebook of integers."""
 
 
 @operator(

@@ -1,4 +1,4 @@
-"""All routed experts of a layer in a few launches: weights of int4, int8, fp8, fp4 or 16 bits, 16-bit activations.
+"""All routed experts of a layer in a few launches: weights of int4, int8, fp8, codebooks, 16 bits; 16-bit activations.
 
 Each expert is packed as the weight-only linear kernels pack a weight, and the experts are stacked. A slot is a token
 and one of its experts. A few slots each go through `multiply_one`; more are sorted by expert on the device, each
@@ -26,6 +26,7 @@ from pymllm.kernels.linear_experts import LinearExperts
 from pymllm.kernels.reference.linear import ReferenceLinear
 from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
+from pymllm.kernels.triton.codebook_weights import TritonIntegerCodebook
 from pymllm.kernels.triton.elementwise import gate_and_mul
 from pymllm.kernels.triton.fp4_weights import TritonFp4
 from pymllm.kernels.triton.fp8_weights import TritonFp8
@@ -83,7 +84,13 @@ class DenseWords(WeightOnlyLinear):
         return [DenseWeight(torch.empty((1024, 2048), dtype=torch.bfloat16, device="meta"))]
 
 
-WEIGHTS: tuple[WeightOnlyLinear, ...] = (TritonInt(), TritonFp8(), TritonFp4(), DenseWords())
+WEIGHTS: tuple[WeightOnlyLinear, ...] = (
+    TritonInt(),
+    TritonFp8(),
+    TritonFp4(),
+    TritonIntegerCodebook(),
+    DenseWords(),
+)
 
 
 class TritonExperts(LinearExperts):

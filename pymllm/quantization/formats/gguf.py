@@ -57,7 +57,9 @@ class GGUFLinearMethod(LinearMethodBase):
 
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         blocks = IN.in_blocks(self.block.values, self.block.size)
-        specs = (WeightSpec("weight", torch.uint8, (OUT, blocks), refuse=self._refuse),)
+        specs: tuple[WeightSpec, ...] = (
+            WeightSpec("weight", torch.uint8, (OUT, blocks), refuse=self._refuse),
+        )
         if self.scaled:
             specs += (WeightSpec(SCALE, torch.float32, (PART,), accepts=FLOATS, scale=True),)
         return specs

@@ -20,15 +20,20 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
+// Codebooks whose values are small, and those that exceed 127; their zero points.
 constexpr std::uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+constexpr std::uint8_t kIq4[16] = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240};
+constexpr std::int64_t kE2m1Zero = 12, kIq4Zero = 127;
 
 struct Case {
-  int bits;  // 0: codes of a table
+  int bits;  // 0: codes of kE2m1; 1: of kIq4
   Scales scales;
   Zeros zeros;
   std::int64_t outputs, inputs, group;  // a last group may be filled up
   std::int64_t stored_group;
   bool factors;
+
+  const std::uint8_t *table() const { return bits == 0 ? kE2m1 : bits == 1 ? kIq4 : nullptr; }
 
   std::string name() const {
     const auto number = [](auto value) { return std::to_string(static_cast<long>(value)); };
@@ -49,11 +54,12 @@ struct Layer {
 
   Layer(const Case &shape, bool exact) : c(shape) {
     const bool nibbles = c.bits <= 4;
-    const std::int64_t top = c.bits == 0 ? 15 : (1 << c.bits) - 1, zero = c.bits == 0 ? 12 : (top + 1) / 2;
+    const std::int64_t top = c.table() != nullptr ? 15 : (1 << c.bits) - 1;
+    const std::int64_t zero = c.bits == 0 ? kE2m1Zero : c.bits == 1 ? kIq4Zero : (top + 1) / 2;
     const std::int64_t filled = (c.inputs + c.group - 1) / c.group * c.group;
     weights = {nullptr, c.outputs, filled, c.group,
                {nibbles ? Codes::nibbles : Codes::bytes, c.scales, c.zeros, static_cast<std::int32_t>(zero),
-                c.bits == 0 ? kE2m1 : nullptr, !nibbles},
+                c.table(), !nibbles || c.bits == 1},
                nullptr};
     const int extreme = static_cast<int>(between(0, 3));  // 0: all codes 0, 1: all the largest
     for (std::int64_t i = 0; i < c.outputs * c.inputs; ++i)
@@ -94,7 +100,7 @@ struct Layer {
       zero = 0;
       std::memcpy(&offset, zero_bytes.data() + 4 * at, 4);
     }
-    return {((c.bits == 0 ? kE2m1[code] : code) - zero) * read_scale(c.scales, scale_bytes.data(), at), offset};
+    return {((c.table() != nullptr ? c.table()[code] : code) - zero) * read_scale(c.scales, scale_bytes.data(), at), offset};
   }
 
 private:
@@ -351,10 +357,9 @@ void check_all() {
   if (g_paths.size() > 1)
     expect(&kernels_of(g_paths[0]) != &kPortable, [] { return std::string("the path is not compiled in"); });
   for (int bits = 0; bits <= 8; ++bits) {
-    if (bits == 1) continue;
     for (const Zeros zeros : {Zeros::same, Zeros::each, Zeros::offsets})
       for (const std::int64_t group : {16, 32, 64, 128}) {
-        const auto scales = static_cast<Scales>(between(0, bits == 0 ? 4 : 2));
+        const auto scales = static_cast<Scales>(between(0, bits <= 1 ? 4 : 2));
         const std::int64_t outputs = between(1, 50), inputs = group * between(1, 256 / group);
         check({bits, scales, zeros, outputs, inputs, group, group, false});
         const std::int64_t odd = between(1, 256);  // one group, the whole row, of any length
@@ -371,7 +376,7 @@ void check_all() {
       for (const int slices : {1, 2, 3}) check_linear(layer, tokens, slices);
     }
   }
-  for (const int bits : {0, 4, 8})
+  for (const int bits : {0, 1, 4, 8})
     for (const std::int64_t tokens : {1, 2, 9}) check_experts(bits, tokens, 2);
   check_linear(Layer({4, Scales::bf16, Zeros::each, 50, 1024, 128, 128, false}, false), 70, 3);  // in two parts
 }

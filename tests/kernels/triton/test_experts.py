@@ -1,5 +1,7 @@
 """Routed experts on the GPU against a float64 formula: every kind of weight, routing of every kind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,6 +31,11 @@ def weight_of(kind, out_features, in_features, seed):
         return IntWeight.from_float(values, bits=8, group_size=in_features, symmetric=True)
     if kind == "fp8":
         return Fp8Weight.from_float(values, block=(64, 32), activations="float")
+    if kind == "iq4":
+        scaled = codebook(
+            torch.float32, 32, in_features, False, out_features=out_features, seed=seed, name="iq4"
+        )
+        return replace(scaled, scales=scaled.scales / 2048)
     if kind == "mxfp4":
         made = codebook(torch.float8_e8m0fnu, 32, in_features, False, out_features=out_features, seed=seed)
         return made
@@ -78,7 +85,7 @@ def check(kind, sizes, *, apart=False, activation="silu", biased=False):
         )
 
 
-@pytest.mark.parametrize("kind", ("int4", "int8", "fp8", "mxfp4", "dense"))
+@pytest.mark.parametrize("kind", ("int4", "int8", "fp8", "mxfp4", "iq4", "dense"))
 def test_every_kind_of_weight_equals_the_float64_formula(kind):
     check(kind, ((0, 2), (1, 2), (30, 2)))
 
