@@ -18,7 +18,6 @@ from pymllm.errors import CheckpointError, ConfigError
 from pymllm.text.gguf_tokenizer import (
     COMPOSED,
     CONTROL,
-    DIGITS_APART,
     GPT2,
     SPACE,
     SPLITS,
@@ -31,7 +30,8 @@ from pymllm.text.tokenizer import AutoEncoder, FastEncoder, Tokenizer, read_json
 
 NORMAL, UNUSED, BYTE = 1, 5, 6  # further values of tokenizer.ggml.token_type
 # Splits that several names stand for are written under the first of these.
-USUAL = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "tekken")
+USUAL = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "tekken", "gpt-4o", "deepseek-v3")
+DIGIT = r"\p{N}"  # as Digits splits, one by one
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 SPECIAL = {"bos": "bos_token", "unknown": "unk_token", "padding": "pad_token"}
 SAMPLES = (
@@ -144,36 +144,27 @@ def _is_byte_level(data: Mapping[str, Any]) -> bool:
 
 def _name_of_split(data: Mapping[str, Any], tokenizer: Tokenizer) -> str:
     """Name the way in which a byte-level BPE splits text, as `tokenizer.ggml.pre` does."""
-    patterns, digits = [], False
+    patterns: list[str] = []
     for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] == "Digits":
-            digits = bool(step.get("individual_digits"))
+            patterns.append(DIGIT if step.get("individual_digits") else r"\p{N}+")
         elif step["type"] == "Split":
-            pattern = step["pattern"]
-            patterns.append(pattern.get("Regex", pattern.get("String")))
+            pattern = step["pattern"].get("Regex", step["pattern"].get("String"))
+            patterns.append(DIGIT if pattern in (DIGIT, r"\d") else pattern)
         elif step["type"] == "ByteLevel":
-            if step.get("use_regex", True):
-                patterns.append(GPT2)
+            patterns += [GPT2] if step.get("use_regex", True) else []
         else:
             raise _cannot(tokenizer, f"text is split by {step['type']}", "Split, Digits or ByteLevel")
-    if not digits and patterns and patterns[0] in (r"\p{N}", r"\d"):  # as some write Digits
-        digits, patterns = True, patterns[1:]
     normal = [step["type"] for step in _steps(data.get("normalizer"), "normalizers")]
     whole = bool(data["model"].get("ignore_merges"))
 
     def fits(name: str) -> bool:
-        split = SPLITS.get(name, GPT2)
-        return (
-            patterns == [split]
-            and digits == (name in DIGITS_APART)
-            and whole == (name in WHOLE_TOKENS_FIRST)
-            and (normal == ["NFC"]) == (name in COMPOSED)
-            and normal in ([], ["NFC"])
-        )
+        composed = ["NFC"] if name in COMPOSED else []
+        return (tuple(patterns), normal, whole) == (SPLITS[name], composed, name in WHOLE_TOKENS_FIRST)
 
-    names = [name for name in (*USUAL, *SPLITS, *DIGITS_APART) if fits(name)]
+    names = [name for name in (*USUAL, *SPLITS) if fits(name)]
     if not names:
-        what = f"text split by {patterns}, digits {'apart' if digits else 'together'}, normalised by {normal}"
+        what = f"text split by {patterns}, normalised by {normal}, whole tokens first: {whole}"
         raise _cannot(tokenizer, what, "one of the splits " + ", ".join(dict.fromkeys([*USUAL, *SPLITS])))
     return names[0]
 

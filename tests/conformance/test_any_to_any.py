@@ -25,6 +25,8 @@ TARGETS = (
     "fp8",
     "fp8:granularity=block",
     "mxfp4",
+    "gguf:type=Q5_1",
+    "gguf:type=Q6_K",
 )
 
 
