@@ -79,15 +79,19 @@ class GPTQSpelling:
             if dict(settings) != common:
                 dynamic |= {f"+:{p}": dict(settings) for p in _patterns(names, undecided)}
                 undecided = [name for name in undecided if name not in names]
-        return {
+        config = {
             "quant_method": "gptq",
             **common,
             "checkpoint_format": "gptq" if self.zeros_minus_one else "gptq_v2",
             "pack_dtype": "int32",
             "lm_head": any(layers[name].kind == "lm_head" for name in quantised),
             "dynamic": dynamic or None,
-            "meta": {"quantizer": [f"pymllm:{importlib.metadata.version('pymllm')}"]},
         }
+        if (
+            not self.zeros_minus_one
+        ):  # transformers takes any config with `meta` for one that AutoRound cannot read
+            config["meta"] = {"quantizer": [f"pymllm:{importlib.metadata.version('pymllm')}"]}
+        return config
 
     def side_configs(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
         """Make the file that readers looked for before config.json had the settings."""
