@@ -95,7 +95,9 @@ def write_settings(writer: gguf.GGUFWriter, arch: str, config: Any) -> None:
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(config.hidden_size // heads)
     write_rope(writer, arch, config, full)
-    if arch in ("gemma2", "gemma3", "gpt-oss") or (arch == "llama" and getattr(config, "sliding_window", None)):
+    if arch in ("gemma2", "gemma3", "gpt-oss") or (
+        arch == "llama" and getattr(config, "sliding_window", None)
+    ):
         writer.add_sliding_window(config.sliding_window)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -174,7 +176,10 @@ def stored_tensors(model: Any, arch: str) -> Iterator[tuple[str, np.ndarray]]:
             router = {"granitemoe": "router.weight"}.get(arch, "\0")
             short = name.replace(router, "router.layer.weight")
             mixtral = arch == "llama" and name.endswith("mlp.gate.weight")
-            yield name_of(short.replace(".mlp.gate.", ".block_sparse_moe.gate.") if mixtral else short), values
+            yield (
+                name_of(short.replace(".mlp.gate.", ".block_sparse_moe.gate.") if mixtral else short),
+                values,
+            )
             continue
         # All experts of a layer: [E, 2·I, H] and [E, H, I]; in gpt-oss gate and up in turns, and inputs before outputs.
         suffix = "bias" if product.endswith("bias") else "weight"

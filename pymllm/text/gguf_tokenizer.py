@@ -52,8 +52,8 @@ SPLITS |= dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), (LLAMA3,))
 SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), (QWEN2,))
 SPLITS |= dict.fromkeys(("gpt-4o", "llama4", "kanana2"), (GPT4O,))
 SPLITS |= {"tekken": (TEKKEN,), "deepseek-coder": CODER, "deepseek-v3": DEEPSEEK3}
-# llama.cpp's own, for files that name none: punctuation apart, and digits by threes from the left.
-SPLITS |= {"default": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")}
+# llama.cpp's own, for files that name none: punctuation apart, numbers apart, and digits by threes from the left.
+SPLITS |= {"default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")}
 
 # Each digit is a word of its own; GPT-2's split follows.
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")

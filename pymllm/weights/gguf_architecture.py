@@ -190,10 +190,10 @@ class GGUFArchitecture:
         expert = None if inner is None else int(inner[2])
         wanted = layer[2] if inner is None else f"{inner[1]}{{}}{inner[3]}"
         within, _, suffix = wanted.rpartition(".")
-        for own, model in self.layer_modules.items():
-            if model == wanted:
+        for own, modules in self.layer_modules.items():
+            if modules == wanted:
                 return f"blk.{layer[1]}.{own}", expert
-            if model == within:
+            if modules == within:
                 return f"blk.{layer[1]}.{own}.{suffix}", expert
         return None
 

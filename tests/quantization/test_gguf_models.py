@@ -205,7 +205,9 @@ def test_what_a_file_leaves_out_is_what_llama_cpp_takes_it_for(tmp_path):
     write_model(tmp_path / "a.gguf", "gpt_oss", without=("freq_base", "head_count_kv"), num_key_value_heads=4)
     config = config_of(tmp_path / "a.gguf")
     assert config["num_key_value_heads"] == 4 and config["rope_parameters"]["rope_theta"] == 10000.0
-    write_model(tmp_path / "b.gguf", "granite", without=("attention.scale", "residual_scale", "embedding_scale"))
+    write_model(
+        tmp_path / "b.gguf", "granite", without=("attention.scale", "residual_scale", "embedding_scale")
+    )
     config = config_of(tmp_path / "b.gguf")
     assert config["attention_multiplier"] == 32**-0.5
     assert config["residual_multiplier"] == config["embedding_multiplier"] == 1
