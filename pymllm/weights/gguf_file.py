@@ -16,6 +16,7 @@ import reprlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ REFUSED_TYPES = {
     **{36 + i: (f"IQ4_NL_{layout}", REMOVED) for i, layout in enumerate(("4_4", "4_8", "8_8"))},
 }
 
+# PrismML's fork had this number first, for larger blocks: values and bytes of one.
+Q2_0, EARLIER_Q2_0 = 42, (128, 34)
+
 # Metadata value types.
 SCALARS = {
     0: "<u1",
@@ -148,13 +152,36 @@ class GGUFFile(TensorFile):
         data_start = -(-header.position // self.alignment) * self.alignment
         infos = [self._info(data_start, *entry) for entry in described]
         infos.sort(key=lambda info: (info.start, info.end))
-        check_layout(path, infos, data_start, max(header.identity[2], data_start), self.alignment)
+        self._check_layout(infos, data_start, max(header.identity[2], data_start))
         self.tensors = {info.name: info for info in infos}
         if len(self.tensors) < len(infos):
             twice = Counter(info.name for info in infos).most_common(1)[0][0]
             raise fault(
                 path, "header-duplicate-key", f"the header has the tensor {twice!r} twice", tensor=twice
             )
+
+    def _check_layout(self, infos: Sequence[TensorInfo], data_start: int, size: int) -> None:
+        """Check that the tensors cover the data: see `check_layout`.  infos: sorted by offset.
+
+        "header-dtype": for a file whose Q2_0 fits in the other blocks that had its number before.
+        """
+        try:
+            check_layout(self.path, infos, data_start, size, self.alignment)
+        except CheckpointError:
+            _, values, nbytes, _ = TYPES[Q2_0]
+            earlier = [_in_earlier_blocks(info) for info in infos]
+            first = next((old for old, info in zip(earlier, infos, strict=True) if old != info), None)
+            if first is None or not _fits(self.path, earlier, data_start, size, self.alignment):
+                raise
+            raise fault(
+                self.path,
+                "header-dtype",
+                "the file has Q2_0 as a fork of llama.cpp wrote it before llama.cpp had it",
+                f"blocks of {values} values in {nbytes} bytes",
+                "blocks of {} values in {} bytes".format(*EARLIER_Q2_0),
+                first.name,
+                "Convert the model again, with llama.cpp itself.",
+            ) from None
 
     def _info(self, data_start: int, name: str, sizes: Sequence[int], number: int, offset: int) -> TensorInfo:
         """Check a tensor's description and turn it into a `TensorInfo`.
@@ -305,6 +332,26 @@ def _read_tensor(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
         raise fault(header.path, "header-entry", message, f"at most {MAX_RANK}", str(rank), name)
     sizes = tuple(header.number("Q") for _ in range(rank))
     return name, sizes, header.number("I"), header.number("Q")
+
+
+def _in_earlier_blocks(info: TensorInfo) -> TensorInfo:
+    """Return a tensor of Q2_0 as it would lie in `EARLIER_Q2_0`; another one, or a row that has no such blocks, as is."""
+    name, values, nbytes, _ = TYPES[Q2_0]
+    earlier_values, earlier_bytes = EARLIER_Q2_0
+    row = info.shape[-1] // nbytes * values if info.shape else 0
+    if info.dtype_name != name or row % earlier_values:
+        return info
+    count = info.nbytes // nbytes * values // earlier_values
+    return replace(info, end=info.start + count * earlier_bytes)
+
+
+def _fits(path: Path, infos: Sequence[TensorInfo], data_start: int, size: int, alignment: int) -> bool:
+    """Tell whether `check_layout` has nothing to say."""
+    try:
+        check_layout(path, infos, data_start, size, alignment)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _alignment(path: Path, value: Any) -> int:

@@ -145,6 +145,23 @@ def test_blocks_of_a_gguf_source_are_copied_and_all_else_comes_along(tmp_path):
     assert field(tmp_path / "out.gguf", "general.file_type") == 15
 
 
+@pytest.mark.parametrize("format", ["awq", "gptq"])
+def test_a_tied_head_that_no_rule_names_keeps_its_blocks_and_is_refused_by_its_own_name(format, tmp_path):
+    write_gguf(tmp_path / "in.gguf", "llama", "Q6_K", tie_word_embeddings=True)
+    rules = {BLOCKS: format + ":group_size=64", "model.embed_tokens": "none"}
+    with pytest.raises(ConfigError, match="lm_head=") as caught:
+        pymllm.quantize_checkpoint(tmp_path / "in.gguf", tmp_path / "out", rules, format=format)
+    assert caught.value.tensor == "lm_head" and "embed_tokens" not in str(caught.value)
+    rules["lm_head"] = "none"
+    written = pymllm.quantize_checkpoint(tmp_path / "in.gguf", tmp_path / "out", rules, format=format)
+    assert not written.notes and "lm_head.weight" not in load_tensors(tmp_path / "out")
+    ids = torch.arange(9)
+    direct = pymllm.load_model(tmp_path / "in.gguf", rules, dtype="float32")
+    assert relative_error(
+        logits_of(pymllm.load_model(tmp_path / "out", dtype="float32"), ids), logits_of(direct, ids)
+    ) < (0.01)
+
+
 # The tokenizer
 
 
@@ -264,7 +281,8 @@ def test_a_tokenizer_that_gguf_has_no_kind_for_is_refused_before_any_work(kind, 
         ("llama", {BLOCKS: "fp8"}, {}, "fp8 e4m3"),
         ("llama", {BLOCKS: "gguf"}, {}, "Q4_K.s blocks of 256"),
         ("llama", {BLOCKS: "none"}, {"hidden_act": "gelu"}, "hidden_act"),
-        ("gemma2", {BLOCKS: "none"}, {}, "query_pre_attn_scalar"),
+        ("gemma2", {BLOCKS: "none"}, {}, "query_pre_attn_scalar.* has no word for it, and means 32"),
+        ("gemma3_text", {BLOCKS: "none"}, {}, "query_pre_attn_scalar.* has no word for it, and means 32"),
         (
             "qwen2",
             {BLOCKS: "none"},
