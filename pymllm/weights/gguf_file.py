@@ -335,7 +335,7 @@ def _read_tensor(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _in_earlier_blocks(info: TensorInfo) -> TensorInfo:
-    """Return a tensor of Q2_0 as it would lie in `EARLIER_Q2_0`; another one, or a row that has no such blocks, as is."""
+    """Return a tensor of Q2_0 as it would lie in `EARLIER_Q2_0`; any other, or one without whole blocks, as it is."""
     name, values, nbytes, _ = TYPES[Q2_0]
     earlier_values, earlier_bytes = EARLIER_Q2_0
     row = info.shape[-1] // nbytes * values if info.shape else 0

@@ -219,6 +219,13 @@ def test_each_expert_of_a_tensor_has_its_own_factor(fuse, tmp_path):
         experts.down_proj.copy_(torch.from_numpy(meant["down"]))
     assert relative_error(ours(tmp_path / "m.gguf"), logits_of(model, IDS)) <= TOLERANCE
     assert pymllm.verify(tmp_path / "m.gguf", device="cpu").ok
+    # Written again, the blocks and their factors are the same.
+    pymllm.quantize_checkpoint(tmp_path / "m.gguf", tmp_path / "out.gguf", {"**.self_attn.**": "none"})
+    assert torch.equal(ours(tmp_path / "out.gguf"), ours(tmp_path / "m.gguf"))
+    factors = next(
+        t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name.endswith("up_exps.scale")
+    )
+    assert len(factors.data) == len(set(factors.data)) == experts.num_experts
 
 
 def test_a_factor_that_is_not_one_number_an_expert_is_refused(tmp_path):
