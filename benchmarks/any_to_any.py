@@ -26,7 +26,8 @@ from pymllm.layers.weighted import weighted_layers
 from pymllm.quantization.binding import bound_weight
 
 BLOCKS = "model.layers.**"
-SOURCES = {
+# Name: the rule, and the format to write where the rule does not imply it.
+SOURCES: dict[str, str | tuple[str, str] | None] = {
     "float16": None,
     "awq g128": "awq",
     "awq g64": "awq:group_size=64",
@@ -37,6 +38,16 @@ SOURCES = {
     "ct fp8 channel": "fp8",
     "ct fp8 tensor": "fp8:granularity=tensor",
     "ct fp8 block": "fp8:granularity=block",
+    "ct mxfp4": "mxfp4",
+    "ct nvfp4": "nvfp4",
+    "modelopt nvfp4": ("nvfp4", "modelopt"),
+    "modelopt fp8 channel": ("fp8", "modelopt"),
+    "gptq g128": "gptq",
+    "gptq 3 bits": "gptq:bits=3,group_size=32",
+    "gptq_v2 g64 asym": ("gptq:group_size=64,sym=false", "gptq_v2"),
+    "gguf Q4_0": ("gguf:type=Q4_0", "gguf"),
+    "gguf Q4_K": ("gguf:type=Q4_K", "gguf"),
+    "gguf Q6_K": ("gguf:type=Q6_K", "gguf"),
 }
 TARGETS = (
     "none",
@@ -51,7 +62,12 @@ TARGETS = (
     "fp8:granularity=tensor",
     "fp8:granularity=block",
     "mxfp4",
+    "nvfp4",
     "gptq",
+    "gptq:bits=3,group_size=32",
+    "gguf:type=Q4_K",
+    "gguf:type=Q5_0",
+    "gguf:type=Q6_K",
 )
 
 
@@ -109,8 +125,9 @@ def main() -> None:
         for name, rule in SOURCES.items():
             folder = floats
             if rule is not None:
-                folder = Path(scratch) / name.replace(" ", "-")
-                pymllm.quantize_checkpoint(floats, folder, [f"{BLOCKS}={rule}"])
+                method, format = (rule, "auto") if isinstance(rule, str) else rule
+                folder = Path(scratch) / (name.replace(" ", "-") + (".gguf" if format == "gguf" else ""))
+                pymllm.quantize_checkpoint(floats, folder, [f"{BLOCKS}={method}"], format=format)
             source = distance(weights_of(folder, [])[0], original)
             cells = []
             for target in TARGETS:

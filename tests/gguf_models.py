@@ -69,7 +69,10 @@ def write_model(
     if edit_tensors is not None:
         edit_tensors(tensors)
     for name, values in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
+        if values.dtype == np.uint8:  # blocks of NVFP4
+            writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.NVFP4)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
     finish(writer)
     return model
 

@@ -13,20 +13,27 @@ EXAMPLES = """A layer that no rule names keeps its weights. If a run was stopped
 examples:
   pymllm quantize org/name OUT --quant '**.layers.**=int4'
   pymllm quantize org/name OUT --quant '**.layers.**=awq' --calibrate text.txt
-  pymllm quantize org/name OUT --quant '**.mlp.**=fp8' --quant '**.self_attn.**=int8'"""
+  pymllm quantize org/name OUT --quant '**.mlp.**=fp8' --quant '**.self_attn.**=int8'
+  pymllm quantize org/name OUT.gguf --quant '**=gguf:type=Q4_K'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "pymllm quantize MODEL OUT --quant PATTERN=METHOD [options]", EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="a folder, or a hub id org/name")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write, new or of a stopped run")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="the folder, or .gguf file, to write: new, or of a stopped run",
+    )
     group = parser.add_argument_group("what to write", ABOUT_RULES)
     add_rule_options(group, "'**.layers.**=int4:scale=mse'")
     group.add_argument(
         "--format",
-        choices=("auto", "awq", "mlx", "compressed-tensors"),
+        choices=("auto", "awq", "gptq", "gptq_v2", "modelopt", "mlx", "compressed-tensors", "gguf"),
         default="auto",
-        help="the checkpoint's format; auto: awq or mlx if all rules ask for it, else compressed-tensors",
+        help="the checkpoint's format; auto: gguf if OUT ends in .gguf, awq, gptq or mlx if all rules ask for "
+        "it, else compressed-tensors",
     )
     group.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="the largest weight file; default: 5GB"

@@ -83,7 +83,8 @@ class LinearMethodBase(QuantizeMethodBase):
             f"{self.describe()} can be read but not written here",
             code="not-writable",
             tensor=shape.name,
-            fix="Give the layer a rule with a method that can be written: awq, int4, int8, fp8 or none.",
+            fix="Give the layer a rule with a method that can be written: awq, gptq, int4, int8, fp8,"
+            " mxfp4, nvfp4, gguf or none.",
         )
 
     def check(self, shape: LinearShape) -> None:
@@ -92,6 +93,11 @@ class LinearMethodBase(QuantizeMethodBase):
     @property
     def fuses(self) -> bool:
         """True if parts of a fused layer that all have this method can be one weight."""
+        return True
+
+    @property
+    def free_scales(self) -> bool:
+        """True if the integers of `quantize` can be stored with any scales: calibration chooses its own."""
         return True
 
     def describe(self) -> str:

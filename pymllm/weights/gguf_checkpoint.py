@@ -26,6 +26,7 @@ from pymllm.weights.gguf_file import GGUFFile
 from pymllm.weights.tensor_file import TensorInfo
 
 QUANTISED = torch.uint8  # the dtype that blocks are read as
+FACTORS = (".scale", ".input_scale")  # suffixes of a factor beside blocks: one number for a matrix
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -98,22 +99,27 @@ def _model_tensors(
 def _experts(stored: TensorInfo, config: Mapping[str, Any]) -> list[TensorInfo]:
     """Cut a tensor that holds all experts, the first dim of its shape, into theirs.  CheckpointError "shape"."""
     count = config.get("num_experts", config.get("num_local_experts"))
-    if len(stored.shape) < 2 or stored.shape[0] != count:
+    factor = stored.name.endswith(FACTORS)
+    fits = len(stored.shape) == 1 if factor else len(stored.shape) > 1
+    if not fits or stored.shape[0] != count:
         raise CheckpointError(
             "the tensor does not hold all experts of its layer",
             code="shape",
             file=str(stored.file.path),
             tensor=stored.name,
-            expected=f"[{count}, ...], as expert_count says",
+            expected=f"[{count}{'' if factor else ', ...'}], as expert_count says",
             found=str(list(stored.shape)),
         )
     return [replace(one, shape=one.shape[1:]) for one in _cut(stored, [1] * stored.shape[0])]
 
 
 def _rows(stored: TensorInfo, names: Sequence[str], config: Mapping[str, Any]) -> list[TensorInfo]:
-    """Cut a tensor whose rows several modules share into theirs.  CheckpointError "shape" for too many or few rows."""
-    if len(names) == 1:
-        return [stored]
+    """Cut a tensor whose rows several modules share into theirs.  CheckpointError "shape" for too many or few rows.
+
+    The factor of such a tensor is that of each of its parts.
+    """
+    if len(names) == 1 or stored.name.endswith(FACTORS):
+        return [stored] * len(names)
     rows, head_dim = stored.shape[0] if stored.shape else 0, config["head_dim"]
     sizes = [rows // len(names)] * len(names)
     if len(names) == 3:

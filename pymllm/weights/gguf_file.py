@@ -16,6 +16,7 @@ import reprlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ REFUSED_TYPES = {
     **{36 + i: (f"IQ4_NL_{layout}", REMOVED) for i, layout in enumerate(("4_4", "4_8", "8_8"))},
 }
 
+# PrismML's fork had this number first, for larger blocks: values and bytes of one.
+Q2_0, EARLIER_Q2_0 = 42, (128, 34)
+
 # Metadata value types.
 SCALARS = {
     0: "<u1",
@@ -107,9 +111,14 @@ BOOL, STRING, ARRAY = 7, 8, 9
 
 
 class GGUFFile(TensorFile):
-    """A GGUF file.  metadata: the values of its entries by key; an array is a list of strings, or a numpy array."""
+    """A GGUF file.
+
+    metadata: the values of its entries by key; an array is a list of strings, or a numpy array.
+    spans: where the type and the value of each entry begin and end in the file, by key.
+    """
 
     metadata: dict[str, Any]
+    spans: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -136,19 +145,43 @@ class GGUFFile(TensorFile):
             found = f"{tensors} tensors and {entries} entries"
             message = "the header announces more tensors and metadata entries than the file has room for"
             raise fault(path, "header-length", message, f"at most {header.limit} bytes of header", found)
-        self.metadata = _read_metadata(header, entries)
+        self.spans = {}
+        self.metadata = _read_metadata(header, entries, self.spans)
         self.alignment = _alignment(path, self.metadata.get("general.alignment", 32))
         described = [_read_tensor(header) for _ in range(tensors)]
         data_start = -(-header.position // self.alignment) * self.alignment
         infos = [self._info(data_start, *entry) for entry in described]
         infos.sort(key=lambda info: (info.start, info.end))
-        check_layout(path, infos, data_start, max(header.identity[2], data_start), self.alignment)
+        self._check_layout(infos, data_start, max(header.identity[2], data_start))
         self.tensors = {info.name: info for info in infos}
         if len(self.tensors) < len(infos):
             twice = Counter(info.name for info in infos).most_common(1)[0][0]
             raise fault(
                 path, "header-duplicate-key", f"the header has the tensor {twice!r} twice", tensor=twice
             )
+
+    def _check_layout(self, infos: Sequence[TensorInfo], data_start: int, size: int) -> None:
+        """Check that the tensors cover the data: see `check_layout`.  infos: sorted by offset.
+
+        "header-dtype": for a file whose Q2_0 fits in the other blocks that had its number before.
+        """
+        try:
+            check_layout(self.path, infos, data_start, size, self.alignment)
+        except CheckpointError:
+            _, values, nbytes, _ = TYPES[Q2_0]
+            earlier = [_in_earlier_blocks(info) for info in infos]
+            first = next((old for old, info in zip(earlier, infos, strict=True) if old != info), None)
+            if first is None or not _fits(self.path, earlier, data_start, size, self.alignment):
+                raise
+            raise fault(
+                self.path,
+                "header-dtype",
+                "the file has Q2_0 as a fork of llama.cpp wrote it before llama.cpp had it",
+                f"blocks of {values} values in {nbytes} bytes",
+                "blocks of {} values in {} bytes".format(*EARLIER_Q2_0),
+                first.name,
+                "Convert the model again, with llama.cpp itself.",
+            ) from None
 
     def _info(self, data_start: int, name: str, sizes: Sequence[int], number: int, offset: int) -> TensorInfo:
         """Check a tensor's description and turn it into a `TensorInfo`.
@@ -245,7 +278,8 @@ class _Header:
         return found
 
 
-def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
+def _read_metadata(header: _Header, count: int, spans: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Read `count` entries.  Returns their values by key; `spans` gets where each lies."""
     metadata: dict[str, Any] = {}
     for _ in range(count):
         key = header.string()
@@ -254,7 +288,9 @@ def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
             raise fault(header.path, "header-metadata", message, found=reprlib.repr(key))
         if key in metadata:
             raise fault(header.path, "header-duplicate-key", f"the header has the metadata key {key!r} twice")
+        start = header.position
         metadata[key] = _read_value(header, key, header.number("I"))
+        spans[key] = (start, header.position)
     return metadata
 
 
@@ -296,6 +332,26 @@ def _read_tensor(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
         raise fault(header.path, "header-entry", message, f"at most {MAX_RANK}", str(rank), name)
     sizes = tuple(header.number("Q") for _ in range(rank))
     return name, sizes, header.number("I"), header.number("Q")
+
+
+def _in_earlier_blocks(info: TensorInfo) -> TensorInfo:
+    """Return a tensor of Q2_0 as it would lie in `EARLIER_Q2_0`; any other, or one without whole blocks, as it is."""
+    name, values, nbytes, _ = TYPES[Q2_0]
+    earlier_values, earlier_bytes = EARLIER_Q2_0
+    row = info.shape[-1] // nbytes * values if info.shape else 0
+    if info.dtype_name != name or row % earlier_values:
+        return info
+    count = info.nbytes // nbytes * values // earlier_values
+    return replace(info, end=info.start + count * earlier_bytes)
+
+
+def _fits(path: Path, infos: Sequence[TensorInfo], data_start: int, size: int, alignment: int) -> bool:
+    """Tell whether `check_layout` has nothing to say."""
+    try:
+        check_layout(path, infos, data_start, size, alignment)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _alignment(path: Path, value: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,21 +25,30 @@ from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_skipped
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.gguf import GGUFLinearMethod
+from pymllm.quantization.formats.gptq import GPTQLinearMethod
 from pymllm.quantization.formats.mlx import MLXLinearMethod
+from pymllm.quantization.formats.modelopt import NVFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rounding.calibrated import needs_inputs, without_static
-from pymllm.quantization.storage.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
+from pymllm.quantization.storage.compressed_linear import (
+    FloatQuantizedLinearMethod,
+    Fp4LinearMethod,
+    IntQuantizedLinearMethod,
+)
+from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.weights.memory import return_freed_memory
 from pymllm.writing.calibrated import CalibratedModel, Calibration
 from pymllm.writing.encoding import encode
 from pymllm.writing.layers import SourceLayer, Step, steps_of
 from pymllm.writing.output import Output, storable
 from pymllm.writing.side_files import config_json, files_to_copy, model_card
-from pymllm.writing.spelling import SpelledLayer, Spelling
+from pymllm.writing.spelling import SpelledLayer, Spelling, WithSideConfigs
 
 STORED = (
-    *(UnquantizedLinearMethod, AWQLinearMethod, IntQuantizedLinearMethod, FloatQuantizedLinearMethod),
+    *(UnquantizedLinearMethod, AWQLinearMethod, GPTQLinearMethod, NVFP4LinearMethod, NamedFp8LinearMethod),
+    *(IntQuantizedLinearMethod, FloatQuantizedLinearMethod, Fp4LinearMethod, GGUFLinearMethod),
     MLXLinearMethod,
 )
 
@@ -62,7 +72,7 @@ class WrittenLayer:
 class WrittenCheckpoint:
     """A checkpoint that `quantize_checkpoint` has written.
 
-    path: its folder.  spelling: the format's name.  files: all that were written, by name.  source_bytes,
+    path: its folder, or its file.  spelling: the format's name.  files: all that were written, by name.  source_bytes,
     written_bytes: of the tensors before, and of the weight files after.  resumed: how many steps an earlier run had
     finished.  notes: what a user should know besides.
     """
@@ -134,15 +144,25 @@ class CheckpointWriter:
         """Find what the spelling cannot express before any weight is read, from weights without data."""
         spelled = {}
         for layer in self.layers():
-            planned = self._planned(layer)
-            spelled[layer.name] = SpelledLayer(
-                layer.kind, self.spelling.store(planned, layer.shape, layer.kind)
-            )
+            planned = self.planned(layer)
+            spelled[layer.name] = SpelledLayer(layer.kind, self.storage(layer, planned))
         self.spelling.config(spelled | self._left_alone(spelled))
+
+    def storage(self, layer: SourceLayer, weight: CanonicalWeight) -> LinearMethodBase:
+        """Choose the method that a layer's weight is stored in.  ConfigError if the spelling cannot express it."""
+        return self.spelling.store(weight, layer.shape, layer.kind)
+
+    def output(self, out: Path, request: Mapping[str, Any], restart: bool) -> Output:
+        """Make the output that the checkpoint is written to."""
+        return Output(out, request, restart=restart)
 
     def final(self, step: Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn a step's tensors, by their names in the model, into those that files hold."""
         return tensors
+
+    def keeps(self, layer: SourceLayer, weight: CanonicalWeight) -> bool:
+        """Tell whether a layer's stored tensors are copied as they are: kept floats, each in its own dtype."""
+        return layer.target is None and isinstance(weight, DenseWeight)
 
     def _left_alone(self, spelled: Mapping[str, SpelledLayer]) -> dict[str, SpelledLayer]:
         """List the matrices that no rule names, but other readers may take for layers: a tied head, a router."""
@@ -161,7 +181,7 @@ class CheckpointWriter:
         for step in self.steps:
             yield from step.layers
 
-    def _planned(self, layer: SourceLayer) -> CanonicalWeight:
+    def planned(self, layer: SourceLayer) -> CanonicalWeight:
         """Plan the weight that will be written, without data."""
         if layer.target is None:
             return layer.source.planned(layer.shape)
@@ -178,7 +198,7 @@ class CheckpointWriter:
         """Estimate the room on the disk: for the pieces, and for the one shard made while they still lie there."""
         total = sum(tensor.nbytes for step in self.steps for tensor in step.copied)
         for layer in self.layers():
-            planned = self._planned(layer)
+            planned = self.planned(layer)
             packed = planned.codes.numel() * planned.bits // 8 if isinstance(planned, IntWeight) else 0
             total += packed + sum(t.nbytes for name, t in planned.tensors().items() if name != "codes")
         return total + min(total, self.shard_bytes)
@@ -199,11 +219,13 @@ class CheckpointWriter:
                 pieces = [output.pieces[step.name] for step in self.steps]
                 notes = {layer: note for piece in pieces for layer, note in piece.notes.items()}
             output.assemble([step.name for step in self.steps], self.shard_bytes, notes)
-            self._add_side_files(output, name, rules, notes)
+            self.add_side_files(output, name, rules, notes)
         notes = output.assembly_notes()
         files = output.publish()
         written = sum(
-            (output.folder / file).stat().st_size for file in files if file.endswith(".safetensors")
+            (output.folder / file).stat().st_size
+            for file in files
+            if file.endswith((".safetensors", ".gguf"))
         )
         layers = [
             WrittenLayer(layer, note["kind"], note["describe"], note["source"], note["rule"], note["error"])
@@ -211,7 +233,7 @@ class CheckpointWriter:
         ]
         source = sum(tensor.nbytes for tensor in self.prepared.checkpoint.tensors.values())
         return WrittenCheckpoint(
-            str(output.folder),
+            str(output.path),
             self.spelling.name,
             files,
             layers,
@@ -286,13 +308,10 @@ class CheckpointWriter:
 
         error: relative distance of `weight` to the source's.  ConfigError if the spelling cannot express the weight.
         """
-        if layer.target is None and isinstance(weight, DenseWeight):
-            # A kept float weight is copied in its own dtype.
-            (placement,) = layer.placements
-            stored = {"weight": placement.tensor.read()}
-            method: LinearMethodBase = UnquantizedLinearMethod()
+        method = self.storage(layer, weight)
+        if self.keeps(layer, weight):
+            stored = {place.slot.spec.name: place.tensor.read() for place in layer.placements}
         else:
-            method = self.spelling.store(weight, layer.shape, layer.kind)
             stored = method.to_stored(weight, layer.shape)
         note = {
             "kind": layer.kind,
@@ -304,7 +323,8 @@ class CheckpointWriter:
         }
         return {f"{layer.name}.{suffix}": storable(tensor) for suffix, tensor in stored.items()}, note
 
-    def _add_side_files(self, output: Output, name: str, rules: list[str], notes: Mapping[str, Any]) -> None:
+    def add_side_files(self, output: Output, name: str, rules: list[str], notes: Mapping[str, Any]) -> None:
+        """Add what lies beside the weights: config.json, the tokenizer's files, the model card, licences."""
         checkpoint = self.prepared.checkpoint
         spelled = {
             layer: SpelledLayer(note["kind"], _from_json(note["method"])) for layer, note in notes.items()
@@ -329,6 +349,9 @@ class CheckpointWriter:
             version=importlib.metadata.version("pymllm"),
         )
         output.add_file("README.md", card)
+        if quantization is not None and isinstance(self.spelling, WithSideConfigs):
+            for file, settings in self.spelling.side_configs(quantization).items():
+                output.add_file(file, (json.dumps(settings, indent=2) + "\n").encode())
         output.add_file("config.json", config_json(checkpoint.config, quantization, untied=untied))
 
     def _notes(self, notes: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
     pack-quantized    int2 to int8 in groups or whole rows, with zero points or without
     int-quantized     int8 whole rows, activations int8
     float-quantized   float8 e4m3 with a scale a tensor, channel or block
+    nvfp4-pack-quantized, mxfp4-pack-quantized   4-bit floats in groups of 16 or 32
 
 Layers left in floats are in `ignore`. The layouts: quantization/compressed_tensors/README.md; of float8,
 quantization/fp8/README.md.
@@ -10,8 +11,7 @@ quantization/fp8/README.md.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,11 +19,18 @@ import torch
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.compressed_linear import FloatQuantizedLinearMethod, IntQuantizedLinearMethod
+from pymllm.quantization.storage.compressed_linear import (
+    FloatQuantizedLinearMethod,
+    Fp4LinearMethod,
+    IntQuantizedLinearMethod,
+)
+from pymllm.quantization.storage.fp4_linear import fp4_kind
 from pymllm.weights.spec import LinearShape
 from pymllm.writing.spelling import SpelledLayer, cannot_express
+from pymllm.writing.targets import patterns_for
 
-SUPPORTED = "int2 to int8, fp8, or floats"
+FP4_ACTIVATIONS = {"nvfp4": "group", "mxfp4": "group"}
+SUPPORTED = "int2 to int8, fp8, mxfp4, nvfp4, or floats"
 
 
 class CompressedTensorsSpelling:
@@ -42,6 +49,10 @@ class CompressedTensorsSpelling:
             return self._integers(weight, shape)
         if isinstance(weight, Fp8Weight):
             return self._floats(weight, shape)
+        kind4 = fp4_kind(weight)
+        if kind4 is not None and weight.activations in (FP4_ACTIVATIONS[kind4], "float"):
+            inputs = weight.activations
+            return Fp4LinearMethod(kind4, inputs, kind4 == "nvfp4" and inputs != "float")
         fix = f"Give the layer a rule with another method: {shape.name}=int4."
         raise cannot_express(self.name, shape, str(weight.type), expected=SUPPORTED, fix=fix)
 
@@ -115,21 +126,6 @@ class CompressedTensorsSpelling:
         }
 
 
-def patterns_for(names: Iterable[str], everything: Iterable[str]) -> list[str]:
-    """Write targets that mean just these of all layers: `re:` patterns over layer numbers where exact, else the names.
-
-    model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj → re:model\\.layers\\.\\d+\\.mlp\\.up_proj$
-    """
-    wanted, others = list(names), set(everything) - set(names)
-    targets: dict[str, None] = {}
-    for name in wanted:
-        pattern = r"\d+".join(re.escape(part) for part in re.split(r"(?<=\.)\d+(?=\.)", name)) + "$"
-        covers_others = pattern not in targets and any(re.match(pattern, other) for other in others)
-        exact = covers_others or pattern == re.escape(name) + "$"
-        targets[name if exact else f"re:{pattern}"] = None
-    return list(targets)
-
-
 def _scheme(method: LinearMethodBase) -> dict[str, Any] | None:
     """Describe a method as a config group does.  Returns None where it does not quantise."""
     if isinstance(method, IntQuantizedLinearMethod):
@@ -150,6 +146,13 @@ def _scheme(method: LinearMethodBase) -> dict[str, Any] | None:
         if method.activations != "float":
             inputs = _activations("float", method.activations, method.block[1])
         return {"format": "float-quantized", "weights": weights, "input_activations": inputs}
+    if isinstance(method, Fp4LinearMethod):
+        strategy = "tensor_group" if method.kind == "nvfp4" else "group"
+        weights = _arguments("float", 4, strategy) | {"group_size": method.group_size}
+        inputs = None
+        if method.activations != "float":
+            inputs = {**weights, "dynamic": "local" if method.kind == "nvfp4" else True}
+        return {"format": f"{method.kind}-pack-quantized", "weights": weights, "input_activations": inputs}
     return None
 
 

@@ -35,13 +35,16 @@ BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 class SourceLayer:
     """One layer under its checkpoint name.
 
-    kind: linear, embedding or lm_head.  source: the method that reads it.  target: the method that a rule gives it, or
-    None: it keeps its weight.  rule: the user's rule that decided, or None.  placements: of its stored tensors.
+    kind: linear, embedding or lm_head.  shape: under that name.  stored: the shape under the name that its tensors
+    have, which is the embedding's for a tied head.  source: the method that reads it.  target: the method that a rule
+    gives it, or None: it keeps its weight.  rule: the user's rule that decided, or None.  placements: of its stored
+    tensors.
     """
 
     name: str
     kind: str
     shape: LinearShape
+    stored: LinearShape
     source: LinearMethodBase
     target: LinearMethodBase | None
     rule: Rule | None
@@ -49,7 +52,7 @@ class SourceLayer:
 
     def read(self) -> CanonicalWeight:
         """Read the stored weight.  CheckpointError for unusable scales, or contents that contradict the layer."""
-        return self.source.to_canonical(read_stored(self.source, self.shape, self.placements), self.shape)
+        return self.source.to_canonical(read_stored(self.source, self.stored, self.placements), self.stored)
 
     def decode(self, weight: CanonicalWeight) -> Tensor:
         """Decode a stored weight to [O, I] float32.  CheckpointError if a value is not finite."""
@@ -70,9 +73,9 @@ class SourceLayer:
     def planned_integers(self) -> IntWeight | None:
         """Plan, without data, the integer codes that the rule makes, which input scales and Hessians can improve.
 
-        Returns None where the rule makes anything else, or float zero points.
+        Returns None where the rule makes anything else, or float zero points, or scales that depend on each other.
         """
-        if self.target is None:
+        if self.target is None or not self.target.free_scales:
             return None
         meta = torch.empty((self.shape.out_features, self.shape.in_features), device="meta")
         made = without_static(self.target).quantize(meta, self.shape)
@@ -174,8 +177,8 @@ def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
                 found=f"{source.describe()}, to be {target.describe() if target else 'kept'}",
                 fix=f"Leave it as it is ({part.name}=none is for floats), or load it with rules instead.",
             )
-        shape = replace(part.shape, parts=(part.stored,))
-        wanted = {spec.name for spec in source.weight_specs(shape)}
+        shape, stored = (replace(part.shape, parts=(name,)) for name in (part.name, part.stored))
+        wanted = {spec.name for spec in source.weight_specs(stored)}
         own = tuple(
             p
             for p in unit.placements
@@ -183,4 +186,4 @@ def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
         )
         kind = "linear" if part.kind == "experts" else part.kind
         rule = prepared.quant.decisions[part.name].rule
-        yield SourceLayer(part.name, kind, shape, source, target, rule, own)
+        yield SourceLayer(part.name, kind, shape, stored, source, target, rule, own)

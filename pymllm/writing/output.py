@@ -63,9 +63,18 @@ class Output:
 
         restart: throw away what an unfinished run of any request has left.
         """
-        self.folder, self.staging = folder, folder / STAGING
+        self.folder, self.staging = self._places(folder)
         self._prepare(dict(request), restart)
         self.pieces: dict[str, Piece] = {}
+
+    @property
+    def path(self) -> Path:
+        """The folder or file that is written, as the user names it."""
+        return self.folder
+
+    def _places(self, out: Path) -> tuple[Path, Path]:
+        """Return the folder of the final files, and the one where everything lies until then."""
+        return out, out / STAGING
 
     def __enter__(self) -> Output:
         self._lock = open(self.staging / "lock", "w")
@@ -74,7 +83,7 @@ class Output:
         except OSError:
             self._lock.close()
             raise ConfigError(
-                "another process is writing this checkpoint", code="out-busy", file=str(self.folder)
+                "another process is writing this checkpoint", code="out-busy", file=str(self.path)
             ) from None
         if not (self.staging / SHARDS).exists():
             self._read_journal()
@@ -85,13 +94,7 @@ class Output:
 
     def _prepare(self, request: dict[str, Any], restart: bool) -> None:
         """Make the staging folder with the request in it, or check that it holds the same one."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(
-                "the output is a file",
-                code="out-exists",
-                file=str(self.folder),
-                expected="a folder, or a path where nothing is yet",
-            )
+        self._check_kind()
         if restart:
             shutil.rmtree(self.staging, ignore_errors=True)
         found = self.staging / REQUEST
@@ -103,12 +106,28 @@ class Output:
                 raise ConfigError(
                     f"the folder holds an unfinished run of another request: {', '.join(changed)} changed",
                     code="resume-changed",
-                    file=str(self.folder),
+                    file=str(self.path),
                     expected=f"{key} = {before.get(key)!r}",
                     found=repr(request.get(key)),
                     fix="Ask for the same again to go on, add --restart to begin anew, or write elsewhere.",
                 )
             return
+        self._check_empty()
+        self.staging.mkdir(parents=True, exist_ok=True)
+        _write_text(found, json.dumps(request, indent=1))
+
+    def _check_kind(self) -> None:
+        """Refuse an output that is there as something else.  ConfigError "out-exists"."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(
+                "the output is a file",
+                code="out-exists",
+                file=str(self.folder),
+                expected="a folder, or a path where nothing is yet",
+            )
+
+    def _check_empty(self) -> None:
+        """Refuse to begin where anything is.  ConfigError "out-exists"."""
         there = self.folder.iterdir() if self.folder.exists() else ()
         others = [path.name for path in there if path.name != STAGING]
         if others:
@@ -119,8 +138,6 @@ class Output:
                 found=", ".join(sorted(others)[:5]),
                 fix="Write to a new folder, or remove this one first.",
             )
-        self.staging.mkdir(parents=True, exist_ok=True)
-        _write_text(found, json.dumps(request, indent=1))
 
     def _read_journal(self) -> None:
         """Find the finished steps whose pieces are what the journal says; its torn last line is passed over."""
@@ -143,7 +160,7 @@ class Output:
         path = self.staging / file
         save_file(dict(tensors), path.with_suffix(".tmp"))
         digest = _digest(path.with_suffix(".tmp"))
-        _rename(path.with_suffix(".tmp"), path)
+        rename(path.with_suffix(".tmp"), path)
         piece = Piece(step, file, path.stat().st_size, digest, notes)
         with open(self.staging / JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(piece.__dict__) + "\n")
@@ -155,7 +172,7 @@ class Output:
         """Keep tensors that the steps after `step` need, in place of those kept before."""
         path = self.staging / "state.safetensors"
         save_file(dict(tensors), path.with_suffix(".tmp"), {"step": step})
-        _rename(path.with_suffix(".tmp"), path)
+        rename(path.with_suffix(".tmp"), path)
 
     def load_state(self) -> tuple[dict[str, Tensor], str] | None:
         """Return what `save_state` kept last, and its step; None if there is nothing, or nothing whole."""
@@ -198,9 +215,9 @@ class Output:
         plan = json.loads(plan_file.read_text(encoding="utf-8"))
         shards = plan["shards"]
         for index, shard in enumerate(shards):
-            target = self.staging / shard_name(index, len(shards))
+            target = self.staging / self._shard_name(index, len(shards))
             if not target.exists():  # else it is whole: it is renamed only then
-                _join(self.staging, shard, target)
+                self._join(shard, target)
             needed = {file for later in shards[index + 1 :] for _, file in later}
             for file in {file for _, file in shard} - needed:
                 (self.staging / file).unlink(missing_ok=True)
@@ -215,6 +232,14 @@ class Output:
                 self.staging / "model.safetensors.index.json", json.dumps(index_json, indent=2) + "\n"
             )
 
+    def _shard_name(self, index: int, count: int) -> str:
+        """Name a weight file."""
+        return shard_name(index, count)
+
+    def _join(self, shard: list[list[str]], target: Path) -> None:
+        """Copy tensors of pieces, as [name, piece], into one weight file."""
+        _join(self.staging, shard, target)
+
     def assembly_notes(self) -> Any:
         """Return the notes that `assemble` was given, by this run or an earlier one."""
         return json.loads((self.staging / SHARDS).read_text(encoding="utf-8"))["notes"]
@@ -223,7 +248,7 @@ class Output:
         """Add a final file beside the weights."""
         path = self.staging / f"{name}.tmp"
         path.write_bytes(content)
-        _rename(path, self.staging / name)
+        rename(path, self.staging / name)
 
     def publish(self) -> list[str]:
         """Move the final files to their place, config.json last, and remove all else.  Returns their names."""
@@ -241,7 +266,7 @@ class Output:
             if (self.staging / name).exists():  # else an earlier run has moved it
                 os.replace(self.staging / name, self.folder / name)
         _sync_folder(self.folder)
-        done = self.folder / f"{STAGING}-done"
+        done = self.staging.with_name(f"{self.staging.name}-done")
         # Renamed at once: a half-removed folder would look like something to go on with.
         os.replace(self.staging, done)
         shutil.rmtree(done)
@@ -289,12 +314,13 @@ def _join(folder: Path, shard: list[list[str]], target: Path) -> None:
         with open(temporary, "wb") as out:
             out.write(len(raw).to_bytes(8, "little") + raw)
             for info in infos:
-                for chunk in _chunks(info):
+                for chunk in chunks_of(info):
                     out.write(chunk)
-        _rename(temporary, target)
+        rename(temporary, target)
 
 
-def _chunks(info: TensorInfo) -> Iterator[bytes]:
+def chunks_of(info: TensorInfo) -> Iterator[bytes]:
+    """Yield the bytes of a tensor as they lie in its file."""
     with open(info.file.path, "rb") as file:
         file.seek(info.start)
         left = info.nbytes
@@ -317,7 +343,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _rename(temporary: Path, path: Path) -> None:
+def rename(temporary: Path, path: Path) -> None:
     """Give a finished file its name once its bytes are on the disk."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -337,7 +363,7 @@ def _write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    _rename(temporary, path)
+    rename(temporary, path)
 
 
 def storable(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models import gguf_architectures
 from pymllm.parallel import Parallel
 from pymllm.quantization.formats.awq import AWQLinearMethod
+from pymllm.quantization.formats.gptq import GPTQLinearMethod
 from pymllm.quantization.formats.mlx import MLXLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.rules import RuleSource, read_rules
@@ -30,12 +31,18 @@ from pymllm.writing.awq import AWQSpelling
 from pymllm.writing.calibrated import Calibration
 from pymllm.writing.checkpoint_writer import CheckpointWriter, WrittenCheckpoint
 from pymllm.writing.compressed_tensors import CompressedTensorsSpelling
+from pymllm.writing.gguf import GGUFSpelling, GGUFWriter
+from pymllm.writing.gptq import GPTQSpelling, GPTQv2Spelling
 from pymllm.writing.mlx import MLXSpelling, MLXWriter
-from pymllm.writing.output import Output
+from pymllm.writing.modelopt import ModelOptSpelling
 from pymllm.writing.spelling import Spelling
 
 SPELLINGS: dict[str, type[Spelling]] = {
-    spelling.name: spelling for spelling in (AWQSpelling, CompressedTensorsSpelling, MLXSpelling)
+    spelling.name: spelling
+    for spelling in (
+        *(AWQSpelling, CompressedTensorsSpelling, GPTQSpelling, GPTQv2Spelling),
+        *(ModelOptSpelling, MLXSpelling, GGUFSpelling),
+    )
 }
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -61,11 +68,12 @@ def quantize_checkpoint(
 
     model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name", in any format that
     loading reads.
-    out: the folder to write, which must be new or empty, or hold an unfinished run of the same request.
+    out: the folder to write, which must be new or empty, or hold an unfinished run of the same request; or the .gguf
+    file to write, which must be new.
     quant: rules, {"**.layers.**": "int4:scale=mse"} say; also a list of "PATTERN=METHOD" lines, or "@FILE". A layer
     without a rule keeps its weights.
-    format: "awq", "mlx", "compressed-tensors", or "auto": AWQ or MLX where all rules ask for it, else
-    compressed-tensors.
+    format: "awq", "gptq", "gptq_v2", "modelopt", "mlx", "compressed-tensors", "gguf", or "auto": GGUF where `out` ends
+    in .gguf, AWQ, GPTQ or MLX where all rules ask for it, else compressed-tensors.
     shard_size: of a weight file at most, "5GB" or a number of bytes.
     calibrate: a text file: integer weights are rounded by what this text makes of their inputs, and
     activations=static finds its scales; None: every weight is rounded by itself.
@@ -85,7 +93,7 @@ def quantize_checkpoint(
     rules = [str(rule) for rule in read_rules(quant)]
     with Parallel():
         prepared = prepare(folder, rules, device="cpu", dtype=_model_dtype(folder), compute="exact")
-    spelling = choose_spelling(format, prepared)
+    spelling = choose_spelling(format, prepared, Path(out))
     limit = parse_size(shard_size)
     calibration = None
     if calibrate is not None:
@@ -102,12 +110,15 @@ def quantize_checkpoint(
             fix="Give it some: --calibrate FILE.",
         )
     with prepared.checkpoint:
-        tokenizer = _tokenizer_files(prepared.checkpoint)
-        kind = MLXWriter if isinstance(spelling, MLXSpelling) else CheckpointWriter
-        writer = kind(prepared, spelling, limit, calibration, tokenizer)
+        if isinstance(spelling, GGUFSpelling):
+            writer: CheckpointWriter = GGUFWriter(prepared, spelling, calibration, _model_name(model))
+        else:
+            files = _tokenizer_files(prepared.checkpoint)
+            kind = MLXWriter if isinstance(spelling, MLXSpelling) else CheckpointWriter
+            writer = kind(prepared, spelling, limit, calibration, files)
         request = writer.request(rules)
         _check_place(Path(out), folder, writer.estimated_bytes())
-        with Output(Path(out), request, restart=restart) as output:
+        with writer.output(Path(out), request, restart) as output:
             return writer.write(output, str(model), rules, progress)
 
 
@@ -122,14 +133,21 @@ def parse_size(size: str | int) -> int:
     return value
 
 
-def choose_spelling(name: str, prepared: Prepared) -> Spelling:
-    """Choose a spelling by its name; "auto": AWQ or MLX where rules ask for that alone.  ConfigError if unknown."""
+def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
+    """Choose a spelling by its name.  ConfigError if it is unknown, or not one for a path like `out`.
+
+    "auto": GGUF for a path that ends in .gguf, AWQ, GPTQ or MLX where no rule asks for anything else (gptq_v2 if some
+    have zero points).
+    """
+    file = out.suffix.lower() == ".gguf"
     if name == "auto":
         targets = [prepared.quant.targets[rule] for rule in prepared.quant.rules]
         asked = {type(target) for target in targets} - {UnquantizedLinearMethod}
-        own = {AWQLinearMethod: "awq", MLXLinearMethod: "mlx"}
+        own = {AWQLinearMethod: "awq", GPTQLinearMethod: "gptq", MLXLinearMethod: "mlx"}
         name = own.get(next(iter(asked)), "") if len(asked) == 1 else ""
-        name = name or "compressed-tensors"
+        if name == "gptq" and not all(t.symmetric for t in targets if isinstance(t, GPTQLinearMethod)):
+            name = "gptq_v2"  # GPTQModel reads zero points less one from its own files alone
+        name = "gguf" if file else name or "compressed-tensors"
     if name not in SPELLINGS:
         raise ConfigError(
             "unknown format to write",
@@ -137,7 +155,25 @@ def choose_spelling(name: str, prepared: Prepared) -> Spelling:
             expected="auto or " + " or ".join(SPELLINGS),
             found=name,
         )
+    if (name == "gguf") is not file:
+        raise ConfigError(
+            "a GGUF model is one file, and every other format a folder",
+            code="spelling",
+            file=str(out),
+            expected="a path that ends in .gguf" if name == "gguf" else f"a folder, for {name}",
+            fix=f"Write to {out}.gguf." if name == "gguf" else "Ask for --format gguf, or name another path.",
+        )
     return SPELLINGS[name]()
+
+
+def _model_name(model: str | Path) -> str:
+    """Name a model after its folder, its file or its id."""
+    path = Path(model)
+    return (
+        (path.resolve().stem if path.suffix == ".gguf" else path.resolve().name)
+        if path.exists()
+        else path.name
+    )
 
 
 def _model_dtype(folder: Path) -> str:
@@ -153,7 +189,10 @@ def _check_place(out: Path, source: Path, expected: int) -> None:
         raise ConfigError(
             "the output folder is the source", code="out-exists", file=str(out), fix="Write to a new folder."
         )
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    places = (
+        out.absolute().parents if out.suffix.lower() == ".gguf" else (out.absolute(), *out.absolute().parents)
+    )
+    there = next(path for path in places if path.exists())
     if not there.is_dir():
         raise ConfigError(
             "the output would lie below this file",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -45,6 +45,14 @@ class Spelling(Protocol):
 
     def config(self, layers: Mapping[str, SpelledLayer]) -> dict[str, Any]:
         """Make the `quantization_config` of a checkpoint with these layers, by their checkpoint names."""
+
+
+@runtime_checkable
+class WithSideConfigs(Protocol):
+    """A spelling whose settings other programs also look for in files of their own."""
+
+    def side_configs(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the JSON of these files, by name, from the `quantization_config`."""
 
 
 def cannot_express(

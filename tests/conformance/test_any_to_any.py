@@ -27,6 +27,8 @@ TARGETS = (
     "mxfp4",
     "mxfp8",
     "mlx:bits=5,group_size=32",
+    "gguf:type=Q5_1",
+    "gguf:type=Q6_K",
 )
 
 

@@ -18,6 +18,7 @@ from pymllm.weights.opening import open_checkpoint
 from ..checkpoints import relative_error
 from ..forward import TOLERANCE
 from ..forward import logits_of as our_logits
+from ..gguf_files import encode
 from ..gguf_models import ARCHITECTURES, logits_of, write_model
 
 IDS = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(3))
@@ -176,6 +177,67 @@ def fused(tensors):
 def test_parts_that_share_a_tensor_are_read_as_their_own(tmp_path):
     model = write_model(tmp_path / "m.gguf", "qwen2_moe", edit_tensors=fused)
     assert relative_error(ours(tmp_path / "m.gguf"), logits_of(model, IDS)) <= TOLERANCE
+
+
+def scaled_blocks(tensors, fuse):
+    """Replace the experts of layer 0 by NVFP4 blocks of golden vectors, with a factor for each expert.
+
+    fuse: whether gate and up are one tensor.  Returns the experts' meant values, [E, O, I], by their tensor's name.
+    """
+    factors = np.random.default_rng(5).uniform(0.5, 3, 16).astype(np.float32)
+    meant = {}
+    for index, name in enumerate(("gate", "up", "down")):
+        experts, rows, columns = tensors[f"blk.0.ffn_{name}_exps.weight"].shape
+        raw, values = encode(np.zeros((experts * rows, columns), np.float32), "NVFP4", index)
+        offset = 0 if fuse and name == "up" else index  # gate and up of one tensor have one factor
+        mine = factors[offset : offset + experts]
+        tensors[f"blk.0.ffn_{name}_exps.weight"] = raw.reshape(experts, rows, -1)
+        tensors[f"blk.0.ffn_{name}_exps.scale"] = mine
+        tensors[f"blk.0.ffn_{name}_exps.input_scale"] = np.ones(experts, np.float32)
+        meant[name] = values.reshape(experts, rows, columns) * mine[:, None, None]
+    if fuse:
+        parts = [tensors.pop(f"blk.0.ffn_{name}_exps.weight") for name in ("gate", "up")]
+        tensors["blk.0.ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
+        for suffix in ("scale", "input_scale"):
+            del tensors[f"blk.0.ffn_gate_exps.{suffix}"]
+            tensors[f"blk.0.ffn_gate_up_exps.{suffix}"] = tensors.pop(f"blk.0.ffn_up_exps.{suffix}")
+    return meant
+
+
+@pytest.mark.parametrize("fuse", (False, True))
+def test_each_expert_of_a_tensor_has_its_own_factor(fuse, tmp_path):
+    """As llama.cpp's converter writes NVFP4: a float32 number for each expert, beside the blocks of all."""
+    meant = {}
+    sizes = {"mlp_only_layers": [], "hidden_size": 64, "moe_intermediate_size": 64}
+    model = write_model(
+        tmp_path / "m.gguf", "qwen3_moe", edit_tensors=lambda t: meant.update(scaled_blocks(t, fuse)), **sizes
+    )
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        gate_up = np.concatenate((meant["gate"], meant["up"]), axis=1)
+        experts.gate_up_proj.copy_(torch.from_numpy(gate_up))
+        experts.down_proj.copy_(torch.from_numpy(meant["down"]))
+    assert relative_error(ours(tmp_path / "m.gguf"), logits_of(model, IDS)) <= TOLERANCE
+    assert pymllm.verify(tmp_path / "m.gguf", device="cpu").ok
+    # Written again, the blocks and their factors are the same.
+    pymllm.quantize_checkpoint(tmp_path / "m.gguf", tmp_path / "out.gguf", {"**.self_attn.**": "none"})
+    assert torch.equal(ours(tmp_path / "out.gguf"), ours(tmp_path / "m.gguf"))
+    factors = next(
+        t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name.endswith("up_exps.scale")
+    )
+    assert len(factors.data) == len(set(factors.data)) == experts.num_experts
+
+
+def test_a_factor_that_is_not_one_number_an_expert_is_refused(tmp_path):
+    def spoil(tensors):
+        scaled_blocks(tensors, False)
+        tensors["blk.0.ffn_down_exps.scale"] = tensors["blk.0.ffn_down_exps.scale"][:-1]
+
+    sizes = {"mlp_only_layers": [], "hidden_size": 64, "moe_intermediate_size": 64}
+    write_model(tmp_path / "m.gguf", "qwen3_moe", edit_tensors=spoil, **sizes)
+    with pytest.raises(PymllmError) as caught:
+        pymllm.plan(tmp_path / "m.gguf", device="cpu")
+    assert caught.value.code == "shape" and caught.value.tensor == "blk.0.ffn_down_exps.scale"
 
 
 def test_early_files_leave_the_sizes_of_experts_to_their_tensors(tmp_path):

@@ -116,6 +116,24 @@ def test_a_type_that_files_do_not_have_is_refused_by_name(number, name, tmp_path
     assert caught.value.code == "header-dtype" and caught.value.tensor == "a"
 
 
+@pytest.mark.parametrize("last", (True, False))
+def test_q2_0_in_the_blocks_of_a_fork_is_refused_by_its_sizes(last, tmp_path):
+    """The fork had 34 bytes for 128 values under the number of llama.cpp's 18 for 64."""
+    size = 8 * 2048 // 128 * 34
+    tensors = [tensor("a", (2048, 8), 42, 0)] + ([] if last else [tensor("b", (8,), 0, size)])
+    path = Raw(tensors=tensors, data=bytes(size + (0 if last else 32))).write(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="128 values in 34 bytes") as caught:
+        GGUFFile.open(path)
+    assert caught.value.code == "header-dtype" and caught.value.tensor == "a"
+    size = 8 * 2048 // 64 * 18
+    right = [tensor("a", (2048, 8), 42, 0), tensor("b", (8,), 0, size)]
+    GGUFFile.open(Raw(tensors=right, data=bytes(size + 32)).write(path))
+    # A file that was cut off, or has a hole, is just that.
+    assert code_of(Raw(tensors=right, data=bytes(size + 31)).write(path)) == "truncated"
+    right[1] = tensor("b", (8,), 0, size + 32)
+    assert code_of(Raw(tensors=right, data=bytes(size + 64)).write(path)) == "hole"
+
+
 def test_strings_are_read_the_same_across_the_chunks_of_a_header(tmp_path, monkeypatch):
     words = [chr(97 + i % 26) * (i % 50) for i in range(400)]
     value = struct.pack("<IQ", STRING, len(words)) + b"".join(map(string, words))

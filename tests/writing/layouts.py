@@ -49,3 +49,30 @@ def decode_compressed(tensors: dict[str, Tensor], name: str, bits: int = 4) -> T
         packed = tensors[f"{name}.weight_zero_point"]  # [O·bits/32, I/G]
         zeros = unpack(packed.t().contiguous(), bits)[:, :out_features].t().repeat_interleave(each, 1)
     return (codes - zeros) * scales.repeat_interleave(each, 1)
+
+
+def decode_gptq(tensors: dict[str, Tensor], name: str, bits: int, minus_one: int) -> Tensor:
+    """[O, I] float64 by the formula of quantization/gptq/README.md; bits 4 or 8.  minus_one: 0 for gptq_v2."""
+    qweight, scales = tensors[f"{name}.qweight"], tensors[f"{name}.scales"].double()
+    codes = unpack(qweight.t().contiguous(), bits).t()  # [I, O]
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    words = (tensors[f"{name}.qzeros"].to(torch.int64) + minus_one * ones) & 0xFFFFFFFF
+    zeros = torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, 32, bits)], -1).flatten(1)
+    groups = tensors[f"{name}.g_idx"].long()
+    return ((codes - zeros[groups]) * scales[groups]).t()
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def decode_modelopt(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """[O, I] float64 by the formulas of quantization/modelopt/README.md."""
+    weight, scales = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].double()
+    if weight.dtype is torch.uint8:
+        values = FP4[torch.stack((weight & 15, weight >> 4), -1).flatten(1).long()]
+        second = tensors[f"{name}.weight_scale_2"]
+        assert second.shape == ()
+        return values * scales.repeat_interleave(16, 1) * second.double()
+    if scales.ndim == 4:
+        scales = scales[:, 0, :, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return weight.double() * (scales[:, None] if scales.ndim == 1 else scales)

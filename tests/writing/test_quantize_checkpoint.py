@@ -236,9 +236,9 @@ def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path):
             "lm_head=none",
         ),
         (["**.mlp.**=awq:group_size=64", f"{BLOCKS}=awq:group_size=32"], "awq", "one group size"),
-        ({BLOCKS: "mxfp4"}, "auto", "int2 to int8"),
+        ({BLOCKS: "mxfp4"}, "awq", "int4 with integer zero points"),
         ({BLOCKS: "int8:activations=static"}, "auto", "example inputs"),
-        ({BLOCKS: "int4"}, "gguf", "auto or awq"),
+        ({BLOCKS: "int4"}, "gguff", "auto or awq"),
     ],
 )
 def test_what_a_spelling_cannot_express_is_refused_before_anything_is_written(
@@ -289,7 +289,7 @@ def files(folder):
 
 
 RULES = {BLOCKS: "int4:group_size=64"}
-POINTS = ["save_file", "_digest", "_join", "_rename", "os.replace"]
+POINTS = ["save_file", "_digest", "_join", "rename", "os.replace"]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -308,7 +308,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(bf16, point, tmp_path, m
                 reached += 1
                 assert not (tmp_path / "out" / "config.json").exists() or point == "os.replace"
     assert reached > 0
-    assert written.resumed > 0 or point in ("_digest", "_join", "_rename", "os.replace")
+    assert written.resumed > 0 or point in ("_digest", "_join", "rename", "os.replace")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
 
@@ -355,7 +355,7 @@ def test_two_processes_cannot_write_one_folder(bf16, stopped):
 
 
 def test_targets_mean_just_their_layers():
-    from pymllm.writing.compressed_tensors import patterns_for
+    from pymllm.writing.targets import patterns_for
 
     names = [f"model.layers.{i}.mlp.{part}" for i in range(12) for part in ("up_proj", "down_proj")]
     up = [name for name in names if "up" in name]

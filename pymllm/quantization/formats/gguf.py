@@ -3,7 +3,8 @@
     weight uint8 [O, I/B · bytes of a block]   blocks of B values, one after the other along the inputs
     scale  float32 [1]                         by which the weight is multiplied: where the file has it, for NVFP4
 
-`quantization/storage/gguf_blocks.py` unpacks blocks. The page with the layout: quantization/gguf/README.md.
+`quantization/storage/gguf_blocks.py` unpacks blocks, `gguf_pack.py` packs them, `rounding/gguf.py` rounds floats. The
+page with the layout: quantization/gguf/README.md. As the target of a rule: `gguf:type=Q4_K`, say.
 
 A GGUF file has no quantization_config: `weights/gguf_checkpoint.py` makes one from the type of every tensor.
 """
@@ -19,16 +20,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pymllm.errors import ConfigError, ShardingError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.quantization.base import QuantizationConfig, register_quantization
+from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
+from pymllm.quantization.options import parse_options
+from pymllm.quantization.rounding.gguf import ROUNDING, round_to_blocks
 from pymllm.quantization.storage.fields import unsupported
 from pymllm.quantization.storage.gguf_blocks import BLOCKS, BlockType
-from pymllm.quantization.storage.groups import rows_of_parts
+from pymllm.quantization.storage.gguf_pack import PACKERS, pack_blocks
+from pymllm.quantization.storage.groups import check_groups, rows_of_parts
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
 
 SCALE = "scale"  # the suffix of a weight's own factor, which NVFP4 has; that of its activations: input_scale
+DEFAULT = "Q4_K"  # the type that a rule without one asks for
+FLOAT_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VALUES_AT_A_TIME = 1 << 24  # how many are decoded at a time; temporaries take a few bytes for each
 
 
@@ -93,6 +101,51 @@ class GGUFLinearMethod(LinearMethodBase):
         bad = self.block.count_bad(stored.unflatten(1, (-1, self.block.size)))
         return f"{bad} blocks of {self.kind} whose scale or minimum is NaN or infinite" if bad else None
 
+    def check(self, shape: LinearShape) -> None:
+        values = self.block.values
+        other = "gguf:type=Q8_0, whose blocks have 32" if values > 32 else "none, which leaves it in floats"
+        check_groups(values, shape, what=f"{self.kind}'s blocks", fix=f"Give it another rule: {other}.")
+        if shape.in_features_local % values:
+            raise ShardingError(
+                f"{shape.name}: this rank has {shape.in_features_local} inputs, which blocks of {values} do not divide",
+                code="tp-granule",
+                expected=f"a multiple of {values}",
+                found=str(shape.in_features_local),
+            )
+
+    def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
+        if self.kind not in ROUNDING:
+            return super().quantize(weight, shape)
+        self.check(shape)
+        made = round_to_blocks(weight, self.kind)
+        parts = (made.scales,) if made.offsets is None else (made.scales, made.offsets)
+        if not weight.is_meta and not all(bool(part.isfinite().all()) for part in parts):
+            raise ConfigError(
+                "a weight is too large for the float16 scales of this type, or not finite",
+                code="bad-weight",
+                tensor=shape.name,
+                found=f"a magnitude of {float(weight.abs().max()):.3g}",
+            )
+        return made
+
+    @property
+    def free_scales(self) -> bool:
+        return (
+            self.block.values == self.block.group
+        )  # a block of several groups has scales that depend on each other
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        packed = pack_blocks(weight, self.kind) if self.kind in PACKERS and not self.scaled else None
+        if packed is None:
+            raise ConfigError(
+                f"{self.kind} cannot hold exactly this weight",
+                code="spelling",
+                tensor=shape.name,
+                found=f"{weight.type}, whose scales its blocks would round",
+                fix=f"Quantise it anew: {shape.name}=gguf:type={self.kind}.",
+            )
+        return {"weight": packed}
+
     def describe(self) -> str:
         return f"gguf {self.kind}"
 
@@ -116,6 +169,15 @@ class GGUFConfig(QuantizationConfig):
                 )
         return cls(types)
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> LinearMethodBase:
+        kind = parse_options("gguf", options, {"type": _read_kind}).get("type", DEFAULT)
+        return (
+            UnquantizedLinearMethod(dtype=FLOAT_KINDS[kind])
+            if kind in FLOAT_KINDS
+            else GGUFLinearMethod(kind)
+        )
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         kind = self.types.get(prefix)
         return None if kind is None else GGUFLinearMethod(kind, f"{prefix}.{SCALE}" in self.stored)
@@ -127,3 +189,10 @@ class GGUFConfig(QuantizationConfig):
             if suffix == "input_scale" and layer in self.types
             else None
         )
+
+
+def _read_kind(text: str) -> str:
+    kind = text.upper()
+    if kind not in ROUNDING and kind not in FLOAT_KINDS:
+        raise ValueError(f"Choose one of {', '.join([*ROUNDING, *FLOAT_KINDS])}.")
+    return kind

@@ -125,6 +125,30 @@ class GPTQLinearMethod(LinearMethodBase):
             )
         return IntWeight.from_float(weight, bits=self.bits, group_size=group_size, symmetric=self.symmetric)
 
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, IntWeight)
+        codes, index = weight.codes, weight.group_index
+        if index is None:
+            index = torch.arange(codes.shape[1], dtype=torch.int32) // weight.group_size
+        if weight.input_order is not None:  # columns lie by group: put both back in the order of inputs
+            codes = torch.empty_like(codes).index_copy_(1, weight.input_order, codes)
+            index = torch.empty_like(index).index_copy_(0, weight.input_order, index)
+        middle = 2 ** (self.bits - 1)
+        zeros = torch.full_like(weight.scales, middle) if weight.zeros is None else weight.zeros
+        tensors = {
+            "qweight": pack_words(codes, self.bits).t().contiguous(),
+            "qzeros": self._pack_zeros(zeros.to(torch.uint8)),
+            "scales": weight.scales.t().half().contiguous(),
+        }
+        return tensors if self.index == "absent" else {**tensors, "g_idx": index.to(torch.int32)}
+
+    def _pack_zeros(self, zeros: Tensor) -> Tensor:
+        """Pack zero points: [O, I/G] -> [I/G, O·bits/32] words.  It undoes `_zeros`."""
+        if self.zeros_minus_one and self.bits not in ONES:
+            return pack_words((zeros.t() - 1) & (2**self.bits - 1), self.bits)
+        words = pack_words(zeros.t(), self.bits)
+        return words - ONES[self.bits] if self.zeros_minus_one else words
+
     def describe(self) -> str:
         groups = f"g{self.group_size}" if self.group_size > 0 else "whole rows"
         order = " in act order" if self.index == "act order" else ""

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
-from pymllm.kernels.canonical import CHANNEL, E4M3_MAX, TENSOR, Activations, CanonicalWeight
+from pymllm.kernels.canonical import CHANNEL, E4M3_MAX, TENSOR, Activations, CanonicalWeight, CodebookWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.kv_cache import (
     KVCacheMethodBase,
@@ -47,13 +47,13 @@ from pymllm.quantization.kv_cache import (
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
 from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
-from pymllm.quantization.storage.fp4_linear import e2m1_weight
+from pymllm.quantization.storage.fp4_linear import e2m1_weight, exact_reciprocal
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
 from pymllm.quantization.storage.modelopt_linear import ModelOptIntLinearMethod
 from pymllm.quantization.storage.mxfp4_linear import stored_mxfp4
 from pymllm.quantization.storage.mxfp8_linear import stored_mxfp8
-from pymllm.quantization.storage.packing import encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.packing import encode_e2m1, pack_nibbles_low_first, unpack_nibbles_low_first
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
 from pymllm.quantization.storage.writer_settings import KV_SCHEME, SWITCH, WRITER
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec
@@ -139,10 +139,25 @@ class NVFP4LinearMethod(LinearMethodBase):
         smallest = torch.finfo(torch.float32).smallest_normal
         parts = peaks.split([span.size for span in shape.outputs])
         second = torch.stack([part.amax() if part.numel() else peaks.new_zeros(()) for part in parts])
-        rows = rows_of_parts((second / (LARGEST * E4M3_MAX)).clamp(min=smallest), shape)
+        second = (second / (LARGEST * E4M3_MAX)).clamp(min=smallest)
+        # A number that is also a reciprocal: other writers store what to divide by.
+        rows = rows_of_parts(second.reciprocal().reciprocal(), shape)
         scales = (peaks / (LARGEST * rows[:, None])).clamp(2.0**-9, E4M3_MAX).to(E4M3)
         codes = encode_e2m1(blocks / (scales.float() * rows[:, None])[..., None])
         return e2m1_weight(codes.flatten(1), scales, rows)
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, CodebookWeight) and weight.row_scales is not None
+        tensors = {
+            "weight": pack_nibbles_low_first(weight.codes),
+            "weight_scale": weight.scales.contiguous(),
+            "weight_scale_2": weight.row_scales[0].clone(),
+        }
+        if self.static_input:
+            assert weight.input_scales is not None
+            inputs = exact_reciprocal(weight.input_scales.float(), shape, "input_scale")
+            tensors["input_scale"] = inputs.reshape(())
+        return tensors
 
     def describe(self) -> str:
         element = "fp8" if self.fp8_input else "fp4"

@@ -95,7 +95,7 @@ def quantize_calibrated(
     Both are for integer codes with integer zero points; the weights of other formats are rounded without the inputs.
     """
     made = without_static(target).quantize(weight, shape)
-    if isinstance(made, IntWeight) and made.offsets is None and statistics.rows:
+    if isinstance(made, IntWeight) and made.offsets is None and target.free_scales and statistics.rows:
         symmetric = made.zeros is None
         if algorithm == "gptq":
             assert statistics.gram is not None

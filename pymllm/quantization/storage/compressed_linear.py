@@ -23,13 +23,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import TENSOR, Activations, CanonicalWeight, Fp8Weight, IntWeight
+from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight, IntWeight
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.fp4_linear import e2m1_weight
+from pymllm.quantization.storage.fp4_linear import e2m1_weight, exact_reciprocal
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.groups import check_groups, rows_of_parts
 from pymllm.quantization.storage.integer_linear import group_dim, grouped_weight, index_spec, unpack_outputs
 from pymllm.quantization.storage.packing import (
+    pack_nibbles_low_first,
     pack_words,
     refuse_nan_scales,
     refuse_wide_codes,
@@ -48,18 +49,6 @@ class FloatQuantizedLinearMethod(E4M3LinearMethod):
     """float8 weights; with exponent_bytes, mxfp8.  The fields are `E4M3LinearMethod`'s."""
 
     name: ClassVar[str] = NAME
-
-    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
-        assert isinstance(weight, Fp8Weight)
-        scales = weight.scales.float().contiguous()
-        tensors = {
-            "weight": weight.weight.contiguous(),
-            "weight_scale": scales.reshape(1) if self.block == TENSOR else scales,
-        }
-        if self.activations == "static":
-            assert weight.input_scales is not None
-            tensors["input_scale"] = weight.input_scales.float().reshape(1)
-        return tensors
 
     def describe(self) -> str:
         return f"{NAME} mxfp8, activations {self.activations}" if self.exponent_bytes else super().describe()
@@ -217,6 +206,22 @@ class Fp4LinearMethod(LinearMethodBase):
         else:
             rows = rows_of_parts(tensors["weight_global_scale"].reciprocal(), shape)
         return e2m1_weight(codes, scales, rows, self.activations, tensors.get("input_global_scale"))
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, CodebookWeight)
+        tensors = {"weight_packed": pack_nibbles_low_first(weight.codes)}
+        if self.kind == "mxfp4":
+            tensors["weight_scale"] = weight.scales.view(torch.uint8).contiguous()
+        else:
+            assert weight.row_scales is not None
+            tensors["weight_scale"] = weight.scales.contiguous()
+            tensors["weight_global_scale"] = exact_reciprocal(
+                weight.row_scales[:1], shape, "weight_global_scale"
+            )
+        if self.global_activations:
+            assert weight.input_scales is not None
+            tensors["input_global_scale"] = weight.input_scales.float().reshape(1)
+        return tensors
 
     def describe(self) -> str:
         return f"{NAME} {self.kind}, activations {self.activations}"

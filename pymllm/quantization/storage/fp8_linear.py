@@ -39,6 +39,7 @@ class E4M3LinearMethod(LinearMethodBase):
     weight_name: ClassVar[str] = "weight"
     input_scale_names: ClassVar[tuple[str, ...]] = ("input_scale",)
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
+    one_value: ClassVar[tuple[int, ...]] = (1,)  # the shape of a single scale as it is written
 
     @property
     def scale_names(self) -> tuple[str, ...]:
@@ -75,6 +76,22 @@ class E4M3LinearMethod(LinearMethodBase):
             tensors.get(self.input_scale_names[0]),
         )
 
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, Fp8Weight) and not self.exponent_bytes
+        scales = weight.scales.float().contiguous()
+        tensors = {
+            self.weight_name: weight.weight.contiguous(),
+            self.scale_names[0]: self._stored_scales(scales),
+        }
+        if self.activations == "static":
+            assert weight.input_scales is not None
+            tensors[self.input_scale_names[0]] = weight.input_scales.float().reshape(self.one_value)
+        return tensors
+
+    def _stored_scales(self, scales: Tensor) -> Tensor:
+        """Give canonical scales [⌈O/b0⌉, ⌈I/b1⌉] the stored shape."""
+        return scales.reshape(self.one_value) if self.block == TENSOR else scales
+
     def describe(self) -> str:
         return f"{self.name} {Fp8Type(self.block, self.activations)}"
 
@@ -95,6 +112,7 @@ class NamedFp8LinearMethod(E4M3LinearMethod):
     format: str
     flat_scale: bool = False
     spaced_scale: bool = False
+    one_value: ClassVar[tuple[int, ...]] = ()
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -106,3 +124,8 @@ class NamedFp8LinearMethod(E4M3LinearMethod):
         if self.flat_scale and self.block == CHANNEL:
             return (OUT,)
         return (dims[0], whole(1), dims[1], whole(1)) if self.spaced_scale else dims
+
+    def _stored_scales(self, scales: Tensor) -> Tensor:
+        if self.flat_scale and self.block == CHANNEL:
+            return scales.flatten()
+        return scales[:, None, :, None] if self.spaced_scale else super()._stored_scales(scales)

@@ -19,12 +19,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import Activations, CanonicalWeight
+from pymllm.kernels.canonical import Activations, CanonicalWeight, CodebookWeight
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import unsupported
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.packing import (
+    E2M1,
+    encode_e2m1,
+    pack_nibbles_low_first,
+    refuse_nan_scales,
+    unpack_nibbles_low_first,
+)
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec, whole
 
 GROUP = 32
@@ -52,7 +58,8 @@ class MXFP4LinearMethod(LinearMethodBase):
         codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
         if self.blocks:
             codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
-        scales = WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:])
+        grid = (OUT, IN.every(GROUP))
+        scales = WeightSpec(SCALES[0], self.scale_dtype, grid, aliases=SCALES[1:], refuse=refuse_nan_scales)
         if self.activations != "static fp8":
             return codes, scales
         return codes, scales, WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, scale=True)
@@ -69,6 +76,16 @@ class MXFP4LinearMethod(LinearMethodBase):
             activations=self.activations,
             input_scales=tensors.get("input_scale"),
         )
+
+    def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
+        assert isinstance(weight, CodebookWeight)
+        packed = pack_nibbles_low_first(weight.codes)
+        scales = weight.scales.view(torch.uint8).contiguous().view(self.scale_dtype)
+        codes = {"blocks": packed.unflatten(1, (-1, GROUP // 2))} if self.blocks else {"weight": packed}
+        tensors = {**codes, SCALES[0]: scales}
+        if weight.input_scales is not None:
+            tensors["input_scale"] = weight.input_scales.reshape(())
+        return tensors
 
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         """Round a float weight [O, I].
