@@ -8,8 +8,8 @@ from pathlib import Path
 from pymllm.cli.options import add_common_options, positive
 from pymllm.cli.output import print_json, say
 
-EXAMPLES = """Rules go to stdout, or to --out FILE; --quant-file FILE reads them, in every verb. What was measured is kept: the
-same command goes on where it was stopped, and another budget measures little more. docs/searching.md explains it all.
+EXAMPLES = """Rules go to stdout, or to --out FILE; every verb reads them with --quant-file FILE. What was measured
+is kept: the same command goes on where it was stopped, and another budget measures little more. docs/searching.md has the rest.
 
 examples:
   pymllm search org/name --bits 4.5 --out rules.txt

@@ -1,7 +1,7 @@
 """The choice of one option for each weight: the least harm within a number of bits.
 
-This is the multiple-choice knapsack problem.  The options of a weight that lie on its convex hull (harm over bits) are
-steps, each a gain in harm for so many bits.  All steps of all weights, best first, give the optimum at each budget where
+This is the multiple-choice knapsack problem.  The options of a weight on its convex hull (harm over bits) are steps,
+each a gain in harm for so many bits.  All steps of all weights, best first, give the optimum at each budget where
 a step ends; between two of these, what is left is spent on what still fits, and pairs are exchanged while that helps.
 The hull also gives a bound: no choice within the budget has less harm.
 """
@@ -10,6 +10,7 @@ The hull also gives a bound: no choice within the budget has less harm.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def solve(weights: Sequence[Sequence[Option]], budget: int) -> Choice | None:
         return None
     steps = []
     for index, (options, hull) in enumerate(zip(weights, hulls, strict=True)):
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in itertools.pairwise(hull):
             cost = options[after].bits - options[before].bits
             steps.append(((options[before].harm - options[after].harm) / cost, index, after, cost))
     steps.sort(key=lambda step: (-step[0], step[1]))

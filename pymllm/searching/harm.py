@@ -1,7 +1,7 @@
 """What a method does to a model's answers: an estimate for one weight, and the true divergence of a whole choice.
 
-The estimate is the second-order term of KL(model || changed model).  With x_t the inputs of a layer, g_t the gradient
-of log p(y_t) by its outputs and ΔW the change of its weight, it is ½ mean_t (g_t · ΔW x_t)², where y_t is drawn from the
+The estimate is the second-order term of KL(model || changed model).  With x_t a layer's inputs, g_t the gradient of
+log p(y_t) by its outputs and ΔW the change of its weight, it is ½ mean_t (g_t · ΔW x_t)².  Each y_t is drawn from the
 model's own distribution: the gradients' covariance is then the Fisher information.  One pass forward and one backward
 give x and g of a layer, and each method costs one product more.  Terms between two tokens of one layer are left out.
 A head's harm needs no estimate: what reaches it is known, so its divergence is computed.
@@ -31,7 +31,9 @@ from pymllm.writing.float_model import FloatModel, FloatStep
 from pymllm.writing.layers import Step
 
 # Kernels with gradients, for every family.
-DIFFERENTIABLE = Execution(kernels=(("attention", "reference"), ("elementwise", "torch"), ("routing", "torch")))
+DIFFERENTIABLE = Execution(
+    kernels=(("attention", "reference"), ("elementwise", "torch"), ("routing", "torch"))
+)
 ROWS = 256  # tokens whose logits are held at a time
 
 Choices = Mapping[str, Method]  # by the name of a weight; a weight that is not among them stays as it is
@@ -221,7 +223,9 @@ class Passes:
                 for weight in weights:
                     for method in todo[weight.name]:
                         (layer,) = weight.layers
-                        change = weight.rounded(method, running.weights)[layer.name] - running.weights[layer.name]
+                        change = (
+                            weight.rounded(method, running.weights)[layer.name] - running.weights[layer.name]
+                        )
                         moved = gradient * change[ids] * self.floats.embedding_scale  # [T, H]
                         harm = 0.5 * float(moved.sum(-1).square().sum()) / count
                         found(weight, method, harm + harms.get((weight.name, method.text), 0.0))
@@ -239,7 +243,8 @@ class Passes:
                     )
             gradients = iter(theirs)
             reached = {
-                name: [(given.detach(), next(gradients)) for given, _ in calls] for name, calls in seen.items()
+                name: [(given.detach(), next(gradients)) for given, _ in calls]
+                for name, calls in seen.items()
             }
             for weight in weights:
                 for method in todo[weight.name]:
@@ -316,4 +321,3 @@ def _replaced(running: FloatStep, changed: Mapping[str, Tensor]) -> Iterator[Non
     finally:
         for name, weight in kept.items():
             running.weights[name].copy_(weight)
-

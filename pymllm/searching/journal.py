@@ -1,4 +1,4 @@
-"""The measurements of a search, in a file that grows by a line for each: a search that was stopped goes on from there."""
+"""The measurements of a search, in a file that grows a line at a time: a search that was stopped goes on from there."""
 
 from __future__ import annotations
 

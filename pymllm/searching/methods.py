@@ -95,4 +95,3 @@ def stored_bits(weight: CanonicalWeight) -> int:
         tensor.numel() * narrow.get(name, 8 * tensor.dtype.itemsize)
         for name, tensor in weight.tensors().items()
     )
-

@@ -53,6 +53,7 @@ def search_rules(
     keep_fused: bool = True,
     format: str | None = None,
     curve: bool = True,
+    points: int = POINTS,
     seed: int = 0,
     journal: str | Path | None = None,
     restart: bool = False,
@@ -74,6 +75,7 @@ def search_rules(
     format: one that `pymllm quantize` writes, "compressed-tensors" say: what it cannot hold is not chosen; None: any
     method that runs.
     curve: whether to measure uniform choices and other budgets too.
+    points: how many other budgets the curve has.
     seed: of the labels that are drawn for the estimates.
     journal: the file of measurements, from which a search that was stopped goes on; None: one below ~/.cache.
     restart: whether to throw the measurements of an earlier search away.
@@ -107,12 +109,12 @@ def search_rules(
                 search = _Search(prepared, steps, weights, options, fitted, measured, notebook, progress)
                 search.estimate(chosen, seed)
                 found = search.choose(bits)
-                points = search.curve(chosen, bits, found) if curve else []
+                drawn = search.curve(chosen, bits, found, points) if curve else []
                 kl, fitted_kl = search.measure([found])[0], search.measure([found], held_out=False)[0]
             named = TEXT.name if text is None else Path(text).name
             described = f"{named}, {digest(repr((fitted, measured)).encode())}"
             return _result(
-                str(model), bits, search, found, kl, fitted_kl, points, described, left, chosen, format
+                str(model), bits, search, found, kl, fitted_kl, drawn, described, left, chosen, format
             )
 
 
@@ -207,7 +209,7 @@ class _Search:
                     self.journal.add(key, kl)
         return [self.journal[key] for key in keys]
 
-    def curve(self, methods: Sequence[Method], bits: float, found: Choice) -> list[CurvePoint]:
+    def curve(self, methods: Sequence[Method], bits: float, found: Choice, count: int) -> list[CurvePoint]:
         """Measure each method for all weights, where all can have it, and what other budgets give."""
         uniform: list[tuple[str, Choice]] = []
         for method in methods:
@@ -215,7 +217,7 @@ class _Search:
             if method.target is not None and None not in picks:
                 uniform.append((method.text, self._choice([k for k in picks if k is not None])))
         low, high = (size(self.known) / self.count for size in (least_bits, most_bits))
-        budgets = [low + (high - low) * step / (POINTS - 1) for step in range(POINTS)]
+        budgets = [low + (high - low) * step / max(count - 1, 1) for step in range(count)]
         searched = [(f"{bits:g} bits", found)]
         for budget in budgets:
             other = solve(self.known, round(budget * self.count))
@@ -365,16 +367,15 @@ def _result(
 ) -> SearchResult:
     """Put a result together, and check that loading by its rules would give just this choice."""
     by_weight = search.methods_of(choice)
-    chosen, texts = [], {}
+    chosen: list[ChosenWeight] = []
+    texts: dict[str, str] = {}
     for weight, row, pick in zip(search.weights, search.known, choice.picks, strict=True):
         method, option = by_weight[weight.name], row[pick]
         # Floats that stay floats need no rule.
         text_of = STORED if weight.plain and method.text == "none" else method.text
         texts |= dict.fromkeys(weight.names, text_of)
         chosen.append(
-            ChosenWeight(
-                list(weight.names), text_of, weight.count, option.bits / weight.count, option.harm
-            )
+            ChosenWeight(list(weight.names), text_of, weight.count, option.bits / weight.count, option.harm)
         )
     rules = write_rules(texts)
     _check_rules(search.prepared, rules, texts)
@@ -385,7 +386,9 @@ def _result(
         if all(_writable(weight, by_weight[weight.name], name) for weight in search.weights)
     ]
     notes = []
-    fixed = [w for w, row in zip(search.weights, search.kept, strict=True) if [m.text for m in row] == [STORED]]
+    fixed = [
+        w for w, row in zip(search.weights, search.kept, strict=True) if [m.text for m in row] == [STORED]
+    ]
     if fixed:
         notes.append(f"{len(fixed)} weights can only stay as they are stored: {fixed[0].name}")
     if left:
@@ -404,7 +407,9 @@ def _result(
         f"Expected KL from the stored weights: {kl:.4g} nats a token, on {held_tokens} held-out tokens "
         f"(estimated {choice.harm:.4g}).",
         f"Text: {text}; {fitted_tokens} tokens to estimate on.",
-        "Methods: " + ", ".join(map(str, methods)) + ("." if format is None else f"; as {format} holds them."),
+        "Methods: "
+        + ", ".join(map(str, methods))
+        + ("." if format is None else f"; as {format} holds them."),
         "What no rule names stays as it is stored.  `pymllm quantize` can write this as: "
         + (", ".join(writes) or "no format that it knows")
         + ".",
@@ -446,4 +451,3 @@ def _check_rules(prepared: Prepared, rules: Sequence[str], texts: Mapping[str, s
         assert same, f"{name}: {rule} instead of {expected}"
         converts = isinstance(decision.method, ConvertedLinearMethod)
         assert rule is None or converts or decision.method.name == expected.partition(":")[0], name
-

@@ -32,7 +32,7 @@ from pymllm.weights.spec import LinearShape, WeightSpec
 class IntegerLinearMethod(LinearMethodBase):
     """Integer weights that a rule makes.
 
-    bits: 2, 3, 4, 5, 6 or 8.  group_size: how many inputs share a scale; -1: the whole row.  scale: how scales are chosen.
+    bits: 2 to 6, or 8.  group_size: how many inputs share a scale; -1: the whole row.  scale: how scales are chosen.
     activations: with compute=checkpoint, "token" rounds them to int8 with a scale for each token, "static" with scales
     that calibration finds.
     """
