@@ -8,14 +8,13 @@ from pathlib import Path
 from pymllm.cli.options import add_common_options, positive
 from pymllm.cli.output import print_json, say
 
-EXAMPLES = """Rules go to stdout, or to --out FILE; every verb reads them with --quant-file FILE. What was measured
-is kept: the same command goes on where it was stopped, and another budget measures little more. docs/searching.md has the rest.
+EXAMPLES = """Rules go to stdout, or to --out FILE; every verb reads them with --quant-file FILE. Measurements are
+kept: the same command goes on where it was stopped, and another budget needs few more. docs/searching.md has the rest.
 
 examples:
   pymllm search org/name --bits 4.5 --out rules.txt
-  pymllm run org/name --quant-file rules.txt "a prompt"
-  pymllm search org/name --bits 5 --format compressed-tensors --out rules.txt
-  pymllm quantize org/name OUT --quant-file rules.txt"""
+  pymllm search org/name --bits 4.5 --methods int4:group_size=64,int8,stored
+  pymllm search org/name --bits 5 --format compressed-tensors --out rules.txt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

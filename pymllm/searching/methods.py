@@ -80,18 +80,22 @@ def split_methods(text: str) -> list[str]:
     return found
 
 
-def stored_bits(weight: CanonicalWeight) -> int:
+def stored_bits(weight: CanonicalWeight, parts: int = 1) -> int:
     """Count the bits of all that a weight consists of: codes, scales, zero points, offsets, orders of groups.
 
     Codes and zero points count by their bits, as a checkpoint packs them; the rest by its dtype.  The table of a
-    codebook belongs to the format and does not count.
+    codebook belongs to the format and does not count; a second level of its scales is one number for each part, which
+    kernels have spread over the rows.
+    parts: how many weights of the checkpoint it is.
     """
     narrow: dict[str, int] = {}
+    spread = 0
     if isinstance(weight, IntWeight):
         narrow = {"codes": weight.bits, "zeros": weight.bits}
     elif isinstance(weight, CodebookWeight):
-        narrow = {"codes": CODEBOOK_BITS, "table": 0}
-    return sum(
+        narrow = {"codes": CODEBOOK_BITS, "table": 0, "row_scales": 0}
+        spread = 0 if weight.row_scales is None else parts * 8 * weight.row_scales.dtype.itemsize
+    return spread + sum(
         tensor.numel() * narrow.get(name, 8 * tensor.dtype.itemsize)
         for name, tensor in weight.tensors().items()
     )

@@ -72,7 +72,7 @@ class SearchedWeight:
         try:
             for shape in self.shapes():
                 method.target.check(shape)
-                bits += stored_bits(plan_weight(method.target, shape))
+                bits += stored_bits(plan_weight(method.target, shape), len(shape.outputs))
         except ConfigError as error:
             if error.code in ("not-a-target", "needs-calibration"):
                 raise  # whatever the weight is

@@ -255,7 +255,7 @@ def test_bits_are_those_of_codes_scales_and_zero_points():
         ("int3:group_size=64", 128 * 3 + 2 * (16 + 3)),
         ("int4:group_size=32,symmetric=true", 128 * 4 + 4 * 16),
         ("int4:group_size=64,scale=hqq", 128 * 4 + 2 * (16 + 32)),
-        ("nvfp4", 128 * 4 + 8 * 8 + 32),
+        ("nvfp4", 128 * 4 + 8 * 8 + 4),
         ("fp8", 128 * 8 + 32),
         ("none", 128 * 16),
     ):
