@@ -135,7 +135,8 @@ class SearchResult:
                 f"{uniform.bits:.3f} bits a weight"
             )
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join([*lines, "", self.table(), "", self.drawing()])
+        drawn = ["", self.table(), "", self.drawing()] if self.curve else []
+        return "\n".join([*lines, *drawn])
 
     def save_plot(self, file: str | Path) -> None:
         """Plot KL against bytes as SVG (or what the file's ending says).
