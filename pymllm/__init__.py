@@ -23,6 +23,7 @@ _HOMES = {
     "compare": "pymllm.checking.compare",
     "swap": "pymllm.swapping.swap",
     "quantize_checkpoint": "pymllm.writing.quantize_checkpoint",
+    "search_rules": "pymllm.searching.search",
     "quantize_model": "pymllm.modules.quantize_model",
     "SamplingParams": "pymllm.engine.sampling",
     "Parallel": "pymllm.parallel",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pymllm.modules.quantize_model import quantize_model
     from pymllm.parallel import Parallel
     from pymllm.planning.make_plan import plan
+    from pymllm.searching.search import search_rules
     from pymllm.swapping.swap import swap
     from pymllm.writing.quantize_checkpoint import quantize_checkpoint
 

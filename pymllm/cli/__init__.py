@@ -18,6 +18,7 @@ VERBS = {
     "plan": "show which method and kernel every layer gets, and why, without loading",
     "verify": "check what every layer's kernel computes against float64",
     "quantize": "write a quantised checkpoint that other programs read too",
+    "search": "find the rules that harm a model least within so many bits a weight",
     "serve": "answer OpenAI-style requests over HTTP",
     "bench": "build, tune and measure kernels (for those who work on them)",
     "doctor": "show what this machine and this installation can do",

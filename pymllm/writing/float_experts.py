@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ class FloatExperts:
     """A stand-in for an `Experts` module's forward, until it is closed.
 
     weights: [O, I] zeros by the checkpoint's names, to be filled.  rounds: names, in the order in which they run.
-    seen: a dict to have each layer's inputs recorded in, or None.
+    seen: a dict to have each layer's inputs recorded in, or None.  product: multiplies inputs [*, I] by the weight of
+    a name; another function may take its place, to look at what it multiplies.
     ConfigError for experts that the checkpoint stores all in one tensor.
     """
 
@@ -37,11 +40,16 @@ class FloatExperts:
         first = [name for names, _ in self.names.values() for name in names]
         self.rounds = [first, [last for _, last in self.names.values()]]
         self.seen: dict[str, Tensor] | None = None
+        self.product: Callable[[str, Tensor], Tensor] = self.multiply
         module.forward = self.forward  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Give the module its own forward back."""
         del self.module.forward
+
+    def multiply(self, name: str, x: Tensor) -> Tensor:
+        """Multiply x [*, I] by the weight of this name.  Returns [*, O]."""
+        return x @ self.weights[name].t()
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Run the experts as `Experts.forward` does.
@@ -54,8 +62,8 @@ class FloatExperts:
             if not rows.numel():
                 continue
             mine = x[rows]
-            hidden = self.module.activation(torch.cat([mine @ self.weights[n].t() for n in gate_up], dim=-1))
+            hidden = self.module.activation(torch.cat([self.product(n, mine) for n in gate_up], dim=-1))
             if self.seen is not None:
                 self.seen |= {**dict.fromkeys(gate_up, mine), down: hidden}
-            y.index_add_(0, rows, (hidden @ self.weights[down].t()) * topk_weights[rows, place].unsqueeze(1))
+            y.index_add_(0, rows, self.product(down, hidden) * topk_weights[rows, place].unsqueeze(1))
         return y

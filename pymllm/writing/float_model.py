@@ -23,18 +23,20 @@ from pymllm.text.windows import Windows
 from pymllm.writing.float_experts import FloatExperts
 from pymllm.writing.layers import SourceLayer, Step
 
+FLOAT32 = Execution()
+
 
 class FloatModel:
     """The model in plain floats, without data but for the step that is being calibrated.
 
-    windows: token ids, each window a text of its own.
+    windows: token ids, each window a text of its own.  execution: how its modules run, in float32.
     hidden: [T, H], the input of the next step; None before the first one.
     """
 
-    def __init__(self, prepared: Prepared, windows: Windows) -> None:
+    def __init__(self, prepared: Prepared, windows: Windows, execution: Execution = FLOAT32) -> None:
         plain = get_quantization_config("none").from_config({})
         plain.see_checkpoint(prepared.quant.stored)  # which layout experts have
-        model = build_on_meta(prepared.config, RuledConfig(plain), Execution(), Parallel())
+        model = build_on_meta(prepared.config, RuledConfig(plain), execution, Parallel())
         self.modules = dict(model.named_modules())
         self.holders = dict(weight_holders(model))
         self.embedding_scale = model.model.embedding_scale

@@ -1,9 +1,9 @@
-"""Plain int4 and int8 as the targets of rules: any weights, rounded to integers while they load.
+"""Plain integers of 2 to 8 bits as the targets of rules: any weights, rounded while they load.
 
     **.mlp.**=int4:group_size=64,scale=mse
     **.self_attn.**=int8
 
-Options: group_size (how many inputs share a scale; -1: the whole row; by default 128 for int4, -1 for int8), symmetric
+Options: group_size (how many inputs share a scale; -1: the whole row; by default 128, -1 for int8), symmetric
 (true or false), scale (minmax, mse or hqq), activations (float; for int8 with symmetric whole rows also token or
 static). What each does: quantization/integer.md. No checkpoint is stored like this, so it can only be a target.
 """
@@ -32,7 +32,7 @@ from pymllm.weights.spec import LinearShape, WeightSpec
 class IntegerLinearMethod(LinearMethodBase):
     """Integer weights that a rule makes.
 
-    bits: 4 or 8.  group_size: how many inputs share a scale; -1: the whole row.  scale: how scales are chosen.
+    bits: 2 to 6, or 8.  group_size: how many inputs share a scale; -1: the whole row.  scale: how scales are chosen.
     activations: with compute=checkpoint, "token" rounds them to int8 with a scale for each token, "static" with scales
     that calibration finds.
     """
@@ -73,10 +73,10 @@ class IntegerLinearMethod(LinearMethodBase):
 
 
 class IntegerConfig(QuantizationConfig):
-    """The config of int4 and int8, which are targets of rules and never the format of a checkpoint."""
+    """The config of int2 to int8, which are targets of rules and never the format of a checkpoint."""
 
     bits: ClassVar[int]
-    default_group_size: ClassVar[int]
+    default_group_size: ClassVar[int] = 128
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> IntegerConfig:
@@ -96,8 +96,8 @@ class IntegerConfig(QuantizationConfig):
             },
         )
         scale = values.get("scale", "minmax")
-        # int4 has too few codes to leave half of them unused; int8 has enough, and kernels prefer it symmetric.
-        default = "false" if scale == "hqq" or cls.bits == 4 else "true"
+        # Few codes are too few to leave half of them unused; int8 has enough, and kernels prefer it symmetric.
+        default = "false" if scale == "hqq" or cls.bits < 8 else "true"
         symmetric = values.get("symmetric", default) == "true"
         if symmetric and scale == "hqq":
             raise ConfigError(
@@ -121,11 +121,39 @@ class IntegerConfig(QuantizationConfig):
         raise _only_a_target(self.get_name())
 
 
+@register_quantization("int2")
+class Int2Config(IntegerConfig):
+    """2 bits: groups of 128, with zero points."""
+
+    bits = 2
+
+
+@register_quantization("int3")
+class Int3Config(IntegerConfig):
+    """3 bits: groups of 128, with zero points."""
+
+    bits = 3
+
+
 @register_quantization("int4")
 class Int4Config(IntegerConfig):
     """4 bits: groups of 128, with zero points."""
 
-    bits, default_group_size = 4, 128
+    bits = 4
+
+
+@register_quantization("int5")
+class Int5Config(IntegerConfig):
+    """5 bits: groups of 128, with zero points."""
+
+    bits = 5
+
+
+@register_quantization("int6")
+class Int6Config(IntegerConfig):
+    """6 bits: groups of 128, with zero points."""
+
+    bits = 6
 
 
 @register_quantization("int8")
