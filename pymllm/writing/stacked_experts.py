@@ -19,6 +19,7 @@ from pymllm.loading.match import Placement, Unit
 from pymllm.loading.stored import check_content, check_scale
 from pymllm.moe.experts import SPELLINGS, STACKED
 from pymllm.quantization.method import LinearMethodBase
+from pymllm.weights.loader import place
 from pymllm.weights.spec import Axis, ExpertsShape, LinearShape, Span, WeightSpec
 from pymllm.weights.tensor_file import TensorInfo
 
@@ -56,7 +57,9 @@ class Cut:
         tensors = {}
         for spec in method.weight_specs(shape):
             tensor = next(p.tensor for p in placements if p.slot.spec.name == spec.name)
-            tensors[spec.name] = piece = self.of(spec, tensor).to(spec.dtype)
+            # A scale may be stored with more dimensions of one element.
+            piece = self.of(spec, tensor).to(spec.dtype).reshape(place(spec, shape)[0])
+            tensors[spec.name] = piece
             if spec.scale:
                 check_scale(tensor, piece)
             if spec.refuse is not None:
@@ -114,17 +117,17 @@ def cuts_of(part: HeldPart) -> Iterator[tuple[LinearShape, Cut]]:
 
 def expert_biases(part: HeldPart, unit: Unit) -> Iterator[ExpertBias]:
     """Yield the biases of the layers of a stacked weight, where it has some."""
-    for place in unit.placements:
-        if place.slot.prefix != part.stored or place.slot.spec.name != "bias":
+    for placement in unit.placements:
+        if placement.slot.prefix != part.stored or placement.slot.spec.name != "bias":
             continue
-        one = replace(place.slot.spec, dims=place.slot.spec.dims[1:])
+        one = replace(placement.slot.spec, dims=placement.slot.spec.dims[1:])
         for own, cut in cuts_of(part):
             fields = {
-                **vars(place.tensor),
+                **vars(placement.tensor),
                 "name": f"{own.name}.bias",
-                "shape": cut.shape_of(one, place.tensor),
+                "shape": cut.shape_of(one, placement.tensor),
             }
-            yield ExpertBias(**fields, cut=cut, spec=one, stacked=place.tensor)
+            yield ExpertBias(**fields, cut=cut, spec=one, stacked=placement.tensor)
 
 
 def _outputs_of(spec: WeightSpec) -> int | None:
