@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rule_options(group, "'**.layers.**=int4:scale=mse'")
     group.add_argument(
         "--format",
-        choices=("auto", "awq", "gptq", "gptq_v2", "modelopt", "mlx", "compressed-tensors", "gguf"),
+        choices=("auto", "awq", "gptq", "gptq_v2", "modelopt", "mlx", "mxfp4", "compressed-tensors", "gguf"),
         default="auto",
-        help="the checkpoint's format; auto: gguf if OUT ends in .gguf, awq, gptq or mlx if all rules ask for "
-        "it, else compressed-tensors",
+        help="the checkpoint's format; auto: gguf if OUT ends in .gguf, awq, gptq or mlx if all rules ask for it, "
+        "mxfp4 likewise for gpt-oss, else compressed-tensors",
     )
     group.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="the largest weight file; default: 5GB"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from pymllm.quantization.formats.gguf import GGUFLinearMethod
 from pymllm.quantization.formats.gptq import GPTQLinearMethod
 from pymllm.quantization.formats.mlx import MLXLinearMethod
 from pymllm.quantization.formats.modelopt import NVFP4LinearMethod
+from pymllm.quantization.formats.mxfp4 import MXFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rounding.calibrated import needs_inputs, without_static
@@ -49,7 +50,7 @@ from pymllm.writing.spelling import SpelledLayer, Spelling, WithSideConfigs
 STORED = (
     *(UnquantizedLinearMethod, AWQLinearMethod, GPTQLinearMethod, NVFP4LinearMethod, NamedFp8LinearMethod),
     *(IntQuantizedLinearMethod, FloatQuantizedLinearMethod, Fp4LinearMethod, GGUFLinearMethod),
-    MLXLinearMethod,
+    *(MLXLinearMethod, MXFP4LinearMethod),
 )
 
 
@@ -104,8 +105,11 @@ class CheckpointWriter:
 
     shard_bytes: of a weight file.  calibration: None: every weight is rounded by itself.
     side_files: contents by name, beside the files that the source has.
+    cuts_experts: whether each expert is written apart, also where the source has all in one tensor.
     ConfigError, from the start, for a layer that the spelling cannot express.
     """
+
+    cuts_experts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class CheckpointWriter:
     ) -> None:
         self.calibration, self.side_files = calibration, side_files
         self.prepared, self.spelling, self.shard_bytes = prepared, spelling, shard_bytes
-        self.steps = steps_of(prepared)
+        self.steps = steps_of(prepared, self.cuts_experts)
         self.scale_dtype = spelling.scale_dtype(prepared.execution.dtype)
         self._check()
 
@@ -162,7 +166,7 @@ class CheckpointWriter:
 
     def keeps(self, layer: SourceLayer, weight: CanonicalWeight) -> bool:
         """Tell whether a layer's stored tensors are copied as they are: kept floats, each in its own dtype."""
-        return layer.target is None and isinstance(weight, DenseWeight)
+        return layer.cut is None and layer.target is None and isinstance(weight, DenseWeight)
 
     def _left_alone(self, spelled: Mapping[str, SpelledLayer]) -> dict[str, SpelledLayer]:
         """List the matrices that no rule names, but other readers may take for layers: a tied head, a router."""

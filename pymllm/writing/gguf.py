@@ -103,6 +103,8 @@ class GGUFWriter(CheckpointWriter):
     tensors: of the file, in its order, by name.
     """
 
+    cuts_experts = True
+
     def __init__(
         self, prepared: Prepared, spelling: GGUFSpelling, calibration: Calibration | None, name: str
     ) -> None:

@@ -27,6 +27,7 @@ from pymllm.quantization.rounding.calibrated import without_static
 from pymllm.quantization.rules import Rule
 from pymllm.weights.spec import FLOATS, LinearShape
 from pymllm.weights.tensor_file import TensorInfo
+from pymllm.writing.stacked_experts import Cut, can_cut, cuts_of, expert_biases
 
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -38,7 +39,7 @@ class SourceLayer:
     kind: linear, embedding or lm_head.  shape: under that name.  stored: the shape under the name that its tensors
     have, which is the embedding's for a tied head.  source: the method that reads it.  target: the method that a rule
     gives it, or None: it keeps its weight.  rule: the user's rule that decided, or None.  placements: of its stored
-    tensors.
+    tensors.  cut: its piece of them, where they hold all experts.
     """
 
     name: str
@@ -49,10 +50,12 @@ class SourceLayer:
     target: LinearMethodBase | None
     rule: Rule | None
     placements: tuple[Placement, ...] = field(repr=False)
+    cut: Cut | None = None
 
     def read(self) -> CanonicalWeight:
         """Read the stored weight.  CheckpointError for unusable scales, or contents that contradict the layer."""
-        return self.source.to_canonical(read_stored(self.source, self.stored, self.placements), self.stored)
+        read = read_stored if self.cut is None else self.cut.read
+        return self.source.to_canonical(read(self.source, self.stored, self.placements), self.stored)
 
     def decode(self, weight: CanonicalWeight) -> Tensor:
         """Decode a stored weight to [O, I] float32.  CheckpointError if a value is not finite."""
@@ -83,7 +86,8 @@ class SourceLayer:
 
     @property
     def nbytes(self) -> int:
-        return sum(placement.tensor.nbytes for placement in self.placements)
+        total = sum(placement.tensor.nbytes for placement in self.placements)
+        return total if self.cut is None else total // self.cut.pieces
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,10 @@ class Step:
         return sum(layer.nbytes for layer in self.layers) + sum(tensor.nbytes for tensor in self.copied)
 
 
-def steps_of(prepared: Prepared) -> list[Step]:
+def steps_of(prepared: Prepared, cuts_experts: bool = False) -> list[Step]:
     """Divide the model into its blocks in order, each with its layers and its other tensors.
 
+    cuts_experts: whether a weight that is stored for all experts in one becomes a layer for each.
     ConfigError for layers that cannot be written: see `_refuse_resolved` and `_source_layers`.
     """
     _refuse_resolved(prepared)
@@ -127,9 +132,13 @@ def steps_of(prepared: Prepared) -> list[Step]:
         layers: list[SourceLayer] = []
         copied: dict[str, TensorInfo] = {}
         for unit in units:
-            found = list(_source_layers(unit, prepared))
+            found = list(_source_layers(unit, prepared, cuts_experts))
             layers += found
             used |= {placement.tensor.name for layer in found for placement in layer.placements}
+            for part in unit.holder.parts() if cuts_experts else ():
+                for bias in expert_biases(part, unit) if part.stacked else ():
+                    copied[bias.name] = bias
+                    used.add(bias.stacked.name)
             copied |= {p.tensor.name: p.tensor for p in unit.placements if p.tensor.name not in used}
         block = int(name.rpartition(".")[2]) if BLOCK.search(name) else None
         steps.append(Step(name, block, tuple(units), tuple(layers), tuple(copied.values())))
@@ -155,10 +164,10 @@ def _step_name(unit: str) -> str:
     return unit[: block.end(1)] if block else unit
 
 
-def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
+def _source_layers(unit: Unit, prepared: Prepared, cuts_experts: bool) -> Iterator[SourceLayer]:
     """Yield the weights that a unit holds, each under its own name.  A head that shares its embedding's table has none.
 
-    Floats of all experts in one tensor are no layer: they are copied as they are.
+    Floats of all experts in one tensor are no layer, unless they are to be cut: they are copied as they are.
     ConfigError where such a tensor would have to be quantised, or written in another format.
     """
     if unit.holder.borrows_from is not None:
@@ -166,6 +175,14 @@ def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
     for part in unit.holder.parts():
         source = part.method.source_method()
         target = part.method.target if isinstance(part.method, ConvertedLinearMethod) else None
+        rule = prepared.quant.decisions[part.name].rule
+        if part.stacked and cuts_experts and can_cut(part, source):
+            whole = tuple(
+                p for p in unit.placements if p.module is part.module and p.slot.prefix == part.stored
+            )
+            for piece, cut in cuts_of(part):
+                yield SourceLayer(piece.name, "linear", piece, piece, source, target, rule, whole, cut)
+            continue
         if part.stacked:
             if target is None and isinstance(source, UnquantizedLinearMethod):
                 continue
@@ -185,5 +202,4 @@ def _source_layers(unit: Unit, prepared: Prepared) -> Iterator[SourceLayer]:
             if p.module is part.module and p.slot.prefix == part.stored and p.slot.spec.name in wanted
         )
         kind = "linear" if part.kind == "experts" else part.kind
-        rule = prepared.quant.decisions[part.name].rule
         yield SourceLayer(part.name, kind, shape, stored, source, target, rule, own)

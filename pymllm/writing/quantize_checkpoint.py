@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pymllm.config import DTYPES
 from pymllm.errors import ConfigError
@@ -21,6 +22,7 @@ from pymllm.parallel import Parallel
 from pymllm.quantization.formats.awq import AWQLinearMethod
 from pymllm.quantization.formats.gptq import GPTQLinearMethod
 from pymllm.quantization.formats.mlx import MLXLinearMethod
+from pymllm.quantization.formats.mxfp4 import MXFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.rules import RuleSource, read_rules
 from pymllm.text.gguf_tokenizer import GGUFTokenizer, open_tokenizer
@@ -35,13 +37,14 @@ from pymllm.writing.gguf import GGUFSpelling, GGUFWriter
 from pymllm.writing.gptq import GPTQSpelling, GPTQv2Spelling
 from pymllm.writing.mlx import MLXSpelling, MLXWriter
 from pymllm.writing.modelopt import ModelOptSpelling
+from pymllm.writing.mxfp4 import MODEL_TYPE, MXFP4Spelling, MXFP4Writer
 from pymllm.writing.spelling import Spelling
 
 SPELLINGS: dict[str, type[Spelling]] = {
     spelling.name: spelling
     for spelling in (
         *(AWQSpelling, CompressedTensorsSpelling, GPTQSpelling, GPTQv2Spelling),
-        *(ModelOptSpelling, MLXSpelling, GGUFSpelling),
+        *(ModelOptSpelling, MLXSpelling, MXFP4Spelling, GGUFSpelling),
     )
 }
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -72,8 +75,9 @@ def quantize_checkpoint(
     file to write, which must be new.
     quant: rules, {"**.layers.**": "int4:scale=mse"} say; also a list of "PATTERN=METHOD" lines, or "@FILE". A layer
     without a rule keeps its weights.
-    format: "awq", "gptq", "gptq_v2", "modelopt", "mlx", "compressed-tensors", "gguf", or "auto": GGUF where `out` ends
-    in .gguf, AWQ, GPTQ or MLX where all rules ask for it, else compressed-tensors.
+    format: "awq", "gptq", "gptq_v2", "modelopt", "mlx", "mxfp4", "compressed-tensors", "gguf", or "auto": GGUF where
+    `out` ends in .gguf, AWQ, GPTQ or MLX where all rules ask for it, MXFP4 where they do and the model is gpt-oss, else
+    compressed-tensors.
     shard_size: of a weight file at most, "5GB" or a number of bytes.
     calibrate: a text file: integer weights are rounded by what this text makes of their inputs, and
     activations=static finds its scales; None: every weight is rounded by itself.
@@ -114,7 +118,8 @@ def quantize_checkpoint(
             writer: CheckpointWriter = GGUFWriter(prepared, spelling, calibration, _model_name(model))
         else:
             files = _tokenizer_files(prepared.checkpoint)
-            kind = MLXWriter if isinstance(spelling, MLXSpelling) else CheckpointWriter
+            own = {MLXSpelling: MLXWriter, MXFP4Spelling: MXFP4Writer}
+            kind = own.get(type(spelling), CheckpointWriter)
             writer = kind(prepared, spelling, limit, calibration, files)
         request = writer.request(rules)
         _check_place(Path(out), folder, writer.estimated_bytes())
@@ -137,13 +142,15 @@ def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
     """Choose a spelling by its name.  ConfigError if it is unknown, or not one for a path like `out`.
 
     "auto": GGUF for a path that ends in .gguf, AWQ, GPTQ or MLX where no rule asks for anything else (gptq_v2 if some
-    have zero points).
+    have zero points), MXFP4 likewise for gpt-oss.
     """
     file = out.suffix.lower() == ".gguf"
     if name == "auto":
         targets = [prepared.quant.targets[rule] for rule in prepared.quant.rules]
         asked = {type(target) for target in targets} - {UnquantizedLinearMethod}
-        own = {AWQLinearMethod: "awq", GPTQLinearMethod: "gptq", MLXLinearMethod: "mlx"}
+        own: dict[type[Any], str] = {AWQLinearMethod: "awq", GPTQLinearMethod: "gptq", MLXLinearMethod: "mlx"}
+        if prepared.config.raw["model_type"] == MODEL_TYPE:
+            own[MXFP4LinearMethod] = "mxfp4"
         name = own.get(next(iter(asked)), "") if len(asked) == 1 else ""
         if name == "gptq" and not all(t.symmetric for t in targets if isinstance(t, GPTQLinearMethod)):
             name = "gptq_v2"  # GPTQModel reads zero points less one from its own files alone

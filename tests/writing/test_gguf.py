@@ -145,6 +145,51 @@ def test_blocks_of_a_gguf_source_are_copied_and_all_else_comes_along(tmp_path):
     assert field(tmp_path / "out.gguf", "general.file_type") == 15
 
 
+@pytest.mark.parametrize("stored", ["none", "mxfp4"])
+def test_experts_that_a_tensor_holds_all_of_are_cut(stored, tmp_path):
+    """gpt-oss: gate and up in turns, in floats with inputs before outputs; their biases alike."""
+    there = write_moe(tmp_path / "in", "gpt_oss", stored)
+    written = pymllm.quantize_checkpoint(there.folder, tmp_path / "out.gguf", {"**.self_attn.**": "none"})
+    tensors = read(tmp_path / "out.gguf")
+    weights = there.model.state_dict()
+    gate_up = weights["model.layers.1.mlp.experts.gate_up_proj"].numpy()  # [E, H, 2·I]
+    biases = weights["model.layers.1.mlp.experts.gate_up_proj_bias"].numpy()
+    down = weights["model.layers.1.mlp.experts.down_proj"].numpy()
+    for found, expected in (("gate", gate_up[:, :, 0::2]), ("up", gate_up[:, :, 1::2]), ("down", down)):
+        kind, values = tensors[f"blk.1.ffn_{found}_exps.weight"]
+        assert kind == ("F32" if stored == "none" else "MXFP4")
+        assert np.array_equal(values, expected.swapaxes(1, 2))
+    assert np.array_equal(tensors["blk.1.ffn_gate_exps.bias"][1], biases[:, 0::2])
+    assert np.array_equal(tensors["blk.1.ffn_up_exps.bias"][1], biases[:, 1::2])
+    assert {layer.error for layer in written.layers if "experts" in layer.prefix} == {0.0}
+    model = pymllm.load_model(tmp_path / "out.gguf", dtype="float32")
+    assert relative_error(logits_of(model, there.ids), there.logits()) < 1e-5
+
+
+def test_experts_whose_gate_and_up_lie_one_after_the_other_are_cut(tmp_path):
+    there = write_moe(tmp_path / "in", "qwen3_moe", "none", stacked=True, mlp_only_layers=[])
+    assert any(name.endswith("experts.gate_up_proj") for name in load_tensors(there.folder))
+    pymllm.quantize_checkpoint(there.folder, tmp_path / "out.gguf", {"**.self_attn.**": "none"})
+    model = pymllm.load_model(tmp_path / "out.gguf", dtype="float32")
+    assert relative_error(logits_of(model, there.ids), there.logits()) < 1e-5
+
+
+def test_a_rule_for_the_tensor_of_all_experts_is_a_rule_for_each(tmp_path):
+    there = write_moe(tmp_path / "in", "gpt_oss", "none")
+    rules = {
+        "**.experts.gate_up_proj": "gguf:type=Q5_0",
+        "**.experts.down_proj": "mxfp4",
+        "**.q_proj": "none",
+    }
+    pymllm.quantize_checkpoint(there.folder, tmp_path / "out.gguf", rules)
+    kinds = {name: kind for name, (kind, _) in read(tmp_path / "out.gguf").items()}
+    parts = ("gate", "up", "down")
+    assert [kinds[f"blk.0.ffn_{name}_exps.weight"] for name in parts] == ["Q5_0", "Q5_0", "MXFP4"]
+    direct = pymllm.load_model(there.folder, rules, dtype="float32", compute="exact")
+    model = pymllm.load_model(tmp_path / "out.gguf", dtype="float32", compute="exact")
+    assert relative_error(logits_of(model, there.ids), logits_of(direct, there.ids)) < 2e-6
+
+
 @pytest.mark.parametrize("format", ["awq", "gptq"])
 def test_a_tied_head_that_no_rule_names_keeps_its_blocks_and_is_refused_by_its_own_name(format, tmp_path):
     write_gguf(tmp_path / "in.gguf", "llama", "Q6_K", tie_word_embeddings=True)
