@@ -59,8 +59,9 @@ def test_what_the_writers_of_the_formats_stored_is_written_again(vector):
 
 def test_most_vectors_can_be_written():
     counts = {name: [writable(v) for v in vectors() if f"/{name}/" in str(v.path)] for name in FORMATS}
-    assert all(counts["gptq"]) and all(counts["modelopt"]) and all(counts["mxfp4"]) and all(counts["awq"])
+    assert all(counts["gptq"]) and all(counts["mxfp4"]) and all(counts["awq"])
     assert sum(counts["gguf"]) >= 11 and sum(counts["compressed_tensors"]) >= 10
+    assert sum(counts["modelopt"]) >= 3
 
 
 # Whole checkpoints

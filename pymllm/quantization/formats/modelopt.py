@@ -220,7 +220,7 @@ class ModelOptConfig(QuantizationConfig):
         return cls(
             algorithm=None if mixed else _read_algorithm(settings, "quantization_config."),
             exclude_modules=excluded,
-            layers=_read_layers(settings.get("quantized_layers")) if mixed else {},
+            layers=_read_layers(settings.get("quantized_layers"), settings.get("group_size")) if mixed else {},
             kv_cache=settings.get("kv_cache_quant_algo", config.get("kv_cache_scheme")),
         )
 
@@ -300,8 +300,11 @@ def _means(pattern: str, prefix: str) -> bool:
     return fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
 
 
-def _read_algorithm(settings: Any, within: str) -> Algorithm:
-    """Read quant_algo and group_size.  within: the path of these settings, with its dot, for messages."""
+def _read_algorithm(settings: Any, within: str, group_size: Any = None) -> Algorithm:
+    """Read quant_algo and group_size.
+
+    within: the path of these settings, with its dot, for messages.  group_size: that of layers which have none.
+    """
     named = settings.get("quant_algo") if isinstance(settings, Mapping) else settings
     algo = named.upper() if isinstance(named, str) else named  # fp8_pb_wo is written small
     if not isinstance(algo, str) or algo not in GROUPS:
@@ -312,13 +315,7 @@ def _read_algorithm(settings: Any, within: str) -> Algorithm:
     # That layers may have a pre_quant_scale is no news: those that do have a tensor of that name.
     if settings.get("pre_quant_scale") not in (True, False, None):
         raise _unsupported("pre_quant_scale", settings["pre_quant_scale"], "true or false", within=within)
-    size, expected = settings.get("group_size"), GROUPS[algo]
-    for name in (
-        "has_zero_point",
-        "pre_quant_scale",
-    ):  # the layer's own pre_quant_scale is refused where it is stored
-        if settings.get(name) and not (name == "pre_quant_scale" and algo.endswith("AWQ")):
-            raise _unsupported(name, settings[name], "false", within=within)
+    size, expected = settings.get("group_size", group_size), GROUPS[algo]
     if expected is None:
         size = 128 if size is None else size
         if not is_group_size(size):
@@ -329,12 +326,15 @@ def _read_algorithm(settings: Any, within: str) -> Algorithm:
     return algo, (size or expected[0]) if expected else 0
 
 
-def _read_layers(layers: Any) -> dict[str, Algorithm]:
-    """Read the algorithm of each layer of `quantized_layers`, by the layer's name."""
+def _read_layers(layers: Any, group_size: Any) -> dict[str, Algorithm]:
+    """Read the algorithm of each layer of `quantized_layers`, by the layer's name.
+
+    group_size: of the algorithms with groups, where a layer has none of its own.
+    """
     if not isinstance(layers, Mapping):
         raise _unsupported("quantized_layers", layers, "an object of layers, for MIXED_PRECISION")
     return {
-        name: _read_algorithm(settings, f"quantization_config.quantized_layers.{name}.")
+        name: _read_algorithm(settings, f"quantization_config.quantized_layers.{name}.", group_size)
         for name, settings in layers.items()
     }
 
