@@ -92,6 +92,26 @@ def test_the_two_spellings_of_a_cache_are_compared(tmp_path):
         pymllm.plan(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("algorithm", ("FP8", "W4A16_NVFP4", None))
+def test_a_layer_in_both_lists_of_mixed_precision_has_one_algorithm(algorithm, tmp_path):
+    layers = {
+        f"model.layers.0.mlp.{name}_proj": {"quant_algo": "W4A16_NVFP4"} for name in ("up", "gate", "down")
+    }
+    layers |= {f"model.layers.0.self_attn.{name}_proj": {"quant_algo": "W4A16_NVFP4"} for name in "qkvo"}
+    mixed = {"quant_algo": "MIXED_PRECISION", "group_size": None, "quantized_layers": layers}
+    theirs = {name: entry for name, entry in layers.items() if "down" not in name}
+    if algorithm is not None:
+        theirs["model.layers.0.mlp.down_proj"] = {"quant_algo": algorithm}
+    settings = modelopt(quant_algo="MIXED_PRECISION", group_size=None, quantized_layers=theirs)
+    write(tmp_path, NVFP4("W4A16_NVFP4"), MODELOPT_FILE, settings)
+    edit_config(tmp_path, quantization_config=mixed)
+    if algorithm != "FP8":
+        pymllm.plan(tmp_path, device="cpu")
+    else:
+        with pytest.raises(PymllmError, match="quantized_layers"):
+            pymllm.plan(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("alone", (True, False))
 @pytest.mark.parametrize("text", ('{"bits": 4', "[1]", '{"bits": 4, "bits": 8}', "\x00"))
 def test_a_file_that_is_no_json_object_is_refused(text, alone, tmp_path):
