@@ -14,20 +14,20 @@ macro(add_kernels flags)
   endforeach()
 endmacro()
 
-add_kernels("" attention cpu_probe elementwise float_linear float_linear_portable integer integer_experts
-  integer_portable isa threads)
+add_kernels("" attention cpu_probe elementwise float_linear integer integer_experts integer_portable isa
+  threads)
 set(roofline_flags "")
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(roofline_flags "-Wno-uninitialized")
 endif()
 add_kernels("${roofline_flags}" roofline)
 # No product and sum become one operation but where the source says so: rows of a table are code * scale + offset,
-# rounded twice as torch does it; a token's product with floats must not depend on how many others are beside it.
+# rounded twice as torch does it; on ARM a token's portable product must not depend on how many others are beside it.
 set(as_written "")
 if(NOT MSVC)
   set(as_written "-ffp-contract=off")
 endif()
-add_kernels("${as_written}" integer_pack)
+add_kernels("${as_written}" float_linear_portable integer_pack)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   if(MSVC)
@@ -42,11 +42,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
       string(APPEND avx512vnni_flags " -Wno-uninitialized -Wno-maybe-uninitialized")
     endif()
   endif()
-  add_kernels("${avx2_flags}" attention_avx2 elementwise_avx2 integer_avx2)
-  add_kernels("${avx2_flags} ${as_written}" float_linear_avx2)
+  add_kernels("${avx2_flags}" attention_avx2 elementwise_avx2 float_linear_avx2 integer_avx2)
   add_kernels("${avx2vnni_flags}" integer_avx2vnni)
-  add_kernels("${avx512vnni_flags}" attention_avx512 elementwise_avx512)
-  add_kernels("${avx512vnni_flags} ${as_written}" float_linear_avx512)
+  add_kernels("${avx512vnni_flags}" attention_avx512 elementwise_avx512 float_linear_avx512)
   if(NOT MSVC) # GNU asm
     add_kernels("${avx512vnni_flags}" integer_avx512vnni)
   endif()
@@ -60,8 +58,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64" AND NOT MSVC)
   unset(CMAKE_REQUIRED_FLAGS)
   if(PYMLLM_COMPILES_DOTPROD)
     list(APPEND kernel_definitions PYMLLM_NEON_DOTPROD)
-    add_kernels("" attention_neon elementwise_neon) # every 64-bit ARM has what these use
-    add_kernels("${as_written}" float_linear_neon)
+    add_kernels("" attention_neon elementwise_neon float_linear_neon) # every 64-bit ARM has what these use
     add_kernels("${neon_flags}" integer_neon)
   endif()
 endif()

@@ -169,6 +169,8 @@ class ModelConfig:
 
     def sliding_window_of(self, layer: int) -> int | None:
         """Return how many positions the attention of `layer` sees; None: all."""
+        if "sliding_window" not in self.defaults and "sliding_window_pattern" not in self.defaults:
+            return None  # the family has none; `refuse_ignored` looks at the setting
         window, kind = self.get("sliding_window"), self.attention_kind_of(layer)
         if window is None or window == 0 or self.get("use_sliding_window") is False:
             return None
@@ -180,6 +182,12 @@ class ModelConfig:
         first = self.get("max_window_layers")
         return window if not first or layer >= _positive("max_window_layers", first) else None
 
+    def _reaches_no_window(self) -> bool:
+        """Tell whether no position that the model has is outside its window, or the window is switched off."""
+        window, positions = self.raw.get("sliding_window"), self.get("max_position_embeddings")
+        off = window == 0 or self.raw.get("use_sliding_window") is False
+        return off or (isinstance(window, int) and isinstance(positions, int) and window >= positions)
+
     def refuse_ignored(self) -> None:
         """Raise ConfigError for a setting of the maths that a family has no default for and its model did not ask for.
 
@@ -189,6 +197,7 @@ class ModelConfig:
         for name, neutral in MATHS.items():
             value = self.raw.get(name)
             known = name in self.asked or name in self.defaults
+            known |= name == "sliding_window" and self._reaches_no_window()
             if known or value is None or value in ([], {}, "") or value in neutral:
                 continue
             raise ConfigError(
@@ -206,8 +215,10 @@ class ModelConfig:
 MATHS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
     **dict.fromkeys(("scale_emb", "scale_depth", "final_logit_scale", "mup_width_scale"), (1,)),
-    **dict.fromkeys(("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping"), ()),
-    **dict.fromkeys(("query_pre_attn_scalar", "clip_qkv", "attention_chunk_size", "swiglu_limit"), ()),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "swiglu_limit"), (0,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "sliding_window"), ()),
+    **dict.fromkeys(("attention_chunk_size", "use_bidirectional_attention"), (0,)),
+    "is_causal": (True,),
     **dict.fromkeys(
         ("use_qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn", "alibi"), (False,)
     ),

@@ -6,11 +6,9 @@ place. A plan shows just that (`pymllm.planning.make_plan`); loading executes ju
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +20,7 @@ from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.absorbed_heads import join_absorbed_heads
 from pymllm.loading.head import HEAD, find_own_head
 from pymllm.loading.match import Skipped, Unit, match
+from pymllm.loading.side_settings import method_name, refuse_contradictions, side_files
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
@@ -129,7 +128,7 @@ def build_on_meta(
 def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
     """Read the checkpoint's own quantisation: from config.json, or from the file that its format writes beside it.
 
-    ConfigError for a format that is not known, or settings that it does not have.
+    ConfigError for a format that is not known, settings that it does not have, or two files that differ.
     """
     unnamed = read_unnamed_settings(checkpoint)
     if unnamed is not None:
@@ -138,10 +137,10 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
     root = older if config.get(older) and not config.get(ROOT) else ROOT
     settings, file = config.get(root) or None, str(checkpoint.config_file)
     if settings is None:
-        settings, file = _read_side_file(checkpoint.path)
-        root = ""
-    if settings is None:
-        return get_quantization_config("none").from_config({})
+        side = next(side_files(checkpoint.path), None)
+        if side is None:
+            return get_quantization_config("none").from_config({})
+        settings, file, root = {**side.settings, "quant_method": side.name}, str(side.path), ""
     if not isinstance(settings, Mapping):
         raise ConfigError(
             "quantization_config must be an object",
@@ -159,8 +158,9 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
             expected=" or ".join(list_quantization_methods()),
         )
     try:
-        format = get_quantization_config(str(name).lower().replace("_", "-"))
-        return format.from_config(Settings(settings, file=file, root=root))
+        format = get_quantization_config(method_name(name))
+        wrapped = Settings(settings, file=file, root=root)
+        read = format.from_config(wrapped)
     except ConfigError as error:
         if error.file is None or not root:
             error.file = file
@@ -168,26 +168,9 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
             error.tensor = error.tensor.removeprefix(f"{ROOT}.")
         error.args = (str(error),)
         raise
-
-
-def _read_side_file(folder: Path) -> tuple[Mapping[str, Any] | None, str]:
-    """Read the settings that a format keeps in a file of its own, beside config.json, and where they are.
-
-    (None, "") without such a file.
-    """
-    for name in list_quantization_methods():
-        for file in get_quantization_config(name).get_config_filenames():
-            if (folder / file).is_file():
-                try:
-                    settings = json.loads((folder / file).read_text(encoding="utf-8"))
-                except (OSError, ValueError) as error:
-                    raise ConfigError(
-                        f"the quantisation settings cannot be read: {error}",
-                        code="quantization-config",
-                        file=str(folder / file),
-                    ) from None
-                return {"quant_method": name, **settings}, str(folder / file)
-    return None, ""
+    if root:
+        refuse_contradictions(checkpoint.path, wrapped, read)
+    return read
 
 
 def choose_execution(

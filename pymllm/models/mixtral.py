@@ -16,6 +16,7 @@ DEFAULTS = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "rope_theta": 1e6,
+    "sliding_window": None,
 }
 
 

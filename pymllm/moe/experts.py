@@ -421,7 +421,7 @@ class _Probe(nn.Module):
     """A stand-in for the layer that a format is asked about, before there is one."""
 
     kind = "linear"
-    in_features = 0  # of the product that is asked about
+    in_features = out_features = 0  # of one part of the product that is asked about
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -436,7 +436,8 @@ def _method(
     size: ExpertsSize,
 ) -> ExpertsMethod:
     def of(product: str) -> list[LinearMethodBase]:
-        probe.in_features = size.intermediate_size if product == "down" else size.hidden_size
+        sides = size.hidden_size, size.intermediate_size
+        probe.in_features, probe.out_features = sides[::-1] if product == "down" else sides
         names = [part.format(expert) for part in layout.parts()[product]]
         found = [
             None if quant_config is None else quant_config.get_quant_method(probe, name) for name in names

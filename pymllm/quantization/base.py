@@ -39,6 +39,8 @@ __all__ = [
 # The suffixes that a layer's weight itself may have: one of them is there, or no weight is stored under the name.
 WEIGHT_NAMES = ("weight", "qweight", "weight_packed", "W_q", "_weight_qdata", "blocks")
 EXCLUDED = "stored so, although the config excludes it"
+# Attributes of configs that say which layers are left out, or that are filled as layers ask.
+NO_METHODS = ("modules_to_not_convert", "exclude_modules", "modules", "blocks", "ignored", "formats")
 INCLUDED = "stored so, although the config quantises it"
 
 
@@ -193,6 +195,18 @@ class QuantizationConfig(ABC):
     def get_config_filenames(cls) -> list[str]:
         """List the files beside config.json that may hold the settings of this format."""
         return []
+
+    def settings_beside(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Spell settings of a file beside config.json as config.json has them; None: they are of another format.
+
+        name: of their format.
+        """
+        return settings if name == self.get_name() else None
+
+    def means_the_same(self, other: Self) -> bool:
+        """Tell whether another config gives the same methods.  Which layers it leaves out, the tensors say."""
+        mine, theirs = ({k: v for k, v in vars(c).items() if k not in NO_METHODS} for c in (self, other))
+        return mine == theirs
 
     @classmethod
     def get_config_keys(cls) -> list[str]:

@@ -33,7 +33,9 @@ from pymllm.quantization.kv_cache import (
     skip_kv_tensor,
 )
 from pymllm.quantization.method import LinearMethodBase, kind_of
+from pymllm.quantization.storage.fields import refuse_other_than_zeros
 from pymllm.weights.report import Skip
+from pymllm.weights.spec import LinearShape
 
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>[A-Za-z_][\w-]*)(?::(?P<options>.*))?")
 RULE_OPTIONS = re.compile(r":.*")
@@ -188,6 +190,7 @@ class RuledConfig(QuantizationConfig):
         self.decisions: dict[str, Decision] = {}
         self.sources: dict[str, str] = {}
         self.fused: list[tuple[str, ...]] = []
+        self.outputs: dict[str, int] = {}  # of linear layers, by name
 
     @classmethod
     def get_name(cls) -> str:
@@ -200,6 +203,11 @@ class RuledConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """Return the method of the layer named `prefix`.  A tied head reads its table under the embedding's name."""
         name = getattr(layer, "prefix", prefix) if kind_of(layer) == "lm_head" else prefix
+        shape = getattr(layer, "shape", None)
+        if isinstance(shape, LinearShape) and prefix in shape.parts:
+            shape = shape.part(shape.parts.index(prefix))
+        if kind_of(layer) == "linear" and (outputs := getattr(shape or layer, "out_features", 0)):
+            self.outputs[prefix] = outputs
         config = self.checkpoint_config
         stored = config.get_quant_method(layer, prefix) or UnquantizedLinearMethod(
             getattr(layer, "transposed", False)
@@ -256,7 +264,11 @@ class RuledConfig(QuantizationConfig):
         return "checkpoint is not quantised" if unquantised else "quantization_config leaves it out"
 
     def skip_reason(self, tensor: str) -> Skip | str | None:
-        """Return why a tensor may be skipped: as one of an attention layer's KV cache, or as its format says."""
+        """Return why a tensor may be skipped: a bias that adds nothing, one of a KV cache, or as its format says."""
+        layer, _, suffix = tensor.rpartition(".")
+        if suffix == "bias" and layer in self.outputs and self.stored[tensor].shape == (self.outputs[layer],):
+            # AutoGPTQ gives every layer a bias.
+            return Skip("a bias of zeros, where the model has none", refuse_other_than_zeros)
         for prefix, decision in self.kv_decisions.items():
             module = f"{prefix.rpartition('.')[0]}."
             if tensor.startswith(module):

@@ -15,7 +15,8 @@ import pymllm
 from pymllm.errors import CheckpointError, PymllmError
 from pymllm.writing.quantize_checkpoint import quantize_checkpoint
 
-from ..checkpoints import AWQ, CompressedFP8, edit_config, save_tensors, write_checkpoint
+from ..checkpoints import AWQ, FP8, CompressedFP8, edit_config, save_tensors, write_checkpoint
+from ..forward import assert_answers_as_meant
 from ..gguf_files import write_gguf
 from ..moe_checkpoints import write_moe
 from ..quantization import test_torchao as torchao
@@ -269,12 +270,65 @@ def test_the_bound_of_fbgemm_is_skipped_where_it_is_the_configs(value, fits, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ("self_attn.q_proj.bias", "self_attn.o_proj.bias", "mlp.up_proj.bias", "input_layernorm.bias")
+    ("name", "code"),
+    [
+        ("self_attn.q_proj.bias", "bad-content"),
+        ("mlp.up_proj.bias", "bad-content"),
+        ("self_attn.k_proj.bias", "unexpected"),  # it has 64 outputs
+        ("input_layernorm.bias", "unexpected"),
+    ],
 )
-def test_a_bias_that_the_config_does_not_have_is_refused(name, tmp_path):
+def test_a_bias_that_the_config_does_not_have_is_refused(name, code, tmp_path):
     checkpoint = write_checkpoint(tmp_path, "llama", **SMALL)
     save_tensors(tmp_path, checkpoint.tensors | {f"model.layers.0.{name}": torch.ones(128)})
-    assert refused(tmp_path).code == "unexpected"
+    assert refused(tmp_path).code == code
+
+
+@pytest.mark.parametrize("fmt", ("gptq", "fp8-tensor"))
+def test_biases_of_zeros_are_left_out_as_autogptq_writes_them(fmt, tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "llama", WRITERS[fmt], **SMALL)
+    layer = "model.layers.0."
+    sides = {"self_attn.q_proj": 128, "self_attn.k_proj": 64, "mlp.down_proj": 128}
+    zeros = {f"{layer}{name}.bias": torch.zeros(side).half() for name, side in sides.items()}
+    save_tensors(tmp_path, checkpoint.tensors | zeros)
+    assert any("a bias of zeros" in note for note in pymllm.plan(tmp_path, device="cpu").notes)
+    assert_answers_as_meant(checkpoint, compute="exact")
+
+
+def test_a_bias_of_zeros_of_an_expert_is_left_out(tmp_path):
+    checkpoint = write_moe(tmp_path, "mixtral", "awq-g64", num_hidden_layers=1)
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.bias"
+    save_tensors(tmp_path, checkpoint.tensors | {name: torch.zeros(128)})
+    pymllm.load_model(tmp_path, device="cpu")
+    save_tensors(tmp_path, checkpoint.tensors | {name: torch.eye(128)[5]})
+    assert refused(tmp_path).tensor == name
+
+
+def test_floats_that_are_codes_are_not_read_without_their_scale(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "llama", FP8(None), **SMALL)
+    name, meant = f"{LAYER}.weight", checkpoint.model.state_dict()[f"{LAYER}.weight"]
+    save_tensors(tmp_path, checkpoint.tensors | {name: checkpoint.tensors[name].bfloat16()})
+    error = refused(tmp_path)
+    assert (error.code, error.tensor) == ("bad-content", f"{LAYER}.weight_scale")
+    # What was never set beside a weight that is one.
+    save_tensors(tmp_path, checkpoint.tensors | {name: meant, f"{LAYER}.weight_scale": torch.tensor(0.3)})
+    assert_answers_as_meant(checkpoint, compute="exact")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "suffix", "dtype"),
+    [
+        ("hqq", "scale", torch.int16),
+        ("bitsandbytes-4", "weight", torch.bool),
+        ("bitsandbytes-4", "weight.quant_state.bitsandbytes__nf4", torch.float8_e4m3fn),
+    ],
+)
+def test_a_tensor_that_is_declared_to_be_of_another_dtype_is_refused(fmt, suffix, dtype, tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "llama", WRITERS[fmt], **SMALL)
+    name = f"{LAYER}.{suffix}"
+    save_tensors(tmp_path, checkpoint.tensors | {name: checkpoint.tensors[name].view(dtype).clone()})
+    error = refused(tmp_path)
+    assert error.code in ("dtype", "quant-state") and LAYER in error.tensor
 
 
 # --- torchao: what its metadata declares

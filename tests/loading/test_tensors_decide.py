@@ -13,7 +13,7 @@ import pymllm
 from pymllm.errors import CheckpointError
 from pymllm.writing.quantize_checkpoint import quantize_checkpoint
 
-from ..checkpoints import AWQ, FORMATS, Plain, edit_config, load_tensors, save_tensors, write_checkpoint
+from ..checkpoints import AWQ, FORMATS, FP8, Plain, edit_config, load_tensors, save_tensors, write_checkpoint
 from ..forward import TOLERANCE, llm_logits_of
 from ..gguf_files import write_gguf
 from ..moe_checkpoints import write_moe
@@ -133,6 +133,22 @@ def test_experts_that_are_left_out_and_stored_quantised_are_read_as_they_are_sto
     edit_config(tmp_path, quantization_config={"modules_to_not_convert": [r"model.layers.0.*experts.*"]})
     expert = next(layer for layer in sources(tmp_path).values() if layer.kind == "experts")
     assert expert.source == "stored so, although the config excludes it" and expert.method == "fp8"
+    assert_answers(checkpoint)
+
+
+def test_autorounds_16_bits_of_a_model_published_in_float8_are_read_as_they_are_stored(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "llama", GPTQ(), parts={"down_proj": FP8()}, **SMALL)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"] = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        **{"bits": 4, "group_size": 32, "sym": True, "data_type": "int"},
+        "extra_config": {LAYER: {"bits": 16, "data_type": "float"}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    layer = sources(tmp_path)[LAYER]
+    assert (layer.method, layer.source) == ("auto-round", "stored so, although the config excludes it")
+    assert "128x128" in layer.method_detail
     assert_answers(checkpoint)
 
 

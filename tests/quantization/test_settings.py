@@ -225,6 +225,9 @@ def test_settings_that_a_format_keeps_in_tensors_and_metadata_are_read_as_strict
     ("setting", "value", "found"),
     [
         ("logits_scaling", 8.0, "logits_scaling"),
+        ("sliding_window", 7, "sliding_window"),
+        ("is_causal", False, "is_causal"),
+        ("use_bidirectional_attention", True, "use_bidirectional_attention"),
         ("attention_multiplier", 0.01, "attention_multiplier"),
         ("final_logit_softcapping", 30.0, "final_logit_softcapping"),
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "beta": 0.1}, "rope_parameters.beta"),
@@ -242,7 +245,8 @@ def test_a_setting_of_the_model_that_it_does_not_compute_with_is_refused(tmp_pat
     with pytest.raises(ConfigError) as caught:
         prepare(checkpoint.folder, device="cpu")
     assert caught.value.code == "config-ignored" and caught.value.tensor == found
-    neutral = {"logits_scaling": 1.0, "rope_scaling": {"rope_type": "default", "beta": None}}
+    neutral = {"is_causal": True, "attn_logit_softcapping": 0, "sliding_window": 4096}
+    neutral |= {"logits_scaling": 1.0, "rope_scaling": {"rope_type": "default", "beta": None}}
     file.write_text(json.dumps(config | {setting: neutral.get(setting)}))
     prepare(checkpoint.folder, device="cpu")
 

@@ -67,6 +67,8 @@ CODES = (
     "weight_scale",
     "weight_scale_inv",
 )  # of these a layer in floats has none
+# A layer that is left at 16 bits of a model that was published in float8 stays as it was there.
+SOURCE = AutoRoundFp8LinearMethod((128, 128), "float")
 FLOAT_BITS = 16  # layers with as many bits or more are not quantised
 
 
@@ -159,10 +161,12 @@ class AutoRoundConfig(QuantizationConfig):
         if not self.covers(layer, prefix, *CODES, excluded=found is None):
             return None
         said = self._method(found, layer, prefix)
-        if said is not None and not self.layers:
-            return said
         others = (self._method(self._format(key, prefix), layer, prefix) for key in ("", *self.layers))
-        return self.as_stored(layer, prefix, said, others)
+        return self.as_stored(layer, prefix, said, (*others, SOURCE))
+
+    def settings_beside(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Take the file of GPTQ's or AWQ's readers for what it says of the integers."""
+        return settings if name in (self.get_name(), *INTEGERS) else None
 
     def _method(
         self, found: QuantizationConfig | LinearMethodBase | None, layer: nn.Module, prefix: str

@@ -169,6 +169,11 @@ class AWQConfig(QuantizationConfig):
     def get_config_filenames(cls) -> list[str]:
         return ["quant_config.json"]
 
+    def settings_beside(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Rename the two settings that AutoAWQ's own file calls otherwise."""
+        names = {"w_bit": "bits", "q_group_size": "group_size"}
+        return super().settings_beside(name, {names.get(key, key): v for key, v in settings.items()})
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AWQConfig:
         bits = config.get("bits", config.get("w_bit"))

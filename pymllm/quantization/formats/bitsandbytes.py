@@ -271,7 +271,8 @@ class BitsAndBytesConfig(QuantizationConfig):
     def _read_state(self, prefix: str, quant_type: str) -> LinearMethodBase:
         """Make the method of a layer from its quant_state.  CheckpointError for one that cannot be read."""
         name = f"{prefix}.{STATE}{quant_type}"
-        raw = bytes(read_stored(self.stored[name]).flatten().tolist())
+        blob = read_stored(self.stored[name])
+        raw = bytes(blob.flatten().tolist()) if blob.dtype is torch.uint8 else b""
         try:
             state = Settings(json.loads(raw), file="quant_state", root=name)
             block, nested = state["blocksize"], None
@@ -292,12 +293,12 @@ class BitsAndBytesConfig(QuantizationConfig):
             ) from None
         state.refuse_unread("bitsandbytes", STATE_HARMLESS)
         weight, table = (self.stored.get(f"{prefix}.{name}") for name in ("weight", "weight.quant_map"))
-        if weight is None or weight.dtype is None or table is None:
+        if weight is None or weight.dtype in (None, torch.bool) or table is None:
             raise CheckpointError(
                 "the layer has a quant_state, but lacks the tensors that it describes",
                 code="quant-state",
                 tensor=name,
-                expected=f"{prefix}.weight and {prefix}.weight.quant_map",
+                expected=f"{prefix}.weight, of bytes, integers or floats, and {prefix}.weight.quant_map",
             )
         values = tuple(read_stored(table).flatten().tolist())
         if not all(math.isfinite(value) for value in values):

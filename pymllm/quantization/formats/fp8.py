@@ -31,7 +31,7 @@ from pymllm.quantization.kv_cache import (
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import needs_calibration, one_of, parse_options
-from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, unsupported
+from pymllm.quantization.storage.fields import is_block, is_skipped, read_names, read_stored, unsupported
 from pymllm.quantization.storage.fp8_linear import E4M3LinearMethod
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
 from pymllm.quantization.storage.writer_settings import (
@@ -43,6 +43,7 @@ from pymllm.quantization.storage.writer_settings import (
     STORED_LAYER,
     SWITCH,
 )
+from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS, OUT, Dim, LinearShape
 
 _unsupported = functools.partial(unsupported, "FP8")
@@ -201,12 +202,25 @@ class Fp8Config(QuantizationConfig):
         scheme = self.kv_cache_scheme
         return QuantizedKVCacheMethod("fp8") if scheme == "static" else read_kv_scheme(scheme)
 
-    def skip_reason(self, tensor: str) -> str | None:
-        """Return why a tensor may be skipped, or None.
+    def skip_reason(self, tensor: str) -> Skip | str | None:
+        """Return why a tensor may be skipped, and the proof, or None.
 
         transformers keeps a weight in floats that blocks do not divide, and still writes a scale that it never set.
         """
         prefix, _, suffix = tensor.rpartition(".")
-        if suffix in (*SCALES, *Fp8LinearMethod.input_scale_names) and self.stored_as_float(prefix):
-            return "a scale of a weight that is stored in floats, which has none"
+        reason = "a scale of a weight that is stored in floats, which has none"
+        if suffix in SCALES and self.stored_as_float(prefix):
+            return Skip(reason, functools.partial(_refuse_codes, self.stored[f"{prefix}.weight"]))
+        if suffix in Fp8LinearMethod.input_scale_names and self.stored_as_float(prefix):
+            return reason
         return None
+
+
+def _refuse_codes(weight: Any, scale: Tensor) -> str | None:
+    """Return that floats are codes to be multiplied with their scale, or None: weights are not all e4m3 numbers."""
+    values = read_stored(weight)
+    if bool((scale.float() == 1).all()) or not bool(
+        (values == values.to(torch.float8_e4m3fn).to(values.dtype)).all()
+    ):
+        return None
+    return "a scale other than 1 of a weight whose floats are all e4m3 numbers, as codes are"

@@ -173,7 +173,7 @@ class HQQConfig(QuantizationConfig):
         if size is None:
             # One group a row, of a length that only the layer knows.
             size = int(getattr(layer, "in_features", 0)) or _row_of(self.stored.get(f"{prefix}.W_q"))
-        dtype = torch.float16 if scale is None or scale.dtype is None else scale.dtype
+        dtype = torch.float16 if scale is None or scale.dtype not in FLOATS else scale.dtype
         return HQQLinearMethod(bits, size, dtype)
 
     def skip_reason(self, tensor: str) -> Skip | str | None:

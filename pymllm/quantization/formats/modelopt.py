@@ -210,6 +210,19 @@ class ModelOptConfig(QuantizationConfig):
     def get_config_filenames(cls) -> list[str]:
         return ["hf_quant_config.json"]
 
+    def settings_beside(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the settings that hf_quant_config.json has in an object of their own."""
+        inner = settings.get("quantization", settings)
+        return super().settings_beside(name, inner if isinstance(inner, Mapping) else {"quantization": inner})
+
+    def means_the_same(self, other: ModelOptConfig) -> bool:
+        """Compare the algorithms of weights, and of the KV cache, which has two spellings, where both say one."""
+        layers = self.layers.keys() & other.layers.keys()  # of a layer in one list alone the tensors tell
+        told = [config for config in (self, other) if config.kv_cache is not None]
+        caches = {config.get_kv_cache_method(nn.Module(), "") for config in told}
+        alike = all(self.layers[name] == other.layers[name] for name in layers)
+        return self.algorithm == other.algorithm and alike and len(caches) < 2
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelOptConfig:
         settings = config.get("quantization", config)

@@ -115,6 +115,14 @@ class Settings(Mapping[str, Any]):
         filled._values, filled._names = {**values, **self._values}, self._names
         return filled
 
+    def was_read(self, name: str) -> bool:
+        """Tell whether a format has asked for a setting, be it there or not."""
+        return name in self._names
+
+    def plain(self) -> dict[str, Any]:
+        """Return a copy of which nothing counts as read."""
+        return dict(self._values)
+
     def place(self, path: Sequence[str]) -> str:
         """Spell the path of a setting as people write it: `quantization_config.config_groups.group_0.weights`."""
         text = self.root
