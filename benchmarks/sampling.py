@@ -123,8 +123,8 @@ def measure(rows: int, size: int, settings: dict[str, object], seconds: float) -
     kernel = select("sampling", SamplingProblem(probe_device("cpu"))).kernel
 
     def one_by_one() -> list[int]:
-        if params.takes_likeliest:
-            return logits.numpy().argmax(-1).tolist()
+        if all([state.params.takes_likeliest for state in states]):
+            return logits.detach().float().numpy().argmax(-1).tolist()
         return [
             before(row, params, p, a, generator) for row, p, a in zip(logits, prompts, answers, strict=True)
         ]

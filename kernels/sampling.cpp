@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -55,9 +54,11 @@ struct Row {
   std::int64_t size, pieces;
   float most = -kInfinity;
 
-  Row(const SamplingPath &path, Work &work, const float *values, std::int64_t size)
-      : path(path), work(work), values(values), size(size), pieces((size + kPiece - 1) / kPiece) {
-    const bool nan = path.maxima(values, size, at_least(work.maxima, pieces));
+  // copied: the values are a copy, which may be changed.
+  Row(const SamplingPath &path, Work &work, const float *logits, std::int64_t size, bool copied)
+      : path(path), work(work), values(copied ? at_least(work.values, size) : logits), size(size),
+        pieces((size + kPiece - 1) / kPiece) {
+    const bool nan = path.maxima(logits, size, at_least(work.maxima, pieces), copied ? work.values.data() : nullptr);
     find_most();
     if (nan) most = kNaN;
   }
@@ -67,16 +68,13 @@ struct Row {
   std::int64_t end_of(std::int64_t piece) const { return std::min((piece + 1) * kPiece, size); }
 };
 
-// Copy the row, and change the logits that biases and penalties name.
+// Change the logits that biases and penalties name; the row is a copy.
 void edit(Row &row, const SamplingBatch &batch, std::int64_t r) {
   Work &work = row.work;
   const RowSettings &s = batch.settings[r];
   const std::int64_t bias_begin = batch.bias_starts[r], bias_end = batch.bias_starts[r + 1];
   const std::int64_t seen_begin = batch.seen_starts[r], seen_end = batch.seen_starts[r + 1];
-  if (bias_begin == bias_end && seen_begin == seen_end) return;
-  float *values = at_least(work.values, row.size);
-  std::memcpy(values, row.values, static_cast<std::size_t>(row.size) * sizeof(float));
-  row.values = values;
+  float *values = work.values.data();
   char *edited = at_least(work.edited, row.pieces);
   std::fill(edited, edited + row.pieces, char{0});
   for (std::int64_t i = bias_begin; i < bias_end; ++i) {
@@ -92,7 +90,7 @@ void edit(Row &row, const SamplingBatch &batch, std::int64_t r) {
     edited[batch.seen_tokens[i] / kPiece] = 1;
   }
   for (std::int64_t p = 0; p < row.pieces; ++p)
-    if (edited[p]) row.path.maxima(values + p * kPiece, row.end_of(p) - p * kPiece, work.maxima.data() + p);
+    if (edited[p]) row.path.maxima(values + p * kPiece, row.end_of(p) - p * kPiece, work.maxima.data() + p, nullptr);
   row.most = -kInfinity;
   row.find_most();
 }
@@ -241,10 +239,25 @@ std::int64_t draw_from_all(const Row &row, float scale, double number) {
   return begin + draw(weights, count, number * total - (running - sums[piece]));
 }
 
+// A weight such that all tokens with less have less than `mass` together: in a piece they have at most so much each, and
+// no more than its sum.
+double least_weight(const Row &row, double mass) {
+  double weight = mass / static_cast<double>(row.size);
+  for (int step = 0; step < 16; ++step) {
+    const auto most = static_cast<float>(weight * 4 * kPiece);
+    double sum = 0;
+    for (std::int64_t p = 0; p < row.pieces; ++p) sum += std::min(row.work.sums[p], most);
+    if (sum >= mass) break;
+    weight *= 4;
+  }
+  return weight;
+}
+
 std::int64_t choose(const SamplingPath &path, const SamplingBatch &batch, std::int64_t r, Work &work) {
-  Row row(path, work, batch.logits + r * batch.stride, batch.vocabulary);
+  const bool edits = batch.bias_starts[r] < batch.bias_starts[r + 1] || batch.seen_starts[r] < batch.seen_starts[r + 1];
+  Row row(path, work, batch.logits + r * batch.stride, batch.vocabulary, edits);
   if (!(row.most < kInfinity)) return -1;
-  edit(row, batch, r);
+  if (edits) edit(row, batch, r);
   if (!std::isfinite(row.most)) return -1;
   const RowSettings &s = batch.settings[r];
   if (s.temperature == 0) {
@@ -263,8 +276,7 @@ std::int64_t choose(const SamplingPath &path, const SamplingBatch &batch, std::i
     path.sums(row.values, row.size, row.most, scale, at_least(work.sums, row.pieces));
     if (s.top_p >= 1) return draw_from_all(row, scale, s.number);
     for (std::int64_t p = 0; p < row.pieces; ++p) total += work.sums[p];
-    // Tokens that are too unlikely to matter, all together, even where every token is one of them.
-    least = std::max(least, static_cast<float>(std::log((1 - s.top_p) * 0.5 * total / static_cast<double>(row.size))));
+    least = std::max(least, static_cast<float>(std::log(least_weight(row, (1 - s.top_p) * 0.99 * total))));
   }
   Candidates left(row, scale, least);
   if (s.top_p < 1) cut_top_p(left, s.top_p * (all ? total : left.sum()), work);
@@ -274,7 +286,7 @@ std::int64_t choose(const SamplingPath &path, const SamplingBatch &batch, std::i
 
 void describe(const SamplingPath &path, const float *logits, std::int64_t vocabulary, std::int64_t token,
               std::int64_t count, float *chosen, std::int64_t *best, float *values, Work &work) {
-  const Row row(path, work, logits, vocabulary);
+  const Row row(path, work, logits, vocabulary, false);
   if (!std::isfinite(row.most)) {
     *chosen = kNaN;
     std::fill_n(best, count, std::int64_t{0});

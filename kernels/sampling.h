@@ -42,8 +42,8 @@ void log_probabilities(const float *logits, std::int64_t rows, std::int64_t voca
 // kLeastExponent.
 constexpr float kLeastExponent = -87.0f;
 struct SamplingPath {
-  // The largest value of each piece. Returns whether any is NaN.
-  bool (*maxima)(const float *values, std::int64_t size, float *maxima);
+  // The largest value of each piece; `copy`, unless null, gets the values. Returns whether any is NaN.
+  bool (*maxima)(const float *values, std::int64_t size, float *maxima, float *copy);
   // The sum of the weights of each piece.
   void (*sums)(const float *values, std::int64_t size, float most, float scale, float *sums);
   void (*weigh)(const float *values, std::int64_t size, float most, float scale, float *weights);

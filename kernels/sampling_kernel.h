@@ -3,60 +3,73 @@
 
 #include "strips.h"
 
-constexpr int kBeside = 16; // values side by side, so that one need not wait for another
-
 inline std::int64_t piece_at(std::int64_t at, std::int64_t size) { return size - at < kPiece ? size - at : kPiece; }
 
-bool maxima_of_pieces(const float *values, std::int64_t size, float *maxima) {
-  // A comparison drops NaN: the largest magnitude as an integer finds it.
-  alignas(64) std::uint32_t magnitudes[kBeside] = {};
-  for (std::int64_t at = 0; at < size; at += kPiece) {
-    const std::int64_t count = piece_at(at, size);
-    const float *piece = values + at;
-    alignas(64) float most[kBeside];
-    for (int lane = 0; lane < kBeside; ++lane) most[lane] = float_of(0xff800000u);
-    std::int64_t i = 0;
-    for (; i + kBeside <= count; i += kBeside)
-      for (int lane = 0; lane < kBeside; ++lane) {
-        const float value = piece[i + lane];
-        most[lane] = value > most[lane] ? value : most[lane];
-        const std::uint32_t magnitude = bits_of(value) & 0x7fffffffu;
-        magnitudes[lane] = magnitude > magnitudes[lane] ? magnitude : magnitudes[lane];
-      }
-    for (; i < count; ++i) {
-      most[0] = piece[i] > most[0] ? piece[i] : most[0];
-      const std::uint32_t magnitude = bits_of(piece[i]) & 0x7fffffffu;
-      magnitudes[0] = magnitude > magnitudes[0] ? magnitude : magnitudes[0];
-    }
-    for (int half = kBeside / 2; half > 0; half /= 2)
-      for (int lane = 0; lane < half; ++lane)
-        most[lane] = most[lane + half] > most[lane] ? most[lane + half] : most[lane];
-    maxima[at / kPiece] = most[0];
-  }
+bool has_nan(const float *values, std::int64_t size) {
   std::uint32_t largest = 0;
-  for (int lane = 0; lane < kBeside; ++lane) largest = magnitudes[lane] > largest ? magnitudes[lane] : largest;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const std::uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
   return largest > 0x7f800000u;
 }
 
+bool maxima_of_pieces(const float *values, std::int64_t size, float *maxima, float *copy) {
+  constexpr std::int64_t lanes = Lanes::kLanes;
+  // Comparisons drop NaN. 0 times a value is 0, but for NaN and infinity: then a second look tells.
+  Vec zeros = Lanes::zero();
+  float zero = 0.0f;
+  for (std::int64_t at = 0; at < size; at += kPiece) {
+    const std::int64_t count = piece_at(at, size);
+    const float *piece = values + at;
+    Vec most = Lanes::set1(float_of(0xff800000u));
+    std::int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      const Vec value = Lanes::load(piece + i);
+      if (copy != nullptr) Lanes::store(copy + at + i, value);
+      zeros = Lanes::fma(value, Lanes::zero(), zeros);
+      most = Lanes::max(value, most);
+    }
+    float largest = Lanes::largest(most);
+    for (; i < count; ++i) {
+      if (copy != nullptr) copy[at + i] = piece[i];
+      zero += piece[i] * 0.0f;
+      largest = piece[i] > largest ? piece[i] : largest;
+    }
+    maxima[at / kPiece] = largest;
+  }
+  return !(Lanes::total(zeros) + zero == 0.0f) && has_nan(values, size);
+}
+
+// x and weights of a piece, filled up to kPiece: one loop for each step, and no comparison beside the arithmetic, as
+// compilers then vectorise all of them. count: of the values.
+inline void weigh_piece(const float *values, std::int64_t count, float most, float scale, float *x, float *weights) {
+  alignas(64) float within[kPiece];
+  for (std::int64_t i = 0; i < count; ++i) x[i] = (values[i] - most) * scale;
+  for (std::int64_t i = 0; i < kPiece; i += Lanes::kLanes)
+    Lanes::store(within + i, Lanes::max(Lanes::load(x + i), Lanes::set1(kLeastExponent)));
+  for (std::int64_t i = 0; i < kPiece; ++i) weights[i] = exponential_within(within[i]);
+  for (std::int64_t i = 0; i < kPiece; ++i) weights[i] = x[i] < kLeastExponent ? 0.0f : weights[i];
+}
+
 void weights_of(const float *values, std::int64_t size, float most, float scale, float *weights) {
-  for (std::int64_t i = 0; i < size; ++i) {
-    const float x = (values[i] - most) * scale;
-    const float weight = exponential(x);
-    weights[i] = x < kLeastExponent ? 0.0f : weight;
+  alignas(64) float x[kPiece] = {}, piece[kPiece];
+  for (std::int64_t at = 0; at < size; at += kPiece) {
+    const std::int64_t count = piece_at(at, size);
+    weigh_piece(values + at, count, most, scale, x, piece);
+    std::memcpy(weights + at, piece, static_cast<std::size_t>(count) * sizeof(float));
   }
 }
 
 void sums_of_pieces(const float *values, std::int64_t size, float most, float scale, float *sums) {
-  alignas(64) float weights[kPiece];
+  alignas(64) float x[kPiece] = {}, weights[kPiece];
   for (std::int64_t at = 0; at < size; at += kPiece) {
     const std::int64_t count = piece_at(at, size);
+    weigh_piece(values + at, count, most, scale, x, weights);
     for (std::int64_t i = count; i < kPiece; ++i) weights[i] = 0.0f;
-    weights_of(values + at, count, most, scale, weights);
-    for (int lane = 0; lane < kBeside; ++lane)
-      weights[lane] = (weights[lane] + weights[lane + 16]) + (weights[lane + 32] + weights[lane + 48]);
-    for (int half = kBeside / 2; half > 0; half /= 2)
-      for (int lane = 0; lane < half; ++lane) weights[lane] += weights[lane + half];
-    sums[at / kPiece] = weights[0];
+    Vec sum = Lanes::zero();
+    for (std::int64_t i = 0; i < kPiece; i += Lanes::kLanes) sum = Lanes::add(sum, Lanes::load(weights + i));
+    sums[at / kPiece] = Lanes::total(sum);
   }
 }
 

@@ -73,6 +73,7 @@ class SamplerState:
     """The state of a request's sampling that lasts from token to token.
 
     bad_words: token ids of what must not come.  ends: the tokens that must not come before min_tokens.
+    takes_likeliest: `SamplingParams.takes_likeliest`, which is asked in every step.
     """
 
     params: SamplingParams
@@ -84,6 +85,7 @@ class SamplerState:
     def __post_init__(self) -> None:
         params = self.params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.takes_likeliest = params.takes_likeliest
         self._settings = tuple(float(getattr(params, name)) for name in SETTINGS[:-1])
         self._bias = tuple(
             array(code, part) for code, part in zip("qf", _columns(params.logit_bias), strict=True)
@@ -127,7 +129,7 @@ def choose(
     logits: [R, V].  answers: of each request, so far.
     The token is None where the logits are not numbers. Log-probabilities are the model's own, before any setting.
     """
-    if all(state.params.takes_likeliest for state in states):
+    if all([state.takes_likeliest for state in states]):
         return [(token, None) for token in _likeliest(logits)]
     tokens = kernel.choose(logits, _batch(states, answers))
     counts = [state.params.logprobs for state in states]
