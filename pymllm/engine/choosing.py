@@ -1,4 +1,4 @@
-"""The choice of the next token of every request of a step: settings become rows of one batch, and one kernel chooses."""
+"""The choice of the next tokens of a step: the settings of its requests become one batch, and one kernel chooses."""
 
 # R requests, V vocabulary
 
@@ -87,9 +87,8 @@ class SamplerState:
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.takes_likeliest = params.takes_likeliest
         self._settings = tuple(float(getattr(params, name)) for name in SETTINGS[:-1])
-        self._bias = tuple(
-            array(code, part) for code, part in zip("qf", _columns(params.logit_bias), strict=True)
-        )
+        tokens, values = _columns(params.logit_bias)
+        self._bias = array("q", tokens), array("f", values)
         self._seen = (
             SeenTokens(self.prompt if params.repetition_penalty != 1.0 else ()) if params.penalises else None
         )
@@ -234,11 +233,11 @@ def _joined(rows: Sequence[tuple[array[Any], ...]]) -> tuple[Tensor, Tensor, Ten
         starts.append(starts[-1] + len(tokens))
     if not starts[-1]:
         return torch.zeros(len(starts), dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
-    tokens, values = (bytearray().join(row[part] for row in rows) for part in range(2))
+    tokens_of_all, values_of_all = (bytearray().join(row[part] for row in rows) for part in range(2))
     return (
         torch.tensor(starts),
-        torch.frombuffer(tokens, dtype=torch.int64),
-        torch.frombuffer(values, dtype=torch.float32),
+        torch.frombuffer(tokens_of_all, dtype=torch.int64),
+        torch.frombuffer(values_of_all, dtype=torch.float32),
     )
 
 

@@ -10,11 +10,11 @@ The order is that of vLLM (its sampler of version 1), and typical_p comes after 
 3. temperature 0 takes the highest logit. Any other divides the logits: x = (logit - highest) / temperature.
 4. min_p keeps the tokens at least so many times as likely as the likeliest; top_k those at least as likely as the k-th.
 5. top_p, of what is left: the likeliest tokens, one after the other, until they have so much of the probability.
-6. typical_p, of what is left: the tokens whose information is nearest to its expectation, until they have so much of it.
+6. typical_p, of what is left: the tokens whose information is nearest to its expectation, until they have that much.
 7. The token is drawn from what is left, by its probability.
 
-Of equal logits the lower token comes first; those equal to the k-th, or as near as the last typical one, all stay. The
-likeliest token outlives steps 4 and 5.
+Of equal logits the lower token comes first; those equal to the k-th, or as near as the last typical one, all stay.
+The likeliest token outlives steps 4 and 5.
 """
 
 # R rows, V vocabulary, B biases of all rows, S seen tokens of all rows, N likeliest tokens
@@ -82,8 +82,8 @@ class SamplingKernel(Protocol):
     def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Choose a token of each row, as the module says.
 
-        logits: [R, V], any float dtype; they stay as they are.  Returns [R] int64 on their device, -1 for a row with NaN
-        or infinity, or in which no token is left.  Two kernels draw the same token, unless the number falls within
+        logits: [R, V], any float dtype; they stay as they are.  Returns [R] int64 on their device, -1 for a row with
+        NaN or infinity, or in which no token is left.  Two kernels draw the same token, unless the number falls within
         float32 rounding of the edge between two.
         """
 
@@ -91,6 +91,6 @@ class SamplingKernel(Protocol):
         """Compute the log-probabilities of the logits as they are: those of `tokens`, and the `count` highest.
 
         logits: [R, V].  tokens: [R] int64, inside the vocabulary.
-        Returns [R] float32, the likeliest tokens [R, N] int64, best first, and theirs, [R, N] float32; N is `count`, or V
-        if that is less.  All are NaN, and the tokens 0, in a row with NaN or infinity.
+        Returns [R] float32, the likeliest tokens [R, N] int64, best first, and theirs, [R, N] float32; N is `count`, or
+        V if that is less.  All are NaN, and the tokens 0, in a row with NaN or infinity.
         """

@@ -11,6 +11,19 @@ from typing import Any, Protocol
 from pymllm.errors import CheckpointError, ConfigError, RequestError
 from pymllm.text.chat_template import ChatTemplate
 
+# What stands for a space in sentencepiece's tokens.
+SPACE = "\u2581"
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """Map the letters by which byte-level vocabularies spell bytes: those that print, themselves; others above 255."""
+    prints = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in prints)
+    return {chr(byte): byte for byte in prints} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+BYTES = _letters_of_bytes()
+
 
 class Encoder(Protocol):
     """The two directions of a tokenizer: text to ids, ids to text."""
@@ -18,6 +31,9 @@ class Encoder(Protocol):
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+    def piece(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it; None: there is none."""
 
 
 class FastEncoder:
@@ -44,6 +60,9 @@ class FastEncoder:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def piece(self, token: int) -> str | None:
+        return self.tokenizer.id_to_token(token)
+
 
 class AutoEncoder:
     """Any tokenizer that transformers can read without running a checkpoint's code."""
@@ -56,6 +75,10 @@ class AutoEncoder:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def piece(self, token: int) -> str | None:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return piece if isinstance(piece, str) else None
 
 
 # The message of transformers' error for a list.
@@ -118,6 +141,23 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)
+
+    def token_text(self, token: int) -> str:
+        """Decode one token, with the space before it that some decoders leave out at the start of a text."""
+        text = self.decode([token], skip_special_tokens=False)
+        begins = (self.encoder.piece(token) or "").startswith(SPACE)
+        return " " + text if begins and not text.startswith((" ", SPACE)) else text
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return a token's bytes, which may be a part of a character."""
+        text = self.token_text(token)
+        piece = self.encoder.piece(token) or ""
+        if "\ufffd" in text:
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                return bytes.fromhex(piece[3:5])
+            if piece and all(letter in BYTES for letter in piece):
+                return bytes(BYTES[letter] for letter in piece)
+        return text.encode("utf-8")
 
     def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Encode each word as it begins a text, and as it comes after a space.  RequestError without a tokenizer."""

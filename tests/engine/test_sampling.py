@@ -98,7 +98,7 @@ def test_the_random_number_is_the_seeds_and_the_places_alone():
     assert uniform(5, 3) == uniform(5, 3) != uniform(5, 4)
     assert uniform(-1, 0) == uniform(2**64 - 1, 0) != uniform(1, 0)
     numbers = torch.tensor([uniform(seed, place) for seed in range(200) for place in range(100)])
-    assert 0 <= float(numbers.min()) and float(numbers.max()) < 1
+    assert float(numbers.min()) >= 0 and float(numbers.max()) < 1
     cells = (numbers * 16).long().reshape(200, 100)
     even = torch.full((256,), 19800 / 256)
     assert p_value(torch.bincount((cells * 1).flatten(), minlength=16), torch.full((16,), 1250.0)) > 0.001

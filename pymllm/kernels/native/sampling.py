@@ -89,7 +89,9 @@ def _outside(tokens: Tensor, vocabulary: int) -> bool:
 
 def _check_batch(batch: SamplingBatch, rows: int, vocabulary: int) -> None:
     """Raise ValueError unless the batch is what the native code may read: it gets addresses, unchecked."""
-    expected = [(batch.settings, torch.float64, (rows, len(SETTINGS)))]
+    expected: list[tuple[Tensor, torch.dtype, tuple[int, ...]]] = [
+        (batch.settings, torch.float64, (rows, len(SETTINGS)))
+    ]
     for starts, tokens, values in (
         (batch.bias_starts, batch.bias_tokens, batch.bias_values),
         (batch.seen_starts, batch.seen_tokens, batch.seen_counts),
