@@ -213,7 +213,7 @@ class LLM:
         if self.generation_config.get("do_sample"):
             recommended = {
                 name: self.generation_config[name]
-                for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+                for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
                 if self.generation_config.get(name) is not None
             }
         return SamplingParams(**{**recommended, **overrides})
@@ -276,7 +276,16 @@ class LLM:
                     found=str(len(given)),
                 )
         ids = [self.encode(prompt) for prompt in many]
-        answers: list[RequestOutput | None] = [None] * sum(p.n for p in each)
+        total = sum(p.n for p in each)
+        if outputs is not None and outputs.num_prompts < total:
+            raise RequestError(
+                "the record of the steps must have a trajectory for each answer",
+                code="parameter",
+                tensor="outputs",
+                expected=f"GenerationOutputs({total})",
+                found=f"GenerationOutputs({outputs.num_prompts})",
+            )
+        answers: list[RequestOutput | None] = [None] * total
         copies = [index for index, p in enumerate(each) for _ in range(p.n)]
         for index, piece in self._run(
             [ids[copy] for copy in copies],

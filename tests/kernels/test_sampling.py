@@ -322,6 +322,18 @@ def test_the_number_of_threads_changes_nothing(kernel):
     assert found[0] == found[1]
 
 
+def test_torch_operations_never_ask_the_device_for_a_value():
+    """A tensor on the meta device has none."""
+    rows = batch(
+        [*OPTIONS, {"number": 0.5}], [{3: 1.0}] * (len(OPTIONS) + 1), [{4: 1.0}] * (len(OPTIONS) + 1)
+    )
+    logits = torch.empty(len(OPTIONS) + 1, 50, device="meta")
+    tokens = TorchSampling().choose(logits, rows)
+    assert tokens.device.type == "meta" and tokens.shape == (len(logits),)
+    chosen, best, values = TorchSampling().log_probabilities(logits, tokens, 3)
+    assert chosen.shape == (len(logits),) and best.shape == values.shape == (len(logits), 3)
+
+
 @pytest.mark.skipif(not native_available(), reason="needs the native kernels")
 def test_the_native_code_gets_no_address_outside_of_a_tensor():
     kernel, logits = NativeSampling(), torch.zeros(2, 5)
