@@ -14,8 +14,15 @@ namespace {
 
 #include "sampling_kernel.h"
 
+// Values that are worth a thread: half a millisecond's. Where a processor is busy, a join may cost a time slice.
+constexpr std::int64_t kValuesWorthAThread = 512 * 1024;
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+int threads_for(std::int64_t rows, std::int64_t vocabulary, int threads) {
+  return static_cast<int>(std::clamp<std::int64_t>(rows * vocabulary / kValuesWorthAThread, 1, std::max(threads, 1)));
+}
 
 const SamplingPath &path_of(Isa isa) {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -81,12 +88,12 @@ void edit(Row &row, const SamplingBatch &batch, std::int64_t r) {
     values[batch.bias_tokens[i]] += batch.bias_values[i];
     edited[batch.bias_tokens[i] / kPiece] = 1;
   }
+  const double factors[2] = {s.repetition, 1 / s.repetition}, presence[2] = {0, s.presence};
   for (std::int64_t i = seen_begin; i < seen_end; ++i) {
-    double value = values[batch.seen_tokens[i]];
-    value = value > 0 ? value / s.repetition : value * s.repetition;
-    value -= s.frequency * batch.seen_counts[i];
-    if (batch.seen_counts[i] > 0) value -= s.presence;
-    values[batch.seen_tokens[i]] = static_cast<float>(value);
+    // Without branches: signs come as they like.
+    const double value = values[batch.seen_tokens[i]], count = batch.seen_counts[i];
+    const double changed = value * factors[value > 0] - (s.frequency * count + presence[count > 0]);
+    values[batch.seen_tokens[i]] = static_cast<float>(changed);
     edited[batch.seen_tokens[i] / kPiece] = 1;
   }
   for (std::int64_t p = 0; p < row.pieces; ++p)
@@ -329,7 +336,7 @@ void choose_tokens(const SamplingBatch &batch, std::int64_t *tokens, Isa isa, in
     for (std::int64_t r = begin; r < end; ++r) tokens[r] = choose(path, batch, r, work);
   };
   // Rows take unequal times.
-  parallel_for(batch.rows, worthwhile_threads(batch.rows * batch.vocabulary * 8, threads), body, 1);
+  parallel_for(batch.rows, threads_for(batch.rows, batch.vocabulary, threads), body, 1);
 }
 
 void log_probabilities(const float *logits, std::int64_t rows, std::int64_t vocabulary, std::int64_t stride,
@@ -342,7 +349,7 @@ void log_probabilities(const float *logits, std::int64_t rows, std::int64_t voca
       describe(path, logits + r * stride, vocabulary, tokens[r], count, chosen + r, best + r * count,
                values + r * count, work);
   };
-  parallel_for(rows, worthwhile_threads(rows * vocabulary * 8, threads), body);
+  parallel_for(rows, threads_for(rows, vocabulary, threads), body, 1);
 }
 
 } // namespace pymllm

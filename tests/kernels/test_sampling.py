@@ -1,6 +1,7 @@
 """Sampling kernels, every one on every path, against plain formulas in float64 and transformers' logits processors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -338,15 +339,19 @@ def test_torch_operations_never_ask_the_device_for_a_value():
 def test_the_native_code_gets_no_address_outside_of_a_tensor():
     kernel, logits = NativeSampling(), torch.zeros(2, 5)
     good = [{}, {}]
-    with pytest.raises(ValueError, match="below 5"):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
         kernel.choose(logits, batch(good, bias=[{5: 1.0}, {}]))
-    with pytest.raises(ValueError, match="below 5"):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
         kernel.choose(logits, batch(good, seen=[{}, {-1: 1.0}]))
     with pytest.raises(ValueError, match="must be"):
         kernel.choose(logits, batch([{}]))
+    for starts in ([0, 2, 1], [1, 1, 1], [0, 0, 2]):
+        rows = replace(batch(good, bias=[{1: 1.0}, {}]), bias_starts=torch.tensor(starts))
+        with pytest.raises(ValueError, match="do not rise"):
+            kernel.choose(logits, rows)
     with pytest.raises(ValueError, match="must be"):
         kernel.choose(logits[0], batch([{}]))
-    with pytest.raises(ValueError, match="below 5"):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
         kernel.log_probabilities(logits, torch.tensor([0, 5]), 1)
 
 

@@ -98,8 +98,9 @@ def _edited(values: Tensor, batch: SamplingBatch, column: dict[str, Tensor]) -> 
             column[f"{name}_penalty"].squeeze(-1)[rows] for name in ("repetition", "frequency", "presence")
         )
         seen = values[rows, tokens].double()
-        seen = torch.where(seen > 0, seen / penalty, seen * penalty)
-        seen = seen - frequency * counts - presence * (counts > 0)
+        seen = seen * torch.where(seen > 0, 1 / penalty, penalty) - (
+            frequency * counts + presence * (counts > 0)
+        )
         values = values.index_put((rows, tokens), seen.float())
     return values
 
