@@ -359,3 +359,5 @@ def test_the_best_kernel_of_this_machine_is_chosen_and_the_reference_is_last():
     chosen = select("sampling", SamplingProblem(probe_device("cpu"))).kernel.name
     assert chosen == ("native" if native_available() else "torch")
     assert select("sampling", SamplingProblem(probe_device("cpu")), "torch").kernel.name == "torch"
+    on_gpu = select("sampling", SamplingProblem(probe_device("cuda:sm90")))
+    assert on_gpu.kernel.name == "torch" and [refusal.kernel for refusal in on_gpu.refused] == ["native"]

@@ -24,7 +24,7 @@ class NativeSampling:
         self.isa = isa
 
     def why_not(self, problem: SamplingProblem) -> str | None:
-        return native_missing_reason()
+        return "runs on the CPU only" if problem.device.type != "cpu" else native_missing_reason()
 
     def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         logits = _rows(logits)
