@@ -62,10 +62,8 @@ inline void round_strip(float *values, std::int64_t count, FloatType type) {
 
 inline std::int64_t strip_at(std::int64_t at, std::int64_t size) { return size - at < kStrip ? size - at : kStrip; }
 
-// exp with a relative error of 2e-7: 2^n times a polynomial of degree 6 (Cephes) on [-ln2/2, ln2/2].
-inline float exponential(float v) {
-  v = v > 88.0f ? 88.0f : v; // stays finite: silu(-88) is -5e-37, as good as zero
-  v = v < -87.0f ? -87.0f : v;
+// exp with a relative error of 2e-7: 2^n times a polynomial of degree 6 (Cephes) on [-ln2/2, ln2/2]. v: -87 to 88.
+inline float exponential_within(float v) {
   const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
   const float shifted = v * 1.44269504f + magic;
   const float n = shifted - magic;
@@ -78,4 +76,10 @@ inline float exponential(float v) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   return p * float_of((bits_of(shifted) + 127u) << 23);
+}
+
+inline float exponential(float v) {
+  v = v > 88.0f ? 88.0f : v; // stays finite: silu(-88) is -5e-37, as good as zero
+  v = v < -87.0f ? -87.0f : v;
+  return exponential_within(v);
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 import reprlib
 import threading
@@ -129,6 +130,7 @@ class LLM:
             dtype=prepared.execution.dtype,
             max_length=self.config.size("max_position_embeddings"),
             end_tokens=self._end_tokens(),
+            sampling_kernel=prepared.execution.forced_kernel("sampling"),
         )
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
@@ -211,7 +213,7 @@ class LLM:
         if self.generation_config.get("do_sample"):
             recommended = {
                 name: self.generation_config[name]
-                for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+                for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
                 if self.generation_config.get(name) is not None
             }
         return SamplingParams(**{**recommended, **overrides})
@@ -254,11 +256,12 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         outputs: GenerationOutputs | None = None,
     ) -> list[RequestOutput]:
-        """Answer one prompt or several, batched.  Returns the answers in the order of the prompts.
+        """Answer one prompt or several, batched.  Returns one answer a prompt, in the order of the prompts.
 
-        prompts: text or token ids each.  params: one for all, or one each; None: `default_params()`.
+        prompts: text or token ids each.  params: one for all, or one each; None: `default_params()`. Where they ask
+        for n answers, the first has all of them as `outputs`.
         adapter: one for all, or one each: the name of one in `adapters`, or None.
-        outputs: records every step, for metrics and trajectories.
+        outputs: records every step, for metrics and trajectories, one an answer: `GenerationOutputs` of the sum of n.
         """
         many = self._as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
@@ -272,10 +275,30 @@ class LLM:
                     expected=str(len(many)),
                     found=str(len(given)),
                 )
-        answers: list[RequestOutput | None] = [None] * len(many)
-        for index, piece in self._run([self.encode(prompt) for prompt in many], each, names, outputs):
+        ids = [self.encode(prompt) for prompt in many]
+        total = sum(p.n for p in each)
+        if outputs is not None and outputs.num_prompts < total:
+            raise RequestError(
+                "the record of the steps must have a trajectory for each answer",
+                code="parameter",
+                tensor="outputs",
+                expected=f"GenerationOutputs({total})",
+                found=f"GenerationOutputs({outputs.num_prompts})",
+            )
+        answers: list[RequestOutput | None] = [None] * total
+        copies = [index for index, p in enumerate(each) for _ in range(p.n)]
+        for index, piece in self._run(
+            [ids[copy] for copy in copies],
+            [p.of_answer(index) for p in each for index in range(p.n)],
+            [names[copy] for copy in copies],
+            outputs,
+        ):
             answers[index] = piece.output
-        return [answer for answer in answers if answer is not None]
+        finished = iter([answer for answer in answers if answer is not None])
+        groups = [list(itertools.islice(finished, p.n)) for p in each]
+        return [
+            replace(group[0], others=tuple(group[1:])) if len(group) > 1 else group[0] for group in groups
+        ]
 
     def stream(
         self,
@@ -304,7 +327,17 @@ class LLM:
             self.encode(prompt) for prompt in prompts
         ]  # so that a bad one fails here, not at the first piece
         self.check_adapter(adapter)
-        return self._run(ids, [params or self.default_params()] * len(ids), [adapter] * len(ids), outputs)
+        params = params or self.default_params()
+        if params.n > 1:
+            raise RequestError(
+                "a stream has one answer to each prompt",
+                code="parameter",
+                tensor="n",
+                expected="1",
+                found=str(params.n),
+                fix="Pass the prompt several times, each with a seed of its own, or use generate.",
+            )
+        return self._run(ids, [params] * len(ids), [adapter] * len(ids), outputs)
 
     def chat(
         self,

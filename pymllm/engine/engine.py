@@ -7,12 +7,16 @@ from functools import cached_property
 
 import torch
 
+from pymllm.engine.choosing import TokenLogprobs, choose, describe, no_numbers
 from pymllm.engine.kv_cache import PagedKVCache
-from pymllm.engine.request import Request, TokenLogprobs
+from pymllm.engine.request import Request
 from pymllm.engine.runner import Runner
-from pymllm.engine.sampling import SamplingParams, likeliest, sample
+from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import Scheduler
 from pymllm.errors import RequestError
+from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.registry import select
+from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel
 
@@ -34,11 +38,15 @@ class Engine:
         dtype: torch.dtype,
         max_length: int,
         end_tokens: frozenset[int],
+        sampling_kernel: str | None = None,
     ) -> None:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
         self.max_length, self.end_tokens = max_length, end_tokens
         self.runner = Runner(model, device, max_length)
+        self.runner.score_prompt = self._score_prompt
+        problem = SamplingProblem(probe_device(device.type))
+        self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
 
     @cached_property
     def cache(self) -> PagedKVCache:
@@ -62,6 +70,10 @@ class Engine:
         """Queue a request.  RequestError if it can never run: it is too long for the model, or for the whole cache."""
         request.limit = min(request.limit, self.check(request.prompt, request.params))
         request.restart_length = self.model.restart_length
+        ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.end_tokens)}
+        vocabulary, sampler = self.model.config.size("vocab_size"), request.sampler
+        sampler.ends = tuple(token for token in ends if token < vocabulary)
+        sampler.bad_words = tuple(word for word in sampler.bad_words if max(word) < vocabulary)
         self.scheduler.waiting.append(request)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
@@ -103,12 +115,14 @@ class Engine:
         ready = [index for index, request in enumerate(ran) if request.end_step()]
         if len(ready) < len(ran):
             ran, logits = [ran[index] for index in ready], logits[ready]
-        tokens, logprobs = self._choose(ran, logits)
-        for request, token, row in zip(ran, self.parallel.broadcast_object(tokens), logprobs, strict=True):
-            if token is None:
+        for request, (token, logprobs) in zip(ran, self._choose(ran, logits), strict=True):
+            if request.error is not None:
                 continue
-            if row is not None:
-                request.logprobs.append(_top(token, row, request.params.logprobs or 0))
+            if token is None:
+                request.fail(no_numbers())
+                continue
+            if logprobs is not None:
+                request.logprobs.append(logprobs)
             request.add_token(token, self.end_tokens)
         for request in batch:
             if request.finish_reason is not None:
@@ -145,28 +159,34 @@ class Engine:
 
     def _choose(
         self, requests: list[Request], logits: torch.Tensor
-    ) -> tuple[list[int | None], list[torch.Tensor | None]]:
-        """Choose the next token of each request.
+    ) -> list[tuple[int | None, TokenLogprobs | None]]:
+        """Choose the next token of each request, as `choose` does, the same on all ranks.
 
-        Returns the tokens, None where choosing failed, and log-probabilities [V] of each request that wants them.
+        If that fails for several together, each is tried alone, so that only the one to blame fails.
         """
-        tokens: list[int | None] = likeliest(logits, [request.sampler for request in requests])
-        rows: list[torch.Tensor | None] = [None] * len(requests)
-        if None in tokens:
-            logits = logits.cpu()
-        for index, request in enumerate(requests):
-            if tokens[index] is None:
-                try:
-                    tokens[index], rows[index] = sample(logits[index], request.sampler, request.answer)
-                except Exception as error:
-                    request.fail(error)
-        return tokens, rows
+        try:
+            chosen = choose(
+                logits,
+                [request.sampler for request in requests],
+                [request.answer for request in requests],
+                self.sampling_kernel,
+            )
+        except Exception as error:
+            if self.parallel.size > 1:
+                raise
+            if len(requests) == 1:
+                requests[0].fail(error)
+                return [(None, None)]
+            rows = zip(requests, logits.split(1), strict=True)
+            return [entry for request, row in rows for entry in self._choose([request], row)]
+        return self.parallel.broadcast_object(chosen)
 
-
-def _top(token: int, logprobs: torch.Tensor, count: int) -> TokenLogprobs:
-    best = logprobs.topk(count)
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprobs(token, float(logprobs[token]), top)
+    def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
+        """Note the log-probabilities of the next tokens of a prompt.  logits: [R, V], after one token each."""
+        first = len(request.prompt_logprobs)
+        tokens = request.prompt[first : first + len(logits)]
+        count = request.params.prompt_logprobs or 0
+        request.prompt_logprobs += describe(logits, tokens, count, self.sampling_kernel)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -6,18 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pymllm.engine.sampling import SamplerState, SamplingParams
+from pymllm.engine.choosing import SamplerState, TokenLogprobs
+from pymllm.engine.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The model's log-probability of the chosen token, and of the likeliest few, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +18,9 @@ class RequestOutput:
 
     text: "" without a tokenizer.  finish_reason: "stop" (an end token or a stop string), "length" or "abort".
     prefill_seconds: from admission to the first token.  decode_seconds: from the first token to the last.
-    logprobs: one of each token, if they were asked for.
+    logprobs: one of each token, if they were asked for.  prompt_logprobs: one of each token of the prompt; None for the
+    first, which nothing comes before.
+    others: the other answers to the prompt, if several were asked for.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -36,6 +30,13 @@ class RequestOutput:
     prefill_seconds: float
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    others: tuple[RequestOutput, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[RequestOutput, ...]:
+        """All answers to the prompt."""
+        return (self, *self.others)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -74,6 +75,7 @@ class Request:
     error: Exception | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
@@ -114,6 +116,14 @@ class Request:
         else:
             self.running_sequence = (self.prompt + self.answer)[start : start + count]
         return count
+
+    @property
+    def unscored(self) -> range:
+        """The positions of this step after which a prompt token's log-probability is wanted, and not yet known."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        last = min(self.computed + len(self.running_sequence), len(self.prompt) - 1)
+        return range(max(self.computed, len(self.prompt_logprobs) - 1), last)
 
     def end_step(self) -> bool:
         """Note that the step has run.  Returns whether the cache now has all tokens, so that another one follows."""
@@ -176,4 +186,5 @@ class Request:
             self.first_token_at - self.admitted_at,
             self.last_token_at - self.first_token_at,
             tuple(self.logprobs) if self.params.logprobs is not None else None,
+            tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
         )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any
@@ -28,6 +29,9 @@ _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
 # Numbers of requests whose tensors and tapes are kept.
 MAX_TAPES = 8
 
+# Of how many tokens of a prompt logits are held at a time, where its log-probabilities are wanted.
+SCORED_ROWS = 64
+
 
 class Runner:
     """One model on one device."""
@@ -37,6 +41,8 @@ class Runner:
         # On a CPU decoding steps are recorded on tapes, on a GPU captured as graphs; eager_reason: why they are not.
         self.capture: Capture | None = None if device.type == "cpu" else capture_cuda_graph
         self.eager_reason: str | None = None
+        # Takes a request's logits [R, V] after tokens of its prompt, those that it wants, in order.
+        self.score_prompt: Callable[[Request, Tensor], None] | None = None
         # By rows and threads, the last used at the end; and what must be as it was when they were made.
         self._decoding: dict[tuple[int, int], DecodingBatch] = {}
         self._decoding_of: tuple[Any, ...] = ()
@@ -103,7 +109,13 @@ class Runner:
         last = torch.tensor([bound - 1 for bound in bounds_q[1:]])
         flat = [token for tokens in new for token in tokens]
         adapters = [request.adapter for request in requests]
-        return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)))
+        first = [bound - start for bound, start in zip(bounds_q, starts, strict=False)]
+        scored = [
+            (request, range(before + wanted.start, before + wanted.stop))
+            for request, before in zip(requests, first, strict=True)
+            if (wanted := request.unscored)
+        ]
+        return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)), scored)
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
         """Run one token of each request by replaying a recorded step.  Returns [R, V]; the next step overwrites it.
@@ -159,11 +171,13 @@ class Runner:
         rows: Tensor | None,
         adapters: list[str | None],
         counts: list[int],
+        scored: Sequence[tuple[Request, range]] = (),
     ) -> Tensor:
         """Run `tokens` at `positions` and compute logits.
 
         rows: the tokens whose logits are wanted, one of each request; None: all.  adapters, counts: each request's
-        adapter, and how many of the tokens are its own.
+        adapter, and how many of the tokens are its own.  scored: requests whose logits `score_prompt` gets, and after
+        which of the tokens.
         """
         wide = AdapterBatch.of(
             [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)], self.device
@@ -177,6 +191,8 @@ class Runner:
                 hidden = self.model(
                     torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
                 )
+            for request, places in scored:
+                self._score(request, hidden[places.start : places.stop])
             if rows is not None:
                 hidden = hidden[rows.to(self.device)]
             with use_adapters(narrow):
@@ -185,3 +201,12 @@ class Runner:
             _metadata.reset(token)
         assert logits is not None
         return logits
+
+    def _score(self, request: Request, hidden: Tensor) -> None:
+        """Hand the logits after tokens of a prompt over, a few at a time.  hidden: [R, H]."""
+        assert self.score_prompt is not None
+        for part in hidden.split(SCORED_ROWS):
+            with use_adapters(AdapterBatch.of([request.adapter] * len(part), self.device)):
+                logits = self.model.compute_logits(part, gather_all=True)
+            assert logits is not None
+            self.score_prompt(request, logits)

@@ -44,8 +44,12 @@ class Session:
         """Queue a prompt.  RequestError if it can never run.  req_id: the caller's own number for it."""
         limit = len(prompt) + params.max_tokens if params.max_tokens is not None else self.engine.max_length
         request = Request(prompt, params, limit, adapter, req_id)
+        request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
-        self._texts[request] = TextStream(self.tokenizer, params.stop) if self.tokenizer.available else None
+        text = (
+            TextStream(self.tokenizer, params.stop, params.min_tokens) if self.tokenizer.available else None
+        )
+        self._texts[request] = text
         return request
 
     def step(self) -> list[tuple[Request, StreamPiece | None]]:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from pymllm.errors import KernelError, unknown_name
 
-Operation = Literal["linear", "embedding", "experts", "routing", "attention", "kv_store", "elementwise"]
+Operation = Literal[
+    "linear", "embedding", "experts", "routing", "attention", "kv_store", "elementwise", "sampling"
+]
 Compute = Literal["auto", "exact", "checkpoint"]
 
 KERNELS: dict[Operation, tuple[str, ...]] = {
@@ -82,6 +84,10 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.triton.elementwise:TritonElementwise",
         "pymllm.kernels.native.elementwise:NativeElementwise",
         "pymllm.kernels.aten.elementwise:TorchElementwise",
+    ),
+    "sampling": (
+        "pymllm.kernels.native.sampling:NativeSampling",
+        "pymllm.kernels.aten.sampling:TorchSampling",
     ),
 }
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pymllm.engine.graphs import why_not_captured
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
-from pymllm.kernels.registry import Selection
+from pymllm.kernels.registry import Selection, select
+from pymllm.kernels.sampling import SamplingProblem
 from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
@@ -84,7 +85,9 @@ def make_plan(prepared: Prepared) -> Plan:
     }
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
-    on_gpu = probe_device(prepared.execution.device).type != "cpu"
+    device = probe_device(prepared.execution.device)
+    on_gpu = device.type != "cpu"
+    sampling = select("sampling", SamplingProblem(device), prepared.execution.forced_kernel("sampling"))
     eager = why_not_captured(prepared.model, binder) if on_gpu else None
     return Plan(
         model=str(prepared.checkpoint.path),
@@ -113,6 +116,7 @@ def make_plan(prepared: Prepared) -> Plan:
         rules=_rules(prepared),
         routing=_plan_routing(holders, binder),
         decoding_graph={"captured": eager is None, "why_not": eager} if on_gpu else None,
+        sampling={"kernel": sampling.kernel.name, "refused": explain(sampling)},
     )
 
 

@@ -51,7 +51,8 @@ class Plan:
 
     model, model_type: the checkpoint, and its config's.  device, dtype, compute: what it would run with.
     tensor_parallel: this rank, and the sizes that the model can and cannot be divided over.
-    elementwise, routing: the kernels of what has no weights, and of routers.  layers: attention layers last.
+    elementwise, routing, sampling: the kernels of what has no weights, of routers, and of the choice of tokens.
+    layers: attention layers last.
     totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
     """
@@ -69,6 +70,7 @@ class Plan:
     rules: list[dict[str, Any]] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
     decoding_graph: dict[str, Any] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -11,25 +11,32 @@ from pymllm.engine.request import RequestOutput, TokenLogprobs
 from pymllm.text.tokenizer import Tokenizer
 
 
-def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, int]:
-    """Count the tokens of prompts and answers; an answer's count includes the token that ended it."""
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+def usage_of(outputs: Sequence[RequestOutput], n: int = 1) -> dict[str, int]:
+    """Count the tokens of prompts and answers; an answer's count includes the token that ended it.
+
+    n: how many answers in a row are to one prompt, which counts once.
+    """
+    prompt = sum(len(output.prompt_token_ids) for output in outputs[::n])
     answer = sum(len(output.token_ids) for output in outputs)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+IMPOSSIBLE = -9999.0
 
 
 class _Answer:
     """The objects that answer one request, which share an id and a time.
 
-    prefix: of the id.  kind, chunk_kind: the `object` of whole answers and of chunks.
+    prefix: of the id.  kind, chunk_kind: the `object` of whole answers and of chunks.  n: how many answers each prompt
+    gets, one after the other.
     """
 
     prefix: str
     kind: str
     chunk_kind: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: str, tokenizer: Tokenizer, n: int = 1) -> None:
+        self.model, self.tokenizer, self.n = model, tokenizer, n
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,7 +53,7 @@ class _Answer:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [self.choice(index, output) for index, output in enumerate(outputs)]
-        return {**self._object(self.kind, choices), "usage": usage_of(outputs)}
+        return {**self._object(self.kind, choices), "usage": usage_of(outputs, self.n)}
 
     def opening(self, prompts: int) -> list[dict[str, Any]]:
         """Return the chunks that come before the first piece."""
@@ -63,21 +70,46 @@ class _Answer:
         raise NotImplementedError
 
     def _token(self, token_id: int) -> str:
-        return (
-            self.tokenizer.decode([token_id], skip_special_tokens=False) if self.tokenizer.available else ""
-        )
+        return self.tokenizer.token_text(token_id) if self.tokenizer.available else ""
+
+    def _bytes(self, token_id: int) -> bytes:
+        return self.tokenizer.token_bytes(token_id) if self.tokenizer.available else b""
+
+    def _describe_prompt(self, output: RequestOutput) -> list[dict[str, Any] | None] | None:
+        """Return the log-probabilities of a prompt's tokens as vLLM writes them: by token id, with text and rank.
+
+        The rank is null for a token of the prompt that is not among the likeliest.
+        """
+        if output.prompt_logprobs is None:
+            return None
+        described: list[dict[str, Any] | None] = []
+        for entry in output.prompt_logprobs:
+            if entry is None:
+                described.append(None)
+                continue
+            ranked = {token: (value, rank + 1) for rank, (token, value) in enumerate(entry.top)}
+            known = {entry.token_id: (entry.logprob, None), **ranked}
+            described.append(
+                {
+                    str(token): {"logprob": _json(value), "rank": rank, "decoded_token": self._token(token)}
+                    for token, (value, rank) in known.items()
+                }
+            )
+        return described
 
 
 class CompletionAnswer(_Answer):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer)
+    def __init__(self, model: str, tokenizer: Tokenizer, n: int = 1) -> None:
+        super().__init__(model, tokenizer, n)
         # By choice: how many characters have had their log-probabilities sent.
         self._offsets: dict[int, int] = {}
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        return self.delta(index, output.text, output.finish_reason, output.logprobs)
+        choice = self.delta(index, output.text, output.finish_reason, output.logprobs)
+        described = self._describe_prompt(output)
+        return choice if described is None else {**choice, "prompt_logprobs": described}
 
     def delta(
         self, index: int, text: str, finish_reason: str | None, logprobs: Sequence[TokenLogprobs] | None
@@ -86,22 +118,41 @@ class CompletionAnswer(_Answer):
         return {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": described}
 
     def _describe(self, index: int, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        tokens = [self._token(entry.token_id) for entry in logprobs]
         offsets, offset = [], self._offsets.get(index, 0)
-        for token in tokens:
+        for entry in logprobs:
             offsets.append(offset)
-            offset += len(token)
+            # The characters that begin in the token, which may be bytes of one only.
+            offset += sum(byte & 0xC0 != 0x80 for byte in self._bytes(entry.token_id))
         self._offsets[index] = offset
         return {
-            "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{self._token(token): value for token, value in entry.top} for entry in logprobs],
+            "tokens": [self._name(entry.token_id) for entry in logprobs],
+            "token_logprobs": [_json(entry.logprob) for entry in logprobs],
+            "top_logprobs": [self._by_name(entry.top) for entry in logprobs],
             "text_offset": offsets,
         }
+
+    def _name(self, token_id: int) -> str:
+        """Spell a token; one that is no text is spelled as OpenAI does, bytes:\\xe4."""
+        token, content = self._token(token_id), self._bytes(token_id)
+        if token.encode("utf-8") == content:
+            return token
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def _by_name(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Return log-probabilities by token; of tokens that are spelled alike, the less likely ones are token_id:N."""
+        named: dict[str, float] = {}
+        for token, value in top:
+            name = self._name(token)
+            named[f"token_id:{token}" if name in named else name] = _json(value)
+        return named
 
 
 class ChatAnswer(_Answer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        answer, described = super().whole(outputs), self._describe_prompt(outputs[0])
+        return answer if described is None else {**answer, "prompt_logprobs": described}
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         message = {"role": "assistant", "content": output.text, "refusal": None}
@@ -140,5 +191,10 @@ class ChatAnswer(_Answer):
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._token(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
+        content = list(self._bytes(token_id))
+        return {"token": self._token(token_id), "logprob": _json(logprob), "bytes": content}
+
+
+def _json(logprob: float) -> float:
+    """Return a number for JSON, which has no infinity; OpenAI writes so for what is impossible."""
+    return max(logprob, IMPOSSIBLE)

@@ -21,7 +21,7 @@ from pymllm.engine.session import StreamPiece
 from pymllm.errors import ConfigError, PymllmError, RequestError
 from pymllm.server.answers import ChatAnswer, CompletionAnswer, usage_of
 from pymllm.server.gate import OPEN_PATH, NoSuchModel, add_gate, error_body, read_body
-from pymllm.server.protocol import ChatRequest, CompletionRequest, read_request
+from pymllm.server.protocol import ChatRequest, CompletionRequest, read_request, refuse
 from pymllm.server.worker import Generation, Worker
 
 logger = logging.getLogger("pymllm")
@@ -116,9 +116,13 @@ class _Service:
         body = await read_body(http)
         request, prompts, params = await asyncio.to_thread(self._prepare, kind, body)
         adapter = self.adapter_of(request.model)
-        generation = self.worker.start(prompts, params, adapter)
+        generation = self.worker.start(
+            [prompt for prompt in prompts for _ in range(params.n)],
+            [params.of_answer(index) for _ in prompts for index in range(params.n)],
+            adapter,
+        )
         shape = ChatAnswer if isinstance(request, ChatRequest) else CompletionAnswer
-        answer = shape(adapter or self.model_name, self.llm.tokenizer)
+        answer = shape(adapter or self.model_name, self.llm.tokenizer, params.n)
         try:
             if not request.stream:
                 return JSONResponse(answer.whole(await unless_gone(http, generation.outputs())))
@@ -148,6 +152,9 @@ class _Service:
         try:
             for prompt in prompts:
                 self.llm.engine.check(prompt, params)
+            if params.n > 1 and params.n * len(prompts) > self.worker.capacity:
+                most = self.worker.capacity // len(prompts)
+                refuse("n", f"is out of range: expected at most {most}, found {params.n}")
         except RequestError as error:
             if isinstance(request, ChatRequest) and error.tensor == "prompt":
                 error.tensor = "messages"
@@ -213,7 +220,8 @@ async def stream_events(
         yield _event(error_body(500, message))
         return
     if usage:
-        yield _event({**answer.chunk([]), "usage": usage_of(list(outputs.values()))})
+        in_order = [outputs[index] for index in sorted(outputs)]
+        yield _event({**answer.chunk([]), "usage": usage_of(in_order, answer.n)})
     yield "data: [DONE]\n\n"
 
 

@@ -18,11 +18,9 @@ MAX_PROMPTS = 16
 # OpenAI's default of max_tokens for completions.
 COMPLETION_MAX_TOKENS = 16
 
-# Parameters of the OpenAI API that this server does not have, each with the values that ask for nothing; null is always
+# Parameters that this server does not have, each with the values that ask for nothing; null is always
 # one of them.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "tools": ([],),
@@ -35,6 +33,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
+    # Those of other servers.
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "detokenize": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "repeat_penalty": (1, 1.0),
+    "priority": (0,),
+    "cache_prompt": (True, False),
 }
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -51,35 +62,52 @@ class StreamOptions(_Strict):
 class _Sampled(_Strict):
     """The parameters that both endpoints take.
 
-    None: the checkpoint's recommendation, or the default of SamplingParams.  user: accepted, but it changes no answer.
+    None: the checkpoint's recommendation, or the default of SamplingParams.  user, request_id: accepted, but they
+    change no answer.  best_of: as many as n, or none.
     """
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    request_id: str | None = None
+    n: int | None = None
+    best_of: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    bad_words: list[str] | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
 
     COPIED: ClassVar[tuple[str, ...]] = (
+        "n",
+        "min_tokens",
         "temperature",
         "top_p",
         "top_k",
         "min_p",
+        "typical_p",
         "repetition_penalty",
         "frequency_penalty",
         "presence_penalty",
         "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "bad_words",
         "seed",
+        "prompt_logprobs",
     )
 
     def sampling(self) -> dict[str, Any]:
@@ -191,6 +219,10 @@ def read_request(kind: type[R], body: bytes) -> R:
         refuse(name, detail if where == name else f"{detail} (at {where})")
     if request.stream_options is not None and not request.stream:
         refuse("stream_options", "needs stream: true")
+    if request.prompt_logprobs is not None and request.stream:
+        refuse("prompt_logprobs", "needs stream: false")
+    if request.best_of not in (None, request.n or 1):
+        refuse("best_of", "must be n: no answers are left out", code="unsupported_parameter")
     return request
 
 

@@ -27,13 +27,13 @@ class Worker:
     """The thread that runs one model.
 
     max_running: how many prompts are answered together.  max_waiting: how many more may wait.
-    room: how many more may come now.
+    capacity: how many there may be in all.  room: how many more may come now.
     """
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
         self.llm = llm
         llm.engine.scheduler.max_requests = max_running
-        self.room = max_running + max_waiting
+        self.capacity = self.room = max_running + max_waiting
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, "generation")
 
@@ -43,9 +43,12 @@ class Worker:
             raise Busy
 
     def start(
-        self, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None = None
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], adapter: str | None = None
     ) -> Generation:
-        """Take places in the line for these prompts, and start to answer them.  Busy if there are too few places."""
+        """Take places in the line for these prompts, and start to answer them.  Busy if there are too few places.
+
+        params: one for each prompt.
+        """
         self.check_room(len(prompts))
         self.room -= len(prompts)
         generation = Generation(self, prompts, params, adapter)
@@ -69,7 +72,11 @@ class Generation:
     """
 
     def __init__(
-        self, worker: Worker, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None
+        self,
+        worker: Worker,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        adapter: str | None,
     ) -> None:
         self.worker, self.prompts, self.params, self.adapter = worker, prompts, params, adapter
         self.closed = False
@@ -148,8 +155,9 @@ class _Round:
             return
         try:
             generation.worker.llm.check_adapter(generation.adapter)
-            for index, prompt in enumerate(generation.prompts):
-                request = self.session.add(prompt, generation.params, generation.adapter, index)
+            pairs = zip(generation.prompts, generation.params, strict=True)
+            for index, (prompt, params) in enumerate(pairs):
+                request = self.session.add(prompt, params, generation.adapter, index)
                 self.requests[generation].append(request)
                 self.owners[request] = generation
         except Exception as error:

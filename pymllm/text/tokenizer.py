@@ -8,8 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pymllm.errors import CheckpointError, ConfigError
+from pymllm.errors import CheckpointError, ConfigError, RequestError
 from pymllm.text.chat_template import ChatTemplate
+
+# What stands for a space in sentencepiece's tokens.
+SPACE = "\u2581"
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """Map the letters by which byte-level vocabularies spell bytes: those that print, themselves; others above 255."""
+    prints = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in prints)
+    return {chr(byte): byte for byte in prints} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+BYTES = _letters_of_bytes()
 
 
 class Encoder(Protocol):
@@ -18,6 +31,9 @@ class Encoder(Protocol):
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+    def piece(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it; None: there is none."""
 
 
 class FastEncoder:
@@ -44,6 +60,9 @@ class FastEncoder:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def piece(self, token: int) -> str | None:
+        return self.tokenizer.id_to_token(token)
+
 
 class AutoEncoder:
     """Any tokenizer that transformers can read without running a checkpoint's code."""
@@ -56,6 +75,10 @@ class AutoEncoder:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def piece(self, token: int) -> str | None:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return piece if isinstance(piece, str) else None
 
 
 # The message of transformers' error for a list.
@@ -119,6 +142,36 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)
 
+    def token_text(self, token: int) -> str:
+        """Decode one token, with the space before it that some decoders leave out at the start of a text."""
+        text = self.decode([token], skip_special_tokens=False)
+        begins = (self.encoder.piece(token) or "").startswith(SPACE)
+        return " " + text if begins and not text.startswith((" ", SPACE)) else text
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return a token's bytes, which may be a part of a character."""
+        text = self.token_text(token)
+        piece = self.encoder.piece(token) or ""
+        if "\ufffd" in text:
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                return bytes.fromhex(piece[3:5])
+            if piece and all(letter in BYTES for letter in piece):
+                return bytes(BYTES[letter] for letter in piece)
+        return text.encode("utf-8")
+
+    def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Encode each word as it begins a text, and as it comes after a space.  RequestError without a tokenizer."""
+        if words and not self.available:
+            raise RequestError(
+                "bad_words needs a tokenizer, and the checkpoint has none",
+                code="tokenizer-missing",
+                tensor="bad_words",
+                fix="Rule token ids out by logit_bias.",
+            )
+        texts = [text for word in words for text in (word.lstrip() or word, " " + word.lstrip())]
+        spelled = (tuple(self.encode(text, add_special_tokens=False)) for text in texts)
+        return tuple(dict.fromkeys(ids for ids in spelled if ids))
+
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:
         """The template in chat_template.jinja or tokenizer_config.json; None if the checkpoint has none."""
@@ -149,15 +202,22 @@ class Tokenizer:
         return self.encode(self.chat_template.render(messages, special), add_special_tokens=False)
 
 
+# A character has at most four bytes, so that a token that comes later completes none of an earlier one. After so many
+# tokens without a certain end, what they are is settled all the same.
+CHARACTER_TOKENS = 4
+MOST_UNSETTLED = 24
+
+
 class TextStream:
     """A growing list of ids as pieces of text, none of which ends inside a character or a stop string.
 
+    stop: strings that end the text.  min_tokens: of how many tokens the text has at least.
     text: what is certain so far.  sent: how many of its characters pieces have had.
     stopped: whether a stop string has come.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self.tokenizer, self.stop, self.min_tokens = tokenizer, tuple(stop), min_tokens
         self.ids: list[int] = []
         self.text = ""
         self.sent = 0
@@ -177,7 +237,19 @@ class TextStream:
         if len(longer) > len(known) and not longer.endswith("\ufffd"):
             self.text += longer[len(known) :]
             self._prefix, self._settled = self._settled, len(self.ids)
+        elif len(self.ids) - self._settled >= MOST_UNSETTLED:
+            self._settle(known, longer)
         return self._send(final=False)
+
+    def _settle(self, known: str, longer: str) -> None:
+        """Take the text of all but the last few ids for certain, or each push would decode all that are not again."""
+        decode, ids, latest = self.tokenizer.decode, self.ids, len(self.ids) - CHARACTER_TOKENS
+        # Best between two characters, where both sides decode alone to what they are together.
+        cuts = range(latest, latest - CHARACTER_TOKENS, -1)
+        whole = (cut for cut in cuts if decode(ids[self._prefix : cut]) + decode(ids[cut:]) == longer)
+        cut = next(whole, latest)
+        self.text += decode(ids[self._prefix : cut])[len(known) :]
+        self._prefix, self._settled = cut - CHARACTER_TOKENS, cut
 
     def finish(self) -> str:
         """Return the text that was held back."""
@@ -187,14 +259,16 @@ class TextStream:
         return self._send(final=True)
 
     def _send(self, final: bool) -> str:
-        for stop in self.stop:
-            found = self.text.find(stop, max(0, self.sent - len(stop)))
+        # What could be the beginning of a stop string has not been sent.
+        stops = self.stop if len(self.ids) >= self.min_tokens else ()
+        for stop in stops:
+            found = self.text.find(stop, self.sent)
             if found >= 0:
                 self.text, self.stopped = self.text[:found], True
         held = 0
         if not final and not self.stopped:
             held = max(
-                (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
+                (n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
                 default=0,
             )
         end = max(self.sent, len(self.text) - held)

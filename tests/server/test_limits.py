@@ -72,7 +72,7 @@ def test_what_is_not_a_json_object_is_refused(served, body):
         ("temperature", True),
         ("top_p", 0),
         ("top_p", 1.5),
-        ("top_k", -1),
+        ("top_k", -2),
         ("min_p", 2),
         ("repetition_penalty", 0),
         ("presence_penalty", 3),

@@ -189,12 +189,10 @@ def test_log_probabilities_of_completions_and_chats(client):
 @pytest.mark.parametrize(
     ("endpoint", "parameter", "value"),
     [
-        ("completions", "n", 2),
         ("completions", "best_of", 3),
         ("completions", "echo", True),
         ("completions", "suffix", "end"),
         ("completions", "guided_json", {}),
-        ("chat", "n", 10**9),
         ("chat", "tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
         ("chat", "response_format", {"type": "json_object"}),
         ("chat", "reasoning_effort", "low"),
@@ -226,6 +224,29 @@ def test_parameters_at_their_neutral_values_are_accepted(client):
         max_tokens=1,
         extra_body={**neutral, "best_of": 1, "echo": False, "suffix": None, "logprobs": False},
     )
+    elsewhere = {
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "stop_token_ids": [],
+        "bad_words": [],
+        "typical_p": 1,
+        "top_k": -1,
+        "prompt_logprobs": None,
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "priority": 0,
+        "request_id": "mine",
+        "cache_prompt": True,
+        "repeat_penalty": 1,
+        "length_penalty": 1.0,
+        "use_beam_search": False,
+        "guided_json": None,
+        "structured_outputs": None,
+    }
+    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1, extra_body=elsewhere)
+    client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1, extra_body=elsewhere)
     client.chat.completions.create(
         model=MODEL,
         messages=MESSAGES,

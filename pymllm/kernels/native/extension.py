@@ -36,6 +36,7 @@ _ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": 
 NATIVE_PARTS = (
     "Tape",
     "attention",
+    "choose_tokens",
     "copy_rows",
     "float_linear",
     "integer_experts",
@@ -44,6 +45,7 @@ NATIVE_PARTS = (
     "integer_pack",
     "integer_unpack",
     "isa_code",
+    "log_probabilities",
     "probe",
     "rms_norm",
     "rotate",

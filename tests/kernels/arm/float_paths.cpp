@@ -1,8 +1,10 @@
-// The float linear, attention, the KV store and the small operations on an ARM processor, every path that it can run,
+// The float linear, attention, the KV store, sampling and the small operations on an ARM processor, every path that it can run,
 // against float64. The loops are those of every processor, tested more widely in Python; here it is the vectors below.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "../../../kernels/elementwise.h"
 #include "../../../kernels/float_linear.h"
 #include "../../../kernels/float_scalar.h"
+#include "../../../kernels/sampling.h"
 #include "paths.h"
 
 using namespace pymllm;
@@ -245,6 +248,51 @@ void check_gates(std::int64_t size) {
     }
 }
 
+// Draws from all tokens and from those that top_p leaves, and log-probabilities, of logits of which some are masked.
+void check_sampling(std::int64_t size) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::vector<float> logits;
+  for (std::int64_t i = 0; i < size; ++i) logits.push_back(i % 5 == 3 ? -infinity : 4 * normal());
+  const double most = *std::max_element(logits.begin(), logits.end());
+  const std::int64_t starts[] = {0, 0};
+  std::vector<float> bad = logits;
+  bad[index(size - 1)] = std::nanf("");
+  for (const Isa path : g_paths)
+    for (const double top_p : {1.0, 0.7})
+      for (const double number : {0.0, 0.31, 0.77, 0.999}) {
+        const RowSettings settings{0.8, 0, top_p, 0, 1, 1, 0, 0, number};
+        Doubles weights;
+        double total = 0, left = 0;
+        for (const float logit : logits) total += weights.emplace_back(std::exp((logit - most) / 0.8));
+        Doubles sorted = weights;
+        std::sort(sorted.begin(), sorted.end(), std::greater<double>());
+        std::size_t count = 0;
+        while (count < sorted.size() && left < top_p * total && sorted[count] > 0) left += sorted[count++];
+        std::int64_t token = -1, chosen = -2;
+        double running = 0, nearest = 1;
+        for (std::int64_t i = 0; i < size; ++i) {
+          if (weights[index(i)] >= sorted[count - 1] && weights[index(i)] > 0) running += weights[index(i)];
+          if (token < 0 && running > number * left) token = i;
+          nearest = std::fmin(nearest, std::fabs(running / left - number));
+        }
+        SamplingBatch batch{logits.data(), 1, size, size, &settings, starts, nullptr, nullptr, starts, nullptr, nullptr};
+        choose_tokens(batch, &chosen, path, 1);
+        const auto name = [&] { return "sampling, size " + std::to_string(size); };
+        expect(chosen == token || (nearest < 1e-5 && number > 0), name);
+        batch.logits = bad.data();
+        choose_tokens(batch, &chosen, path, 1);
+        expect(chosen == -1, name);
+        float logprob = 0, best = 0;
+        std::int64_t first = -1;
+        log_probabilities(logits.data(), 1, size, size, &token, 1, &logprob, &first, &best, path, 1);
+        double sum = 0;
+        for (const float logit : logits) sum += std::exp(logit - most);
+        expect_near(logprob, logits[index(token)] - most - std::log(sum), 2e-6, name);
+        expect_near(best, -std::log(sum), 2e-6, name);
+        expect(logits[index(first)] == static_cast<float>(most), name);
+      }
+}
+
 // ---------------------------------------------------------------------------------------------------------- attention
 
 struct Options {
@@ -403,6 +451,7 @@ void check_all() {
   for (const FloatType type : kTypes)
     for (const std::int64_t size : {1, 4, 7, 32, 65, 300}) check_small_operations(type, 3, size);
   for (const std::int64_t size : {1, 4, 7, 130}) check_gates(size);
+  for (const std::int64_t size : {1, 4, 63, 64, 65, 1000, 5003}) check_sampling(size);
   check_attentions();
   for (const FloatType type : kTypes)
     for (const KVElement element : {KVElement::f32, KVElement::bf16, KVElement::f16, KVElement::int8})

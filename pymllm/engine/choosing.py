@@ -1,0 +1,245 @@
+"""The choice of the next tokens of a step: the settings of its requests become one batch, and one kernel chooses."""
+
+# R requests, V vocabulary
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.engine.sampling import SamplingParams
+from pymllm.errors import KernelError
+from pymllm.kernels.sampling import SETTINGS, SamplingBatch, SamplingKernel
+
+BANNED = float("-inf")
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The model's log-probability of the chosen token, and of the likeliest few, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def uniform(seed: int, position: int) -> float:
+    """Make the random number of one place of one request, in [0, 1), from nothing but these two.
+
+    Both go through SplitMix64's finaliser (Steele, Lea, Flood 2014), which passes BigCrush as a generator: the seed
+    first, so that requests with seeds side by side have nothing in common.
+    """
+    return (_mixed(_mixed(seed & _MASK) + (position + 1) * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def _mixed(value: int) -> int:
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class SeenTokens:
+    """The tokens of a text, each once, and how often its answer has each; it follows a growing answer."""
+
+    def __init__(self, prompt: Iterable[int]) -> None:
+        self.tokens = array("q", dict.fromkeys(prompt))
+        self.counts = array("f", bytes(4 * len(self.tokens)))
+        self._place = {token: place for place, token in enumerate(self.tokens)}
+        self._read = 0
+
+    def follow(self, answer: Sequence[int]) -> SeenTokens:
+        """Count the tokens that the answer has got since."""
+        for token in answer[self._read :]:
+            place = self._place.setdefault(token, len(self.tokens))
+            if place == len(self.tokens):
+                self.tokens.append(token)
+                self.counts.append(0.0)
+            self.counts[place] += 1.0
+        self._read = len(answer)
+        return self
+
+
+@dataclass
+class SamplerState:
+    """The state of a request's sampling that lasts from token to token.
+
+    bad_words: token ids of what must not come.  ends: the tokens that must not come before min_tokens.
+    takes_likeliest: `SamplingParams.takes_likeliest`, which is asked in every step.
+    """
+
+    params: SamplingParams
+    prompt: list[int]
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    ends: tuple[int, ...] = ()
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.takes_likeliest = params.takes_likeliest
+        self._settings = tuple(float(getattr(params, name)) for name in SETTINGS[:-1])
+        tokens, values = _columns(params.logit_bias)
+        self._bias = array("q", tokens), array("f", values)
+        self._seen = (
+            SeenTokens(self.prompt if params.repetition_penalty != 1.0 else ()) if params.penalises else None
+        )
+
+    def settings(self, answer: Sequence[int]) -> tuple[float, ...]:
+        """Return the row of `SamplingBatch.settings` for the token after this answer."""
+        return (*self._settings, 0.0 if self.params.greedy else uniform(self.seed, len(answer)))
+
+    def bias(self, answer: Sequence[int]) -> tuple[array[Any], ...]:
+        """Return tokens and what is added to their logits."""
+        banned = [*self.ends] if len(answer) < self.params.min_tokens else []
+        for word in self.bad_words:
+            if len(word) == 1 or self._tail(answer, len(word) - 1) == word[:-1]:
+                banned.append(word[-1])
+        if not banned:
+            return self._bias
+        tokens, values = self._bias
+        return tokens + array("q", banned), values + array("f", [BANNED] * len(banned))
+
+    def seen(self, answer: Sequence[int]) -> tuple[array[Any], ...]:
+        """Return the tokens that penalties are for, and how often the answer has each."""
+        if self._seen is None:
+            return array("q"), array("f")
+        self._seen.follow(answer)
+        return self._seen.tokens, self._seen.counts
+
+    def _tail(self, answer: Sequence[int], count: int) -> tuple[int, ...]:
+        text = answer if len(answer) >= count else self.prompt[-count:] + list(answer)
+        return tuple(text[-count:])
+
+
+def choose(
+    logits: Tensor, states: Sequence[SamplerState], answers: Sequence[Sequence[int]], kernel: SamplingKernel
+) -> list[tuple[int | None, TokenLogprobs | None]]:
+    """Choose the next token of each request, and report log-probabilities where they are asked for.
+
+    logits: [R, V].  answers: of each request, so far.
+    The token is None where the logits are not numbers. Log-probabilities are the model's own, before any setting.
+    """
+    if all([state.takes_likeliest for state in states]):
+        return [(token, None) for token in _likeliest(logits)]
+    tokens = kernel.choose(logits, _batch(states, answers))
+    counts = [state.params.logprobs for state in states]
+    wanted = [row for row, count in enumerate(counts) if count is not None]
+    if not wanted:
+        return [(token if token >= 0 else None, None) for token in tokens.tolist()]
+    rows, chosen = logits, tokens.clamp(min=0)
+    if len(wanted) < len(states):
+        index = torch.tensor(wanted, device=logits.device)
+        rows, chosen = logits[index], chosen[index]
+    parts = kernel.log_probabilities(rows, chosen, max(count for count in counts if count is not None))
+    # One copy from the device; a token is exact in float64.
+    flat = torch.cat([part.double().flatten() for part in (tokens, *parts)]).tolist()
+    found = [int(token) for token in flat[: len(states)]]
+    described = _describe(flat[len(states) :], [found[row] for row in wanted])
+    entries: list[tuple[int | None, TokenLogprobs | None]] = [
+        (token if token >= 0 else None, None) for token in found
+    ]
+    for row, entry in zip(wanted, described, strict=True):
+        if found[row] >= 0:
+            entries[row] = (found[row], _cut(entry, counts[row] or 0))
+    return entries
+
+
+def describe(
+    logits: Tensor, tokens: Sequence[int], count: int, kernel: SamplingKernel
+) -> list[TokenLogprobs]:
+    """Report the log-probabilities of the tokens that follow in a prompt, and of the `count` likeliest.
+
+    logits: [R, V], one row for each of the tokens.  KernelError if they are not numbers.
+    """
+    parts = kernel.log_probabilities(logits, torch.tensor(tokens, device=logits.device), count)
+    flat = torch.cat([part.double().flatten() for part in parts]).tolist()
+    entries = _describe(flat, tokens)
+    if any(entry.logprob != entry.logprob for entry in entries):
+        raise no_numbers()
+    return entries
+
+
+def no_numbers() -> KernelError:
+    """Make the error for a row from which no token can be chosen."""
+    return KernelError(
+        "no token can be chosen: the model's logits are not numbers, or every token is ruled out",
+        code="logits-nan",
+        expected="finite logits, and minus infinity for some",
+        fix="Check the model with `pymllm verify`, or rule fewer tokens out.",
+    )
+
+
+def _describe(flat: list[float], tokens: Sequence[int]) -> list[TokenLogprobs]:
+    """Read the three results of `log_probabilities`, one behind the other."""
+    rows = len(tokens)
+    count = (len(flat) // rows - 1) // 2 if rows else 0
+    best, values = flat[rows : rows + rows * count], flat[rows + rows * count :]
+    return [
+        TokenLogprobs(
+            token,
+            flat[row],
+            tuple((int(best[at]), values[at]) for at in range(row * count, (row + 1) * count)),
+        )
+        for row, token in enumerate(tokens)
+    ]
+
+
+def _cut(entry: TokenLogprobs, count: int) -> TokenLogprobs:
+    return (
+        entry if len(entry.top) <= count else TokenLogprobs(entry.token_id, entry.logprob, entry.top[:count])
+    )
+
+
+def _likeliest(logits: Tensor) -> list[int | None]:
+    """Take the first of the highest logits of each row; None where the highest is no number."""
+    if logits.device.type == "cpu":
+        # NumPy's argmax takes a tenth of the time of torch's.
+        rows = logits.detach().float().numpy()
+        tokens = rows.argmax(-1)
+        highest = rows[range(len(rows)), tokens].tolist()
+        found = tokens.tolist()
+    else:
+        index = logits.argmax(-1, keepdim=True)
+        found, highest = torch.cat((index.double(), logits.gather(-1, index).double()), -1).T.tolist()
+    # NaN counts as the highest in both.
+    return [
+        int(token) if abs(most) < float("inf") else None for token, most in zip(found, highest, strict=True)
+    ]
+
+
+def _batch(states: Sequence[SamplerState], answers: Sequence[Sequence[int]]) -> SamplingBatch:
+    each = list(zip(states, answers, strict=True))
+    settings = torch.tensor([state.settings(answer) for state, answer in each], dtype=torch.float64)
+    return SamplingBatch(
+        settings,
+        *_joined([state.bias(answer) for state, answer in each]),
+        *_joined([state.seen(answer) for state, answer in each]),
+    )
+
+
+def _joined(rows: Sequence[tuple[array[Any], ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the arrays of all rows one behind the other.  Returns where each begins, the tokens and the values."""
+    starts = [0]
+    for tokens, _ in rows:
+        starts.append(starts[-1] + len(tokens))
+    if not starts[-1]:
+        return torch.zeros(len(starts), dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
+    tokens_of_all, values_of_all = (bytearray().join(row[part] for row in rows) for part in range(2))
+    return (
+        torch.tensor(starts),
+        torch.frombuffer(tokens_of_all, dtype=torch.int64),
+        torch.frombuffer(values_of_all, dtype=torch.float32),
+    )
+
+
+def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [token for token, _ in pairs], [value for _, value in pairs]

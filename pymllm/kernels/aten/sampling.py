@@ -1,0 +1,139 @@
+"""Sampling in torch operations, all rows at once, on any device: the reference of the other kernels."""
+
+# R rows, V vocabulary, N likeliest tokens
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pymllm.kernels.sampling import LEAST_EXPONENT, SETTINGS, SamplingBatch, SamplingProblem
+
+# A temperature's inverse is at most this: 0 times it is 0, and it is a float32.
+LARGEST_SCALE = 3e38
+
+
+class TorchSampling:
+    """Sampling, every step of it one torch operation over all rows; steps that no row asks for are left out."""
+
+    name = "torch"
+
+    def why_not(self, problem: SamplingProblem) -> str | None:
+        return None
+
+    def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        # What no row asks for is known without a copy from the device.
+        asked = dict(zip(SETTINGS, batch.settings.unbind(-1), strict=True))
+        settings = batch.settings.to(logits.device)
+        column = {name: settings[:, index, None] for index, name in enumerate(SETTINGS)}
+        values = _edited(logits.detach().float(), batch, column)
+        highest, likeliest = values.max(-1, keepdim=True)
+        if not bool((asked["temperature"] > 0).any()):
+            return torch.where(highest.isfinite(), _first(values, highest, likeliest), -1).squeeze(-1)
+        scale = (1 / column["temperature"]).clamp(max=LARGEST_SCALE).float()
+        x = (values - highest) * scale
+        vocabulary = values.shape[-1]
+        least = torch.full_like(highest, LEAST_EXPONENT)
+        if bool((asked["min_p"] > 0).any()):
+            least = torch.maximum(least, column["min_p"].log().float())
+        cuts_k = (asked["top_k"] > 0) & (asked["top_k"] < vocabulary)
+        if bool(cuts_k.any()):
+            most = int(asked["top_k"][cuts_k].max())
+            best = x.topk(most, dim=-1).values
+            place = (column["top_k"].long() - 1).clamp(0, most - 1)
+            kth = best.gather(-1, place)
+            least = torch.where(cuts_k.to(x.device)[:, None], torch.maximum(least, kth), least)
+        # NaN stays out, too: whatever row has it gets no token.
+        weights = torch.where(x >= least, x.exp(), 0.0).double()
+        if bool((asked["top_p"] < 1).any()):
+            weights = _cut_top_p(x, weights, column["top_p"])
+        if bool((asked["typical_p"] < 1).any()):
+            weights = _cut_typical(x, weights, column["typical_p"])
+        sums = weights.cumsum(-1)
+        drawn = torch.searchsorted(sums, column["number"] * sums[:, -1:], right=True)
+        # The number times the sum may have been rounded up to the sum.
+        last = vocabulary - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)
+        drawn = torch.where(
+            column["temperature"] > 0, torch.minimum(drawn, last), _first(values, highest, likeliest)
+        )
+        return torch.where(highest.isfinite(), drawn, -1).squeeze(-1)
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        values = logits.detach().float()
+        highest = values.amax(-1, keepdim=True)
+        total = (values - highest).exp().sum(-1, keepdim=True, dtype=torch.float64).log() + highest
+        chosen = values.gather(-1, tokens.to(values.device)[:, None]) - total
+        ordered = values.sort(dim=-1, descending=True, stable=True) if count else None
+        best = (
+            values.new_empty((len(values), 0), dtype=torch.int64)
+            if ordered is None
+            else ordered.indices[:, :count]
+        )
+        fine = highest.isfinite()
+        top = torch.where(fine, values.gather(-1, best) - total, torch.nan)
+        return (
+            torch.where(fine, chosen, torch.nan).squeeze(-1).float(),
+            torch.where(fine, best, 0),
+            top.float(),
+        )
+
+
+def _first(values: Tensor, highest: Tensor, likeliest: Tensor) -> Tensor:
+    """Return the first of the highest values of each row, [R, 1]; on a GPU, `max` may return another."""
+    return likeliest if values.device.type == "cpu" else (values == highest).int().argmax(-1, keepdim=True)
+
+
+def _edited(values: Tensor, batch: SamplingBatch, column: dict[str, Tensor]) -> Tensor:
+    """Return the logits with biases and penalties, [R, V], a copy if there are any."""
+    device = values.device
+    if batch.bias_tokens.numel():
+        rows = _row_of_each(batch.bias_starts).to(device)
+        biases = batch.bias_values.to(device)
+        values = values.index_put((rows, batch.bias_tokens.to(device)), biases, accumulate=True)
+    if batch.seen_tokens.numel():
+        rows, tokens = _row_of_each(batch.seen_starts).to(device), batch.seen_tokens.to(device)
+        counts = batch.seen_counts.to(device).double()
+        penalty, frequency, presence = (
+            column[f"{name}_penalty"].squeeze(-1)[rows] for name in ("repetition", "frequency", "presence")
+        )
+        seen = values[rows, tokens].double()
+        seen = seen * torch.where(seen > 0, 1 / penalty, penalty) - (
+            frequency * counts + presence * (counts > 0)
+        )
+        values = values.index_put((rows, tokens), seen.float())
+    return values
+
+
+def _row_of_each(starts: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+
+
+def _cut_top_p(x: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
+    """Set the weights of tokens to 0 that come after `top_p` of the whole weight.  All [R, V], top_p [R, 1]."""
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    kept = _before(weights.gather(-1, order)) < _mass(top_p, weights)
+    return torch.where(torch.zeros_like(kept).scatter_(-1, order, kept), weights, 0.0)
+
+
+def _cut_typical(x: Tensor, weights: Tensor, typical_p: Tensor) -> Tensor:
+    """Set the weights of the less typical tokens to 0.  All [R, V], typical_p [R, 1]."""
+    total = weights.sum(-1, keepdim=True)
+    information = torch.where(weights > 0, total.log() - x, torch.inf)  # in nats
+    entropy = (weights / total * information).nan_to_num(0.0).sum(-1, keepdim=True)
+    distance = (information - entropy).abs().float()
+    order = distance.argsort(dim=-1, stable=True)
+    kept = _before(weights.gather(-1, order)) < _mass(typical_p, weights)
+    # The last one that is needed, and all that are as near.
+    farthest = distance.gather(-1, order).masked_fill(~kept, -torch.inf).amax(-1, keepdim=True)
+    return torch.where((distance <= farthest) | (typical_p >= 1), weights, 0.0)
+
+
+def _before(weights: Tensor) -> Tensor:
+    """Return the weight before each token."""
+    return F.pad(weights.cumsum(-1)[:, :-1], (1, 0))
+
+
+def _mass(share: Tensor, weights: Tensor) -> Tensor:
+    """Return so much of each row's weight, [R, 1]; infinity where the share is all, whatever rounding does."""
+    return torch.where(share < 1, share * weights.sum(-1, keepdim=True), torch.inf)

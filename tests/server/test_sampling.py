@@ -1,0 +1,150 @@
+"""Sampling parameters over the socket: each is honoured, as `LLM` honours it, or refused by its name."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+
+MODEL = "shipped"
+PROMPT = "def read_lines(path):\n"
+MESSAGES = [{"role": "user", "content": "Write a function."}]
+
+
+def greedy(llm, prompt=PROMPT, **settings):
+    return llm.generate(prompt, llm.default_params(**{"temperature": 0.0, "max_tokens": 12, **settings}))[0]
+
+
+def complete(client, **settings):
+    extra = {
+        name: settings.pop(name) for name in list(settings) if name not in ("n", "seed", "stop", "stream")
+    }
+    return client.completions.create(model=MODEL, prompt=PROMPT, **settings, extra_body=extra)
+
+
+def test_n_answers_come_in_order_and_the_prompt_counts_once(client, llm):
+    settings = {"temperature": 1.2, "max_tokens": 8}
+    prompts = [PROMPT, "import os\n"]
+    # In the same steps, as sums of bfloat16 depend on what is beside them.
+    answers = llm.generate(prompts, llm.default_params(**settings, seed=5, n=3))
+    expected = [output for answer in answers for output in answer.outputs]
+    assert len({output.token_ids for output in expected}) > 3
+    answer = client.completions.create(model=MODEL, prompt=prompts, n=3, seed=5, best_of=3, **settings)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert [choice.text for choice in answer.choices] == [output.text for output in expected]
+    assert answer.usage.prompt_tokens == sum(len(llm.encode(prompt)) for prompt in prompts)
+    assert answer.usage.completion_tokens == sum(len(output.token_ids) for output in expected)
+    texts = [""] * 6
+    usage = {"stream_options": {"include_usage": True}}
+    for chunk in client.completions.create(
+        model=MODEL, prompt=prompts, n=3, seed=5, stream=True, **usage, **settings
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+        used = chunk.usage
+    assert texts == [output.text for output in expected] and used == answer.usage
+    chat = client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2, seed=1, **settings)
+    assert [choice.index for choice in chat.choices] == [0, 1]
+    assert chat.choices[0].message.content != chat.choices[1].message.content
+
+
+def test_min_tokens_ignore_eos_and_stop_tokens(client, llm):
+    ids = greedy(llm).token_ids
+    short = complete(client, temperature=0, max_tokens=12, stop_token_ids=[ids[2]])
+    assert short.usage.completion_tokens == 3 and short.choices[0].finish_reason == "stop"
+    longer = complete(client, temperature=0, max_tokens=12, stop_token_ids=[ids[2]], min_tokens=6)
+    assert 6 <= longer.usage.completion_tokens <= 12
+    forced = {
+        "logit_bias": {str(token): 100 for token in llm.engine.end_tokens},
+        "temperature": 0,
+        "max_tokens": 4,
+    }
+    assert complete(client, **forced).usage.completion_tokens == 1
+    assert complete(client, **forced, ignore_eos=True).usage.completion_tokens == 4
+
+
+def test_bad_words_and_typical_p_are_those_of_the_library(client, llm):
+    word = next(word for word in greedy(llm, max_tokens=30).text.split() if word.isalpha())
+    for settings in (
+        {"bad_words": [word], "temperature": 0},
+        {"typical_p": 0.4, "temperature": 1.0, "seed": 4},
+    ):
+        expected = llm.generate(PROMPT, llm.default_params(max_tokens=30, **settings))[0].text
+        assert complete(client, max_tokens=30, **settings).choices[0].text == expected
+
+
+def test_log_probabilities_of_the_prompt(client, llm):
+    settings = {"temperature": 0, "max_tokens": 2}
+    expected = greedy(llm, max_tokens=2, prompt_logprobs=2).prompt_logprobs
+    choice = complete(client, **settings, prompt_logprobs=2).choices[0].model_dump()
+    assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == len(expected)
+    for entry, written in zip(expected[1:], choice["prompt_logprobs"][1:], strict=True):
+        assert written[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob)
+        assert written[str(entry.top[0][0])]["rank"] == 1
+        assert {int(token) for token in written} == {entry.token_id, *(token for token, _ in entry.top)}
+    chat = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=1, extra_body={"prompt_logprobs": 0}
+    )
+    assert len(chat.model_dump()["prompt_logprobs"]) == chat.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, stream=True, prompt_logprobs=1)
+    assert caught.value.param == "prompt_logprobs"
+
+
+def test_bytes_of_tokens_that_are_a_part_of_a_character(client, llm):
+    text = "\N{GRINNING FACE}"
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > 1 and all(llm.tokenizer.decode([token]) == "\ufffd" for token in ids)
+    # All of them are as likely as can be, and more likely than all others.
+    forced = {"logit_bias": {str(token): 100 for token in ids}, "temperature": 0, "max_tokens": 6}
+    chat = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=5, extra_body=forced
+    )
+    for entry in chat.choices[0].logprobs.content:
+        assert len(entry.bytes) == 1 and bytes(entry.bytes) in text.encode()
+    answer = complete(client, **forced, logprobs=3)
+    listed = answer.choices[0].logprobs
+    assert all(token.startswith("bytes:\\x") for token in listed.tokens)
+    assert all(len(top) == 3 for top in listed.top_logprobs)
+
+
+def test_tokens_that_are_spelled_alike_are_all_reported(llm, monkeypatch):
+    from pymllm.engine.request import TokenLogprobs
+    from pymllm.server.answers import CompletionAnswer
+
+    monkeypatch.setattr(llm.tokenizer, "token_text", lambda token: "same")
+    monkeypatch.setattr(llm.tokenizer, "token_bytes", lambda token: b"same")
+    entry = TokenLogprobs(7, -0.5, ((7, -0.5), (9, -float("inf")), (8, -2.0)))
+    described = CompletionAnswer("m", llm.tokenizer)._describe(0, [entry])
+    assert described["top_logprobs"] == [{"same": -0.5, "token_id:9": -9999.0, "token_id:8": -2.0}]
+    json.dumps(described, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("n", 10**9),
+        ("n", 0),
+        ("n", "2"),
+        ("n", 128),  # more than may come at a time, with two prompts
+        ("best_of", 2),
+        ("min_tokens", 100),
+        ("typical_p", 0),
+        ("stop_token_ids", [-4]),
+        ("stop_token_ids", "x"),
+        ("bad_words", [""]),
+        ("prompt_logprobs", 99),
+        ("ignore_eos", "yes"),
+        ("repeat_penalty", 1.1),
+        ("skip_special_tokens", False),
+        ("priority", 3),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused_by_its_name(client, parameter, value):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(
+            model=MODEL, prompt=[PROMPT, PROMPT], max_tokens=5, extra_body={parameter: value}
+        )
+    assert caught.value.param == parameter and parameter in caught.value.message
