@@ -233,7 +233,9 @@ class ModelOptConfig(QuantizationConfig):
         return cls(
             algorithm=None if mixed else _read_algorithm(settings, "quantization_config."),
             exclude_modules=excluded,
-            layers=_read_layers(settings.get("quantized_layers"), settings.get("group_size")) if mixed else {},
+            layers=_read_layers(settings.get("quantized_layers"), settings.get("group_size"))
+            if mixed
+            else {},
             kv_cache=settings.get("kv_cache_quant_algo", config.get("kv_cache_scheme")),
         )
 
