@@ -52,6 +52,8 @@ class FloatQuantizedLinearMethod(E4M3LinearMethod):
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, Fp8Weight)
         scales = weight.scales.float().contiguous()
+        if self.exponent_bytes:
+            scales = scales.to(torch.float8_e8m0fnu).view(torch.uint8)
         tensors = {
             "weight": weight.weight.contiguous(),
             "weight_scale": scales.reshape(1) if self.block == TENSOR else scales,

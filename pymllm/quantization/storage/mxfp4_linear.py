@@ -24,7 +24,7 @@ from pymllm.quantization.method import LinearMethodBase, StoredTensor
 from pymllm.quantization.storage.fields import unsupported
 from pymllm.quantization.storage.fp4_linear import e2m1_weight
 from pymllm.quantization.storage.groups import check_groups, check_share
-from pymllm.quantization.storage.packing import E2M1, encode_e2m1, unpack_nibbles_low_first
+from pymllm.quantization.storage.packing import E2M1, encode_e2m1, refuse_nan_scales, unpack_nibbles_low_first
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, LinearShape, WeightSpec, whole
 
 GROUP = 32
@@ -52,7 +52,8 @@ class MXFP4LinearMethod(LinearMethodBase):
         codes = WeightSpec("weight", torch.uint8, (OUT, IN.packed(2)), aliases=("weight_packed",))
         if self.blocks:
             codes = WeightSpec("blocks", torch.uint8, (OUT, IN.packed(GROUP), whole(GROUP // 2)))
-        scales = WeightSpec(SCALES[0], self.scale_dtype, (OUT, IN.every(GROUP)), aliases=SCALES[1:])
+        grid = (OUT, IN.every(GROUP))
+        scales = WeightSpec(SCALES[0], self.scale_dtype, grid, aliases=SCALES[1:], refuse=refuse_nan_scales)
         if self.activations != "static fp8":
             return codes, scales
         return codes, scales, WeightSpec("input_scale", torch.float32, (PART,), accepts=FLOATS, scale=True)
