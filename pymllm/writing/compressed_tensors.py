@@ -4,6 +4,7 @@
     int-quantized     int8 whole rows, activations int8
     float-quantized   float8 e4m3 with a scale a tensor, channel or block
     nvfp4-pack-quantized, mxfp4-pack-quantized   4-bit floats in groups of 16 or 32
+    mxfp8-quantized   float8 e4m3 in groups of 32 of weights and inputs, whose scales are powers of two
 
 Layers left in floats are in `ignore`. The layouts: quantization/compressed_tensors/README.md; of float8,
 quantization/fp8/README.md.
@@ -81,6 +82,8 @@ class CompressedTensorsSpelling:
         )
 
     def _floats(self, weight: Fp8Weight, shape: LinearShape) -> LinearMethodBase:
+        if weight.activations == "group mx":
+            return FloatQuantizedLinearMethod(weight.block, "group mx", exponent_bytes=True)
         height, width = weight.block
         if (height, width) not in ((0, 0), (1, 0)):
             # A side that covers the axis is stored as 0: any side that is long enough says the same.
@@ -136,6 +139,13 @@ def _scheme(method: LinearMethodBase) -> dict[str, Any] | None:
             "format": "pack-quantized" if method.packed else "int-quantized",
             "weights": weights,
             "input_activations": inputs,
+        }
+    if isinstance(method, FloatQuantizedLinearMethod) and method.exponent_bytes:
+        grouped = {"group_size": method.block[1], "scale_dtype": "torch.uint8"}
+        return {
+            "format": "mxfp8-quantized",
+            "weights": _arguments("float", 8, "group") | grouped,
+            "input_activations": _activations("float", "group", method.block[1]) | grouped,
         }
     if isinstance(method, FloatQuantizedLinearMethod):
         strategy = {(0, 0): "tensor", (1, 0): "channel"}.get(method.block, "block")

@@ -301,6 +301,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "modules_to_not_convert": ["lm_head"],
         "provider": "auto-round",
         "sym": False,
+        "to_quant_block_names": "model.layers",
     },
     "awq: community conversions": {**AWQ, "modules_to_not_convert": ["lm_head"], "ignore": ["lm_head"]},
     "gptq: Qwen2.5-Coder-1.5B-Instruct-GPTQ-Int4": TRANSFORMERS_GPTQ,
@@ -416,6 +417,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "compressed-tensors: neuralmagic FP8 of 2024": compressed(
         "naive-quantized", OLD, OLD, kv_cache_scheme=OLD, quantization_status="frozen"
     ),
+    "compressed-tensors: the cache alone": {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "frozen",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": codes(dynamic=False, num_bits=8, strategy="tensor", symmetric=True, type="float"),
+    },
     "compressed-tensors: FP8 of blocks": compressed(
         "float-quantized",
         codes(block_structure=[128, 128], num_bits=8, strategy="block", type="float"),

@@ -43,7 +43,7 @@ def make_tensors(in_features, out_features, *, group=32, bits=4, seed=0, minus_o
     def random(top, *shape):
         return torch.randint(0, top, shape, generator=generator)
 
-    groups = in_features // group
+    groups = -(-in_features // group)
     codes = random(2**bits, out_features, in_features)
     zeros = random(2**bits - 1, groups, out_features) + 1
     scales = (torch.rand(groups, out_features, generator=generator) * 0.01 + 0.001).half()
@@ -247,6 +247,32 @@ def test_a_short_last_group_is_read_whole_and_by_column_share():
         )
         weight = bound_weight(layer).canonical().dequantize(torch.float64)
         assert torch.equal(weight, meant[rank * 16 : rank * 16 + 16])
+
+
+@pytest.mark.parametrize("in_order", (True, False))
+@pytest.mark.parametrize(("in_features", "size"), ((96, 32), (80, 16), (72, None)))
+def test_a_short_last_group_keeps_inputs_in_order_where_smaller_groups_divide_all(
+    in_features, size, in_order
+):
+    tensors, meant = make_tensors(in_features, 32, group=64)
+    index = tensors.pop("g_idx")
+    if in_order:
+        meant = meant[:, torch.argsort(index, stable=True)]
+        codes = unpack_words(tensors["qweight"].t(), 4)[:, :in_features]
+        tensors["qweight"] = pack_words(codes[:, torch.argsort(index, stable=True)], 4).t().contiguous()
+    else:
+        tensors["g_idx"] = index.reshape(1, -1)
+    config = read({**GPTQ, "group_size": 64, "sym": False, "desc_act": not in_order})
+    method = config.get_quant_method(LINEAR, "x")
+    shape = LinearShape(Span.full(in_features), (Span.full(32),), ("x",), torch.float32)
+    real, planned = (
+        bind(weight, Execution(dtype=torch.float32), "linear")
+        for weight in (method.to_canonical(tensors, shape), method.planned(shape))
+    )
+    assert planned.problem == real.problem
+    assert real.problem.weight.indexed is (size is None)
+    assert size in (None, real.problem.weight.group_size)
+    assert torch.equal(real.canonical().dequantize(torch.float64), meant)
 
 
 def test_contradicting_tensors_are_refused_with_what_they_hold():

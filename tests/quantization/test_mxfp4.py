@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pymllm.errors import ConfigError
+import pymllm
+from pymllm.errors import CheckpointError, ConfigError
 from pymllm.quantization.base import get_quantization_config
 
-from ..checkpoints import write_checkpoint
+from ..checkpoints import save_tensors, write_checkpoint
 from ..forward import assert_answers_as_meant
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -44,6 +45,16 @@ WRITERS = {
 def test_a_checkpoint_answers_as_the_weights_it_means_on_one_rank_and_on_two(name, tmp_path):
     written = write_checkpoint(tmp_path, "llama", WRITERS[name], ignored=("down_proj",))
     assert_answers_as_meant(written)
+
+
+def test_an_exponent_that_is_nan_is_refused_by_the_name_of_its_tensor(tmp_path):
+    written = write_checkpoint(tmp_path, "llama", MXFP4())
+    name = "model.layers.1.mlp.down_proj.weight_scale"
+    written.tensors[name].view(-1)[3] = 255
+    save_tensors(tmp_path, written.tensors)
+    with pytest.raises(CheckpointError, match=r"1 scales of .* NaN") as caught:
+        pymllm.load_model(tmp_path)
+    assert caught.value.tensor == name
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pymllm.writing import output
 
 from ..checkpoints import load_tensors, relative_error, save_tensors, write_checkpoint
 from ..forward import logits_of
+from ..quantization.test_mxfp8 import MXFP8
 from .layouts import decode_awq, decode_compressed
 from .stopping import Stop, stop_at
 
@@ -178,6 +179,28 @@ def test_layers_without_a_rule_keep_their_weights_whatever_the_source_format(sou
             assert torch.equal(found.float(), weight), name
     before, after = (pymllm.load_model(f, dtype="float32") for f in (there.folder, tmp_path / "out"))
     assert 0 < relative_error(logits_of(after, there.ids), logits_of(before, there.ids)) < 0.1
+
+
+def test_mxfp8_whose_inputs_are_rounded_too_is_written_as_such(tmp_path):
+    there = write_checkpoint(tmp_path / "in", "llama", MXFP8("mxfp8"))
+    pymllm.quantize_checkpoint(there.folder, tmp_path / "out", {"**.down_proj": "none"})
+    tensors = load_tensors(tmp_path / "out")
+    for name, weight in float_weights(there).items():
+        if "down_proj" not in name:
+            scales = tensors[name.replace(".weight", ".weight_scale")]  # [O, I/32]
+            assert scales.dtype is torch.uint8
+            powers = 2.0 ** (scales.double() - 127)
+            assert torch.equal(tensors[name].double() * powers.repeat_interleave(32, 1), weight.double())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    for codes in (group["weights"], group["input_activations"]):
+        said = {name: codes[name] for name in ("type", "num_bits", "strategy", "group_size")}
+        assert said == {"type": "float", "num_bits": 8, "strategy": "group", "group_size": 32}
+    before, after = (pymllm.plan(folder, device="cpu") for folder in (there.folder, tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj"
+    assert config["format"] == "mxfp8-quantized"
+    assert after.layer(name).kernel == before.layer(name).kernel
+    assert "group mx" in after.layer(name).method_detail
 
 
 def test_a_quantised_source_becomes_floats_where_a_rule_says_none(tmp_path):

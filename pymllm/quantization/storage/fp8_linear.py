@@ -77,8 +77,10 @@ class E4M3LinearMethod(LinearMethodBase):
         )
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
-        assert isinstance(weight, Fp8Weight) and not self.exponent_bytes
+        assert isinstance(weight, Fp8Weight)
         scales = weight.scales.float().contiguous()
+        if self.exponent_bytes:
+            scales = scales.to(torch.float8_e8m0fnu).view(torch.uint8)
         tensors = {
             self.weight_name: weight.weight.contiguous(),
             self.scale_names[0]: self._stored_scales(scales),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, IntWeight
 from pymllm.quantization.storage.packing import unpack_words
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
+
+SMALLEST_GROUP = 16  # of the native kernels
 
 
 def group_dim(group_size: int, shape: LinearShape, *, indexed: bool) -> Dim:
@@ -49,19 +52,27 @@ def grouped_weight(
     index: [P, I], the group of every input, where the format names it ("act order").  A whole layer's inputs are sorted
     by group, so that groups lie in order for any kernel; a rank's share of the inputs keeps the index.  The shape alone
     says which of the two it is, so that a plan knows it without data.
+    Where the last group is short, smaller groups that divide all of them repeat their scales, in order for any kernel,
+    too; where these would be smaller than kernels take, inputs keep an index.
     """
-    groups, inputs = scales.shape[1], codes.shape[1]
+    groups, inputs, start = scales.shape[1], codes.shape[1], shape.inputs.start
     order = None
+    even = math.gcd(group_size, start, inputs)  # divides the last group, too, where it is short
+    runs = even == group_size or even >= SMALLEST_GROUP
     if groups <= 1:
-        group_size, index = inputs, None
+        group_size, index, even = inputs, None, inputs
     elif index is not None:
         index = same_for_all_parts(index, shape)
-        if inputs == shape.in_features and inputs == groups * group_size and _equal_groups(index, groups):
+        if inputs == shape.in_features and runs and _full_groups(index, group_size):
             order = torch.argsort(index, stable=True)
             codes, index = codes[:, order], None
-    elif inputs != groups * group_size:  # the last group is short, so inputs name their groups
-        index = torch.arange(shape.inputs.start, shape.inputs.start + inputs, device=codes.device)
-        index = index // group_size - shape.inputs.start // group_size
+    elif not runs:
+        index = _groups_from(start, inputs, 1, group_size, codes.device)
+    if index is None and even != group_size:
+        taken = _groups_from(start, inputs, even, group_size, codes.device)
+        scales = scales[:, taken]
+        zeros = None if zeros is None else zeros[:, taken]
+        group_size = even
     return IntWeight(
         codes,
         scales,
@@ -99,12 +110,17 @@ def same_for_all_parts(index: Tensor, shape: LinearShape) -> Tensor:
     return index[0]
 
 
-def _equal_groups(index: Tensor, groups: int) -> bool:
-    """Tell whether all groups have equally many inputs, as all writers make them.  Without data, they have."""
+def _groups_from(start: int, inputs: int, step: int, group_size: int, device: torch.device) -> Tensor:
+    """Return the group of every `step`-th input from `start` on, counted from the first one's."""
+    return torch.arange(start, start + inputs, step, device=device) // group_size - start // group_size
+
+
+def _full_groups(index: Tensor, group_size: int) -> bool:
+    """Tell whether all groups but the last are full, as all writers make them.  Without data, they are."""
     if index.is_meta:
         return True
-    counts = torch.bincount(index, minlength=groups)
-    return counts.numel() == groups and bool((counts == index.numel() // groups).all())
+    in_order = torch.arange(index.numel(), device=index.device) // group_size
+    return torch.equal(torch.bincount(index), torch.bincount(in_order))
 
 
 def _refuse_unordered(index: Tensor, shape: LinearShape, group_size: int) -> str | None:
