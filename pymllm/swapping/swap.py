@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, RuleError
 from pymllm.layers.held import HolderState, WeightHolder, weight_holders
 from pymllm.layers.weighted import weighted_layers
 from pymllm.loading.match import Placement, Unit
@@ -24,7 +24,7 @@ from pymllm.loading.prepare import Prepared
 from pymllm.parallel import Parallel
 from pymllm.planning.make_plan import make_plan
 from pymllm.planning.plan import Plan
-from pymllm.quantization.rules import Rule, RuledConfig
+from pymllm.quantization.rules import Rule, RuledConfig, RuleSource, read_rules
 from pymllm.swapping.rules import SwappedConfig
 from pymllm.weights.loader import place
 from pymllm.weights.spec import LinearShape
@@ -32,11 +32,12 @@ from pymllm.weights.spec import LinearShape
 logger = logging.getLogger("pymllm")
 
 
-def swap(model: Any, pattern: str, method: str) -> Swap:
+def swap(model: Any, pattern: RuleSource, method: str | None = None) -> Swap:
     """Run every weight whose checkpoint name matches `pattern` in another format, from now on.
 
     model: an `LLM`, or what `load_model` returned (a swap of `llm.model` leaves `llm.plan` as it was: pass the `llm`).
-    pattern: of checkpoint names, "**.mlp.**" say, as on the left of a rule.
+    pattern: of checkpoint names, "**.mlp.**" say, as on the left of a rule; without a method, whole rules as loading
+    takes them, "@FILE" too, of which the first that matches a weight decides.
     method: "int4:group_size=64" say, as on the right of a rule.
 
     The weights are decoded from what runs now, not read from the checkpoint: a swap to fewer bits and another one
@@ -54,10 +55,25 @@ def swap(model: Any, pattern: str, method: str) -> Swap:
     with _lock(model):
         root, prepared = _running(model)
         _check_unmerged(root)
-        return _swap(model, root, prepared, replace(Rule.parse(f"*={method}"), pattern=pattern))
+        return _swap(model, root, prepared, _read(pattern, method))
 
 
-def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
+def _read(pattern: RuleSource, method: str | None) -> tuple[Rule, ...]:
+    """Read what `swap` was asked for.  RuleError for what is no rule, and for none."""
+    if method is not None and isinstance(pattern, str):
+        return (replace(Rule.parse(f"*={method}"), pattern=pattern),)
+    rules = read_rules(pattern) if method is None else ()
+    if not rules:
+        raise RuleError(
+            "swap takes a pattern and a method, or rules alone",
+            code="rule-syntax",
+            expected='swap(model, "**.mlp.**", "int8"), or swap(model, "@rules.txt")',
+            found=f"{pattern!r}, {method!r}",
+        )
+    return rules
+
+
+def _swap(model: Any, root: nn.Module, before: Prepared, rules: tuple[Rule, ...]) -> Swap:
     """Make all new states, then put them in place.
 
     model: what the caller passed.  root: the module with the weights.  before: what it runs as now.
@@ -65,7 +81,7 @@ def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
     states: list[HolderState] = []
     after = before
     with _together(before.parallel, before.execution.device), torch.no_grad():
-        quant = SwappedConfig(before.quant, rule)
+        quant = SwappedConfig(before.quant, rules)
         holders = [holder for _, holder in weight_holders(root)]
         wanted = {holder: [quant.choose(holder, part) for part in holder.parts()] for holder in holders}
         quant.check_matched()
@@ -80,7 +96,7 @@ def _swap(model: Any, root: nn.Module, before: Prepared, rule: Rule) -> Swap:
             after = replace(before, quant=quant, units=_placed_again(before.units, states))
     changed = [name for name in quant.chosen if _changed(quant, before.quant, name)]
     olds = [old for state in states if (old := state.layer.packed_state()) is not None]
-    result = Swap(rule, changed, quant.unchanged, model, before, after, olds, states)
+    result = Swap(rules, changed, quant.unchanged, model, before, after, olds, states)
     if states:
         result._redo()
     logger.info(str(result))
@@ -100,7 +116,7 @@ class Swap:
     bytes_before, bytes_after: packed, on this rank, of the layers that hold what changed.
     """
 
-    rule: Rule
+    rules: tuple[Rule, ...]
     changed: list[str]
     unchanged: list[str]
     model: Any = field(repr=False)
@@ -115,16 +131,21 @@ class Swap:
         self.bytes_before, self.bytes_after = _nbytes(self._old), _nbytes(self._new)
 
     @property
+    def name(self) -> str:
+        """The rule, or how many there are."""
+        return str(self.rules[0]) if len(self.rules) == 1 else f"by {len(self.rules)} rules"
+
+    @property
     def nothing_to_do(self) -> bool:
         return not self.changed
 
     def __str__(self) -> str:
         if self.nothing_to_do:
             return (
-                f"swap {self.rule}: nothing to do, {len(self.unchanged)} weights run in that method already"
+                f"swap {self.name}: nothing to do, {len(self.unchanged)} weights run in that method already"
             )
         already = f", {len(self.unchanged)} ran in it already" if self.unchanged else ""
-        return f"swap {self.rule}: {len(self.changed)} weights changed{already}; {self.state}"
+        return f"swap {self.name}: {len(self.changed)} weights changed{already}; {self.state}"
 
     def undo(self) -> None:
         """Put the very tensors back that ran before.  ConfigError after `commit`, or under a later swap."""
@@ -133,7 +154,7 @@ class Swap:
                 return
             if self.state == "committed":
                 raise ConfigError(
-                    f"the swap {self.rule} was committed; the weights from before it are gone",
+                    f"the swap {self.name} was committed; the weights from before it are gone",
                     code="swap-committed",
                     fix="Load the checkpoint again.",
                 )
@@ -144,7 +165,7 @@ class Swap:
             _check_unmerged(root)
             if running is not self._after:
                 raise ConfigError(
-                    f"the swap {self.rule} cannot be undone: another one came after it",
+                    f"the swap {self.name} cannot be undone: another one came after it",
                     code="swap-order",
                     fix="Undo the later one first.",
                 )
@@ -158,7 +179,7 @@ class Swap:
         with _lock(self.model):
             if self.state == "undone":
                 raise ConfigError(
-                    f"the swap {self.rule} was undone already", code="swap-undone", fix="Swap again."
+                    f"the swap {self.name} was undone already", code="swap-undone", fix="Swap again."
                 )
             self.state = "committed"
             self._old = []

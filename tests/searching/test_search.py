@@ -13,7 +13,6 @@ from pymllm.api import shipped_model
 from pymllm.cli import main
 from pymllm.errors import ConfigError
 from pymllm.loading.prepare import prepare
-from pymllm.quantization.rules import read_rules
 from pymllm.searching import journal, search
 from pymllm.searching.methods import read_methods, stored_bits
 from pymllm.searching.weights import list_weights
@@ -184,8 +183,7 @@ def test_the_file_is_read_by_load_plan_swap_and_quantize(found, model, tmp_path)
             planned = pymllm.plan(model.folder, f"@{file}").layer(name)
             assert planned.method == ("none" if layer.method == "stored" else layer.method.partition(":")[0])
     by_swap = pymllm.LLM(model.folder, dtype="float32", progress=False)
-    for rule in reversed(read_rules(file)):  # in any order, as no two are for one layer
-        pymllm.swap(by_swap, rule.pattern, str(rule).removeprefix(f"{rule.pattern}="))
+    pymllm.swap(by_swap, f"@{file}")
     assert torch.equal(by_swap.logits(ids), by_load.logits(ids))
     limited = run(model.folder, 22.0, tmp_path / "journal.jsonl", format="compressed-tensors", curve=False)
     file.write_text(limited.rules_file)

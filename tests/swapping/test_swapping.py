@@ -112,6 +112,23 @@ def test_a_swap_runs_what_loading_with_the_rule_runs_and_undo_what_ran_before(tm
     assert weights_are_as_planned(llm)
 
 
+def test_a_file_of_rules_is_one_swap_in_which_the_first_rule_decides(checkpoint, llm, tmp_path):
+    file = tmp_path / "rules.txt"
+    file.write_text("# from a search\n**.down_proj=fp8\n**.mlp.**=int8\n")
+    tensors = tensors_of(llm.model)
+    loaded = LLM(checkpoint.folder, file, device="cpu", dtype="float32")
+    with pymllm.swap(llm, f"@{file}") as swap:
+        assert torch.equal(llm.logits(IDS), loaded.logits(IDS))
+        assert llm.plan.layer("model.layers.0.mlp.down_proj").method == "fp8"
+        assert llm.plan.layer("model.layers.0.mlp.up_proj").method == "int8"
+        assert "by 2 rules" in str(swap)
+        assert weights_are_as_planned(llm)
+    assert same_tensors(tensors_of(llm.model), tensors)
+    for nothing in ([], {}, None):
+        with pytest.raises(RuleError, match="a pattern and a method, or rules"):
+            pymllm.swap(llm, nothing)
+
+
 def test_a_partly_matched_layer_is_split_and_the_other_parts_keep_their_values(llm):
     layer = llm.model.model.layers[0].self_attn.qkv_proj
     before = layer.bound.canonical().dequantize(torch.float64)
