@@ -79,6 +79,7 @@ class LLM:
     progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
+    prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
 
     `plan` says what runs, and why. Several threads may use one LLM; they take turns.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
@@ -100,6 +101,7 @@ class LLM:
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
+        prefix_reuse: bool = True,
     ) -> None:
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
@@ -129,6 +131,7 @@ class LLM:
             dtype=prepared.execution.dtype,
             max_length=self.config.size("max_position_embeddings"),
             end_tokens=self._end_tokens(),
+            prefix_reuse=prefix_reuse,
         )
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)

@@ -80,6 +80,22 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     add_common_options(parser)
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `LLM` for how requests run; `engine_arguments` reads them back."""
+    group = parser.add_argument_group("requests")
+    group.add_argument(
+        "--prefix-reuse",
+        choices=("on", "off"),
+        default="on",
+        help="whether a request takes over what others have computed of the same first tokens; default: on",
+    )
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that `add_engine_options` added."""
+    return {"prefix_reuse": args.prefix_reuse == "on"}
+
+
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:
     """Add --quant and --quant-file, which fill one list: the order of rules matters, as the first match wins."""
     group.add_argument(

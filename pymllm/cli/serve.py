@@ -11,7 +11,13 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.options import adapter, add_model_options, model_arguments
+from pymllm.cli.options import (
+    adapter,
+    add_engine_options,
+    add_model_options,
+    engine_arguments,
+    model_arguments,
+)
 from pymllm.cli.output import say
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ docs/serving.md describes the server."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "pymllm serve [MODEL] [options]", EXAMPLES
     add_model_options(parser)
+    add_engine_options(parser)
     group = parser.add_argument_group("the server")
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: this machine alone"
@@ -136,7 +143,11 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
     llm = LLM(
-        args.model, adapters=dict(args.adapter), **model_arguments(args), check_memory=args.check_memory
+        args.model,
+        adapters=dict(args.adapter),
+        **model_arguments(args),
+        **engine_arguments(args),
+        check_memory=args.check_memory,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from pymllm.engine.kv_cache import PagedKVCache
+from pymllm.engine.prefixes import current_state
 from pymllm.engine.request import Request, TokenLogprobs
 from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams, likeliest, sample
@@ -34,10 +35,11 @@ class Engine:
         dtype: torch.dtype,
         max_length: int,
         end_tokens: frozenset[int],
+        prefix_reuse: bool = True,
     ) -> None:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
-        self.max_length, self.end_tokens = max_length, end_tokens
+        self.max_length, self.end_tokens, self.prefix_reuse = max_length, end_tokens, prefix_reuse
         self.runner = Runner(model, device, max_length)
 
     @cached_property
@@ -51,7 +53,12 @@ class Engine:
 
     @cached_property
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.cache, whole=self.model.keys_depend_on_length)
+        return Scheduler(
+            self.cache,
+            whole=self.model.keys_depend_on_length,
+            reuse=self.prefix_reuse,
+            state=lambda: self.parallel.broadcast_object(current_state()),
+        )
 
     @property
     def idle(self) -> bool:
@@ -101,6 +108,8 @@ class Engine:
             return []
         ran, logits = self._run(batch)
         ready = [index for index, request in enumerate(ran) if request.end_step()]
+        for request in ran:
+            self.scheduler.keep(request)
         if len(ready) < len(ran):
             ran, logits = [ran[index] for index in ready], logits[ready]
         tokens, logprobs = self._choose(ran, logits)
