@@ -82,7 +82,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `LLM` for how requests run; `engine_arguments` reads them back."""
-    group = parser.add_argument_group("requests")
+    group = add_cache_options(parser)
     group.add_argument(
         "--prefix-reuse",
         choices=("on", "off"),
@@ -91,9 +91,32 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options for the size of the KV cache; `cache_arguments` reads them back.  Returns their group."""
+    group = parser.add_argument_group("requests")
+    group.add_argument(
+        "--max-model-len",
+        type=positive,
+        metavar="N",
+        help="the most tokens that a request may have, its answer included; default: as the model has positions",
+    )
+    group.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="what the KV cache may take, e.g. 2GB or 512MiB; default: a quarter of what is free beside the weights, "
+        "but no more than 16384 tokens, or one request of the longest context, need",
+    )
+    return group
+
+
+def cache_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `plan` and `LLM` that `add_cache_options` added."""
+    return {"max_model_len": args.max_model_len, "kv_memory": args.kv_memory}
+
+
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the keywords of `LLM` that `add_engine_options` added."""
-    return {"prefix_reuse": args.prefix_reuse == "on"}
+    return {"prefix_reuse": args.prefix_reuse == "on", **cache_arguments(args)}
 
 
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:

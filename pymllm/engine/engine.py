@@ -17,11 +17,6 @@ from pymllm.errors import RequestError
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel
 
-DEFAULT_CACHE_TOKENS = 16384
-
-# How much of the free memory the cache takes at most.
-CACHE_MEMORY_SHARE = 0.25
-
 
 class Engine:
     """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules."""
@@ -34,22 +29,20 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         max_length: int,
+        cache_pages: int,
         end_tokens: frozenset[int],
         prefix_reuse: bool = True,
     ) -> None:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
-        self.max_length, self.end_tokens, self.prefix_reuse = max_length, end_tokens, prefix_reuse
+        self.max_length, self.cache_pages = max_length, cache_pages
+        self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.runner = Runner(model, device, max_length)
 
     @cached_property
     def cache(self) -> PagedKVCache:
         """The KV cache, made on first use, so that logits alone need none."""
-        page_bytes = PagedKVCache.bytes_per_page(self.model)
-        wanted = max(self.max_length, DEFAULT_CACHE_TOKENS)
-        affordable = int(_free_memory(self.device) * CACHE_MEMORY_SHARE) // page_bytes
-        pages = max(1, min(PagedKVCache.pages_for(wanted), affordable))
-        return PagedKVCache(self.model, self.parallel.broadcast_object(pages), self.device)
+        return PagedKVCache(self.model, self.parallel.broadcast_object(self.cache_pages), self.device)
 
     @cached_property
     def scheduler(self) -> Scheduler:
@@ -176,16 +169,3 @@ def _top(token: int, logprobs: torch.Tensor, count: int) -> TokenLogprobs:
     best = logprobs.topk(count)
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return TokenLogprobs(token, float(logprobs[token]), top)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Estimate how many bytes could be allocated now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as meminfo:
-            available = next(line for line in meminfo if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        # Not Linux: assume a small machine.
-        return 4 << 30

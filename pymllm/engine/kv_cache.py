@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pymllm.attention import bytes_per_token
 from pymllm.errors import ConfigError
 from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.layers.held import weight_holders
@@ -36,10 +35,6 @@ class PagedKVCache:
     @staticmethod
     def pages_for(tokens: int) -> int:
         return -(-tokens // PAGE_SIZE)
-
-    @staticmethod
-    def bytes_per_page(model: nn.Module) -> int:
-        return PAGE_SIZE * bytes_per_token(model)
 
     @property
     def free(self) -> list[int]:

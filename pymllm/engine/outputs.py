@@ -112,9 +112,8 @@ class GenerationOutputs:
     """The trajectories of `num_prompts` prompts, and metrics over them.
 
     Totals of the batch: batch_step_count, total_time, prefill_time, decode_time; generated_tokens, prefill_tokens
-    (tokens run), decode_tokens (tokens generated). cached_tokens: of prompts, those that were not run, as pages of the KV
-    cache held them already. A step in which some requests prefill and others decode counts for
-    both times.
+    (tokens run), decode_tokens (tokens generated), cached_tokens (tokens of prompts that were not run, as the KV cache
+    had them). A step in which some requests prefill and others decode counts for both times.
     """
 
     def __init__(self, num_prompts: int) -> None:

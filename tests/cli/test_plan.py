@@ -109,5 +109,5 @@ def test_the_plan_schema_page_has_every_key_and_no_other(awq):
     tables = {title: re.findall(r"^\| `(\w+)` \|", body, re.MULTILINE) for title, body in sections.items()}
     assert tables["The plan"] == list(plan)
     assert tables["layers"] == list(plan["layers"][0])
-    for key in ("tensor_parallel", "totals"):
+    for key in ("tensor_parallel", "totals", "kv_cache"):
         assert tables[key] == list(plan[key])
