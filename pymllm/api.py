@@ -30,6 +30,7 @@ from pymllm.adapters import (
 from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
 from pymllm.engine.outputs import GenerationOutputs
+from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
@@ -86,6 +87,8 @@ class LLM:
     beside the weights, but no more than 16384 tokens, or one request of that length, need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
 
+    step_ms: how many milliseconds a step may take that reads prompts beside answers.
+
     `plan` says what runs, and why. Several threads may use one LLM; they take turns.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
@@ -109,7 +112,9 @@ class LLM:
         max_model_len: int | None = None,
         kv_memory: int | str | None = None,
         prefix_reuse: bool = True,
+        step_ms: float = STEP_MS,
     ) -> None:
+        check_step_ms(step_ms)
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
             prepared = prepare(
@@ -140,6 +145,7 @@ class LLM:
             cache_pages=self.plan.kv_cache["tokens"] // PAGE_SIZE,
             end_tokens=self._end_tokens(),
             prefix_reuse=prefix_reuse,
+            step_ms=step_ms,
         )
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)

@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-running", type=int, default=64, metavar="N", help="prompts answered together; default: 64"
     )
     group.add_argument(
+        "--step-ms",
+        type=float,
+        metavar="MS",
+        help="how long a step may take that reads prompts beside answers; default: 150 ms",
+    )
+    group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
 
@@ -147,6 +153,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         adapters=dict(args.adapter),
         **model_arguments(args),
         **engine_arguments(args),
+        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         check_memory=args.check_memory,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 
 from pymllm.engine.kv_cache import PagedKVCache
+from pymllm.engine.pace import STEP_MS, Pace
 from pymllm.engine.prefixes import current_state
 from pymllm.engine.request import Request, TokenLogprobs
 from pymllm.engine.runner import Runner
@@ -19,7 +21,11 @@ from pymllm.parallel import Parallel
 
 
 class Engine:
-    """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules."""
+    """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules.
+
+    cache_pages: of the KV cache.  prefix_reuse: whether requests share pages.  step_ms: see `Pace`.
+    clock: tells the time, in seconds.
+    """
 
     def __init__(
         self,
@@ -32,11 +38,14 @@ class Engine:
         cache_pages: int,
         end_tokens: frozenset[int],
         prefix_reuse: bool = True,
+        step_ms: float = STEP_MS,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
         self.max_length, self.cache_pages = max_length, cache_pages
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
+        self.pace, self.clock = Pace(step_ms), clock
         self.runner = Runner(model, device, max_length)
 
     @cached_property
@@ -50,6 +59,7 @@ class Engine:
             self.cache,
             whole=self.model.keys_depend_on_length,
             reuse=self.prefix_reuse,
+            piece=lambda: self.parallel.broadcast_object(self.pace.piece()),
             state=lambda: self.parallel.broadcast_object(current_state()),
         )
 
@@ -99,13 +109,22 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             return []
+        started = self.clock()
+        pieces = [len(r.running_sequence) for r in batch if r.missing > 1 or r.is_prefilling]
         ran, logits = self._run(batch)
+        all_ran = len(ran) == len(batch)
         ready = [index for index, request in enumerate(ran) if request.end_step()]
         for request in ran:
             self.scheduler.keep(request)
         if len(ready) < len(ran):
             ran, logits = [ran[index] for index in ready], logits[ready]
         tokens, logprobs = self._choose(ran, logits)
+        if self.device.type == "cuda" and not ready:
+            # Nothing has waited for the step yet.
+            torch.cuda.synchronize()
+        # A step that failed ran several times.
+        if all_ran:
+            self.pace.note(self.clock() - started, sum(pieces), len(batch) - len(pieces))
         for request, token, row in zip(ran, self.parallel.broadcast_object(tokens), logprobs, strict=True):
             if token is None:
                 continue

@@ -18,7 +18,8 @@ class Scheduler:
     """The requests that share the pages of one cache; whoever came first goes first.
 
     A step runs one token of every request that has read its prompt. What is left of `step_tokens` goes to prompts, so
-    that a long prompt is read in several steps, and the answers of others go on beside it.
+    that a long prompt is read in several steps, and the answers of others go on beside it; beside answers it reads no
+    more than `piece` tokens.
 
     A request gets the pages of its prompt when it is admitted, and one more page whenever it has filled those. When no
     page is free, the request that was admitted last gives all of its pages back (it is preempted), and later reads its
@@ -30,6 +31,7 @@ class Scheduler:
 
     whole: whether keys depend on how long their request is (`CausalLM.keys_depend_on_length`). A prompt is then read
     in one step, a request gets all the pages that it may ever need when it is admitted, and pages are not shared.
+    piece: tells how many tokens a step may read beside answers, the same on all ranks; None: `step_tokens` alone count.
     state: tells what state the model is in, the same on all ranks; pages from another state are of no use.
     """
 
@@ -39,9 +41,11 @@ class Scheduler:
         *,
         whole: bool,
         reuse: bool = True,
+        piece: Callable[[], int] | None = None,
         state: Callable[[], State] = current_state,
     ) -> None:
         self.cache, self.whole, self.reuse = cache, whole, reuse and not whole
+        self._piece = piece
         self._state, self._now = state, (0, 0)
         self.max_requests, self.step_tokens = MAX_REQUESTS, STEP_TOKENS
         self.waiting: deque[Request] = deque()
@@ -55,6 +59,8 @@ class Scheduler:
             if self._grow(request):
                 step.append(request)
                 left -= request.start_step(1)
+        if step and self._piece is not None and (self.waiting or len(step) < len(self.running)):
+            left = min(left, self._piece())
         if self.reuse and (self.waiting or len(step) < len(self.running)):
             self._now = self._state()
         reading: list[Request] = []
