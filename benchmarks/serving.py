@@ -39,7 +39,18 @@ def served(folder: Path, threads: int, arguments: tuple[str, ...]) -> Iterator[s
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    command = [sys.executable, "-m", "pymllm", "serve", str(folder), "--port", "0", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pymllm",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--prefix-reuse",
+        "off",
+        *arguments,
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None

@@ -31,10 +31,12 @@ from pymllm.adapters import (
 from pymllm.adapters.loading import merged_adapter
 from pymllm.engine.engine import Engine
 from pymllm.engine.outputs import GenerationOutputs
+from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import ConfigError, RequestError, nearest
+from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import prepare
@@ -80,6 +82,13 @@ class LLM:
     progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
+    max_model_len: the most tokens that a request may have, its answer included; None: as many as the model knows
+    positions for, if the KV cache holds them.
+    kv_memory: what the KV cache may take, "2GB" or "512MiB" say, or a number of bytes; None: a quarter of what is free
+    beside the weights, but no more than 16384 tokens, or one request of that length, need.
+    prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
+
+    step_ms: how many milliseconds a step may take that reads prompts beside answers.
 
     `plan` says what runs, and why. Several threads may use one LLM; they take turns.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
@@ -101,7 +110,12 @@ class LLM:
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
+        max_model_len: int | None = None,
+        kv_memory: int | str | None = None,
+        prefix_reuse: bool = True,
+        step_ms: float = STEP_MS,
     ) -> None:
+        check_step_ms(step_ms)
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
             prepared = prepare(
@@ -114,7 +128,7 @@ class LLM:
                 kv_cache=kv_cache,
                 revision=revision,
             )
-            self.plan: Plan = make_plan(prepared)
+            self.plan: Plan = make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
             if check_memory:
                 check_fits(prepared, self.plan)
             self.model = load_prepared(prepared, progress=progress)
@@ -128,9 +142,12 @@ class LLM:
             parallel=self.parallel,
             device=torch.device(prepared.execution.device),
             dtype=prepared.execution.dtype,
-            max_length=self.config.size("max_position_embeddings"),
+            max_length=self.plan.kv_cache["max_model_len"],
+            cache_pages=self.plan.kv_cache["tokens"] // PAGE_SIZE,
             end_tokens=self._end_tokens(),
             sampling_kernel=prepared.execution.forced_kernel("sampling"),
+            prefix_reuse=prefix_reuse,
+            step_ms=step_ms,
         )
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)

@@ -22,6 +22,7 @@ class Execution:
 
     It is current for a `with` block, while a model is built.
     compute: "auto", "exact" or "checkpoint", see `LinearProblem`.  kernels: pairs (operation, forced kernel's name).
+    kv_dtype: of keys and values that are kept in floats; None: `dtype`.
     kept_floats: by name, the tensors whose floats stay in the checkpoint's dtype, which is narrower than `dtype`.
     """
 
@@ -29,6 +30,7 @@ class Execution:
     dtype: torch.dtype = torch.float32
     compute: Any = "exact"
     kernels: tuple[tuple[str, str], ...] = ()
+    kv_dtype: torch.dtype | None = None
     kept_floats: Mapping[str, torch.dtype] = field(default_factory=dict, compare=False, repr=False)
 
     def forced_kernel(self, operation: str) -> str | None:

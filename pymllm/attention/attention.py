@@ -83,7 +83,7 @@ class Attention(WeightHolder):
             scale=scale,
             dtype=execution.dtype,
             device=probe_device(execution.device),
-            kv=self.quant_method.kv_type(execution.dtype),
+            kv=self.quant_method.kv_type(execution.kv_dtype or execution.dtype),
             sliding_window=sliding_window,
             soft_cap=soft_cap,
             sinks=sinks,

@@ -80,6 +80,45 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     add_common_options(parser)
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `LLM` for how requests run; `engine_arguments` reads them back."""
+    group = add_cache_options(parser)
+    group.add_argument(
+        "--prefix-reuse",
+        choices=("on", "off"),
+        default="on",
+        help="whether a request takes over what others have computed of the same first tokens; default: on",
+    )
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options for the size of the KV cache; `cache_arguments` reads them back.  Returns their group."""
+    group = parser.add_argument_group("requests")
+    group.add_argument(
+        "--max-model-len",
+        type=positive,
+        metavar="N",
+        help="the most tokens that a request may have, its answer included; default: as the model has positions",
+    )
+    group.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="what the KV cache may take, e.g. 2GB or 512MiB; default: a quarter of what is free beside the weights, "
+        "but no more than 16384 tokens, or one request of the longest context, need",
+    )
+    return group
+
+
+def cache_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `plan` and `LLM` that `add_cache_options` added."""
+    return {"max_model_len": args.max_model_len, "kv_memory": args.kv_memory}
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that `add_engine_options` added."""
+    return {"prefix_reuse": args.prefix_reuse == "on", **cache_arguments(args)}
+
+
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:
     """Add --quant and --quant-file, which fill one list: the order of rules matters, as the first match wins."""
     group.add_argument(

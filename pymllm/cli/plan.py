@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped
+from pymllm.cli.options import (
+    add_cache_options,
+    add_model_options,
+    cache_arguments,
+    model_arguments,
+    model_or_shipped,
+)
 from pymllm.cli.output import console, print_json, readable_size
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ MOST_OFFERS = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "pymllm plan [MODEL] [options]", EXAMPLES
     add_model_options(parser)
+    add_cache_options(parser)
     parser.add_argument(
         "--rank",
         type=int,
@@ -65,7 +72,7 @@ def execute(args: argparse.Namespace) -> int:
         saved = read_plan(args.diff)
     # A plan needs no other process, so a machine of any size can show the share of any rank.
     with Parallel(args.rank, args.tensor_parallel_size, expert_parallel=args.expert_parallel):
-        planned = plan(model_or_shipped(args.model), **model_arguments(args))
+        planned = plan(model_or_shipped(args.model), **model_arguments(args), **cache_arguments(args))
     if saved is not None:
         difference = compare_plans(saved, planned)
         if args.json:
@@ -98,6 +105,7 @@ def print_plan(
         f"KV cache {totals['kv_cache_bytes_per_token']} bytes a token; "
         f"tensor-parallel sizes that work: {', '.join(map(str, size['legal_sizes']))}"
     )
+    out.print(plan.describe_cache())
     if reasons:
         _print_ranks(size, out)
         for rule in plan.rules:

@@ -11,7 +11,14 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.options import SHIPPED, adapter, add_model_options, model_arguments
+from pymllm.cli.options import (
+    SHIPPED,
+    adapter,
+    add_engine_options,
+    add_model_options,
+    engine_arguments,
+    model_arguments,
+)
 from pymllm.cli.output import console, print_json, readable_size, say
 
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--json", action="store_true", help="print one JSON object at the end in place of the text"
     )
+    add_engine_options(parser)
     add_model_options(parser, positional=False)
 
 
@@ -104,6 +112,7 @@ def execute(args: argparse.Namespace) -> int:
         expert_parallel=args.expert_parallel,
         adapters=adapters,
         **model_arguments(args),
+        **engine_arguments(args),
         check_memory=args.check_memory,
     )
     startup_seconds = time.perf_counter() - started

@@ -11,7 +11,13 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.options import adapter, add_model_options, model_arguments
+from pymllm.cli.options import (
+    adapter,
+    add_engine_options,
+    add_model_options,
+    engine_arguments,
+    model_arguments,
+)
 from pymllm.cli.output import say
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ docs/serving.md describes the server."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "pymllm serve [MODEL] [options]", EXAMPLES
     add_model_options(parser)
+    add_engine_options(parser)
     group = parser.add_argument_group("the server")
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: this machine alone"
@@ -62,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-running", type=int, default=64, metavar="N", help="prompts answered together; default: 64"
+    )
+    group.add_argument(
+        "--step-ms",
+        type=float,
+        metavar="MS",
+        help="how long a step may take that reads prompts beside answers; default: 150 ms",
     )
     group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
@@ -136,7 +149,12 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
     llm = LLM(
-        args.model, adapters=dict(args.adapter), **model_arguments(args), check_memory=args.check_memory
+        args.model,
+        adapters=dict(args.adapter),
+        **model_arguments(args),
+        **engine_arguments(args),
+        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
+        check_memory=args.check_memory,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(
@@ -163,6 +181,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         say("warning: other machines can reach this server, and it has no API key.")
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    say(llm.plan.describe_cache())
     greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops."
     make_server(config, greeting).run(sockets=[listener])
     return 0

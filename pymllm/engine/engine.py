@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 
 from pymllm.engine.choosing import TokenLogprobs, choose, describe, no_numbers
 from pymllm.engine.kv_cache import PagedKVCache
+from pymllm.engine.pace import STEP_MS, Pace
+from pymllm.engine.prefixes import current_state
 from pymllm.engine.request import Request
 from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
@@ -20,14 +23,13 @@ from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
 from pymllm.models.causal_lm import CausalLM
 from pymllm.parallel import Parallel
 
-DEFAULT_CACHE_TOKENS = 16384
-
-# How much of the free memory the cache takes at most.
-CACHE_MEMORY_SHARE = 0.25
-
 
 class Engine:
-    """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules."""
+    """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules.
+
+    cache_pages: of the KV cache.  prefix_reuse: whether requests share pages.  step_ms: see `Pace`.
+    clock: tells the time, in seconds.
+    """
 
     def __init__(
         self,
@@ -37,12 +39,18 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         max_length: int,
+        cache_pages: int,
         end_tokens: frozenset[int],
         sampling_kernel: str | None = None,
+        prefix_reuse: bool = True,
+        step_ms: float = STEP_MS,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
-        self.max_length, self.end_tokens = max_length, end_tokens
+        self.max_length, self.cache_pages = max_length, cache_pages
+        self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
+        self.pace, self.clock = Pace(step_ms), clock
         self.runner = Runner(model, device, max_length)
         self.runner.score_prompt = self._score_prompt
         problem = SamplingProblem(probe_device(device.type))
@@ -51,15 +59,17 @@ class Engine:
     @cached_property
     def cache(self) -> PagedKVCache:
         """The KV cache, made on first use, so that logits alone need none."""
-        page_bytes = PagedKVCache.bytes_per_page(self.model)
-        wanted = max(self.max_length, DEFAULT_CACHE_TOKENS)
-        affordable = int(_free_memory(self.device) * CACHE_MEMORY_SHARE) // page_bytes
-        pages = max(1, min(PagedKVCache.pages_for(wanted), affordable))
-        return PagedKVCache(self.model, self.parallel.broadcast_object(pages), self.device)
+        return PagedKVCache(self.model, self.parallel.broadcast_object(self.cache_pages), self.device)
 
     @cached_property
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.cache, whole=self.model.keys_depend_on_length)
+        return Scheduler(
+            self.cache,
+            whole=self.model.keys_depend_on_length,
+            reuse=self.prefix_reuse,
+            piece=lambda: self.parallel.broadcast_object(self.pace.piece()),
+            state=lambda: self.parallel.broadcast_object(current_state()),
+        )
 
     @property
     def idle(self) -> bool:
@@ -111,11 +121,23 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             return []
+        started = self.clock()
+        pieces = [len(r.running_sequence) for r in batch if r.missing > 1 or r.is_prefilling]
         ran, logits = self._run(batch)
+        all_ran = len(ran) == len(batch)
         ready = [index for index, request in enumerate(ran) if request.end_step()]
+        for request in ran:
+            self.scheduler.keep(request)
         if len(ready) < len(ran):
             ran, logits = [ran[index] for index in ready], logits[ready]
-        for request, (token, logprobs) in zip(ran, self._choose(ran, logits), strict=True):
+        chosen = self._choose(ran, logits)
+        if self.device.type == "cuda" and not ready:
+            # Nothing has waited for the step yet.
+            torch.cuda.synchronize()
+        # A step that failed ran several times.
+        if all_ran:
+            self.pace.note(self.clock() - started, sum(pieces), len(batch) - len(pieces))
+        for request, (token, logprobs) in zip(ran, chosen, strict=True):
             if request.error is not None:
                 continue
             if token is None:
@@ -187,16 +209,3 @@ class Engine:
         tokens = request.prompt[first : first + len(logits)]
         count = request.params.prompt_logprobs or 0
         request.prompt_logprobs += describe(logits, tokens, count, self.sampling_kernel)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Estimate how many bytes could be allocated now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as meminfo:
-            available = next(line for line in meminfo if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        # Not Linux: assume a small machine.
-        return 4 << 30

@@ -112,8 +112,8 @@ class GenerationOutputs:
     """The trajectories of `num_prompts` prompts, and metrics over them.
 
     Totals of the batch: batch_step_count, total_time, prefill_time, decode_time; generated_tokens, prefill_tokens
-    (tokens run), decode_tokens (tokens generated). A step in which some requests prefill and others decode counts for
-    both times.
+    (tokens run), decode_tokens (tokens generated), cached_tokens (tokens of prompts that were not run, as the KV cache
+    had them). A step in which some requests prefill and others decode counts for both times.
     """
 
     def __init__(self, num_prompts: int) -> None:
@@ -123,6 +123,7 @@ class GenerationOutputs:
         self.batch_step_count = 0
         self.total_time = self.prefill_time = self.decode_time = 0.0
         self.generated_tokens = self.prefill_tokens = self.decode_tokens = 0
+        self._cached: dict[int, int] = {}
 
     def record_step(
         self,
@@ -137,7 +138,8 @@ class GenerationOutputs:
         Requests of any decoding strategy can be recorded. These attributes are read: req_id; is_prefilling, new_tokens
         (how many this step gave), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer:
         each with block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and
-        truncated_response (those before the end token); and the flags of `ReqTrajectory`.
+        truncated_response (those before the end token); the flags of `ReqTrajectory`; and cached_tokens, if
+        it is there.
         """
         if not reqs:
             return
@@ -152,6 +154,7 @@ class GenerationOutputs:
         self.decode_time += step_time if decoding else 0.0
         for req in reqs:
             index = req.req_id if req_id_to_prompt_id is None else req_id_to_prompt_id[req.req_id]
+            self._cached[index] = getattr(req, "cached_tokens", 0)
             self._record(self.trajectories[index], req, step_time)
 
     def _record(self, trajectory: ReqTrajectory, req: Any, step_time: float) -> None:
@@ -172,6 +175,10 @@ class GenerationOutputs:
         trajectory.full_token_ids = list(req.full_response)
         for flag in FLAGS:
             setattr(trajectory, flag, getattr(req, flag))
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self._cached.values())
 
     @property
     def tpf(self) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pymllm.engine.choosing import SamplerState, TokenLogprobs
+from pymllm.engine.prefixes import PageKeys
 from pymllm.engine.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -20,6 +21,7 @@ class RequestOutput:
     prefill_seconds: from admission to the first token.  decode_seconds: from the first token to the last.
     logprobs: one of each token, if they were asked for.  prompt_logprobs: one of each token of the prompt; None for the
     first, which nothing comes before.
+    cached_tokens: how many of the prompt's tokens were not read, as pages of the KV cache held them already.
     others: the other answers to the prompt, if several were asked for.
     """
 
@@ -31,6 +33,7 @@ class RequestOutput:
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
     others: tuple[RequestOutput, ...] = ()
 
     @property
@@ -40,7 +43,9 @@ class RequestOutput:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return len(self.prompt_token_ids) / self.prefill_seconds if self.prefill_seconds else 0.0
+        """The speed of the prompt's tokens that were read."""
+        read = len(self.prompt_token_ids) - self.cached_tokens
+        return read / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -57,6 +62,8 @@ class Request:
     is_prefilling, running_sequence, new_tokens: whether its latest step read its prompt, the tokens that the step ran,
     and how many it added.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
+    kept_pages: how many of its first pages can be found by `page_keys`.  cached_tokens: how many of the prompt's tokens
+    others had computed before; what it lost itself and found again does not count.
     error: what its own step raised; the request is finished then.
     restart_length: `CausalLM.restart_length`.
     block_size, blocks, max_nfe_reached, max_repetition_run_reached: what `GenerationOutputs` reads of strategies that
@@ -71,6 +78,9 @@ class Request:
     answer: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    page_keys: PageKeys = field(default_factory=PageKeys)
+    kept_pages: int = 0
+    cached_tokens: int = 0
     preemptions: int = 0
     error: Exception | None = None
     finish_reason: FinishReason | None = None
@@ -95,6 +105,12 @@ class Request:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    def keys(self, page_size: int) -> list[bytes]:
+        """Return the keys of all pages that its tokens fill, whether these have been computed or not."""
+        if self.length // page_size > len(self.page_keys.made):
+            self.page_keys.extend(self.prompt + self.answer, page_size)
+        return self.page_keys.made
 
     @property
     def last_token(self) -> int:
@@ -176,6 +192,11 @@ class Request:
         elif self.length >= self.limit:
             self.finish_reason = "length"
 
+    @property
+    def reuses(self) -> bool:
+        """Whether it may take over what others have read: not where its prompt's own log-probabilities are wanted."""
+        return self.params.prompt_logprobs is None
+
     def output(self, text: str = "") -> RequestOutput:
         assert self.finish_reason is not None
         return RequestOutput(
@@ -187,4 +208,5 @@ class Request:
             self.last_token_at - self.first_token_at,
             tuple(self.logprobs) if self.params.logprobs is not None else None,
             tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
+            self.cached_tokens,
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from pymllm.engine.kv_cache import PagedKVCache
+from pymllm.engine.prefixes import PageKeys, State, current_state
 from pymllm.engine.request import Request
 
 MAX_REQUESTS = 64
@@ -16,18 +18,35 @@ class Scheduler:
     """The requests that share the pages of one cache; whoever came first goes first.
 
     A step runs one token of every request that has read its prompt. What is left of `step_tokens` goes to prompts, so
-    that a long prompt is read in several steps, and the answers of others go on beside it.
+    that a long prompt is read in several steps, and the answers of others go on beside it; beside answers it reads no
+    more than `piece` tokens.
 
     A request gets the pages of its prompt when it is admitted, and one more page whenever it has filled those. When no
     page is free, the request that was admitted last gives all of its pages back (it is preempted), and later reads its
     prompt and its answer again.
 
+    What others have computed of the same text is not computed again (`reuse`): a request takes the full pages that hold
+    its first tokens, all but those of its last token, and waits for pages that an earlier request is about to fill.
+    Pages that are given back stay as they are until they are needed, so that a request that was preempted finds them.
+
     whole: whether keys depend on how long their request is (`CausalLM.keys_depend_on_length`). A prompt is then read
-    in one step, and a request gets all the pages that it may ever need when it is admitted.
+    in one step, a request gets all the pages that it may ever need when it is admitted, and pages are not shared.
+    piece: tells how many tokens a step may read beside answers, the same on all ranks; None: `step_tokens` alone count.
+    state: tells what state the model is in, the same on all ranks; pages from another state are of no use.
     """
 
-    def __init__(self, cache: PagedKVCache, *, whole: bool) -> None:
-        self.cache, self.whole = cache, whole
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        *,
+        whole: bool,
+        reuse: bool = True,
+        piece: Callable[[], int] | None = None,
+        state: Callable[[], State] = current_state,
+    ) -> None:
+        self.cache, self.whole, self.reuse = cache, whole, reuse and not whole
+        self._piece = piece
+        self._state, self._now = state, (0, 0)
         self.max_requests, self.step_tokens = MAX_REQUESTS, STEP_TOKENS
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of their admission
@@ -40,20 +59,42 @@ class Scheduler:
             if self._grow(request):
                 step.append(request)
                 left -= request.start_step(1)
+        if step and self._piece is not None and (self.waiting or len(step) < len(self.running)):
+            left = min(left, self._piece())
+        if self.reuse and (self.waiting or len(step) < len(self.running)):
+            self._now = self._state()
+        reading: list[Request] = []
         for request in self.running:
             if request.missing > 1 and left > 0:
-                step.append(request)
-                left -= request.start_step(request.missing if self.whole else min(request.missing, left))
+                left -= self._read(request, reading, step, left)
         while left > 0 and (admitted := self._admit()) is not None:
-            step.append(admitted)
-            left -= admitted.start_step(admitted.missing if self.whole else min(admitted.missing, left))
+            left -= self._read(admitted, reading, step, left)
         return step
 
+    def keep(self, request: Request) -> None:
+        """Have others find the pages that a request has filled.  Call it after each of its steps."""
+        size = self.cache.page_size
+        full = request.computed // size
+        if not (self.reuse and request.reuses) or full <= request.kept_pages:
+            return
+        for page, key in zip(
+            request.pages[request.kept_pages : full],
+            request.keys(size)[request.kept_pages : full],
+            strict=True,
+        ):
+            self.cache.keep(page, key)
+        request.kept_pages = full
+
     def remove(self, request: Request) -> None:
-        """Take a request out, whether it runs or waits; its pages are free at once."""
+        """Take a request out, whether it runs or waits; its pages are free at once.
+
+        Nobody finds what a request that failed has computed.
+        """
         for line in (self.waiting, self.running):
             if request in line:
                 line.remove(request)
+        if request.error is not None:
+            self.cache.forget(request.pages)
         self._take_pages(request)
 
     def _admit(self) -> Request | None:
@@ -61,16 +102,72 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_requests:
             return None
         request = self.waiting[0]
-        needed = PagedKVCache.pages_for(request.limit if self.whole else request.length)
+        known = self._find_known(request)
+        needed = PagedKVCache.pages_for(request.limit if self.whole else request.length) - len(known)
         # A page is left for each running request, so that none preempts this one for its next page.
         spare = 0 if self.whole else len(self.running)
-        if needed + spare > len(self.cache.free):
+        if needed + spare > self.cache.available - self.cache.count_free(known):
             return None
         self.running.append(self.waiting.popleft())
-        request.pages = self.cache.allocate(needed)
+        self.cache.share(known)
+        request.pages = known + self.cache.allocate(needed)
+        self._skip(request, len(known))
         if not request.admitted_at:
             request.admitted_at = time.perf_counter()
         return request
+
+    def _read(self, request: Request, reading: list[Request], step: list[Request], left: int) -> int:
+        """Add the next piece of a prompt to the step.  Returns its number of tokens, at most `left`.
+
+        reading: the requests before it that read; it is added.  If one of these is about to fill the request's next
+        page, the request waits for that instead, and 0 is returned.
+        """
+        if self.reuse and request.reuses and self._follow(request, reading):
+            return 0
+        reading.append(request)
+        step.append(request)
+        return request.start_step(request.missing if self.whole else min(request.missing, left))
+
+    def _follow(self, request: Request, reading: list[Request]) -> bool:
+        """Take the pages that others have filled since the request began to read.
+
+        Returns whether it waits for its next page.
+        """
+        size = self.cache.page_size
+        if request.page_keys.origin != (self._now, request.adapter):
+            return False
+        keys = request.keys(size)[: (request.length - 1) // size]
+        for index in range(request.computed // size, len(keys)):
+            page = self.cache.find(keys[index])
+            if page is None:
+                return any(keys[index] in other.page_keys.made[index : index + 1] for other in reading)
+            self.cache.share([page])
+            self.cache.release([request.pages[index]])
+            request.pages[index] = page
+            self._skip(request, index + 1)
+        return False
+
+    def _find_known(self, request: Request) -> list[int]:
+        """Find the pages that hold the first tokens of a request which holds none."""
+        if not (self.reuse and request.reuses):
+            return []
+        origin = (self._now, request.adapter)
+        if request.page_keys.origin != origin:
+            request.page_keys = PageKeys(origin)
+        known: list[int] = []
+        for key in request.keys(self.cache.page_size)[: (request.length - 1) // self.cache.page_size]:
+            page = self.cache.find(key)
+            if page is None:
+                break
+            known.append(page)
+        return known
+
+    def _skip(self, request: Request, pages: int) -> None:
+        """Note that a request's first pages hold its tokens without a step."""
+        there = pages * self.cache.page_size
+        if not request.preemptions:
+            request.cached_tokens += there - request.computed
+        request.computed, request.kept_pages = there, pages
 
     def _grow(self, request: Request) -> bool:
         """Give a running request the page of its next token.  Returns whether it still runs then."""
@@ -78,7 +175,7 @@ class Scheduler:
             # It was preempted for an earlier request.
             if not request.pages:
                 return False
-            if self.cache.free:
+            if self.cache.available:
                 request.pages += self.cache.allocate(1)
             else:
                 self._preempt(self.running[-1])
@@ -87,7 +184,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._take_pages(request)
-        request.computed = 0
+        request.computed = request.kept_pages = 0
         request.preemptions += 1
         self.waiting.appendleft(request)
 

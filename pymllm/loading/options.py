@@ -18,8 +18,9 @@ class LoadOptions(TypedDict, total=False):
     compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
     forbids it, "checkpoint" demands just what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
-    kv_cache: how keys and values are stored: "fp8", "int8", "none" (the activations' dtype), a dtype's name, or such
-    methods for patterns of attention layers, as in rules for weights; None or "auto": as the checkpoint says.
+    kv_cache: how keys and values are stored: "fp8", "int8", "none" (floats, of the checkpoint's 16 bits unless float32
+    was asked for, by `dtype` or by `compute` "exact"), a dtype's name, or such methods for patterns of attention
+    layers, as in rules for weights; None or "auto": as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
     """
 

@@ -183,6 +183,8 @@ def choose_execution(
 ) -> Execution:
     """Choose the device, the activation dtype and the compute mode to run with.
 
+    Keys and values are kept in the checkpoint's own 16 bits where float32 was not asked for, nor compute "exact".
+
     Asking for float32 is asking for float32 arithmetic: compute "auto" is then "exact".
     dtype "auto" is the checkpoint's own; but float32 on a CPU for a quantised checkpoint, whose weights stay packed
     either way, and whose CPU arithmetic is fastest and most exact in float32; not with compute "checkpoint", as writers
@@ -202,7 +204,10 @@ def choose_execution(
         chosen = torch.float32
     else:
         chosen = config.dtype or torch.float32
-    return Execution(where.spec, chosen, compute, tuple((kernels or {}).items()))
+    narrow = config.dtype in (torch.float16, torch.bfloat16)
+    asked = dtype != "auto" or compute == "exact"
+    kv_dtype = config.dtype if narrow and chosen is torch.float32 and not asked else None
+    return Execution(where.spec, chosen, compute, tuple((kernels or {}).items()), kv_dtype)
 
 
 def floats_to_keep(checkpoint: Checkpoint, execution: Execution) -> dict[str, torch.dtype]:

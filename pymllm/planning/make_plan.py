@@ -8,10 +8,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pymllm.engine.graphs import why_not_captured
+from pymllm.engine.kv_memory import choose_cache_size
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
 from pymllm.kernels.registry import Selection, select
@@ -28,13 +32,20 @@ from pymllm.quantization.kv_cache import KVCacheMethodBase
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Slot
-from pymllm.weights.memory import refuse_too_large
+from pymllm.weights.memory import available_memory, refuse_too_large
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def plan(path: str | Path, quant: RuleSource = None, **options: Unpack[LoadOptions]) -> Plan:
+def plan(
+    path: str | Path,
+    quant: RuleSource = None,
+    *,
+    max_model_len: int | None = None,
+    kv_memory: int | str | None = None,
+    **options: Unpack[LoadOptions],
+) -> Plan:
     """Say what `load_model` with the same arguments would do, from config and headers alone.
 
     No tensor is read, but for a head that the config ties and the files hold all the same (loading/head.py).
@@ -50,12 +61,13 @@ def plan(path: str | Path, quant: RuleSource = None, **options: Unpack[LoadOptio
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
+    max_model_len, kv_memory: the most tokens that a request may have, and what the KV cache may take, as for `LLM`.
 
     Raises whatever loading would raise over the same headers.
     """
     prepared = prepare(path, quant, **options)
     with prepared.checkpoint:
-        return make_plan(prepared)
+        return make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
 
 
 def check_fits(prepared: Prepared, plan: Plan) -> None:
@@ -63,8 +75,10 @@ def check_fits(prepared: Prepared, plan: Plan) -> None:
     refuse_too_large(plan.totals["peak_load_bytes"], prepared.execution.device, str(prepared.checkpoint.path))
 
 
-def make_plan(prepared: Prepared) -> Plan:
-    """Make the plan of a prepared model."""
+def make_plan(
+    prepared: Prepared, *, max_model_len: int | None = None, kv_memory: int | str | None = None
+) -> Plan:
+    """Make the plan of a prepared model.  max_model_len, kv_memory: see `choose_cache_size`."""
     binder = Binder(prepared.execution)
     holders = [holder for _, holder in weight_holders(prepared.model)]
     weight_bytes = transient = 0
@@ -83,6 +97,13 @@ def make_plan(prepared: Prepared) -> Plan:
         "checkpoint_bytes": sum(tensor.nbytes for tensor in prepared.checkpoint.tensors.values()),
         "kv_cache_bytes_per_token": sum(holder.cache_bytes_per_token() for holder in holders),
     }
+    cache = choose_cache_size(
+        prepared.config.size("max_position_embeddings"),
+        totals["kv_cache_bytes_per_token"],
+        _free_beside(weight_bytes, prepared.execution.device),
+        max_model_len=max_model_len,
+        kv_memory=kv_memory,
+    )
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
     device = probe_device(prepared.execution.device)
@@ -117,7 +138,19 @@ def make_plan(prepared: Prepared) -> Plan:
         routing=_plan_routing(holders, binder),
         decoding_graph={"captured": eager is None, "why_not": eager} if on_gpu else None,
         sampling={"kernel": sampling.kernel.name, "refused": explain(sampling)},
+        kv_cache=asdict(cache),
     )
+
+
+def _free_beside(weight_bytes: int, device: str) -> int | None:
+    """Return how many bytes this machine has free on `device`, less those of the weights.
+
+    None: the device is another machine's, or the weights do not fit into this one, which loading refuses.
+    """
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        return None
+    available = available_memory(device)
+    return None if available is None or available <= weight_bytes else available - weight_bytes
 
 
 def _row(described: Description, prepared: Prepared) -> PlannedLayer:

@@ -55,6 +55,7 @@ class Plan:
     layers: attention layers last.
     totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
+    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Plan:
     routing: list[dict[str, Any]] = field(default_factory=list)
     decoding_graph: dict[str, Any] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    kv_cache: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -81,6 +83,14 @@ class Plan:
             if layer.prefix == prefix:
                 return layer
         raise KeyError(prefix)
+
+    def describe_cache(self) -> str:
+        """Say how large the KV cache is and what decided so, in a line."""
+        cache = self.kv_cache
+        return (
+            f"KV cache of {cache['tokens']} tokens, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
+            f"a request has at most {cache['max_model_len']} tokens"
+        )
 
     def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
         """Group the layers that differ in nothing but name and shape: (the first one, all their names)."""
@@ -112,4 +122,6 @@ class Plan:
             f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, "
             f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token"
         )
+        if self.kv_cache:
+            lines.append(f"  {self.describe_cache()}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

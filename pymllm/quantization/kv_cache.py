@@ -3,7 +3,7 @@
 An `Attention` layer holds one as its `quant_method`, as a linear layer holds its own. `KVType` gives the layouts of
 the pages:
 
-    none                          floats, in the activations' dtype or another one
+    none                          floats, in the activations' dtype or another one (`Execution.kv_dtype`)
     fp8, int8 (static scales)     e4m3 or int8, value = code * scale; the checkpoint gives one scale for keys and one
                                   for values, or one for each head; 1 where it has none
     int8, fp8 (scales of tokens)  value = code * scale; a float32 scale beside every head of every token
@@ -13,6 +13,8 @@ the pages:
 
 from __future__ import annotations
 
+import math
+import mmap
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,12 +34,28 @@ from pymllm.weights.report import Skip
 from pymllm.weights.spec import FLOATS, OUT, PART, LinearShape, WeightSpec, whole
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+# From where on `zeros` leaves it to the system to commit memory.
+LAZY_BYTES = 1 << 20
+
 # After the attention module's name, as compressed-tensors, ModelOpt, AutoFP8, Quark and vLLM write them.
 KEY_SCALES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "qkv_proj.k_scale", "attn.k_scale")
 VALUE_SCALES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "qkv_proj.v_scale", "attn.v_scale")
 COMMON_SCALES = ("kv_scale", "attn.kv_scale")  # one for both
 QUERY_SCALES = ("q_scale", "q_proj.q_scale", "q_proj.output_scale", "qkv_proj.q_scale", "attn.q_scale")
 PROBABILITY_SCALES = ("prob_scale", "attn.prob_scale", "prob_output_scale")
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor of zeros; the system commits the memory of a large one on a CPU page by page, as it is used.
+
+    torch.zeros writes all of it at once: 4 GB for a context of 8192 tokens of a model of 7 B parameters.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LAZY_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Windows has no such flag, and no processes that fork.
+    flags = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **flags), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _zero_points(scales: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,14 +97,14 @@ class KVCacheMethodBase(QuantizeMethodBase):
         slots = (num_pages, page_size, layer.num_kv_heads)
         scales: list[Tensor | None] = [None, None]
         if kind.scaling == "token":
-            scales = [torch.zeros(slots, device=device) for _ in scales]
+            scales = [zeros(slots, torch.float32, device) for _ in scales]
         elif kind.scaling == "static":
             ones = torch.ones(layer.num_kv_heads, device=device)
             scales = [s.to(device) for s in (layer.kv_scales or (ones, ones))]
         return PagedKV(
             kind,
-            torch.zeros((*slots, layer.head_dim), dtype=kind.dtype, device=device),
-            torch.zeros((*slots, layer.value_head_dim), dtype=kind.dtype, device=device),
+            zeros((*slots, layer.head_dim), kind.dtype, device),
+            zeros((*slots, layer.value_head_dim), kind.dtype, device),
             *scales,
         )
 

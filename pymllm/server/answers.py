@@ -11,14 +11,19 @@ from pymllm.engine.request import RequestOutput, TokenLogprobs
 from pymllm.text.tokenizer import Tokenizer
 
 
-def usage_of(outputs: Sequence[RequestOutput], n: int = 1) -> dict[str, int]:
+def usage_of(outputs: Sequence[RequestOutput], n: int = 1) -> dict[str, Any]:
     """Count the tokens of prompts and answers; an answer's count includes the token that ended it.
 
     n: how many answers in a row are to one prompt, which counts once.
     """
     prompt = sum(len(output.prompt_token_ids) for output in outputs[::n])
     answer = sum(len(output.token_ids) for output in outputs)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in outputs[::n])},
+    }
 
 
 IMPOSSIBLE = -9999.0

@@ -196,7 +196,9 @@ class Swap:
         self._plan = getattr(self.model, "plan", None)
         try:
             _install(self._new)
-            self._publish(self._after, None if self._plan is None else make_plan(self._after))
+            # The KV cache stays as it is.
+            plan = self._plan and replace(make_plan(self._after), kv_cache=self._plan.kv_cache)
+            self._publish(self._after, plan)
         except BaseException:
             _install(self._old)
             self._publish(self._before, self._plan)

@@ -97,6 +97,17 @@ def test_names_are_covered_by_the_narrowest_pattern():
     assert common_pattern(["a.0.m.x", "a.1.n.y"]) == "a.*.**"
 
 
+def test_the_size_of_the_cache_is_asked_for_and_said(capsys):
+    assert main(["plan", "--max-model-len", "100", "--kv-memory", "1MB", "--json"]) == 0
+    cache = json.loads(capsys.readouterr().out)["kv_cache"]
+    assert cache["max_model_len"] == 100 and cache["bytes"] <= 10**6 and cache["decided_by"] == "kv_memory"
+    assert main(["plan", "--kv-memory", "1MB"]) == 0
+    assert f"KV cache of {cache['tokens']} tokens" in capsys.readouterr().out
+    code = main(["plan", "--max-model-len", "1000", "--kv-memory", "1MB"])
+    assert_one_error(code, capsys.readouterr(), "context of 1000 tokens", "1.00 MB", "3.10 MB")
+    assert_one_error(main(["plan", "--kv-memory", "much"]), capsys.readouterr(), "'much'")
+
+
 # What the documents say
 
 
@@ -109,5 +120,5 @@ def test_the_plan_schema_page_has_every_key_and_no_other(awq):
     tables = {title: re.findall(r"^\| `(\w+)` \|", body, re.MULTILINE) for title, body in sections.items()}
     assert tables["The plan"] == list(plan)
     assert tables["layers"] == list(plan["layers"][0])
-    for key in ("tensor_parallel", "totals"):
+    for key in ("tensor_parallel", "totals", "kv_cache"):
         assert tables[key] == list(plan[key])

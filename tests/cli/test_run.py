@@ -23,6 +23,14 @@ def test_run_prints_the_answer_and_nothing_else(llm, capsys):
     assert captured.err == ""
 
 
+def test_run_takes_the_options_of_requests(llm, capsys):
+    options = ["--prefix-reuse", "off", "--max-model-len", "20", "--kv-memory", "1MB"]
+    assert main(["run", "import os\n", "--temperature", "0", "--max-tokens", "50", "--json", *options]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["prompt_tokens"] + len(answer["token_ids"]) <= 20
+    assert_one_error(main(["run", "import os\n" * 9, *options]), capsys.readouterr(), "fewer than 20 tokens")
+
+
 def test_run_stats_go_to_stderr_the_plan_first(capsys):
     assert main(["run", "--stats", "import os\n", "--max-tokens", "4", "--seed", "1"]) == 0
     captured = capsys.readouterr()

@@ -279,3 +279,18 @@ def test_another_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="another", prompt=PROMPT)
     assert caught.value.param == "model"
+
+
+def test_usage_counts_the_tokens_of_the_prompt_that_were_not_read_again(client, llm):
+    prompt = [7 + index % 40 for index in range(50)]
+    for cached in (0, 48):
+        answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=2)
+        assert answer.usage.prompt_tokens_details.cached_tokens == cached
+    *_, last = client.completions.create(
+        model=MODEL,
+        prompt=[prompt, prompt],
+        max_tokens=2,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert last.usage.prompt_tokens_details.cached_tokens == 96

@@ -1,0 +1,151 @@
+"""The size of the KV cache: what decides it, what is refused, and that memory is committed as it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+import pymllm
+from pymllm import LLM
+from pymllm.api import shipped_model
+from pymllm.engine.kv_memory import choose_cache_size, read_size
+from pymllm.errors import ConfigError, RequestError
+from pymllm.quantization.kv_cache import zeros
+
+from ..checkpoints import write_checkpoint
+from .answers import greedy
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("2GB", 2 * 10**9),
+        ("2 gb", 2 * 10**9),
+        ("1.5G", 15 * 10**8),
+        ("512MiB", 512 << 20),
+        ("3Ki", 3072),
+        (" 7kB ", 7000),
+    ],
+)
+def test_sizes_are_read_in_thousands_or_in_1024s(text, expected):
+    assert read_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ("", "GB", "2TB", "-1", "0", 0, -5, 1.5, True, None, "1e9", "two", "2GB/s", "0.1")
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match=r"no size of memory.*'512MiB'"):
+        read_size(text)
+
+
+def chosen(longest=4096, token_bytes=1000, available=None, **limits):
+    size = choose_cache_size(longest, token_bytes, available, **limits)
+    assert size.tokens == size.pages * 16 and size.bytes == size.tokens * token_bytes
+    return size.tokens, size.max_model_len
+
+
+def test_by_default_it_holds_16384_tokens_or_the_longest_request_within_a_quarter_of_what_is_free():
+    assert chosen(available=10**12) == (16384, 4096)
+    assert chosen(40_000, available=10**12) == (40_000, 40_000)
+    assert chosen(40_001, available=10**12) == (40_016, 40_001)
+    assert chosen(40_000, available=8_000_000) == (2000, 2000)
+    assert chosen(1024, available=8_000_000) == (2000, 1024)
+    assert chosen(10**9, available=None) == ((1 << 30) // 16_000 * 16,) * 2
+    assert chosen(available=0) == (16, 16)
+    assert chosen(512, token_bytes=0, available=0) == (16384, 512)
+
+
+def test_asked_for_it_is_what_was_asked_for():
+    assert chosen(available=0, kv_memory=320_000) == (320, 320)
+    assert chosen(available=0, kv_memory="5MB") == (4992, 4096)
+    assert chosen(available=10**12, max_model_len=100) == (16384, 100)
+    assert chosen(available=8_000_000, max_model_len=2000) == (2000, 2000)
+    assert chosen(available=0, max_model_len=320, kv_memory=320_000) == (320, 320)
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [
+        (
+            {"max_model_len": 2001, "available": 8_000_000},
+            ("2000 tokens, as 2.00 MB", "2001 tokens", "2.02 MB"),
+        ),
+        (
+            {"max_model_len": 330, "kv_memory": 320_000},
+            ("320 tokens, as 0.32 MB", "(kv_memory)", "330 tokens"),
+        ),
+        ({"kv_memory": 15_999}, ("at most 0 tokens", "1000 bytes")),
+        ({"available": 0, "max_model_len": 1}, ("at most 0 tokens", "25%")),
+        ({"max_model_len": 4097}, ("1 to 4096", "4097")),
+        ({"max_model_len": 0}, ("1 to 4096", "found 0")),
+        ({"max_model_len": True}, ("1 to 4096", "True")),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_numbers(limits, numbers):
+    with pytest.raises(ConfigError) as refused:
+        chosen(**limits)
+    assert all(number in str(refused.value) for number in numbers), str(refused.value)
+
+
+def test_a_model_runs_within_what_its_plan_says(tmp_path):
+    write_checkpoint(tmp_path)
+    limits = {"max_model_len": 50, "kv_memory": "1MB"}
+    llm = LLM(tmp_path, **limits)
+    size = llm.plan.kv_cache
+    assert size == pymllm.plan(tmp_path, **limits).kv_cache and size["max_model_len"] == 50
+    cache = llm.engine.cache
+    held = sum(layer.cache.nbytes for layer in cache.layers)
+    assert held == size["bytes"] <= 10**6 < held + 16 * llm.plan.totals["kv_cache_bytes_per_token"]
+    assert cache.num_pages * 16 == size["tokens"]
+    (output,) = llm.generate([[1] * 40], greedy(20))
+    assert len(output.token_ids) == 10 and output.finish_reason == "length"
+    with pytest.raises(RequestError, match="fewer than 50 tokens"):
+        llm.generate([[1] * 50], greedy(1))
+
+
+def test_a_swap_leaves_the_plan_its_cache():
+    llm = LLM(max_model_len=77)
+    with pymllm.swap(llm, "**.mlp.**", "int8"):
+        assert llm.plan.kv_cache["max_model_len"] == 77
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "float16"),
+        ({"kv_cache": "none"}, "float16"),
+        ({"compute": "exact"}, "float32"),
+        ({"dtype": "float32"}, "float32"),
+        ({"kv_cache": "float32"}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_keys_and_values_have_the_checkpoint_s_bits_unless_more_were_asked_for(options, expected):
+    planned = pymllm.plan(shipped_model(), device="cpu", **options)
+    assert {row.method_detail for row in planned.layers if row.kind == "attention"} == {
+        f"KV cache in {expected}"
+    }
+    assert planned.totals["kv_cache_bytes_per_token"] == 6 * 2 * 2 * 64 * getattr(torch, expected).itemsize
+
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn))
+def test_pages_take_memory_once_they_are_used(dtype):
+    before = resident()
+    pages = zeros((1 << 14, 16, 8, 128), dtype, torch.device("cpu"))
+    assert pages.nbytes >= 256 << 20 and pages.data_ptr() % 64 == 0
+    assert resident() - before < 32 << 20
+    assert not bool(pages[[0, 77, -1]].view(torch.uint8).any())
+    pages[:1024].view(torch.uint8).fill_(1)
+    assert (16 << 20) <= resident() - before < (96 << 20)
