@@ -28,7 +28,15 @@ from ..checkpoints import FP8, relative_error, write_checkpoint
 from ..forward import logits_of
 from .published_configs import CONFIGS, OBJECTS_BY_NAME
 
-ONLY_TARGETS = {"int4", "int8", "nvfp4"}  # what rules make, and no checkpoint is stored in
+ONLY_TARGETS = {
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int8",
+    "nvfp4",
+}  # what rules make, and no checkpoint is stored in
 NAMED_BY_LAYERS = {"mlx"}  # any name may be a layer's until the tensors are seen: test_mlx.py
 UNKNOWN = "zz_unknown"
 VALUES = ("x", 1, 0, 1.5, True, False, [1], ["x"], {"x": 1}, [{"x": 1}], {"x": None})

@@ -327,9 +327,10 @@ def _read_algorithm(settings: Any, within: str, group_size: Any = None) -> Algor
         raise _unsupported("quant_algo", named, known, within=within)
     if settings.get("has_zero_point"):
         raise _unsupported("has_zero_point", settings["has_zero_point"], "false", within=within)
-    # That layers may have a pre_quant_scale is no news: those that do have a tensor of that name.
-    if settings.get("pre_quant_scale") not in (True, False, None):
-        raise _unsupported("pre_quant_scale", settings["pre_quant_scale"], "true or false", within=within)
+    # AWQ's layers may have a pre_quant_scale: those that do have a tensor of that name.
+    smoothed = settings.get("pre_quant_scale")
+    if smoothed not in ((True, False, None) if algo.endswith("AWQ") else (False, None)):
+        raise _unsupported("pre_quant_scale", smoothed, "true (of AWQ alone) or false", within=within)
     size, expected = settings.get("group_size", group_size), GROUPS[algo]
     if expected is None:
         size = 128 if size is None else size
