@@ -181,8 +181,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         say("warning: other machines can reach this server, and it has no API key.")
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    say(llm.plan.describe_cache())
-    greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops."
+    # One line: whoever starts the server waits for it.
+    greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
     make_server(config, greeting).run(sockets=[listener])
     return 0
 

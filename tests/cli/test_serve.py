@@ -37,6 +37,7 @@ def started(*arguments, **env):
         line = process.stderr.readline()
         address = re.search(r"http://[\d.]+:\d+/v1", line)
         assert address, line + process.stderr.read()
+        assert "KV cache of 16384 tokens" in line
         yield process, address[0]
     finally:
         process.kill()
