@@ -215,7 +215,7 @@ def compare_methods(model: Path, methods: list[str], ids: list[int]) -> list[dic
     for asked in methods:
         method, _, spelling = asked.partition("@")
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
+            folder = Path(scratch) / ("model.gguf" if spelling == "gguf" else "model")
             rules = [f"{BLOCKS}={method}", *floats]
             try:
                 pymllm.quantize_checkpoint(model, folder, rules, format=spelling or "auto", progress=False)
@@ -223,7 +223,8 @@ def compare_methods(model: Path, methods: list[str], ids: list[int]) -> list[dic
                 print(f"{asked}: {refusal}", flush=True)
                 rows.append({"method": asked, "refused": str(refusal)})
                 continue
-            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+            files = [folder] if folder.is_file() else list(folder.iterdir())
+            size = sum(file.stat().st_size for file in files if file.is_file())
             llm = pymllm.LLM(folder, device="cpu", dtype="float32", compute="exact", progress=False)
             kl, same, count = 0.0, 0, 0
             for one, other in zip(expected, distributions(llm, ids), strict=True):
