@@ -194,7 +194,7 @@ class Request:
 
     @property
     def reuses(self) -> bool:
-        """Whether it may take over what others have read: not where its prompt's own log-probabilities are wanted."""
+        """Tell whether it may take over what others have read; not where log-probabilities of its prompt are wanted."""
         return self.params.prompt_logprobs is None
 
     def output(self, text: str = "") -> RequestOutput:
