@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymllm.checking.divergence import EndToEnd
+from pymllm.checking.figures import require_matplotlib, save_figure
 from pymllm.checking.verify import Verification, verify
-from pymllm.errors import ConfigError, MissingExtraError
 from pymllm.loading.options import LoadOptions
 from pymllm.planning.make_plan import plan
 from pymllm.planning.plan import Plan
@@ -123,10 +123,7 @@ class Comparison:
         axes.set_title(self.model)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        try:
-            figure.savefig(file)
-        except (OSError, ValueError) as error:  # an ending that matplotlib does not know
-            raise ConfigError(f"the plot cannot be written: {error}", code="plot", file=str(file)) from None
+        save_figure(figure, file)
 
 
 def _letter(index: int) -> str:
@@ -136,15 +133,6 @@ def _letter(index: int) -> str:
 
 def _label(index: int, candidate: Candidate) -> str:
     return f"{_letter(index)}: {candidate.name or 'as stored'}"
-
-
-def require_matplotlib() -> Any:
-    """Return matplotlib's Figure.  MissingExtraError without it; so call this before what takes long."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plot", "a plot") from None
-    return Figure
 
 
 def compare(

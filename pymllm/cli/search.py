@@ -76,7 +76,7 @@ def execute(args: argparse.Namespace) -> int:
     from pymllm.searching.search import search_rules
 
     if args.plot is not None:
-        from pymllm.checking.compare import require_matplotlib
+        from pymllm.checking.figures import require_matplotlib
 
         require_matplotlib()
     result = search_rules(

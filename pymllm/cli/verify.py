@@ -91,7 +91,8 @@ def _compare(args: argparse.Namespace) -> int:
         args.parser.error("--compare takes rules of its own; leave --quant out")
     if args.tensor_parallel_size > 1:
         args.parser.error("--compare runs in one process")
-    from pymllm.checking.compare import compare, require_matplotlib
+    from pymllm.checking.compare import compare
+    from pymllm.checking.figures import require_matplotlib
 
     if args.plot:
         require_matplotlib()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pymllm.checking.compare import require_matplotlib
+from pymllm.checking.figures import require_matplotlib, save_figure
 from pymllm.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -156,10 +156,7 @@ class SearchResult:
         axes.set_title(self.model)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        try:
-            figure.savefig(file)
-        except (OSError, ValueError) as error:  # an ending that matplotlib does not know
-            raise ConfigError(f"the plot cannot be written: {error}", code="plot", file=str(file)) from None
+        save_figure(figure, file)
 
 
 def write_text(file: Path, text: str) -> None:

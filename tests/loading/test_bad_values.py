@@ -114,14 +114,20 @@ def test_negative_scales_of_autorounds_symmetric_integers_are_right(marks, tmp_p
 
 
 def test_blocks_of_gguf_may_have_negative_scales_but_no_nan(tmp_path):
-    def negate(tensors):
-        raw, kind = tensors["blk.0.ffn_down.weight"]
-        halves = raw.reshape(raw.shape[0], -1, 34)[:, :, :2].view("<f2")
-        halves[:, ::2] *= -1
-        tensors["blk.0.ffn_down.weight"] = raw, kind
+    def load(factor):
+        def edit(tensors):
+            raw, kind = tensors["blk.0.ffn_down.weight"]
+            raw.reshape(raw.shape[0], -1, 34)[:, :, :2].view("<f2")[:, ::2] *= factor
+            tensors["blk.0.ffn_down.weight"] = raw, kind
 
-    write_gguf(tmp_path / "m.gguf", "llama", "Q8_0", edit_tensors=negate, num_hidden_layers=1)
-    pymllm.load_model(tmp_path / "m.gguf", device="cpu")
+        write_gguf(tmp_path / "m.gguf", "llama", "Q8_0", edit_tensors=edit, num_hidden_layers=1)
+        model = pymllm.load_model(tmp_path / "m.gguf", device="cpu")
+        return model.model.layers[0].mlp.down_proj.bound.canonical().dequantize(torch.float64)
+
+    kept, negated = load(1), load(-1)
+    assert torch.equal(negated.abs(), kept.abs()) and not torch.equal(negated, kept)
+    with pytest.raises(CheckpointError, match="NaN"):
+        load(math.nan)
 
 
 # --- any float
