@@ -216,7 +216,8 @@ def compare_methods(model: Path, methods: list[str], ids: list[int]) -> list[dic
         method, _, spelling = asked.partition("@")
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / ("model.gguf" if spelling == "gguf" else "model")
-            rules = [f"{BLOCKS}={method}", *floats]
+            # Rules, where one method does not fit all layers: PATTERN=METHOD;PATTERN=METHOD.
+            rules = [*(method.split(";") if method.startswith("**") else [f"{BLOCKS}={method}"]), *floats]
             try:
                 pymllm.quantize_checkpoint(model, folder, rules, format=spelling or "auto", progress=False)
             except ConfigError as refusal:

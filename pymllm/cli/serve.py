@@ -194,6 +194,8 @@ def served_name(model: str) -> str:
 
 def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
     """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one."""
+    import asyncio
+
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -205,8 +207,9 @@ def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
             if self.should_exit:
                 # A plain exit would wait for the generating thread.
                 os._exit(128 + sig)
-            # Before the message: a second signal may follow it at once.
             super().handle_exit(sig, frame)
-            say("Finishing the requests under way; Ctrl+C once more stops at once.")
+            # Not here: the signal may have come while a line was written, and a stream cannot be written within itself.
+            said = "Finishing the requests under way; Ctrl+C once more stops at once."
+            asyncio.get_running_loop().call_soon_threadsafe(say, said)
 
     return Server(config)

@@ -11,8 +11,9 @@ import sys
 
 import openai
 import pytest
+import uvicorn
 
-from pymllm.cli import main
+from pymllm.cli import main, serve
 
 from ..processes import SECONDS, environment
 
@@ -96,3 +97,26 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert main(["serve", "--port", "0"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and "pip install 'pymllm[server]'" in captured.err
+
+
+def test_a_signal_that_comes_while_a_line_is_written_does_not_write_within_it(monkeypatch):
+    said, within = [], False
+
+    def say(line):
+        nonlocal within
+        assert not within
+        within = True
+        if not said:
+            server.handle_exit(signal.SIGTERM, None)
+        said.append(line)
+        within = False
+
+    monkeypatch.setattr(serve, "say", say)
+    server = serve.make_server(uvicorn.Config(lambda *_: None, lifespan="off", log_level="warning"), "hello")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
+    try:
+        with serve.bind("127.0.0.1", 0) as listener:
+            server.run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert said[0] == "hello" and "once more" in said[1]
