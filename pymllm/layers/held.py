@@ -289,6 +289,16 @@ class WeightHolder(RevisedModule):
     def detach_cache(self) -> None:
         """Take the pages away."""
 
+    def state_bytes(self) -> int:
+        """Return the bytes of what the layer keeps of a request, however long that is; 0: it keeps nothing so."""
+        return 0
+
+    def attach_states(self, count: int, device: torch.device) -> None:
+        """Give the layer room for the states of `count` requests; a request's first token begins with an empty one."""
+
+    def detach_states(self) -> None:
+        """Take the states away."""
+
     # Loading, checking, swapping
 
     def finish(self) -> None:
