@@ -40,7 +40,7 @@ from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import prepare
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
@@ -427,7 +427,7 @@ def load_model(
     progress: bool | None = None,
     check_memory: bool = True,
     **options: Unpack[LoadOptions],
-) -> CausalLM:
+) -> LanguageModel:
     """Load a checkpoint into a model whose every weight is packed for the best kernel.
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
