@@ -48,7 +48,7 @@ def capture_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 # Operations whose kernels say whether they are `capturable`.
-SEE_THE_STEP = ("attention", "kv_store", "experts")
+SEE_THE_STEP = ("attention", "kv_store", "experts", "gated_delta", "mamba2_scan", "causal_conv")
 
 
 def why_not_captured(model: nn.Module, binder: Binder | None = None) -> str | None:
