@@ -108,6 +108,10 @@ class GenericModel(LanguageModel):
         return [f"requests run one after another over transformers' own cache: {self.why_alone}"]
 
     @property
+    def why_not_repeated(self) -> str | None:
+        return None if self.why_alone is None else "each request has a cache of its own"
+
+    @property
     def keys_depend_on_length(self) -> bool:
         """True where a request runs alone: its prompt is read whole, as transformers reads it."""
         return self.why_alone is not None
@@ -129,7 +133,12 @@ class GenericModel(LanguageModel):
         base = self.inner.get_submodule(self.base_name)
         if self.why_alone is not None:
             return self.request_caches.run(base, ids, positions)
-        given = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "return_dict": True}
+        given = {
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "use_cache": False,
+            "return_dict": True,
+        }
         return base(**{name: value for name, value in given.items() if takes(base, name)})[0][0]
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:

@@ -30,7 +30,14 @@ MEMORIES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "
 
 # What attention functions are given that changes nothing here.
 HARMLESS = {
-    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"),
+    *(
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "cache_position",
+        "is_causal",
+    ),
     *("return_dict", "position_embeddings", "num_items_in_batch", "past_key_values", "output_router_logits"),
 }
 
@@ -152,7 +159,9 @@ def probe(model: Any, longest: int) -> Probe:
         with torch.no_grad(), _Watch(found):
             inner(**arguments)
     except Exception as error:
-        found.refuse(f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        found.refuse(
+            f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        )
     finally:
         _running.reset(running)
         _names.reset(named)
@@ -253,7 +262,14 @@ def note_attention(
     if given:
         found.refuse(f"the attention of {name} is given {', '.join(given)}")
     call = AttentionCall(
-        q.shape[1], k.shape[1], q.shape[3], v.shape[3], float(scale), asked.window, soft_cap, sinks is not None
+        q.shape[1],
+        k.shape[1],
+        q.shape[3],
+        v.shape[3],
+        float(scale),
+        asked.window,
+        soft_cap,
+        sinks is not None,
     )
     found.attention.setdefault(name, []).append(call)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
