@@ -244,9 +244,9 @@ def _still_unset(model: Any, fresh: Mapping[str, Mapping[str, torch.Tensor]]) ->
         for name in buffers:
             buffer = model.get_submodule(path)._buffers[name]
             raw = buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer
-            if buffer.numel() and bool((raw == _unset(torch.empty_like(buffer)).view(raw.dtype)).any()):
-                found.append(f"{path}.{name}")
-            elif buffer.is_floating_point() and bool(buffer.isnan().any()):
+            if (buffer.numel() and bool((raw == _unset(torch.empty_like(buffer)).view(raw.dtype)).any())) or (
+                buffer.is_floating_point() and bool(buffer.isnan().any())
+            ):
                 found.append(f"{path}.{name}")
     return found
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ShardingError
+from pymllm.errors import ConfigError, ShardingError
 from pymllm.models.generic import attention
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
-from pymllm.models.generic.probe import Probe, probe
+from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import current_parallel
@@ -53,6 +53,15 @@ class GenericModel(LanguageModel):
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
         _put_experts(inner, quant_config)
         found = probe(inner, config.size("max_position_embeddings"))
+        if found.why_not is not None and FUTURE in found.why_not:
+            raise ConfigError(
+                f"transformers' {config.architecture} is no decoder with this config.json: {found.why_not}",
+                code="model-type",
+                file="config.json",
+                tensor="is_decoder",
+                expected="attention to what came before, and no more",
+                found="an encoder",
+            )
         self.why_alone = found.why_not
         if found.why_not is not None:
             _set_attention(inner, "eager")

@@ -1,4 +1,4 @@
-"""One run of transformers' model on the meta device: how its modules are called, and whether requests may lie side by side.
+"""A run of transformers' model on the meta device: how its modules are called, and if requests may lie side by side.
 
 Nothing is taken from names or settings: an attention module's heads, scale, window, soft cap and sinks are those that
 it hands to the attention function in this run. Whatever else looks at several tokens at once (a recurrence, a
@@ -24,6 +24,8 @@ from pymllm.models.generic.classes import on_cpu, takes
 # Prime numbers of tokens: no dimension of a model is one by chance.
 LENGTHS = (1009, 503, 251, 127, 61, 31, 13)
 NEAR = 8  # a convolution's result is longer by its padding
+
+FUTURE = "sees tokens that come after its own"  # as an encoder's does
 
 # What a module's forward calls the memory of a request.
 MEMORIES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "state", "cache", "mems")
@@ -252,7 +254,7 @@ def note_attention(
     given.pop("sliding_window", None)  # the mask decides, as in transformers' own attention
     asked = mask if isinstance(mask, AskedMask) else AskedMask()
     if mask is None and not getattr(module, "is_causal", False):
-        asked = AskedMask(why_not="sees the whole text")
+        asked = AskedMask(why_not=FUTURE)
     elif mask is not None and not isinstance(mask, AskedMask):
         asked = AskedMask(why_not="has a mask of its own")
     if q.shape[0] != 1 or q.shape[2] != found.tokens or k.shape[2] != found.tokens:
@@ -287,6 +289,8 @@ def read_mask(visible: Callable[..., Tensor], length: int = 1 << 17) -> AskedMas
         except Exception as error:
             return AskedMask(why_not=f"has a mask that cannot be read: {error}")
         count = int(seen.sum())
+        if bool(seen[query + 1 :].any()):
+            return AskedMask(why_not=FUTURE)
         if not bool(seen[query - count + 1 : query + 1].all()):
             return AskedMask(why_not="sees other tokens than the last ones up to its own")
         windows.append(None if count == query + 1 else count)
