@@ -71,9 +71,10 @@ class AttentionCall:
 
 @dataclass
 class Probe:
-    """What the run has shown.
+    """The findings of a run.
 
-    tokens: T.  base: the module that makes the hidden states, by name.  attention: the calls of each attention module, by name.
+    tokens: T.  base: the module that makes the hidden states, by name.
+    attention: the calls of each attention module, by name.
     inputs: what each linear layer and embedding was called with; one that is missing was never called.
     why_not: why requests cannot be run side by side; None: they can.
     """
