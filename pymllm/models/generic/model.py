@@ -18,6 +18,7 @@ from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
+from pymllm.models.generic.recurrences import put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import current_parallel
@@ -52,6 +53,7 @@ class GenericModel(LanguageModel):
         head = inner.get_output_embeddings()
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
         _put_experts(inner, quant_config)
+        put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
         if found.why_not is not None and FUTURE in found.why_not:
             raise ConfigError(
@@ -65,6 +67,7 @@ class GenericModel(LanguageModel):
         self.why_alone = found.why_not
         if found.why_not is not None:
             _set_attention(inner, "eager")
+            take_recurrences(inner)
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():

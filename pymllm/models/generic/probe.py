@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import on_cpu, takes
 
 # Prime numbers of tokens: no dimension of a model is one by chance.
 LENGTHS = (1009, 503, 251, 127, 61, 31, 13)
+STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
 FUTURE = "sees tokens that come after its own"  # as an encoder's does
@@ -76,6 +78,7 @@ class Probe:
     tokens: T.  base: the module that makes the hidden states, by name.
     attention: the calls of each attention module, by name.
     inputs: what each linear layer and embedding was called with; one that is missing was never called.
+    steps: how often one token was taken out of all.
     why_not: why requests cannot be run side by side; None: they can.
     """
 
@@ -83,6 +86,7 @@ class Probe:
     base: str = ""
     attention: dict[str, list[AttentionCall]] = field(default_factory=dict)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: int = 0
     why_not: str | None = None
 
     def refuse(self, reason: str) -> None:
@@ -170,6 +174,8 @@ def probe(model: Any, longest: int) -> Probe:
         _names.reset(named)
         for hook in hooks:
             hook.remove()
+    if found.steps > STEPS:
+        found.refuse(f"it goes through its tokens one by one, {found.steps} times")
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
@@ -196,14 +202,15 @@ def _note_input(found: Probe, name: str) -> Callable[..., None]:
 
 
 def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
-    """List the innermost modules that take a request's memory, and called no attention function with it."""
+    """List the innermost modules that take a request's memory, and use neither our attention nor our recurrences."""
     keepers = [n for n, m in model.named_modules() if n and any(takes(m, memory) for memory in MEMORIES)]
     inner = [n for n in keepers if not any(other.startswith(f"{n}.") for other in keepers)]
-    return [n for n in inner if not any(f"{a}.".startswith(f"{n}.") for a in found.attention)]
+    ours = [*found.attention, *(n for n, m in model.named_modules() if isinstance(m, WeightHolder) and m.state_bytes())]
+    return [n for n in inner if not any(f"{name}.".startswith(f"{n}.") for name in ours)]
 
 
 class _Watch(TorchFunctionMode):
-    """Moves what meets a meta tensor to the meta device, and notes what depends on several tokens."""
+    """The mode of a run: what meets a meta tensor becomes one, and what depends on several tokens is noted."""
 
     def __init__(self, found: Probe) -> None:
         super().__init__()
@@ -225,6 +232,8 @@ class _Watch(TorchFunctionMode):
             self.found.refuse("it counts tokens itself")
         if not (result.is_floating_point() and result.is_meta):
             return
+        if name in ("__getitem__", "select") and tokens in tensors[0].shape and tokens not in shape:
+            self.found.steps += 1
         near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
         if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
             self.found.refuse(f"it computes attention itself ({name})")
