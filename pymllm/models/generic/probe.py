@@ -9,6 +9,7 @@ convolution, an attention of the class's own) is found by the shapes of what it 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,8 +23,31 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import on_cpu, takes
 
-# Prime numbers of tokens: no dimension of a model is one by chance.
-LENGTHS = (1009, 503, 251, 127, 61, 31, 13)
+# Prime numbers of tokens, of which one is taken that no dimension of the model is near.
+LENGTHS = (
+    1009,
+    983,
+    953,
+    919,
+    887,
+    503,
+    479,
+    457,
+    431,
+    307,
+    281,
+    269,
+    251,
+    239,
+    227,
+    211,
+    179,
+    163,
+    149,
+    113,
+    101,
+)
+LENGTHS += (89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)
 STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
@@ -142,15 +166,15 @@ def probe(model: Any, longest: int) -> Probe:
 
     longest: the most positions that the model has.
     """
-    found = Probe(next((length for length in LENGTHS if length <= longest), 1))
+    sides = {side for param in model.parameters() for side in param.shape}
+    far = (n for n in LENGTHS if n <= longest and not any(n - 2 < side < n + NEAR for side in sides))
+    found = Probe(next(far, 1))
     base = find_base(model)
     if base is None:
         found.refuse("its forward calls no model for its hidden states")
         return found
     found.base = base
     inner = model.get_submodule(base)
-    if not takes(inner, "position_ids"):
-        found.refuse("it takes no positions, but counts tokens itself")
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
     hooks = [
@@ -174,6 +198,8 @@ def probe(model: Any, longest: int) -> Probe:
         _names.reset(named)
         for hook in hooks:
             hook.remove()
+    if found.attention and not takes(inner, "position_ids"):
+        found.refuse("it takes no positions, but counts tokens itself")
     if found.steps > STEPS:
         found.refuse(f"it goes through its tokens one by one, {found.steps} times")
     for name in _unseen_memories(model, found):
@@ -205,8 +231,23 @@ def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
     """List the innermost modules that take a request's memory, and use neither our attention nor our recurrences."""
     keepers = [n for n, m in model.named_modules() if n and any(takes(m, memory) for memory in MEMORIES)]
     inner = [n for n in keepers if not any(other.startswith(f"{n}.") for other in keepers)]
-    ours = [*found.attention, *(n for n, m in model.named_modules() if isinstance(m, WeightHolder) and m.state_bytes())]
+    inner = [n for n in inner if _uses_memory(model.get_submodule(n))]
+    ours = [
+        *found.attention,
+        *(n for n, m in model.named_modules() if isinstance(m, WeightHolder) and m.state_bytes()),
+    ]
     return [n for n in inner if not any(f"{name}.".startswith(f"{n}.") for name in ours)]
+
+
+def _uses_memory(module: nn.Module) -> bool:
+    """Tell whether a module reads or writes a request's memory itself; else it hands it on, or leaves it alone."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or any(takes(module, memory) for memory in MEMORIES[3:]):
+        return True
+    return any(
+        name.startswith(("update", "get_", "conv_state", "ssm_state", "recurrent_state"))
+        for name in code.co_names
+    )
 
 
 class _Watch(TorchFunctionMode):

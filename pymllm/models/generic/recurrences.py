@@ -143,7 +143,12 @@ def take_recurrences(model: nn.Module) -> None:
 
 
 def _conv_problem(
-    execution: Execution, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **_: Any
+    execution: Execution,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Any = None,
+    **_: Any,
 ) -> CausalConvProblem:
     return CausalConvProblem(
         channels=x.shape[1],
