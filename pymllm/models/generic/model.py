@@ -68,6 +68,8 @@ class GenericModel(LanguageModel):
         if found.why_not is not None:
             _set_attention(inner, "eager")
             take_recurrences(inner)
+            caches = RequestCaches(inner.config)
+            caches.measure(inner.get_submodule(found.base), dtype)
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():
@@ -76,9 +78,7 @@ class GenericModel(LanguageModel):
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
         if found.why_not is not None:
-            hf = inner.config
-            token = 2 * dtype.itemsize * config.size("num_hidden_layers") * config.size("hidden_size")
-            self.request_caches = RequestCaches(hf, token, 1)
+            self.request_caches = caches
 
     def _put_layers(self, inner: Any, found: Probe, quant_config: QuantizationConfig | None) -> None:
         """Put our layers in the places of what the class's forward calls as they do, the embedding before the head."""
