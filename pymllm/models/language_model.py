@@ -17,7 +17,8 @@ from pymllm.weights.report import Skip
 class LanguageModel(nn.Module):
     """A model of tokens: hidden states from ids and positions, logits from hidden states.
 
-    config: the checkpoint's.  lm_head: the layer that makes logits.  embedding_scale: what embedded tokens are multiplied by.
+    config: the checkpoint's.  lm_head: the layer that makes logits.
+    embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
     """
@@ -30,7 +31,7 @@ class LanguageModel(nn.Module):
 
     @property
     def definition(self) -> str:
-        """Where the modules come from, for the plan."""
+        """The source of the model's modules, for the plan."""
         return type(self).__module__
 
     @property
