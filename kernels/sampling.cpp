@@ -221,29 +221,60 @@ void cut_typical(Candidates &left, double share, Work &work) {
   left.keep([&](std::int64_t i) { return keys[i] <= cut.key; });
 }
 
-std::int64_t draw(const float *weights, std::int64_t count, double target) {
-  double running = 0;
-  std::int64_t last = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    running += weights[i];
-    if (weights[i] > 0) last = i;
-    if (running > target) return i;
+// A race: entrant i arrives after an exponential time with the rate of its weight, and the first one wins, by chances
+// like the weights. Its time follows from the row's number and from i alone, so that rounding of weights moves a winner
+// only where two arrive together.
+struct Race {
+  std::uint64_t state; // of the row and of what races: 1 pieces, 2 tokens
+  double best = kNever;
+  std::int64_t winner = 0;
+
+  static constexpr double kNever = std::numeric_limits<double>::infinity();
+
+  Race(double number, std::uint64_t what)
+      : state(mixed(static_cast<std::uint64_t>(number * 0x1p53) * 4 + what)) {}
+
+  static std::uint64_t mixed(std::uint64_t z) { // SplitMix64's finaliser
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
   }
-  return last; // the sums were rounded
+  void enter(std::int64_t i, double weight) {
+    if (!(weight > 0)) return;
+    const std::uint64_t z = mixed(state + static_cast<std::uint64_t>(i + 1) * 0x9E3779B97F4A7C15u);
+    const double u = (static_cast<double>(z >> 11) + 0.5) * 0x1p-53;
+    if (1 - u > best * weight) return; // -log(u) is at least 1 - u
+    const double time = -std::log(u) / weight;
+    if (time < best) {
+      best = time;
+      winner = i;
+    }
+  }
+};
+
+// Draw from some tokens, in their order: their pieces race, then the tokens of the winner.
+std::int64_t draw(const std::int32_t *ids, const float *weights, std::int64_t count, double number) {
+  Race pieces(number, 1), tokens(number, 2);
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t piece = ids[i] / kPiece;
+    double sum = 0;
+    for (; i < count && ids[i] / kPiece == piece; ++i) sum += weights[i];
+    pieces.enter(piece, sum);
+  }
+  const auto *first = std::lower_bound(ids, ids + count, static_cast<std::int32_t>(pieces.winner * kPiece));
+  for (std::int64_t i = first - ids; i < count && ids[i] / kPiece == pieces.winner; ++i) tokens.enter(ids[i], weights[i]);
+  return tokens.winner;
 }
 
-// Draw from all tokens: find the piece by its sum, then the token.
+// Draw from all tokens, of whose pieces the sums are known.
 std::int64_t draw_from_all(const Row &row, float scale, double number) {
-  const float *sums = row.work.sums.data();
-  double total = 0, running = 0;
-  for (std::int64_t p = 0; p < row.pieces; ++p) total += sums[p];
-  std::int64_t piece = 0;
-  for (std::int64_t p = 0; p < row.pieces && running <= number * total; ++p)
-    if (sums[p] > 0) running += sums[piece = p];
+  Race pieces(number, 1), tokens(number, 2);
+  for (std::int64_t p = 0; p < row.pieces; ++p) pieces.enter(p, row.work.sums[p]);
   float weights[kPiece];
-  const std::int64_t begin = piece * kPiece, count = row.end_of(piece) - begin;
+  const std::int64_t begin = pieces.winner * kPiece, count = row.end_of(pieces.winner) - begin;
   row.path.weigh(row.values + begin, count, row.most, scale, weights);
-  return begin + draw(weights, count, number * total - (running - sums[piece]));
+  for (std::int64_t i = 0; i < count; ++i) tokens.enter(begin + i, weights[i]);
+  return tokens.winner;
 }
 
 // A weight such that all tokens with less have less than `mass` together: in a piece they have at most so much each, and
@@ -288,7 +319,7 @@ std::int64_t choose(const SamplingPath &path, const SamplingBatch &batch, std::i
   Candidates left(row, scale, least);
   if (s.top_p < 1) cut_top_p(left, s.top_p * (all ? total : left.sum()), work);
   if (s.typical_p < 1) cut_typical(left, s.typical_p, work);
-  return left.ids[draw(left.weights, left.count, s.number * left.sum())];
+  return draw(left.ids, left.weights, left.count, s.number);
 }
 
 void describe(const SamplingPath &path, const float *logits, std::int64_t vocabulary, std::int64_t token,

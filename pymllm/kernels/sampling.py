@@ -11,7 +11,10 @@ The order is that of vLLM (its sampler of version 1), and typical_p comes after 
 4. min_p keeps the tokens at least so many times as likely as the likeliest; top_k those at least as likely as the k-th.
 5. top_p, of what is left: the likeliest tokens, one after the other, until they have so much of the probability.
 6. typical_p, of what is left: the tokens whose information is nearest to its expectation, until they have that much.
-7. The token is drawn from what is left, by its probability.
+7. The token is drawn from what is left, by its probability. Pieces of PIECE tokens race, then the tokens of the
+   piece that wins: an entrant of the weight w arrives after the time -log(u) / w, where u follows from the row's
+   number and the entrant's index alone, and the first one wins. So the last bit of a logit changes a draw only where
+   two arrive together, which neither running sums nor any order of the tokens could promise.
 
 Of equal logits the lower token comes first; those equal to the k-th, or as near as the last typical one, all stay.
 The likeliest token outlives steps 4 and 5.
@@ -29,7 +32,7 @@ from torch import Tensor
 from pymllm.kernels.hardware import Device
 
 # The columns of `SamplingBatch.settings`; kernels/sampling.h has the same order. top_k 0 keeps all. number: in [0, 1),
-# where the draw falls among the running sums of the probabilities, in the order of the tokens.
+# of 53 bits; all chance of the row follows from it.
 SETTINGS = (
     "temperature",
     "top_k",
@@ -41,6 +44,9 @@ SETTINGS = (
     "presence_penalty",
     "number",
 )
+
+# So many tokens lie in a piece of a row: kPiece in kernels/sampling.h.
+PIECE = 64
 
 # exp of less than this counts as 0, so that no token is drawn that was cut off.
 LEAST_EXPONENT = -87.0
@@ -83,8 +89,8 @@ class SamplingKernel(Protocol):
         """Choose a token of each row, as the module says.
 
         logits: [R, V], any float dtype; they stay as they are.  Returns [R] int64 on their device, -1 for a row with
-        NaN or infinity, or in which no token is left.  Two kernels draw the same token, unless the number falls within
-        float32 rounding of the edge between two.
+        NaN or infinity, or in which no token is left.  Two kernels draw the same token, unless two arrive within
+        float32 rounding of each other.
         """
 
     def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.kernels.sampling import LEAST_EXPONENT, SETTINGS, SamplingBatch, SamplingProblem
+from pymllm.kernels.sampling import LEAST_EXPONENT, PIECE, SETTINGS, SamplingBatch, SamplingProblem
 
 # A temperature's inverse is at most this: 0 times it is 0, and it is a float32.
 LARGEST_SCALE = 3e38
+
+# SplitMix64's constants as signed integers.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIXERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 class TorchSampling:
@@ -50,12 +54,8 @@ class TorchSampling:
             weights = _cut_top_p(x, weights, column["top_p"])
         if bool((asked["typical_p"] < 1).any()):
             weights = _cut_typical(x, weights, column["typical_p"])
-        sums = weights.cumsum(-1)
-        drawn = torch.searchsorted(sums, column["number"] * sums[:, -1:], right=True)
-        # The number times the sum may have been rounded up to the sum.
-        last = vocabulary - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)
         drawn = torch.where(
-            column["temperature"] > 0, torch.minimum(drawn, last), _first(values, highest, likeliest)
+            column["temperature"] > 0, _draw(weights, column["number"]), _first(values, highest, likeliest)
         )
         return torch.where(highest.isfinite(), drawn, -1).squeeze(-1)
 
@@ -77,6 +77,36 @@ class TorchSampling:
             torch.where(fine, best, 0),
             top.float(),
         )
+
+
+def _draw(weights: Tensor, number: Tensor) -> Tensor:
+    """Draw a token of each row by two races.  weights: [R, V]; number: [R, 1].  Returns [R, 1]."""
+    pieces = F.pad(weights, (0, -weights.shape[-1] % PIECE)).unflatten(-1, (-1, PIECE))
+    index = torch.arange(pieces.shape[1], device=weights.device).expand(len(weights), -1)
+    piece = _arrivals(index, pieces.sum(-1), number, 1).argmin(-1, keepdim=True)
+    within = piece * PIECE + torch.arange(PIECE, device=weights.device)
+    chances = pieces.gather(1, piece.unsqueeze(-1).expand(-1, -1, PIECE)).squeeze(1)
+    return within.gather(-1, _arrivals(within, chances, number, 2).argmin(-1, keepdim=True))
+
+
+def _arrivals(index: Tensor, weight: Tensor, number: Tensor, what: int) -> Tensor:
+    """Return when each entrant arrives, infinity without a weight.  index, weight: [R, N]; number: [R, 1]."""
+    state = _mixed((number * 2**53).long() * 4 + what)
+    mixed = _mixed(state + (index + 1) * GOLDEN)
+    u = (_shifted(mixed, 11).double() + 0.5) * 2.0**-53
+    return torch.where(weight > 0, -u.log() / weight, torch.inf)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """Mix 64 bits, by SplitMix64's finaliser; int64 products wrap as unsigned ones do."""
+    z = (z ^ _shifted(z, 30)) * MIXERS[0]
+    z = (z ^ _shifted(z, 27)) * MIXERS[1]
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift to the right without the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _first(values: Tensor, highest: Tensor, likeliest: Tensor) -> Tensor:
