@@ -1,7 +1,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -39,19 +38,6 @@ struct Split {
   AttentionTile whole;
   std::int64_t first, count;
 };
-
-// Tile after tile on up to `threads` threads, each with scratch of its own.
-template <class Body>
-void run_tiles(std::int64_t count, std::int64_t scratch_floats, int threads, const Body &body) {
-  thread_local Scratch all;
-  const auto team = static_cast<int>(std::min<std::int64_t>(threads, count));
-  float *scratch = all.floats(team * scratch_floats); // before the team starts: a body must not throw
-  std::atomic<std::int64_t> next{0};
-  parallel_for(team, team, [&](std::int64_t begin, std::int64_t) {
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      body(i, scratch + begin * scratch_floats);
-  });
-}
 
 } // namespace
 
@@ -108,10 +94,10 @@ void attention(const Attention &problem, Isa isa, int threads) {
     if (tile.partial != nullptr) tile.partial = partials + placed++ * width;
 
   const std::int64_t scratch = path.scratch_floats(problem, most_rows);
-  run_tiles(static_cast<std::int64_t>(tiles.size()), scratch, worthwhile_threads(work, threads),
+  run_with_scratch(static_cast<std::int64_t>(tiles.size()), scratch, worthwhile_threads(work, threads),
             [&](std::int64_t i, float *mine) { path.tile(problem, tiles[static_cast<std::size_t>(i)], mine); });
   if (splits.empty()) return;
-  run_tiles(static_cast<std::int64_t>(splits.size()), scratch,
+  run_with_scratch(static_cast<std::int64_t>(splits.size()), scratch,
             worthwhile_threads(pieces * width * static_cast<std::int64_t>(sizeof(float)), threads),
             [&](std::int64_t i, float *mine) {
               const Split &split = splits[static_cast<std::size_t>(i)];

@@ -13,6 +13,7 @@ namespace pymllm {
 void register_attention(nb::module_ &m);
 void register_float(nb::module_ &m);
 void register_integer(nb::module_ &m);
+void register_recurrence(nb::module_ &m);
 void register_sampling(nb::module_ &m);
 void register_tape(nb::module_ &m);
 } // namespace pymllm
@@ -53,6 +54,7 @@ NB_MODULE(_native, m) {
   pymllm::register_attention(m);
   pymllm::register_float(m);
   pymllm::register_integer(m);
+  pymllm::register_recurrence(m);
   pymllm::register_sampling(m);
   pymllm::register_tape(m);
 }

@@ -2,9 +2,13 @@
 // second. For files without instruction set flags (isa.h).
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
+
+#include "threads.h"
 
 namespace pymllm {
 
@@ -39,5 +43,18 @@ private:
   void *data_ = nullptr;
   std::size_t capacity_ = 0;
 };
+
+// body(i, scratch) for each i below count, on up to `threads` threads as they come free, each with scratch of its own.
+template <class Body>
+void run_with_scratch(std::int64_t count, std::int64_t scratch_floats, int threads, const Body &body) {
+  thread_local Scratch all;
+  const auto team = static_cast<int>(std::min<std::int64_t>(threads, count));
+  float *scratch = all.floats(team * scratch_floats); // before the team starts: a body must not throw
+  std::atomic<std::int64_t> next{0};
+  parallel_for(team, team, [&](std::int64_t begin, std::int64_t) {
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      body(i, scratch + begin * scratch_floats);
+  });
+}
 
 } // namespace pymllm

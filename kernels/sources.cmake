@@ -22,12 +22,13 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 add_kernels("${roofline_flags}" roofline)
 # No product and sum become one operation but where the source says so: rows of a table are code * scale + offset,
-# rounded twice as torch does it; on ARM a token's portable product must not depend on how many others are beside it.
+# rounded twice as torch does it; on ARM a token's portable product must not depend on how many others are beside it; a
+# recurrence has the same loop for the last token of a step and for others.
 set(as_written "")
 if(NOT MSVC)
   set(as_written "-ffp-contract=off")
 endif()
-add_kernels("${as_written}" float_linear_portable integer_pack)
+add_kernels("${as_written}" float_linear_portable integer_pack recurrence)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   if(MSVC)
@@ -44,7 +45,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   endif()
   add_kernels("${avx2_flags}" attention_avx2 elementwise_avx2 float_linear_avx2 integer_avx2 sampling_avx2)
   add_kernels("${avx2vnni_flags}" integer_avx2vnni)
+  add_kernels("${avx2_flags} ${as_written}" recurrence_avx2)
   add_kernels("${avx512vnni_flags}" attention_avx512 elementwise_avx512 float_linear_avx512 sampling_avx512)
+  add_kernels("${avx512vnni_flags} ${as_written}" recurrence_avx512)
   if(NOT MSVC) # GNU asm
     add_kernels("${avx512vnni_flags}" integer_avx512vnni)
   endif()
@@ -59,6 +62,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64" AND NOT MSVC)
   if(PYMLLM_COMPILES_DOTPROD)
     list(APPEND kernel_definitions PYMLLM_NEON_DOTPROD)
     add_kernels("" attention_neon elementwise_neon float_linear_neon sampling_neon) # every 64-bit ARM has what these use
+    add_kernels("${as_written}" recurrence_neon)
     add_kernels("${neon_flags}" integer_neon)
   endif()
 endif()

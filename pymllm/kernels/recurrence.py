@@ -184,7 +184,53 @@ class CausalConvKernel(Protocol):
         """
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def check_gated_delta(
+    problem: GatedDeltaProblem, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+) -> int:
+    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
+    tokens = q.shape[0]
+    for name, tensor in (("q", q), ("k", k)):
+        _check_tensor(name, tensor, (tokens, problem.num_key_heads, problem.key_dim), problem.dtype)
+    _check_tensor("v", v, (tokens, problem.num_value_heads, problem.value_dim), problem.dtype)
+    for name, tensor in (("g", g), ("beta", beta)):
+        _check_tensor(name, tensor, (tokens, problem.num_value_heads))
+    return tokens
+
+
+def check_mamba2_scan(
+    problem: Mamba2ScanProblem,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> int:
+    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
+    tokens, heads = x.shape[0], problem.num_heads
+    _check_tensor("x", x, (tokens, heads, problem.head_dim), problem.dtype)
+    _check_tensor("dt", dt, (tokens, heads))
+    for name, tensor in (("B", B), ("C", C)):
+        _check_tensor(name, tensor, (tokens, problem.num_groups, problem.state_size), problem.dtype)
+    for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+        _check_tensor(name, tensor, (heads,))
+    return tokens
+
+
+def check_causal_conv(problem: CausalConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
+    tokens = x.shape[0]
+    _check_tensor("x", x, (tokens, problem.channels), problem.dtype)
+    _check_tensor("weight", weight, (problem.channels, problem.kernel_size))
+    if bias is not None:
+        _check_tensor("bias", bias, (problem.channels,))
+    return tokens
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
     """Raise ValueError unless the tensor has this shape, and this dtype; None: any float."""
     if tensor.shape != shape or (tensor.dtype is not dtype if dtype else not tensor.is_floating_point()):
         raise ValueError(

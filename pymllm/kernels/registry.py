@@ -89,9 +89,18 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.native.attention:NativeKVStore",
         "pymllm.kernels.aten.kv_store:TorchKVStore",
     ),
-    "gated_delta": ("pymllm.kernels.reference.gated_delta:ReferenceGatedDelta",),
-    "mamba2_scan": ("pymllm.kernels.reference.mamba2_scan:ReferenceMamba2Scan",),
-    "causal_conv": ("pymllm.kernels.reference.causal_conv:ReferenceCausalConv",),
+    "gated_delta": (
+        "pymllm.kernels.native.recurrence:NativeGatedDelta",
+        "pymllm.kernels.reference.gated_delta:ReferenceGatedDelta",
+    ),
+    "mamba2_scan": (
+        "pymllm.kernels.native.recurrence:NativeMamba2Scan",
+        "pymllm.kernels.reference.mamba2_scan:ReferenceMamba2Scan",
+    ),
+    "causal_conv": (
+        "pymllm.kernels.native.recurrence:NativeCausalConv",
+        "pymllm.kernels.reference.causal_conv:ReferenceCausalConv",
+    ),
     "elementwise": (
         "pymllm.kernels.vllm.elementwise:VllmElementwise",
         "pymllm.kernels.triton.elementwise:TritonElementwise",

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native.extension import native
+from pymllm.kernels.native.recurrence import NativeCausalConv, NativeGatedDelta, NativeMamba2Scan
 from pymllm.kernels.recurrence import CausalConvProblem, GatedDeltaProblem, Mamba2ScanProblem
 from pymllm.kernels.registry import kernels_for, select
 
+from .integer_cases import PATHS, needs_native
 from .recurrence_cases import (
     FLOATS,
     MIXED,
@@ -31,9 +34,27 @@ def cpu_kernels(operation):
     return [kernel for kernel in kernels_for(operation) if getattr(kernel, "device_type", "cpu") == "cpu"]
 
 
-KERNELS = [(operation, kernel) for operation in OPERATIONS for kernel in cpu_kernels(operation)]
+NATIVE = {
+    "gated_delta": NativeGatedDelta,
+    "mamba2_scan": NativeMamba2Scan,
+    "causal_conv": NativeCausalConv,
+}
+REFERENCES = [(operation, cpu_kernels(operation)[-1]) for operation in OPERATIONS]
+ON_PATHS = [(operation, NATIVE[operation](path)) for operation in OPERATIONS for path in PATHS]
+
+
+def name_of(value):
+    return (
+        value
+        if isinstance(value, str)
+        else "-".join((value.name, *filter(None, [getattr(value, "isa", "")])))
+    )
+
+
 every_kernel = pytest.mark.parametrize(
-    "operation, kernel", KERNELS, ids=lambda value: getattr(value, "name", value)
+    "operation, kernel",
+    [*REFERENCES, *(pytest.param(*pair, marks=needs_native) for pair in ON_PATHS)],
+    ids=name_of,
 )
 
 
@@ -205,6 +226,53 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(operation, kernel):
     step.state_slots = step.state_slots.int()
     with pytest.raises(ValueError, match="int64"):
         case.run(kernel, state, step)
+
+
+@needs_native
+@pytest.mark.parametrize("operation, kernel", ON_PATHS, ids=name_of)
+def test_the_number_of_threads_changes_no_bit(operation, kernel):
+    # Enough work for two threads (kernels/threads.h), in requests of very different lengths.
+    requests = ((1, 3, 0), (300, 0, 2), (1, 0, 5), (40, 7, 1))
+    tokens = tokens_of(requests)
+    case = {
+        "gated_delta": lambda: gated_delta_case(tokens, 1, 3, 32, 40),
+        "mamba2_scan": lambda: mamba2_case(tokens, 3, 32, 1, 40),
+        "causal_conv": lambda: conv_case(tokens, 600, 4),
+    }[operation]()
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            state = case.state()
+            results.append((case.run(kernel, state, step_of(requests)), state))
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_recorded_step_takes_the_slots_and_lengths_of_the_step_that_it_is_played_on(operation):
+    kernel, case = NATIVE[operation](), case_of(operation, 3)
+    step = step_of(((1, 4, 3), (1, 0, 5), (1, 77, 0)))
+    state, tape = case.state(), native().Tape()
+    case.run(kernel, state, step)  # looks at the step's tensors
+    step.restart()
+    tape.record()
+    try:
+        y = case.run(kernel, state, step)
+    finally:
+        tape.stop()
+    assert len(tape) == 1
+    again = ((1, 0, 2), (1, 8, 6), (1, 1, -1))
+    step.state_slots.copy_(torch.tensor([slot for _, _, slot in again]))
+    step.context_lens.copy_(torch.tensor([new + before for new, before, _ in again]))
+    expected_state = state.clone()
+    expected = case.run(kernel, expected_state, step_of(again))
+    tape.play(0, 1)
+    assert torch.equal(y, expected)
+    assert torch.equal(state, expected_state)
 
 
 def test_problems_that_cannot_be_are_refused():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymllm.kernels.attention import AttentionStep
-from pymllm.kernels.recurrence import CausalConvProblem, check_state, check_tensor
+from pymllm.kernels.recurrence import CausalConvProblem, check_causal_conv, check_state
 from pymllm.kernels.reference.states import alike_requests
 
 
@@ -44,13 +44,3 @@ class ReferenceCausalConv:
             y[alike.rows] = (F.silu(total) if problem.activation == "silu" else total).to(y.dtype)
             alike.keep(state, inputs[:, count:].transpose(1, 2))
         return y
-
-
-def check_causal_conv(problem: CausalConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
-    tokens = x.shape[0]
-    check_tensor("x", x, (tokens, problem.channels), problem.dtype)
-    check_tensor("weight", weight, (problem.channels, problem.kernel_size))
-    if bias is not None:
-        check_tensor("bias", bias, (problem.channels,))
-    return tokens

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.attention import AttentionStep
-from pymllm.kernels.recurrence import GatedDeltaProblem, check_state, check_tensor
+from pymllm.kernels.recurrence import GatedDeltaProblem, check_gated_delta, check_state
 from pymllm.kernels.reference.states import alike_requests
 
 PIECE = 64  # tokens
@@ -65,19 +65,6 @@ class ReferenceGatedDelta:
                 y[alike.rows[:, piece]] = outputs.transpose(1, 2).to(y.dtype)
             alike.keep(state, matrix)
         return y
-
-
-def check_gated_delta(
-    problem: GatedDeltaProblem, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
-) -> int:
-    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
-    tokens = q.shape[0]
-    for name, tensor in (("q", q), ("k", k)):
-        check_tensor(name, tensor, (tokens, problem.num_key_heads, problem.key_dim), problem.dtype)
-    check_tensor("v", v, (tokens, problem.num_value_heads, problem.value_dim), problem.dtype)
-    for name, tensor in (("g", g), ("beta", beta)):
-        check_tensor(name, tensor, (tokens, problem.num_value_heads))
-    return tokens
 
 
 def _normalised(x: Tensor, eps: float | None) -> Tensor:

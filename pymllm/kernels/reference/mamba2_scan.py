@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pymllm.kernels.attention import AttentionStep
-from pymllm.kernels.recurrence import Mamba2ScanProblem, check_state, check_tensor
+from pymllm.kernels.recurrence import Mamba2ScanProblem, check_mamba2_scan, check_state
 from pymllm.kernels.reference.gated_delta import LEAST_DECAY, PIECE
 from pymllm.kernels.reference.states import alike_requests
 
@@ -63,27 +63,6 @@ class ReferenceMamba2Scan:
                 y[alike.rows[:, piece]] = outputs.transpose(1, 2).to(y.dtype)
             alike.keep(state, kept)
         return y
-
-
-def check_mamba2_scan(
-    problem: Mamba2ScanProblem,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-) -> int:
-    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
-    tokens, heads = x.shape[0], problem.num_heads
-    check_tensor("x", x, (tokens, heads, problem.head_dim), problem.dtype)
-    check_tensor("dt", dt, (tokens, heads))
-    for name, tensor in (("B", B), ("C", C)):
-        check_tensor(name, tensor, (tokens, problem.num_groups, problem.state_size), problem.dtype)
-    for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-        check_tensor(name, tensor, (heads,))
-    return tokens
 
 
 def _piece(state: Tensor, x: Tensor, g: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
