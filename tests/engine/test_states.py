@@ -10,7 +10,7 @@ import torch
 from pymllm import LLM
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.kv_memory import choose_cache_size
-from pymllm.engine.states import StatePool
+from pymllm.engine.states import NOBODY, StatePool
 from pymllm.errors import ConfigError
 
 from ..checkpoints import write_checkpoint
@@ -271,7 +271,7 @@ def test_a_capture_warms_up_on_nobody_s_state(folder):
     assert llm.engine.scheduler.states is llm.engine.runner.states
     llm.engine.runner.capture = capture
     assert answers(llm, PROMPTS[:3]) == expected
-    assert slots and all(set(row) == {llm.engine.states.scratch} for row in slots)
+    assert slots and all(set(row) == {NOBODY} for row in slots)
 
 
 # How many there are
@@ -306,4 +306,3 @@ def test_the_lowest_slots_go_first():
     pool.release(1)
     pool.release(0)
     assert [pool.allocate() for _ in range(3)] == [0, 1, 3] and pool.available == 0
-    assert pool.scratch == 4
