@@ -139,7 +139,9 @@ def _keep(model: LanguageModel, prepared: Prepared, windows: Windows, kept: Any)
     return loss / _predictions(windows)
 
 
-def _compare(reference: tuple[LanguageModel, Prepared], windows: Windows, kept: Any) -> tuple[Divergence, float]:
+def _compare(
+    reference: tuple[LanguageModel, Prepared], windows: Windows, kept: Any
+) -> tuple[Divergence, float]:
     """Measure the divergence of kept logits [T, V] from a reference's.  Returns it and the reference's mean loss."""
     loss, same = 0.0, 0
     divergences = []

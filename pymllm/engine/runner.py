@@ -133,7 +133,7 @@ class Runner:
             self._decoding_of = made_for
             self._decoding.clear()
             why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
-            self.eager_reason = why_not(self.model)
+            self.eager_reason = self.model.why_not_repeated or why_not(self.model)
         rows = len(requests) if self.capture is None else bucket_of(len(requests))
         if rows is None or self.eager_reason is not None:
             return None

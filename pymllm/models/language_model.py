@@ -51,6 +51,11 @@ class LanguageModel(nn.Module):
         """True if the keys of a token are others where more tokens follow in the same step."""
         return False
 
+    @property
+    def why_not_repeated(self) -> str | None:
+        """Why decoding steps cannot be recorded and played back; None: nothing about the model stands in the way."""
+        return None
+
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Run all but the head.  ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""
         raise NotImplementedError

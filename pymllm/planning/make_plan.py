@@ -244,10 +244,13 @@ def _notes(
     """
     notes = []
     named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
-    if named != run:
+    if run is None:
+        notes.append(f"there is no page for the model type {named!r}; it runs {prepared.model.definition}")
+    elif named != run:
         notes.append(
             f"there is no definition for the model type {named!r}; its architecture is that of {run}"
         )
+    notes += prepared.model.notes
     if eager is not None:
         notes.append(f"decoding runs without a captured CUDA graph, an operation at a time: {eager}")
     experts = any(weight.operation == "experts" for holder in holders for weight in holder.held())

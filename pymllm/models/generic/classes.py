@@ -18,8 +18,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What a config calls the most positions that a text has, where it does not use the usual name.
-LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+)
 UNLIMITED = 1 << 20  # the positions of a model whose config has no limit
+
+SIZES = {"intermediate_size", "moe_intermediate_size", "num_experts", "n_routed_experts", "num_local_experts"}
 
 # Settings that are no part of the maths, or belong to us.
 OURS = ("quantization_config", "compression_config", "auto_map")
@@ -39,10 +48,14 @@ class GenericConfig(ModelConfig):
         lengths = (_integer(getattr(hf, name, None)) for name in LENGTHS)
         names["max_position_embeddings"] = next((length for length in lengths if length), UNLIMITED)
         given = {name: value for name, value in raw.items() if name not in names or _integer(value)}
+        for name in SIZES & given.keys():  # one for each layer, perhaps
+            names[name] = given[name]
         for name, value in names.items():
             number = _integer(value) if name != "tie_word_embeddings" else value
             if number is not None:
                 given[name] = number
+            elif name in SIZES:
+                given.pop(name, None)
         super().__init__(given, {})
         self.__dict__["architecture"], self.__dict__["hf"] = architecture, hf
 
@@ -78,7 +91,7 @@ def _integer(value: Any) -> int | None:
 def read_generic_config(raw: Mapping[str, Any]) -> GenericConfig:
     """Read the config of a type without a page.  ConfigError where transformers has no decoder for it either."""
     name, config_class = find_class(raw)
-    settings = {key: value for key, value in raw.items() if key not in OURS}
+    settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
     settings.pop("model_type", None)
     try:
         hf = config_class.from_dict(settings)
@@ -92,6 +105,15 @@ def read_generic_config(raw: Mapping[str, Any]) -> GenericConfig:
             found=" ".join(str(error).split())[:300],
         ) from error
     return GenericConfig(raw, name, hf)
+
+
+def _read_float(value: Any) -> Any:
+    """Read what JSON has no number for, as transformers writes it: {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _read_float(one) for key, one in value.items()}
+    return [_read_float(one) for one in value] if isinstance(value, list) else value
 
 
 @functools.cache
@@ -111,9 +133,11 @@ def find_class(raw: Mapping[str, Any]) -> tuple[str, Any]:
     Returns the class's name, and the class of its config.  ConfigError where there is none.
     """
     known, model_type = decoders(), raw.get("model_type")
-    named = raw.get("architectures")
+    named, brought = raw.get("architectures"), raw.get("auto_map")
+    # A checkpoint that brings code along may call its class as it likes.
+    own = brought.get("AutoModelForCausalLM") if isinstance(brought, Mapping) else None
     for name in named if isinstance(named, list) else ():
-        if isinstance(name, str) and name in known.values():
+        if isinstance(name, str) and name in known.values() and (not own or str(own).endswith(f".{name}")):
             return name, class_called(name).config_class
     if isinstance(model_type, str) and model_type in known:
         return known[model_type], class_called(known[model_type]).config_class
@@ -175,21 +199,58 @@ def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> 
 
 
 def _compute_buffers(model: Any) -> None:
-    """Give the buffers that no checkpoint has their values, by the initialisation of the (sub)model they stand in."""
+    """Give the buffers that no checkpoint has their values, by the initialisation of the (sub)model they stand in.
+
+    ConfigError for a buffer that no initialisation fills.
+    """
     from transformers import PreTrainedModel
 
     owners: dict[str, Any] = {}
+    fresh: dict[str, dict[str, torch.Tensor]] = {}  # of each module, by its name
+    for path, module in model.named_modules():
+        owners[path] = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        for name in module._non_persistent_buffers_set:
+            if module._buffers.get(name) is not None:
+                empty = _unset(torch.empty_like(module._buffers[name], device="cpu"))
+                fresh.setdefault(path, {})[name] = module._buffers[name] = empty
     with torch.no_grad(), torch.device("cpu"):
-        for path, module in model.named_modules():
-            owner = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
-            owners[path] = owner
-            fresh = [name for name in module._buffers if name in module._non_persistent_buffers_set]
-            fresh = [name for name in fresh if module._buffers[name] is not None]
-            if not fresh:
-                continue
-            for name in fresh:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-            owner._init_weights(module)
+        for path in fresh:
+            owners[path]._init_weights(model.get_submodule(path))
+        # A model may fill the buffers of the modules in it.
+        for path, module in model.named_modules() if _still_unset(model, fresh) else ():
+            if path not in fresh and any(name.startswith(f"{path}." if path else "") for name in fresh):
+                owners[path]._init_weights(module)
+    unset = _still_unset(model, fresh)
+    if unset:
+        raise ConfigError(
+            f"transformers' {type(model).__name__} has a buffer that its own initialisation does not fill",
+            code="model-type",
+            file="config.json",
+            tensor=unset[0],
+            expected="a value that follows from the config",
+            found="none",
+        )
+
+
+def _unset(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a tensor with what no initialisation writes."""
+    if tensor.dtype is torch.bool:
+        return tensor.view(torch.uint8).fill_(255).view(torch.bool)
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+
+
+def _still_unset(model: Any, fresh: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+    """List the buffers that hold what `_unset` wrote."""
+    found = []
+    for path, buffers in fresh.items():
+        for name in buffers:
+            buffer = model.get_submodule(path)._buffers[name]
+            raw = buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer
+            if (buffer.numel() and bool((raw == _unset(torch.empty_like(buffer)).view(raw.dtype)).any())) or (
+                buffer.is_floating_point() and bool(buffer.isnan().any())
+            ):
+                found.append(f"{path}.{name}")
+    return found
 
 
 def takes(module: nn.Module, argument: str) -> bool:

@@ -6,23 +6,77 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.linear import Linear
+from pymllm.layers.weighted import WeightedLayer
 from pymllm.models.generic.classes import on_cpu
 from pymllm.moe.layer import RouterLinear
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.quantization.binding import bound_weight
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # the last words of the names of routers that are linear layers
+ROUTERS = (
+    "gate",
+    "router",
+    "shared_expert_gate",
+)  # the last words of the names of routers that are linear layers
 
 
-class TransposedLinear(Linear):
+class ReadWeight:
+    """The weight of a layer as code reads it that does more than call the layer: decoded when it is computed with."""
+
+    def __init__(self, layer: WeightedLayer) -> None:
+        self.layer = layer
+        self.dtype, self.device = layer.params_dtype, next(iter(bound_weight(layer).packed.values())).device
+        self.shape = torch.Size((layer.shape.out_features, layer.shape.in_features))
+
+    def decoded(self) -> Tensor:
+        """Decode the weight, [O, I]; a transposed one as it is stored."""
+        bound = bound_weight(self.layer)
+        assert bound is not None
+        weight = bound.canonical().dequantize(self.dtype)
+        return weight.t() if getattr(self.layer, "transposed", False) else weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(
+            lambda one: one.decoded() if isinstance(one, cls) else one, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoded(), name)
+
+
+class _WithWeight(WeightedLayer):
+    """A layer whose `weight` can be read once it is packed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and bound_weight(self) is not None:
+            return ReadWeight(self)
+        return super().__getattr__(name)
+
+
+class GenericLinear(_WithWeight, Linear):
+    """A linear layer of transformers'."""
+
+
+class GenericRouter(_WithWeight, RouterLinear):
+    """A linear layer of transformers' that chooses experts, or gates one."""
+
+
+class GenericEmbedding(_WithWeight, VocabParallelEmbedding):
+    """An embedding of transformers'."""
+
+
+class TransposedLinear(GenericLinear):
     """A linear layer whose weight the checkpoint stores with inputs before outputs, as GPT-2 does."""
 
     transposed: ClassVar[bool] = True
 
 
-class ScaledEmbedding(VocabParallelEmbedding):
+class ScaledEmbedding(GenericEmbedding):
     """An embedding whose rows are multiplied by `embed_scale` as they are looked up."""
 
     embed_scale: float | Tensor
@@ -33,7 +87,7 @@ class ScaledEmbedding(VocabParallelEmbedding):
         return rows * (scale.to(rows) if isinstance(scale, Tensor) else scale)
 
 
-class Head(ParallelLMHead):
+class Head(_WithWeight, ParallelLMHead):
     """The head, as transformers' forward calls it."""
 
     def forward(self, x: Tensor, gather_all: bool = True) -> Tensor:  # type: ignore[override]
@@ -57,7 +111,7 @@ def make_linear(module: Any, name: str, quant_config: QuantizationConfig | None)
         return None
     bias = module.bias is not None
     router = module.out_features == 1 or name.rpartition(".")[2] in ROUTERS
-    kind = RouterLinear if router else Linear
+    kind = GenericRouter if router else GenericLinear
     return kind(module.in_features, module.out_features, bias=bias, **options)
 
 
@@ -69,7 +123,7 @@ def make_embedding(
         return None
     options: dict[str, Any] = {"prefix": name, "quant_config": quant_config}
     if type(module).forward is nn.Embedding.forward and module.max_norm is None:
-        return VocabParallelEmbedding(module.num_embeddings, module.embedding_dim, **options)
+        return GenericEmbedding(module.num_embeddings, module.embedding_dim, **options)
     scale = embedding_scale(module)
     if scale is None:
         return None

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ShardingError
+from pymllm.errors import ConfigError, ShardingError
 from pymllm.models.generic import attention
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
-from pymllm.models.generic.probe import Probe, probe
+from pymllm.models.generic.probe import FUTURE, Probe, probe
+from pymllm.models.generic.recurrences import put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import current_parallel
@@ -52,10 +53,21 @@ class GenericModel(LanguageModel):
         head = inner.get_output_embeddings()
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
         _put_experts(inner, quant_config)
+        put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
+        if found.why_not is not None and FUTURE in found.why_not:
+            raise ConfigError(
+                f"transformers' {config.architecture} is no decoder with this config.json: {found.why_not}",
+                code="model-type",
+                file="config.json",
+                tensor="is_decoder",
+                expected="attention to what came before, and no more",
+                found="an encoder",
+            )
         self.why_alone = found.why_not
         if found.why_not is not None:
             _set_attention(inner, "eager")
+            take_recurrences(inner)
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():
@@ -108,6 +120,10 @@ class GenericModel(LanguageModel):
         return [f"requests run one after another over transformers' own cache: {self.why_alone}"]
 
     @property
+    def why_not_repeated(self) -> str | None:
+        return None if self.why_alone is None else "each request has a cache of its own"
+
+    @property
     def keys_depend_on_length(self) -> bool:
         """True where a request runs alone: its prompt is read whole, as transformers reads it."""
         return self.why_alone is not None
@@ -129,7 +145,12 @@ class GenericModel(LanguageModel):
         base = self.inner.get_submodule(self.base_name)
         if self.why_alone is not None:
             return self.request_caches.run(base, ids, positions)
-        given = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "return_dict": True}
+        given = {
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "use_cache": False,
+            "return_dict": True,
+        }
         return base(**{name: value for name, value in given.items() if takes(base, name)})[0][0]
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""One run of transformers' model on the meta device: how its modules are called, and whether requests may lie side by side.
+"""A run of transformers' model on the meta device: how its modules are called, and if requests may lie side by side.
 
 Nothing is taken from names or settings: an attention module's heads, scale, window, soft cap and sinks are those that
 it hands to the attention function in this run. Whatever else looks at several tokens at once (a recurrence, a
@@ -9,6 +9,7 @@ convolution, an attention of the class's own) is found by the shapes of what it 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,18 +20,52 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import on_cpu, takes
 
-# Prime numbers of tokens: no dimension of a model is one by chance.
-LENGTHS = (1009, 503, 251, 127, 61, 31, 13)
+# Prime numbers of tokens, of which one is taken that no dimension of the model is near.
+LENGTHS = (
+    1009,
+    983,
+    953,
+    919,
+    887,
+    503,
+    479,
+    457,
+    431,
+    307,
+    281,
+    269,
+    251,
+    239,
+    227,
+    211,
+    179,
+    163,
+    149,
+    113,
+    101,
+)
+LENGTHS += (89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)
+STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
+
+FUTURE = "sees tokens that come after its own"  # as an encoder's does
 
 # What a module's forward calls the memory of a request.
 MEMORIES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "state", "cache", "mems")
 
 # What attention functions are given that changes nothing here.
 HARMLESS = {
-    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"),
+    *(
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "cache_position",
+        "is_causal",
+    ),
     *("return_dict", "position_embeddings", "num_items_in_batch", "past_key_values", "output_router_logits"),
 }
 
@@ -62,10 +97,12 @@ class AttentionCall:
 
 @dataclass
 class Probe:
-    """What the run has shown.
+    """The findings of a run.
 
-    tokens: T.  base: the module that makes the hidden states, by name.  attention: the calls of each attention module, by name.
+    tokens: T.  base: the module that makes the hidden states, by name.
+    attention: the calls of each attention module, by name.
     inputs: what each linear layer and embedding was called with; one that is missing was never called.
+    steps: how often one token was taken out of all.
     why_not: why requests cannot be run side by side; None: they can.
     """
 
@@ -73,6 +110,7 @@ class Probe:
     base: str = ""
     attention: dict[str, list[AttentionCall]] = field(default_factory=dict)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: int = 0
     why_not: str | None = None
 
     def refuse(self, reason: str) -> None:
@@ -128,15 +166,15 @@ def probe(model: Any, longest: int) -> Probe:
 
     longest: the most positions that the model has.
     """
-    found = Probe(next((length for length in LENGTHS if length <= longest), 1))
+    sides = {side for param in model.parameters() for side in param.shape}
+    far = (n for n in LENGTHS if n <= longest and not any(n - 2 < side < n + NEAR for side in sides))
+    found = Probe(next(far, 1))
     base = find_base(model)
     if base is None:
         found.refuse("its forward calls no model for its hidden states")
         return found
     found.base = base
     inner = model.get_submodule(base)
-    if not takes(inner, "position_ids"):
-        found.refuse("it takes no positions, but counts tokens itself")
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
     hooks = [
@@ -152,12 +190,18 @@ def probe(model: Any, longest: int) -> Probe:
         with torch.no_grad(), _Watch(found):
             inner(**arguments)
     except Exception as error:
-        found.refuse(f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        found.refuse(
+            f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        )
     finally:
         _running.reset(running)
         _names.reset(named)
         for hook in hooks:
             hook.remove()
+    if found.attention and not takes(inner, "position_ids"):
+        found.refuse("it takes no positions, but counts tokens itself")
+    if found.steps > STEPS:
+        found.refuse(f"it goes through its tokens one by one, {found.steps} times")
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
@@ -184,14 +228,30 @@ def _note_input(found: Probe, name: str) -> Callable[..., None]:
 
 
 def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
-    """List the innermost modules that take a request's memory, and called no attention function with it."""
+    """List the innermost modules that take a request's memory, and use neither our attention nor our recurrences."""
     keepers = [n for n, m in model.named_modules() if n and any(takes(m, memory) for memory in MEMORIES)]
     inner = [n for n in keepers if not any(other.startswith(f"{n}.") for other in keepers)]
-    return [n for n in inner if not any(f"{a}.".startswith(f"{n}.") for a in found.attention)]
+    inner = [n for n in inner if _uses_memory(model.get_submodule(n))]
+    ours = [
+        *found.attention,
+        *(n for n, m in model.named_modules() if isinstance(m, WeightHolder) and m.state_bytes()),
+    ]
+    return [n for n in inner if not any(f"{name}.".startswith(f"{n}.") for name in ours)]
+
+
+def _uses_memory(module: nn.Module) -> bool:
+    """Tell whether a module reads or writes a request's memory itself; else it hands it on, or leaves it alone."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or any(takes(module, memory) for memory in MEMORIES[3:]):
+        return True
+    return any(
+        name.startswith(("update", "get_", "conv_state", "ssm_state", "recurrent_state"))
+        for name in code.co_names
+    )
 
 
 class _Watch(TorchFunctionMode):
-    """Moves what meets a meta tensor to the meta device, and notes what depends on several tokens."""
+    """The mode of a run: what meets a meta tensor becomes one, and what depends on several tokens is noted."""
 
     def __init__(self, found: Probe) -> None:
         super().__init__()
@@ -213,6 +273,8 @@ class _Watch(TorchFunctionMode):
             self.found.refuse("it counts tokens itself")
         if not (result.is_floating_point() and result.is_meta):
             return
+        if name in ("__getitem__", "select") and tokens in tensors[0].shape and tokens not in shape:
+            self.found.steps += 1
         near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
         if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
             self.found.refuse(f"it computes attention itself ({name})")
@@ -243,7 +305,7 @@ def note_attention(
     given.pop("sliding_window", None)  # the mask decides, as in transformers' own attention
     asked = mask if isinstance(mask, AskedMask) else AskedMask()
     if mask is None and not getattr(module, "is_causal", False):
-        asked = AskedMask(why_not="sees the whole text")
+        asked = AskedMask(why_not=FUTURE)
     elif mask is not None and not isinstance(mask, AskedMask):
         asked = AskedMask(why_not="has a mask of its own")
     if q.shape[0] != 1 or q.shape[2] != found.tokens or k.shape[2] != found.tokens:
@@ -253,7 +315,14 @@ def note_attention(
     if given:
         found.refuse(f"the attention of {name} is given {', '.join(given)}")
     call = AttentionCall(
-        q.shape[1], k.shape[1], q.shape[3], v.shape[3], float(scale), asked.window, soft_cap, sinks is not None
+        q.shape[1],
+        k.shape[1],
+        q.shape[3],
+        v.shape[3],
+        float(scale),
+        asked.window,
+        soft_cap,
+        sinks is not None,
     )
     found.attention.setdefault(name, []).append(call)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
@@ -271,6 +340,8 @@ def read_mask(visible: Callable[..., Tensor], length: int = 1 << 17) -> AskedMas
         except Exception as error:
             return AskedMask(why_not=f"has a mask that cannot be read: {error}")
         count = int(seen.sum())
+        if bool(seen[query + 1 :].any()):
+            return AskedMask(why_not=FUTURE)
         if not bool(seen[query - count + 1 : query + 1].all()):
             return AskedMask(why_not="sees other tokens than the last ones up to its own")
         windows.append(None if count == query + 1 else count)
