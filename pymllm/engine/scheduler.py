@@ -155,9 +155,13 @@ class Scheduler:
         upto = place if request.computed < place else request.length
         return request.start_step(min(upto - request.computed, left))
 
+    def _remembers(self, request: Request) -> bool:
+        most = 0 if self.states is None else self.states.most_remembered
+        return most > 0 and self.reuse and request.reuses
+
     def _place_to_remember(self, request: Request) -> int:
         """Return after how many tokens of a prompt the state is to be remembered; 0: nowhere."""
-        if self.states is None or not (self.states.most_remembered and self.reuse and request.reuses):
+        if not self._remembers(request):
             return 0
         size = self.cache.page_size
         place = (len(request.prompt) - PROMPT_ENDING) // size * size
@@ -166,11 +170,10 @@ class Scheduler:
     def _remember(self, request: Request) -> None:
         """Remember the state of a request that is at a page's end, where that is worth it."""
         size, slot = self.cache.page_size, request.state_slot
-        place = self._place_to_remember(request)
-        if self.states is None or slot is None or not place or request.computed % size:
+        if self.states is None or slot is None or request.computed % size or not self._remembers(request):
             return
         key = request.keys(size)[request.computed // size - 1]
-        if request.computed == place:
+        if request.computed == self._place_to_remember(request):
             request.prompt_state = key
             self.states.remember(key, slot)
         elif request.computed > len(request.prompt) and len(self.running) * 2 <= self.states.most_remembered:

@@ -78,6 +78,8 @@ class GatedDeltaNet(StatefulLayer):
     reads_input: the names of the layers that multiply the hidden states as they come.
     """
 
+    A_log: Tensor
+    dt_bias: Tensor
     reads_input: ClassVar[tuple[str, ...]] = ("in_proj_qkv", "in_proj_z", "in_proj_ba")
 
     def __init__(self, config: ModelConfig, *, prefix: str, quant_config: QuantizationConfig | None) -> None:
@@ -250,23 +252,25 @@ class GatedDeltaNet(StatefulLayer):
 
 
 class GroupedGatedDeltaNet(GatedDeltaNet):
-    """The block of Qwen3-Next: in its two tensors the outputs of each key head lie side by side, with its value heads'."""
+    """The block of Qwen3-Next: its two tensors have the outputs of a key head beside those of its value heads."""
 
     reads_input: ClassVar[tuple[str, ...]] = ("in_proj_qkvz", "in_proj_ba")
 
     def make_projections(self, prefix: str, quant_config: QuantizationConfig | None) -> None:
         """Make the layers that multiply the hidden states."""
         self.shared = self.value_heads // self.key_heads
-        features = 2 * self.key_dim + 2 * self.shared * self.value_dim
-        for name, size in (("in_proj_qkvz", features), ("in_proj_ba", 2 * self.shared)):
-            layer = HeadsLinear(
+
+        def make(name: str, features: int) -> HeadsLinear:
+            return HeadsLinear(
                 self.hidden_size,
-                ((self.key_heads, size),),
+                ((self.key_heads, features),),
                 part_names=(name,),
                 prefix=f"{prefix}.{name}",
                 quant_config=quant_config,
             )
-            setattr(self, name, layer)
+
+        self.in_proj_qkvz = make("in_proj_qkvz", 2 * self.key_dim + 2 * self.shared * self.value_dim)
+        self.in_proj_ba = make("in_proj_ba", 2 * self.shared)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Multiply the hidden states, and sort the outputs; see `GatedDeltaNet.project`."""

@@ -153,11 +153,6 @@ class CausalLM(LanguageModel):
             quant_config=quant_config,
         )
 
-    @property
-    def decoder(self) -> Decoder:
-        """The model without its head."""
-        return self.model.language_model if isinstance(self.model, LanguageTower) else self.model
-
     def attention_options(self) -> dict[str, Any]:
         """Return the keywords of `SelfAttention` that this family sets."""
         bias = self.config.attention_bias

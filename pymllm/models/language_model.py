@@ -20,12 +20,14 @@ class LanguageModel(nn.Module):
 
     config: the checkpoint's.  lm_head: the layer that makes logits.
     definition: where its modules come from, for the plan.  notes: what else a plan should say of that.
+    embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
     """
 
     config: ModelConfig
     lm_head: ParallelLMHead
+    embedding_scale: float = 1.0
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {}
 
