@@ -90,14 +90,17 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.aten.kv_store:TorchKVStore",
     ),
     "gated_delta": (
+        "pymllm.kernels.triton.recurrence:TritonGatedDelta",
         "pymllm.kernels.native.recurrence:NativeGatedDelta",
         "pymllm.kernels.reference.gated_delta:ReferenceGatedDelta",
     ),
     "mamba2_scan": (
+        "pymllm.kernels.triton.recurrence:TritonMamba2Scan",
         "pymllm.kernels.native.recurrence:NativeMamba2Scan",
         "pymllm.kernels.reference.mamba2_scan:ReferenceMamba2Scan",
     ),
     "causal_conv": (
+        "pymllm.kernels.triton.recurrence:TritonCausalConv",
         "pymllm.kernels.native.recurrence:NativeCausalConv",
         "pymllm.kernels.reference.causal_conv:ReferenceCausalConv",
     ),
