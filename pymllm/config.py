@@ -155,23 +155,31 @@ class ModelConfig:
     @property
     def head_names(self) -> tuple[str, str]:
         """The names of the head, and of the embedding that it may be tied to."""
-        return "lm_head", "model.embed_tokens"
+        return "lm_head", f"{self.decoder_path}.embed_tokens"
+
+    @property
+    def decoder_path(self) -> str:
+        """The name of the module that has the layers: another where the config is that of a wrapper."""
+        return "model.language_model" if isinstance(self.raw.get(TEXT_CONFIG), Mapping) else "model"
 
     def attention_kind_of(self, layer: int) -> str | None:
-        """Return "full_attention" or "sliding_attention".
+        """Return "full_attention", "sliding_attention" or, in a family that has it, "linear_attention".
 
-        None where neither layer_types nor sliding_window_pattern tells layers apart.
+        None where none of layer_types, full_attention_interval and sliding_window_pattern tells layers apart.
         """
         kinds, pattern = self.get("layer_types"), self.get("sliding_window_pattern")
+        if kinds is None and INTERVAL in self.defaults:  # of so many layers in a row, the last one is full
+            return LINEAR if (layer + 1) % self.size(INTERVAL) else "full_attention"
         if kinds is None and pattern is not None:  # of so many layers in a row, the last one is full
             full = (layer + 1) % _positive("sliding_window_pattern", pattern) == 0
             return "full_attention" if full else "sliding_attention"
         if kinds is None:
             return None
         layers = self.size("num_hidden_layers")
-        known = isinstance(kinds, list) and all(kind in ATTENTION_KINDS for kind in kinds)
+        allowed = (*ATTENTION_KINDS, LINEAR) if INTERVAL in self.defaults else ATTENTION_KINDS
+        known = isinstance(kinds, list) and all(kind in allowed for kind in kinds)
         if not known or len(kinds) != layers:
-            raise _bad_value("layer_types", kinds, f"{layers} of {' or '.join(ATTENTION_KINDS)}")
+            raise _bad_value("layer_types", kinds, f"{layers} of {' or '.join(allowed)}")
         return kinds[layer]
 
     def sliding_window_of(self, layer: int) -> int | None:
@@ -218,6 +226,18 @@ class ModelConfig:
             )
 
 
+def with_text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a wrapper's config with the settings of its language model beside its own.
+
+    ConfigError where it has none.  Whether the head is tied is the wrapper's to say.
+    """
+    text = raw.get(TEXT_CONFIG)
+    if not isinstance(text, Mapping):
+        raise _bad_value(TEXT_CONFIG, text, "an object, the settings of the language model")
+    own = {name: raw[name] for name in ("model_type", "architectures", "tie_word_embeddings") if name in raw}
+    return {**raw, **text, **own}
+
+
 # Settings that change what a model computes, and the values with which they do not.
 MATHS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
@@ -235,6 +255,9 @@ MATHS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
 }
 UNREACHED = 2**31  # more positions than any text has, and than kernels count
+# The setting of a wrapper's config that is the config of its language model.
+TEXT_CONFIG = "text_config"
+LINEAR, INTERVAL = "linear_attention", "full_attention_interval"
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 

@@ -20,6 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# A gated delta net, then attention; so many heads that eight outputs of a packed word are a rank's of four.
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 4,
+}
 # transformers' name of each family, and settings without which a tiny model would not show what is particular to it.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -52,6 +60,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4": ("Glm4", {"pad_token_id": 0}),
+    "qwen3_5_text": ("Qwen3_5Text", HYBRID),
 }
 # Two layers of four query heads and two key heads; sizes that groups and blocks of 128 divide, but an odd vocabulary.
 SIZES = {

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import FORMATS, Plain, TinyCheckpoint, Writer, save_config, save_tensors, tiny_config
+from .checkpoints import (
+    FORMATS,
+    HYBRID,
+    Plain,
+    TinyCheckpoint,
+    Writer,
+    save_config,
+    save_tensors,
+    tiny_config,
+)
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "intermediate_size": 256}
@@ -38,6 +47,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS | {"num_experts": 6, "shared_expert_intermediate_size": 256, "intermediate_size": 256},
     ),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"num_experts": 6, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        EXPERTS | HYBRID | {"num_experts": 6, "shared_expert_intermediate_size": 256},
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        EXPERTS | HYBRID | {"num_experts": 6, "shared_expert_intermediate_size": 256},
+    ),
     "olmoe": ("Olmoe", EXPERTS | {"num_experts": 6, "intermediate_size": 128}),
     "deepseek_v2": (
         "DeepseekV2",

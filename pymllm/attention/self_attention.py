@@ -26,9 +26,11 @@ class SelfAttention(nn.Module):
     there is one name, q, k and v lie side by side in that tensor.  qk_norm: the norm of each head of q and k (Qwen3).
     scale: the factor of the logits; None: 1 / sqrt(head size).  soft_cap: the limit of the scaled logits.
     sinks: whether each head has one more logit, which takes part in the softmax without a value (gpt_oss).
-    reads_input: the names of the layers that multiply the hidden states as they come.
+    reads_input: the names of the layers that multiply the hidden states as they come.  qkv_layer: the class of the
+    layer of q, k and v.
     """
 
+    qkv_layer: ClassVar[type[QKVParallelLinear]] = QKVParallelLinear
     sinks: nn.Parameter | None
     reads_input: ClassVar[tuple[str, ...]] = ("qkv_proj",)
 
@@ -50,7 +52,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
         self.config, self.head_dim = config, head_dim
-        self.qkv_proj = QKVParallelLinear(
+        self.qkv_proj = self.qkv_layer(
             config.size("hidden_size"),
             head_dim,
             num_heads,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pymllm.engine.graphs import Capture
 from pymllm.engine.request import Request
+from pymllm.engine.states import NOBODY
 from pymllm.engine.tape import NotRepeatable, RepeatedStep, record
 
 # Which step of a batch is recorded: a batch of the same size has then come twice before.
@@ -24,7 +25,7 @@ class DecodingBatch:
     """The tensors of a step of `size` requests, filled anew for each step.
 
     columns: how many pages a request may have.  max_length: how many tokens it may have.
-    spare_state: the slot of states that rows without a request have; None: no layer keeps states.
+    has_states: whether layers keep states of requests.
     replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
     trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
     refused: why its step cannot be replayed.
@@ -37,9 +38,8 @@ class DecodingBatch:
         page_size: int,
         max_length: int,
         device: torch.device,
-        spare_state: int | None = None,
+        has_states: bool = False,
     ) -> None:
-        self.spare_state = spare_state
         # `fill` writes through NumPy, whose assignments cost a tenth of torch's; on a CPU these are the step's tensors.
         tokens = torch.zeros((4, size), dtype=torch.int64)
         lengths = torch.zeros((2, size + 1), dtype=torch.int32)
@@ -57,7 +57,7 @@ class DecodingBatch:
             context_lens=lengths[0, :size],
             page_tables=pages,
             page_size=page_size,
-            state_slots=None if spare_state is None else states,
+            state_slots=states if has_states else None,
         )
         self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
@@ -74,8 +74,8 @@ class DecodingBatch:
         self._tokens[0] = [request.last_token for request in requests] + [0] * spare
         self._tokens[1] = last + [0] * spare
         self._tokens[2] = slots + [-1] * spare
-        if self.spare_state is not None:
-            self._tokens[3] = [request.state_slot for request in requests] + [self.spare_state] * spare
+        if self.step.state_slots is not None:
+            self._tokens[3] = [request.state_slot for request in requests] + [NOBODY] * spare
         self._lengths[0, :rows] = self._tokens[1] + 1
         self._lengths[0, :rows].cumsum(out=self._lengths[1, 1:])
         for row, request in enumerate(requests):
@@ -102,12 +102,12 @@ class DecodingBatch:
         if self.replay is not None and self.trusted:
             return self.replay()
         if capture is not None:
-            if self.step.state_slots is None or self.spare_state is None:
+            if self.step.state_slots is None:
                 self.replay = capture(forward)
             else:
                 # What runs to warm up must leave the requests' states alone.
                 own = self.step.state_slots.clone()
-                self.step.state_slots.fill_(self.spare_state)
+                self.step.state_slots.fill_(NOBODY)
                 self.replay = capture(forward)
                 self.step.state_slots.copy_(own)
             self.trusted = True

@@ -63,8 +63,8 @@ class Request:
     and how many it added.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
     state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
-    prompt_state, answer_state: the keys under which its state after its prompt, and after its answer so far, are
-    remembered.
+    state_places: after how many tokens of its prompt its state is to be remembered.  prompt_states, answer_state: the
+    keys under which states of its prompt are, and the one of its answer so far.
     kept_pages: how many of its first pages can be found by `page_keys`.  cached_tokens: how many of the prompt's tokens
     others had computed before; what it lost itself and found again does not count.
     error: what its own step raised; the request is finished then.
@@ -82,7 +82,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     state_slot: int | None = None
-    prompt_state: bytes | None = None
+    state_places: tuple[int, ...] = ()
+    prompt_states: list[bytes] = field(default_factory=list)
     answer_state: bytes | None = None
     page_keys: PageKeys = field(default_factory=PageKeys)
     kept_pages: int = 0

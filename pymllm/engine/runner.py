@@ -141,9 +141,10 @@ class Runner:
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)
-            spare = None if self.states is None else self.states.scratch
             columns = cache.pages_for(longest)
-            batch = DecodingBatch(rows, columns, cache.page_size, longest, self.device, spare_state=spare)
+            batch = DecodingBatch(
+                rows, columns, cache.page_size, longest, self.device, has_states=self.states is not None
+            )
             size = 0 if self.states is None else rows * self.states.bytes_each
             if self.capture is None and size > MAX_COPIED_BYTES:
                 batch.refused = f"the states of its requests take {size >> 20} MiB"

@@ -110,7 +110,7 @@ class Scheduler:
         if request.error is not None:
             self.cache.forget(request.pages)
             if self.states is not None:
-                for key in filter(None, (request.prompt_state, request.answer_state)):
+                for key in (*request.prompt_states, *filter(None, [request.answer_state])):
                     self.states.forget(key)
         self._take_memory(request)
 
@@ -145,33 +145,42 @@ class Scheduler:
         reading: the requests before it that read; it is added.  If one of these is about to fill the request's next
         page, the request waits for that instead, and 0 is returned.
         """
-        if self.states is None and self.reuse and request.reuses and self._follow(request, reading):
+        follow = self._follow if self.states is None else self._follow_state
+        if self.reuse and request.reuses and follow(request, reading):
             return 0
         reading.append(request)
         step.append(request)
         if self.whole:
             return request.start_step(request.missing)
-        place = self._place_to_remember(request)
-        upto = place if request.computed < place else request.length
+        # A step ends where its state is to be remembered.
+        upto = next((place for place in request.state_places if place > request.computed), request.length)
         return request.start_step(min(upto - request.computed, left))
 
-    def _place_to_remember(self, request: Request) -> int:
-        """Return after how many tokens of a prompt the state is to be remembered; 0: nowhere."""
-        if self.states is None or not (self.states.most_remembered and self.reuse and request.reuses):
-            return 0
+    def _remembers(self, request: Request) -> bool:
+        most = 0 if self.states is None else self.states.most_remembered
+        return most > 0 and self.reuse and request.reuses
+
+    def _choose_places(self, request: Request, shared: int) -> tuple[int, ...]:
+        """Choose after how many tokens of a prompt the state is to be remembered.
+
+        shared: how many pages others have filled with the same text, from the first on, but without a state at the end:
+        what is shared once will be shared again.
+        """
+        if not self._remembers(request):
+            return ()
         size = self.cache.page_size
-        place = (len(request.prompt) - PROMPT_ENDING) // size * size
-        return place if place >= REMEMBERED_TOKENS else 0
+        ending = (len(request.prompt) - PROMPT_ENDING) // size * size
+        places = {place for place in (shared * size, ending) if REMEMBERED_TOKENS <= place <= ending}
+        return tuple(sorted(places))
 
     def _remember(self, request: Request) -> None:
         """Remember the state of a request that is at a page's end, where that is worth it."""
         size, slot = self.cache.page_size, request.state_slot
-        place = self._place_to_remember(request)
-        if self.states is None or slot is None or not place or request.computed % size:
+        if self.states is None or slot is None or request.computed % size or not self._remembers(request):
             return
         key = request.keys(size)[request.computed // size - 1]
-        if request.computed == place:
-            request.prompt_state = key
+        if request.computed in request.state_places:
+            request.prompt_states.append(key)
             self.states.remember(key, slot)
         elif request.computed > len(request.prompt) and len(self.running) * 2 <= self.states.most_remembered:
             # With more requests their answers would push out each other's states.
@@ -199,6 +208,34 @@ class Scheduler:
             self._skip(request, index + 1)
         return False
 
+    def _follow_state(self, request: Request, reading: list[Request]) -> bool:
+        """Take the furthest state that others have remembered since the request began to read, and its pages.
+
+        Returns whether it waits for one that another is about to reach.
+        """
+        size, states = self.cache.page_size, self.states
+        assert states is not None and request.state_slot is not None
+        if request.page_keys.origin != (self._now, request.adapter):
+            return False
+        keys, own = request.keys(size)[: (request.length - 1) // size], request.computed // size
+        for count in range(len(keys), own, -1):
+            if not states.knows(keys[count - 1]):
+                continue
+            pages = [page for key in keys[own:count] if (page := self.cache.find(key)) is not None]
+            if len(pages) == count - own:
+                self.cache.share(pages)
+                self.cache.release(request.pages[own:count])
+                request.pages[own:count] = pages
+                states.recall(keys[count - 1], request.state_slot)
+                self._skip(request, count)
+                break
+        return any(
+            max(request.computed, other.computed) < place <= len(keys) * size
+            and other.page_keys.made[place // size - 1] == keys[place // size - 1]
+            for other in reading
+            for place in other.state_places
+        )
+
     def _find_known(self, request: Request) -> list[int]:
         """Find the pages that hold the first tokens of a request which holds none."""
         if not (self.reuse and request.reuses):
@@ -212,12 +249,11 @@ class Scheduler:
             if page is None:
                 break
             known.append(page)
-        while (
-            self.states is not None
-            and known
-            and not self.states.knows(request.page_keys.made[len(known) - 1])
-        ):
-            known.pop()
+        if self.states is not None:
+            filled = len(known)
+            while known and not self.states.knows(request.page_keys.made[len(known) - 1]):
+                known.pop()
+            request.state_places = self._choose_places(request, filled)
         return known
 
     def _skip(self, request: Request, pages: int) -> None:

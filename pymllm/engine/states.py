@@ -21,6 +21,9 @@ from torch import nn
 
 from pymllm.layers.held import WeightHolder, weight_holders
 
+# The slot of rows that no request has: kernels keep nothing there.
+NOBODY = -1
+
 # How large the copies of a step's states may be, which a tape needs until it is trusted.
 MAX_COPIED_BYTES = 1 << 30
 
@@ -28,14 +31,14 @@ MAX_COPIED_BYTES = 1 << 30
 class StatePool:
     """`count` slots in every layer of a model that keeps states; slot s of all layers belongs to one request.
 
-    scratch: one slot more, whose state is nobody's; rows of a recorded step that no request has are given it.
+    The layers have one slot more, the last: that is where a layer of plain operations writes for the slot `NOBODY`.
     most_remembered: how many states may be remembered; 0 where a layer cannot copy its own.
     """
 
     def __init__(
         self, layers: Sequence[WeightHolder], count: int, device: torch.device, most_remembered: int = 0
     ) -> None:
-        self.layers, self.count, self.scratch, self.device = list(layers), count, count, device
+        self.layers, self.count, self.device = list(layers), count, device
         self.bytes_each = sum(layer.state_bytes() for layer in layers)
         self.most_remembered = most_remembered if all(layer.copies_states for layer in layers) else 0
         for layer in layers:

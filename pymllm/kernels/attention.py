@@ -128,7 +128,7 @@ class AttentionStep:
     page_tables: [R, pages] int32, the pages of each request in order; None: there is no cache.
     query_starts, lengths: cu_seqlens_q and context_lens on the host; None: read from the device when first needed.
     state_slots: [R] int64, where each request's state lies in the layers that keep one (`WeightHolder.state_bytes`);
-    None: there are no such layers, or nothing is kept after this step.
+    below 0: nowhere; None: there are no such layers, or nothing is kept after this step.
 
     A query sees the positions up to its own, unless a strategy decodes blocks:
     block_size: above 1, a query sees all new positions up to its own block's end.  status_table: [R] int32, a

@@ -2,7 +2,8 @@
 
 A file defines `Model`, which is built from a `ModelConfig`; `DEFAULTS`, the settings that a config.json may leave out;
 where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`; and where its
-checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements.
+checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements. Where the
+config.json is that of a wrapper, which has the language model's inside, the file says `WRAPPER = True`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pymllm.config import ModelConfig
+from pymllm.config import ModelConfig, with_text_config
 from pymllm.errors import CheckpointError
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
 from pymllm.models.generic.model import GenericModel
@@ -40,7 +41,11 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     ConfigError for a model type that has no definition.
     """
     found = find_definition(raw)
-    return read_generic_config(raw) if found is None else ModelConfig(raw, _definition(found).DEFAULTS)
+    if found is None:
+        return read_generic_config(raw)
+    definition = _definition(found)
+    wrapper = vars(definition).get("WRAPPER", False)
+    return ModelConfig(with_text_config(raw) if wrapper else raw, definition.DEFAULTS)
 
 
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:

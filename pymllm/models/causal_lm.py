@@ -39,22 +39,35 @@ class DecoderLayer(nn.Module):
     """
 
     read_by: ClassVar[dict[str, str]] = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    self_attn: nn.Module
 
     def __init__(
         self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, norm: type[RMSNorm] = RMSNorm
     ) -> None:
         super().__init__()
-        self.self_attn, self.mlp = self_attn, mlp
+        setattr(self, self.mixer_name_of(self_attn), self_attn)
+        self.mlp = mlp
         self.input_layernorm = norm(config.size("hidden_size"), config.rms_norm_eps)
         self.post_attention_layernorm = norm(config.size("hidden_size"), config.rms_norm_eps)
 
+    @staticmethod
+    def mixer_name_of(module: nn.Module) -> str:
+        """Return the name of the block that mixes tokens, in the checkpoint."""
+        return "self_attn"
+
+    @property
+    def mixer(self) -> Any:
+        """The block that mixes tokens."""
+        return self.self_attn
+
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the layer.  positions: [T]; hidden, residual: [T, H].  Returns its output and the sum before it."""
+        mixer = self.mixer
         if residual is None:
-            residual, hidden = hidden, self.input_layernorm(hidden, taker=self.self_attn)
+            residual, hidden = hidden, self.input_layernorm(hidden, taker=mixer)
         else:
-            hidden, residual = self.input_layernorm(hidden, residual, self.self_attn)
-        hidden = self.self_attn(positions, hidden)
+            hidden, residual = self.input_layernorm(hidden, residual, mixer)
+        hidden = mixer(positions, hidden)
         hidden, residual = self.post_attention_layernorm(hidden, residual, self.mlp)
         output = self.mlp(hidden)
         # Experts also give their router's logits.
@@ -77,7 +90,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.size("vocab_size"),
             config.size("hidden_size"),
-            prefix="model.embed_tokens",
+            prefix=f"{config.decoder_path}.embed_tokens",
             quant_config=quant_config,
         )
         self.layers = nn.ModuleList(layers)
@@ -92,6 +105,18 @@ class Decoder(nn.Module):
             hidden, residual = layer(positions, hidden, residual)
         normed, _ = self.norm(hidden, residual)
         return normed
+
+
+class LanguageTower(nn.Module):
+    """The decoder below the name that it has beside towers for pictures and sound, which are not run."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.language_model = decoder
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Run the decoder.  ids, positions: [T].  Returns normed hidden states [T, H]."""
+        return self.language_model(ids, positions)
 
 
 class CausalLM(LanguageModel):
@@ -113,15 +138,16 @@ class CausalLM(LanguageModel):
         self.config = config
         layers: list[nn.Module] = []
         for index in range(config.size("num_hidden_layers")):
-            prefix = f"model.layers.{index}"
+            prefix = f"{config.decoder_path}.layers.{index}"
             attention = self.make_attention(index, f"{prefix}.self_attn", quant_config)
             mlp = self.make_mlp(index, f"{prefix}.mlp", quant_config)
             layers.append(self.layer(config, attention, mlp, self.norm))
-        self.model = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
+        decoder = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
+        self.model = decoder if config.decoder_path == "model" else LanguageTower(decoder)
         self.lm_head = ParallelLMHead(
             config.size("vocab_size"),
             config.size("hidden_size"),
-            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            tied_to=decoder.embed_tokens if config.tie_word_embeddings else None,
             prefix="lm_head",
             quant_config=quant_config,
         )

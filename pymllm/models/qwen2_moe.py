@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pymllm.config import ModelConfig
 from pymllm.models import qwen2
 from pymllm.moe import SharedExpertMLP, build_mlp_or_moe, build_moe_block
 from pymllm.quantization.base import QuantizationConfig
@@ -56,16 +57,18 @@ class Model(qwen2.Model):
             self.config,
             index,
             lambda: super(Model, self).make_mlp(index, prefix, quant_config),
-            lambda: self.make_moe(prefix, quant_config),
+            lambda: make_shared_moe(self.config, prefix, quant_config),
         )
 
-    def make_moe(self, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
-        shared = SharedExpertMLP(
-            self.config.size("hidden_size"),
-            self.config.size("shared_expert_intermediate_size"),
-            self.config.hidden_act,
-            gate_prefix=f"{prefix}.shared_expert_gate",
-            prefix=f"{prefix}.shared_expert",
-            quant_config=quant_config,
-        )
-        return build_moe_block("auto", self.config, shared=shared, prefix=prefix, quant_config=quant_config)
+
+def make_shared_moe(config: ModelConfig, prefix: str, quant_config: QuantizationConfig | None) -> nn.Module:
+    """Make the block of routed experts and a shared one, whose modules are called `prefix`.*."""
+    shared = SharedExpertMLP(
+        config.size("hidden_size"),
+        config.size("shared_expert_intermediate_size"),
+        config.hidden_act,
+        gate_prefix=f"{prefix}.shared_expert_gate",
+        prefix=f"{prefix}.shared_expert",
+        quant_config=quant_config,
+    )
+    return build_moe_block("auto", config, shared=shared, prefix=prefix, quant_config=quant_config)

@@ -10,7 +10,7 @@ import torch
 from pymllm import LLM
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.kv_memory import choose_cache_size
-from pymllm.engine.states import StatePool
+from pymllm.engine.states import NOBODY, StatePool
 from pymllm.errors import ConfigError
 
 from ..checkpoints import write_checkpoint
@@ -18,8 +18,15 @@ from .answers import answers, greedy
 from .trailing import Trailing, trails, with_states
 
 ODDS = random.Random(5)
-PROMPTS = [[ODDS.randrange(97) for _ in range(ODDS.randint(1, 80))] for _ in range(64)]
-LENGTHS = [ODDS.randint(1, 24) for _ in PROMPTS]
+HISTORY = [(7 * i * i + 3 * i) % 97 for i in range(130)]
+# Some begin alike, some are the same.
+PROMPTS = [
+    HISTORY[: ODDS.choice((0, 0, 30, 66, 75))]
+    + [ODDS.randrange(97) for _ in range(ODDS.choice((1, 1, 5, 20)))]
+    for _ in range(48)
+]
+PROMPTS += [ODDS.choice(PROMPTS) for _ in range(16)]
+LENGTHS = [ODDS.choice((1, 3, 8, 36)) for _ in PROMPTS]
 ARRIVALS = [ODDS.randint(0, 30) for _ in PROMPTS]
 
 
@@ -165,9 +172,6 @@ def test_aborted_requests_give_their_slots_back(folder, alone):
 # What is remembered
 
 
-HISTORY = [(7 * i * i + 3 * i) % 97 for i in range(130)]
-
-
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(folder):
     llm, plain = make(folder), make(folder, reuse=False)
     first, later = HISTORY[:100], [5, 4, 3, 2]
@@ -189,6 +193,32 @@ def test_pages_without_the_state_at_their_end_are_of_no_use(folder):
     (answer,) = llm.generate([[*HISTORY[:70], 1, 2, 3]], greedy(5))
     assert answer.cached_tokens == 0
     assert [answer.token_ids] == answers(make(folder, reuse=False), [[*HISTORY[:70], 1, 2, 3]], greedy(5))
+
+
+def test_what_two_prompts_begin_with_a_third_takes_over(folder):
+    llm, plain = make(folder, pages=200), make(folder, pages=200, reuse=False)
+    prompts = [[*HISTORY[:100], *range(start, start + 40)] for start in (1, 20, 40)]
+    outputs = [llm.generate([prompt], greedy(8))[0] for prompt in prompts]
+    assert [output.cached_tokens for output in outputs] == [0, 0, 96]
+    assert [output.token_ids for output in outputs] == [answers(plain, [p], greedy(8))[0] for p in prompts]
+
+
+@pytest.mark.parametrize("step_tokens", (50, 1024))
+def test_requests_that_come_together_read_what_they_share_once(folder, step_tokens):
+    llm = make(folder, pages=200, step_tokens=step_tokens)
+    read = []
+    inner = llm.engine.runner.step
+
+    def step(requests, cache):
+        read.append(sum(len(r.running_sequence) for r in requests if r.is_prefilling))
+        return inner(requests, cache)
+
+    llm.engine.runner.step = step
+    prompts = [HISTORY, [*HISTORY[:-2], 1, 2], HISTORY, [*HISTORY, 3, 4, 5]]
+    outputs = llm.generate(prompts, greedy(6))
+    assert [output.cached_tokens for output in outputs] == [0, 112, 112, 112]
+    assert sum(read) == sum(map(len, prompts)) - 3 * 112
+    assert [output.token_ids for output in outputs] == answers(make(folder, reuse=False), prompts, greedy(6))
 
 
 def test_no_more_states_are_remembered_than_there_is_room_for_and_the_oldest_go(folder):
@@ -271,7 +301,7 @@ def test_a_capture_warms_up_on_nobody_s_state(folder):
     assert llm.engine.scheduler.states is llm.engine.runner.states
     llm.engine.runner.capture = capture
     assert answers(llm, PROMPTS[:3]) == expected
-    assert slots and all(set(row) == {llm.engine.states.scratch} for row in slots)
+    assert slots and all(set(row) == {NOBODY} for row in slots)
 
 
 # How many there are
@@ -306,4 +336,3 @@ def test_the_lowest_slots_go_first():
     pool.release(1)
     pool.release(0)
     assert [pool.allocate() for _ in range(3)] == [0, 1, 3] and pool.available == 0
-    assert pool.scratch == 4

@@ -43,11 +43,11 @@ class Trailing(StatefulLayer):
                 now = torch.zeros(self.size)
                 if length > stop - start:
                     now = self.states[0][slots[request]]
-                for token in range(start, stop):
-                    now = now * 0.8 + x[token]
-                    trail[token] = now
-                if slots is not None:
-                    self.states[0][slots[request]] = now
+                since = torch.arange(stop - start)
+                fading = (0.8 ** (since[:, None] - since)).tril()
+                trail[start:stop] = fading @ x[start:stop] + 0.8 ** (since[:, None] + 1) * now
+                if slots is not None and stop > start:
+                    self.states[0][slots[request]] = trail[stop - 1]
         if self.break_if is not None and self.break_if(step):
             raise RuntimeError("broken on purpose")
         return self.inner(x + 0.3 * trail)

@@ -22,6 +22,7 @@ FAMILIES = {
     "gemma3_text": {"num_hidden_layers": 3},
     "phi3": {"sliding_window": 7},
     "olmo2": {},
+    "qwen3_5_text": {},
 }
 PROMPTS = [list(range(3, 23)), [5], [40, 41, 42, 43, 44, 45, 46]]  # longer than the windows, shorter, as long
 

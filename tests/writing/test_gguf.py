@@ -48,7 +48,7 @@ def field(path, key):
     return gguf.GGUFReader(path).get_field(key).contents()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_5_text"])
 def test_floats_of_every_family_are_the_same_model(family, tmp_path):
     there = write_checkpoint(tmp_path / "in", family, "none", **SETTINGS.get(family, {}))
     pymllm.quantize_checkpoint(there.folder, tmp_path / "out.gguf", {BLOCKS: "none"})
