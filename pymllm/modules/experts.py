@@ -82,21 +82,15 @@ class QuantizedExperts(PackedBuffers):
     def __getattr__(self, name: str) -> Any:
         facts = self.__dict__.get("facts")
         if facts is not None and name in facts.names:
-            return self._stack(name)
+            return self.stack(name)
         return super().__getattr__(name)
 
-    def _stack(self, name: str) -> Tensor:
+    def stack(self, name: str) -> Tensor:
         """Decode a stack, in the layout that the module had."""
         facts, dtype = self.facts, self.bound.problem.dtype
         products = self.bound.canonical().products()
-        if name == facts.down:
-            weight = torch.stack([one.dequantize(dtype) for one in products["down"]])
-        else:
-            weight = torch.stack([one.dequantize(dtype) for one in products["gate_up"]])
-            weight = weight.chunk(len(facts.gate_up), dim=1)[facts.gate_up.index(name)]
-            if facts.interleaved:
-                weight = torch.stack(weight.chunk(2, dim=1), dim=2).flatten(1, 2)
-        return weight.transpose(1, 2) if facts.transposed else weight
+        experts = products["down" if name == facts.down else "gate_up"]
+        return facts.stacked(name, [one.dequantize(dtype) for one in experts])
 
     def extra_repr(self) -> str:
         said = " | ".join(dict.fromkeys(method.describe() for method in self.methods.values()))

@@ -16,7 +16,7 @@ from pymllm.kernels.experts import ExpertsWeight, LazyWeights
 from pymllm.modules.calibration import Tap
 from pymllm.modules.experts import QuantizedExperts
 from pymllm.modules.foreign_experts import ForeignExperts
-from pymllm.modules.jobs import Job, Rounding, gram_size, keep_attributes, planned, shape_of, share_peaks
+from pymllm.modules.jobs import Job, Rounding, fill_unseen, gram_size, keep_attributes, planned, shape_of
 from pymllm.modules.report import QuantizedModule
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.experts import bind_experts
@@ -90,10 +90,11 @@ class ExpertsJob(Job):
             assert isinstance(method, ConvertedLinearMethod)
             experts = range(self.facts.num_experts)
             mine = {name: index for index in experts if (name := self._expert(product, index)) in seen}
-            share_peaks(method, [seen[name] for name in mine])
+            rows = sum(seen[name].rows for name in mine)
+            self.calibrated_rows[product] = self.calibrated_rows.get(product, 0) + rows
+            fill_unseen(method, [seen[name] for name in mine])
             for name, index in mine.items():
                 statistics = seen.pop(name)
-                self.calibrated_rows[product] = self.calibrated_rows.get(product, 0) + statistics.rows
                 floats = self._of(product, index)
                 self.fitted[name] = rounding(method, floats, self._shape(product, index), statistics)
 
@@ -148,7 +149,7 @@ class ExpertsJob(Job):
         return method.convert(DenseWeight(floats), self._shape(product, index))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.module._parameters.items() if p is not None}
+        return self.facts.tensors(self.module)
 
     def _names(self, product: str) -> tuple[str, ...]:
         return self.facts.gate_up if product == "gate_up" else (self.facts.down,)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -210,10 +210,10 @@ class StackJob(Job):
 
     def fit(self, seen: dict[str, InputStatistics], rounding: Rounding) -> None:
         mine = {name: index for index in range(len(self._stack())) if (name := self._expert(index)) in seen}
-        share_peaks(self.method, [seen[name] for name in mine])
+        self.calibrated_rows += sum(seen[name].rows for name in mine)
+        fill_unseen(self.method, [seen[name] for name in mine])
         for name, index in mine.items():
             statistics = seen.pop(name)
-            self.calibrated_rows += statistics.rows
             self.fitted[name] = rounding(self.method, self._stack()[index], self._shape(index), statistics)
 
     @torch.no_grad()
@@ -277,12 +277,18 @@ def gram_size(method: ConvertedLinearMethod, shape: LinearShape) -> int:
     return shape.in_features if isinstance(made, IntWeight) and made.offsets is None else 0
 
 
-def share_peaks(method: ConvertedLinearMethod, seen: list[InputStatistics]) -> None:
-    """Give experts that no calibration input reached the largest input of the others, for a static scale."""
-    if needs_inputs(method.target):
-        peak = max((each.peak for each in seen), default=0.0)
-        for each in seen:
-            each.peak = each.peak or peak
+def fill_unseen(method: ConvertedLinearMethod, seen: Sequence[InputStatistics]) -> None:
+    """Let experts that no calibration input reached be rounded by themselves, in the type that the others have.
+
+    They get inputs of all directions alike, and the largest input of the others for a static scale.
+    """
+    peak = max((each.peak for each in seen), default=0.0)
+    for each in seen:
+        if each.rows:
+            continue
+        each.rows, each.peak = 1, peak if needs_inputs(method.target) else 0.0
+        if each.gram is not None:
+            each.gram.fill_diagonal_(1.0)
 
 
 def rounding_by(algorithm: str, act_order: bool) -> Rounding:

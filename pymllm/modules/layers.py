@@ -87,8 +87,9 @@ class QuantizedLayer(PackedBuffers, WeightedLayer):
 class QuantizedLinear(QuantizedLayer):
     """A packed weight behind the forward of nn.Linear."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply.  x: [*, I], any float dtype.  Returns [*, O] in the same dtype."""
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """Multiply the only argument, whatever its name: x [*, I] of any float dtype.  Returns [*, O] in that dtype."""
+        (x,) = *args, *named.values()
         inputs = x.to(self.bound.problem.dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         y = self.quant_method.apply(self, inputs, bias)
@@ -113,8 +114,9 @@ class QuantizedEmbedding(QuantizedLayer):
     def embedding_dim(self) -> int:
         return self.in_features
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows.  ids: any shape.  Returns [*ids.shape, H]."""
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """Look up rows by the only argument, whatever its name: ids of any shape.  Returns [*ids.shape, H]."""
+        (ids,) = *args, *named.values()
         rows = self.quant_method.embed(self, ids)
         return self.facts.scaled(self.add_lora_rows(ids, rows) if self.adapters else rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,8 +88,9 @@ class Named:
                 inside.update(module.modules())
             elif is_matrix(module):
                 self._name_matrix(module, names)
-            elif stacks_of(module) is not None:
+            elif stacks_of(module):
                 self._name_experts(module, names)
+                inside.update(holders_of(module))
             else:
                 held = {name: p for name, p in module._parameters.items() if p is not None}
                 reason = (
@@ -171,10 +172,9 @@ class Named:
 
     def _name_experts(self, module: nn.Module, names: list[str]) -> None:
         stacks = stacks_of(module)
-        assert stacks is not None
         decisions: dict[str, Decision] = {}
         for stack in stacks:
-            places = [[_below(name, stack), *([name] if name else [])] for name in names]
+            places = [list(_paths(name, stack)) for name in names]
             self.replaceable += [place[0] for place in places]
             decision = self._decide_all(module, places)
             if decision is not None and isinstance(decision.method, ConvertedLinearMethod):
@@ -182,8 +182,9 @@ class Named:
         self._name_parameters(module, names, biases_of(module, stacks), BIAS)
         if not decisions:
             return
-        held = {name: p for name, p in module._parameters.items() if p is not None}
-        facts = why_not(module, names[0], [held[stack] for stack in stacks]) or read_experts(module)
+        held = {stack: module.get_parameter(stack) for stack in stacks}
+        said = (why_not(each, names[0], list(held.values())) for each in (module, *holders_of(module)))
+        facts = next(filter(None, said), None) or read_experts(module)
         if not isinstance(facts, str):
             first = [decisions.get(name) for name in facts.gate_up]
             if len({decision and decision.method for decision in first}) > 1:
@@ -259,6 +260,21 @@ def why_not(module: nn.Module, name: str, weights: Sequence[Any]) -> str | None:
         if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
             return "its weight holds no floats"
     return None
+
+
+def holders_of(module: nn.Module) -> set[nn.Module]:
+    """Return the submodules that hold a module's stacks of experts."""
+    return {module.get_submodule(path) for stack in stacks_of(module) if (path := stack.rpartition(".")[0])}
+
+
+def _paths(name: str, stack: str) -> Iterator[str]:
+    """Yield the path of a stack, then those of the modules that have it, up to that of the experts."""
+    path = _below(name, stack)
+    while len(path) > len(name):
+        yield path
+        path = path.rpartition(".")[0]
+    if name:
+        yield name
 
 
 def biases_of(module: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:

@@ -45,8 +45,9 @@ def quantize_model(
 
     module: a torch module of any library, which holds its weights.
     rules: as for `load_model`, over module paths ("bert.encoder.layer.*.attention.**=int4:group_size=64"). The first
-    match wins, and "=none" leaves a module alone. Rules can name nn.Linear and nn.Embedding (subclasses too, unless
-    they have a forward of their own) and transformers' Conv1D.
+    match wins, and "=none" leaves a module alone. Rules can name nn.Linear and nn.Embedding (a subclass with a forward
+    of its own if that is proven to compute the same, or rows times one number), transformers' Conv1D, and stacked
+    experts, by their module's path or that of a tensor ("model.layers.0.mlp.experts.down_proj").
     calibration: inputs to run the module on (each a tensor, a tuple of arguments, or a mapping of keyword arguments).
     The rounding of integer weights is then fitted to the inputs that reach them, and activations=static finds its
     scales.
@@ -56,11 +57,13 @@ def quantize_model(
     compute: as for `load_model`.
 
     Modules that share one weight share the packed one if their methods are equal. Else each has its own, made from the
-    same floats, and a module that no rule names keeps the floats. `module.quantization` lists what was replaced.
+    same floats, and a module that no rule names keeps the floats. `module.quantization` is a `QuantizationReport`: what
+    was replaced, what a rule ending in "**" could not change with the reason, and the share of all parameters.
     `state_dict` holds the packed tensors; a module quantised by the same rules loads them, on other hardware too.
     Every rule and shape is checked before the first module is replaced.
 
-    Raises RuleError (unmatched or shadowed rules, with nearest names), ConfigError or KernelError.
+    Raises RuleError (unmatched or shadowed rules, with nearest names; all that other rules name and that cannot be
+    changed) or ConfigError.
     """
     if compute not in ("auto", "exact", "checkpoint"):
         raise ConfigError(
@@ -80,8 +83,9 @@ def quantize_model(
             named.refuse(job, str(error))
     named.check()
     tally = _Tally(module)
-    report = QuantizationReport(getattr(module, "quantization", []))
-    report += tally.rows(named.unreached)
+    again = {each.name for each in named.unreached}
+    before = [row for row in getattr(module, "quantization", ()) if row.replaced or row.prefix not in again]
+    report = QuantizationReport([*before, *tally.rows(named.unreached)])
     owners = {name: child for name, child in module.named_modules(remove_duplicate=False)}
     keys = {job.name: job.key for job in named.jobs}
     pending = {name: job for job in named.jobs for name in job.sizes()}
@@ -100,9 +104,9 @@ def quantize_model(
         # Each module's floats are freed before those of the next one are packed.
         for job in _drain(jobs):
             if inputs is not None:
-                before = len(seen)
+                unused = len(seen)
                 job.fit(seen, rounding)
-                left[job.name] -= before - len(seen)
+                left[job.name] -= unused - len(seen)
                 if left[job.name]:
                     continue
             other = shared.get(keys[job.name])

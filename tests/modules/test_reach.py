@@ -138,6 +138,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         n_groups=1,
         chunk_size=8,
     ),
+    "dbrx": lambda: transformers.DbrxConfig(
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=96,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    ),
     "falcon": lambda: transformers.FalconConfig(
         vocab_size=96,
         hidden_size=64,
@@ -184,7 +193,7 @@ def with_decoded_weights(family: str, quantised: nn.Module) -> nn.Module:
                 plain.get_submodule(name).weight.copy_(module.weight)
             elif isinstance(module, QuantizedExperts):
                 for stack in module.facts.names:
-                    getattr(plain.get_submodule(name), stack).copy_(getattr(module, stack))
+                    plain.get_submodule(name).get_parameter(stack).copy_(module.stack(stack))
     return plain
 
 
@@ -414,6 +423,88 @@ def test_generation_runs_the_packed_experts():
     pymllm.quantize_model(model, {"**": "int8"}, compute="exact")
     plain = with_decoded_weights("mixtral", model)
     assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
+
+
+class OwnExperts(nn.Module):
+    """Experts as nobody else has them: names, sizes, activation and the order of arguments of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Parameter(torch.randn(6, 32, 96) * 32**-0.5)
+        self.out_of = nn.Parameter(torch.randn(6, 32, 48) * 48**-0.5)
+
+    def forward(self, tokens: Tensor, how_much: Tensor, which: Tensor) -> Tensor:
+        first = torch.einsum("th,tkhi->tki", tokens, self.into[which])
+        gate, up = first[..., ::2], first[..., 1::2]
+        answers = torch.einsum("tki,tkhi->tkh", nn.functional.silu(gate) * up, self.out_of[which])
+        return (answers * how_much.unsqueeze(-1)).sum(1)
+
+
+def test_experts_of_any_module_are_found_by_their_shapes_and_a_proof():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": OwnExperts()})
+    x, ids, weights = (
+        torch.randn(9, 32),
+        torch.stack([torch.randperm(6)[:2] for _ in range(9)]),
+        torch.rand(9, 2),
+    )
+    plain = copy.deepcopy(model)
+    pymllm.quantize_model(model, {"**": "int8"}, compute="exact")
+    assert [row.prefix for row in model.quantization] == ["experts.into", "experts.out_of"]
+    assert model.quantization.share == 1
+    with torch.no_grad():
+        plain["experts"].into.copy_(model["experts"].into)
+        plain["experts"].out_of.copy_(model["experts"].out_of)
+        expected = plain["experts"](x, weights, ids)
+    torch.testing.assert_close(model["experts"](x, weights, ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model["experts"](x, which=ids, how_much=weights), expected, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(TypeError, match="which"):
+        model["experts"](x, weights)
+
+
+class Called(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.experts(*args)
+
+
+@pytest.mark.parametrize("method", ["int4:group_size=16", "int8:activations=static"])
+def test_an_expert_that_no_token_reaches_is_rounded_by_itself_when_others_are_calibrated(method):
+    torch.manual_seed(0)
+    plain, fitted = Called(OwnExperts()), Called(OwnExperts())
+    fitted.load_state_dict(plain.state_dict())
+    x, ids = torch.randn(60, 32), torch.tensor([[0, 1], [1, 2], [2, 0]] * 20)
+    pymllm.quantize_model(fitted, {"experts.**": method}, [(x, torch.rand(60, 2), ids)], compute="exact")
+    pymllm.quantize_model(plain, {"**": method.partition(":activations")[0]}, compute="exact")
+    assert {row.calibration_rows for row in fitted.quantization} == {120}
+    mine, own = (model.experts.bound.canonical().products()["down"] for model in (fitted, plain))
+    assert torch.equal(mine[5].codes, own[5].codes)
+    assert not torch.equal(mine[0].codes, own[0].codes)
+    if "static" in method:
+        scales = [float(weight.input_scales) for weight in mine]
+        assert scales[5] == max(scales) and min(scales) > 0
+
+
+def test_a_second_call_goes_on_with_the_same_report():
+    model = made("mixtral")
+    pymllm.quantize_model(model, {"**.layers.0.**": "int8"})
+    first = model.quantization.share
+    pymllm.quantize_model(model, {"**": "fp8"})
+    assert len({row.prefix for row in model.quantization}) == len(model.quantization)
+    assert first < 0.5 < 0.95 < model.quantization.share <= 1
+    assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_layers_take_their_argument_by_the_name_that_the_module_had():
+    model = pymllm.quantize_model(made("gpt2"), {"**": "int8"})
+    layer, table = model.transformer.h[0].mlp.c_fc, model.transformer.wte
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x=x), layer(x)) and torch.equal(table(input=IDS), table(IDS))
 
 
 def batches(count: int) -> list[Tensor]:
