@@ -85,15 +85,15 @@ def write_awq(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from pymllm.kernels.canonical import IntWeight
-    from pymllm.quantization.formats.awq import pack_words
+    from pymllm.quantization.formats.awq import pack_columns
 
     tensors = load_file(model_folder(folder.parent, "float") / "model.safetensors")
     for name in linear_shapes():
         weight = tensors.pop(f"{name}.weight")
         coded = IntWeight.from_float(weight.float(), bits=4, group_size=GROUP, symmetric=False)
         assert coded.zeros is not None
-        tensors[f"{name}.qweight"] = pack_words(coded.codes)
-        tensors[f"{name}.qzeros"] = pack_words(coded.zeros)
+        tensors[f"{name}.qweight"] = pack_columns(coded.codes)
+        tensors[f"{name}.qzeros"] = pack_columns(coded.zeros)
         tensors[f"{name}.scales"] = coded.scales.half().t().contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     quantization = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True}

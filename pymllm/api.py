@@ -79,6 +79,8 @@ class LLM:
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
+    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
+    "transformers" runs its class in any case.
     progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
@@ -107,6 +109,7 @@ class LLM:
         kernels: Mapping[str, str] | None = None,
         kv_cache: RuleSource = None,
         revision: str | None = None,
+        definition: str = "auto",
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
@@ -127,6 +130,7 @@ class LLM:
                 kernels=kernels,
                 kv_cache=kv_cache,
                 revision=revision,
+                definition=definition,
             )
             self.plan: Plan = make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
             if check_memory:
@@ -445,6 +449,8 @@ def load_model(
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
+    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
+    "transformers" runs its class in any case.
 
     The current `Parallel` decides this rank's share.  The model carries `load_report` and `prepared`.
     Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,

@@ -159,6 +159,8 @@ def compare(
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
+    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
+    "transformers" runs its class in any case.
 
     Returns the `Comparison`; str() says it in a table.
     Raises whatever loading would raise under any of the rules.

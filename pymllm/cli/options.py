@@ -60,6 +60,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument(
+        "--definition",
+        choices=("auto", "transformers"),
+        default="auto",
+        help="whose modules run: pymllm's own where it has the model type (auto, the default), or transformers' class",
+    )
+    group.add_argument(
         "--no-memory-check",
         action="store_false",
         dest="check_memory",
@@ -172,6 +178,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "kernels": dict(args.kernel),
         "kv_cache": args.kv_cache,
         "revision": args.revision,
+        "definition": args.definition,
     }
 
 

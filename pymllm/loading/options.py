@@ -22,6 +22,8 @@ class LoadOptions(TypedDict, total=False):
     was asked for, by `dtype` or by `compute` "exact"), a dtype's name, or such methods for patterns of attention
     layers, as in rules for weights; None or "auto": as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
+    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
+    "transformers" runs its class in any case.
     """
 
     device: str
@@ -30,3 +32,4 @@ class LoadOptions(TypedDict, total=False):
     kernels: Mapping[str, str] | None
     kv_cache: RuleSource
     revision: str | None
+    definition: str

@@ -65,6 +65,7 @@ def prepare(
     kernels: Mapping[str, str] | None = None,
     kv_cache: RuleSource = None,
     revision: str | None = None,
+    definition: str = "auto",
 ) -> Prepared:
     """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
 
@@ -73,7 +74,7 @@ def prepare(
     Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError.
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
-    config = read_model_config(checkpoint.config)
+    config = read_model_config(checkpoint.config, definition)
     _check_sizes(config, checkpoint)
     rename_tensors(checkpoint, config)
     head = find_own_head(checkpoint, config)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from pymllm.config import ModelConfig, with_text_config
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, unknown_name
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
 from pymllm.models.generic.model import GenericModel
 from pymllm.models.generic.names import rename
@@ -29,23 +29,29 @@ from pymllm.weights.tensor_file import TensorInfo
 # Modules here that are no family.
 SHARED = ("causal_lm", "generic", "language_model")
 
+# Whose modules run a model type: ours where there is a page, or transformers' in any case.
+DEFINITIONS = ("auto", "transformers")
+
 
 def list_model_types() -> list[str]:
     """List the model types that have a definition."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
-def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
+def read_model_config(raw: Mapping[str, Any], definition: str = "auto") -> ModelConfig:
     """Read a config.json with its family's defaults, or as transformers reads it.
 
-    ConfigError for a model type that has no definition.
+    definition: "auto" prefers a page here, "transformers" does without.
+    ConfigError for a model type that has no definition, or for another word than these.
     """
-    found = find_definition(raw)
+    if definition not in DEFINITIONS:
+        raise unknown_name("definition", definition, DEFINITIONS, code="definition")
+    found = find_definition(raw) if definition == "auto" else None
     if found is None:
         return read_generic_config(raw)
-    definition = _definition(found)
-    wrapper = vars(definition).get("WRAPPER", False)
-    return ModelConfig(with_text_config(raw) if wrapper else raw, definition.DEFAULTS)
+    page = _definition(found)
+    wrapper = vars(page).get("WRAPPER", False)
+    return ModelConfig(with_text_config(raw) if wrapper else raw, page.DEFAULTS)
 
 
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:

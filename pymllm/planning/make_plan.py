@@ -61,6 +61,8 @@ def plan(
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
+    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
+    "transformers" runs its class in any case.
     max_model_len, kv_memory: the most tokens that a request may have, and what the KV cache may take, as for `LLM`.
 
     Raises whatever loading would raise over the same headers.

@@ -12,8 +12,9 @@ from pymllm.attention import Attention
 from pymllm.models.generic.probe import AttentionCall, note_attention, probing, read_mask
 from pymllm.quantization.base import QuantizationConfig
 
-# The name under which transformers knows the function.
-PAGED = "pymllm_paged"
+# The names under which transformers knows the function: as it runs, and as a model is probed. A name that has no mask
+# function has transformers make no masks, nor look for several texts in one row.
+PAGED, PROBED = "pymllm_paged", "pymllm_probed"
 
 
 def register() -> None:
@@ -21,12 +22,13 @@ def register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(PAGED, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PAGED, mask)
+    for name in (PAGED, PROBED):
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PROBED, mask)
 
 
 def mask(*_: Any, mask_function: Any = None, **__: Any) -> Any:
-    """Make no mask, as our layers know theirs; while a model is probed, say which one is asked for."""
+    """Make no mask, but say which one is asked for."""
     return None if probing() is None else read_mask(mask_function)
 
 

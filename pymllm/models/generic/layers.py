@@ -14,7 +14,7 @@ from pymllm.layers.weighted import WeightedLayer
 from pymllm.models.generic.classes import on_cpu
 from pymllm.moe.layer import RouterLinear
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.quantization.binding import BoundWeight, bound_weight
+from pymllm.quantization.binding import bound_weight
 
 ROUTERS = (
     "gate",
@@ -23,23 +23,29 @@ ROUTERS = (
 )  # the last words of the names of routers that are linear layers
 
 
-def _bound(layer: WeightedLayer) -> BoundWeight:
-    bound = bound_weight(layer)
-    assert bound is not None
-    return bound
-
-
 class ReadWeight:
-    """The weight of a layer as code reads it that does more than call the layer: decoded when it is computed with."""
+    """The weight of a layer as code reads it that does more than call the layer: decoded when it is computed with.
 
-    def __init__(self, layer: WeightedLayer) -> None:
-        self.layer = layer
-        self.dtype, self.device = layer.params_dtype, torch.device(_bound(layer).problem.device.type)
-        self.shape = torch.Size((layer.shape.out_features, layer.shape.in_features))
+    part: which of those that a fused layer has.
+    """
+
+    def __init__(self, layer: WeightedLayer, part: int = 0) -> None:
+        self.layer, self.part = layer, part
+        held = layer.held()
+        packed_in = held[part if len(held) > 1 else 0].packed_in
+        bound = bound_weight(packed_in)
+        assert bound is not None
+        self.bound = bound
+        self.dtype, self.device = layer.params_dtype, next(iter(self.bound.packed.values())).device
+        shape = layer.shape.part(part)
+        self.shape = torch.Size((shape.out_features, shape.in_features))
 
     def decoded(self) -> Tensor:
         """Decode the weight, [O, I]; a transposed one as it is stored."""
-        weight = _bound(self.layer).canonical().dequantize(self.dtype)
+        weight = self.bound.canonical().dequantize(self.dtype)
+        if weight.shape[0] > self.shape[0]:
+            sizes = [span.size for span in self.layer.shape.outputs]
+            weight = weight.split(sizes)[self.part]
         return weight.t() if getattr(self.layer, "transposed", False) else weight
 
     @classmethod
@@ -106,16 +112,25 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     model.get_submodule(parent)._modules[last] = new
 
 
+def is_plain_linear(module: Any) -> bool:
+    """Tell whether a module computes what torch's linear layer does."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_router(module: Any, name: str) -> bool:
+    """Tell whether a linear layer chooses experts, or gates one."""
+    return module.out_features == 1 or name.rpartition(".")[2] in ROUTERS
+
+
 def make_linear(module: Any, name: str, quant_config: QuantizationConfig | None) -> Linear | None:
     """Make our layer for a linear layer of torch's or GPT-2's.  None: the module is neither."""
     options: dict[str, Any] = {"prefix": name, "quant_config": quant_config}
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return TransposedLinear(module.nx, module.nf, True, **options)
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    if not is_plain_linear(module):
         return None
     bias = module.bias is not None
-    router = module.out_features == 1 or name.rpartition(".")[2] in ROUTERS
-    kind = GenericRouter if router else GenericLinear
+    kind = GenericRouter if is_router(module, name) else GenericLinear
     return kind(module.in_features, module.out_features, bias=bias, **options)
 
 

@@ -16,6 +16,7 @@ from pymllm.errors import ConfigError, ShardingError
 from pymllm.models.generic import attention
 from pymllm.models.generic.attention import PagedLayers
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
+from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
@@ -50,7 +51,7 @@ class GenericModel(LanguageModel):
         execution = current_execution()
         dtype = torch.get_default_dtype() if execution is None else execution.dtype
         attention.register()
-        inner: Any = build_on_meta(config, dtype, attention.PAGED)
+        inner: Any = build_on_meta(config, dtype, attention.PROBED)
         self._tied = dict(inner.all_tied_weights_keys)
         _keep_float32(inner, dtype)
         _own_buffers(inner)
@@ -69,11 +70,14 @@ class GenericModel(LanguageModel):
                 found="an encoder",
             )
         self.why_alone = found.why_not
+        _set_attention(inner, attention.PAGED if found.why_not is None else "eager")
         if found.why_not is not None:
-            _set_attention(inner, "eager")
             take_recurrences(inner)
             caches = RequestCaches(inner.config)
             caches.measure(inner.get_submodule(found.base), dtype)
+        self.why_not_fused: list[str] = []
+        if found.why_not is None:
+            self.why_not_fused = put_fast(inner, found, {*self._tied, *self._tied.values()}, dtype, quant_config)
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():
@@ -123,7 +127,7 @@ class GenericModel(LanguageModel):
     def notes(self) -> list[str]:
         """Say how the class's model is run."""
         if self.why_alone is None:
-            return []
+            return self.why_not_fused
         return [f"requests run one after another over transformers' own cache: {self.why_alone}"]
 
     @property

@@ -80,6 +80,8 @@ class Probe:
     tokens: T.  base: the module that makes the hidden states, by name.
     attention: the calls of each attention module, by name.
     inputs: what each linear layer and embedding was called with; one that is missing was never called.
+    versions: how often each of these tensors had been written to.  given: how many arguments each module was given.
+    contiguous: whether outputs of linear layers must have no gaps.  failed: whether the run came to no end.
     steps: how often one token was taken out of all.
     why_not: why requests cannot be run side by side; None: they can.
     """
@@ -88,6 +90,10 @@ class Probe:
     base: str = ""
     attention: dict[str, list[AttentionCall]] = field(default_factory=dict)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    versions: dict[str, list[int]] = field(default_factory=dict)
+    given: dict[str, list[int]] = field(default_factory=dict)
+    contiguous: bool = False
+    failed: bool = False
     steps: int = 0
     why_not: str | None = None
 
@@ -138,12 +144,21 @@ def find_base(model: Any) -> str | None:
     return None
 
 
-@on_cpu
 def probe(model: Any, longest: int) -> Probe:
     """Run the class's model on the meta device, without a cache, and note what its modules are called with.
 
+    Linear layers give outputs with gaps, as parts of a product do; a model that cannot run so runs again without.
     longest: the most positions that the model has.
     """
+    found = _probe(model, longest, gaps=True)
+    if found.failed:
+        found = _probe(model, longest, gaps=False)
+        found.contiguous = True
+    return found
+
+
+@on_cpu
+def _probe(model: Any, longest: int, gaps: bool) -> Probe:
     sides = {side for param in model.parameters() for side in param.shape}
     far = (
         n
@@ -164,6 +179,10 @@ def probe(model: Any, longest: int) -> Probe:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
     ]
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(_note_call(found, name), with_kwargs=True))
+        if gaps and isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(_spread))
     names = {id(module): name for name, module in model.named_modules()}
     running, named = _running.set(found), _names.set(names)
     try:
@@ -172,6 +191,7 @@ def probe(model: Any, longest: int) -> Probe:
         with torch.no_grad(), _Watch(found):
             inner(**arguments)
     except Exception as error:
+        found.failed = True
         found.refuse(
             f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         )
@@ -204,9 +224,26 @@ def _arguments(module: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, A
 
 def _note_input(found: Probe, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.inputs.setdefault(name, []).append(next(iter(tree_leaves((args, kwargs)))))
+        x = next(iter(tree_leaves((args, kwargs))))
+        found.inputs.setdefault(name, []).append(x)
+        found.versions.setdefault(name, []).append(x._version)
 
     return hook
+
+
+def _note_call(found: Probe, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.given.setdefault(name, []).append(len(args) + len(kwargs))
+
+    return hook
+
+
+def _spread(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Return a tensor like a linear layer's output, with gaps between its rows."""
+    strides = [1]
+    for index, side in enumerate(reversed(output.shape[1:])):
+        strides.append(strides[-1] * side if index else side + 1)
+    return torch.empty_strided(output.shape, strides[::-1], dtype=output.dtype, device=output.device)
 
 
 def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
