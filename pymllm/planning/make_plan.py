@@ -219,7 +219,7 @@ def _rules(prepared: Prepared) -> list[dict[str, Any]]:
         (prepared.quant.kv_rules, prepared.quant.kv_decisions),
     ):
         for rule in rules:
-            matched = [name for name in decisions if rule.matches(name)]
+            matched = [name for name in decisions if rule.matches(*prepared.quant.spellings(name))]
             decided = [name for name in matched if decisions[name].rule is rule]
             taken = [name for name in matched if decisions[name].rule is not rule]
             found.append(

@@ -18,6 +18,7 @@ from pymllm.errors import ConfigError, fetch_factory_name, nearest
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
 from pymllm.quantization.storage.settings import HarmlessSettings, refusing_unread
 from pymllm.weights.loader import same_shape
+from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.spec import FLOATS, LinearShape, Span, WeightSpec
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ __all__ = [
 WEIGHT_NAMES = ("weight", "qweight", "weight_packed", "W_q", "_weight_qdata", "blocks")
 EXCLUDED = "stored so, although the config excludes it"
 # Attributes of configs that say which layers are left out, or that are filled as layers ask.
-NO_METHODS = ("modules_to_not_convert", "exclude_modules", "modules", "blocks", "ignored", "formats")
+NO_METHODS = ("modules_to_not_convert", "exclude_modules", "modules", "blocks", "ignored", "formats", "names")
 INCLUDED = "stored so, although the config quantises it"
 
 
@@ -106,6 +107,15 @@ class QuantizationConfig(ABC):
         self.stored = tensors
         self.stored_modules = frozenset(name.rpartition(".")[0] for name in tensors)
 
+    def see_names(self, names: ModuleNames) -> None:
+        """Receive the other names of the model's modules, any of which the config may use."""
+        self.names = names
+
+    def spellings(self, prefix: str) -> tuple[str, ...]:
+        """List the names by which the config may call a layer: in the model, as it is stored, in the writer's class."""
+        return self.names.of(prefix)
+
+    names: ModuleNames = ModuleNames()
     notes: tuple[str, ...] = ()  # what a plan says of the config besides
     stored: Mapping[str, StoredTensor] = MappingProxyType({})
     stored_modules: frozenset[str] = frozenset()  # the names that the stored tensors belong to

@@ -81,17 +81,18 @@ class Rule:
         _compile(rule.pattern)
         return rule
 
-    def matches(self, name: str) -> bool:
-        return _compile(self.pattern).fullmatch(name) is not None
+    def matches(self, *names: str) -> bool:
+        """Tell whether the pattern stands for one of a layer's names."""
+        return any(_compile(self.pattern).fullmatch(name) is not None for name in names)
 
-    def applies(self, layer: nn.Module, name: str) -> bool:
-        """Tell whether the rule is for this layer: whether it matches the layer's name.
+    def applies(self, layer: nn.Module, *names: str) -> bool:
+        """Tell whether the rule is for this layer: whether it matches one of the layer's names.
 
         A rule is for a router only if its pattern names the router to the end. One that ends in "*", or that is a
         regular expression, is meant for the layers that one quantises, and a router is not among them.
         """
         vague = self.pattern.endswith("*") or self.pattern.startswith("re:")
-        return not (vague and kind_of(layer) == "router") and self.matches(name)
+        return not (vague and kind_of(layer) == "router") and self.matches(*names)
 
     def build(self) -> LinearMethodBase:
         """Make the method that the rule asks for.  ConfigError for an unknown method or option."""
@@ -186,6 +187,7 @@ class RuledConfig(QuantizationConfig):
         self.kv_targets = {rule: build_kv_method(rule.method, dict(rule.options)) for rule in self.kv_rules}
         self.kv_decisions: dict[str, Decision] = {}
         self.stored, self.stored_modules = checkpoint_config.stored, checkpoint_config.stored_modules
+        self.names = checkpoint_config.names
         self.targets = {rule: rule.build() for rule in self.rules}
         self.decisions: dict[str, Decision] = {}
         self.sources: dict[str, str] = {}
@@ -215,7 +217,7 @@ class RuledConfig(QuantizationConfig):
         if stored == UnquantizedLinearMethod():
             stored = UnquantizedLinearMethod(dtype=getattr(layer, "kept_dtype", None))
         decision = Decision(name, stored, self._checkpoint_source(stored, name, prefix))
-        rule = next((rule for rule in self.rules if rule.applies(layer, name)), None)
+        rule = next((rule for rule in self.rules if rule.applies(layer, *self.spellings(name))), None)
         if rule is not None:
             decision = Decision(name, self._convert(stored, rule), "rule", rule)
         self.decisions[name] = decision
@@ -226,7 +228,7 @@ class RuledConfig(QuantizationConfig):
 
         The user's rule decides, else the checkpoint; but compute=exact rounds nothing unless the user asks for it.
         """
-        rule = next((rule for rule in self.kv_rules if rule.matches(prefix)), None)
+        rule = next((rule for rule in self.kv_rules if rule.matches(*self.spellings(prefix))), None)
         method = None if rule is None else self.kv_targets[rule]
         source = "rule" if method is not None else "default"
         if method is None:
@@ -289,14 +291,15 @@ class RuledConfig(QuantizationConfig):
         names = list(decisions)
         problems = []
         for index, rule in enumerate(rules):
-            matched = [name for name in names if rule.matches(name)]
+            matched = [name for name in names if rule.matches(*self.spellings(name))]
             if not matched:
                 hint = self._hint(rule, names)
                 problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
             # "is", as an equal rule may come first.
             elif not any(decisions[name].rule is rule for name in matched):
                 # A rule may decide by another name of the layer, as that of the module that has its tensor.
-                others = (other for other in rules[:index] if other.matches(matched[0]))
+                spelled = self.spellings(matched[0])
+                others = (other for other in rules[:index] if other.matches(*spelled))
                 earlier = next(others, decisions[matched[0]].rule)
                 problems.append(
                     f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all of its layers."

@@ -29,7 +29,7 @@ class SwappedConfig(RuledConfig):
         """Return the method that a weight should have from now on, and remember its name."""
         self.chosen.append(part.name)
         running = self.decisions[part.name].method
-        rule = next((rule for rule in self.swap_rules if rule.applies(holder, part.name)), None)
+        rule = next((rule for rule in self.swap_rules if rule.applies(holder, *self.spellings(part.name))), None)
         if rule is not None:
             target = self.swap_rules[rule]
             if _runs_in(running, target, rule):
@@ -42,7 +42,7 @@ class SwappedConfig(RuledConfig):
     def check_matched(self) -> None:
         """Refuse a rule that matches no weight.  RuleError with the nearest names."""
         for rule in self.swap_rules:
-            if not any(rule.matches(name) for name in self.chosen):
+            if not any(rule.matches(*self.spellings(name)) for name in self.chosen):
                 raise RuleError(
                     f"{rule.pattern!r} matches no weight of this model. {self._hint(rule, self.chosen)}".strip(),
                     code="rule-unmatched",

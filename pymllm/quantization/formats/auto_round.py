@@ -29,6 +29,7 @@ from pymllm.quantization.storage.auto_round_linear import AutoRoundFp8LinearMeth
 from pymllm.quantization.storage.fields import compile_pattern, is_block, read_choice, read_names, unsupported
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
 from pymllm.quantization.storage.writer_settings import AUTOROUND, REFUSED, STORED_DTYPE, STORED_LAYER, SWITCH
+from pymllm.weights.module_names import ModuleNames
 
 _unsupported = functools.partial(unsupported, "AutoRound")
 
@@ -149,14 +150,16 @@ class AutoRoundConfig(QuantizationConfig):
         for config in self.formats.values():
             config.see_checkpoint(tensors)
 
+    def see_names(self, names: ModuleNames) -> None:
+        super().see_names(names)
+        for config in self.formats.values():
+            config.see_names(names)
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        named = self._key(prefix)
-        outside = (
-            named is None
-            and bool(self.blocks)
-            and not any(prefix.startswith(f"{block}.") for block in self.blocks)
-        )
-        outside |= named is None and prefix in self.ignored
+        named, names = self._key(prefix), self.spellings(prefix)
+        blocks = tuple(f"{block}." for block in self.blocks)
+        outside = named is None and bool(blocks) and not any(name.startswith(blocks) for name in names)
+        outside |= named is None and any(name in self.ignored for name in names)
         found = None if outside else self._format(named or "", prefix)
         if not self.covers(layer, prefix, *CODES, excluded=found is None):
             return None
@@ -175,14 +178,13 @@ class AutoRoundConfig(QuantizationConfig):
 
     def _key(self, prefix: str) -> str | None:
         """Find the entry of extra_config for this layer: its name, or a regular expression found in its name."""
-        if prefix in self.layers:
-            return prefix
+        names = self.spellings(prefix)
+        exact = next((name for name in names if name in self.layers), None)
+        if exact is not None:
+            return exact
+        patterns = (key for key in self.layers if _is_pattern(key))
         return next(
-            (
-                key
-                for key in self.layers
-                if _is_pattern(key) and compile_pattern(key, "extra_config").search(prefix)
-            ),
+            (key for key in patterns if any(compile_pattern(key, "extra_config").search(n) for n in names)),
             None,
         )
 
@@ -219,6 +221,7 @@ class AutoRoundConfig(QuantizationConfig):
         if identity not in self.formats:
             config = {k: v for k, v in config.items() if k != "zero_point" or name == "awq"}
             read = get_quantization_config(name).from_config({**config, **more, "quant_method": name})
+            read.see_names(self.names)
             read.see_checkpoint(self.stored)
             self.formats[identity] = read
         return self.formats[identity]

@@ -203,5 +203,6 @@ class AWQConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         # Writers take modules_to_not_convert differently, so what the files hold decides. Where they hold nothing, as
         # AutoAWQ does it: it converts linear layers of decoder blocks whose name contains none of the strings.
-        excluded = any(part in prefix for part in self.modules_to_not_convert)
+        names = self.spellings(prefix)
+        excluded = any(part in name for part in self.modules_to_not_convert for name in names)
         return self.method if self.covers(layer, prefix, "qweight", excluded=excluded) else None

@@ -251,7 +251,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         return prefix not in self.methods and super().stored_as_float(prefix)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        excluded = is_skipped(prefix, self.skip_modules)
+        excluded = is_skipped(self.spellings(prefix), self.skip_modules)
         states = (STATE + kind for kind in QUANT_TYPES)
         if not self.covers(layer, prefix, "SCB", *states, excluded=excluded):
             return None

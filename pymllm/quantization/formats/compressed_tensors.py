@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -165,7 +165,7 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
         super().see_checkpoint(tensors)
-        modules = {name.rpartition(".")[0] for name in tensors}
+        modules = {name for module in self.stored_modules for name in self.spellings(module)}
         for group in self.groups:
             for target in group.targets:
                 if group.method is None or target.startswith("re:") or target in (*CLASSES, "lm_head"):
@@ -186,7 +186,9 @@ class CompressedTensorsConfig(QuantizationConfig):
         tied = getattr(layer, "tied_to", None) is not None
         of_class = "Embedding" if tied or kind_of(layer) == "embedding" else "Linear"
         found = self._group(prefix, of_class)
-        excluded = of_class in self.ignore or any(_targets(pattern, prefix) for pattern in self.ignore)
+        names = self.spellings(prefix)
+        excluded = of_class in self.ignore
+        excluded |= any(_targets(pattern, name) for pattern in self.ignore for name in names)
         excluded |= found is None or found.method is None
         if not self.covers(layer, prefix, "weight_scale", "weight_packed", excluded=excluded):
             return None
@@ -200,7 +202,8 @@ class CompressedTensorsConfig(QuantizationConfig):
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
         """Read `kv_cache_scheme`; without one, how a group for this attention module rounds its keys and values."""
         module = prefix.rpartition(".")[0]
-        groups = (group for group in self.groups if group.method is None and _means_attention(group, module))
+        names = self.spellings(module)
+        groups = (group for group in self.groups if group.method is None and _means_attention(group, names))
         return read_kv_scheme(self.kv_cache_scheme or next((group.attention for group in groups), None))
 
     def _group(self, prefix: str, of_class: str) -> Group | None:
@@ -211,7 +214,10 @@ class CompressedTensorsConfig(QuantizationConfig):
         stored = any(f"{prefix}.{name}" in self.stored for name in STORED)
         groups = [group for group in self.groups if group.method is not None or not stored]
         ranked = [
-            (_rank(target, prefix, of_class), target, group) for group in groups for target in group.targets
+            (_rank(target, name, of_class), target, group)
+            for group in groups
+            for target in group.targets
+            for name in self.spellings(prefix)
         ]
         hits = [entry for entry in ranked if entry[0] is not None]
         return min(hits, key=lambda entry: entry[:2])[2] if hits else None
@@ -278,11 +284,12 @@ def _targets(pattern: str, prefix: str) -> bool:
     return pattern == prefix
 
 
-def _means_attention(group: Group, module: str) -> bool:
-    """Tell whether a group means this attention module: by its name, its class, or its projection of keys."""
+def _means_attention(group: Group, names: Iterable[str]) -> bool:
+    """Tell whether a group means this attention module: by a name of it, its class, or its projection of keys."""
     return any(
         "attention" in target.lower() if CLASS_NAME.fullmatch(target) else _targets(target, name)
         for target in group.targets
+        for module in names
         for name in (module, f"{module}.k_proj")
     )
 

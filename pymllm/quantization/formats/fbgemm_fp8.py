@@ -51,7 +51,7 @@ class FbgemmFp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        excluded = is_skipped(self.spellings(prefix), self.modules_to_not_convert)
         return METHOD if self.covers(layer, prefix, "weight_scale", excluded=excluded) else None
 
     def skip_reason(self, tensor: str) -> Skip | str | None:

@@ -182,7 +182,7 @@ class Fp8Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        excluded = is_skipped(self.spellings(prefix), self.modules_to_not_convert)
         if not self.covers(layer, prefix, *SCALES, excluded=excluded):
             return None
         blocks, rows = ACTIVATIONS[self.activation_scheme]

@@ -165,6 +165,9 @@ class DynamicRule:
     pattern: str
     overrides: Mapping[str, Any] | None
 
+    def matches(self, name: str) -> bool:
+        return compile_pattern(self.pattern, "dynamic").match(name) is not None
+
 
 HARMLESS = {
     **AUTOROUND,
@@ -230,13 +233,12 @@ class GPTQConfig(QuantizationConfig):
         return GPTQLinearMethod(**values)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        rule = next(
-            (rule for rule in self.dynamic if compile_pattern(rule.pattern, "dynamic").match(prefix)), None
-        )
+        names = self.spellings(prefix)
+        rule = next((r for r in self.dynamic if any(r.matches(name) for name in names)), None)
         if rule is not None:
             excluded = rule.overrides is None
         else:
-            excluded = bool(self.modules) and not any(prefix.endswith(f".{name}") for name in self.modules)
+            excluded = bool(self.modules) and not prefix.endswith(tuple(f".{name}" for name in self.modules))
         if not self.covers(layer, prefix, "qweight", excluded=excluded):
             return None
         said = None if excluded else self._method(rule, prefix)

@@ -153,7 +153,7 @@ class HQQConfig(QuantizationConfig):
             part for part in prefix.split(".") if part not in ("model", "layers") and not part.isnumeric()
         )
         params = self.common if self.common is not None else self.tagged.get(tag)
-        excluded = tag in self.skip_modules or prefix in self.skip_modules or params is None
+        excluded = params is None or any(name in self.skip_modules for name in (tag, *self.spellings(prefix)))
         if not self.covers(layer, prefix, "W_q", excluded=excluded):
             return None
         found: LinearMethodBase | None = None

@@ -225,8 +225,9 @@ class MLXConfig(QuantizationConfig):
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Receive the headers.  ConfigError for a setting that is none of all layers, and no stored module's name."""
         super().see_checkpoint(tensors)
+        modules = {name for module in self.stored_modules for name in self.spellings(module)}
         for name in self.layers:
-            if not any(module == name or module.startswith(f"{name}.") for module in self.stored_modules):
+            if not any(module == name or module.startswith(f"{name}.") for module in modules):
                 raise _unsupported(
                     name,
                     "a layer's settings",
@@ -258,7 +259,7 @@ class MLXConfig(QuantizationConfig):
         return replace(method, scale_dtype=SCALE_DTYPES.get(scales or ""))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        named = self.layers.get(prefix, self.default)
+        named = next((self.layers[name] for name in self.spellings(prefix) if name in self.layers), self.default)
         scales, words = (self.stored.get(f"{prefix}.{suffix}") for suffix in ("scales", "weight"))
         if not self.stored:
             return named

@@ -253,8 +253,10 @@ class ModelOptConfig(QuantizationConfig):
 
     def _layer_algorithm(self, prefix: str) -> Algorithm | None:
         """Find a layer's algorithm of MIXED_PRECISION: by its name, else by a pattern or a module around it."""
-        found = (self.layers[name] for name in self.layers if _means(name, prefix))
-        return self.layers.get(prefix) or next(found, None)
+        names = self.spellings(prefix)
+        exact = (self.layers[name] for name in names if name in self.layers)
+        found = (self.layers[key] for key in self.layers if any(_means(key, name) for name in names))
+        return next(exact, None) or next(found, None)
 
     def _refuse_smoothing(self, prefix: str) -> None:
         """Raise ConfigError for a layer whose inputs are multiplied by a stored factor each, as AWQ leaves them."""
@@ -307,7 +309,7 @@ class ModelOptConfig(QuantizationConfig):
 
     def is_excluded(self, prefix: str) -> bool:
         """Tell whether exclude_modules names the layer, or a module around it, by name or with shell wildcards."""
-        return any(_means(pattern, prefix) for pattern in self.exclude_modules)
+        return any(_means(pattern, name) for pattern in self.exclude_modules for name in self.spellings(prefix))
 
 
 def _means(pattern: str, prefix: str) -> bool:

@@ -148,8 +148,10 @@ class QuarkConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        excluded = any(_names(pattern, prefix) for pattern in self.exclude)
-        found = next((method for name, method in self.layers.items() if _names(name, prefix)), self.common)
+        names = self.spellings(prefix)
+        excluded = any(_names(pattern, name) for pattern in self.exclude for name in names)
+        hits = (method for key, method in self.layers.items() if any(_names(key, name) for name in names))
+        found = next(hits, self.common)
         excluded |= found is None
         if not self.covers(layer, prefix, "weight_scale", excluded=excluded):
             return None

@@ -191,7 +191,7 @@ class TorchAOConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         data, scale, zero = (self.stored.get(f"{prefix}.{name}") for name in (QDATA, SCALE, ZERO))
-        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        excluded = is_skipped(self.spellings(prefix), self.modules_to_not_convert)
         if not self.covers(layer, prefix, QDATA, excluded=excluded):
             return None
         if data is None or scale is None:

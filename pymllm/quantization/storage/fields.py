@@ -69,16 +69,17 @@ def is_block(value: Any) -> bool:
     return isinstance(value, list) and [type(side) is int and side > 0 for side in value] == [True, True]
 
 
-def is_skipped(prefix: str, patterns: Iterable[str]) -> bool:
-    """Tell whether transformers would leave a module unconverted: whether one of the patterns is for it.
+def is_skipped(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Tell whether transformers would leave a module unconverted: whether one of the patterns is for one of its names.
 
     A pattern is a regular expression that matches from the name's start to a segment's end, or it is the name's end.
     """
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(
-        prefix.endswith(pattern)
-        or compile_pattern(f"(?:{pattern}){boundary}", "modules_to_not_convert").match(prefix)
+        name.endswith(pattern)
+        or compile_pattern(f"(?:{pattern}){boundary}", "modules_to_not_convert").match(name)
         for pattern in patterns
+        for name in names
     )
 
 

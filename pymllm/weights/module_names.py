@@ -1,0 +1,48 @@
+"""Other names of a model's modules: those that the checkpoint stores them under, and those of the class that wrote it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+
+class ModuleNames:
+    """The names that modules have elsewhere.
+
+    A wrapper of images and text calls `model.language_model.layers.0` what the text model calls `model.layers.0`; a
+    checkpoint may store it as `language_model.model.layers.0`. Rules, and a config's lists of layers, may use any.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, str]] = ()) -> None:
+        """Learn the names of modules from those of tensors: (in the model, elsewhere), which end alike."""
+        self._known: dict[str, dict[str, None]] = {}
+        self.stored: dict[str, str] = {}  # the first other name of each tensor
+        for name, other in tensors:
+            if name == other:
+                continue
+            self.stored.setdefault(name, other)
+            mine, theirs = name.split("."), other.split(".")
+            while len(mine) > 1 and len(theirs) > 1 and mine[-1] == theirs[-1]:
+                mine.pop()
+                theirs.pop()
+                if mine != theirs:
+                    self._known.setdefault(".".join(mine), {})[".".join(theirs)] = None
+        self.of = functools.lru_cache(maxsize=None)(self._of)
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def _of(self, name: str) -> tuple[str, ...]:
+        """List all names of a module, its name in the model first; one that is not known has its parent's."""
+        head, rest = name, ""
+        while head:
+            if head in self._known:
+                return (name, *(f"{other}{rest}" for other in self._known[head]))
+            head, _, last = head.rpartition(".")
+            rest = f".{last}{rest}"
+        return (name,)
+
+
+def moved(names: Mapping[str, str]) -> dict[str, str]:
+    """Leave out of a mapping of names what keeps its name."""
+    return {name: other for name, other in names.items() if name != other}
