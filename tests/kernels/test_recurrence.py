@@ -183,6 +183,26 @@ def test_decays_and_steps_of_any_size_stay_finite(operation, kernel):
 
 
 @every_kernel
+def test_a_long_prompt_that_forgets_next_to_nothing_stays_exact(operation, kernel):
+    # Decays of 0.9995 to the power of 1500: an error of each would show.
+    case = {
+        "gated_delta": lambda: gated_delta_case(1500, 1, 1, 8, 16),
+        "mamba2_scan": lambda: mamba2_case(1500, 1, 4, 1, 16),
+        "causal_conv": lambda: conv_case(1500, 3, 4),
+    }[operation]()
+    if operation == "gated_delta":
+        case.tokens["g"].fill_(-5e-4)
+    elif operation == "mamba2_scan":
+        case.others["A"].fill_(-5e-4)
+        case.others["dt_bias"].fill_(0.5)
+    state = case.state()
+    exact, exact_state = case.exact(((1500, 0, 2),), state)
+    found = case.run(kernel, state, step_of(((1500, 0, 2),)))
+    assert_near(found, exact, torch.float32, 1e-5)
+    assert_near(state, exact_state, torch.float32, 1e-5)
+
+
+@every_kernel
 def test_g_beta_and_weights_may_be_of_another_float_dtype(operation, kernel):
     requests = ((4, 2, 0),)
     if operation == "gated_delta":
@@ -226,6 +246,48 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(operation, kernel):
     step.state_slots = step.state_slots.int()
     with pytest.raises(ValueError, match="int64"):
         case.run(kernel, state, step)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_conventions_are_those_of_transformers(operation):
+    """Which heads share, what is normalised and scaled, how a state lies: a prompt, then one token."""
+    qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    case, kernel = case_of(operation, 70), cpu_kernels(operation)[-1]
+    state = case.state()
+    steps = step_of(((69, 0, 2),)), step_of(((1, 69, 2),))
+    found = torch.cat(
+        [
+            case.slice(*at).run(kernel, state, step)
+            for at, step in zip(((0, 69), (69, 70)), steps, strict=True)
+        ]
+    )
+    inputs, others = {n: t[None] for n, t in case.tokens.items()}, case.others
+    if operation == "gated_delta":
+        y, ended = qwen.torch_chunk_gated_delta_rule(
+            *inputs.values(), output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+    elif operation == "mamba2_scan":
+        y, ended = mamba2.mamba2_chunk_scan(
+            inputs["x"],
+            inputs["dt"],
+            others["A"],
+            inputs["B"],
+            inputs["C"],
+            chunk_size=32,
+            D=others["D"],
+            dt_bias=others["dt_bias"],
+            dt_softplus=True,
+            dt_limit=case.problem.dt_limit,
+            return_final_states=True,
+        )
+        y = y.view(1, *found.shape)
+    else:
+        x = inputs["x"].transpose(1, 2)
+        y = qwen.causal_conv1d_fn(x, others["weight"], others["bias"], activation="silu").transpose(1, 2)
+        ended = x[..., -3:]
+    assert_near(found, y[0].double(), torch.float32, 1e-5)
+    assert_near(state[2], ended[0].double(), torch.float32, 1e-5)
 
 
 @needs_native
