@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native.extension import native
+from pymllm.kernels.native.extension import native, native_available
 from pymllm.kernels.native.recurrence import NativeCausalConv, NativeGatedDelta, NativeMamba2Scan
 from pymllm.kernels.recurrence import CausalConvProblem, GatedDeltaProblem, Mamba2ScanProblem
 from pymllm.kernels.registry import kernels_for, select
@@ -51,11 +51,8 @@ def name_of(value):
     )
 
 
-every_kernel = pytest.mark.parametrize(
-    "operation, kernel",
-    [*REFERENCES, *(pytest.param(*pair, marks=needs_native) for pair in ON_PATHS)],
-    ids=name_of,
-)
+EVERY = [*REFERENCES, *(ON_PATHS if native_available() else ())]
+every_kernel = pytest.mark.parametrize("operation, kernel", EVERY, ids=name_of)
 
 
 def case_of(operation, tokens, dtype=torch.float32):
@@ -149,6 +146,8 @@ SIZES = {
         gated_delta_case(3, 1, 3, 5, 2),
         gated_delta_case(3, 2, 2, 16, 64, eps=None),
         gated_delta_case(3, 1, 2, 128, 128),
+        gated_delta_case(3, 1, 2, 128, 128, channels=True),
+        gated_delta_case(3, 2, 2, 1, 3, eps=None, channels=True),
     ],
     "mamba2_scan": [
         mamba2_case(3, 1, 1, 1, 1, limit=(0.0, 0.1)),
@@ -180,6 +179,26 @@ def test_decays_and_steps_of_any_size_stay_finite(operation, kernel):
     if operation == "causal_conv":
         case.tokens["x"][1:3] = torch.tensor([[-1e4], [1e4]])
     check(kernel, case, ((70, 0, 3),))
+
+
+@pytest.mark.parametrize("kernel", [pair[1] for pair in EVERY if pair[0] == "gated_delta"], ids=name_of)
+def test_each_key_channel_may_have_a_decay_of_its_own(kernel):
+    for dtype in FLOATS:
+        check(kernel, gated_delta_case(tokens_of(MIXED), 2, 4, 12, 37, dtype, channels=True), MIXED)
+    case = gated_delta_case(70, 1, 2, 20, 33, channels=True)
+    case.tokens["g"][1:5, 0, 0] = torch.tensor((-200.0, -torch.inf, 0.0, -1e-7))
+    check(kernel, case, ((70, 0, 3),))
+    whole_state, state, pieces, at = case.state(), case.state(), [], 0
+    whole = case.run(kernel, whole_state, step_of(((70, 0, 3),)))
+    for cut in (1, 1, 32, 3, 33):
+        pieces.append(case.slice(at, at + cut).run(kernel, state, step_of(((cut, at, 3),))))
+        at += cut
+    assert_same(kernel, torch.cat(pieces), whole)
+    assert_same(kernel, state[3], whole_state[3])
+    with pytest.raises(ValueError, match=r"g must be \[70, 2, 20\]"):
+        replace(case, tokens=case.tokens | {"g": case.tokens["beta"]}).run(
+            kernel, state, step_of(((70, 0, 3),))
+        )
 
 
 @every_kernel

@@ -71,10 +71,11 @@ void check(const std::string &name, FloatType type, std::int64_t tokens, std::in
   }
 }
 
-void check_gated_delta(FloatType type, std::int64_t keys, std::int64_t values, std::int64_t rows, std::int64_t columns) {
+void check_gated_delta(FloatType type, std::int64_t keys, std::int64_t values, std::int64_t rows, std::int64_t columns,
+                       bool channels) {
   const std::int64_t tokens = 37, group = values / keys;
   const Rows q(type, tokens, keys * rows), k(type, tokens, keys * rows), v(type, tokens, values * columns);
-  const Rows g(FloatType::f32, tokens, values, 0.1f, -0.5f), beta(type, tokens, values, 0.1f, 0.5f);
+  const Rows g(FloatType::f32, tokens, values * (channels ? rows : 1), 0.1f, -0.5f), beta(type, tokens, values, 0.1f, 0.5f);
   Doubles exact(index(tokens * values * columns)), state(index(values * rows * columns));
   for (std::int64_t t = 0; t < tokens; ++t)
     for (std::int64_t head = 0; head < values; ++head) {
@@ -87,7 +88,7 @@ void check_gated_delta(FloatType type, std::int64_t keys, std::int64_t values, s
       for (std::int64_t c = 0; c < columns; ++c) {
         double known = 0, result = 0;
         for (std::int64_t i = 0; i < rows; ++i) {
-          s[i * columns + c] *= std::exp(g.at(t, head));
+          s[i * columns + c] *= std::exp(g.at(t, channels ? head * rows + i : head));
           known += s[i * columns + c] * k.at(t, shared + i) / std::sqrt(key);
         }
         const double delta = beta.at(t, head) * (v.at(t, head * columns + c) - known);
@@ -106,7 +107,7 @@ void check_gated_delta(FloatType type, std::int64_t keys, std::int64_t values, s
             problem.g = g.from(first), problem.beta = beta.from(first);
             problem.y = y, problem.state = states, problem.requests = requests;
             problem.key_heads = keys, problem.value_heads = values, problem.key_dim = rows, problem.value_dim = columns;
-            problem.normalise_eps = 1e-6f;
+            problem.normalise_eps = 1e-6f, problem.channel_decay = channels;
             gated_delta(problem, path, 1);
           });
 }
@@ -169,8 +170,10 @@ void check_causal_conv(FloatType type, std::int64_t channels, std::int64_t kerne
 
 void check_all() {
   for (const FloatType type : {FloatType::f32, FloatType::bf16, FloatType::f16}) {
-    check_gated_delta(type, 1, 2, 12, 37);
-    check_gated_delta(type, 2, 2, 16, 32);
+    for (const bool channels : {false, true}) {
+      check_gated_delta(type, 1, 2, 12, 37, channels);
+      check_gated_delta(type, 2, 2, 16, 32, channels);
+    }
     check_mamba2_scan(type, 4, 2, 10, 19);
     check_mamba2_scan(type, 2, 1, 8, 32);
     check_causal_conv(type, 300, 4, true);
