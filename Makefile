@@ -144,7 +144,7 @@ endef
 # answer with the source tree before PYTHONPATH is looked at: sitecustomize drops it, in pytest's workers as well.
 # Leaks are not looked for: Python itself keeps memory to its end.
 SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,int4 integer experts float elementwise attention) \
-  tests/kernels/test_sampling.py
+  tests/kernels/test_sampling.py tests/kernels/test_recurrence.py
 DROP_EDITABLE = import sys; sys.meta_path[:] = [f for f in sys.meta_path if "_editable_" not in type(f).__module__]
 sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
 	@rm -rf build/sanitize/site && mkdir -p build/sanitize/site && cp -R pymllm build/sanitize/site/ && \

@@ -62,7 +62,7 @@ const RecurrencePath &recurrence_portable() { return kRecurrence; }
 
 std::int64_t gated_delta_scratch(const GatedDelta &problem, std::int64_t columns) {
   const std::int64_t size = round_up(problem.key_dim, 16), width = round_up(problem.value_dim, columns);
-  return 2 * kWindow * (size + width) + kWindow + problem.key_dim * width;
+  return kWindow * (4 * size + 2 * width + 1) + problem.key_dim * width;
 }
 
 std::int64_t mamba2_scan_scratch(const Mamba2Scan &problem) {
@@ -83,8 +83,10 @@ void gated_delta(const GatedDelta &problem, Isa isa, int threads) {
             [&](std::int64_t head, const Span &span, float *scratch) {
               float *decay = scratch, *beta = scratch + most;
               for (std::int64_t token = span.begin; token < span.end; ++token) {
-                const double g = read_float(problem.g.data, problem.g.type, token * problem.g.stride + head);
-                decay[token - span.begin] = static_cast<float>(std::exp(g));
+                if (!problem.channel_decay) {
+                  const double g = read_float(problem.g.data, problem.g.type, token * problem.g.stride + head);
+                  decay[token - span.begin] = static_cast<float>(std::exp(g));
+                }
                 beta[token - span.begin] =
                     read_float(problem.beta.data, problem.beta.type, token * problem.beta.stride + head);
               }

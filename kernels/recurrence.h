@@ -29,6 +29,7 @@ struct Requests {
 
 struct GatedDelta {
   TokenRows q, k, v, g, beta; // [T, Hk, Dk] twice, [T, Hv, Dv], [T, Hv] twice; q, k and v of y's type
+  bool channel_decay = false; // g is [T, Hv, Dk]
   void *y = nullptr;          // [T, Hv, Dv], contiguous
   float *state = nullptr;     // [S, Hv, Dk, Dv]
   Requests requests;
@@ -73,7 +74,7 @@ constexpr std::int64_t kChannels = 256;        // of a convolution, at a time
 // A piece of each, in a file for each instruction set. Numbers a token of the span come as float32.
 struct RecurrencePath {
   void (*gated_delta)(const GatedDelta &problem, std::int64_t head, const Span &span, const float *decay,
-                      const float *beta, float *scratch);
+                      const float *beta, float *scratch); // decay: not of channels
   void (*mamba2_scan)(const Mamba2Scan &problem, std::int64_t head, const Span &span, const float *decay,
                       const float *dt, float *scratch);
   void (*causal_conv)(const CausalConv &problem, std::int64_t first_channel, const Span &span, float *scratch);

@@ -29,7 +29,7 @@ Requests requests_at(Address starts, Address lengths, Size count, Address slots)
 void gated_delta_(Address q, Size q_stride, Address k, Size k_stride, Address v, Size v_stride, int type, Address g,
                   int g_type, Size g_stride, Address beta, int beta_type, Size beta_stride, Address y, Address state,
                   Address starts, Address lengths, Size requests, Address slots, Size key_heads, Size value_heads,
-                  Size key_dim, Size value_dim, float normalise_eps, int isa, int threads) {
+                  Size key_dim, Size value_dim, float normalise_eps, bool channel_decay, int isa, int threads) {
   GatedDelta problem;
   problem.q = rows_at(q, type, q_stride);
   problem.k = rows_at(k, type, k_stride);
@@ -44,6 +44,7 @@ void gated_delta_(Address q, Size q_stride, Address k, Size k_stride, Address v,
   problem.key_dim = key_dim;
   problem.value_dim = value_dim;
   problem.normalise_eps = normalise_eps;
+  problem.channel_decay = channel_decay;
   gated_delta(problem, static_cast<Isa>(isa), threads);
 }
 

@@ -36,17 +36,18 @@ inline void scale_row(float *row, std::int64_t count, float factor) {
 }
 
 // One pass over `rows` rows of a state's columns: first what the last token changes (state * decay + key delta), then
-// the products with the next token's key and query.
-template <bool kChange, bool kMultiply>
-inline void pass(float *state, std::int64_t stride, std::int64_t rows, float decay, const float *key,
+// the products with the next token's key and query. decay: of each row, or one for all.
+template <bool kOfRows, bool kChange, bool kMultiply>
+inline void pass(float *state, std::int64_t stride, std::int64_t rows, const float *decay, const float *key,
                  const Vec (&delta)[kVectors], const float *next_key, const float *next_query,
                  Vec (&by_key)[kVectors], Vec (&by_query)[kVectors]) {
   Vec keys[kVectors], queries[kVectors];
-  const Vec decays = Lanes::set1(decay);
+  Vec decays = Lanes::set1(*decay);
   PYMLLM_UNROLL_LANES
   for (int v = 0; v < kVectors; ++v) keys[v] = queries[v] = Lanes::zero();
   for (std::int64_t row = 0; row < rows; ++row) {
     float *at = state + row * stride;
+    if (kOfRows && kChange) decays = Lanes::set1(decay[row]);
     PYMLLM_UNROLL_LANES
     for (int v = 0; v < kVectors; ++v) {
       Vec s = Lanes::load(at + v * Lanes::kLanes);
@@ -67,28 +68,53 @@ inline void pass(float *state, std::int64_t stride, std::int64_t rows, float dec
   }
 }
 
-// Tokens of a window over kColumns columns of a state. keys, queries: [tokens, size]. values, outputs: as far apart as
-// `width`. With S before a token: delta = beta (v - decay S k), output = decay S q + (k q) delta.
-inline void delta_columns(float *state, std::int64_t stride, std::int64_t rows, std::int64_t tokens, const float *keys,
-                          const float *queries, const float *products, std::int64_t size, const float *values,
-                          float *outputs, std::int64_t width, const float *decay, const float *beta) {
+// What tokens of a window bring, as float32: keys, and keys and queries times the decay, [tokens, size]; the products of
+// keys and queries, and beta, [tokens]. decay: decay_stride apart, one of each row or one.
+struct DeltaWindow {
+  std::int64_t tokens, size;
+  const float *keys, *faded_keys, *faded_queries, *products, *beta, *decay;
+  std::int64_t decay_stride;
+};
+
+// A window over kColumns columns of a state. values, outputs: `width` apart. With S before a token:
+// delta = beta (v - S (decay k)), output = S (decay q) + (k q) delta.
+template <bool kOfRows>
+inline void delta_columns(const DeltaWindow &window, float *state, std::int64_t stride, std::int64_t rows,
+                          const float *values, float *outputs, std::int64_t width) {
   Vec by_key[kVectors], by_query[kVectors], delta[kVectors];
   PYMLLM_UNROLL_LANES
   for (int v = 0; v < kVectors; ++v) delta[v] = Lanes::zero();
-  pass<false, true>(state, stride, rows, 0.0f, keys, delta, keys, queries, by_key, by_query);
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const Vec decays = Lanes::set1(decay[t]), betas = Lanes::set1(beta[t]), product = Lanes::set1(products[t]);
+  pass<kOfRows, false, true>(state, stride, rows, window.decay, window.keys, delta, window.faded_keys,
+                             window.faded_queries, by_key, by_query);
+  for (std::int64_t t = 0; t < window.tokens; ++t) {
+    const Vec betas = Lanes::set1(window.beta[t]), product = Lanes::set1(window.products[t]);
     PYMLLM_UNROLL_LANES
     for (int v = 0; v < kVectors; ++v) {
       const std::int64_t at = t * width + v * Lanes::kLanes;
-      delta[v] = Lanes::mul(betas, Lanes::sub(Lanes::load(values + at), Lanes::mul(decays, by_key[v])));
-      Lanes::store(outputs + at, Lanes::fma(product, delta[v], Lanes::mul(decays, by_query[v])));
+      delta[v] = Lanes::mul(betas, Lanes::sub(Lanes::load(values + at), by_key[v]));
+      Lanes::store(outputs + at, Lanes::fma(product, delta[v], by_query[v]));
     }
-    const float *key = keys + t * size;
-    if (t + 1 < tokens)
-      pass<true, true>(state, stride, rows, decay[t], key, delta, key + size, queries + (t + 1) * size, by_key, by_query);
+    const float *key = window.keys + t * window.size, *decay = window.decay + t * window.decay_stride;
+    const std::int64_t next = (t + 1) * window.size;
+    if (t + 1 < window.tokens)
+      pass<kOfRows, true, true>(state, stride, rows, decay, key, delta, window.faded_keys + next,
+                                window.faded_queries + next, by_key, by_query);
     else
-      pass<true, false>(state, stride, rows, decay[t], key, delta, key, key, by_key, by_query);
+      pass<kOfRows, true, false>(state, stride, rows, decay, key, delta, key, key, by_key, by_query);
+  }
+}
+
+// exp of logarithms of decays. Below -87 it is 0, and NaN stays.
+inline void decays_of(float *g, std::int64_t count) {
+  alignas(64) float within[kStrip];
+  for (std::int64_t at = 0; at < count; at += kStrip) {
+    const std::int64_t these = strip_at(at, count);
+    float *values = g + at;
+    for (std::int64_t i = 0; i < these; ++i) within[i] = values[i] > -87.0f ? values[i] : -87.0f;
+    for (std::int64_t i = 0; i < these; ++i) within[i] = within[i] < 88.0f ? within[i] : 88.0f;
+    for (std::int64_t i = 0; i < these; ++i) within[i] = exponential_within(within[i]);
+    for (std::int64_t i = 0; i < these; ++i)
+      values[i] = values[i] < -87.0f ? 0.0f : values[i] == values[i] ? within[i] : values[i];
   }
 }
 
@@ -114,8 +140,10 @@ void gated_delta_head(const GatedDelta &problem, std::int64_t head, const Span &
                       const float *beta, float *scratch) {
   const std::int64_t rows = problem.key_dim, columns = problem.value_dim;
   const std::int64_t size = round_up(rows, 16), width = round_up(columns, kColumns);
-  float *keys = scratch, *queries = keys + kWindow * size, *values = queries + kWindow * size;
-  float *outputs = values + kWindow * width, *products = outputs + kWindow * width, *packed = products + kWindow;
+  const std::int64_t decay_stride = problem.channel_decay ? size : 1;
+  float *keys = scratch, *faded_keys = keys + kWindow * size, *queries = faded_keys + kWindow * size;
+  float *decays = queries + kWindow * size, *values = decays + kWindow * size, *outputs = values + kWindow * width;
+  float *products = outputs + kWindow * width, *packed = products + kWindow;
   const bool in_place = span.state != nullptr && columns == width && span.end - span.begin <= kFewTokens;
   float *state = in_place ? span.state : packed;
   const std::int64_t stride = in_place ? columns : kColumns, block = in_place ? kColumns : rows * kColumns;
@@ -126,8 +154,9 @@ void gated_delta_head(const GatedDelta &problem, std::int64_t head, const Span &
   const float scale = 1.0f / square_root(static_cast<float>(rows));
   for (std::int64_t first = span.begin; first < span.end; first += kWindow) {
     const std::int64_t tokens = span.end - first < kWindow ? span.end - first : kWindow;
+    const std::int64_t at = first - span.begin;
     for (std::int64_t t = 0; t < tokens; ++t) {
-      float *key = keys + t * size, *query = queries + t * size;
+      float *key = keys + t * size, *query = queries + t * size, *faded = faded_keys + t * size;
       read_row(problem.k, first + t, shared, rows, size, key);
       read_row(problem.q, first + t, shared, rows, size, query);
       read_row(problem.v, first + t, head * columns, columns, width, values + t * width);
@@ -138,11 +167,27 @@ void gated_delta_head(const GatedDelta &problem, std::int64_t head, const Span &
       }
       scale_row(query, size, factor);
       products[t] = dot(key, query, size);
+      float *fading = decays + t * decay_stride;
+      if (problem.channel_decay) {
+        read_row(problem.g, first + t, head * rows, rows, size, fading);
+        decays_of(fading, size);
+        for (std::int64_t i = 0; i < size; ++i) faded[i] = key[i] * fading[i];
+        for (std::int64_t i = 0; i < size; ++i) query[i] *= fading[i];
+      } else {
+        *fading = decay[at + t];
+        copy(faded, key, size);
+        scale_row(faded, size, *fading);
+        scale_row(query, size, *fading);
+      }
     }
-    const std::int64_t at = first - span.begin;
-    for (std::int64_t column = 0; column < width; column += kColumns)
-      delta_columns(state + column / kColumns * block, stride, rows, tokens, keys, queries, products, size,
-                    values + column, outputs + column, width, decay + at, beta + at);
+    const DeltaWindow window{tokens, size, keys, faded_keys, queries, products, beta + at, decays, decay_stride};
+    for (std::int64_t column = 0; column < width; column += kColumns) {
+      float *columns_of = state + column / kColumns * block;
+      if (problem.channel_decay)
+        delta_columns<true>(window, columns_of, stride, rows, values + column, outputs + column, width);
+      else
+        delta_columns<false>(window, columns_of, stride, rows, values + column, outputs + column, width);
+    }
     for (std::int64_t t = 0; t < tokens; ++t)
       write_strip(outputs + t * width, problem.y, ((first + t) * problem.value_heads + head) * columns, columns,
                   problem.q.type);

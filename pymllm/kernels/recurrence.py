@@ -36,6 +36,7 @@ class GatedDeltaProblem:
     For each token, with q multiplied by Dk**-0.5:  state = exp(g) * state;  state += outer(k, beta * (v - k @ state));
     output = q @ state.  Value heads share key heads, consecutive ones the same.
     normalise_eps: q and k are divided by the root of the sum of their squares and of this; None: they come as they are.
+    channel_decay: each key element has a decay of its own (Kimi Linear), exp(g)[:, None] * state.
     """
 
     num_key_heads: int
@@ -45,6 +46,7 @@ class GatedDeltaProblem:
     dtype: torch.dtype
     device: Device
     normalise_eps: float | None = None
+    channel_decay: bool = False
 
     def __post_init__(self) -> None:
         _check_shared("value heads", self.num_value_heads, "key heads", self.num_key_heads)
@@ -127,6 +129,8 @@ class GatedDeltaKernel(Protocol):
     ) -> Tensor:
         """Run the rule: q, k [T, Hk, Dk], v [T, Hv, Dv], g and beta [T, Hv] -> [T, Hv, Dv].
 
+        g: [T, Hv, Dk] where the problem has a decay of each channel.
+
         q, k, v are in the problem's dtype; tokens may be strided.  g (the logarithm of the decay) and beta are of any
         float dtype.  state: [S, Hv, Dk, Dv] float32, contiguous.
         """
@@ -192,8 +196,9 @@ def check_gated_delta(
     for name, tensor in (("q", q), ("k", k)):
         _check_tensor(name, tensor, (tokens, problem.num_key_heads, problem.key_dim), problem.dtype)
     _check_tensor("v", v, (tokens, problem.num_value_heads, problem.value_dim), problem.dtype)
-    for name, tensor in (("g", g), ("beta", beta)):
-        _check_tensor(name, tensor, (tokens, problem.num_value_heads))
+    channels = (problem.key_dim,) if problem.channel_decay else ()
+    _check_tensor("g", g, (tokens, problem.num_value_heads, *channels))
+    _check_tensor("beta", beta, (tokens, problem.num_value_heads))
     return tokens
 
 

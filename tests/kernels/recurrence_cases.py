@@ -61,7 +61,8 @@ def gated_delta(problem: GatedDeltaProblem, q, k, v, g, beta, state):
             if problem.normalise_eps is not None:
                 query = query / (query.dot(query) + problem.normalise_eps).sqrt()
                 key = key / (key.dot(key) + problem.normalise_eps).sqrt()
-            state[head] *= g[t, head].exp()
+            decay = g[t, head].exp()
+            state[head] *= decay[:, None] if problem.channel_decay else decay
             state[head] += torch.outer(key, beta[t, head] * (v[t, head] - key @ state[head]))
             rows.append(query / problem.key_dim**0.5 @ state[head])
         outputs.append(torch.stack(rows))
@@ -160,11 +161,13 @@ def strided(*shape: int, dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
     return wide[:, 3 : 3 + size].view(shape)
 
 
-def gated_delta_case(tokens, hk, hv, dk, dv, dtype=torch.float32, eps=1e-6, small=None) -> Case:
-    """small: the dtype of g and beta."""
+def gated_delta_case(
+    tokens, hk, hv, dk, dv, dtype=torch.float32, eps=1e-6, small=None, channels=False
+) -> Case:
+    """small: the dtype of g and beta.  channels: each key channel has a decay of its own."""
     problem = GatedDeltaProblem(
         num_key_heads=hk, num_value_heads=hv, key_dim=dk, value_dim=dv, dtype=dtype,
-        device=probe_device("cpu"), normalise_eps=eps,
+        device=probe_device("cpu"), normalise_eps=eps, channel_decay=channels,
     )  # fmt: skip
     scale = 1.0 if eps is not None else dk**-0.5
     values = {
@@ -172,7 +175,10 @@ def gated_delta_case(tokens, hk, hv, dk, dv, dtype=torch.float32, eps=1e-6, smal
         "k": strided(tokens, hk, dk, dtype=dtype, seed=2, scale=scale),
         "v": strided(tokens, hv, dv, dtype=dtype, seed=3),
         # From decays of nearly 1 to some of nearly 0.
-        "g": -(floats(tokens, hv, seed=4) * 2).exp().mul(0.1).to(small or torch.float32),
+        "g": -(strided(tokens, hv, *((dk,) if channels else ()), dtype=torch.float32, seed=4) * 2)
+        .exp()
+        .mul(0.1)
+        .to(small or torch.float32),
         "beta": floats(tokens, hv, seed=5).sigmoid().to(small or dtype),
     }
     return Case("gated_delta", problem, values, {}, gated_delta)

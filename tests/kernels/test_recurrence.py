@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pymllm.kernels.hardware import probe_device
-from pymllm.kernels.native.extension import native
+from pymllm.kernels.native.extension import native, native_available
 from pymllm.kernels.native.recurrence import NativeCausalConv, NativeGatedDelta, NativeMamba2Scan
 from pymllm.kernels.recurrence import CausalConvProblem, GatedDeltaProblem, Mamba2ScanProblem
 from pymllm.kernels.registry import kernels_for, select
@@ -51,11 +51,8 @@ def name_of(value):
     )
 
 
-every_kernel = pytest.mark.parametrize(
-    "operation, kernel",
-    [*REFERENCES, *(pytest.param(*pair, marks=needs_native) for pair in ON_PATHS)],
-    ids=name_of,
-)
+EVERY = [*REFERENCES, *(ON_PATHS if native_available() else ())]
+every_kernel = pytest.mark.parametrize("operation, kernel", EVERY, ids=name_of)
 
 
 def case_of(operation, tokens, dtype=torch.float32):
@@ -149,6 +146,8 @@ SIZES = {
         gated_delta_case(3, 1, 3, 5, 2),
         gated_delta_case(3, 2, 2, 16, 64, eps=None),
         gated_delta_case(3, 1, 2, 128, 128),
+        gated_delta_case(3, 1, 2, 128, 128, channels=True),
+        gated_delta_case(3, 2, 2, 1, 3, eps=None, channels=True),
     ],
     "mamba2_scan": [
         mamba2_case(3, 1, 1, 1, 1, limit=(0.0, 0.1)),
@@ -180,6 +179,46 @@ def test_decays_and_steps_of_any_size_stay_finite(operation, kernel):
     if operation == "causal_conv":
         case.tokens["x"][1:3] = torch.tensor([[-1e4], [1e4]])
     check(kernel, case, ((70, 0, 3),))
+
+
+@pytest.mark.parametrize("kernel", [pair[1] for pair in EVERY if pair[0] == "gated_delta"], ids=name_of)
+def test_each_key_channel_may_have_a_decay_of_its_own(kernel):
+    for dtype in FLOATS:
+        check(kernel, gated_delta_case(tokens_of(MIXED), 2, 4, 12, 37, dtype, channels=True), MIXED)
+    case = gated_delta_case(70, 1, 2, 20, 33, channels=True)
+    case.tokens["g"][1:5, 0, 0] = torch.tensor((-200.0, -torch.inf, 0.0, -1e-7))
+    check(kernel, case, ((70, 0, 3),))
+    whole_state, state, pieces, at = case.state(), case.state(), [], 0
+    whole = case.run(kernel, whole_state, step_of(((70, 0, 3),)))
+    for cut in (1, 1, 32, 3, 33):
+        pieces.append(case.slice(at, at + cut).run(kernel, state, step_of(((cut, at, 3),))))
+        at += cut
+    assert_same(kernel, torch.cat(pieces), whole)
+    assert_same(kernel, state[3], whole_state[3])
+    with pytest.raises(ValueError, match=r"g must be \[70, 2, 20\]"):
+        replace(case, tokens=case.tokens | {"g": case.tokens["beta"]}).run(
+            kernel, state, step_of(((70, 0, 3),))
+        )
+
+
+@every_kernel
+def test_a_long_prompt_that_forgets_next_to_nothing_stays_exact(operation, kernel):
+    # Decays of 0.9995 to the power of 1500: an error of each would show.
+    case = {
+        "gated_delta": lambda: gated_delta_case(1500, 1, 1, 8, 16),
+        "mamba2_scan": lambda: mamba2_case(1500, 1, 4, 1, 16),
+        "causal_conv": lambda: conv_case(1500, 3, 4),
+    }[operation]()
+    if operation == "gated_delta":
+        case.tokens["g"].fill_(-5e-4)
+    elif operation == "mamba2_scan":
+        case.others["A"].fill_(-5e-4)
+        case.others["dt_bias"].fill_(0.5)
+    state = case.state()
+    exact, exact_state = case.exact(((1500, 0, 2),), state)
+    found = case.run(kernel, state, step_of(((1500, 0, 2),)))
+    assert_near(found, exact, torch.float32, 1e-5)
+    assert_near(state, exact_state, torch.float32, 1e-5)
 
 
 @every_kernel
@@ -226,6 +265,48 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(operation, kernel):
     step.state_slots = step.state_slots.int()
     with pytest.raises(ValueError, match="int64"):
         case.run(kernel, state, step)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_conventions_are_those_of_transformers(operation):
+    """Which heads share, what is normalised and scaled, how a state lies: a prompt, then one token."""
+    qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    case, kernel = case_of(operation, 70), cpu_kernels(operation)[-1]
+    state = case.state()
+    steps = step_of(((69, 0, 2),)), step_of(((1, 69, 2),))
+    found = torch.cat(
+        [
+            case.slice(*at).run(kernel, state, step)
+            for at, step in zip(((0, 69), (69, 70)), steps, strict=True)
+        ]
+    )
+    inputs, others = {n: t[None] for n, t in case.tokens.items()}, case.others
+    if operation == "gated_delta":
+        y, ended = qwen.torch_chunk_gated_delta_rule(
+            *inputs.values(), output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+    elif operation == "mamba2_scan":
+        y, ended = mamba2.mamba2_chunk_scan(
+            inputs["x"],
+            inputs["dt"],
+            others["A"],
+            inputs["B"],
+            inputs["C"],
+            chunk_size=32,
+            D=others["D"],
+            dt_bias=others["dt_bias"],
+            dt_softplus=True,
+            dt_limit=case.problem.dt_limit,
+            return_final_states=True,
+        )
+        y = y.view(1, *found.shape)
+    else:
+        x = inputs["x"].transpose(1, 2)
+        y = qwen.causal_conv1d_fn(x, others["weight"], others["bias"], activation="silu").transpose(1, 2)
+        ended = x[..., -3:]
+    assert_near(found, y[0].double(), torch.float32, 1e-5)
+    assert_near(state[2], ended[0].double(), torch.float32, 1e-5)
 
 
 @needs_native

@@ -85,6 +85,7 @@ class NativeGatedDelta(_Native):
             problem.key_dim,
             problem.value_dim,
             -1.0 if problem.normalise_eps is None else problem.normalise_eps,
+            problem.channel_decay,
             self._isa(problem),
             torch.get_num_threads(),
         )

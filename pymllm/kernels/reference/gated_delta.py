@@ -1,7 +1,7 @@
 """The reference kernel for the gated delta rule: pieces of a prompt as products of matrices, in float64.
 
 Within a piece of L tokens, with G the running sum of g and S the state before it, the corrections U of all tokens solve
-one triangular system, (1 + A) U = beta * (v - exp(G) * (k @ S)), where A_ij = beta_i * (k_i . k_j) * exp(G_i - G_j) for
+one triangular system, (1 + A) U = beta * (v - (exp(G) * k) @ S), where A_ij = beta_i * (k_i . k_j) * exp(G_i - G_j) for
 j < i.  Outputs and the next state are then products: it is the rule token by token, written out.  float64, because
 solving the system in float32 would cost more digits than a piece may.
 """
@@ -18,6 +18,7 @@ from pymllm.kernels.recurrence import GatedDeltaProblem, check_gated_delta, chec
 from pymllm.kernels.reference.states import alike_requests
 
 PIECE = 64  # tokens
+CHANNEL_PIECE = 16  # with a decay of each channel, which makes a matrix a channel
 # exp of it is 0 in float64, and differences of sums of it are numbers, as those of minus infinity are not.
 LEAST_DECAY = -1e4
 
@@ -55,11 +56,13 @@ class ReferenceGatedDelta:
                 for x in (k, q)
             )
             values, decays, betas = (x[alike.rows].double().transpose(1, 2) for x in (v, g, beta))
+            decays = decays if problem.channel_decay else decays[..., None]
             queries = queries * problem.key_dim**-0.5
             decays = decays.clamp(min=LEAST_DECAY)
             matrix = alike.read(state, problem.state_shape).double()
-            for at in range(0, alike.rows.shape[1], PIECE):
-                piece = slice(at, at + PIECE)
+            length = CHANNEL_PIECE if problem.channel_decay else PIECE
+            for at in range(0, alike.rows.shape[1], length):
+                piece = slice(at, at + length)
                 inputs = (x[:, :, piece] for x in (queries, keys, values, decays, betas))
                 outputs, matrix = _piece(matrix, *inputs)
                 y[alike.rows[:, piece]] = outputs.transpose(1, 2).to(y.dtype)
@@ -74,16 +77,24 @@ def _normalised(x: Tensor, eps: float | None) -> Tensor:
 def _piece(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Run the rule over a piece.
 
-    matrix: [N, Hv, Dk, Dv].  q, k: [N, Hv, L, Dk].  v: [N, Hv, L, Dv].  g, beta: [N, Hv, L].
+    matrix: [N, Hv, Dk, Dv].  q, k: [N, Hv, L, Dk].  v: [N, Hv, L, Dv].  g: [N, Hv, L, Dk or 1].  beta: [N, Hv, L].
     Returns the outputs, [N, Hv, L, Dv], and the matrix after the piece.
     """
-    sums = g.cumsum(-1)
-    later = torch.ones(sums.shape[-1:] * 2, dtype=torch.bool, device=g.device).triu(1)
-    between = (sums[..., :, None] - sums[..., None, :]).masked_fill(later, -torch.inf).exp()
-    beta, since = beta[..., None], sums.exp()[..., None]
-    system = (beta * (k @ k.mT) * between).tril(-1)
-    wanted = beta * (v - since * (k @ matrix))
+    sums = g.cumsum(-2)
+    later = torch.ones((sums.shape[-2],) * 2, dtype=torch.bool, device=g.device).triu(1)[..., None]
+    # [N, Hv, L, L, Dk or 1]
+    between = (sums[..., :, None, :] - sums[..., None, :, :]).masked_fill(later, -torch.inf).exp()
+
+    def faded(x: Tensor) -> Tensor:
+        """Multiply x_i by k_j, decayed from j to i.  Returns [N, Hv, L, L]."""
+        if between.shape[-1] == 1:
+            return (x @ k.mT) * between[..., 0]
+        return torch.einsum("...ic,...jc,...ijc->...ij", x, k, between)
+
+    beta, since = beta[..., None], sums.exp()
+    wanted = beta * (v - (since * k) @ matrix)
+    system = (beta * faded(k)).tril(-1)
     corrections = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    outputs = since * (q @ matrix) + ((q @ k.mT) * between) @ corrections
-    until = (sums[..., -1:] - sums).exp()[..., None]
-    return outputs, since[..., -1:, :] * matrix + (k * until).mT @ corrections
+    outputs = (since * q) @ matrix + faded(q) @ corrections
+    until = (sums[..., -1:, :] - sums).exp()
+    return outputs, since[..., -1, :, None] * matrix + (k * until).mT @ corrections

@@ -108,6 +108,7 @@ class TritonGatedDelta(_Triton):
             DK=problem.key_dim,
             DV=problem.value_dim,
             NORMALISE=problem.normalise_eps is not None,
+            CHANNELS=problem.channel_decay,
             BLOCK_K=side,
             BLOCK_V=block,
             num_warps=1,
@@ -115,7 +116,11 @@ class TritonGatedDelta(_Triton):
         return y
 
     def cases(self, device: Device) -> Iterator[Case]:
-        for keys, values, size, dtype in ((16, 32, 128, torch.bfloat16), (4, 4, 256, torch.float16)):
+        for keys, values, size, dtype, channels in (
+            (16, 32, 128, torch.bfloat16, False),
+            (4, 4, 256, torch.float16, False),
+            (32, 32, 128, torch.bfloat16, True),
+        ):
             problem = GatedDeltaProblem(
                 num_key_heads=keys,
                 num_value_heads=values,
@@ -124,16 +129,19 @@ class TritonGatedDelta(_Triton):
                 dtype=dtype,
                 device=device,
                 normalise_eps=1e-6,
+                channel_decay=channels,
             )
 
             def run(problem: GatedDeltaProblem = problem) -> None:
                 q = _meta(problem.dtype, 8, problem.num_key_heads, problem.key_dim)
                 v = _meta(problem.dtype, 8, problem.num_value_heads, problem.value_dim)
-                g = _meta(torch.float32, 8, problem.num_value_heads)
+                beta = _meta(problem.dtype, 8, problem.num_value_heads)
+                g = v.float() if problem.channel_decay else beta.float()
                 state, step = _meta_state(problem)
-                self.launch(problem, q, q, v, g, g.to(problem.dtype), state, step)
+                self.launch(problem, q, q, v, g, beta, state, step)
 
-            yield Case(f"{values} heads of {size}, {str(dtype).removeprefix('torch.')}", run)
+            title = f"{values} heads of {size}, {str(dtype).removeprefix('torch.')}"
+            yield Case(f"{title}, a decay of each channel" if channels else title, run)
 
 
 class TritonMamba2Scan(_Triton):

@@ -41,12 +41,14 @@ def delta_rule(
     DK: tl.constexpr,
     DV: tl.constexpr,
     NORMALISE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Run the rule over a request's tokens, for some columns of one value head's state, which stays in registers.
 
-    q, k: [T, Hk, Dk].  v, y: [T, Hv, Dv].  g, beta: [T, Hv].  state: [S, Hv, Dk, Dv].  GROUP: value heads of a key.
+    q, k: [T, Hk, Dk].  v, y: [T, Hv, Dv].  g, beta: [T, Hv]; with CHANNELS g is [T, Hv, Dk].  state: [S, Hv, Dk, Dv].
+    GROUP: value heads of a key head.
     Grid: (R, Hv, Dv / BLOCK_V).
     """
     request, head = tl.program_id(0), tl.program_id(1)
@@ -68,7 +70,8 @@ def delta_rule(
     key_at = k + token * k_stride + head // GROUP * DK + keys
     value_at = v + token * v_stride + head * DV + columns
     result_at = y + (token * HEADS + head) * DV + columns
-    decay_at, beta_at = g + token * g_stride + head, beta + token * beta_stride + head
+    beta_at = beta + token * beta_stride + head
+    decay_at = g + token * g_stride + (head * DK + keys[:, None] if CHANNELS else head)
     for _ in range(first, stop):
         query = tl.load(query_at, mask=key_mask, other=0.0).to(tl.float32)
         key = tl.load(key_at, mask=key_mask, other=0.0).to(tl.float32)
@@ -76,7 +79,10 @@ def delta_rule(
         if NORMALISE:
             query /= tl.sqrt_rn(tl.sum(query * query, axis=0) + eps)
             key /= tl.sqrt_rn(tl.sum(key * key, axis=0) + eps)
-        matrix *= tl.exp(tl.load(decay_at).to(tl.float32))
+        if CHANNELS:
+            matrix *= tl.exp(tl.load(decay_at, mask=key_mask[:, None], other=0.0).to(tl.float32))
+        else:
+            matrix *= tl.exp(tl.load(decay_at).to(tl.float32))
         change = value - tl.sum(matrix * key[:, None], axis=0)
         change *= tl.load(beta_at).to(tl.float32)
         matrix += key[:, None] * change[None, :]

@@ -79,6 +79,7 @@ def test_sizes_and_options():
         gated_delta_case(3, 1, 1, 1, 1, eps=None),
         gated_delta_case(3, 1, 3, 5, 2),
         gated_delta_case(3, 1, 2, 128, 128, small=torch.bfloat16),
+        gated_delta_case(3, 1, 2, 20, 33, channels=True),
         mamba2_case(3, 1, 1, 1, 1, limit=(0.0, 0.1)),
         mamba2_case(3, 3, 5, 1, 2, limit=(0.05, 0.2)),
         mamba2_case(3, 2, 64, 2, 128),
