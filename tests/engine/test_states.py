@@ -169,6 +169,39 @@ def test_aborted_requests_give_their_slots_back(folder, alone):
     check_free(llm)
 
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 40 for i in range(16)],
+    "long_factor": [1.0 + i / 3 for i in range(16)],
+}
+
+
+def test_a_request_that_begins_anew_as_it_grows_begins_with_an_empty_state(tmp_path):
+    """Past the trained length all keys are made anew (`CausalLM.restart_length`): so is the state."""
+    write_checkpoint(tmp_path, "phi3", rope_parameters=LONG, original_max_position_embeddings=18)
+    llm = with_states(LLM(tmp_path, dtype="float32"))
+    prompts, expected = [list(range(3, 23)), [5], [40, 41, 42, 43, 44, 45, 46]], []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(24):
+            tokens.append(int(llm.logits(tokens)[-1].argmax()))
+        expected.append(tuple(tokens[len(prompt) :]))
+    assert answers(llm, prompts, greedy(24)) == expected
+    check_free(llm)
+
+
+def test_models_whose_keys_depend_on_the_length_remember_no_states(tmp_path):
+    write_checkpoint(
+        tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=512
+    )
+    expected = [answers(make(tmp_path), [prompt], greedy(9))[0] for prompt in (HISTORY, HISTORY[:90])]
+    llm = make(tmp_path)
+    assert answers(llm, [HISTORY, HISTORY[:90]], greedy(9)) == expected
+    assert llm.engine.states.remembered == 0
+    check_free(llm)
+
+
 # What is remembered
 
 
