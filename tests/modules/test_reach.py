@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,8 @@ import pymllm
 from pymllm.errors import ConfigError, RuleError
 from pymllm.kernels import registry
 from pymllm.modules.experts import QuantizedExperts
+from pymllm.modules.experts_job import ExpertsJob
+from pymllm.modules.jobs import MatrixJob
 from pymllm.modules.layers import QuantizedEmbedding, QuantizedLinear, QuantizedStack, quantized_layers
 from pymllm.quantization import experts as quantization_experts
 
@@ -293,7 +297,7 @@ def test_a_shape_that_a_method_cannot_pack_is_a_row_or_an_error_as_the_rule_says
     with pytest.raises(ConfigError, match=r"narrow .*groups of 32"):
         pymllm.quantize_model(model, {"*": "int4:group_size=32"})
     pymllm.quantize_model(model, {"**": "int4:group_size=32"})
-    assert [(row.prefix, row.replaced) for row in model.quantization] == [("narrow", False), ("wide", True)]
+    assert [(row.prefix, row.replaced) for row in model.quantization] == [("wide", True), ("narrow", False)]
     assert model.quantization.share == pytest.approx(96 / 136)
     with pytest.raises(ConfigError, match="groups of 64"):  # nothing at all would change
         pymllm.quantize_model(nn.ModuleDict({"a": nn.Linear(40, 8)}), {"**": "int4:group_size=64"})
@@ -488,6 +492,27 @@ def test_an_expert_that_no_token_reaches_is_rounded_by_itself_when_others_are_ca
     if "static" in method:
         scales = [float(weight.input_scales) for weight in mine]
         assert scales[5] == max(scales) and min(scales) > 0
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_floats_of_a_module_are_freed_before_the_next_one_is_packed(calibrated, monkeypatch):
+    model = random_model(CONFIGS["mixtral"]())
+    held = [weakref.ref(weight) for weight in model.parameters() if weight.ndim > 1]
+    alive: list[int] = []
+
+    def counted(make: Any) -> Any:
+        def replacement(job: Any, other: Any) -> Any:
+            alive.append(sum(weight() is not None for weight in held))
+            return make(job, other)
+
+        return replacement
+
+    for kind in (MatrixJob, ExpertsJob):
+        monkeypatch.setattr(kind, "replacement", counted(kind.replacement))
+    pymllm.quantize_model(model, {"**": "int8"}, [IDS] if calibrated else None)
+    assert alive[0] == len(held)
+    assert all(later < earlier for earlier, later in itertools.pairwise(alive))
+    assert sum(weight() is not None for weight in held) == 2  # the routers'
 
 
 def test_a_second_call_goes_on_with_the_same_report():
