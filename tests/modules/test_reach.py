@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 import pymllm
 from pymllm.errors import ConfigError, RuleError
@@ -466,6 +468,27 @@ def test_experts_of_any_module_are_found_by_their_shapes_and_a_proof():
     )
     with pytest.raises(TypeError, match="which"):
         model["experts"](x, weights)
+
+
+@torch.no_grad()
+def test_a_clamp_that_kernels_do_not_have_runs_between_two_products():
+    config = transformers.DeepseekV4Config(hidden_size=64, moe_intermediate_size=48, n_routed_experts=4)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"experts": DeepseekV4Experts(config)})
+    for parameter in plain.parameters():
+        parameter.normal_(std=0.5)
+    model = pymllm.quantize_model(copy.deepcopy(plain), {"**": "int8"}, compute="exact")
+    refusals = {refusal.kernel: refusal.why for refusal in model["experts"].bound.selection.refused}
+    assert "these have DeepseekV4Experts" in refusals["native_experts"]
+    for stack in ("gate_up_proj", "down_proj"):
+        plain["experts"].get_parameter(stack).copy_(model["experts"].stack(stack))
+    given = (20 * torch.randn(9, 64), torch.arange(18).view(9, 2) % 4, torch.rand(9, 2))
+    expected = plain["experts"](*given)
+    error = (model["experts"](*given) - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-5
+    clone = pickle.loads(pickle.dumps(model))
+    assert torch.equal(clone["experts"](*given), model["experts"](*given))
 
 
 class Called(nn.Module):
