@@ -94,7 +94,7 @@ class Named:
             else:
                 held = {name: p for name, p in module._parameters.items() if p is not None}
                 reason = (
-                    f"{type(module).__name__} is no linear layer, embedding or stack of experts known here"
+                    f"its class, {type(module).__name__}, is no linear layer, embedding or stack of experts"
                 )
                 self._name_parameters(module, names, held, reason)
         self._lint()
@@ -106,6 +106,12 @@ class Named:
             path = job.name if name == "weight" else _below(job.name, name)
             self._leave({name: weight}, path, self.decided[job, name], job.module, reason)
 
+    def take_jobs(self) -> list[Job]:
+        """Hand the jobs over, and keep nothing that holds their modules' weights."""
+        jobs, self.jobs = self.jobs, []
+        self.decided.clear()
+        return jobs
+
     def check(self) -> None:
         """Check that what stays as it is does so by a rule that ends in `**`, and that something is replaced.
 
@@ -114,11 +120,16 @@ class Named:
         named = self.unreached if not self.jobs else [each for each in self.unreached if not each.sweeping]
         if not named:
             return
-        lines = [f"{each.name} ({each.rule}): {each.reason.rstrip('.')}" for each in named]
+        alike: dict[tuple[Rule, str], list[str]] = {}
+        for each in named:
+            reason = each.reason.replace(f"{each.name}: ", "").rstrip(".")
+            alike.setdefault((each.rule, reason), []).append(each.name)
+        lines = [f"{', '.join(names)} ({rule}): {reason}" for (rule, reason), names in alike.items()]
+        briefly = [f"{first_few(names)} ({rule}): {reason}" for (rule, reason), names in alike.items()]
         many = f"{len(named)} weights that" if len(named) > 1 else "a weight that"
         raise RuleError(
             f"{many} the rules name cannot be quantised: " + "; ".join(lines),
-            brief=f"{many} the rules name cannot be quantised: " + first_few(lines, "; "),
+            brief=f"{many} the rules name cannot be quantised: " + first_few(briefly, "; "),
             code="module-unsupported",
             fix="Leave them out with a rule NAME=none before the others, or name them by a pattern that ends in `**`: "
             "what that cannot change is listed in module.quantization."

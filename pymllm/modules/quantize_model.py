@@ -85,13 +85,14 @@ def quantize_model(
     tally = _Tally(module)
     again = {each.name for each in named.unreached}
     before = [row for row in getattr(module, "quantization", ()) if row.replaced or row.prefix not in again]
-    report = QuantizationReport([*before, *tally.rows(named.unreached)])
-    owners = {name: child for name, child in module.named_modules(remove_duplicate=False)}
-    keys = {job.name: job.key for job in named.jobs}
-    pending = {name: job for job in named.jobs for name in job.sizes()}
-    sizes = {name: size for job in named.jobs for name, size in job.sizes().items()}
-    left = {job.name: len(job.sizes()) for job in named.jobs}
-    named.jobs.clear()
+    report = QuantizationReport(before)
+    jobs = named.take_jobs()
+    parents = {name.rpartition(".")[0] for job in jobs for name in job.names}
+    owners = {name: module.get_submodule(name) for name in parents}
+    keys = {job.name: job.key for job in jobs}
+    pending = {name: job for job in jobs for name in job.sizes()}
+    sizes = {name: size for job in jobs for name, size in job.sizes().items()}
+    left = {job.name: len(job.sizes()) for job in jobs}
     shared: dict[Any, nn.Module] = {}
     rounding = rounding_by(algorithm, act_order)
     for run in portions(sizes) if inputs is not None else [list(sizes)]:
@@ -117,6 +118,7 @@ def quantize_model(
                 parent, _, attribute = name.rpartition(".")
                 setattr(owners[parent], attribute, layer)
             del job
+    report += tally.rows(named.unreached)
     module.quantization = report  # type: ignore[assignment]
     return module
 
