@@ -46,6 +46,7 @@ from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.gguf_tokenizer import open_tokenizer
+from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.tokenizer import read_json
 from pymllm.weights.report import LoadReport
 
@@ -155,6 +156,7 @@ class LLM:
             prefix_reuse=prefix_reuse,
             step_ms=step_ms,
         )
+        self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
 
@@ -419,7 +421,7 @@ class LLM:
                     code="stream-open",
                     fix="Read it to its end or close it first; to batch prompts, pass them together.",
                 )
-            session = Session(self.engine, self.tokenizer)
+            session = Session(self.engine, self.tokenizer, self.grammars)
             try:
                 yield session
             finally:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import KernelError
 from pymllm.kernels.sampling import SETTINGS, SamplingBatch, SamplingKernel
+from pymllm.text.grammars import Matcher
 
 BANNED = float("-inf")
 
@@ -73,6 +74,7 @@ class SamplerState:
     """The state of a request's sampling that lasts from token to token.
 
     bad_words: token ids of what must not come.  ends: the tokens that must not come before min_tokens.
+    matcher: the answer's place in its grammar; None: it follows none.
     takes_likeliest: `SamplingParams.takes_likeliest`, which is asked in every step.
     """
 
@@ -80,6 +82,7 @@ class SamplerState:
     prompt: list[int]
     bad_words: tuple[tuple[int, ...], ...] = ()
     ends: tuple[int, ...] = ()
+    matcher: Matcher | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +133,7 @@ def choose(
     """
     if all([state.takes_likeliest for state in states]):
         return [(token, None) for token in _likeliest(logits)]
-    tokens = kernel.choose(logits, _batch(states, answers))
+    tokens = kernel.choose(_allowed(logits, states), _batch(states, answers))
     counts = [state.params.logprobs for state in states]
     wanted = [row for row, count in enumerate(counts) if count is not None]
     if not wanted:
@@ -151,6 +154,16 @@ def choose(
         if found[row] >= 0:
             entries[row] = (found[row], _cut(entry, counts[row] or 0))
     return entries
+
+
+def _allowed(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Return the logits with minus infinity for what grammars rule out, a copy where there are any."""
+    matched = [(row, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
+    if not matched:
+        return logits
+    allowed = torch.stack([matcher.allowed() for _, matcher in matched]).to(logits.device)
+    rows = torch.tensor([row for row, _ in matched], device=logits.device)
+    return logits.index_put((rows,), torch.where(allowed, logits[rows], -torch.inf))
 
 
 def describe(

@@ -159,6 +159,7 @@ class Engine:
             if logprobs is not None:
                 request.logprobs.append(logprobs)
             request.add_token(token, self.end_tokens)
+            self._follow(request, token)
         for request in batch:
             if request.finish_reason is not None:
                 self.scheduler.remove(request)
@@ -235,6 +236,20 @@ class Engine:
             rows = zip(requests, logits.split(1), strict=True)
             return [entry for request, row in rows for entry in self._choose([request], row)]
         return self.parallel.broadcast_object(chosen)
+
+    @staticmethod
+    def _follow(request: Request, token: int) -> None:
+        """Go on in the request's grammar, if it has one; where nothing more may come, the answer ends."""
+        matcher = request.sampler.matcher
+        if matcher is None or request.finish_reason is not None:
+            return
+        try:
+            matcher.accept(token)
+        except Exception as error:
+            request.fail(error)
+            return
+        if matcher.complete:
+            request.finish_reason = "stop"
 
     def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
         """Note the log-probabilities of the next tokens of a prompt.  logits: [R, V], after one token each."""

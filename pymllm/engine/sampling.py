@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymllm.errors import RequestError
+from pymllm.text.grammars import Grammar, Kind
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -15,6 +16,9 @@ MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 128
 MAX_STOP_TOKENS = 1024
 MAX_ANSWERS = 128
+
+# The settings that name a grammar, and its kind.
+GRAMMARS: dict[str, Kind] = {"json_schema": "json_schema", "regex": "regex", "grammar": "lark"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,9 @@ class SamplingParams:
     logprobs: for how many of the likeliest tokens to report log-probabilities; None: for none, not even the chosen one.
     prompt_logprobs: the same for the tokens of the prompt.
     logit_bias: (token id, what is added to its logit) pairs, or a dict of them.
+    json_schema: a JSON schema (an object, its text, or true for any JSON) that the answer follows.  regex: a regular
+    expression that it matches as a whole.  grammar: one in Lark's notation.  At most one of the three.
+    follows: that one, read.
     """
 
     max_tokens: int | None = 128
@@ -58,6 +65,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = field(default=())
+    json_schema: Any = None
+    regex: str | None = None
+    grammar: str | None = None
+    follows: Grammar | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -91,6 +102,22 @@ class SamplingParams:
             _integer("logit_bias", token, 0, 2**31)
             _number("logit_bias", bias, -100, 100)
 
+        if sum(getattr(self, name) is not None for name in GRAMMARS) > 1:
+            raise RequestError(
+                "an answer follows one grammar at most",
+                code="parameter",
+                tensor="grammar",
+                expected=f"one of {', '.join(GRAMMARS)}",
+            )
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", Grammar.of_schema(self.json_schema).text)
+        object.__setattr__(self, "follows", self._find_grammar())
+
+    def _find_grammar(self) -> Grammar | None:
+        """Find the grammar that the answer follows; None: there is none."""
+        found = ((kind, getattr(self, name)) for name, kind in GRAMMARS.items())
+        return next((Grammar(kind, text) for kind, text in found if text is not None), None)
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
@@ -103,6 +130,8 @@ class SamplingParams:
     @property
     def takes_likeliest(self) -> bool:
         """True if the next token is simply that of the highest logit, and nothing else is asked for."""
+        if self.follows is not None:
+            return False
         changed = self.penalises or self.logit_bias or self.bad_words or self.min_tokens
         return self.greedy and self.logprobs is None and not changed
 

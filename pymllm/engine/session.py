@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pymllm.engine.engine import Engine
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
+from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.tokenizer import TextStream, Tokenizer
 
 
@@ -30,8 +31,8 @@ class Session:
     unfinished: the requests that have not finished.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, grammars: GrammarCompiler) -> None:
+        self.engine, self.tokenizer, self.grammars = engine, tokenizer, grammars
         self._texts: dict[Request, TextStream | None] = {}
 
     @property
@@ -44,6 +45,8 @@ class Session:
         """Queue a prompt.  RequestError if it can never run.  req_id: the caller's own number for it."""
         limit = len(prompt) + params.max_tokens if params.max_tokens is not None else self.engine.max_length
         request = Request(prompt, params, limit, adapter, req_id)
+        if params.follows is not None:
+            request.sampler.matcher = self.grammars.start(params.follows)
         request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
         text = (
@@ -76,7 +79,7 @@ class Session:
         if not request.new_tokens:
             return None
         token, text = request.answer[-1], self._texts[request]
-        ended_by_token = request.finish_reason == "stop"
+        ended_by_token = request.eos_token_generated
         piece = "" if text is None or ended_by_token else text.push(token)
         if text is not None and text.stopped and request.finish_reason is None:
             request.finish_reason = "stop"

@@ -144,6 +144,8 @@ class _Service:
         request: CompletionRequest | ChatRequest = read_request(kind, body)
         self.adapter_of(request.model)
         params = self.llm.default_params(**request.sampling())
+        if params.follows is not None:
+            self.llm.grammars.start(params.follows)  # compiled and kept, off the step's thread
         if isinstance(request, CompletionRequest):
             prompts = [self.llm.encode(prompt) for prompt in request.prompts]
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
@@ -28,7 +29,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
     "metadata": ({},),
@@ -57,6 +57,36 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+
+
+class NamedSchema(_Strict):
+    """A JSON schema as OpenAI's clients send it.  name, description, strict: accepted; every schema is strict here."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+
+
+class ResponseFormat(_Strict):
+    """What an answer is to be.  grammar, regex: of the types of these names."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: NamedSchema | None = None
+    regex: str | None = None
+    grammar_: str | None = Field(default=None, alias="grammar")
+
+    def grammar(self) -> dict[str, Any]:
+        """Return the keyword of SamplingParams that says so; {} for any text."""
+        if self.type == "json_object":
+            return {"json_schema": {"type": "object"}}
+        given = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar_}
+        if self.type == "text":
+            return {}
+        value = given[self.type]
+        if value is None:
+            refuse("response_format", f"of the type {self.type} needs a {self.type}")
+        return {self.type: value.schema_ if isinstance(value, NamedSchema) else value}
 
 
 class _Sampled(_Strict):
@@ -90,6 +120,11 @@ class _Sampled(_Strict):
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
 
     COPIED: ClassVar[tuple[str, ...]] = (
         "n",
@@ -115,7 +150,26 @@ class _Sampled(_Strict):
         chosen = {name: getattr(self, name) for name in self.COPIED if getattr(self, name) is not None}
         if self.logit_bias is not None:
             chosen["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
+        chosen |= self._grammar()
         return {**chosen, "max_tokens": self.answer_length, "logprobs": self.alternatives}
+
+    def _grammar(self) -> dict[str, Any]:
+        """Return the keyword of SamplingParams for the grammar that the answer is to follow, if any."""
+        found = [] if self.response_format is None else [self.response_format.grammar()]
+        if self.guided_choice is not None:
+            if not self.guided_choice:
+                refuse("guided_choice", "must name a choice")
+            found.append({"regex": "|".join(f"({re.escape(choice)})" for choice in self.guided_choice)})
+        named = (
+            ("json_schema", self.guided_json),
+            ("regex", self.guided_regex),
+            ("grammar", self.guided_grammar),
+        )
+        found += [{name: value} for name, value in named if value is not None]
+        found = [grammar for grammar in found if grammar]
+        if len(found) > 1:
+            refuse("response_format", "and guided_* name several grammars; an answer follows one")
+        return found[0] if found else {}
 
     @property
     def answer_length(self) -> int | None:

@@ -192,9 +192,7 @@ def test_log_probabilities_of_completions_and_chats(client):
         ("completions", "best_of", 3),
         ("completions", "echo", True),
         ("completions", "suffix", "end"),
-        ("completions", "guided_json", {}),
         ("chat", "tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
-        ("chat", "response_format", {"type": "json_object"}),
         ("chat", "reasoning_effort", "low"),
     ],
 )

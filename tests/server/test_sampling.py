@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import openai
 import pytest
@@ -148,3 +149,53 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(client, parameter, value
             model=MODEL, prompt=[PROMPT, PROMPT], max_tokens=5, extra_body={parameter: value}
         )
     assert caught.value.param == parameter and parameter in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"response_format": {"type": "json_object"}}, r"\{.*"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "colour", "strict": True, "schema": {"enum": ["red", "blue"]}},
+                }
+            },
+            '"(red|blue)"',
+        ),
+        ({"response_format": {"type": "regex", "regex": "[0-9]{4}"}}, "[0-9]{4}"),
+        ({"guided_choice": ["a+b", "c d-e"]}, r"a\+b|c d-e"),
+        ({"guided_regex": "[xyz]{3}"}, "[xyz]{3}"),
+        ({"guided_json": {"const": 7}}, " ?7"),
+        ({"guided_grammar": 'start: "one" | "two"'}, "one|two"),
+        ({"response_format": {"type": "text"}}, ".*"),
+    ],
+)
+def test_answers_follow_a_grammar(client, settings, pattern):
+    pytest.importorskip("llguidance")
+    chat = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=20, extra_body=settings)
+    assert re.fullmatch(pattern, chat.choices[0].message.content, re.DOTALL)
+    text = (
+        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, extra_body=settings)
+        .choices[0]
+        .text
+    )
+    assert re.fullmatch(pattern, text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameter"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"guided_regex": "("}, "regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "response_format"),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_is_a_400(client, settings, parameter):
+    pytest.importorskip("llguidance")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt=PROMPT, extra_body=settings)
+    assert caught.value.param == parameter

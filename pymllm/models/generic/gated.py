@@ -63,7 +63,9 @@ def find_gated(module: Any, name: str, found: Probe) -> Gated | None:
         return None
     if any(True for child in others for _ in itertools.chain(child.parameters(), child.buffers())):
         return None
-    if set(found.given.get(name, ())) != {1} or any(len(found.inputs.get(p, ())) != 1 for p in paths.values()):
+    if set(found.given.get(name, ())) != {1} or any(
+        len(found.inputs.get(p, ())) != 1 for p in paths.values()
+    ):
         return None
     if any(child.weight.dtype is not next(iter(linears.values())).weight.dtype for child in linears.values()):
         return None

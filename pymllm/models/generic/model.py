@@ -77,7 +77,9 @@ class GenericModel(LanguageModel):
             caches.measure(inner.get_submodule(found.base), dtype)
         self.why_not_fused: list[str] = []
         if found.why_not is None:
-            self.why_not_fused = put_fast(inner, found, {*self._tied, *self._tied.values()}, dtype, quant_config)
+            self.why_not_fused = put_fast(
+                inner, found, {*self._tied, *self._tied.values()}, dtype, quant_config
+            )
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():

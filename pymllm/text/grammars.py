@@ -1,0 +1,175 @@
+"""Grammars that answers must follow: a JSON schema, a regular expression, or a grammar in Lark's notation.
+
+llguidance compiles them to automata over the tokenizer's tokens. Compiled ones are kept, and each answer gets a copy;
+they are bounded in the size of their text, and in what llguidance spends on them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import ConfigError, RequestError
+from pymllm.text.tokenizer import AutoEncoder, FastEncoder, Tokenizer
+
+MAX_GRAMMAR_LENGTH = 1 << 16  # characters
+KEPT_GRAMMARS = 64
+# Between the tokens of JSON: a space, or a new line and an indent. Small models else write spaces without an end.
+SPACE = r"( |\n[ \t]{0,32})?"
+
+Kind = Literal["json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be.  text: the schema as JSON, the regular expression, or the grammar."""
+
+    kind: Kind
+    text: str
+
+    @classmethod
+    def of_schema(cls, schema: str | Mapping[str, Any] | bool) -> Grammar:
+        """Make the grammar of a JSON schema.  RequestError for one that is no JSON object (or true)."""
+        try:
+            read = json.loads(schema) if isinstance(schema, str) else schema
+            text = json.dumps(read, sort_keys=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise cls.error("json_schema", f"is not JSON: {error}") from None
+        if read is True:
+            text = "{}"
+        elif not isinstance(read, Mapping):
+            raise cls.error("json_schema", "must be an object")
+        return cls("json_schema", text)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or len(self.text) > MAX_GRAMMAR_LENGTH:
+            raise self.error(self.kind, f"must be text of at most {MAX_GRAMMAR_LENGTH} characters")
+
+    @staticmethod
+    def error(kind: str, problem: str) -> RequestError:
+        """Make the error for a grammar; `problem` goes on from its kind."""
+        return RequestError(f"{kind} {problem}", code="grammar", tensor=kind)
+
+
+class Matcher:
+    """The place of one answer in its grammar."""
+
+    def __init__(self, automaton: Any, vocabulary: int) -> None:
+        self._automaton, self._vocabulary = automaton, vocabulary
+
+    def allowed(self) -> Tensor:
+        """Return which tokens may come next, [V] bool.  RequestError where the grammar became too complex."""
+        bits = torch.frombuffer(bytearray(self._automaton.compute_bitmask()), dtype=torch.uint8)
+        self._check()
+        places = torch.arange(8, dtype=torch.uint8)
+        return ((bits.unsqueeze(-1) >> places) & 1).flatten()[: self._vocabulary].bool()
+
+    def accept(self, token: int) -> None:
+        """Go on by a token that was allowed.  RequestError for another one."""
+        self._automaton.consume_token(token)
+        self._check()
+
+    @property
+    def complete(self) -> bool:
+        """True where nothing but the end may come."""
+        return bool(self._automaton.is_stopped())
+
+    def _check(self) -> None:
+        if self._automaton.is_error():
+            raise Grammar.error("grammar", f"cannot be followed: {_first_line(self._automaton.get_error())}")
+
+
+class GrammarCompiler:
+    """The compiled grammars of one tokenizer.
+
+    vocabulary: of the model.  ends: the tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: Iterable[int]) -> None:
+        self.tokenizer, self.vocabulary, self.ends = tokenizer, vocabulary, sorted(ends)
+        self._lock = threading.Lock()
+        self._tokens: Any = None
+        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
+
+    def start(self, grammar: Grammar) -> Matcher:
+        """Begin an answer.  A grammar that is new is compiled, which may take a second; any thread may do it.
+
+        RequestError for a grammar that cannot be compiled; ConfigError where the checkpoint's tokenizer, or this
+        installation, has not what it needs.
+        """
+        with self._lock:
+            automaton = self._kept.get(grammar)
+            if automaton is not None:
+                self._kept.move_to_end(grammar)
+                return Matcher(automaton.deep_copy(), self.vocabulary)
+            tokens = self._tokens = self._tokens or self._read_tokens()
+        automaton = self._compile(grammar, tokens)
+        with self._lock:
+            self._kept[grammar] = automaton
+            while len(self._kept) > KEPT_GRAMMARS:
+                self._kept.popitem(last=False)
+        return Matcher(automaton.deep_copy(), self.vocabulary)
+
+    def _compile(self, grammar: Grammar, tokens: Any) -> Any:
+        matcher = _llguidance().LLMatcher
+        try:
+            if grammar.kind == "json_schema":
+                text = matcher.grammar_from_json_schema(grammar.text, {"whitespace_pattern": SPACE})
+            elif grammar.kind == "regex":
+                text = matcher.grammar_from_regex(grammar.text)
+            else:
+                text = matcher.grammar_from_lark(grammar.text)
+            automaton = matcher(tokens, text, log_level=0)
+        except Exception as error:  # llguidance raises ValueError and its own panics
+            raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(str(error))}") from None
+        if automaton.is_error():
+            raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(automaton.get_error())}")
+        return automaton
+
+    def _read_tokens(self) -> Any:
+        """Describe the tokenizer to llguidance."""
+        encoder = self.tokenizer.encoder
+        fast = encoder.tokenizer if isinstance(encoder, (FastEncoder, AutoEncoder)) else None
+        fast = getattr(fast, "backend_tokenizer", fast)
+        if fast is None or not hasattr(fast, "to_str"):
+            raise ConfigError(
+                "answers cannot be held to a grammar with this tokenizer",
+                code="grammar",
+                expected="one that the tokenizers library reads, as tokenizer.json is",
+                found=type(encoder).__name__,
+            )
+        described = json.loads(fast.to_str())
+        described["truncation"] = described["padding"] = None
+        ends = [end for end in self.ends if end < self.vocabulary] or None
+        try:
+            return _llguidance().LLTokenizer(json.dumps(described), n_vocab=self.vocabulary, eos_token=ends)
+        except Exception as error:
+            raise ConfigError(
+                "answers cannot be held to a grammar with this tokenizer",
+                code="grammar",
+                expected="one that llguidance reads",
+                found=_first_line(str(error)),
+            ) from None
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ConfigError(
+            "holding answers to a grammar needs the package llguidance, which is not installed",
+            code="missing-package",
+            fix="pip install 'pymllm[grammar]'",
+        ) from None
+    return llguidance
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no reason is given"

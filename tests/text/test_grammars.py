@@ -1,0 +1,132 @@
+"""Answers that follow a grammar, whatever the model would rather say, and grammars that cannot be followed."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from pymllm import LLM, SamplingParams
+from pymllm.api import shipped_model
+from pymllm.errors import ConfigError, RequestError
+from pymllm.text import grammars
+from pymllm.text.grammars import Grammar
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "sizes": {"type": "array", "items": {"type": "integer"}},
+    },
+    "required": ["name", "sizes"],
+    "additionalProperties": False,
+}
+PROMPT = "def read_lines(path):\n"
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(shipped_model())
+
+
+def answer(llm, prompt=PROMPT, **settings):
+    return llm.generate(prompt, SamplingParams(max_tokens=150, **settings))[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.5, "seed": 3}, {"repetition_penalty": 1.3}], ids=str
+)
+@pytest.mark.parametrize(
+    "pattern", [r"[0-9]{3}-[a-z]{4}", r"(yes|no), said the (cat|dog)\.", r"[α-ω]{2,5}", r"\x00?a{1,3}"]
+)
+def test_an_answer_matches_the_whole_expression(llm, pattern, settings):
+    found = answer(llm, regex=pattern, **settings)
+    assert re.fullmatch(pattern, found.text)
+    assert found.finish_reason == "stop"
+
+
+def test_an_answer_is_what_the_schema_says(llm):
+    for seed in range(4):
+        found = answer(llm, json_schema=SCHEMA, temperature=1.2, seed=seed, logit_bias={})
+        if found.finish_reason == "stop":
+            value = json.loads(found.text)
+            assert set(value) == {"name", "sizes"} and len(value["name"]) <= 6
+        else:  # every beginning is one of such a text
+            assert found.text.startswith("{")
+    fixed = {"type": "object", "properties": {"a": {"const": [1, "x", None]}}, "required": ["a"]}
+    assert json.loads(answer(llm, json_schema={**fixed, "additionalProperties": False}).text) == {
+        "a": [1, "x", None]
+    }
+    assert answer(llm, json_schema={"const": True}).text.strip() == "true"
+
+
+def test_a_grammar_in_larks_notation(llm):
+    text = 'start: NUMBER (("+" | "*") NUMBER){2}\nNUMBER: /[1-9][0-9]?/'
+    for seed in range(4):
+        assert re.fullmatch(
+            r"\d\d?([+*]\d\d?){2}", answer(llm, grammar=text, temperature=1.0, seed=seed).text
+        )
+
+
+def test_requests_side_by_side_follow_their_own(llm):
+    each = [
+        SamplingParams(max_tokens=20, regex="[0-9]{5}"),
+        SamplingParams(max_tokens=20),
+        SamplingParams(max_tokens=20, json_schema={"enum": ["red", "green"]}),
+        SamplingParams(max_tokens=20, regex="[a-f]{4}", n=2, temperature=1.0, seed=1, logprobs=2),
+    ]
+    together = llm.generate([PROMPT] * 4, each)
+    assert [output.text for output in together[1:2]] == [answer(llm).text[: len(together[1].text)]]
+    assert re.fullmatch("[0-9]{5}", together[0].text) and together[2].text in ('"red"', '"green"')
+    assert all(re.fullmatch("[a-f]{4}", output.text) for output in together[3].outputs)
+    # Log-probabilities are the model's own: the likeliest tokens may well be ruled out.
+    assert all(len(entry.top) == 2 for entry in together[3].logprobs)
+
+
+def test_streams_preemption_and_seeds(llm):
+    settings = {"regex": r"(ab|cd){3,9}\.", "temperature": 1.0, "seed": 8, "max_tokens": 40}
+    whole = llm.generate([PROMPT], SamplingParams(**settings))[0]
+    streamed = "".join(piece.text for piece in llm.stream(PROMPT, SamplingParams(**settings)))
+    assert streamed == whole.text and re.fullmatch(settings["regex"], whole.text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameter"),
+    [
+        ({"regex": "("}, "regex"),
+        ({"regex": "x" * (grammars.MAX_GRAMMAR_LENGTH + 1)}, "regex"),
+        ({"regex": 5}, "regex"),
+        ({"grammar": "start: missing"}, "lark"),
+        ({"json_schema": "{"}, "json_schema"),
+        ({"json_schema": []}, "json_schema"),
+        ({"json_schema": {"type": "bogus"}}, "json_schema"),
+        ({"json_schema": {"$ref": "http://elsewhere/schema"}}, "json_schema"),
+        ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_before_a_step(llm, settings, parameter):
+    with pytest.raises(RequestError) as caught:
+        answer(llm, **settings)
+    assert caught.value.tensor == parameter
+    assert llm.engine.idle
+
+
+def test_a_grammar_is_compiled_once_and_few_are_kept(llm, monkeypatch):
+    compiled = []
+    compile_one = llm.grammars._compile
+    monkeypatch.setattr(
+        llm.grammars, "_compile", lambda *args: compiled.append(args[0]) or compile_one(*args)
+    )
+    monkeypatch.setattr(grammars, "KEPT_GRAMMARS", 2)
+    for text in ("q{2}", "q{2}", "r{2}", "s{2}", "r{2}", "q{2}"):
+        llm.grammars.start(Grammar("regex", text))
+    assert [grammar.text for grammar in compiled] == ["q{2}", "r{2}", "s{2}", "q{2}"]
+
+
+def test_without_the_package_the_error_names_the_extra(llm, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    with pytest.raises(ConfigError, match="pymllm\\[grammar\\]"):
+        llm.grammars.start(Grammar("regex", "never seen before"))
