@@ -25,7 +25,7 @@ from torch import Tensor
 from pymllm.engine.runner import Runner
 from pymllm.loading.load import load_prepared
 from pymllm.loading.prepare import Prepared, prepare
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.text_model import TextModel
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.text.windows import Windows, random_windows, read_windows
 
@@ -82,7 +82,7 @@ class EndToEnd:
 
 def measure_end_to_end(
     prepared: Prepared,
-    model: CausalLM,
+    model: TextModel,
     arguments: Mapping[str, Any],
     *,
     text: str | Path | None = None,
@@ -94,6 +94,7 @@ def measure_end_to_end(
     prepared, model: what `prepare` and `load_prepared` made.  arguments: those of `prepare` to make it again, but for
     dtype, compute and kernels.  tokens: how many ids.  window: how many of these are run together.
     """
+    model.check_generates()
     windows = (
         random_windows(prepared.config, tokens, window)
         if text is None
@@ -115,13 +116,13 @@ def measure_end_to_end(
     return EndToEnd(count, len(windows), name, kernels, rules, perplexity)
 
 
-def _loaded(arguments: Mapping[str, Any]) -> tuple[CausalLM, Prepared]:
+def _loaded(arguments: Mapping[str, Any]) -> tuple[TextModel, Prepared]:
     prepared = prepare(**arguments)
     return load_prepared(prepared, progress=False), prepared
 
 
 def _run(
-    model: CausalLM, prepared: Prepared, windows: Windows
+    model: TextModel, prepared: Prepared, windows: Windows
 ) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:
     """Run a model over each window.  Yields the window's place among all tokens, its ids and its logits [T, V]."""
     runner, start = Runner(model, torch.device(prepared.execution.device)), 0
@@ -130,7 +131,7 @@ def _run(
         start += len(ids)
 
 
-def _keep(model: CausalLM, prepared: Prepared, windows: Windows, kept: Any) -> float:
+def _keep(model: TextModel, prepared: Prepared, windows: Windows, kept: Any) -> float:
     """Write the model's logits to `kept` [T, V].  Returns its mean loss in nats."""
     loss = 0.0
     for place, ids, logits in _run(model, prepared, windows):
@@ -139,7 +140,7 @@ def _keep(model: CausalLM, prepared: Prepared, windows: Windows, kept: Any) -> f
     return loss / _predictions(windows)
 
 
-def _compare(reference: tuple[CausalLM, Prepared], windows: Windows, kept: Any) -> tuple[Divergence, float]:
+def _compare(reference: tuple[TextModel, Prepared], windows: Windows, kept: Any) -> tuple[Divergence, float]:
     """Measure the divergence of kept logits [T, V] from a reference's.  Returns it and the reference's mean loss."""
     loss, same = 0.0, 0
     divergences = []

@@ -18,13 +18,13 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.absorbed_heads import join_absorbed_heads
-from pymllm.loading.head import HEAD, find_own_head
+from pymllm.loading.head import HEAD, find_own_head, lacks_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.side_settings import method_name, refuse_contradictions, side_files
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.text_model import TextModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
@@ -49,7 +49,7 @@ class Prepared:
     quant: RuledConfig
     execution: Execution
     parallel: Parallel
-    model: CausalLM
+    model: TextModel
     units: tuple[Unit, ...]
     records: tuple[TensorRecord, ...]
     skipped: Skipped = ()
@@ -74,11 +74,13 @@ def prepare(
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
-    rename_tensors(checkpoint)
+    bare = rename_tensors(checkpoint)
     _check_sizes(config, checkpoint)
     head = find_own_head(checkpoint, config)
     if head.own:
         config = config.untied()
+    elif lacks_head(checkpoint, config, bare):
+        config = config.without_head()
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     if join_absorbed_heads(checkpoint, stored, config):
@@ -119,7 +121,7 @@ def prepare(
 
 def build_on_meta(
     config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
-) -> CausalLM:
+) -> TextModel:
     """Build the model without data, every layer with its method."""
     with execution, parallel, torch.device("meta"):
         return build_model(config, rules)

@@ -1,5 +1,7 @@
 """Model definitions: one file a family, named by Hugging Face's `model_type`, without any loading code.
 
+A name of Python's has no "-": xlm-roberta is xlm_roberta.py.
+
 A file defines `Model`, which is built from a `ModelConfig`; `DEFAULTS`, the settings that a config.json may leave out;
 where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`; and where its
 checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements.
@@ -17,13 +19,16 @@ from typing import Any
 from pymllm.config import ModelConfig
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.models.causal_lm import CausalLM
+from pymllm.models.text_model import TextModel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.tensor_file import TensorInfo
 
+# Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
+BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|layers|norm)\..*)": r"model.\1"}
 # Modules here that are no family.
-SHARED = ("causal_lm",)
+SHARED = ("causal_lm", "encoder", "text_model")
 
 
 def list_model_types() -> list[str]:
@@ -36,7 +41,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(raw, _family(raw).DEFAULTS)
 
 
-def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> CausalLM:
+def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> TextModel:
     """Build the model's modules, their weights on the current default device (usually meta)."""
     return _family(config.raw).Model(config, quant_config)
 
@@ -49,12 +54,17 @@ def gguf_architectures() -> dict[str, GGUFArchitecture]:
     return found
 
 
-def rename_tensors(checkpoint: Checkpoint) -> None:
+def rename_tensors(checkpoint: Checkpoint) -> bool:
     """Give the checkpoint's tensors the names that their family's definition has for them.
 
+    Returns True for a decoder that was saved without its head, as its names said.
     CheckpointError where two tensors would have one name.
     """
-    patterns = vars(_family(checkpoint.config)).get("RENAMED", {})
+    family = _family(checkpoint.config)
+    patterns = dict(vars(family).get("RENAMED", {}))
+    bare = issubclass(family.Model, CausalLM) and not any(map(BODY.match, checkpoint.tensors))
+    if bare:
+        patterns |= BODY_RENAMED
     renamed: dict[str, TensorInfo] = {}
     for stored, info in checkpoint.tensors.items():
         name = stored
@@ -70,6 +80,7 @@ def rename_tensors(checkpoint: Checkpoint) -> None:
             )
         renamed[name] = info if name == stored else replace(info, name=name)
     checkpoint.tensors = renamed
+    return bare
 
 
 def find_definition(raw: Mapping[str, Any]) -> str | None:
@@ -79,8 +90,9 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     Returns the definition's model type, or None.
     """
     known = list_model_types()
-    if raw.get("model_type") in known:
-        return str(raw["model_type"])
+    named_as = str(raw.get("model_type")).replace("-", "_")
+    if named_as in known:
+        return named_as
     architectures = raw.get("architectures")
     classes = {_class_name(model_type): model_type for model_type in known}
     named = (

@@ -20,6 +20,7 @@ from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.mlp import GatedMLP
 from pymllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
+from pymllm.models.text_model import TextModel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         return normed
 
 
-class CausalLM(nn.Module):
+class CausalLM(TextModel):
     """A decoder with its head.
 
     A family says in `attention_options` and `mlp_options` what differs from the usual blocks, or makes blocks of its
@@ -101,16 +102,12 @@ class CausalLM(nn.Module):
 
     layer, attention, norm: the classes of layers, of their attention and of every norm.
     embedding_scale: what embedded tokens are multiplied by.
-    restart_length: a request that grows to it needs all its keys and values made anew.
     """
 
-    config: ModelConfig
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     attention: ClassVar[type[SelfAttention]] = SelfAttention
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     embedding_scale = 1.0
-    restart_length: int | None = None
-    skipped_tensors: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
@@ -122,13 +119,15 @@ class CausalLM(nn.Module):
             mlp = self.make_mlp(index, f"{prefix}.mlp", quant_config)
             layers.append(self.layer(config, attention, mlp, self.norm))
         self.model = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
-        self.lm_head = ParallelLMHead(
-            config.size("vocab_size"),
-            config.size("hidden_size"),
-            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
-            prefix="lm_head",
-            quant_config=quant_config,
-        )
+        self.lm_head = None
+        if not config.headless:
+            self.lm_head = ParallelLMHead(
+                config.size("vocab_size"),
+                config.size("hidden_size"),
+                tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+                prefix="lm_head",
+                quant_config=quant_config,
+            )
 
     def attention_options(self) -> dict[str, Any]:
         """Return the keywords of `SelfAttention` that this family sets."""
@@ -150,10 +149,6 @@ class CausalLM(nn.Module):
         return GatedMLP(hidden, intermediate, prefix=prefix, quant_config=quant_config, **self.mlp_options())
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
-        """Return why the model does not need a tensor, and the proof; None: it may not be skipped.
-
-        tensor: its name.  stored: all of the checkpoint's, by name.
-        """
         module, _, suffix = tensor.rpartition(".")
         if suffix == "inv_freq" and module.rpartition(".")[2].startswith("rotary_emb"):
             owner = dict(self.named_modules()).get(module.rpartition(".")[0], nn.Module())
@@ -176,6 +171,8 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
+        if self.lm_head is None:
+            raise self.no_text()
         return self.lm_head(hidden, gather_all=gather_all)
 
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pymllm.embedding.settings import read_settings
 from pymllm.engine.graphs import why_not_captured
 from pymllm.engine.kv_memory import choose_cache_size
+from pymllm.errors import ConfigError, PymllmError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
 from pymllm.kernels.registry import Selection, select
@@ -97,13 +99,22 @@ def make_plan(
         "checkpoint_bytes": sum(tensor.nbytes for tensor in prepared.checkpoint.tensors.values()),
         "kv_cache_bytes_per_token": sum(holder.cache_bytes_per_token() for holder in holders),
     }
-    cache = choose_cache_size(
-        prepared.config.size("max_position_embeddings"),
-        totals["kv_cache_bytes_per_token"],
-        _free_beside(weight_bytes, prepared.execution.device),
-        max_model_len=max_model_len,
-        kv_memory=kv_memory,
-    )
+    cache = {}
+    if prepared.model.why_no_text is None:
+        size = choose_cache_size(
+            prepared.model.max_length,
+            totals["kv_cache_bytes_per_token"],
+            _free_beside(weight_bytes, prepared.execution.device),
+            max_model_len=max_model_len,
+            kv_memory=kv_memory,
+        )
+        cache = asdict(size)
+    elif max_model_len is not None or kv_memory is not None:
+        raise ConfigError(
+            f"max_model_len and kv_memory are for a KV cache, which this model has not: {prepared.model.why_no_text}",
+            code="no-kv-cache",
+            fix="Leave them out.",
+        )
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
     device = probe_device(prepared.execution.device)
@@ -138,7 +149,7 @@ def make_plan(
         routing=_plan_routing(holders, binder),
         decoding_graph={"captured": eager is None, "why_not": eager} if on_gpu else None,
         sampling={"kernel": sampling.kernel.name, "refused": explain(sampling)},
-        kv_cache=asdict(cache),
+        kv_cache=cache,
     )
 
 
@@ -201,6 +212,19 @@ def _plan_routing(holders: Iterable[WeightHolder], binder: Binder) -> list[dict[
         }
         for selection, prefixes in chosen.items()
     ]
+
+
+def _embedding_notes(prepared: Prepared) -> list[str]:
+    """Say how vectors are made of the model's hidden states, or what stands in the way."""
+    try:
+        settings = read_settings(prepared.checkpoint.path, prepared.model.max_length)
+    except PymllmError as error:
+        return [f"no embeddings: {error}"]
+    if settings.modules:
+        return [f"embeddings: {settings}; texts are cut at {settings.max_length} tokens"]
+    if prepared.model.why_no_text is None:
+        return []
+    return ["the checkpoint does not say how to make vectors: embed(texts, pooling=...) has to choose"]
 
 
 def _rules(prepared: Prepared) -> list[dict[str, Any]]:
@@ -274,6 +298,7 @@ def _notes(
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():
         notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
+    notes += _embedding_notes(prepared)
     notes += prepared.quant.checkpoint_config.notes
     for reason, count in Counter(record.reason for record in prepared.records).items():
         notes.append(f"{count} checkpoint tensors are not needed: {reason}")

@@ -55,7 +55,8 @@ class Plan:
     layers: attention layers last.
     totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
-    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`.
+    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`; {} for a model that
+    generates no text.
     """
 
     model: str
@@ -87,6 +88,8 @@ class Plan:
     def describe_cache(self) -> str:
         """Say how large the KV cache is and what decided so, in a line."""
         cache = self.kv_cache
+        if not cache:
+            return "no KV cache, as this model generates no text"
         return (
             f"KV cache of {cache['tokens']} tokens, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
             f"a request has at most {cache['max_model_len']} tokens"
