@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pooling",
         metavar="MODE",
-        help="how /v1/embeddings makes a vector of a text: mean, cls or lasttoken, say; default: as the model's folder says",
+        help="how /v1/embeddings makes a vector of a text: mean, cls or lasttoken, say; default: as the folder says",
     )
     group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"

@@ -43,7 +43,7 @@ class EmbeddingInput:
 
 @dataclass(frozen=True)
 class EmbeddingOptions:
-    """How vectors are made.
+    """The way in which vectors are made.
 
     modes: of the pooling; None: the folder's.  normalize: None: as the folder says.  dimensions: how many of the first
     numbers are kept; None: all.  adapter: a LoRA adapter's name, or None.
@@ -77,7 +77,7 @@ class Embedder:
 
     @functools.cached_property
     def settings(self) -> EmbeddingSettings:
-        """What the folder says; read once it is needed, as a model may be there to generate."""
+        """The folder's settings, read once they are needed, as a model may be there to generate."""
         return read_settings(self.path, self.runner.model.max_length)
 
     @functools.cached_property

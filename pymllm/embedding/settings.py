@@ -91,7 +91,7 @@ Module = Pooling | Dense | Normalize
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What a folder says.
+    """The settings that a folder has.
 
     modules: behind the transformer; without a `Pooling`, the folder does not say how a text becomes a vector.
     max_length: of tokens of a text, the special ones included.  prompts: by name.  default_prompt: the name of one, or

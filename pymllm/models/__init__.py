@@ -90,9 +90,8 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     Returns the definition's model type, or None.
     """
     known = list_model_types()
-    named_as = str(raw.get("model_type")).replace("-", "_")
-    if named_as in known:
-        return named_as
+    if file_name(str(raw.get("model_type"))) in known:
+        return file_name(str(raw["model_type"]))
     architectures = raw.get("architectures")
     classes = {_class_name(model_type): model_type for model_type in known}
     named = (
@@ -104,6 +103,11 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     brought = raw.get("auto_map")
     own = brought.get("AutoModelForCausalLM") if isinstance(brought, Mapping) else None
     return classes[named[0]] if own is None or str(own).rpartition(".")[2] == named[0] else None
+
+
+def file_name(model_type: str) -> str:
+    """Return the name of the file that a model type's definition would have: xlm-roberta -> xlm_roberta."""
+    return model_type.replace("-", "_")
 
 
 def _class_name(model_type: str) -> str:

@@ -134,7 +134,7 @@ class Encoder(TextModel):
 
     @property
     def why_no_text(self) -> str:
-        """Why the model cannot generate text."""
+        """The reason why the model cannot generate text."""
         return "it is an encoder, each of whose tokens sees those after it"
 
 

@@ -41,7 +41,7 @@ class TextModel(nn.Module):
 
     @property
     def why_no_text(self) -> str | None:
-        """Why the model cannot generate text; None: it can."""
+        """The reason why the model cannot generate text; None: it can."""
         return None if self.lm_head is not None else "the checkpoint has no head, so there are no next tokens"
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:

@@ -27,7 +27,7 @@ from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
-from pymllm.models import find_definition
+from pymllm.models import file_name, find_definition
 from pymllm.planning.plan import Plan, PlannedLayer
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.kv_cache import KVCacheMethodBase
@@ -263,7 +263,7 @@ def _notes(
     """
     notes = []
     named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
-    if named != run:
+    if file_name(str(named)) != run:
         notes.append(
             f"there is no definition for the model type {named!r}; its architecture is that of {run}"
         )

@@ -55,8 +55,8 @@ class Plan:
     layers: attention layers last.
     totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
-    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`; {} for a model that
-    generates no text.
+    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`; {} where no
+    text is generated.
     """
 
     model: str

@@ -11,6 +11,7 @@ import pymllm
 from pymllm.errors import ShardingError
 from pymllm.models import list_model_types, read_model_config
 from pymllm.parallel import Parallel
+from tests.embedding.encoders import ENCODERS
 
 from ..checkpoints import FAMILIES, FORMATS, relative_error, tiny_config, write_checkpoint
 from ..forward import TOLERANCE, assert_equal_to_transformers, llm_logits_of
@@ -27,7 +28,12 @@ LLAMA3 = {
 
 
 def test_every_family_is_tested_here():
-    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES}  # the latter in tests/moe
+    encoders = {family.replace("-", "_") for family in ENCODERS}
+    assert set(list_model_types()) == {
+        *FAMILIES,
+        *MOE_FAMILIES,
+        *encoders,
+    }  # in tests/moe and tests/embedding, too
 
 
 @pytest.mark.parametrize("family", FAMILIES)
