@@ -4,7 +4,7 @@
     python benchmarks/embeddings.py [FOLDER] [--threads 1] [--texts 256] [--rounds 5] [--rules 'encoder.**=int8']
 
 FOLDER: a folder of sentence-transformers; default: the package's. Texts have 4 to 180 words, as questions and passages
-have. Each row is the median of the rounds; the last column compares with the exact vectors: the least cosine of all texts.
+have. Each row is the median of the rounds; its last column has the least cosine of all texts to our vectors in float32.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ TRANSFORMER_CONFIGS = tuple(
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 PROMPTS = "config_sentence_transformers.json"
+NO_PROMPTS = {"query": "", "document": ""}  # names that every model has, and that may ask for nothing
 TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
 MAX_BYTES = 16 << 20  # of a settings file
@@ -100,7 +101,7 @@ class EmbeddingSettings:
 
     modules: tuple[Module, ...] = ()
     max_length: int = 0
-    prompts: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=lambda: NO_PROMPTS)
     default_prompt: str | None = None
     lower_case: bool = False
 
@@ -295,7 +296,7 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None]:
         raise _setting(
             file, "default_prompt_name", default, " or ".join(prompts) or "null, as there are no prompts"
         )
-    return {name: text or "" for name, text in prompts.items()}, default
+    return NO_PROMPTS | {name: text or "" for name, text in prompts.items()}, default
 
 
 def _refuse_names(file: Path, settings: Mapping[str, Any]) -> None:

@@ -164,6 +164,8 @@ def test_prompts_by_name_by_default_and_left_out_of_the_pooling(tmp_path, bert, 
     assert_close(llm.embed("the cat", prompt=""), plain)
     with pytest.raises(RequestError, match="query"):
         llm.embed("the cat", prompt_name="qeury")
+    bare = load(write(tmp_path / "bare", bert, {"Pooling": pooling}))
+    assert_close(bare.embed("the cat", prompt_name="query"), plain)
     with pytest.raises(RequestError, match="no tokens of its own"):
         llm.embed("the cat", prompt="cat " * 50)
     edited = json.loads((tmp_path / "m/1_Pooling/config.json").read_text()) | {"include_prompt": True}

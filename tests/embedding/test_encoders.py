@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import pymllm
-from pymllm.errors import CheckpointError, ConfigError
+from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.models import read_model_config
+from pymllm.parallel import simulate
 
 from .encoders import ENCODERS, TEXTS, edit_tensors, hidden_states, ids_of, make_model, write
 
@@ -201,6 +202,23 @@ def test_rules_verify_swap_and_quantised_checkpoints(tmp_path, family):
     assert float((load(tmp_path / "q").embed(TEXTS) - exact).abs().max()) < 0.05
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_ranks_share_the_heads_the_mlp_and_the_words(tmp_path, family):
+    folder = write(tmp_path / "m", make_model(family), None)
+    expected = load(folder).embed(TEXTS, pooling="mean")
+    for found in simulate(2, lambda parallel: load(folder).embed(TEXTS, pooling="mean")):
+        assert torch.allclose(found, expected, atol=1e-5)
+    assert pymllm.plan(folder, device="cpu").tensor_parallel["legal_sizes"] == [1, 2, 4]
+
+
+def test_activations_in_bfloat16(tmp_path):
+    for family in ENCODERS:
+        folder = write(tmp_path / family, make_model(family), {"Pooling": {}, "Normalize": {}})
+        exact, rounded = load(folder).embed(TEXTS), load(folder, dtype="bfloat16").embed(TEXTS)
+        assert rounded.dtype is torch.float32
+        assert 1e-4 < float((exact - rounded).norm(dim=-1).max()) < 0.05
+
+
 def test_what_needs_a_decoder_says_so(tmp_path):
     folder = write(tmp_path / "m", make_model("bert", "ForMaskedLM"), None)
     text = tmp_path / "text.txt"
@@ -213,6 +231,7 @@ def test_what_needs_a_decoder_says_so(tmp_path):
         lambda: llm.chat([{"role": "user", "content": "the cat"}]),
         lambda: llm.logits([1, 2]),
         lambda: pymllm.verify(folder, end_to_end=True, device="cpu"),
+        lambda: pymllm.search_rules(folder, bits=4.5, text=text),
         lambda: pymllm.quantize_checkpoint(
             folder, tmp_path / "q", ["**.dense=int4:group_size=32"], calibrate=text, progress=False
         ),
@@ -220,3 +239,5 @@ def test_what_needs_a_decoder_says_so(tmp_path):
     for ask in asks:
         with pytest.raises(ConfigError, match="encoder"):
             ask()
+    with pytest.raises(RuleError, match="No layer of this model"):
+        load(folder, kv_cache="int8")
