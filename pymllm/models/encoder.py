@@ -18,6 +18,7 @@ from pymllm.layers.linear import QKVParallelLinear
 from pymllm.models.text_model import TextModel
 from pymllm.quantization.base import QuantizationConfig
 
+SEES_LATER = "it is an encoder, each of whose tokens sees those after it"
 POOLER = "the pooler, which only classifiers read: embeddings pool the hidden states of all tokens"
 MASKED_HEAD = "the head for masked tokens, which embeddings do not read"
 
@@ -135,7 +136,7 @@ class Encoder(TextModel):
     @property
     def why_no_text(self) -> str:
         """The reason why the model cannot generate text."""
-        return "it is an encoder, each of whose tokens sees those after it"
+        return SEES_LATER
 
 
 def refuse_other_positions(stored: Tensor) -> str | None:

@@ -118,7 +118,7 @@ def make_plan(
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
     device = probe_device(prepared.execution.device)
-    on_gpu = device.type != "cpu"
+    on_gpu = device.type != "cpu" and prepared.model.why_no_text is None
     sampling = select("sampling", SamplingProblem(device), prepared.execution.forced_kernel("sampling"))
     eager = why_not_captured(prepared.model, binder) if on_gpu else None
     return Plan(

@@ -59,7 +59,11 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     # Layers 1 and 2 see 3 tokens on either side.
     "modernbert": ("ModernBert", {"pad_token_id": 0, "local_attention": 6}),
 }
-DECODERS = {"qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0})}
+HEADS = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3", HEADS),
+    "gemma3_text": ("Gemma3Text", HEADS | {"query_pre_attn_scalar": 8}),
+}
 
 
 def make_model(family: str, kind: str = "Model", seed: int = 0, **settings: Any) -> Any:

@@ -369,6 +369,24 @@ def test_a_decoder_saved_without_its_head(tmp_path, tied):
                 ask()
 
 
+def test_a_decoder_that_was_trained_into_an_encoder(tmp_path):
+    """EmbeddingGemma: Gemma 3 whose tokens see those after them, all or half a window of them; it has no head."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    both = {"use_bidirectional_attention": True, "sliding_window": 6, "layer_types": kinds}
+    model = make_model("gemma3_text", **both)
+    llm = load(write(tmp_path / "m", model, {"Pooling": {"pooling_mode": "mean"}}))
+    expected = torch.stack([FORMULAS["mean"](hidden_states(model, ids_of(text)), 0) for text in TEXTS])
+    assert float((llm.embed(TEXTS) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    assert (
+        not llm.generates and llm.plan.kv_cache == {} and llm.plan.layers[-1].method_detail == "no KV cache"
+    )
+    assert not any(row.kind == "lm_head" for row in llm.plan.layers)
+    with pytest.raises(ConfigError, match="encoder"):
+        llm.generate("the cat")
+    causal = load(write(tmp_path / "causal", make_model("gemma3_text", sliding_window=6), None))
+    assert causal.generates
+
+
 def test_a_decoder_that_lost_its_head_is_still_an_incomplete_checkpoint(tmp_path):
     model = make_model("qwen3", "ForCausalLM", tie_word_embeddings=False)
     folder = write(tmp_path / "m", model, None)
