@@ -34,7 +34,7 @@ BATCH_TOKENS = 4096
 class EmbeddingInput:
     """A text as the model reads it.
 
-    prompt: how many of the ids are the prompt's, special tokens before it included.
+    prompt: how many of the ids are the prompt's, special tokens before it included, and left out of the pooling.
     """
 
     ids: tuple[int, ...]
@@ -96,7 +96,7 @@ class Embedder:
         """
         before = self._prompt(prompt_name) if prompt is None else prompt
         length = self.settings.max_length
-        skipped = self._prompt_length(before) if before else 0
+        skipped = self._prompt_length(before)
         found = []
         for place, text in enumerate(texts):
             if isinstance(text, str):
@@ -106,11 +106,10 @@ class Embedder:
             else:
                 one = EmbeddingInput(tuple(self.check(text)))
             if not one.prompt < len(one.ids) <= length:
+                long = len(one.ids) > length
                 raise RequestError(
-                    "a text has no tokens of its own"
-                    if len(one.ids) <= length
-                    else "there are too many token ids",
-                    code="prompt-empty" if len(one.ids) <= length else "prompt-too-long",
+                    "there are too many token ids" if long else "a text has no tokens of its own",
+                    code="prompt-too-long" if long else "prompt-empty",
                     tensor=f"input {place}",
                     expected=f"{one.prompt + 1} to {length} tokens",
                     found=str(len(one.ids)),
@@ -148,6 +147,15 @@ class Embedder:
                 tensor="dimensions",
                 expected="an integer of at least 1",
                 found=repr(dimensions),
+            )
+        size = self.size(EmbeddingOptions(modes))
+        if dimensions is not None and dimensions > size:
+            raise RequestError(
+                "the vectors have fewer dimensions",
+                code="parameter",
+                tensor="dimensions",
+                expected=f"at most {size}",
+                found=str(dimensions),
             )
         return EmbeddingOptions(modes, normalize, dimensions, adapter)
 
@@ -204,17 +212,8 @@ class Embedder:
         for module in modules[1:]:
             if isinstance(module, Dense):
                 vectors = self.projections[module](self._fitting(module, vectors))
-            elif options.normalize is not False:
+            elif options.normalize is not False or module is not modules[-1]:
                 vectors = F.normalize(vectors, dim=-1)
-        size = vectors.shape[-1]
-        if options.dimensions is not None and options.dimensions > size:
-            raise RequestError(
-                "the vectors have fewer dimensions",
-                code="parameter",
-                tensor="dimensions",
-                expected=f"at most {size}",
-                found=str(options.dimensions),
-            )
         vectors = vectors[:, : options.dimensions]
         normed = isinstance(modules[-1], Normalize) if options.normalize is None else options.normalize
         # A part of a vector of length 1 is shorter.
@@ -261,7 +260,10 @@ class Embedder:
         return prompts[name]
 
     def _prompt_length(self, prompt: str) -> int:
-        """Count the tokens that a prompt takes of a text's, the special ones before it included."""
+        """Count a prompt's tokens, the special ones before it included; 0 where they are pooled as any other."""
+        own = self.settings.modules[:1]
+        if not prompt or not own or not isinstance(own[0], Pooling) or own[0].include_prompt:
+            return 0
         prompt = prompt.lower() if self.settings.lower_case else prompt
         alone = self.tokenizer.encode(prompt, add_special_tokens=False)
         whole = self.tokenizer.encode(prompt)

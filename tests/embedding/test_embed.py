@@ -170,7 +170,10 @@ def test_prompts_by_name_by_default_and_left_out_of_the_pooling(tmp_path, bert, 
         llm.embed("the cat", prompt="cat " * 50)
     edited = json.loads((tmp_path / "m/1_Pooling/config.json").read_text()) | {"include_prompt": True}
     (tmp_path / "m/1_Pooling/config.json").write_text(json.dumps(edited))
-    assert_close(load(tmp_path / "m").embed("the cat"), FORMULAS[mode](states, 0))
+    pooled = load(tmp_path / "m")
+    assert_close(pooled.embed("the cat"), FORMULAS[mode](states, 0))
+    cut = hidden_states(bert, ids_of("cat " * 50 + "the cat"))
+    assert_close(pooled.embed("the cat", prompt="cat " * 50), FORMULAS[mode](cut, 0))
 
 
 def test_a_projection_its_activation_and_its_residual(tmp_path, bert):
