@@ -39,7 +39,7 @@ from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import prepare
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import choose_parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
@@ -466,7 +466,7 @@ def load_model(
     progress: bool | None = None,
     check_memory: bool = True,
     **options: Unpack[LoadOptions],
-) -> TextModel:
+) -> LanguageModel:
     """Load a checkpoint into a model whose every weight is packed for the best kernel.
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".

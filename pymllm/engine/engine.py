@@ -20,7 +20,7 @@ from pymllm.errors import RequestError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select
 from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
 
 
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(
         self,
-        model: TextModel,
+        model: LanguageModel,
         *,
         parallel: Parallel,
         device: torch.device,

@@ -21,7 +21,7 @@ from pymllm.engine.request import Request
 from pymllm.engine.tape import NotRepeatable, why_not_recorded
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 
 # The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
@@ -36,7 +36,7 @@ SCORED_ROWS = 64
 class Runner:
     """One model on one device."""
 
-    def __init__(self, model: TextModel, device: torch.device, max_length: int = 0) -> None:
+    def __init__(self, model: LanguageModel, device: torch.device, max_length: int = 0) -> None:
         self.model, self.device, self.max_length = model, device, max_length
         # On a CPU decoding steps are recorded on tapes, on a GPU captured as graphs; eager_reason: why they are not.
         self.capture: Capture | None = None if device.type == "cpu" else capture_cuda_graph

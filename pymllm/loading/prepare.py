@@ -24,7 +24,7 @@ from pymllm.loading.side_settings import method_name, refuse_contradictions, sid
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
@@ -49,7 +49,7 @@ class Prepared:
     quant: RuledConfig
     execution: Execution
     parallel: Parallel
-    model: TextModel
+    model: LanguageModel
     units: tuple[Unit, ...]
     records: tuple[TensorRecord, ...]
     skipped: Skipped = ()
@@ -121,7 +121,7 @@ def prepare(
 
 def build_on_meta(
     config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
-) -> TextModel:
+) -> LanguageModel:
     """Build the model without data, every layer with its method."""
     with execution, parallel, torch.device("meta"):
         return build_model(config, rules)

@@ -19,7 +19,7 @@ from typing import Any
 from pymllm.config import ModelConfig
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.models.causal_lm import CausalLM
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_architecture import GGUFArchitecture
@@ -28,7 +28,7 @@ from pymllm.weights.tensor_file import TensorInfo
 # Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
 BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|layers|norm)\..*)": r"model.\1"}
 # Modules here that are no family.
-SHARED = ("causal_lm", "encoder", "text_model")
+SHARED = ("causal_lm", "encoder", "language_model")
 
 
 def list_model_types() -> list[str]:
@@ -41,7 +41,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(raw, _family(raw).DEFAULTS)
 
 
-def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> TextModel:
+def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:
     """Build the model's modules, their weights on the current default device (usually meta)."""
     return _family(config.raw).Model(config, quant_config)
 

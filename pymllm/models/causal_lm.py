@@ -20,7 +20,7 @@ from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.mlp import GatedMLP
 from pymllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
@@ -94,20 +94,19 @@ class Decoder(nn.Module):
         return normed
 
 
-class CausalLM(TextModel):
+class CausalLM(LanguageModel):
     """A decoder with its head.
 
     A family says in `attention_options` and `mlp_options` what differs from the usual blocks, or makes blocks of its
     own in `make_attention` and `make_mlp`.
 
     layer, attention, norm: the classes of layers, of their attention and of every norm.
-    embedding_scale: what embedded tokens are multiplied by.
     """
 
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     attention: ClassVar[type[SelfAttention]] = SelfAttention
     norm: ClassVar[type[RMSNorm]] = RMSNorm
-    embedding_scale = 1.0
+    lm_head: ParallelLMHead | None
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()

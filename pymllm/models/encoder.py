@@ -15,7 +15,7 @@ from pymllm.attention.attention import Attention
 from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError, nearest
 from pymllm.layers.linear import QKVParallelLinear
-from pymllm.models.text_model import TextModel
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
 
 SEES_LATER = "it is an encoder, each of whose tokens sees those after it"
@@ -126,7 +126,7 @@ class EncoderAttention(nn.Module):
         return self.attn(q, k, v)
 
 
-class Encoder(TextModel):
+class Encoder(LanguageModel):
     """The base of encoders, which give hidden states alone."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -48,7 +48,7 @@ class FloatModel:
             )
         self.modules = dict(model.named_modules())
         self.holders = dict(weight_holders(model))
-        self.embedding_scale = model.model.embedding_scale
+        self.embedding_scale = model.embedding_scale
         lengths = [len(window) for window in windows]
         self.ids = torch.tensor([token for window in windows for token in window])
         self.positions = torch.cat([torch.arange(length) for length in lengths])
