@@ -147,6 +147,8 @@ class LLM:
                 dtype=prepared.execution.dtype,
                 max_length=self.plan.kv_cache["max_model_len"],
                 cache_pages=self.plan.kv_cache["tokens"] // PAGE_SIZE,
+                state_slots=self.plan.kv_cache["requests"],
+                remembered_states=self.plan.kv_cache["remembered_states"],
                 end_tokens=self._end_tokens(),
                 sampling_kernel=prepared.execution.forced_kernel("sampling"),
                 prefix_reuse=prefix_reuse,

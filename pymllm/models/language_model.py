@@ -78,7 +78,7 @@ class LanguageModel(nn.Module):
 
     @property
     def why_not_repeated(self) -> str | None:
-        """Why decoding steps cannot be recorded and played back; None: nothing about the model stands in the way."""
+        """The reason why decoding steps cannot be recorded and replayed; None: the model does not stand in the way."""
         return None
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 class PlannedLayer:
     """One layer under its checkpoint name (the parts of a fused layer stand alone).
 
-    kind: linear, experts, router, embedding, lm_head or attention.
+    kind: linear, experts, router, embedding, lm_head, attention or recurrence.
     rule: the user's rule that decided, or None.  source: what decided.
     method: what runs; method_detail: with its settings; source_method: what the checkpoint holds.
     kernel: the one that runs it.  numerics: how its results differ from exact arithmetic.
@@ -24,6 +24,7 @@ class PlannedLayer:
     shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
     fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
     kv_bytes_per_token: of an attention layer's keys and values, on this rank.
+    state_bytes: of what a recurrence keeps of a request, on this rank.
     """
 
     prefix: str
@@ -43,13 +44,15 @@ class PlannedLayer:
     fused_with: list[str] = field(default_factory=list)
     tied_to: str | None = None
     kv_bytes_per_token: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """The plan of one rank; `to_dict` is the JSON, `str` a summary for people.
 
-    model, model_type: the checkpoint, and its config's.  device, dtype, compute: what it would run with.
+    model, model_type: the checkpoint, and its config's.  definition: what runs the type: a page of ours, as
+    "pymllm.models.llama", or a class of transformers'.  device, dtype, compute: what it would run with.
     tensor_parallel: this rank, and the sizes that the model can and cannot be divided over.
     elementwise, routing, sampling: the kernels of what has no weights, of routers, and of the choice of tokens.
     layers: attention layers last.
@@ -61,6 +64,7 @@ class Plan:
 
     model: str
     model_type: str
+    definition: str
     device: str
     dtype: str
     compute: str
@@ -75,8 +79,19 @@ class Plan:
     sampling: dict[str, Any] = field(default_factory=dict)
     kv_cache: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weighted_layers(self) -> list[PlannedLayer]:
+        """The layers that have weights: all but attention and recurrences."""
+        return [layer for layer in self.layers if layer.kind not in ("attention", "recurrence")]
+
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @property
+    def what_runs(self) -> str:
+        """The model type, and whose class runs it where that is none of ours."""
+        ours = self.definition.startswith("pymllm.")
+        return self.model_type if ours else f"{self.model_type}, {self.definition}"
 
     def layer(self, prefix: str) -> PlannedLayer:
         """Return the layer of this checkpoint name.  KeyError without one."""
@@ -90,9 +105,22 @@ class Plan:
         cache = self.kv_cache
         if not cache:
             return "no KV cache, as this model generates no text"
+        states = ""
+        if cache.get("state_bytes"):
+            states = (
+                f"; states of {cache['requests']} requests and {cache['remembered_states']} prefixes, "
+                f"{cache['state_bytes'] / 1e6:.1f} MB"
+            )
         return (
             f"KV cache of {cache['tokens']} tokens, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
-            f"a request has at most {cache['max_model_len']} tokens"
+            f"a request has at most {cache['max_model_len']} tokens{states}"
+        )
+
+    def describe_rates(self) -> str:
+        """Say what a token takes in the KV cache, and a request beside it."""
+        state = self.totals.get("state_bytes_per_request", 0)
+        return f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token" + (
+            f", state: {state} bytes a request" if state else ""
         )
 
     def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
@@ -106,13 +134,15 @@ class Plan:
     def __str__(self) -> str:
         ranks = self.tensor_parallel
         lines = [
-            f"{self.model} ({self.model_type}) on {self.device}, {self.dtype} activations, "
+            f"{self.model} ({self.what_runs}) on {self.device}, {self.dtype} activations, "
             f"rank {ranks['rank']} of {ranks['size']} (sizes that work: {', '.join(map(str, ranks['legal_sizes']))})"
         ]
         for first, names in self.groups():
             group = [layer for layer in self.layers if layer.prefix in set(names)]
             if first.kind == "attention":
                 size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
+            elif first.kind == "recurrence":
+                size = f"{sum(layer.state_bytes for layer in group)} bytes a request"
             else:
                 size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
             why = f"rule {first.rule}" if first.rule else first.source
@@ -122,8 +152,7 @@ class Plan:
             )
         lines.append(
             f"  weights {self.totals['weight_bytes'] / 1e6:.1f} MB, at most "
-            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, "
-            f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token"
+            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, {self.describe_rates()}"
         )
         if self.kv_cache:
             lines.append(f"  {self.describe_cache()}")

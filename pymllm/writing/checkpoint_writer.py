@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
-from pymllm.loading.head import HEAD
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_skipped
@@ -338,7 +337,10 @@ class CheckpointWriter:
         quantised = any(not isinstance(s.method, UnquantizedLinearMethod) for s in spelled.values())
         quantization = self.spelling.config(spelled | self._left_alone(spelled)) if quantised else None
         head = self.prepared.model.lm_head
-        tied = self.prepared.config.tie_word_embeddings or HEAD in self.prepared.quant.sources
+        tied = (
+            self.prepared.config.tie_word_embeddings
+            or self.prepared.config.head_names[0] in self.prepared.quant.sources
+        )
         untied = head is not None and tied and head.prefix in notes
         for path in files_to_copy(checkpoint.path):
             output.add_file(path.name, path.read_bytes())

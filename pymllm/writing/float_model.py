@@ -16,7 +16,7 @@ from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.held import weight_holders
 from pymllm.loading.prepare import Prepared, build_on_meta
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.encoder import Encoder
 from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import get_quantization_config
@@ -39,7 +39,7 @@ class FloatModel:
         plain = get_quantization_config("none").from_config({})
         plain.see_checkpoint(prepared.quant.stored)  # which layout experts have
         model = build_on_meta(prepared.config, RuledConfig(plain), execution, Parallel())
-        if not isinstance(model, CausalLM):
+        if isinstance(model, Encoder):
             raise ConfigError(
                 "a text runs through the blocks of decoders alone, and this model is an encoder",
                 code="calibration",
