@@ -105,7 +105,8 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     if file_name(str(raw.get("model_type"))) in known:
         return file_name(str(raw["model_type"]))
     architectures = raw.get("architectures")
-    classes = {_class_name(model_type): model_type for model_type in known}
+    decoders = (name for name in known if issubclass(_definition(name).Model, CausalLM))
+    classes = {_class_name(model_type): model_type for model_type in decoders}
     named = (
         [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     )

@@ -9,7 +9,7 @@ import torch
 
 import pymllm
 from pymllm.errors import CheckpointError, ConfigError, RuleError
-from pymllm.models import read_model_config
+from pymllm.models import find_definition, read_model_config
 from pymllm.parallel import simulate
 
 from .encoders import ENCODERS, TEXTS, edit_tensors, hidden_states, ids_of, make_model, write
@@ -184,6 +184,11 @@ def test_a_model_type_with_a_dash_is_planned_under_its_own_name(tmp_path):
     for options in ({"max_model_len": 10}, {"kv_memory": "1GB"}):
         with pytest.raises(ConfigError, match="KV cache"):
             pymllm.plan(folder, device="cpu", **options)
+
+
+def test_a_decoder_s_class_is_no_encoder():
+    assert find_definition({"model_type": "mine", "architectures": ["BertForCausalLM"]}) is None
+    assert find_definition({"model_type": "mine", "architectures": ["LlamaForCausalLM"]}) == "llama"
 
 
 @pytest.mark.parametrize("family", ENCODERS)
