@@ -58,9 +58,8 @@ void attention(const Attention &problem, Isa isa, int threads) {
       tile.request = request;
       tile.row_begin = row;
       tile.rows = std::min(size, rows - row);
-      const std::int64_t first_end = length - fresh + row / group + 1;
-      tile.key_begin = problem.window > 0 ? std::max<std::int64_t>(0, first_end - problem.window) : 0;
-      tile.key_end = length - fresh + (row + tile.rows - 1) / group + 1;
+      tile.key_begin = seen_at(problem, request, length - fresh + row / group).begin;
+      tile.key_end = seen_at(problem, request, length - fresh + (row + tile.rows - 1) / group).end;
       most_rows = std::max(most_rows, tile.rows);
       const std::int64_t keys = tile.key_end - tile.key_begin;
       // 8 rows of 160 keys take 10 us: of few rows, one and a key cost as much as two elements read.

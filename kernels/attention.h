@@ -1,4 +1,4 @@
-// Causal attention of one step: the queries of all requests over what their pages hold, with float32 arithmetic; and
+// Attention of one step, causal or in both directions: the queries of all requests over what their pages hold, with float32 arithmetic; and
 // storing new keys and values there.
 //
 // The query heads that share a key head are rows of one tile. Two regimes, told apart by the rows a tile has:
@@ -46,6 +46,7 @@ struct Attention {
   float scale = 1.0f;
   float soft_cap = 0.0f;   // 0: none
   std::int64_t window = 0; // positions that a query sees, its own included; 0: all
+  bool bidirectional = false; // a query sees what comes after it, too: to the end, or as far as the window reaches back
 };
 
 void attention(const Attention &problem, Isa isa, int threads);

@@ -24,8 +24,8 @@ void attention_(std::uintptr_t q, std::uintptr_t y, int type, std::int64_t q_str
                 std::uintptr_t v_scales, std::int64_t v_size, std::int64_t v_stride, int element,
                 std::int64_t scale_stride, std::uintptr_t pages, std::int64_t page_columns, std::int64_t page_size,
                 std::uintptr_t query_starts, std::uintptr_t lengths, std::int64_t requests, std::uintptr_t sinks,
-                std::int64_t heads, std::int64_t kv_heads, float scale, float soft_cap, std::int64_t window, int isa,
-                int threads) {
+                std::int64_t heads, std::int64_t kv_heads, float scale, float soft_cap, std::int64_t window,
+                bool bidirectional, int isa, int threads) {
   Attention problem;
   problem.q = at<void>(q);
   problem.y = at<void>(y);
@@ -45,6 +45,7 @@ void attention_(std::uintptr_t q, std::uintptr_t y, int type, std::int64_t q_str
   problem.scale = scale;
   problem.soft_cap = soft_cap;
   problem.window = window;
+  problem.bidirectional = bidirectional;
   attention(problem, static_cast<Isa>(isa), threads);
 }
 

@@ -177,11 +177,18 @@ struct Seen {
   std::int64_t begin, end;
 };
 
+// What the token at a position of a request sees.
+inline Seen seen_at(const Attention &problem, std::int64_t request, std::int64_t position) {
+  const std::int64_t length = problem.lengths[request], window = problem.window;
+  std::int64_t end = position + 1;
+  if (problem.bidirectional) end = window > 0 && window < length - position ? position + window : length;
+  return {window > 0 && position + 1 > window ? position + 1 - window : 0, end};
+}
+
 inline Seen seen_by(const Attention &problem, const AttentionTile &tile, std::int64_t row) {
   const std::int64_t fresh = problem.query_starts[tile.request + 1] - problem.query_starts[tile.request];
   const std::int64_t token = (tile.row_begin + row) / (problem.heads / problem.kv_heads);
-  const std::int64_t end = problem.lengths[tile.request] - fresh + token + 1;
-  return {problem.window > 0 && end > problem.window ? end - problem.window : 0, end};
+  return seen_at(problem, tile.request, problem.lengths[tile.request] - fresh + token);
 }
 
 // Where a row's query, and its result, lie.

@@ -7,13 +7,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import operator
-import reprlib
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,31 +26,32 @@ from pymllm.adapters import (
     unmerge_lora_weights,
 )
 from pymllm.adapters.loading import merged_adapter
+from pymllm.embedding.embedder import Embedder
 from pymllm.engine.engine import Engine
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
+from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
-from pymllm.errors import ConfigError, RequestError, nearest
+from pymllm.errors import RequestError, nearest
 from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import prepare
 from pymllm.models.language_model import LanguageModel
-from pymllm.parallel import Parallel, current_parallel
+from pymllm.parallel import choose_parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
+from pymllm.text.prompts import Prompt, as_prompts, token_ids_of
 from pymllm.text.tokenizer import read_json
 from pymllm.weights.report import LoadReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Prompt = str | Sequence[int]
 
 
 def shipped_model() -> Path:
@@ -92,8 +90,9 @@ class LLM:
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
 
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
+    pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
 
-    `plan` says what runs, and why. Several threads may use one LLM; they take turns.
+    `plan` says what runs, and why. Several threads may use one LLM; they take turns. An encoder only embeds.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
 
@@ -118,6 +117,7 @@ class LLM:
         kv_memory: int | str | None = None,
         prefix_reuse: bool = True,
         step_ms: float = STEP_MS,
+        pooling: str | Sequence[str] | None = None,
     ) -> None:
         check_step_ms(step_ms)
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
@@ -142,23 +142,40 @@ class LLM:
         self.path = prepared.checkpoint.path
         self.tokenizer = open_tokenizer(prepared.checkpoint)
         self._lock = threading.RLock()
-        self.engine = Engine(
-            self.model,
-            parallel=self.parallel,
-            device=torch.device(prepared.execution.device),
-            dtype=prepared.execution.dtype,
-            max_length=self.plan.kv_cache["max_model_len"],
-            cache_pages=self.plan.kv_cache["tokens"] // PAGE_SIZE,
-            state_slots=self.plan.kv_cache["requests"],
-            remembered_states=self.plan.kv_cache["remembered_states"],
-            end_tokens=self._end_tokens(),
-            sampling_kernel=prepared.execution.forced_kernel("sampling"),
-            prefix_reuse=prefix_reuse,
-            step_ms=step_ms,
-        )
+        where = torch.device(prepared.execution.device)
+        self._engine: Engine | None = None
+        if self.generates:
+            self._engine = Engine(
+                self.model,
+                parallel=self.parallel,
+                device=where,
+                dtype=prepared.execution.dtype,
+                max_length=self.plan.kv_cache["max_model_len"],
+                cache_pages=self.plan.kv_cache["tokens"] // PAGE_SIZE,
+                state_slots=self.plan.kv_cache["requests"],
+                remembered_states=self.plan.kv_cache["remembered_states"],
+                end_tokens=self._end_tokens(),
+                sampling_kernel=prepared.execution.forced_kernel("sampling"),
+                prefix_reuse=prefix_reuse,
+                step_ms=step_ms,
+            )
+        runner = Runner(self.model, where) if self._engine is None else self._engine.runner
         self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
+        self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
+
+    @property
+    def generates(self) -> bool:
+        """True for a model that generates text; False for one that only embeds it."""
+        return self.model.why_no_text is None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that generates.  ConfigError for a model that does not."""
+        self.model.check_generates()
+        assert self._engine is not None
+        return self._engine
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
@@ -248,7 +265,7 @@ class LLM:
 
         RequestError for an id outside of it, or a prompt that is neither text nor ids.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids_of(prompt)
         vocabulary = self.config.size("vocab_size")
         bad = next((token for token in ids if not 0 <= token < vocabulary), None)
         if bad is not None:
@@ -261,17 +278,44 @@ class LLM:
             )
         return ids
 
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        pooling: str | Sequence[str] | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Tensor:
+        """Make the vectors of texts, as sentence-transformers makes them of the same folder (docs/embeddings.md).
+
+        texts: one or several, text or token ids each. A text is cut at the folder's max_seq_length; ids are taken as
+        they are.
+        prompt_name: of a prompt of the folder that is put before each text; None: its default, if it has one.
+        prompt: a prompt of its own in place of that.
+        pooling: cls, max, mean, mean_sqrt_len_tokens, weightedmean, lasttoken, or several; None: as the folder says.
+        normalize: whether vectors have length 1; None: as the folder says.
+        dimensions: how many numbers of each vector are kept; what had length 1 has it again.
+        adapter: the name of one in `adapters`, or None.
+        Returns [N, D] float32 on the CPU, or [D] for a single text.
+        """
+        options = self.embedder.options(pooling, normalize, dimensions, self.check_adapter(adapter))
+        return self.embedder.embed(texts, options, prompt_name, prompt)
+
     def logits(self, token_ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Compute the logits after each of the tokens, in one forward without a cache.
 
         adapter: the name of one in `adapters`, or None.  Returns [T, V] float32 on the CPU.
         """
+        runner = self.engine.runner
         self.check_adapter(adapter)
         ids = self.encode(token_ids)  # type: ignore[arg-type]
         if not ids:
             return torch.zeros((0, self.config.size("vocab_size")))
         with self._lock:
-            return self.engine.runner.logits(ids, adapter).float().cpu()
+            return runner.logits(ids, adapter).float().cpu()
 
     def generate(
         self,
@@ -288,7 +332,8 @@ class LLM:
         adapter: one for all, or one each: the name of one in `adapters`, or None.
         outputs: records every step, for metrics and trajectories, one an answer: `GenerationOutputs` of the sum of n.
         """
-        many = self._as_list(prompts)
+        self.model.check_generates()
+        many = as_prompts(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
         names = [adapter] * len(many) if adapter is None or isinstance(adapter, str) else list(adapter)
         for what, given in (("params", each), ("adapter", names)):
@@ -348,6 +393,7 @@ class LLM:
         outputs: GenerationOutputs | None = None,
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Answer several prompts at a time, piece by piece, each with the index of its prompt; else as `stream`."""
+        self.model.check_generates()
         ids = [
             self.encode(prompt) for prompt in prompts
         ]  # so that a bad one fails here, not at the first piece
@@ -375,15 +421,8 @@ class LLM:
 
         messages: [{"role": ..., "content": ...}].  params, adapter: as for `generate`.
         """
+        self.model.check_generates()
         return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
-
-    @staticmethod
-    def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        if isinstance(prompts, Tensor):
-            prompts = prompts.tolist()
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
-            return [prompts]  # type: ignore[list-item]
-        return list(prompts)  # type: ignore[arg-type]
 
     def _run(
         self,
@@ -462,39 +501,3 @@ def load_model(
     if check_memory:
         check_fits(prepared, make_plan(prepared))
     return load_prepared(prepared, progress=progress)
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    """Read a prompt of token ids, whatever holds them.  RequestError for anything but whole numbers."""
-    try:
-        return [
-            operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)
-        ]
-    except TypeError:
-        raise RequestError(
-            "a prompt is neither text nor token ids",
-            code="prompt",
-            tensor="prompt",
-            expected="a string, or a sequence of whole numbers",
-            found=reprlib.repr(prompt),
-        ) from None
-
-
-def choose_parallel(size: int, expert_parallel: bool = False) -> Parallel:
-    """Choose the current `Parallel`, or the one that torchrun started.
-
-    size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
-    expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
-    """
-    parallel = current_parallel()
-    if parallel.size == 1:
-        parallel = Parallel.from_environment()
-    if size not in (1, parallel.size):
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",
-            code="tp-processes",
-            expected=f"{size} processes",
-            found=str(parallel.size),
-            fix=f"Start with: torchrun --nproc-per-node {size} -m pymllm ... (or your script).",
-        )
-    return replace(parallel, expert_parallel=expert_parallel or parallel.expert_parallel)

@@ -81,6 +81,7 @@ class ModelConfig:
         self.raw = dict(raw)
         self.defaults = dict(defaults or {})
         self.asked: set[str] = set()  # the settings that were looked up
+        self.headless = False  # True for a decoder whose checkpoint has no head, and ties none
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("raw", "defaults", "asked"):
@@ -144,6 +145,12 @@ class ModelConfig:
     def untied(self) -> ModelConfig:
         """Return the same config for a head with weights of its own."""
         return ModelConfig({**self.raw, "tie_word_embeddings": False}, self.defaults)
+
+    def without_head(self) -> ModelConfig:
+        """Return the same config for a decoder that has no head."""
+        config = ModelConfig(self.raw, self.defaults)
+        config.headless = True
+        return config
 
     @property
     def tie_word_embeddings(self) -> bool:

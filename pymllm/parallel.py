@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -270,3 +270,23 @@ def simulate(size: int, work: Callable[[Parallel], R], *, expert_parallel: bool 
     if failures:
         raise failures[0]
     return results
+
+
+def choose_parallel(size: int, expert_parallel: bool = False) -> Parallel:
+    """Choose the current `Parallel`, or the one that torchrun started.
+
+    size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
+    expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
+    """
+    parallel = current_parallel()
+    if parallel.size == 1:
+        parallel = Parallel.from_environment()
+    if size not in (1, parallel.size):
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",
+            code="tp-processes",
+            expected=f"{size} processes",
+            found=str(parallel.size),
+            fix=f"Start with: torchrun --nproc-per-node {size} -m pymllm ... (or your script).",
+        )
+    return replace(parallel, expert_parallel=expert_parallel or parallel.expert_parallel)

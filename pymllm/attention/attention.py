@@ -30,6 +30,7 @@ class Attention(WeightHolder):
     attn_impl: "auto", or a kernel's name.  sliding_window: how many positions a query sees; None: all of them.
     value_head_dim: the size of a value head; None: head_dim.  soft_cap: the limit of the scaled logits; None: no limit.
     sinks: whether `forward` gets one more logit for each head, which takes part in the softmax without a value.
+    bidirectional: whether a query sees what comes after it, too, as in an encoder, which caches nothing.
     quant_method: how keys and values are stored; None: as quant_config says, else in the activations' dtype.
     kv_heads: this rank's span of the key heads, for scales that have one element a head.
     prefix: the layer's name.  The checkpoint names scales after the module around the layer.
@@ -48,6 +49,7 @@ class Attention(WeightHolder):
         value_head_dim: int | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
+        bidirectional: bool = False,
         quant_method: KVCacheMethodBase | None = None,
         quant_config: QuantizationConfig | None = None,
         kv_heads: Span | None = None,
@@ -69,7 +71,7 @@ class Attention(WeightHolder):
         self.shape = LinearShape(
             Span.full(1), (kv_heads or Span.full(num_kv_heads),), (prefix.rpartition(".")[0],), torch.float32
         )
-        if quant_method is None and quant_config is not None:
+        if quant_method is None and quant_config is not None and not bidirectional:
             quant_method = quant_config.get_kv_cache_method(self, prefix)
         self.quant_method: KVCacheMethodBase = quant_method or UnquantizedKVCacheMethod()
         self.quant_method.create_weights(self)
@@ -83,10 +85,11 @@ class Attention(WeightHolder):
             scale=scale,
             dtype=execution.dtype,
             device=probe_device(execution.device),
-            kv=self.quant_method.kv_type(execution.kv_dtype or execution.dtype),
+            kv=self.quant_method.kv_type((None if bidirectional else execution.kv_dtype) or execution.dtype),
             sliding_window=sliding_window,
             soft_cap=soft_cap,
             sinks=sinks,
+            bidirectional=bidirectional,
         )
         self.forced = execution.forced_kernel("attention") if attn_impl == "auto" else attn_impl
         self.selection: Selection[AttentionKernel] = select("attention", self.problem, self.forced)
@@ -102,12 +105,13 @@ class Attention(WeightHolder):
         problem, method, kernel = self.problem, self.quant_method, self.selection.kernel
         quantised = isinstance(method, QuantizedKVCacheMethod)
         numerics = getattr(kernel, "numerics", None)
+        cache = f"KV cache in {method.describe() if quantised else problem.kv}"
         rounding = f"keys and values rounded to {method.name}, " if quantised else ""
         yield Description(
             self.prefix,
             "attention",
             method,
-            f"KV cache in {method.describe() if quantised else problem.kv}",
+            "no KV cache" if problem.bidirectional else cache,
             self.selection,
             rounding + ("float32 accumulation" if numerics is None else numerics(problem)),
             False,
@@ -122,6 +126,8 @@ class Attention(WeightHolder):
 
     def cache_bytes_per_token(self) -> int:
         """Return the bytes that the keys and values of a token take, on this rank."""
+        if self.problem.bidirectional:
+            return 0
         return self.problem.kv.bytes_per_token(self.num_kv_heads, self.head_dim, self.value_head_dim)
 
     def attach_cache(self, num_pages: int, page_size: int, device: torch.device) -> None:

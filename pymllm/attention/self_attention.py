@@ -26,6 +26,7 @@ class SelfAttention(nn.Module):
     there is one name, q, k and v lie side by side in that tensor.  qk_norm: the norm of each head of q and k (Qwen3).
     scale: the factor of the logits; None: 1 / sqrt(head size).  soft_cap: the limit of the scaled logits.
     sinks: whether each head has one more logit, which takes part in the softmax without a value (gpt_oss).
+    bidirectional: whether a token sees those after it, too; a window then has half of its positions on either side.
     reads_input: the names of the layers that multiply the hidden states as they come.  qkv_layer: the class of the
     layer of q, k and v.
     """
@@ -48,8 +49,12 @@ class SelfAttention(nn.Module):
         scale: float | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
+        window = config.sliding_window_of(layer)
+        if bidirectional and window is not None:
+            window = window // 2 + 1
         head_dim, num_heads = config.head_dim, config.size("num_attention_heads")
         self.config, self.head_dim = config, head_dim
         self.qkv_proj = self.qkv_layer(
@@ -87,9 +92,10 @@ class SelfAttention(nn.Module):
             head_dim,
             head_dim**-0.5 if scale is None else scale,
             self.qkv_proj.num_kv_heads_local,
-            sliding_window=config.sliding_window_of(layer),
+            sliding_window=window,
             soft_cap=soft_cap,
             sinks=sinks,
+            bidirectional=bidirectional,
             quant_config=quant_config,
             kv_heads=self.qkv_proj.kv_heads,
             prefix=f"{prefix}.attn",

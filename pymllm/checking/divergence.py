@@ -94,6 +94,7 @@ def measure_end_to_end(
     prepared, model: what `prepare` and `load_prepared` made.  arguments: those of `prepare` to make it again, but for
     dtype, compute and kernels.  tokens: how many ids.  window: how many of these are run together.
     """
+    model.check_generates()
     windows = (
         random_windows(prepared.config, tokens, window)
         if text is None

@@ -115,6 +115,7 @@ def execute(args: argparse.Namespace) -> int:
         **engine_arguments(args),
         check_memory=args.check_memory,
     )
+    llm.model.check_generates()
     startup_seconds = time.perf_counter() - started
     params = llm.default_params(**chosen)
     # torchrun gives stdin to one rank only.

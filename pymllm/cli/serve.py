@@ -77,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long a step may take that reads prompts beside answers; default: 150 ms",
     )
     group.add_argument(
+        "--pooling",
+        metavar="MODE",
+        help="how /v1/embeddings makes a vector of a text: mean, cls or lasttoken, say; default: as the folder says",
+    )
+    group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
 
@@ -155,6 +160,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         **engine_arguments(args),
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         check_memory=args.check_memory,
+        pooling=args.pooling,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(

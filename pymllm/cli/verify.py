@@ -60,8 +60,8 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("--plot draws what --compare finds; give --compare too")
     if args.compare:
         return _compare(args)
-    from pymllm.api import choose_parallel
     from pymllm.checking.verify import verify
+    from pymllm.parallel import choose_parallel
 
     with choose_parallel(args.tensor_parallel_size, args.expert_parallel):
         verification = verify(

@@ -70,6 +70,35 @@ class Runner:
         )
         return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
+    @torch.no_grad()
+    def hidden_states(self, texts: Sequence[Sequence[int]], adapter: str | None = None) -> Tensor:
+        """Run the model over several texts side by side, without a cache.
+
+        texts: the token ids of each, at least one.  adapter: as for `logits`.
+        Returns the hidden states of all tokens in order, [T, H].
+        """
+        counts = [len(text) for text in texts]
+        bounds = [0, *accumulate(counts)]
+        metadata = AttnMetaDataBase(
+            is_prefill=True,
+            cu_seqlens_q=self._int32(bounds),
+            cu_seqlens_k=self._int32(bounds),
+            max_seqlen_q=max(counts),
+            max_seqlen_k=max(counts),
+            context_lens=self._int32(counts),
+            query_starts=bounds,
+            lengths=counts,
+        )
+        ids = torch.tensor([token for text in texts for token in text], device=self.device)
+        positions = torch.tensor([place for count in counts for place in range(count)], device=self.device)
+        set_fetch_fn_for_attn_metadata(_metadata.get)
+        token = _metadata.set(metadata)
+        try:
+            with use_adapters(AdapterBatch.of([adapter] * bounds[-1], self.device)):
+                return self.model(ids, positions)
+        finally:
+            _metadata.reset(token)
+
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
         """Run the tokens that the scheduler gave each request.
 

@@ -58,6 +58,7 @@ class AttentionProblem:
 
     scale: the factor of the products of queries and keys.  value_head_dim: differs from head_dim for MLA.
     sliding_window: a query sees so many positions, its own included; None: all.
+    bidirectional: a query sees what comes after it, too: to the end, or as far as sliding_window reaches back.
     soft_cap: scaled products p become soft_cap * tanh(p / soft_cap).  sinks: each head has one more logit, which
     takes part in the softmax and brings no value.  kv: the form in which the cache stores keys and values.
     block_causal: a query sees its whole block (`AttentionStep.block_size`), not just what lies before it.
@@ -76,6 +77,7 @@ class AttentionProblem:
     soft_cap: float | None = None
     sinks: bool = False
     block_causal: bool = False
+    bidirectional: bool = False
 
 
 @dataclass(eq=False)
@@ -218,9 +220,12 @@ class AttentionStep:
 
         return self.once(("slots", request, first), make)
 
-    def visible(self, request: int, first: int, sliding_window: int | None) -> Tensor:
+    def visible(
+        self, request: int, first: int, sliding_window: int | None, bidirectional: bool = False
+    ) -> Tensor:
         """Mark the positions from `first` that each new token of a request sees.
 
+        bidirectional: as of the layer's `AttentionProblem`.
         Returns [new tokens, length - first] bool.
         """
 
@@ -233,7 +238,9 @@ class AttentionStep:
             key = torch.arange(first, length, device=device)[None, :]
             table = self.status_table
             reading = table is None or self.once("states", table.tolist)[request] == 0
-            if self.block_size == 1 or (self.prefix_causal and reading):
+            if bidirectional:
+                seen = key < (length if sliding_window is None else query + sliding_window)
+            elif self.block_size == 1 or (self.prefix_causal and reading):
                 seen = key <= query
             else:
                 seen = key < (query // self.block_size + 1) * self.block_size
@@ -245,7 +252,7 @@ class AttentionStep:
                 seen = seen & ~(hole & (key < cached))
             return seen
 
-        return self.once(("visible", request, first, sliding_window), make)
+        return self.once(("visible", request, first, sliding_window, bidirectional), make)
 
 
 def seen_kv(

@@ -1,10 +1,11 @@
-"""RMSNorm, with the residual sum fused into it."""
+"""RMSNorm, with the residual sum fused into it; and LayerNorm."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
@@ -51,6 +52,24 @@ class RMSNorm(WeightHolder):
         if codes is not None:
             return self.kernel.rms_norm(x, self.weight, self.eps, residual, codes)
         return self.kernel.rms_norm(x, self.weight, self.eps, residual)
+
+
+class LayerNorm(WeightHolder):
+    """(x - mean(x)) / sqrt(variance(x) + eps), times a weight, plus a bias where there is one."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, hidden_size: int, eps: float, has_bias: bool = True) -> None:
+        super().__init__()
+        execution, self.eps = current_execution(), eps
+        dtype = None if execution is None else execution.dtype
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype), requires_grad=False)
+        bias = nn.Parameter(torch.zeros(hidden_size, dtype=dtype), requires_grad=False)
+        self.register_parameter("bias", bias if has_bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x: [*, H].  Returns the same shape."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class GemmaRMSNorm(RMSNorm):

@@ -51,6 +51,20 @@ def find_own_head(checkpoint: Checkpoint, config: ModelConfig) -> StoredHead:
     return StoredHead(equal=equal)
 
 
+def lacks_head(checkpoint: Checkpoint, config: ModelConfig, bare: bool) -> bool:
+    """Tell whether a decoder was saved without its head, which no embedding stands in for: for embeddings, say.
+
+    bare: whether its tensors are named as in a model without a head (`pymllm.models.rename_tensors`); the class that
+    config.json names may say so, too. Any other checkpoint whose head is not there is incomplete: matching refuses it.
+    """
+    if config.tie_word_embeddings or any(
+        name.startswith(f"{config.head_names[0]}.") for name in checkpoint.tensors
+    ):
+        return False
+    named = config.raw.get("architectures")
+    return bare or (isinstance(named, list) and len(named) == 1 and str(named[0]).endswith("Model"))
+
+
 def same_tensor(one: TensorInfo, other: TensorInfo) -> bool:
     """Tell whether two tensors of files have the same dtype, shape and bytes, reading up to the first difference."""
     if (one.dtype_name, one.shape) != (other.dtype_name, other.shape):

@@ -18,12 +18,12 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.absorbed_heads import join_absorbed_heads
-from pymllm.loading.head import find_own_head
+from pymllm.loading.head import find_own_head, lacks_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.side_settings import method_name, refuse_contradictions, side_files
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
-from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
+from pymllm.models import build_model, find_definition, gguf_architectures, read_model_config, rename_tensors
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
@@ -76,10 +76,12 @@ def prepare(
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config, definition)
     _check_sizes(config, checkpoint)
-    rename_tensors(checkpoint, config)
+    bare = rename_tensors(checkpoint, config)
     head = find_own_head(checkpoint, config)
     if head.own:
         config = config.untied()
+    elif find_definition(config.raw) is not None and lacks_head(checkpoint, config, bare):
+        config = config.without_head()
     stored = read_quantization_config(checkpoint)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     if join_absorbed_heads(checkpoint, stored, config):

@@ -1,5 +1,7 @@
 """Model definitions: one file a family, named by Hugging Face's `model_type`, without any loading code.
 
+A name of Python's has no "-": xlm-roberta is xlm_roberta.py.
+
 A file defines `Model`, which is built from a `ModelConfig`; `DEFAULTS`, the settings that a config.json may leave out;
 where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`; and where its
 checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements. Where the
@@ -17,6 +19,7 @@ from typing import Any
 
 from pymllm.config import ModelConfig, with_text_config
 from pymllm.errors import CheckpointError, unknown_name
+from pymllm.models.causal_lm import CausalLM
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
 from pymllm.models.generic.model import GenericModel
 from pymllm.models.generic.names import rename
@@ -26,8 +29,10 @@ from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.tensor_file import TensorInfo
 
+# Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
+BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|layers|norm)\..*)": r"model.\1"}
 # Modules here that are no family.
-SHARED = ("causal_lm", "generic", "language_model")
+SHARED = ("causal_lm", "encoder", "generic", "language_model")
 
 # Whose modules run a model type: ours where there is a page, or transformers' in any case.
 DEFINITIONS = ("auto", "transformers")
@@ -69,15 +74,20 @@ def gguf_architectures() -> dict[str, GGUFArchitecture]:
     return found
 
 
-def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> bool:
     """Give the checkpoint's tensors the names that their family's definition has for them.
 
+    Returns True for a decoder that was saved without its head, as its names said.
     CheckpointError where two tensors would have one name.
     """
     if isinstance(config, GenericConfig):
         checkpoint.tensors = rename(config.skeleton, checkpoint.tensors)
-        return
-    patterns = vars(_family(checkpoint.config)).get("RENAMED", {})
+        return False
+    family = _family(checkpoint.config)
+    patterns = dict(vars(family).get("RENAMED", {}))
+    bare = issubclass(family.Model, CausalLM) and not any(map(BODY.match, checkpoint.tensors))
+    if bare:
+        patterns |= BODY_RENAMED
     renamed: dict[str, TensorInfo] = {}
     for stored, info in checkpoint.tensors.items():
         name = stored
@@ -93,6 +103,7 @@ def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             )
         renamed[name] = info if name == stored else replace(info, name=name)
     checkpoint.tensors = renamed
+    return bare
 
 
 def find_definition(raw: Mapping[str, Any]) -> str | None:
@@ -102,10 +113,11 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     Returns the definition's model type, or None.
     """
     known = list_model_types()
-    if raw.get("model_type") in known:
-        return str(raw["model_type"])
+    if file_name(str(raw.get("model_type"))) in known:
+        return file_name(str(raw["model_type"]))
     architectures = raw.get("architectures")
-    classes = {_class_name(model_type): model_type for model_type in known}
+    decoders = (name for name in known if issubclass(_definition(name).Model, CausalLM))
+    classes = {_class_name(model_type): model_type for model_type in decoders}
     named = (
         [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     )
@@ -115,6 +127,11 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     brought = raw.get("auto_map")
     own = brought.get("AutoModelForCausalLM") if isinstance(brought, Mapping) else None
     return classes[named[0]] if own is None or str(own).rpartition(".")[2] == named[0] else None
+
+
+def file_name(model_type: str) -> str:
+    """Return the name of the file that a model type's definition would have: xlm-roberta -> xlm_roberta."""
+    return model_type.replace("-", "_")
 
 
 def _class_name(model_type: str) -> str:

@@ -128,10 +128,10 @@ class CausalLM(LanguageModel):
     layer, attention, norm: the classes of layers, of their attention and of every norm.
     """
 
-    lm_head: ParallelLMHead
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     attention: ClassVar[type[SelfAttention]] = SelfAttention
     norm: ClassVar[type[RMSNorm]] = RMSNorm
+    lm_head: ParallelLMHead | None
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
@@ -144,13 +144,15 @@ class CausalLM(LanguageModel):
             layers.append(self.layer(config, attention, mlp, self.norm))
         decoder = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
         self.model = decoder if config.decoder_path == "model" else LanguageTower(decoder)
-        self.lm_head = ParallelLMHead(
-            config.size("vocab_size"),
-            config.size("hidden_size"),
-            tied_to=decoder.embed_tokens if config.tie_word_embeddings else None,
-            prefix="lm_head",
-            quant_config=quant_config,
-        )
+        self.lm_head = None
+        if not config.headless:
+            self.lm_head = ParallelLMHead(
+                config.size("vocab_size"),
+                config.size("hidden_size"),
+                tied_to=decoder.embed_tokens if config.tie_word_embeddings else None,
+                prefix="lm_head",
+                quant_config=quant_config,
+            )
 
     def attention_options(self) -> dict[str, Any]:
         """Return the keywords of `SelfAttention` that this family sets."""
@@ -172,10 +174,6 @@ class CausalLM(LanguageModel):
         return GatedMLP(hidden, intermediate, prefix=prefix, quant_config=quant_config, **self.mlp_options())
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
-        """Return why the model does not need a tensor, and the proof; None: it may not be skipped.
-
-        tensor: its name.  stored: all of the checkpoint's, by name.
-        """
         module, _, suffix = tensor.rpartition(".")
         if suffix == "inv_freq" and module.rpartition(".")[2].startswith("rotary_emb"):
             owner = dict(self.named_modules()).get(module.rpartition(".")[0], nn.Module())
@@ -198,6 +196,8 @@ class CausalLM(LanguageModel):
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
+        if self.lm_head is None:
+            raise self.no_text()
         return self.lm_head(hidden, gather_all=gather_all)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError
@@ -25,14 +25,15 @@ GGUF = {"gemma": GGUFArchitecture("gemma", norms_raised_by=1.0)}
 
 
 class Model(CausalLM):
-    """GemmaForCausalLM."""
+    """GemmaForCausalLM.  both_ways: whether the family has encoders, whose tokens see those after them."""
 
     norm = GemmaRMSNorm
+    both_ways: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
-        if config.use_bidirectional_attention:
+        if config.use_bidirectional_attention and not self.both_ways:
             raise ConfigError(
-                "this model attends to later tokens too, so it cannot generate text",
+                "this model attends to later tokens too, which this family does not have here",
                 code="config-value",
                 file="config.json",
                 tensor="use_bidirectional_attention",

@@ -5,8 +5,13 @@ Five layers of six slide, and have a base of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
+from pymllm.config import ModelConfig
 from pymllm.layers.layernorm import GemmaRMSNorm
 from pymllm.models import gemma2
+from pymllm.models.encoder import SEES_LATER
+from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.gguf_architecture import LAYER_MODULES, GGUFArchitecture
 
 DEFAULTS = {
@@ -33,6 +38,19 @@ GGUF = {
 
 
 class Model(gemma2.Model):
-    """Gemma3ForCausalLM."""
+    """Gemma3ForCausalLM; or an encoder, without a head (EmbeddingGemma)."""
 
     qk_norm = GemmaRMSNorm
+    both_ways = True
+
+    def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
+        self.sees_all = bool(config.use_bidirectional_attention)
+        super().__init__(config.without_head() if self.sees_all else config, quant_config)
+
+    @property
+    def why_no_text(self) -> str | None:
+        """The reason why the model cannot generate text; None: it can."""
+        return SEES_LATER if self.sees_all else super().why_no_text
+
+    def attention_options(self) -> dict[str, Any]:
+        return {**super().attention_options(), "bidirectional": self.sees_all}

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pymllm.config import ModelConfig
+from pymllm.errors import ConfigError
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
 
@@ -17,7 +18,7 @@ from pymllm.weights.report import Skip
 class LanguageModel(nn.Module):
     """A model of tokens: hidden states from ids and positions, logits from hidden states.
 
-    config: the checkpoint's.  lm_head: the layer that makes logits.
+    config: the checkpoint's.  lm_head: the layer that makes logits; None: the model gives hidden states alone.
     embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
@@ -47,13 +48,37 @@ class LanguageModel(nn.Module):
         return None
 
     @property
+    def max_length(self) -> int:
+        """The most tokens that the model knows positions for."""
+        return self.config.size("max_position_embeddings")
+
+    @property
+    def why_no_text(self) -> str | None:
+        """The reason why the model cannot generate text; None: it can."""
+        return None if self.lm_head is not None else "the checkpoint has no head, so there are no next tokens"
+
+    def check_generates(self) -> None:
+        """Raise ConfigError for a model that does not generate text."""
+        if self.why_no_text is not None:
+            raise self.no_text()
+
+    def no_text(self) -> ConfigError:
+        """Make the error for a wish that only a model with next tokens can fulfil."""
+        return ConfigError(
+            f"this model does not generate text: {self.why_no_text}",
+            code="no-text",
+            tensor=str(self.config.raw.get("model_type")),
+            fix="Use it for embeddings: llm.embed(texts), or POST /v1/embeddings.",
+        )
+
+    @property
     def keys_depend_on_length(self) -> bool:
         """True if the keys of a token are others where more tokens follow in the same step."""
         return False
 
     @property
     def why_not_repeated(self) -> str | None:
-        """Why decoding steps cannot be recorded and played back; None: nothing about the model stands in the way."""
+        """The reason why decoding steps cannot be recorded and replayed; None: the model does not stand in the way."""
         return None
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -62,4 +87,4 @@ class LanguageModel(nn.Module):
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
-        raise NotImplementedError
+        raise self.no_text()

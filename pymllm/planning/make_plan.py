@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pymllm.embedding.settings import read_settings
 from pymllm.engine.graphs import why_not_captured
 from pymllm.engine.kv_memory import choose_cache_size
+from pymllm.errors import ConfigError, PymllmError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
 from pymllm.kernels.registry import Selection, select
@@ -25,7 +27,7 @@ from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
-from pymllm.models import find_definition
+from pymllm.models import file_name, find_definition
 from pymllm.planning.plan import Plan, PlannedLayer
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.kv_cache import KVCacheMethodBase
@@ -102,18 +104,27 @@ def make_plan(
         "kv_cache_bytes_per_token": sum(holder.cache_bytes_per_token() for holder in holders),
         "state_bytes_per_request": sum(holder.state_bytes() for holder in holders),
     }
-    cache = choose_cache_size(
-        prepared.config.size("max_position_embeddings"),
-        totals["kv_cache_bytes_per_token"],
-        _free_beside(weight_bytes, prepared.execution.device),
-        max_model_len=max_model_len,
-        kv_memory=kv_memory,
-        state_bytes=totals["state_bytes_per_request"],
-    )
+    cache = {}
+    if prepared.model.why_no_text is None:
+        size = choose_cache_size(
+            prepared.model.max_length,
+            totals["kv_cache_bytes_per_token"],
+            _free_beside(weight_bytes, prepared.execution.device),
+            max_model_len=max_model_len,
+            kv_memory=kv_memory,
+            state_bytes=totals["state_bytes_per_request"],
+        )
+        cache = asdict(size)
+    elif max_model_len is not None or kv_memory is not None:
+        raise ConfigError(
+            f"max_model_len and kv_memory are for a KV cache, which this model has not: {prepared.model.why_no_text}",
+            code="no-kv-cache",
+            fix="Leave them out.",
+        )
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
     device = probe_device(prepared.execution.device)
-    on_gpu = device.type != "cpu"
+    on_gpu = device.type != "cpu" and prepared.model.why_no_text is None
     sampling = select("sampling", SamplingProblem(device), prepared.execution.forced_kernel("sampling"))
     eager = why_not_captured(prepared.model, binder) if on_gpu else None
     return Plan(
@@ -145,7 +156,7 @@ def make_plan(
         routing=_plan_routing(holders, binder),
         decoding_graph={"captured": eager is None, "why_not": eager} if on_gpu else None,
         sampling={"kernel": sampling.kernel.name, "refused": explain(sampling)},
-        kv_cache=asdict(cache),
+        kv_cache=cache,
     )
 
 
@@ -211,6 +222,19 @@ def _plan_routing(holders: Iterable[WeightHolder], binder: Binder) -> list[dict[
     ]
 
 
+def _embedding_notes(prepared: Prepared) -> list[str]:
+    """Say how vectors are made of the model's hidden states, or what stands in the way."""
+    try:
+        settings = read_settings(prepared.checkpoint.path, prepared.model.max_length)
+    except PymllmError as error:
+        return [f"no embeddings: {error}"]
+    if settings.modules:
+        return [f"embeddings: {settings}; texts are cut at {settings.max_length} tokens"]
+    if prepared.model.why_no_text is None:
+        return []
+    return ["the checkpoint does not say how to make vectors: embed(texts, pooling=...) has to choose"]
+
+
 def _rules(prepared: Prepared) -> list[dict[str, Any]]:
     """Count for each of the user's rules how many layers it names, and how many it decides as the first that does."""
     found = []
@@ -249,7 +273,7 @@ def _notes(
     named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
     if run is None:
         notes.append(f"there is no page for the model type {named!r}; it runs {prepared.model.definition}")
-    elif named != run:
+    elif file_name(str(named)) != run:
         notes.append(
             f"there is no definition for the model type {named!r}; its architecture is that of {run}"
         )
@@ -293,6 +317,7 @@ def _notes(
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():
         notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
+    notes += _embedding_notes(prepared)
     notes += prepared.quant.checkpoint_config.notes
     for reason, count in Counter(record.reason for record in prepared.records).items():
         notes.append(f"{count} checkpoint tensors are not needed: {reason}")

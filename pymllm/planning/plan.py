@@ -58,7 +58,8 @@ class Plan:
     layers: attention layers last.
     totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
-    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`.
+    kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`; {} where no
+    text is generated.
     """
 
     model: str
@@ -102,6 +103,8 @@ class Plan:
     def describe_cache(self) -> str:
         """Say how large the KV cache is and what decided so, in a line."""
         cache = self.kv_cache
+        if not cache:
+            return "no KV cache, as this model generates no text"
         states = ""
         if cache.get("state_bytes"):
             states = (

@@ -308,7 +308,9 @@ class RuledConfig(QuantizationConfig):
             raise RuleError(
                 "; ".join(problems).rstrip("."),
                 code="rule-unmatched" if "matches no layer" in problems[0] else "rule-shadowed",
-                fix=f"Layers are named like {names[0]}; see `pymllm plan`." if names else None,
+                fix=f"Layers are named like {names[0]}; see `pymllm plan`."
+                if names
+                else "No layer of this model takes such a rule.",
             )
 
     @staticmethod

@@ -90,6 +90,7 @@ def search_rules(
         prepared = prepare(
             resolve_model_path(model, revision), device="cpu", dtype="float32", compute="exact"
         )
+        prepared.model.check_generates()
         chosen = read_methods(methods, prepared.config.dtype or torch.float32)
         with prepared.checkpoint:
             steps, weights, left = list_weights(prepared, keep_fused=keep_fused)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from pymllm.embedding.embedder import EmbeddingInput
 from pymllm.engine.request import RequestOutput, TokenLogprobs
 from pymllm.text.tokenizer import Tokenizer
 
@@ -24,6 +28,24 @@ def usage_of(outputs: Sequence[RequestOutput], n: int = 1) -> dict[str, Any]:
         "total_tokens": prompt + answer,
         "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in outputs[::n])},
     }
+
+
+def embedding_answer(
+    model: str, vectors: Sequence[Tensor], inputs: Sequence[EmbeddingInput], encoding: str
+) -> dict[str, Any]:
+    """Make the answer to a request for embeddings.  encoding: "float", or "base64" of little-endian float32."""
+    tokens = sum(len(one.ids) for one in inputs)
+    encode = _encoded if encoding == "base64" else Tensor.tolist
+    data = [
+        {"object": "embedding", "index": index, "embedding": encode(vector)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _encoded(vector: Tensor) -> str:
+    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode("ascii")
 
 
 IMPOSSIBLE = -9999.0

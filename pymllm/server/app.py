@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
 from pymllm.api import LLM
+from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import MAX_REQUESTS
 from pymllm.engine.session import StreamPiece
 from pymllm.errors import ConfigError, PymllmError, RequestError
-from pymllm.server.answers import ChatAnswer, CompletionAnswer, usage_of
+from pymllm.server.answers import ChatAnswer, CompletionAnswer, embedding_answer, usage_of
 from pymllm.server.gate import OPEN_PATH, NoSuchModel, add_gate, error_body, read_body
-from pymllm.server.protocol import ChatRequest, CompletionRequest, read_request, refuse
+from pymllm.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, read_request, refuse
 from pymllm.server.worker import Generation, Worker
 
 logger = logging.getLogger("pymllm")
@@ -76,11 +79,15 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         return await service.answer(request, ChatRequest)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        return await service.embed(request)
+
     return app
 
 
 class _Service:
-    """The work of both endpoints: read the request, take a place in the line, generate, answer."""
+    """The work of the endpoints: read the request, take a place in the line, generate or embed, answer."""
 
     def __init__(self, llm: LLM, model_name: str, max_running: int, max_waiting: int) -> None:
         if model_name in llm.adapters:
@@ -112,6 +119,13 @@ class _Service:
     async def answer(self, http: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
         """Answer one HTTP request of this kind, whole or as a stream of events."""
         # Before any work.
+        if self.llm.model.why_no_text is not None:
+            raise RequestError(
+                f"the model {self.model_name!r} does not generate text: {self.llm.model.why_no_text}",
+                code="model_not_generative",
+                tensor="model",
+                fix="POST /v1/embeddings instead.",
+            )
         self.worker.check_room()
         body = await read_body(http)
         request, prompts, params = await asyncio.to_thread(self._prepare, kind, body)
@@ -133,6 +147,33 @@ class _Service:
             raise
         usage = request.stream_options is not None and request.stream_options.include_usage
         return _EventStream(generation, stream_events(answer, generation, first, usage=usage))
+
+    async def embed(self, http: Request) -> Response:
+        """Answer one request for embeddings; its batches take turns with the steps of others' answers."""
+        self.worker.check_room()
+        request, inputs = await asyncio.to_thread(self._prepare_embedding, await read_body(http))
+        adapter = self.adapter_of(request.model)
+        options = self.llm.embedder.options(dimensions=request.dimensions, adapter=adapter)
+        with self.worker.place():
+            vectors = await unless_gone(http, self._vectors(inputs, options))
+        answer = embedding_answer(adapter or self.model_name, vectors, inputs, request.encoding_format)
+        return JSONResponse(answer)
+
+    async def _vectors(self, inputs: Sequence[EmbeddingInput], options: EmbeddingOptions) -> list[Tensor]:
+        embedder = self.llm.embedder
+        batches = embedder.batches(inputs)
+        made = [await self.worker.call(functools.partial(embedder.run, batch, options)) for batch in batches]
+        return [vector for vectors in made for vector in vectors]
+
+    def _prepare_embedding(self, body: bytes) -> tuple[EmbeddingRequest, list[EmbeddingInput]]:
+        """Read and check a request for embeddings, off the event loop.  Returns it and its texts' token ids."""
+        request = read_request(EmbeddingRequest, body)
+        self.adapter_of(request.model)
+        try:
+            return request, self.llm.embedder.encode(request.inputs, request.prompt_name)
+        except RequestError as error:
+            error.tensor = "input" if error.tensor != "prompt_name" else error.tensor
+            raise
 
     def _prepare(
         self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes

@@ -16,6 +16,9 @@ from pymllm.errors import RequestError
 # How many prompts one request may bring.
 MAX_PROMPTS = 16
 
+# How many texts one request for embeddings may bring, as OpenAI has it.
+MAX_INPUTS = 2048
+
 # OpenAI's default of max_tokens for completions.
 COMPLETION_MAX_TOKENS = 16
 
@@ -236,7 +239,28 @@ class ChatRequest(_Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-R = TypeVar("R", bound=_Sampled)
+class EmbeddingRequest(_Strict):
+    """OpenAI's request, and sentence-transformers' `prompt_name` beside it."""
+
+    model: str | None = None
+    user: str | None = None
+    request_id: str | None = None
+    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)
+    prompt_name: str | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one or several, each a text or token ids."""
+        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
+            return [self.input]  # type: ignore[list-item]
+        if not 1 <= len(self.input) <= MAX_INPUTS:
+            refuse("input", f"expected 1 to {MAX_INPUTS} texts, found {len(self.input)}")
+        return self.input  # type: ignore[return-value]
+
+
+R = TypeVar("R", bound=_Strict)
 
 
 def read_request(kind: type[R], body: bytes) -> R:
@@ -267,10 +291,12 @@ def read_request(kind: type[R], body: bytes) -> R:
         name, where = str(first["loc"][0]), ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             refuse(name, "is not supported by this server", code="unsupported_parameter")
-        if name == "prompt" and "prompt" in raw:
-            refuse(name, "must be text, token ids, or a list of such prompts")
+        if name in ("prompt", "input") and name in raw:
+            refuse(name, f"must be text, token ids, or a list of such {name}s")
         detail = first["msg"][0].lower() + first["msg"][1:]
         refuse(name, detail if where == name else f"{detail} (at {where})")
+    if not isinstance(request, _Sampled):
+        return request
     if request.stream_options is not None and not request.stream:
         refuse("stream_options", "needs stream: true")
     if request.prompt_logprobs is not None and request.stream:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import queue
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from pymllm.api import LLM
 from pymllm.engine.request import Request, RequestOutput
@@ -16,6 +17,7 @@ from pymllm.engine.session import Session, StreamPiece
 
 logger = logging.getLogger("pymllm")
 
+Made = TypeVar("Made")
 Item = tuple[int, StreamPiece] | Exception | None
 
 
@@ -32,15 +34,27 @@ class Worker:
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
         self.llm = llm
-        llm.engine.scheduler.max_requests = max_running
+        if llm.generates:
+            llm.engine.scheduler.max_requests = max_running
         self.capacity = self.room = max_running + max_waiting
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, "generation")
 
     def check_room(self, prompts: int = 1) -> None:
         """Refuse with Busy if so many more prompts may not come."""
         if prompts > self.room:
             raise Busy
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Take a place in the line for the time of a `with` block.  Busy if there is none."""
+        self.check_room()
+        self.room -= 1
+        try:
+            yield
+        finally:
+            self.room += 1
 
     def start(
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], adapter: str | None = None
@@ -56,13 +70,33 @@ class Worker:
         self._thread.submit(self._work)
         return generation
 
+    async def call(self, function: Callable[[], Made]) -> Made:
+        """Call a function that uses the model, in its thread, between two steps.  Returns what it returns."""
+        done: Future[Made] = Future()
+
+        def run() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(function())
+                except Exception as error:
+                    done.set_exception(error)
+
+        self._calls.put(run)
+        self._thread.submit(self._work)
+        return await asyncio.wrap_future(done)
+
+    def _run_calls(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
+
     def _work(self) -> None:
         """Answer, in the thread, until no request is left; then release the model, which others may use as well."""
+        self._run_calls()
         # They may have been answered in an earlier round.
         if self._arrived.empty():
             return
         with self.llm.session() as session:
-            _Round(session, self._arrived).run()
+            _Round(session, self._arrived, self._run_calls).run()
 
 
 class Generation:
@@ -125,11 +159,14 @@ class Generation:
 class _Round:
     """One use of the model, from the first request until none is left.
 
+    between: is called before each step.
     requests: the unfinished requests of each generation.  owners: the generation of each request.
     """
 
-    def __init__(self, session: Session, arrived: queue.SimpleQueue[Generation]) -> None:
-        self.session, self.arrived = session, arrived
+    def __init__(
+        self, session: Session, arrived: queue.SimpleQueue[Generation], between: Callable[[], None]
+    ) -> None:
+        self.session, self.arrived, self.between = session, arrived, between
         self.requests: dict[Generation, list[Request]] = {}
         self.owners: dict[Request, Generation] = {}
 
@@ -142,6 +179,7 @@ class _Round:
                     self._end(generation)
                 if not self.requests:
                     return
+                self.between()
                 for request, piece in self.session.step():
                     self._hand_out(request, piece)
         except Exception as error:

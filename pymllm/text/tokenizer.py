@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from pymllm.errors import CheckpointError, ConfigError, RequestError
 from pymllm.text.chat_template import ChatTemplate
 
+# Files that transformers makes a tokenizer of, where there is no tokenizer.json.
+VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 # What stands for a space in sentencepiece's tokens.
 SPACE = "\u2581"
 
@@ -30,6 +32,12 @@ class Encoder(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
+    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
+        """Encode a text with its special tokens to `length` ids at most: what is too much of the text is left out.
+
+        from_left: whether it is left out at the beginning, not at the end.
+        """
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
     def piece(self, token: int) -> str | None:
@@ -47,7 +55,11 @@ class FastEncoder:
         import tokenizers
 
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)))
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            # Files of encoders cut and pad every text to the length that they were trained with.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return cls(tokenizer)
         except Exception as error:
             # tokenizers raises bare Exception for a damaged file.
             raise CheckpointError(
@@ -56,6 +68,13 @@ class FastEncoder:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        room = max(length - self.tokenizer.num_special_tokens_to_add(False), 0)
+        if len(found.ids) > room:
+            found.truncate(room, direction="left" if from_left else "right")
+        return self.tokenizer.post_process(found, None, True).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -72,6 +91,10 @@ class AutoEncoder:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
+        self.tokenizer.truncation_side = "left" if from_left else "right"
+        return self.tokenizer.encode(text, truncation=True, max_length=length)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -117,10 +140,7 @@ class Tokenizer:
     def encoder(self) -> Encoder:
         if (self.folder / "tokenizer.json").is_file():
             return FastEncoder.from_file(self.folder / "tokenizer.json")
-        if any(
-            (self.folder / name).is_file()
-            for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")
-        ):
+        if any((self.folder / name).is_file() for name in (*VOCABULARIES, "tokenizer_config.json")):
             return AutoEncoder(self.folder)
         raise CheckpointError(
             "the checkpoint has no tokenizer",
@@ -132,12 +152,15 @@ class Tokenizer:
 
     @property
     def available(self) -> bool:
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        return any((self.folder / name).is_file() for name in names)
+        return any((self.folder / name).is_file() for name in ("tokenizer.json", *VOCABULARIES))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text to token ids, with the special tokens that the tokenizer itself adds."""
         return self.encoder.encode(text, add_special_tokens)
+
+    def encode_cut(self, text: str, length: int) -> list[int]:
+        """Encode a text with its special tokens to `length` ids at most, as transformers cuts texts."""
+        return self.encoder.encode_cut(text, length, self.settings.get("truncation_side") == "left")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)

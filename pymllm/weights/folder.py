@@ -19,6 +19,7 @@ from pymllm.weights.tensor_file import TensorInfo, check_tensor_name, read_small
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODULES = "modules.json"  # of sentence-transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 100_000_000
@@ -44,6 +45,23 @@ def read_config(path: Path) -> dict[str, Any]:
     raw = read_small_file(path / CONFIG, MAX_CONFIG_BYTES, "config")
     # transformers writes Infinity into configs (time_step_limit of state-space models).
     return parse_json_object(raw, path / CONFIG, "config", allow_non_finite=True)
+
+
+def module_path(path: Any, file: Path) -> str:
+    """Check the folder that modules.json gives a module, "" for its own.  CheckpointError for one that leads elsewhere.
+
+    file: that modules.json.
+    """
+    if isinstance(path, str) and not path.startswith(".") and not set(path) & set("/\\:\0"):
+        return path
+    raise CheckpointError(
+        "modules.json gives a module a folder that may lead out of its own",
+        code="index-escapes",
+        file=str(file),
+        expected="the plain name of a folder beside modules.json",
+        found=reprlib.repr(path),
+        fix="Do not use this checkpoint unless you know why it says so.",
+    )
 
 
 def list_names(path: Path) -> list[str]:

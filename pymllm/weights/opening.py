@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,11 +11,14 @@ from pathlib import Path
 from pymllm.errors import CheckpointError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
+    CONFIG,
     INDEX,
+    MODULES,
     check_index,
     check_shards_exist,
     is_gguf,
     list_names,
+    module_path,
     pick_files,
     read_config,
     read_index,
@@ -24,6 +28,8 @@ from pymllm.weights.gguf_checkpoint import open_gguf
 from pymllm.weights.safetensors_file import SafetensorsFile
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Other copies of the weights (original/, onnx/); sentence-transformers numbers its modules (2_Dense/).
+NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
 
 
 def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
@@ -42,7 +48,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
                 file=str(folder),
                 fix="Leave the revision out, or pass a hub id in place of the path.",
             )
-        return folder
+        return _transformer_in(folder)
     if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
         raise CheckpointError(
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
@@ -62,7 +68,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
             model,
             revision=revision,
             allow_patterns=DOWNLOADED,
-            ignore_patterns=["*/*.safetensors"],  # other copies of the weights (original/, onnx/)
+            ignore_patterns=NOT_DOWNLOADED,
         )
     except failures as error:
         reason = " ".join(str(error).split())[:500]
@@ -72,7 +78,20 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
             fix="Check the id, the revision, the access rights and the network. "
             "With HF_HUB_OFFLINE=1 the model must be in the cache already.",
         ) from error
-    return Path(snapshot)
+    return _transformer_in(Path(snapshot))
+
+
+def _transformer_in(folder: Path) -> Path:
+    """Find the model in a folder of sentence-transformers' modules, whose first one may lie in a folder of its own."""
+    file = folder / MODULES
+    if (folder / CONFIG).exists() or not file.is_file():
+        return folder
+    try:
+        first = json.loads(file.read_text(encoding="utf-8"))[0]["path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return folder  # whose config.json is missing: what opens it says so
+    inside = folder / module_path(first, file)
+    return inside if (inside / CONFIG).is_file() else folder
 
 
 def open_checkpoint(

@@ -44,7 +44,7 @@ from pymllm.writing.calibrated import CalibratedModel, Calibration
 from pymllm.writing.encoding import encode
 from pymllm.writing.layers import SourceLayer, Step, steps_of
 from pymllm.writing.output import Output, storable
-from pymllm.writing.side_files import config_json, files_to_copy, model_card
+from pymllm.writing.side_files import config_json, embedding_files, files_to_copy, model_card
 from pymllm.writing.spelling import SpelledLayer, Spelling, WithSideConfigs
 
 STORED = (
@@ -176,10 +176,11 @@ class CheckpointWriter:
             for tensor in step.copied
             if tensor.name.endswith(".weight") and len(tensor.shape) == 2
         ]
-        head = self.prepared.model.lm_head.prefix
-        plain = UnquantizedLinearMethod()
+        head, plain = self.prepared.model.lm_head, UnquantizedLinearMethod()
         found = {name: SpelledLayer("linear", plain) for name in names}
-        return found if head in spelled else found | {head: SpelledLayer("lm_head", plain)}
+        if head is not None and head.prefix not in spelled:
+            found[head.prefix] = SpelledLayer("lm_head", plain)
+        return found
 
     def layers(self) -> Iterator[SourceLayer]:
         for step in self.steps:
@@ -335,11 +336,16 @@ class CheckpointWriter:
         }
         quantised = any(not isinstance(s.method, UnquantizedLinearMethod) for s in spelled.values())
         quantization = self.spelling.config(spelled | self._left_alone(spelled)) if quantised else None
-        head = self.prepared.model.lm_head.prefix
-        tied = self.prepared.config.tie_word_embeddings or head in self.prepared.quant.sources
-        untied = tied and head in notes
+        head = self.prepared.model.lm_head
+        tied = (
+            self.prepared.config.tie_word_embeddings
+            or self.prepared.config.head_names[0] in self.prepared.quant.sources
+        )
+        untied = head is not None and tied and head.prefix in notes
         for path in files_to_copy(checkpoint.path):
             output.add_file(path.name, path.read_bytes())
+        for file, content in embedding_files(checkpoint.path).items():
+            output.add_file(file, content)
         for file, content in self.side_files.items():
             output.add_file(file, content)
         card = model_card(
@@ -356,15 +362,16 @@ class CheckpointWriter:
         if quantization is not None and isinstance(self.spelling, WithSideConfigs):
             for file, settings in self.spelling.side_configs(quantization).items():
                 output.add_file(file, (json.dumps(settings, indent=2) + "\n").encode())
-        output.add_file("config.json", config_json(checkpoint.config, quantization, untied=untied))
+        config = config_json(checkpoint.config, quantization, untied=untied, headless=head is None)
+        output.add_file("config.json", config)
 
     def _notes(self, notes: Mapping[str, Any]) -> list[str]:
         """Say what a user should know besides.  notes: on every layer, by name."""
         head = self.prepared.model.lm_head
         found = []
-        if self.prepared.config.tie_word_embeddings and head.prefix in notes:
+        if head is not None and self.prepared.config.tie_word_embeddings and head.prefix in notes:
             found.append(f"{head.prefix} was tied to the embedding and has weights of its own now.")
-        elif head.prefix in self.prepared.quant.sources:
+        elif head is not None and head.prefix in self.prepared.quant.sources:
             found.append(
                 f"{head.prefix} has weights of its own in the source too, whose config ties it to the embedding."
             )

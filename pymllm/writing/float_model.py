@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.config import Execution
+from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight
 from pymllm.layers.held import weight_holders
 from pymllm.loading.prepare import Prepared, build_on_meta
+from pymllm.models.encoder import Encoder
 from pymllm.moe.experts import Experts
 from pymllm.parallel import Parallel
 from pymllm.quantization.base import get_quantization_config
@@ -37,6 +39,13 @@ class FloatModel:
         plain = get_quantization_config("none").from_config({})
         plain.see_checkpoint(prepared.quant.stored)  # which layout experts have
         model = build_on_meta(prepared.config, RuledConfig(plain), execution, Parallel())
+        if isinstance(model, Encoder):
+            raise ConfigError(
+                "a text runs through the blocks of decoders alone, and this model is an encoder",
+                code="calibration",
+                tensor=str(prepared.config.raw.get("model_type")),
+                fix="Leave the calibration out: weights are then rounded by themselves.",
+            )
         self.modules = dict(model.named_modules())
         self.holders = dict(weight_holders(model))
         self.embedding_scale = model.embedding_scale

@@ -29,7 +29,7 @@ from pymllm.weights.spec import FLOATS, LinearShape
 from pymllm.weights.tensor_file import TensorInfo
 from pymllm.writing.stacked_experts import Cut, can_cut, cuts_of, expert_biases
 
-BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)(?:\.|$)")  # also encoder.layer.0
 
 
 @dataclass(frozen=True)

@@ -245,8 +245,9 @@ class Output:
         return json.loads((self.staging / SHARDS).read_text(encoding="utf-8"))["notes"]
 
     def add_file(self, name: str, content: bytes) -> None:
-        """Add a final file beside the weights."""
+        """Add a final file beside the weights, or in a folder there."""
         path = self.staging / f"{name}.tmp"
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
         rename(path, self.staging / name)
 

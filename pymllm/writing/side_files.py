@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymllm.weights.folder import CONFIG, INDEX
+from pymllm.embedding.settings import PROMPTS, find_folder, read_modules
+from pymllm.weights.folder import CONFIG, INDEX, MODULES, module_path
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 LEGAL = re.compile(r"(?i)(licen[cs]e|notice|use_policy|acceptable_use)")
@@ -35,15 +36,46 @@ def files_to_copy(folder: Path) -> list[Path]:
     ]
 
 
+def embedding_files(path: Path) -> dict[str, bytes]:
+    """Read the files by which sentence-transformers finds a model's modules, by their names beside the weights.
+
+    path: the checkpoint's. There, the model may lie in a folder of its own; what is written has it beside modules.json.
+    """
+    folder = find_folder(path)
+    if folder is None:
+        return {}
+    first, *others = read_modules(folder / MODULES)
+    entries = [{**first, "path": ""}, *others]
+    files = {MODULES: (json.dumps(entries, indent=2) + "\n").encode()}
+    if (folder / PROMPTS).is_file():
+        files[PROMPTS] = (folder / PROMPTS).read_bytes()
+    for entry in others:
+        name = module_path(entry.get("path", ""), folder / MODULES)
+        for file in sorted((folder / name).iterdir()) if name and (folder / name).is_dir() else ():
+            if file.is_file() and file.suffix in (".json", ".safetensors") and file.stat().st_size <= LARGEST:
+                files[f"{name}/{file.name}"] = file.read_bytes()
+    return files
+
+
 def config_json(
-    source: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, untied: bool = False
+    source: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
+    *,
+    untied: bool = False,
+    headless: bool = False,
 ) -> bytes:
-    """Write the source's config with another quantisation, or None.  untied: the head has its own weights now."""
+    """Write the source's config with another quantisation, or None.
+
+    untied: the head has its own weights now.  headless: there is none, so that the class is that of the bare model.
+    """
     config = {
         key: value
         for key, value in source.items()
         if key not in ("quantization_config", "compression_config", "quantization")
     }
+    named = config.get("architectures")
+    if headless and isinstance(named, list):
+        config["architectures"] = [re.sub(r"For[A-Z]\w*$", "Model", str(name)) for name in named]
     if untied:
         config["tie_word_embeddings"] = False
     if quantization is not None:

@@ -94,6 +94,8 @@ class Case:
 
     def _sees(self, row: int, cached: int, query: int, key: int) -> bool:
         step, window = self.step, self.problem.sliding_window
+        if self.problem.bidirectional:
+            return window is None or abs(key - query) < window
         if window is not None and key <= query - window:
             return False
         if step.mask_prefix_hole and step.prefix_lens[row] <= key < min(step.padded_prefix_lens[row], cached):

@@ -74,6 +74,21 @@ def test_page_sizes(name, page_size):
     check(KERNELS[name], make_case(make_problem(page_size=page_size), MIXED))
 
 
+@pytest.mark.parametrize("cached", (False, True))
+@pytest.mark.parametrize("changes", ({}, {"soft_cap": 0.7, "sinks": True}), ids=("plain", "cap, sinks"))
+@pytest.mark.parametrize("window", (None, 1, 7, 16, 64))
+@pytest.mark.parametrize("name", KERNELS)
+def test_tokens_that_see_both_ways(name, window, changes, cached):
+    """Also over many tiles: one text is longer than any tile, the windows end within tiles and at their edges."""
+    problem = make_problem(bidirectional=True, sliding_window=window, **changes)
+    case = make_case(problem, [*MIXED, (0, 150)] if cached else [(0, 1), (0, 2), (0, 150), (0, 17)])
+    if not cached:
+        case.cache, case.step.page_tables = None, None
+        expected = make_case(problem, case.requests).expected()
+        case.expected = lambda: expected
+    check(KERNELS[name], case)
+
+
 @pytest.mark.parametrize("prefix_causal", (False, True))
 @pytest.mark.parametrize("hole", (False, True))
 @pytest.mark.parametrize("window", (None, 6))

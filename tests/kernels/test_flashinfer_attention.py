@@ -217,6 +217,7 @@ def test_it_is_chosen_where_it_is_installed_and_says_why_elsewhere(flashinfer):
         ({"head_dim": 128, "value_head_dim": 64}, "takes heads of 64, 128, 256"),
         ({"sinks": True}, "has no attention sinks"),
         ({"block_causal": True}, "has no blocks"),
+        ({"bidirectional": True}, "not those after it"),
         ({"num_heads": 256, "num_kv_heads": 1}, "leaves decoding to triton_grouped, which takes up to 64"),
     ):
         name, refused = chosen(**changes)

@@ -55,6 +55,14 @@ def test_every_path_reads_every_cache_type_under_every_option(path, kv):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 1, 9, 40])
+def test_every_path_sees_both_ways(path, window):
+    for kv in ("float32", "int8"):
+        problem = make_problem(bidirectional=True, sliding_window=window, head_dim=40, kv=KV_TYPES[kv])
+        assert_right(make_case(problem, [*MIXED, (0, 90), (700, 3)]), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("window", [None, 900])
 def test_long_contexts_are_taken_in_pieces_and_long_prompts_in_tiles(path, window):
     problem = make_problem(num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=window, sinks=True)

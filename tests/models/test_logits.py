@@ -11,6 +11,7 @@ import pymllm
 from pymllm.errors import ShardingError
 from pymllm.models import list_model_types, read_model_config
 from pymllm.parallel import Parallel
+from tests.embedding.encoders import ENCODERS
 
 from ..checkpoints import FAMILIES, FORMATS, relative_error, tiny_config, write_checkpoint
 from ..forward import TOLERANCE, assert_equal_to_transformers, llm_logits_of
@@ -28,7 +29,9 @@ LLAMA3 = {
 
 def test_every_family_is_tested_here():
     wrappers = {"qwen3_5", "qwen3_5_moe"}  # in test_hybrid.py
-    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES, *wrappers}  # mixtures in tests/moe
+    encoders = {family.replace("-", "_") for family in ENCODERS}  # in tests/embedding
+    # Mixtures are in tests/moe.
+    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES, *wrappers, *encoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -196,7 +196,7 @@ def test_what_is_no_request_gets_an_error_object_too(served, sent, status):
 
 
 def test_unknown_paths_and_methods_are_json_errors(served):
-    assert post(served, {}, "/v1/embeddings")[0] == 404
+    assert post(served, {}, "/v1/images/generations")[0] == 404
     status, answer, _ = post(served, {}, "/v1/models")
     assert status == 405 and answer["error"]["type"] == "invalid_request_error"
 

@@ -207,8 +207,9 @@ def test_only_the_needed_files_are_downloaded(tmp_path, monkeypatch):
     (repo_id, options), *_ = calls
     assert (repo_id, options["revision"]) == ("org/name", "v2")
     names = ["config.json", "model.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja",
-             "pytorch_model.bin", "modeling.py", "original/model.safetensors"]  # fmt: skip
+             "1_Pooling/config.json", "2_Dense/model.safetensors",
+             "pytorch_model.bin", "modeling.py", "original/model.safetensors", "onnx/model.safetensors"]  # fmt: skip
     kept = huggingface_hub.utils.filter_repo_objects(
         names, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
     )
-    assert list(kept) == names[:5]
+    assert list(kept) == names[:7]

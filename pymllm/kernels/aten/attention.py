@@ -59,9 +59,10 @@ class TorchAttention:
         queries, seen = q.shape[0], keys.shape[0]
         window = problem.sliding_window
         windowed = window is not None and seen > window
-        causal = step.causal and queries > 1 and queries == seen and not windowed
-        everything = step.causal and queries == 1 and not windowed
-        mask = None if causal or everything else step.visible(request, first, window)
+        both = problem.bidirectional
+        causal = step.causal and queries > 1 and queries == seen and not windowed and not both
+        everything = step.causal and (queries == 1 or both) and not windowed
+        mask = None if causal or everything else step.visible(request, first, window, both)
         q, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, keys, values))
         result = F.scaled_dot_product_attention(
             q,

@@ -65,6 +65,8 @@ class FlashInferAttention:
             return f"takes heads of {', '.join(map(str, HEAD_SIZES))}, keys' and values' alike, not {heads}"
         if problem.sinks:
             return "has no attention sinks"
+        if problem.bidirectional:
+            return "sees the positions up to a query's own, not those after it"
         if problem.block_causal:
             return "has no blocks that see themselves"
         why = self.decoding.why_not(problem)

@@ -105,6 +105,7 @@ class NativeAttention:
             problem.scale,
             problem.soft_cap or 0.0,
             problem.sliding_window or 0,
+            problem.bidirectional,
             isa_code(self.isa or problem.device.isa),
             torch.get_num_threads(),
         )

@@ -38,7 +38,8 @@ class ReferenceAttention:
             scores = torch.einsum("qhd,khd->hqk", q[start:stop].float(), keys) * problem.scale
             if problem.soft_cap is not None:
                 scores = (scores / problem.soft_cap).tanh() * problem.soft_cap
-            scores = scores.masked_fill(~step.visible(request, first, problem.sliding_window), -math.inf)
+            seen = step.visible(request, first, problem.sliding_window, problem.bidirectional)
+            scores = scores.masked_fill(~seen, -math.inf)
             if sinks is not None:
                 column = sinks.float().view(-1, 1, 1).expand(-1, stop - start, 1)
                 weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]

@@ -29,6 +29,8 @@ FAMILY = "attention"
 LARGEST_HEAD = 256
 LEAST_KEYS = 256  # of one split
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+WHOLE = 2**30  # a block of so many positions is all of any request
+WINDOW_BOTH_WAYS = "has windows that reach back, not forward too"
 
 
 class TritonGroupedAttention:
@@ -49,6 +51,8 @@ class TritonGroupedAttention:
             return f"{problem.num_heads} query heads are not a multiple of {problem.num_kv_heads} key heads"
         if max(problem.head_dim, problem.value_head_dim) > LARGEST_HEAD:
             return f"takes heads of up to {LARGEST_HEAD}, not {problem.head_dim}"
+        if problem.bidirectional and problem.sliding_window is not None:
+            return WINDOW_BOTH_WAYS
         if self.group(problem) > 64:
             return f"takes up to 64 heads to a key head, not {self.group(problem)}"
         if problem.kv.dtype not in (*FLOATS, *EIGHT_BIT):
@@ -113,7 +117,7 @@ class TritonGroupedAttention:
             values.stride(1),
             0 if pages is None else pages.stride(0),
             tokens,
-            step.block_size,
+            WHOLE if problem.bidirectional else step.block_size,
             float(problem.scale),
             float(problem.soft_cap or 1.0),
             heads,
@@ -127,8 +131,8 @@ class TritonGroupedAttention:
             CAPPED=problem.soft_cap is not None,
             SCALING=scaling,
             BYTES=as_bytes,
-            BLOCKS=not step.causal,
-            PREFIX_CAUSAL=step.prefix_causal,
+            BLOCKS=problem.bidirectional or not step.causal,
+            PREFIX_CAUSAL=step.prefix_causal and not problem.bidirectional,
             SPLITS=splits,
             BLOCK_T=block_tokens,
             BLOCK_G=members,

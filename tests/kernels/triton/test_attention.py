@@ -76,6 +76,13 @@ def test_windows_caps_sinks_value_heads_and_page_sizes(changes):
     check(GROUPED, make_case(make_problem(dtype=torch.float16, **changes), [*DECODE, *MIXED]))
 
 
+def test_tokens_that_see_both_ways():
+    problem = make_problem(bidirectional=True, dtype=torch.float16)
+    for kernel in (GROUPED, ALONE):
+        check(kernel, make_case(problem, MIXED))
+        assert "forward" in kernel.why_not(replace(problem, sliding_window=4))
+
+
 @pytest.mark.parametrize("prefix_causal", (False, True))
 def test_blocks_that_see_themselves_and_holes_that_nobody_sees(prefix_causal):
     settings = blocks_of_four(prefix_causal=prefix_causal, hole=True)
