@@ -112,9 +112,11 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
     A vendor may give a model a type of its own whose class is another family's (Kimi-K2: DeepseekV3ForCausalLM).
     Returns the definition's model type, or None.
     """
-    known = list_model_types()
-    if file_name(str(raw.get("model_type"))) in known:
-        return file_name(str(raw["model_type"]))
+    known, named_type = list_model_types(), file_name(str(raw.get("model_type")))
+    if named_type in known:
+        # An encoder's layers may have been trained as a decoder's (BertLMHeadModel).
+        decodes = raw.get("is_decoder") is True and not issubclass(_definition(named_type).Model, CausalLM)
+        return None if decodes else named_type
     architectures = raw.get("architectures")
     decoders = (name for name in known if issubclass(_definition(name).Model, CausalLM))
     classes = {_class_name(model_type): model_type for model_type in decoders}
