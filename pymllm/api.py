@@ -40,7 +40,7 @@ from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import prepare
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
@@ -144,6 +144,8 @@ class LLM:
             dtype=prepared.execution.dtype,
             max_length=self.plan.kv_cache["max_model_len"],
             cache_pages=self.plan.kv_cache["tokens"] // PAGE_SIZE,
+            state_slots=self.plan.kv_cache["requests"],
+            remembered_states=self.plan.kv_cache["remembered_states"],
             end_tokens=self._end_tokens(),
             sampling_kernel=prepared.execution.forced_kernel("sampling"),
             prefix_reuse=prefix_reuse,
@@ -427,7 +429,7 @@ def load_model(
     progress: bool | None = None,
     check_memory: bool = True,
     **options: Unpack[LoadOptions],
-) -> CausalLM:
+) -> LanguageModel:
     """Load a checkpoint into a model whose every weight is packed for the best kernel.
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".

@@ -152,6 +152,11 @@ class ModelConfig:
             raise _bad_value("tie_word_embeddings", tied, "true, false or null")
         return bool(tied)
 
+    @property
+    def head_names(self) -> tuple[str, str]:
+        """The names of the head, and of the embedding that it may be tied to."""
+        return "lm_head", "model.embed_tokens"
+
     def attention_kind_of(self, layer: int) -> str | None:
         """Return "full_attention" or "sliding_attention".
 

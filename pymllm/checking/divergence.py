@@ -25,7 +25,7 @@ from torch import Tensor
 from pymllm.engine.runner import Runner
 from pymllm.loading.load import load_prepared
 from pymllm.loading.prepare import Prepared, prepare
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.text.windows import Windows, random_windows, read_windows
 
@@ -82,7 +82,7 @@ class EndToEnd:
 
 def measure_end_to_end(
     prepared: Prepared,
-    model: CausalLM,
+    model: LanguageModel,
     arguments: Mapping[str, Any],
     *,
     text: str | Path | None = None,
@@ -115,13 +115,13 @@ def measure_end_to_end(
     return EndToEnd(count, len(windows), name, kernels, rules, perplexity)
 
 
-def _loaded(arguments: Mapping[str, Any]) -> tuple[CausalLM, Prepared]:
+def _loaded(arguments: Mapping[str, Any]) -> tuple[LanguageModel, Prepared]:
     prepared = prepare(**arguments)
     return load_prepared(prepared, progress=False), prepared
 
 
 def _run(
-    model: CausalLM, prepared: Prepared, windows: Windows
+    model: LanguageModel, prepared: Prepared, windows: Windows
 ) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:
     """Run a model over each window.  Yields the window's place among all tokens, its ids and its logits [T, V]."""
     runner, start = Runner(model, torch.device(prepared.execution.device)), 0
@@ -130,7 +130,7 @@ def _run(
         start += len(ids)
 
 
-def _keep(model: CausalLM, prepared: Prepared, windows: Windows, kept: Any) -> float:
+def _keep(model: LanguageModel, prepared: Prepared, windows: Windows, kept: Any) -> float:
     """Write the model's logits to `kept` [T, V].  Returns its mean loss in nats."""
     loss = 0.0
     for place, ids, logits in _run(model, prepared, windows):
@@ -139,7 +139,9 @@ def _keep(model: CausalLM, prepared: Prepared, windows: Windows, kept: Any) -> f
     return loss / _predictions(windows)
 
 
-def _compare(reference: tuple[CausalLM, Prepared], windows: Windows, kept: Any) -> tuple[Divergence, float]:
+def _compare(
+    reference: tuple[LanguageModel, Prepared], windows: Windows, kept: Any
+) -> tuple[Divergence, float]:
     """Measure the divergence of kept logits [T, V] from a reference's.  Returns it and the reference's mean loss."""
     loss, same = 0.0, 0
     divergences = []

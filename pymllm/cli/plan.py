@@ -102,7 +102,7 @@ def print_plan(
     weights, peak = readable_size(totals["weight_bytes"]), readable_size(totals["peak_load_bytes"])
     out.print(
         f"weights {weights}, at most {peak} while loading, "
-        f"KV cache {totals['kv_cache_bytes_per_token']} bytes a token; "
+        f"{plan.describe_rates()}; "
         f"tensor-parallel sizes that work: {', '.join(map(str, size['legal_sizes']))}"
     )
     out.print(plan.describe_cache())
@@ -195,7 +195,7 @@ def _group_table(plan: Plan, *, named: bool) -> Table:
     table = _table("#", *(["layers"] if named else []), "kind", "method", "kernel", "size", "decided by")
     by_prefix = {layer.prefix: layer for layer in plan.layers}
     for first, names in plan.groups():
-        size = sum(by_prefix[name].bytes or by_prefix[name].kv_bytes_per_token for name in names)
+        size = sum(_memory(by_prefix[name]) for name in names)
         cells = (first.kind, first.method_detail, first.kernel, _size(first, size), _why(first))
         table.add_row(str(len(names)), *([common_pattern(names)] if named else []), *cells)
     return table
@@ -211,16 +211,20 @@ def _layer_table(layers: list[PlannedLayer]) -> Table:
             local,
             layer.method_detail,
             layer.kernel,
-            _size(layer, layer.bytes or layer.kv_bytes_per_token),
+            _size(layer, _memory(layer)),
             _why(layer),
         )
         table.add_row(layer.prefix, *cells)
     return table
 
 
+def _memory(layer: PlannedLayer) -> int:
+    return layer.bytes or layer.kv_bytes_per_token or layer.state_bytes
+
+
 def _size(layer: PlannedLayer, nbytes: int) -> str:
-    if layer.kind == "attention":
-        return f"{nbytes} B/token"
+    if layer.kind in ("attention", "recurrence"):
+        return f"{nbytes} B/{'token' if layer.kind == 'attention' else 'request'}"
     return "shared" if layer.tied_to else readable_size(nbytes) if nbytes else "–"
 
 

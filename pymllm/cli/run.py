@@ -217,7 +217,11 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "compute": plan.compute,
         **plan.totals,
-        "methods": dict(Counter(layer.method_detail for layer in plan.layers if layer.kind != "attention")),
+        "methods": dict(
+            Counter(
+                layer.method_detail for layer in plan.layers if layer.kind not in ("attention", "recurrence")
+            )
+        ),
         "kernels": dict(Counter(f"{layer.kind}: {layer.kernel}" for layer in plan.layers)),
     }
 

@@ -15,25 +15,27 @@ from pymllm.engine.prefixes import current_state
 from pymllm.engine.request import Request
 from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
-from pymllm.engine.scheduler import Scheduler
+from pymllm.engine.scheduler import MAX_REQUESTS, Scheduler
+from pymllm.engine.states import StatePool
 from pymllm.errors import RequestError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select
 from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
 
 
 class Engine:
     """Continuous batching over a paged KV cache: requests come and go between steps, by `Scheduler`'s rules.
 
-    cache_pages: of the KV cache.  prefix_reuse: whether requests share pages.  step_ms: see `Pace`.
+    cache_pages: of the KV cache.  state_slots, remembered_states: how many requests have room for a state where layers
+    keep one, and how many states are remembered.  prefix_reuse: whether requests share pages.  step_ms: see `Pace`.
     clock: tells the time, in seconds.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         *,
         parallel: Parallel,
         device: torch.device,
@@ -43,12 +45,15 @@ class Engine:
         end_tokens: frozenset[int],
         sampling_kernel: str | None = None,
         prefix_reuse: bool = True,
+        state_slots: int = MAX_REQUESTS,
+        remembered_states: int = 0,
         step_ms: float = STEP_MS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.parallel = model, parallel
         self.device, self.dtype = device, dtype
         self.max_length, self.cache_pages = max_length, cache_pages
+        self.state_slots, self.remembered_states = state_slots, remembered_states
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
         self.runner = Runner(model, device, max_length)
@@ -62,13 +67,21 @@ class Engine:
         return PagedKVCache(self.model, self.parallel.broadcast_object(self.cache_pages), self.device)
 
     @cached_property
+    def states(self) -> StatePool | None:
+        """The states of requests; None where no layer keeps one."""
+        room = self.parallel.broadcast_object((self.state_slots, self.remembered_states))
+        return StatePool.of(self.model, room[0], self.device, room[1] if self.prefix_reuse else 0)
+
+    @cached_property
     def scheduler(self) -> Scheduler:
+        self.runner.states = self.states
         return Scheduler(
             self.cache,
             whole=self.model.keys_depend_on_length,
             reuse=self.prefix_reuse,
             piece=lambda: self.parallel.broadcast_object(self.pace.piece()),
             state=lambda: self.parallel.broadcast_object(current_state()),
+            states=self.states,
         )
 
     @property
@@ -152,15 +165,14 @@ class Engine:
         return batch
 
     def abort(self, request: Request) -> None:
-        """End a request wherever it is; its pages are free at once."""
+        """End a request wherever it is; its pages and its state are free at once."""
         request.finish_reason = request.finish_reason or "abort"
         self.scheduler.remove(request)
 
     def _run(self, batch: list[Request]) -> tuple[list[Request], torch.Tensor]:
         """Run a step.  Returns the requests that could be run, and their logits [R, V].
 
-        If a step of several requests fails, each is run alone, so that only the one to blame fails again. To run tokens
-        twice is harmless, as they write the same keys and values.
+        If a step of several requests fails, each is run alone, so that only the one to blame fails again.
         """
         try:
             return batch, self.runner.step(batch, self.cache)
@@ -173,11 +185,32 @@ class Engine:
         ran, rows = [], [torch.empty((0, self.model.config.size("vocab_size")))]
         for request in batch if len(batch) > 1 else ():
             try:
-                rows.append(self.runner.step([request], self.cache).clone())
+                rows.append(self._run_alone(request).clone())
                 ran.append(request)
             except Exception as error:
                 request.fail(error)
         return ran, torch.cat([row.to(rows[-1]) for row in rows])
+
+    def _run_alone(self, request: Request) -> torch.Tensor:
+        """Run a request's tokens once more, after a step that it shared has failed.  Returns its logits [1, V].
+
+        The same keys and values are written again, which is harmless. A state though may have taken the tokens in
+        already, in some layers: it is made anew from the request's first token.
+        """
+        if self.states is None:
+            return self.runner.step([request], self.cache)
+        before = request.computed, request.running_sequence, request.is_prefilling
+        stop = request.computed + len(request.running_sequence)
+        most = stop if self.scheduler.whole else self.scheduler.step_tokens
+        request.computed = 0
+        while True:
+            count = request.start_step(min(most, stop - request.computed))
+            logits = self.runner.step([request], self.cache)
+            if request.computed + count == stop:
+                break
+            request.computed += count
+        request.computed, request.running_sequence, request.is_prefilling = before
+        return logits
 
     def _choose(
         self, requests: list[Request], logits: torch.Tensor

@@ -48,7 +48,7 @@ def capture_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 # Operations whose kernels say whether they are `capturable`.
-SEE_THE_STEP = ("attention", "kv_store", "experts")
+SEE_THE_STEP = ("attention", "kv_store", "experts", "gated_delta", "mamba2_scan", "causal_conv")
 
 
 def why_not_captured(model: nn.Module, binder: Binder | None = None) -> str | None:
@@ -58,6 +58,8 @@ def why_not_captured(model: nn.Module, binder: Binder | None = None) -> str | No
     """
     holders = dict(weight_holders(model))
     for name, module in model.named_modules():
+        if name in holders and holders[name].state_bytes() and not holders[name].copies_states:
+            return f"{name} keeps states that are no tensors"
         for selection in holders[name].selections(binder) if name in holders else ():
             kernel = selection.kernel
             if selection.operation in SEE_THE_STEP and not getattr(kernel, "capturable", False):

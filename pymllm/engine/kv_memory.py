@@ -1,10 +1,14 @@
-"""How large the KV cache becomes: the context that is wanted, the memory that it may take, and which decides."""
+"""How large the KV cache becomes: the context that is wanted, the memory that it may take, and which decides.
+
+Where layers keep a state of each request, that memory holds the states too: half of it at most.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from pymllm.engine.scheduler import MAX_REQUESTS
 from pymllm.errors import ConfigError
 from pymllm.kernels.attention import PAGE_SIZE
 
@@ -13,6 +17,9 @@ DEFAULT_CACHE_TOKENS = 16384
 
 # What the cache takes at most by default, of the memory that is free beside the weights.
 CACHE_MEMORY_SHARE = 0.25
+
+# How many states are remembered at most, for the prefixes of requests to come.
+MOST_REMEMBERED = 16
 
 # What is assumed to be free where the system does not say.
 UNKNOWN_MEMORY = 4 << 30
@@ -27,12 +34,17 @@ class CacheSize:
 
     tokens: of all requests together; a whole number of pages.  bytes: of all its pages.  max_model_len: the most tokens
     that one request may have.  decided_by: what was the limit, for people.
+    requests: how many may run at a time.  remembered_states: how many states are kept for prefixes at most.
+    state_bytes: of all states, those of the running requests, a spare one, and the remembered ones; 0: there are none.
     """
 
     tokens: int
     bytes: int
     max_model_len: int
     decided_by: str
+    requests: int = MAX_REQUESTS
+    remembered_states: int = 0
+    state_bytes: int = 0
 
     @property
     def pages(self) -> int:
@@ -64,13 +76,14 @@ def choose_cache_size(
     *,
     max_model_len: int | None = None,
     kv_memory: int | str | None = None,
+    state_bytes: int = 0,
 ) -> CacheSize:
-    """Choose the size of a rank's cache.
+    """Choose the size of a rank's cache, and how many states of requests there are beside it.
 
     longest: the most tokens that the model knows positions for.  token_bytes: what a token takes.  available: the bytes
     that are free beside the weights; None: nobody knows.  max_model_len: the most tokens that a request shall have;
     None: as many as the model and the cache allow.  kv_memory: what the cache may take; None: CACHE_MEMORY_SHARE of
-    what is available, and no more than DEFAULT_CACHE_TOKENS or one request need.
+    what is available, and no more than DEFAULT_CACHE_TOKENS or one request need.  state_bytes: of one request's state.
     ConfigError, with the numbers, for a max_model_len beyond the model's positions or the memory.
     """
     if max_model_len is not None and not _within(max_model_len, longest):
@@ -87,16 +100,19 @@ def choose_cache_size(
         budget = int((UNKNOWN_MEMORY if available is None else available) * CACHE_MEMORY_SHARE)
         source = f"{CACHE_MEMORY_SHARE:.0%} of the memory that is free beside the weights"
     wanted = -(-max(context, DEFAULT_CACHE_TOKENS) // PAGE_SIZE)
-    page_bytes = PAGE_SIZE * token_bytes
-    affordable = budget // page_bytes if page_bytes else wanted
+    page_bytes, needed = PAGE_SIZE * token_bytes, -(-context // PAGE_SIZE)
+    asked = 0 if max_model_len is None else needed * page_bytes
+    requests, remembered, states = _choose_states(budget, asked, state_bytes)
+    left = budget - states
+    affordable = max(left, 0) // page_bytes if page_bytes else wanted * (left >= 0)
     if kv_memory is None and max_model_len is None:
         affordable = max(affordable, 1)
-    needed = -(-context // PAGE_SIZE)
     if affordable < 1 or (max_model_len is not None and affordable < needed):
         raise ConfigError(
             f"a context of {context} tokens does not fit into the KV cache",
             code="kv-memory",
-            expected=f"at most {affordable * PAGE_SIZE} tokens, as {_size(budget)} ({source}) hold",
+            expected=f"at most {affordable * PAGE_SIZE} tokens, as {_size(budget)} ({source}) hold"
+            + (f" beside {_size(states)} of states" if states else ""),
             found=f"{context} tokens of {token_bytes} bytes: {_size(needed * page_bytes)}",
             fix="Give the cache more memory (--kv-memory, kv_memory=), ask for a shorter context (--max-model-len, "
             "max_model_len=), or store keys and values in fewer bits (--kv-cache fp8).",
@@ -110,7 +126,23 @@ def choose_cache_size(
     else:
         pages, decided_by = wanted, f"{DEFAULT_CACHE_TOKENS} tokens by default"
     tokens = pages * PAGE_SIZE
-    return CacheSize(tokens, pages * page_bytes, min(context, tokens), decided_by)
+    return CacheSize(
+        tokens, pages * page_bytes, min(context, tokens), decided_by, requests, remembered, states
+    )
+
+
+def _choose_states(budget: int, asked: int, state_bytes: int) -> tuple[int, int, int]:
+    """Choose how many requests have a state, and how many states are remembered.
+
+    budget: bytes of pages and states together.  asked: those of the pages that a request of the length that was asked
+    for needs.  Returns both numbers, and the bytes of all states: one request's and the spare one at least.
+    """
+    if not state_bytes:
+        return MAX_REQUESTS, 0, 0
+    affordable = min(budget // 2, budget - asked) // state_bytes - 1
+    requests = max(1, min(MAX_REQUESTS, affordable * 4 // 5))
+    remembered = max(0, min(MOST_REMEMBERED, affordable - requests))
+    return requests, remembered, (requests + 1 + remembered) * state_bytes
 
 
 def _within(count: object, most: int) -> bool:

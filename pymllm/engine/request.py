@@ -62,6 +62,9 @@ class Request:
     is_prefilling, running_sequence, new_tokens: whether its latest step read its prompt, the tokens that the step ran,
     and how many it added.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
+    state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
+    prompt_state, answer_state: the keys under which its state after its prompt, and after its answer so far, are
+    remembered.
     kept_pages: how many of its first pages can be found by `page_keys`.  cached_tokens: how many of the prompt's tokens
     others had computed before; what it lost itself and found again does not count.
     error: what its own step raised; the request is finished then.
@@ -78,6 +81,9 @@ class Request:
     answer: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    state_slot: int | None = None
+    prompt_state: bytes | None = None
+    answer_state: bytes | None = None
     page_keys: PageKeys = field(default_factory=PageKeys)
     kept_pages: int = 0
     cached_tokens: int = 0

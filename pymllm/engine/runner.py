@@ -18,10 +18,11 @@ from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not_captured
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
+from pymllm.engine.states import MAX_COPIED_BYTES, StatePool
 from pymllm.engine.tape import NotRepeatable, why_not_recorded
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 
 # The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
@@ -36,11 +37,13 @@ SCORED_ROWS = 64
 class Runner:
     """One model on one device."""
 
-    def __init__(self, model: CausalLM, device: torch.device, max_length: int = 0) -> None:
+    def __init__(self, model: LanguageModel, device: torch.device, max_length: int = 0) -> None:
         self.model, self.device, self.max_length = model, device, max_length
         # On a CPU decoding steps are recorded on tapes, on a GPU captured as graphs; eager_reason: why they are not.
         self.capture: Capture | None = None if device.type == "cpu" else capture_cuda_graph
         self.eager_reason: str | None = None
+        # The states of requests; None where no layer keeps one.
+        self.states: StatePool | None = None
         # Takes a request's logits [R, V] after tokens of its prompt, those that it wants, in order.
         self.score_prompt: Callable[[Request, Tensor], None] | None = None
         # By rows and threads, the last used at the end; and what must be as it was when they were made.
@@ -105,6 +108,9 @@ class Runner:
             page_size=size,
             query_starts=bounds_q,
             lengths=lengths,
+            state_slots=None
+            if self.states is None
+            else torch.tensor(self._slots(requests), device=self.device),
         )
         last = torch.tensor([bound - 1 for bound in bounds_q[1:]])
         flat = [token for tokens in new for token in tokens]
@@ -127,7 +133,7 @@ class Runner:
             self._decoding_of = made_for
             self._decoding.clear()
             why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
-            self.eager_reason = why_not(self.model)
+            self.eager_reason = self.model.why_not_repeated or why_not(self.model)
         rows = len(requests) if self.capture is None else bucket_of(len(requests))
         if rows is None or self.eager_reason is not None:
             return None
@@ -135,18 +141,41 @@ class Runner:
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)
-            batch = DecodingBatch(rows, cache.pages_for(longest), cache.page_size, longest, self.device)
+            spare = None if self.states is None else self.states.scratch
+            columns = cache.pages_for(longest)
+            batch = DecodingBatch(rows, columns, cache.page_size, longest, self.device, spare_state=spare)
+            size = 0 if self.states is None else rows * self.states.bytes_each
+            if self.capture is None and size > MAX_COPIED_BYTES:
+                batch.refused = f"the states of its requests take {size >> 20} MiB"
         self._decoding[key] = batch
         while self.capture is None and len(self._decoding) > MAX_TAPES:
             del self._decoding[next(iter(self._decoding))]
         if batch.refused is not None:
             return None
         batch.fill(requests)
+        rewind = self._rewind(requests) if self.capture is None and not batch.trusted else None
         try:
-            return batch.run(lambda: self._forward_decoding(batch), self.capture)[: len(requests)]
+            return batch.run(lambda: self._forward_decoding(batch), self.capture, rewind)[: len(requests)]
         except NotRepeatable as reason:
+            if rewind is not None:
+                rewind()
             batch.replay, batch.refused = None, str(reason)
             return None
+
+    def _rewind(self, requests: list[Request]) -> Callable[[], None] | None:
+        """Return what puts the states of these requests back to what they are now; None: there are none."""
+        states = self.states
+        if states is None:
+            return None
+        slots = self._slots(requests)
+        saved = states.save(slots)
+        return lambda: states.restore(slots, saved)
+
+    @staticmethod
+    def _slots(requests: list[Request]) -> list[int]:
+        slots = [request.state_slot for request in requests if request.state_slot is not None]
+        assert len(slots) == len(requests)
+        return slots
 
     @torch.no_grad()
     def _forward_decoding(self, batch: DecodingBatch) -> Tensor:

@@ -9,9 +9,16 @@ from collections.abc import Callable
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.prefixes import PageKeys, State, current_state
 from pymllm.engine.request import Request
+from pymllm.engine.states import StatePool
 
 MAX_REQUESTS = 64
 STEP_TOKENS = 1024
+
+# The next turn of a chat may go on otherwise than a prompt did at its end: so many tokens are not counted on.
+PROMPT_ENDING = 8
+
+# From how many tokens on a prompt's state is worth a step of its own, which ends where it is remembered.
+REMEMBERED_TOKENS = 64
 
 
 class Scheduler:
@@ -29,6 +36,10 @@ class Scheduler:
     its first tokens, all but those of its last token, and waits for pages that an earlier request is about to fill.
     Pages that are given back stay as they are until they are needed, so that a request that was preempted finds them.
 
+    Where layers keep states (`states`), a request has a slot for its own while it runs; a state is made anew when the
+    request was preempted. Pages are then of use only up to where a state is remembered: near the end of a prompt, and
+    of an answer.
+
     whole: whether keys depend on how long their request is (`CausalLM.keys_depend_on_length`). A prompt is then read
     in one step, a request gets all the pages that it may ever need when it is admitted, and pages are not shared.
     piece: tells how many tokens a step may read beside answers, the same on all ranks; None: `step_tokens` alone count.
@@ -43,7 +54,9 @@ class Scheduler:
         reuse: bool = True,
         piece: Callable[[], int] | None = None,
         state: Callable[[], State] = current_state,
+        states: StatePool | None = None,
     ) -> None:
+        self.states = states
         self.cache, self.whole, self.reuse = cache, whole, reuse and not whole
         self._piece = piece
         self._state, self._now = state, (0, 0)
@@ -75,6 +88,7 @@ class Scheduler:
         """Have others find the pages that a request has filled.  Call it after each of its steps."""
         size = self.cache.page_size
         full = request.computed // size
+        self._remember(request)
         if not (self.reuse and request.reuses) or full <= request.kept_pages:
             return
         for page, key in zip(
@@ -86,7 +100,7 @@ class Scheduler:
         request.kept_pages = full
 
     def remove(self, request: Request) -> None:
-        """Take a request out, whether it runs or waits; its pages are free at once.
+        """Take a request out, whether it runs or waits; its pages and its state are free at once.
 
         Nobody finds what a request that failed has computed.
         """
@@ -95,11 +109,16 @@ class Scheduler:
                 line.remove(request)
         if request.error is not None:
             self.cache.forget(request.pages)
-        self._take_pages(request)
+            if self.states is not None:
+                for key in filter(None, (request.prompt_state, request.answer_state)):
+                    self.states.forget(key)
+        self._take_memory(request)
 
     def _admit(self) -> Request | None:
         """Take in the request that waits first, if there is room for it."""
         if not self.waiting or len(self.running) >= self.max_requests:
+            return None
+        if self.states is not None and not self.states.available:
             return None
         request = self.waiting[0]
         known = self._find_known(request)
@@ -112,6 +131,10 @@ class Scheduler:
         self.cache.share(known)
         request.pages = known + self.cache.allocate(needed)
         self._skip(request, len(known))
+        if self.states is not None:
+            request.state_slot = self.states.allocate()
+            if known:
+                self.states.recall(request.page_keys.made[len(known) - 1], request.state_slot)
         if not request.admitted_at:
             request.admitted_at = time.perf_counter()
         return request
@@ -122,11 +145,40 @@ class Scheduler:
         reading: the requests before it that read; it is added.  If one of these is about to fill the request's next
         page, the request waits for that instead, and 0 is returned.
         """
-        if self.reuse and request.reuses and self._follow(request, reading):
+        if self.states is None and self.reuse and request.reuses and self._follow(request, reading):
             return 0
         reading.append(request)
         step.append(request)
-        return request.start_step(request.missing if self.whole else min(request.missing, left))
+        if self.whole:
+            return request.start_step(request.missing)
+        place = self._place_to_remember(request)
+        upto = place if request.computed < place else request.length
+        return request.start_step(min(upto - request.computed, left))
+
+    def _place_to_remember(self, request: Request) -> int:
+        """Return after how many tokens of a prompt the state is to be remembered; 0: nowhere."""
+        if self.states is None or not (self.states.most_remembered and self.reuse and request.reuses):
+            return 0
+        size = self.cache.page_size
+        place = (len(request.prompt) - PROMPT_ENDING) // size * size
+        return place if place >= REMEMBERED_TOKENS else 0
+
+    def _remember(self, request: Request) -> None:
+        """Remember the state of a request that is at a page's end, where that is worth it."""
+        size, slot = self.cache.page_size, request.state_slot
+        place = self._place_to_remember(request)
+        if self.states is None or slot is None or not place or request.computed % size:
+            return
+        key = request.keys(size)[request.computed // size - 1]
+        if request.computed == place:
+            request.prompt_state = key
+            self.states.remember(key, slot)
+        elif request.computed > len(request.prompt) and len(self.running) * 2 <= self.states.most_remembered:
+            # With more requests their answers would push out each other's states.
+            self.states.remember(key, slot)
+            if request.answer_state is not None:
+                self.states.forget(request.answer_state)
+            request.answer_state = key
 
     def _follow(self, request: Request, reading: list[Request]) -> bool:
         """Take the pages that others have filled since the request began to read.
@@ -160,6 +212,12 @@ class Scheduler:
             if page is None:
                 break
             known.append(page)
+        while (
+            self.states is not None
+            and known
+            and not self.states.knows(request.page_keys.made[len(known) - 1])
+        ):
+            known.pop()
         return known
 
     def _skip(self, request: Request, pages: int) -> None:
@@ -183,11 +241,14 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._take_pages(request)
+        self._take_memory(request)
         request.computed = request.kept_pages = 0
         request.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _take_pages(self, request: Request) -> None:
+    def _take_memory(self, request: Request) -> None:
         self.cache.release(request.pages)
         request.pages = []
+        if self.states is not None and request.state_slot is not None:
+            self.states.release(request.state_slot)
+            request.state_slot = None

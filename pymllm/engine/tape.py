@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pymllm.attention import AttnMetaDataBase
 from pymllm.kernels.native.extension import isa_code, native, native_available
 from pymllm.kernels.native.float_linear import FLOAT_TYPES
+from pymllm.layers.held import weight_holders
 
 # How much a tape's intermediate tensors may take: all are kept, and none takes another's place.
 MAX_BYTES = 64 << 20
@@ -193,18 +194,24 @@ class Tape:
 
 def why_not_recorded(model: nn.Module) -> str | None:
     """Return what keeps every decoding step of `model` from being recorded, or None."""
+    for _, holder in weight_holders(model):
+        if holder.state_bytes() and not holder.copies_states:
+            return "a layer keeps states that cannot be copied"
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return "modules of the model have hooks" if hooked else None
 
 
-def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
+def record(run: Callable[[], Tensor], expected: Tensor, rewind: Callable[[], None] | None = None) -> Tape:
     """Record a tape of `run`, which has just returned `expected`.
 
+    rewind: undoes what `run` changes besides its own tensors; None: it changes nothing that it reads.
     Raises NotRepeatable if `run` has what a tape cannot have, or if the tape gives other logits.
     """
     if not native_available():
         raise NotRepeatable("the native kernels are not built")
     calls = native().Tape()
+    if rewind is not None:
+        rewind()
     with _NoPeeking(), _Notes(calls) as notes:
         calls.record()
         try:
@@ -218,6 +225,8 @@ def record(run: Callable[[], Tensor], expected: Tensor) -> Tape:
     for tensor in notes.made:
         # All bits set are NaN in every float type.
         tensor.untyped_storage().fill_(255)
+    if rewind is not None:
+        rewind()
     if not torch.equal(tape.play(), expected):
         raise NotRepeatable("played back, it gives other logits")
     return tape

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class GatedActivation:
     limit: swiglu clamps its gate above it, and its up beyond it on either side.
     """
 
-    kind: Literal["silu", "gelu_tanh", "swiglu"] = "silu"
+    kind: Literal["silu", "gelu_tanh", "swiglu", "other"] = "silu"
     alpha: float = 1.0
     limit: float = float("inf")
 
@@ -38,6 +39,25 @@ class GatedActivation:
 
     def __str__(self) -> str:
         return self.kind if self.kind != "swiglu" else f"swiglu alpha {self.alpha} limit {self.limit}"
+
+
+@dataclass(frozen=True)
+class OtherActivation(GatedActivation):
+    """An activation that is a function alone: kernels that cannot call it between two products refuse it.
+
+    function: [*, 2N], gate first, or [*, N] where there is no gate -> [*, N].  name: for people.
+    """
+
+    kind: Literal["other"] = "other"
+    function: Callable[[Tensor], Tensor] = F.silu
+    name: str = "other"
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """Apply the function."""
+        return self.function(gate_up)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 # By the names in configs, some of which mean the same formula.

@@ -19,7 +19,17 @@ from torch import Tensor
 from pymllm.errors import KernelError, unknown_name
 
 Operation = Literal[
-    "linear", "embedding", "experts", "routing", "attention", "kv_store", "elementwise", "sampling"
+    "linear",
+    "embedding",
+    "experts",
+    "routing",
+    "attention",
+    "kv_store",
+    "gated_delta",
+    "mamba2_scan",
+    "causal_conv",
+    "elementwise",
+    "sampling",
 ]
 Compute = Literal["auto", "exact", "checkpoint"]
 
@@ -79,6 +89,9 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.native.attention:NativeKVStore",
         "pymllm.kernels.aten.kv_store:TorchKVStore",
     ),
+    "gated_delta": ("pymllm.kernels.reference.gated_delta:ReferenceGatedDelta",),
+    "mamba2_scan": ("pymllm.kernels.reference.mamba2_scan:ReferenceMamba2Scan",),
+    "causal_conv": ("pymllm.kernels.reference.causal_conv:ReferenceCausalConv",),
     "elementwise": (
         "pymllm.kernels.vllm.elementwise:VllmElementwise",
         "pymllm.kernels.triton.elementwise:TritonElementwise",

@@ -97,6 +97,7 @@ class Description:
     fused_with: tuple[str, ...] = ()
     tied_to: str | None = None
     kv_bytes_per_token: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ class WeightHolder(RevisedModule):
     """
 
     prefix: str = ""
+
+    # Whether `save_states` and `restore_states` can copy what the layer keeps of requests.
+    copies_states: ClassVar[bool] = False
 
     # Where its tensors go
 
@@ -298,6 +302,15 @@ class WeightHolder(RevisedModule):
 
     def detach_states(self) -> None:
         """Take the states away."""
+
+    def free_state(self, slot: int) -> None:
+        """Drop what the layer holds in a slot whose request has ended, where that frees memory."""
+
+    def save_states(self, slots: Tensor) -> Any:
+        """Copy the states in `slots`, [R] int64.  Returns what `restore_states` takes."""
+
+    def restore_states(self, slots: Tensor, saved: Any) -> None:
+        """Put copies that `save_states` made into `slots`, [R] int64, which may be others than they came from."""
 
     # Loading, checking, swapping
 

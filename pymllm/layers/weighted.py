@@ -104,11 +104,13 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         chosen: LinearMethodBase | SplitLinearMethod | None = quant_method
         if chosen is None and quant_config is not None:
             methods = [
-                quant_config.get_quant_method(self, part) or UnquantizedLinearMethod() for part in parts
+                quant_config.get_quant_method(self, part)
+                or UnquantizedLinearMethod(getattr(self, "transposed", False))
+                for part in parts
             ]
             alike = len(methods) == 1 or (len(set(methods)) == 1 and methods[0].fuses)
             chosen = methods[0] if alike else SplitLinearMethod(tuple(methods))
-        self.quant_method = chosen or UnquantizedLinearMethod()
+        self.quant_method = chosen or UnquantizedLinearMethod(getattr(self, "transposed", False))
         shape = self.shape
         self.quant_method.create_weights(
             self,

@@ -16,7 +16,6 @@ from pymllm.quantization.base import WEIGHT_NAMES
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.tensor_file import TensorInfo
 
-HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 PIECE_BYTES = 4 << 20  # what is compared at a time
 
 
@@ -39,13 +38,14 @@ def find_own_head(checkpoint: Checkpoint, config: ModelConfig) -> StoredHead:
     """
     if not config.tie_word_embeddings:
         return StoredHead()
-    stored = [name for name in checkpoint.tensors if name.startswith(f"{HEAD}.")]
+    head, embedding = config.head_names
+    stored = [name for name in checkpoint.tensors if name.startswith(f"{head}.")]
     equal = {}
     for name in stored:
-        twin = checkpoint.tensors.get(EMBEDDING + name.removeprefix(HEAD))
+        twin = checkpoint.tensors.get(embedding + name.removeprefix(head))
         if twin is not None and same_tensor(checkpoint.tensors[name], twin):
             equal[name] = f"equal to {twin.name}, to which the config ties it"
-    weight = any(f"{HEAD}.{name}" in checkpoint.tensors for name in WEIGHT_NAMES)
+    weight = any(f"{head}.{name}" in checkpoint.tensors for name in WEIGHT_NAMES)
     if weight and len(equal) < len(stored):
         return StoredHead(own=True)
     return StoredHead(equal=equal)

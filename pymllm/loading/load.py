@@ -16,7 +16,7 @@ from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_placed, check_skipped, read_slot
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.module_loading import count_loader
@@ -28,7 +28,7 @@ from pymllm.weights.tensor_file import TensorInfo
 logger = logging.getLogger("pymllm")
 
 
-def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> CausalLM:
+def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> LanguageModel:
     """Read, slice and pack what `prepare` has decided, a layer at a time.
 
     progress: whether to show a bar on the first rank; None: on a terminal.

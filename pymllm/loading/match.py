@@ -10,7 +10,7 @@ from torch import nn
 
 from pymllm.errors import nearest
 from pymllm.layers.held import PlainParameters, WeightHolder, weight_holders, whole_slot
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.rules import RuledConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.loader import Slot
@@ -49,7 +49,7 @@ Skipped = tuple[tuple[TensorInfo, Skip], ...]
 
 
 def match(
-    model: CausalLM, rules: RuledConfig, checkpoint: Checkpoint, proven: Mapping[str, str] | None = None
+    model: LanguageModel, rules: RuledConfig, checkpoint: Checkpoint, proven: Mapping[str, str] | None = None
 ) -> tuple[tuple[Unit, ...], tuple[TensorRecord, ...], Skipped]:
     """Find every parameter's tensors, and account for every tensor.
 
@@ -130,7 +130,7 @@ class _Resolved:
     places: by tensor name.  skipped: the tensors that a resolver skips.  used: these, and those that found their place.
     """
 
-    def __init__(self, model: CausalLM, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: LanguageModel, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
         said = {name: resolve_weight_spec(model, name, model.config) for name in checkpoint.tensors}
         self.places = {name: place for name, place in said.items() if place is not None}
@@ -194,7 +194,7 @@ def _part_index(module: nn.Module, shard_id: int | str) -> int | None:
 
 def _skip(
     name: str,
-    model: CausalLM,
+    model: LanguageModel,
     rules: RuledConfig,
     proven: Mapping[str, str],
     stored: Mapping[str, TensorInfo],

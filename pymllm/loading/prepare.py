@@ -18,13 +18,13 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.loading.absorbed_heads import join_absorbed_heads
-from pymllm.loading.head import HEAD, find_own_head
+from pymllm.loading.head import find_own_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.side_settings import method_name, refuse_contradictions, side_files
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, gguf_architectures, read_model_config, rename_tensors
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
@@ -49,7 +49,7 @@ class Prepared:
     quant: RuledConfig
     execution: Execution
     parallel: Parallel
-    model: CausalLM
+    model: LanguageModel
     units: tuple[Unit, ...]
     records: tuple[TensorRecord, ...]
     skipped: Skipped = ()
@@ -74,8 +74,8 @@ def prepare(
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config)
-    rename_tensors(checkpoint)
     _check_sizes(config, checkpoint)
+    rename_tensors(checkpoint, config)
     head = find_own_head(checkpoint, config)
     if head.own:
         config = config.untied()
@@ -94,7 +94,7 @@ def prepare(
         )
     rules = RuledConfig(stored, read_rules(quant), read_kv_rules(kv_cache))
     if head.own:
-        rules.sources[HEAD] = "stored so, although the config ties it to the embedding"
+        rules.sources[config.head_names[0]] = "stored so, although the config ties it to the embedding"
     parallel = current_parallel()
     try:
         model = build_on_meta(config, rules, execution, parallel)
@@ -119,7 +119,7 @@ def prepare(
 
 def build_on_meta(
     config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
-) -> CausalLM:
+) -> LanguageModel:
     """Build the model without data, every layer with its method."""
     with execution, parallel, torch.device("meta"):
         return build_model(config, rules)

@@ -6,17 +6,17 @@ from collections.abc import Iterable
 
 from pymllm.errors import ShardingError
 from pymllm.layers.held import WeightHolder, weight_holders
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.weights.loader import place
 
 
-def legal_tp_sizes(model: CausalLM) -> list[int]:
+def legal_tp_sizes(model: LanguageModel) -> list[int]:
     """Return the sizes that every layer of the model can be divided over, whatever its own is."""
     heads, refused = model.config.size("num_attention_heads"), refused_tp_sizes(model)
     return [size for size in range(1, heads + 1) if heads % size == 0 and size not in refused]
 
 
-def refused_tp_sizes(model: CausalLM) -> dict[int, str]:
+def refused_tp_sizes(model: LanguageModel) -> dict[int, str]:
     """Say why the model cannot be divided over other sizes: those that divide the heads, and the powers of two."""
     heads = model.config.size("num_attention_heads")
     # Names apart, a deep model repeats a few layers.

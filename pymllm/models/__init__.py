@@ -15,15 +15,18 @@ from dataclasses import replace
 from typing import Any
 
 from pymllm.config import ModelConfig
-from pymllm.errors import CheckpointError, ConfigError, nearest
-from pymllm.models.causal_lm import CausalLM
+from pymllm.errors import CheckpointError
+from pymllm.models.generic.classes import GenericConfig, read_generic_config
+from pymllm.models.generic.model import GenericModel
+from pymllm.models.generic.names import rename
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.tensor_file import TensorInfo
 
 # Modules here that are no family.
-SHARED = ("causal_lm",)
+SHARED = ("causal_lm", "generic", "language_model")
 
 
 def list_model_types() -> list[str]:
@@ -32,12 +35,18 @@ def list_model_types() -> list[str]:
 
 
 def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Read a config.json with its family's defaults.  ConfigError for a model type that has no definition here."""
-    return ModelConfig(raw, _family(raw).DEFAULTS)
+    """Read a config.json with its family's defaults, or as transformers reads it.
+
+    ConfigError for a model type that has no definition.
+    """
+    found = find_definition(raw)
+    return read_generic_config(raw) if found is None else ModelConfig(raw, _definition(found).DEFAULTS)
 
 
-def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> CausalLM:
+def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:
     """Build the model's modules, their weights on the current default device (usually meta)."""
+    if isinstance(config, GenericConfig):
+        return GenericModel(config, quant_config)
     return _family(config.raw).Model(config, quant_config)
 
 
@@ -49,11 +58,14 @@ def gguf_architectures() -> dict[str, GGUFArchitecture]:
     return found
 
 
-def rename_tensors(checkpoint: Checkpoint) -> None:
+def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Give the checkpoint's tensors the names that their family's definition has for them.
 
     CheckpointError where two tensors would have one name.
     """
+    if isinstance(config, GenericConfig):
+        checkpoint.tensors = rename(config.skeleton, checkpoint.tensors)
+        return
     patterns = vars(_family(checkpoint.config)).get("RENAMED", {})
     renamed: dict[str, TensorInfo] = {}
     for stored, info in checkpoint.tensors.items():
@@ -101,18 +113,8 @@ def _class_name(model_type: str) -> str:
 
 
 def _family(raw: Mapping[str, Any]) -> Any:
-    model_type, found = raw.get("model_type"), find_definition(raw)
-    if found is None:
-        known = list_model_types()
-        raise ConfigError(
-            f"there is no definition for the model type {model_type!r}",
-            code="model-type",
-            file="config.json",
-            tensor="model_type",
-            expected=" or ".join(known),
-            found=repr(model_type),
-            fix=nearest(str(model_type), known) or "Code that a checkpoint brings along is never run.",
-        )
+    found = find_definition(raw)
+    assert found is not None
     return _definition(found)
 
 

@@ -20,6 +20,7 @@ from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.layernorm import RMSNorm
 from pymllm.layers.mlp import GatedMLP
 from pymllm.layers.rotary_embedding import RotaryEmbedding, default_frequencies
+from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         return normed
 
 
-class CausalLM(nn.Module):
+class CausalLM(LanguageModel):
     """A decoder with its head.
 
     A family says in `attention_options` and `mlp_options` what differs from the usual blocks, or makes blocks of its
@@ -101,16 +102,12 @@ class CausalLM(nn.Module):
 
     layer, attention, norm: the classes of layers, of their attention and of every norm.
     embedding_scale: what embedded tokens are multiplied by.
-    restart_length: a request that grows to it needs all its keys and values made anew.
     """
 
-    config: ModelConfig
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     attention: ClassVar[type[SelfAttention]] = SelfAttention
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     embedding_scale = 1.0
-    restart_length: int | None = None
-    skipped_tensors: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()

@@ -90,12 +90,15 @@ def make_plan(
             stored = sum(placement.tensor.nbytes * _share(placement.slot) for placement in unit.placements)
             transient = max(transient, int(stored) + converting)
     layers = [_row(described, prepared) for holder in holders for described in holder.describe(binder)]
-    layers.sort(key=lambda layer: layer.kind == "attention")  # after everything that has weights
+    layers.sort(
+        key=lambda layer: layer.kind in ("attention", "recurrence")
+    )  # after everything that has weights
     totals = {
         "weight_bytes": weight_bytes,
         "peak_load_bytes": weight_bytes + transient,
         "checkpoint_bytes": sum(tensor.nbytes for tensor in prepared.checkpoint.tensors.values()),
         "kv_cache_bytes_per_token": sum(holder.cache_bytes_per_token() for holder in holders),
+        "state_bytes_per_request": sum(holder.state_bytes() for holder in holders),
     }
     cache = choose_cache_size(
         prepared.config.size("max_position_embeddings"),
@@ -103,6 +106,7 @@ def make_plan(
         _free_beside(weight_bytes, prepared.execution.device),
         max_model_len=max_model_len,
         kv_memory=kv_memory,
+        state_bytes=totals["state_bytes_per_request"],
     )
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
@@ -176,6 +180,7 @@ def _row(described: Description, prepared: Prepared) -> PlannedLayer:
         fused_with=list(described.fused_with),
         tied_to=described.tied_to,
         kv_bytes_per_token=described.kv_bytes_per_token,
+        state_bytes=described.state_bytes,
     )
 
 
@@ -239,15 +244,26 @@ def _notes(
     """
     notes = []
     named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
-    if named != run:
+    if run is None:
+        notes.append(f"there is no page for the model type {named!r}; it runs {prepared.model.definition}")
+    elif named != run:
         notes.append(
             f"there is no definition for the model type {named!r}; its architecture is that of {run}"
         )
+    notes += prepared.model.notes
     if eager is not None:
         notes.append(f"decoding runs without a captured CUDA graph, an operation at a time: {eager}")
     experts = any(weight.operation == "experts" for holder in holders for weight in holder.held())
     if prepared.parallel.expert_parallel and not experts:
         notes.append("expert_parallel divides nothing: the model has no experts")
+    stateful = [holder for holder in holders if holder.state_bytes()]
+    if stateful:
+        limit = (
+            "a prefix is reused only up to where a state of it is remembered: near the end of a prompt or an answer"
+            if all(holder.copies_states for holder in stateful)
+            else "prefixes are not reused, as what the layers keep cannot be copied"
+        )
+        notes.append(f"{len(stateful)} layers keep a state of each request: {limit}")
     split = [holder.prefix for holder in holders if holder.split]
     if split:
         notes.append(

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 class PlannedLayer:
     """One layer under its checkpoint name (the parts of a fused layer stand alone).
 
-    kind: linear, experts, router, embedding, lm_head or attention.
+    kind: linear, experts, router, embedding, lm_head, attention or recurrence.
     rule: the user's rule that decided, or None.  source: what decided.
     method: what runs; method_detail: with its settings; source_method: what the checkpoint holds.
     kernel: the one that runs it.  numerics: how its results differ from exact arithmetic.
@@ -24,6 +24,7 @@ class PlannedLayer:
     shape: [outputs, inputs] of the whole layer; shape_local: this rank's share.  bytes: packed, on this rank.
     fused_with: the other parts of the same matmul.  tied_to: the layer whose table this one shares.
     kv_bytes_per_token: of an attention layer's keys and values, on this rank.
+    state_bytes: of what a recurrence keeps of a request, on this rank.
     """
 
     prefix: str
@@ -43,6 +44,7 @@ class PlannedLayer:
     fused_with: list[str] = field(default_factory=list)
     tied_to: str | None = None
     kv_bytes_per_token: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Plan:
     sampling: dict[str, Any] = field(default_factory=dict)
     kv_cache: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weighted_layers(self) -> list[PlannedLayer]:
+        """The layers that have weights: all but attention and recurrences."""
+        return [layer for layer in self.layers if layer.kind not in ("attention", "recurrence")]
+
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
@@ -87,9 +94,22 @@ class Plan:
     def describe_cache(self) -> str:
         """Say how large the KV cache is and what decided so, in a line."""
         cache = self.kv_cache
+        states = ""
+        if cache.get("state_bytes"):
+            states = (
+                f"; states of {cache['requests']} requests and {cache['remembered_states']} prefixes, "
+                f"{cache['state_bytes'] / 1e6:.1f} MB"
+            )
         return (
             f"KV cache of {cache['tokens']} tokens, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
-            f"a request has at most {cache['max_model_len']} tokens"
+            f"a request has at most {cache['max_model_len']} tokens{states}"
+        )
+
+    def describe_rates(self) -> str:
+        """Say what a token takes in the KV cache, and a request beside it."""
+        state = self.totals.get("state_bytes_per_request", 0)
+        return f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token" + (
+            f", state: {state} bytes a request" if state else ""
         )
 
     def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
@@ -110,6 +130,8 @@ class Plan:
             group = [layer for layer in self.layers if layer.prefix in set(names)]
             if first.kind == "attention":
                 size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
+            elif first.kind == "recurrence":
+                size = f"{sum(layer.state_bytes for layer in group)} bytes a request"
             else:
                 size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
             why = f"rule {first.rule}" if first.rule else first.source
@@ -119,8 +141,7 @@ class Plan:
             )
         lines.append(
             f"  weights {self.totals['weight_bytes'] / 1e6:.1f} MB, at most "
-            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, "
-            f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token"
+            f"{self.totals['peak_load_bytes'] / 1e6:.1f} MB while loading, {self.describe_rates()}"
         )
         if self.kv_cache:
             lines.append(f"  {self.describe_cache()}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution
 from pymllm.loading.prepare import Prepared
-from pymllm.models.causal_lm import CausalLM
+from pymllm.models.language_model import LanguageModel
 from pymllm.searching.methods import Method
 from pymllm.searching.weights import SearchedWeight
 from pymllm.text.windows import Windows
@@ -59,7 +59,7 @@ class Passes:
             self.by_step.setdefault(weight.step, []).append(weight)
         self.floats = FloatModel(prepared, windows, DIFFERENTIABLE)
         root = self.floats.modules[""]
-        assert isinstance(root, CausalLM)
+        assert isinstance(root, LanguageModel)
         self.root = root
         # The last step is the head. A tied one has no tensors: the embedding's step gives it the table.
         self.head = len(steps) - 1 if steps[-1].layers else 0

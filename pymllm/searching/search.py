@@ -433,7 +433,9 @@ def _result(
         rules_file="\n".join([*head, *rules]) + "\n",
         chosen=chosen,
         curve=points,
-        kernels=dict(Counter(layer.kernel for layer in planned.layers if layer.kind != "attention")),
+        kernels=dict(
+            Counter(layer.kernel for layer in planned.layers if layer.kind not in ("attention", "recurrence"))
+        ),
         writes=writes,
         notes=notes,
     )

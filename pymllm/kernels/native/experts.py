@@ -39,6 +39,8 @@ class NativeIntegerExperts(LinearExperts):
 
     def why_not(self, problem: ExpertsProblem) -> str | None:
         products = problem.products()
+        if problem.activation.kind not in GATES:
+            return f"has {', '.join(GATES)} between the products, these have {problem.activation}"
         for product, linear in products.items():
             kernel = self.linear_kernel(linear)
             if not isinstance(kernel, NativeIntegerLinear):

@@ -1,0 +1,79 @@
+"""The attention function that transformers' modules call: it runs our attention layer of the module that calls it."""
+
+# T tokens, H query heads, Hkv key heads, D head size, Dv value head size
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pymllm.attention import Attention
+from pymllm.models.generic.probe import AttentionCall, note_attention, probing, read_mask
+from pymllm.quantization.base import QuantizationConfig
+
+# The name under which transformers knows the function.
+PAGED = "pymllm_paged"
+
+
+def register() -> None:
+    """Make the function and its mask known to transformers."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(PAGED, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PAGED, mask)
+
+
+def mask(*_: Any, mask_function: Any = None, **__: Any) -> Any:
+    """Make no mask, as our layers know theirs; while a model is probed, say which one is asked for."""
+    return None if probing() is None else read_mask(mask_function)
+
+
+def attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attend over the pages of the step's requests.  q: [1, H, T, D], k: [1, Hkv, T, D], v: [1, Hkv, T, Dv].
+
+    Returns [1, T, H, Dv], and None in the place of the weights.
+    """
+    if probing() is not None:
+        return note_attention(module, q, k, v, attention_mask, settings), None
+    layers: PagedLayers = module.paged  # type: ignore[assignment]
+    layer = layers.following()
+    sinks = settings.get("s_aux")
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    return layer(q, k, v, sinks)[None], None
+
+
+class PagedLayers(nn.ModuleList):
+    """The attention layers of one module, in the order in which its forward calls them."""
+
+    calls = 0
+
+    def following(self) -> Attention:
+        """Return the layer of the next call."""
+        layer: Any = self[self.calls % len(self)]
+        self.__dict__["calls"] = (self.calls + 1) % len(self)
+        return layer
+
+
+def add_attention(
+    module: nn.Module, name: str, calls: list[AttentionCall], quant_config: QuantizationConfig | None
+) -> None:
+    """Give an attention module the layers that its calls run.  name: the module's."""
+    module.paged = PagedLayers(
+        Attention(
+            call.num_heads,
+            call.head_dim,
+            call.scale,
+            call.num_kv_heads,
+            sliding_window=call.window,
+            value_head_dim=call.value_head_dim,
+            soft_cap=call.soft_cap,
+            sinks=call.sinks,
+            quant_config=quant_config,
+            prefix=f"{name}.attn" if not index else f"{name}.attn_{index}",
+        )
+        for index, call in enumerate(calls)
+    )

@@ -1,0 +1,267 @@
+"""Which of transformers' classes runs a config.json, and the class's model on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from pymllm.config import ModelConfig
+from pymllm.errors import ConfigError, nearest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What a config calls the most positions that a text has, where it does not use the usual name.
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+)
+UNLIMITED = 1 << 20  # the positions of a model whose config has no limit
+
+SIZES = {"intermediate_size", "moe_intermediate_size", "num_experts", "n_routed_experts", "num_local_experts"}
+
+# Settings that are no part of the maths, or belong to us.
+OURS = ("quantization_config", "compression_config", "auto_map")
+
+
+class GenericConfig(ModelConfig):
+    """A config.json of a type without a page, as transformers reads it.
+
+    architecture: the name of the class.  hf: transformers' config of it.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], architecture: str, hf: Any) -> None:
+        names = {name: getattr(hf, name, None) for name in ("num_key_value_heads", "head_dim", "vocab_size")}
+        names |= {name: getattr(hf, name, None) for name in ("hidden_size", "num_hidden_layers")}
+        names["num_attention_heads"] = _integer(getattr(hf, "num_attention_heads", None)) or 1
+        names["tie_word_embeddings"] = bool(getattr(hf, "tie_word_embeddings", False))
+        lengths = (_integer(getattr(hf, name, None)) for name in LENGTHS)
+        names["max_position_embeddings"] = next((length for length in lengths if length), UNLIMITED)
+        given = {name: value for name, value in raw.items() if name not in names or _integer(value)}
+        for name in SIZES & given.keys():  # one for each layer, perhaps
+            names[name] = given[name]
+        for name, value in names.items():
+            number = _integer(value) if name != "tie_word_embeddings" else value
+            if number is not None:
+                given[name] = number
+            elif name in SIZES:
+                given.pop(name, None)
+        super().__init__(given, {})
+        self.__dict__["architecture"], self.__dict__["hf"] = architecture, hf
+
+    def untied(self) -> GenericConfig:
+        hf = copy.deepcopy(self.hf)
+        hf.tie_word_embeddings = False
+        return GenericConfig(self.raw, self.architecture, hf)
+
+    @functools.cached_property
+    def skeleton(self) -> Any:
+        """The class's model without data and without our layers, for the names of its modules."""
+        return build_on_meta(self, torch.float32, "eager")
+
+    @property
+    def head_names(self) -> tuple[str, str]:
+        tied = self.skeleton.all_tied_weights_keys
+        modules = {id(module): name for name, module in self.skeleton.named_modules()}
+        head = modules.get(id(self.skeleton.get_output_embeddings()), "")
+        source = tied.get(f"{head}.weight", "").rpartition(".")[0]
+        return head, source or modules.get(id(self.skeleton.get_input_embeddings()), "")
+
+    def refuse_ignored(self) -> None:
+        """Refuse nothing: transformers' class reads what it computes with."""
+
+
+def _integer(value: Any) -> int | None:
+    """Return a positive integer, or the largest of a list of them (one for each layer); else None."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(one, int) for one in value):
+        value = max(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def read_generic_config(raw: Mapping[str, Any]) -> GenericConfig:
+    """Read the config of a type without a page.  ConfigError where transformers has no decoder for it either."""
+    name, config_class = find_class(raw)
+    settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
+    settings.pop("model_type", None)
+    try:
+        hf = config_class.from_dict(settings)
+    except Exception as error:
+        raise ConfigError(
+            f"transformers does not take this config.json for {name}",
+            code="config-value",
+            file="config.json",
+            tensor="model_type",
+            expected=f"settings of {config_class.__name__}",
+            found=" ".join(str(error).split())[:300],
+        ) from error
+    return GenericConfig(raw, name, hf)
+
+
+def _read_float(value: Any) -> Any:
+    """Read what JSON has no number for, as transformers writes it: {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _read_float(one) for key, one in value.items()}
+    return [_read_float(one) for one in value] if isinstance(value, list) else value
+
+
+@functools.cache
+def decoders() -> dict[str, str]:
+    """List transformers' decoders: the class's name by model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {
+        model_type: names if isinstance(names, str) else names[0]
+        for model_type, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    }
+
+
+def find_class(raw: Mapping[str, Any]) -> tuple[str, Any]:
+    """Find the decoder that a config.json names: by `architectures`, then by `model_type`.
+
+    Returns the class's name, and the class of its config.  ConfigError where there is none.
+    """
+    known, model_type = decoders(), raw.get("model_type")
+    named = raw.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if isinstance(name, str) and name in known.values():
+            return name, class_called(name).config_class
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type], class_called(known[model_type]).config_class
+    raise ConfigError(
+        f"there is no definition for the model type {model_type!r}",
+        code="model-type",
+        file="config.json",
+        tensor="model_type",
+        expected="a type with a page here, or a decoder of the installed transformers",
+        found=f"{model_type!r}, architectures {named!r}",
+        fix=nearest(str(model_type), known) or "Code that a checkpoint brings along is never run.",
+    )
+
+
+def class_called(name: str) -> Any:
+    """Return transformers' class of this name.  ConfigError where it cannot be imported."""
+    import transformers
+
+    try:
+        return getattr(transformers, name)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"transformers' {name} cannot be imported",
+            code="model-type",
+            file="config.json",
+            tensor="architectures",
+            found=str(error)[:300],
+        ) from error
+
+
+def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+    """Build the class's model: parameters on the meta device, buffers that are computed on the CPU.
+
+    attention: the name of the attention function that the model is to call.
+    """
+    from transformers.initialization import no_init_weights
+
+    hf = copy.deepcopy(config.hf)
+    hf._attn_implementation = attention
+    # Experts that look nothing up, so that they run on the meta device.
+    hf._experts_implementation = "batched_mm"
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"), no_init_weights():
+            model: Any = class_called(config.architecture)(hf)
+    except Exception as error:
+        raise ConfigError(
+            f"transformers' {config.architecture} cannot be built from this config.json",
+            code="config-value",
+            file="config.json",
+            tensor="architectures",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+    _compute_buffers(model)
+    return model.eval().requires_grad_(False)
+
+
+def _compute_buffers(model: Any) -> None:
+    """Give the buffers that no checkpoint has their values, by the initialisation of the (sub)model they stand in.
+
+    ConfigError for a buffer that no initialisation fills.
+    """
+    from transformers import PreTrainedModel
+
+    owners: dict[str, Any] = {}
+    fresh: dict[str, dict[str, torch.Tensor]] = {}  # of each module, by its name
+    for path, module in model.named_modules():
+        owners[path] = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        for name in module._non_persistent_buffers_set:
+            if module._buffers.get(name) is not None:
+                empty = _unset(torch.empty_like(module._buffers[name], device="cpu"))
+                fresh.setdefault(path, {})[name] = module._buffers[name] = empty
+    with torch.no_grad(), torch.device("cpu"):
+        for path in fresh:
+            owners[path]._init_weights(model.get_submodule(path))
+        # A model may fill the buffers of the modules in it.
+        for path, module in model.named_modules() if _still_unset(model, fresh) else ():
+            if path not in fresh and any(name.startswith(f"{path}." if path else "") for name in fresh):
+                owners[path]._init_weights(module)
+    unset = _still_unset(model, fresh)
+    if unset:
+        raise ConfigError(
+            f"transformers' {type(model).__name__} has a buffer that its own initialisation does not fill",
+            code="model-type",
+            file="config.json",
+            tensor=unset[0],
+            expected="a value that follows from the config",
+            found="none",
+        )
+
+
+def _unset(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a tensor with what no initialisation writes."""
+    if tensor.dtype is torch.bool:
+        return tensor.view(torch.uint8).fill_(255).view(torch.bool)
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+
+
+def _still_unset(model: Any, fresh: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+    """List the buffers that hold what `_unset` wrote."""
+    found = []
+    for path, buffers in fresh.items():
+        for name in buffers:
+            buffer = model.get_submodule(path)._buffers[name]
+            raw = buffer.view(torch.uint8) if buffer.dtype is torch.bool else buffer
+            if (buffer.numel() and bool((raw == _unset(torch.empty_like(buffer)).view(raw.dtype)).any())) or (
+                buffer.is_floating_point() and bool(buffer.isnan().any())
+            ):
+                found.append(f"{path}.{name}")
+    return found
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Tell whether a module's forward has an argument of this name."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function make its tensors on the CPU, also where models are built on the meta device."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*args, **options)
+
+    return run

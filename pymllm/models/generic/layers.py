@@ -1,0 +1,152 @@
+"""Our layers in the places of transformers' linear layers, embeddings and head."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from pymllm.layers.linear import Linear
+from pymllm.layers.weighted import WeightedLayer
+from pymllm.models.generic.classes import on_cpu
+from pymllm.moe.layer import RouterLinear
+from pymllm.quantization.base import QuantizationConfig
+from pymllm.quantization.binding import bound_weight
+
+ROUTERS = (
+    "gate",
+    "router",
+    "shared_expert_gate",
+)  # the last words of the names of routers that are linear layers
+
+
+class ReadWeight:
+    """The weight of a layer as code reads it that does more than call the layer: decoded when it is computed with."""
+
+    def __init__(self, layer: WeightedLayer) -> None:
+        self.layer = layer
+        self.dtype, self.device = layer.params_dtype, next(iter(bound_weight(layer).packed.values())).device
+        self.shape = torch.Size((layer.shape.out_features, layer.shape.in_features))
+
+    def decoded(self) -> Tensor:
+        """Decode the weight, [O, I]; a transposed one as it is stored."""
+        bound = bound_weight(self.layer)
+        assert bound is not None
+        weight = bound.canonical().dequantize(self.dtype)
+        return weight.t() if getattr(self.layer, "transposed", False) else weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(
+            lambda one: one.decoded() if isinstance(one, cls) else one, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoded(), name)
+
+
+class _WithWeight(WeightedLayer):
+    """A layer whose `weight` can be read once it is packed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and bound_weight(self) is not None:
+            return ReadWeight(self)
+        return super().__getattr__(name)
+
+
+class GenericLinear(_WithWeight, Linear):
+    """A linear layer of transformers'."""
+
+
+class GenericRouter(_WithWeight, RouterLinear):
+    """A linear layer of transformers' that chooses experts, or gates one."""
+
+
+class GenericEmbedding(_WithWeight, VocabParallelEmbedding):
+    """An embedding of transformers'."""
+
+
+class TransposedLinear(GenericLinear):
+    """A linear layer whose weight the checkpoint stores with inputs before outputs, as GPT-2 does."""
+
+    transposed: ClassVar[bool] = True
+
+
+class ScaledEmbedding(GenericEmbedding):
+    """An embedding whose rows are multiplied by `embed_scale` as they are looked up."""
+
+    embed_scale: float | Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        scale = self.embed_scale
+        return rows * (scale.to(rows) if isinstance(scale, Tensor) else scale)
+
+
+class Head(_WithWeight, ParallelLMHead):
+    """The head, as transformers' forward calls it."""
+
+    def forward(self, x: Tensor, gather_all: bool = True) -> Tensor:  # type: ignore[override]
+        logits = super().forward(x, gather_all=gather_all)
+        assert logits is not None
+        return logits
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one of this name."""
+    parent, _, last = name.rpartition(".")
+    model.get_submodule(parent)._modules[last] = new
+
+
+def make_linear(module: Any, name: str, quant_config: QuantizationConfig | None) -> Linear | None:
+    """Make our layer for a linear layer of torch's or GPT-2's.  None: the module is neither."""
+    options: dict[str, Any] = {"prefix": name, "quant_config": quant_config}
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return TransposedLinear(module.nx, module.nf, True, **options)
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return None
+    bias = module.bias is not None
+    router = module.out_features == 1 or name.rpartition(".")[2] in ROUTERS
+    kind = GenericRouter if router else GenericLinear
+    return kind(module.in_features, module.out_features, bias=bias, **options)
+
+
+def make_embedding(
+    module: Any, name: str, quant_config: QuantizationConfig | None
+) -> VocabParallelEmbedding | None:
+    """Make our layer for an embedding of torch's, or one whose rows are scaled.  None: the module is neither."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    options: dict[str, Any] = {"prefix": name, "quant_config": quant_config}
+    if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+        return GenericEmbedding(module.num_embeddings, module.embedding_dim, **options)
+    scale = embedding_scale(module)
+    if scale is None:
+        return None
+    made = ScaledEmbedding(module.num_embeddings, module.embedding_dim, **options)
+    made.embed_scale = scale
+    return made
+
+
+@on_cpu
+def embedding_scale(module: Any) -> float | Tensor | None:
+    """Return what an embedding multiplies its rows by.  None: it does something else, as a trial shows."""
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor) and (scale.is_meta or scale.numel() != 1):
+        return None
+    if not isinstance(scale, (float, int, Tensor)):
+        return None
+    ids, table = torch.tensor([[2, 0], [1, 3]]), torch.randn(4, 3)
+    weight, padding = module._parameters["weight"], module.padding_idx
+    try:
+        module._parameters["weight"], module.padding_idx = nn.Parameter(table), None
+        same = torch.equal(module(ids), table[ids] * scale)
+    except Exception:
+        return None
+    finally:
+        module._parameters["weight"], module.padding_idx = weight, padding
+    return scale if same else None

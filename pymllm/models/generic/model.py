@@ -1,0 +1,222 @@
+"""Transformers' class with our layers in it, as the engine, the loader and the plan know a model."""
+
+# T tokens, H hidden size, N rows, V vocabulary
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.config import current_execution
+from pymllm.errors import ConfigError, ShardingError
+from pymllm.models.generic import attention
+from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
+from pymllm.models.generic.experts import RoutedExperts, find_experts
+from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
+from pymllm.models.generic.probe import FUTURE, Probe, probe
+from pymllm.models.generic.request_cache import RequestCaches
+from pymllm.models.language_model import LanguageModel
+from pymllm.parallel import current_parallel
+from pymllm.quantization.base import QuantizationConfig, StoredTensor
+from pymllm.weights.report import Skip
+
+
+class GenericModel(LanguageModel):
+    """A decoder of transformers.
+
+    side_by_side: why the requests of a step cannot be run side by side; None: they are.
+    """
+
+    def __init__(self, config: GenericConfig, quant_config: QuantizationConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        parallel = current_parallel()
+        if parallel.size > 1:
+            raise ShardingError(
+                f"transformers' {config.architecture} is not divided over ranks here",
+                code="tp-size",
+                expected="1 rank",
+                found=str(parallel.size),
+            )
+        execution = current_execution()
+        dtype = torch.get_default_dtype() if execution is None else execution.dtype
+        attention.register()
+        inner: Any = build_on_meta(config, dtype, attention.PAGED)
+        self._tied = dict(inner.all_tied_weights_keys)
+        _keep_float32(inner, dtype)
+        _own_buffers(inner)
+        head = inner.get_output_embeddings()
+        self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
+        _put_experts(inner, quant_config)
+        found = probe(inner, config.size("max_position_embeddings"))
+        if found.why_not is not None and FUTURE in found.why_not:
+            raise ConfigError(
+                f"transformers' {config.architecture} is no decoder with this config.json: {found.why_not}",
+                code="model-type",
+                file="config.json",
+                tensor="is_decoder",
+                expected="attention to what came before, and no more",
+                found="an encoder",
+            )
+        self.why_alone = found.why_not
+        if found.why_not is not None:
+            _set_attention(inner, "eager")
+        self._put_layers(inner, found, quant_config)
+        if found.why_not is None:
+            for name, calls in found.attention.items():
+                attention.add_attention(inner.get_submodule(name), name, calls, quant_config)
+        # Its modules and parameters are ours, under their own names.
+        self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
+        self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
+        if found.why_not is not None:
+            hf = inner.config
+            token = 2 * dtype.itemsize * config.size("num_hidden_layers") * config.size("hidden_size")
+            self.request_caches = RequestCaches(hf, token, 1)
+
+    def _put_layers(self, inner: Any, found: Probe, quant_config: QuantizationConfig | None) -> None:
+        """Put our layers in the places of what the class's forward calls as they do, the embedding before the head."""
+        modules = dict(inner.named_modules())
+        for name, module in modules.items():
+            if name == self._head_name or (name not in found.inputs and found.why_not is None):
+                continue
+            made: Any = make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
+            if made is not None:
+                replace_module(inner, name, made)
+        head = modules.get(self._head_name)
+        if isinstance(head, nn.Linear):
+            source = self._tied.get(f"{self._head_name}.weight", "").rpartition(".")[0]
+            embedding: Any = inner.get_submodule(source) if source else None
+            made = Head(
+                head.out_features,
+                head.in_features,
+                head.bias is not None,
+                tied_to=embedding,
+                prefix=self._head_name,
+                quant_config=quant_config,
+            )
+            replace_module(inner, self._head_name, made)
+
+    @property
+    def lm_head(self) -> Any:  # type: ignore[override]
+        """The layer that makes logits."""
+        return self.inner.get_submodule(self._head_name)
+
+    @property
+    def definition(self) -> str:
+        return f"transformers' {self.config.architecture}"  # type: ignore[attr-defined]
+
+    @property
+    def notes(self) -> list[str]:
+        """Say how the class's model is run."""
+        if self.why_alone is None:
+            return []
+        return [f"requests run one after another over transformers' own cache: {self.why_alone}"]
+
+    @property
+    def why_not_repeated(self) -> str | None:
+        return None if self.why_alone is None else "each request has a cache of its own"
+
+    @property
+    def keys_depend_on_length(self) -> bool:
+        """True where a request runs alone: its prompt is read whole, as transformers reads it."""
+        return self.why_alone is not None
+
+    def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
+        for pattern in self.inner._keys_to_ignore_on_load_unexpected or ():
+            if re.search(pattern, tensor):
+                return f"transformers' class leaves out what is called {pattern}"
+        module, _, name = tensor.rpartition(".")
+        try:
+            computed = self.inner.get_submodule(module)._buffers.get(name)
+        except AttributeError:
+            return None
+        if computed is None:
+            return None
+        return Skip("values that follow from the config", lambda found: _refuse_other(found, computed))
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        base = self.inner.get_submodule(self.base_name)
+        if self.why_alone is not None:
+            return self.request_caches.run(base, ids, positions)
+        given = {
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "use_cache": False,
+            "return_dict": True,
+        }
+        return base(**{name: value for name, value in given.items() if takes(base, name)})[0][0]
+
+    def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
+        """Apply the class's own forward after its inner model: the head, and what it does to logits."""
+        base = self.inner.get_submodule(self.base_name)
+        output = _Hidden(hidden[None])
+        base.forward = lambda *_, **__: output
+        try:
+            given = {"input_ids": hidden.new_zeros((1, len(hidden)), dtype=torch.int64), "use_cache": False}
+            result = self.inner(**{name: value for name, value in given.items() if takes(self.inner, name)})
+        finally:
+            del base.forward
+        return result.logits[0].float()
+
+
+class _Hidden(tuple):  # type: ignore[type-arg]
+    """Hidden states as the output of a model: by place and by name; what else is asked for is None."""
+
+    def __new__(cls, hidden: Tensor) -> _Hidden:
+        return super().__new__(cls, (hidden,))
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _refuse_other(found: Tensor, computed: Tensor) -> str | None:
+    """Return why stored values are not those that the model computes, or None."""
+    if found.shape != computed.shape:
+        return f"values of the shape {list(found.shape)}, where the config gives {list(computed.shape)}"
+    close = torch.allclose(found.float(), computed.float().cpu(), rtol=2**-7, atol=1e-6)
+    return None if close else "other values than the config gives"
+
+
+def _set_attention(inner: Any, name: str) -> None:
+    """Have the class's modules attend by another of transformers' functions."""
+    for module in inner.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
+
+
+def _keep_float32(inner: Any, dtype: torch.dtype) -> None:
+    """Give parameters that the class keeps in float32 that dtype."""
+    names = {*(inner._keep_in_fp32_modules_strict or ())}
+    if dtype is torch.float16:
+        names |= {*(inner._keep_in_fp32_modules or ())}
+    for path, module in inner.named_modules():
+        for name, param in module._parameters.items():
+            full = f"{path}.{name}"
+            if param is not None and any(re.search(rf"(^|\.){re.escape(n)}(\.|$)", full) for n in names):
+                module._parameters[name] = nn.Parameter(param.float(), requires_grad=False)
+
+
+def _own_buffers(inner: nn.Module) -> None:
+    """Make parameters of the buffers that checkpoints hold, so that each of them must be there."""
+    for module in inner.modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                del module._buffers[name]
+                module._parameters[name] = nn.Parameter(buffer, requires_grad=False)
+
+
+def _put_experts(inner: Any, quant_config: QuantizationConfig | None) -> None:
+    for name, module in list(inner.named_modules()):
+        size = find_experts(module)
+        if size is not None:
+            replace_module(inner, name, RoutedExperts(size, name, quant_config))

@@ -1,0 +1,299 @@
+"""A run of transformers' model on the meta device: how its modules are called, and if requests may lie side by side.
+
+Nothing is taken from names or settings: an attention module's heads, scale, window, soft cap and sinks are those that
+it hands to the attention function in this run. Whatever else looks at several tokens at once (a recurrence, a
+convolution, an attention of the class's own) is found by the shapes of what it computes.
+"""
+
+# T tokens of the run, H query heads, Hkv key heads, D head size, Dv value head size
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pymllm.models.generic.classes import on_cpu, takes
+
+# Prime numbers of tokens: no dimension of a model is one by chance.
+LENGTHS = (1009, 503, 251, 127, 61, 31, 13)
+NEAR = 8  # a convolution's result is longer by its padding
+
+FUTURE = "sees tokens that come after its own"  # as an encoder's does
+
+# What a module's forward calls the memory of a request.
+MEMORIES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "state", "cache", "mems")
+
+# What attention functions are given that changes nothing here.
+HARMLESS = {
+    *(
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "cache_position",
+        "is_causal",
+    ),
+    *("return_dict", "position_embeddings", "num_items_in_batch", "past_key_values", "output_router_logits"),
+}
+
+
+@dataclass(frozen=True)
+class AskedMask:
+    """The mask that a layer of transformers asks for.
+
+    window: how many positions a query sees; None: all up to its own.  why_not: why it is not such a mask.
+    """
+
+    window: int | None = None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function: the sizes and settings of `pymllm.attention.Attention`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks: bool
+
+
+@dataclass
+class Probe:
+    """What the run has shown.
+
+    tokens: T.  base: the module that makes the hidden states, by name.  attention: the calls of each attention module, by name.
+    inputs: what each linear layer and embedding was called with; one that is missing was never called.
+    why_not: why requests cannot be run side by side; None: they can.
+    """
+
+    tokens: int
+    base: str = ""
+    attention: dict[str, list[AttentionCall]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    why_not: str | None = None
+
+    def refuse(self, reason: str) -> None:
+        """Note why requests cannot be run side by side; the first reason stays."""
+        if self.why_not is None:
+            self.why_not = reason
+
+
+_running: ContextVar[Probe | None] = ContextVar("probe", default=None)
+_names: ContextVar[Mapping[int, str]] = ContextVar("probe_names")
+
+
+def probing() -> Probe | None:
+    """Return the probe that runs now, or None."""
+    return _running.get()
+
+
+class _Called(Exception):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@on_cpu
+def find_base(model: Any) -> str | None:
+    """Find the module that the class's forward calls first for hidden states, by name.  None: there is none."""
+    from transformers import PreTrainedModel
+
+    def stop(name: str) -> Callable[..., Any]:
+        def forward(*_: Any, **__: Any) -> Any:
+            raise _Called(name)
+
+        return forward
+
+    stopped = [(n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel) and m is not model]
+    stopped += [(n, m) for n, m in model.named_children() if not isinstance(m, PreTrainedModel)]
+    for name, module in stopped:
+        module.forward = stop(name)
+    try:
+        model(**_arguments(model, torch.zeros((1, 2), dtype=torch.int64), torch.arange(2)[None]))
+    except _Called as called:
+        return called.name
+    except Exception:
+        return None
+    finally:
+        for _, module in stopped:
+            del module.forward
+    return None
+
+
+@on_cpu
+def probe(model: Any, longest: int) -> Probe:
+    """Run the class's model on the meta device, without a cache, and note what its modules are called with.
+
+    longest: the most positions that the model has.
+    """
+    found = Probe(next((length for length in LENGTHS if length <= longest), 1))
+    base = find_base(model)
+    if base is None:
+        found.refuse("its forward calls no model for its hidden states")
+        return found
+    found.base = base
+    inner = model.get_submodule(base)
+    if not takes(inner, "position_ids"):
+        found.refuse("it takes no positions, but counts tokens itself")
+    if any(_by_length(module) for module in model.modules()):
+        found.refuse("its rotary positions change with the length of the text")
+    hooks = [
+        module.register_forward_pre_hook(_note_input(found, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
+    ]
+    names = {id(module): name for name, module in model.named_modules()}
+    running, named = _running.set(found), _names.set(names)
+    try:
+        ids = torch.zeros((1, found.tokens), dtype=torch.int64, device="meta")
+        arguments = _arguments(inner, ids, torch.arange(found.tokens)[None])
+        with torch.no_grad(), _Watch(found):
+            inner(**arguments)
+    except Exception as error:
+        found.refuse(
+            f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        )
+    finally:
+        _running.reset(running)
+        _names.reset(named)
+        for hook in hooks:
+            hook.remove()
+    for name in _unseen_memories(model, found):
+        found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
+    return found
+
+
+def _by_length(module: Any) -> bool:
+    """Tell whether a module makes rotary positions that depend on how long the text is."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
+
+
+def _arguments(module: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+    """Return the arguments of a run without a cache, those that the module takes."""
+    wanted = {"input_ids": ids, "position_ids": positions, "use_cache": False, "return_dict": True}
+    return {name: value for name, value in wanted.items() if takes(module, name)}
+
+
+def _note_input(found: Probe, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.inputs.setdefault(name, []).append(next(iter(tree_leaves((args, kwargs)))))
+
+    return hook
+
+
+def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
+    """List the innermost modules that take a request's memory, and called no attention function with it."""
+    keepers = [n for n, m in model.named_modules() if n and any(takes(m, memory) for memory in MEMORIES)]
+    inner = [n for n in keepers if not any(other.startswith(f"{n}.") for other in keepers)]
+    return [n for n in inner if not any(f"{a}.".startswith(f"{n}.") for a in found.attention)]
+
+
+class _Watch(TorchFunctionMode):
+    """Moves what meets a meta tensor to the meta device, and notes what depends on several tokens."""
+
+    def __init__(self, found: Probe) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(tensor.is_meta for tensor in tensors):
+            args, kwargs = tree_map(_on_meta, (args, kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and self.found.why_not is None:
+            self._look(func, result, tensors)
+        return result
+
+    def _look(self, func: Any, result: Tensor, tensors: list[Tensor]) -> None:
+        shape, name, tokens = result.shape, getattr(func, "__name__", ""), self.found.tokens
+        if name == "arange" and shape[0] == tokens:
+            self.found.refuse("it counts tokens itself")
+        if not (result.is_floating_point() and result.is_meta):
+            return
+        near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
+        if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
+            self.found.refuse(f"it computes attention itself ({name})")
+        elif name in ("cumsum", "conv1d", "roll", "flip", "cumprod") and tokens in shape:
+            self.found.refuse(f"it mixes tokens by {name}")
+        elif near and any(tokens in tensor.shape for tensor in tensors):
+            self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def note_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, settings: Mapping[str, Any]
+) -> Tensor:
+    """Note a call of the attention function.  q: [1, H, T, D], k: [1, Hkv, T, D], v: [1, Hkv, T, Dv].
+
+    Returns a result of its shape, [1, T, H, Dv].
+    """
+    found = _running.get()
+    assert found is not None
+    name = _names.get().get(id(module), "")
+    given = {key: value for key, value in settings.items() if value is not None and key not in HARMLESS}
+    scale, sinks = given.pop("scaling", q.shape[-1] ** -0.5), given.pop("s_aux", None)
+    soft_cap = given.pop("softcap", None)
+    given.pop("dropout", None)
+    given.pop("sliding_window", None)  # the mask decides, as in transformers' own attention
+    asked = mask if isinstance(mask, AskedMask) else AskedMask()
+    if mask is None and not getattr(module, "is_causal", False):
+        asked = AskedMask(why_not=FUTURE)
+    elif mask is not None and not isinstance(mask, AskedMask):
+        asked = AskedMask(why_not="has a mask of its own")
+    if q.shape[0] != 1 or q.shape[2] != found.tokens or k.shape[2] != found.tokens:
+        found.refuse(f"the attention of {name} has queries {list(q.shape)} and keys {list(k.shape)}")
+    if asked.why_not is not None:
+        found.refuse(f"the attention of {name} {asked.why_not}")
+    if given:
+        found.refuse(f"the attention of {name} is given {', '.join(given)}")
+    call = AttentionCall(
+        q.shape[1],
+        k.shape[1],
+        q.shape[3],
+        v.shape[3],
+        float(scale),
+        asked.window,
+        soft_cap,
+        sinks is not None,
+    )
+    found.attention.setdefault(name, []).append(call)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+@on_cpu
+def read_mask(visible: Callable[..., Tensor], length: int = 1 << 17) -> AskedMask:
+    """Tell which mask a function of (batch, head, query, key) positions makes.  length: of the texts to try."""
+    keys, zero = torch.arange(length), torch.zeros((), dtype=torch.int64)
+    windows = []
+    for query in (length // 2 - 1, length // 2 + 6, length - 2):
+        try:
+            seen = visible(zero, zero, torch.tensor(query), keys)
+            seen = torch.as_tensor(seen).expand(length)
+        except Exception as error:
+            return AskedMask(why_not=f"has a mask that cannot be read: {error}")
+        count = int(seen.sum())
+        if bool(seen[query + 1 :].any()):
+            return AskedMask(why_not=FUTURE)
+        if not bool(seen[query - count + 1 : query + 1].all()):
+            return AskedMask(why_not="sees other tokens than the last ones up to its own")
+        windows.append(None if count == query + 1 else count)
+    if len(set(windows)) > 1:
+        return AskedMask(why_not="sees chunks of the text")
+    return AskedMask(windows[0])

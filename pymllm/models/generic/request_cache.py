@@ -1,0 +1,82 @@
+"""A request at a time: transformers' model over its own cache, for what cannot be run side by side."""
+
+# T tokens of a step, H hidden size
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymllm.layers.held import WeightHolder
+from pymllm.layers.step import fetch_attn_metadata
+from pymllm.models.generic.classes import takes
+
+CACHES = ("past_key_values", "cache_params", "state")
+
+
+class RequestCaches(WeightHolder):
+    """What transformers' model keeps of each request, by slot.
+
+    token_bytes: what a token takes, for the plan and the engine's budget.
+    """
+
+    def __init__(self, config: Any, token_bytes: int, state_bytes: int) -> None:
+        super().__init__()
+        self.config, self.token_bytes, self.fixed_bytes = config, token_bytes, state_bytes
+        self.requests: dict[int, Any] = {}
+
+    @property
+    def loads(self) -> bool:
+        return False
+
+    def cache_bytes_per_token(self) -> int:
+        return self.token_bytes
+
+    def state_bytes(self) -> int:
+        return self.fixed_bytes
+
+    def detach_states(self) -> None:
+        """Forget all requests."""
+        self.requests.clear()
+
+    def free_state(self, slot: int) -> None:
+        """Forget the request that had a slot."""
+        self.requests.pop(slot, None)
+
+    def run(self, base: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+        """Run the step's requests one after another.  ids, positions: [T].  Returns hidden states [T, H]."""
+        step = fetch_attn_metadata()
+        slots = None if step.state_slots is None else step.state_slots.tolist()
+        rows = []
+        for index, (start, stop, length) in enumerate(step.spans):
+            slot = None if slots is None else slots[index]
+            fresh = length == stop - start
+            kept = None if slot is None or fresh else self.requests[slot]
+            hidden, kept = self._run_one(base, ids[start:stop], positions[start:stop], kept)
+            if slot is not None:
+                self.requests[slot] = kept
+            rows.append(hidden)
+        return torch.cat(rows) if rows else ids.new_empty((0, self.config.hidden_size), dtype=torch.float32)
+
+    def _run_one(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        """Run the next tokens of one request.  kept: what the call before returned.  Returns hidden [T, H] too."""
+        name = next((name for name in CACHES if takes(base, name)), None)
+        if name is None:  # the class has no cache: all tokens are run again
+            everything = ids if kept is None else torch.cat((kept, ids))
+            count = torch.arange(len(everything), device=ids.device)
+            return self._call(base, everything, count, {})[0][-len(ids) :], everything
+        if kept is None and name != "state":
+            from transformers import DynamicCache
+
+            kept = DynamicCache(config=self.config)
+        return self._call(base, ids, positions, {name: kept, "use_cache": True})
+
+    def _call(
+        self, base: nn.Module, ids: Tensor, positions: Tensor, memory: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        given = {"input_ids": ids[None], "position_ids": positions[None], "return_dict": True, **memory}
+        output = base(**{name: value for name, value in given.items() if takes(base, name)})
+        kept = next((output[name] for name in CACHES if name in output), None)
+        return output[0][0], next(iter(memory.values()), None) if kept is None else kept

@@ -1,0 +1,65 @@
+"""What a model definition gives the engine, the loader and the plan, whoever wrote its modules."""
+
+# T tokens, H hidden size, N rows, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from pymllm.config import ModelConfig
+from pymllm.layers.embedding import ParallelLMHead
+from pymllm.quantization.base import StoredTensor
+from pymllm.weights.report import Skip
+
+
+class LanguageModel(nn.Module):
+    """A model of tokens: hidden states from ids and positions, logits from hidden states.
+
+    config: the checkpoint's.  lm_head: the layer that makes logits.
+    definition: where its modules come from, for the plan.  notes: what else a plan should say of that.
+    restart_length: a request that grows to it needs all its keys and values made anew.
+    skipped_tensors: patterns of tensors that the model does not need, and why.
+    """
+
+    config: ModelConfig
+    lm_head: ParallelLMHead
+    restart_length: int | None = None
+    skipped_tensors: ClassVar[dict[str, str]] = {}
+
+    @property
+    def definition(self) -> str:
+        """The source of the model's modules."""
+        return type(self).__module__
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how the model runs."""
+        return []
+
+    def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
+        """Return why the model does not need a tensor, and the proof; None: it may not be skipped.
+
+        tensor: its name.  stored: all of the checkpoint's, by name.
+        """
+        return None
+
+    @property
+    def keys_depend_on_length(self) -> bool:
+        """True if the keys of a token are others where more tokens follow in the same step."""
+        return False
+
+    @property
+    def why_not_repeated(self) -> str | None:
+        """Why decoding steps cannot be recorded and played back; None: nothing about the model stands in the way."""
+        return None
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Run all but the head.  ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""
+        raise NotImplementedError
+
+    def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
+        """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
+        raise NotImplementedError

@@ -1,0 +1,70 @@
+"""Twins of other libraries' modules: copies with other weights, which are run to prove what a module computes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRIED = (4, 6, 8, 10, 12)  # of small sizes
+
+
+def twin_of(
+    module: nn.Module, parameters: Mapping[str, Tensor | None], replaced: Mapping[int, int] | None = None
+) -> nn.Module:
+    """Copy a module without its own parameters, hooks and buffers; submodules are shared.
+
+    parameters: those of the copy.  replaced: new values for attributes that are such numbers, as sizes are.
+    """
+    twin: nn.Module = object.__new__(type(module))
+    held = {
+        name: type(value)() if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") else value
+        for name, value in vars(module).items()
+    }
+    for name, value in held.items():
+        if replaced and type(value) is int and value in replaced:
+            held[name] = replaced[value]
+    held |= {
+        "_parameters": dict(parameters),
+        "_buffers": dict(module._buffers),
+        "_modules": dict(module._modules),
+    }
+    config = held.get("config")
+    if hasattr(config, "_experts_implementation"):  # the module's own forward, not one for a device or a size
+        held["config"] = config = copy.copy(config)
+        config._experts_implementation = "eager"
+    twin.__dict__.update(held)
+    return twin
+
+
+@torch.no_grad()
+def answer(twin: nn.Module, *args: Any, **kwargs: Any) -> Tensor | str:
+    """Call a twin, and return its answer, or why there is none."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found = twin(*args, **kwargs)
+    except Exception as error:  # whatever another library's code may raise
+        said = str(error).strip().splitlines()
+        return f"its forward cannot be tried by itself: {type(error).__name__}: {said[0] if said else ''}".rstrip(
+            ": "
+        )
+    return (
+        found if isinstance(found, Tensor) else f"its forward returns a {type(found).__name__}, not a tensor"
+    )
+
+
+def shrunk(experts: int, hidden: int, intermediate: int) -> tuple[int, int, int] | None:
+    """Choose small sizes of experts of which those are equal that are equal in the module; None: none are found.
+
+    Where a module keeps its sizes as numbers, only so can each be replaced by one other.
+    """
+
+    def alike(e: int, h: int, i: int) -> tuple[bool, ...]:
+        return e == h, e == i, e == 2 * i, h == i, h == 2 * i
+
+    wanted = alike(experts, hidden, intermediate)
+    return next((s for s in itertools.product(TRIED, repeat=3) if alike(*s) == wanted), None)
