@@ -25,6 +25,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.models.auto import modeling_auto
 
 LAYERS = 4
+CAUSAL = len(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # types of AutoModelForCausalLM
 SPECIAL_TOKENS = 8  # ids that no prompt has
 # The first pattern that a setting's whole name matches says its size.
 SIZES: dict[str, int] = {
@@ -116,7 +117,7 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
     special = iter(range(SPECIAL_TOKENS))
     layers = getattr(config, "num_hidden_layers", None)
     for name, declared in fields(config):
-        value = vars(config).get(name)
+        value = value_of(config, name)
         derived = declared is None and not isinstance(value, PreTrainedConfig)
         if isinstance(value, PreTrainedConfig):
             settings[name] = {**shrink(value), "model_type": value.model_type}
@@ -158,6 +159,10 @@ def fields(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
             yield name, declared.default
 
 
+def value_of(config: PreTrainedConfig, name: str) -> Any:
+    return vars(config).get(config.attribute_map.get(name, name), vars(config).get(name))
+
+
 def annotation(config: PreTrainedConfig, name: str) -> str:
     return str(type(config).__dataclass_fields__[name].type)
 
@@ -193,7 +198,7 @@ def shortened(name: str, values: list[Any], layers: int | None) -> list[Any]:
 def moves(settings: dict[str, Any], config: PreTrainedConfig, yarn: bool) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
     """Yield each scalar's path in the settings, and values away from its default."""
     for name, _ in fields(config):
-        value = held = vars(config).get(name)
+        value = held = value_of(config, name)
         if isinstance(held, PreTrainedConfig):
             if not re.search("vision|audio|encoder|vq|image|perceiver|qformer", name):
                 yield from (((name, *path), values) for path, values in moves(settings[name], held, yarn))
@@ -233,7 +238,7 @@ def others(name: str, value: Any, annotation: str) -> list[Any]:
     if value is None:
         if "window" in name:
             return [8]
-        return [0.7, 2.0] if "float" in annotation else [True] if "bool" in annotation else []
+        return [2.5 if "cap" in name else 0.7, 2.0] if "float" in annotation else [True] if "bool" in annotation else []
     if name in ("num_key_value_heads", "head_dim") and isinstance(value, int):
         return [2 if value == 4 else 32]
     if isinstance(value, list) and value and all(type(v) is float for v in value):
@@ -241,7 +246,7 @@ def others(name: str, value: Any, annotation: str) -> list[Any]:
     if re.search(r"eps(ilon)?$|norm_eps", name):
         return [0.02]
     if re.search(r"soft_?cap|limit|clip|threshold", name) and isinstance(value, (int, float)):
-        return [1.5]
+        return [2.5 if "cap" in name else 1.5]
     if re.search(r"theta", name) and isinstance(value, (int, float)):
         return [type(value)(value * 0.3)]
     if isinstance(value, float):
