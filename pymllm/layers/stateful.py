@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pymllm.kernels.attention import AttentionStep
 from pymllm.layers.held import WeightHolder
 from pymllm.quantization.kv_cache import zeros
 
@@ -28,7 +29,15 @@ class StatefulLayer(WeightHolder):
 
     def state_bytes(self) -> int:
         """Return the bytes of one request's tensors."""
-        return sum(math.prod(shape) for shape in self.state_shapes()) * torch.float32.itemsize
+        return sum(self.shape_bytes())
+
+    def shape_bytes(self) -> list[int]:
+        """Return the bytes of each of one request's tensors."""
+        return [math.prod(shape) * torch.float32.itemsize for shape in self.state_shapes()]
+
+    def states_in(self, step: AttentionStep) -> tuple[Tensor | None, ...]:
+        """Return the states as the kernels of a step take them: None each where nothing is kept."""
+        return self.states if step.state_slots is not None else (None,) * len(self.state_shapes())
 
     def attach_states(self, count: int, device: torch.device) -> None:
         """Make the tensors of `count` requests."""

@@ -133,9 +133,11 @@ def find_class(raw: Mapping[str, Any]) -> tuple[str, Any]:
     Returns the class's name, and the class of its config.  ConfigError where there is none.
     """
     known, model_type = decoders(), raw.get("model_type")
-    named = raw.get("architectures")
+    named, brought = raw.get("architectures"), raw.get("auto_map")
+    # A checkpoint that brings code along may call its class as it likes.
+    own = brought.get("AutoModelForCausalLM") if isinstance(brought, Mapping) else None
     for name in named if isinstance(named, list) else ():
-        if isinstance(name, str) and name in known.values():
+        if isinstance(name, str) and name in known.values() and (not own or str(own).endswith(f".{name}")):
             return name, class_called(name).config_class
     if isinstance(model_type, str) and model_type in known:
         return known[model_type], class_called(known[model_type]).config_class

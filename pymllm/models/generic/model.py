@@ -18,6 +18,7 @@ from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
+from pymllm.models.generic.recurrences import put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import current_parallel
@@ -52,6 +53,7 @@ class GenericModel(LanguageModel):
         head = inner.get_output_embeddings()
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
         _put_experts(inner, quant_config)
+        put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
         if found.why_not is not None and FUTURE in found.why_not:
             raise ConfigError(
@@ -65,6 +67,9 @@ class GenericModel(LanguageModel):
         self.why_alone = found.why_not
         if found.why_not is not None:
             _set_attention(inner, "eager")
+            take_recurrences(inner)
+            caches = RequestCaches(inner.config)
+            caches.measure(inner.get_submodule(found.base), dtype)
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():
@@ -73,9 +78,7 @@ class GenericModel(LanguageModel):
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
         if found.why_not is not None:
-            hf = inner.config
-            token = 2 * dtype.itemsize * config.size("num_hidden_layers") * config.size("hidden_size")
-            self.request_caches = RequestCaches(hf, token, 1)
+            self.request_caches = caches
 
     def _put_layers(self, inner: Any, found: Probe, quant_config: QuantizationConfig | None) -> None:
         """Put our layers in the places of what the class's forward calls as they do, the embedding before the head."""

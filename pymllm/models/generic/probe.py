@@ -9,6 +9,7 @@ convolution, an attention of the class's own) is found by the shapes of what it 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,10 +20,35 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import on_cpu, takes
 
-# Prime numbers of tokens: no dimension of a model is one by chance.
-LENGTHS = (1009, 503, 251, 127, 61, 31, 13)
+# Prime numbers of tokens, of which one is taken that no dimension of the model is near.
+LENGTHS = (
+    1009,
+    983,
+    953,
+    919,
+    887,
+    503,
+    479,
+    457,
+    431,
+    307,
+    281,
+    269,
+    251,
+    239,
+    227,
+    211,
+    179,
+    163,
+    149,
+    113,
+    101,
+)
+LENGTHS += (89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)
+STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
 FUTURE = "sees tokens that come after its own"  # as an encoder's does
@@ -71,10 +97,12 @@ class AttentionCall:
 
 @dataclass
 class Probe:
-    """What the run has shown.
+    """The findings of a run.
 
-    tokens: T.  base: the module that makes the hidden states, by name.  attention: the calls of each attention module, by name.
+    tokens: T.  base: the module that makes the hidden states, by name.
+    attention: the calls of each attention module, by name.
     inputs: what each linear layer and embedding was called with; one that is missing was never called.
+    steps: how often one token was taken out of all.
     why_not: why requests cannot be run side by side; None: they can.
     """
 
@@ -82,6 +110,7 @@ class Probe:
     base: str = ""
     attention: dict[str, list[AttentionCall]] = field(default_factory=dict)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: int = 0
     why_not: str | None = None
 
     def refuse(self, reason: str) -> None:
@@ -137,15 +166,15 @@ def probe(model: Any, longest: int) -> Probe:
 
     longest: the most positions that the model has.
     """
-    found = Probe(next((length for length in LENGTHS if length <= longest), 1))
+    sides = {side for param in model.parameters() for side in param.shape}
+    far = (n for n in LENGTHS if n <= longest and not any(n - 2 < side < n + NEAR for side in sides))
+    found = Probe(next(far, 1))
     base = find_base(model)
     if base is None:
         found.refuse("its forward calls no model for its hidden states")
         return found
     found.base = base
     inner = model.get_submodule(base)
-    if not takes(inner, "position_ids"):
-        found.refuse("it takes no positions, but counts tokens itself")
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
     hooks = [
@@ -169,6 +198,10 @@ def probe(model: Any, longest: int) -> Probe:
         _names.reset(named)
         for hook in hooks:
             hook.remove()
+    if found.attention and not takes(inner, "position_ids"):
+        found.refuse("it takes no positions, but counts tokens itself")
+    if found.steps > STEPS:
+        found.refuse(f"it goes through its tokens one by one, {found.steps} times")
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
@@ -195,26 +228,49 @@ def _note_input(found: Probe, name: str) -> Callable[..., None]:
 
 
 def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
-    """List the innermost modules that take a request's memory, and called no attention function with it."""
+    """List the innermost modules that take a request's memory, and use neither our attention nor our recurrences."""
     keepers = [n for n, m in model.named_modules() if n and any(takes(m, memory) for memory in MEMORIES)]
     inner = [n for n in keepers if not any(other.startswith(f"{n}.") for other in keepers)]
-    return [n for n in inner if not any(f"{a}.".startswith(f"{n}.") for a in found.attention)]
+    inner = [n for n in inner if _uses_memory(model.get_submodule(n))]
+    ours = [
+        *found.attention,
+        *(n for n, m in model.named_modules() if isinstance(m, WeightHolder) and m.state_bytes()),
+    ]
+    return [n for n in inner if not any(f"{name}.".startswith(f"{n}.") for name in ours)]
 
 
-class _Watch(TorchFunctionMode):
-    """Moves what meets a meta tensor to the meta device, and notes what depends on several tokens."""
+def _uses_memory(module: nn.Module) -> bool:
+    """Tell whether a module reads or writes a request's memory itself; else it hands it on, or leaves it alone."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or any(takes(module, memory) for memory in MEMORIES[3:]):
+        return True
+    return any(
+        name.startswith(("update", "get_", "conv_state", "ssm_state", "recurrent_state"))
+        for name in code.co_names
+    )
+
+
+class OnMeta(TorchFunctionMode):
+    """The mode of runs without data: what meets a meta tensor becomes one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(_on_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Watch(OnMeta):
+    """The mode of a probe, which also notes what depends on several tokens."""
 
     def __init__(self, found: Probe) -> None:
         super().__init__()
         self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(tensor.is_meta for tensor in tensors):
-            args, kwargs = tree_map(_on_meta, (args, kwargs))
-        result = func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, Tensor) and self.found.why_not is None:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._look(func, result, tensors)
         return result
 
@@ -224,6 +280,10 @@ class _Watch(TorchFunctionMode):
             self.found.refuse("it counts tokens itself")
         if not (result.is_floating_point() and result.is_meta):
             return
+        if _has_tokens(tokens, *tensors) and not _has_tokens(tokens, result):
+            if name not in ("__getitem__", "select", "unbind"):
+                self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
+            self.found.steps += 1
         near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
         if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
             self.found.refuse(f"it computes attention itself ({name})")
@@ -231,6 +291,11 @@ class _Watch(TorchFunctionMode):
             self.found.refuse(f"it mixes tokens by {name}")
         elif near and any(tokens in tensor.shape for tensor in tensors):
             self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
+
+
+def _has_tokens(tokens: int, *tensors: Tensor) -> bool:
+    """Tell whether a dimension of any tensor counts tokens, or something of each."""
+    return any(side and side % tokens == 0 for tensor in tensors for side in tensor.shape)
 
 
 def _on_meta(value: Any) -> Any:
