@@ -179,7 +179,7 @@ def main() -> None:
     ]
     print("\n".join(head))
     with tempfile.TemporaryDirectory() as scratch:
-        for model_type in ("mixtral", "jamba"):  # imports once for all what each needs
+        for model_type in ("mixtral", "mamba2"):  # imports once for all what each needs
             compare(model_type, False, Path(scratch) / model_type)
         rows = run_all(jobs, args.processes, Path(scratch))
     made = [row for row in rows if row["verdict"] != "not made"]

@@ -29,7 +29,8 @@ CAUSAL = len(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # types of AutoMo
 SPECIAL_TOKENS = 8  # ids that no prompt has
 # The first pattern that a setting's whole name matches says its size.
 SIZES: dict[str, int] = {
-    r"num_kv_shared_layers": 2,
+    r"num_kv_shared_layers|.*_(period|interval|every_n_layers|pattern)|layer_group_size": 2,
+    r".*_layer_offset": 1,
     r"mamba_d_ssm": 64,
     r"(mamba_)?(d_head|head_?dim)|kv_channels|attention_head_dim": 16,
     r"index_n_heads": 16,  # so many that hardly any score is a tie of zeros
@@ -57,6 +58,7 @@ SIZES: dict[str, int] = {
 # Settings that no rule finds, by type.
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
