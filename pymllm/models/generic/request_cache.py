@@ -98,6 +98,8 @@ class RequestCaches(WeightHolder):
             from transformers import DynamicCache
 
             kept = DynamicCache(config=self.config)
+            if len(kept.layers) <= max((getattr(m, "layer_idx", None) or 0 for m in base.modules()), default=0):
+                kept = DynamicCache()  # the config counts an encoder's layers; without one, layers come as asked for
         return self._call(base, ids, positions, {name: kept, "use_cache": True})
 
     def _call(
