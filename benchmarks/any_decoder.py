@@ -39,7 +39,7 @@ from tests.generic import zoo
 
 TOLERANCE = 1e-4
 SECONDS = 120  # of one row
-INT8_ERROR = 0.5  # relative; rounding turns some routers of tiny random models; a layer read wrongly gives about 1
+INT8_ERROR = 1.0  # relative; rounding turns the choice of experts in tiny random models; answers of another model give 1.4
 
 
 def compare(model_type: str, tied: bool, folder: Path) -> dict[str, Any]:

@@ -41,11 +41,12 @@ class GenericConfig(ModelConfig):
     """
 
     def __init__(self, raw: Mapping[str, Any], architecture: str, hf: Any) -> None:
-        names = {name: getattr(hf, name, None) for name in ("num_key_value_heads", "head_dim", "vocab_size")}
-        names |= {name: getattr(hf, name, None) for name in ("hidden_size", "num_hidden_layers")}
-        names["num_attention_heads"] = _integer(getattr(hf, "num_attention_heads", None)) or 1
+        text = hf.get_text_config(decoder=True)
+        names = {name: _setting(text, name) for name in ("num_key_value_heads", "head_dim", "vocab_size")}
+        names |= {name: _setting(text, name) for name in ("hidden_size", "num_hidden_layers")}
+        names["num_attention_heads"] = _integer(_setting(text, "num_attention_heads")) or 1
         names["tie_word_embeddings"] = bool(getattr(hf, "tie_word_embeddings", False))
-        lengths = (_integer(getattr(hf, name, None)) for name in LENGTHS)
+        lengths = (_integer(_setting(text, name)) for name in LENGTHS)
         names["max_position_embeddings"] = next((length for length in lengths if length), UNLIMITED)
         given = {name: value for name, value in raw.items() if name not in names or _integer(value)}
         for name in SIZES & given.keys():  # one for each layer, perhaps
@@ -56,7 +57,7 @@ class GenericConfig(ModelConfig):
                 given[name] = number
             elif name in SIZES:
                 given.pop(name, None)
-        super().__init__(given, {})
+        super().__init__(given, {"hidden_size": 1, "num_hidden_layers": 1})  # where each part has its own
         self.__dict__["architecture"], self.__dict__["hf"] = architecture, hf
 
     def untied(self) -> GenericConfig:
@@ -79,6 +80,14 @@ class GenericConfig(ModelConfig):
 
     def refuse_ignored(self) -> None:
         """Refuse nothing: transformers' class reads what it computes with."""
+
+
+def _setting(hf: Any, name: str) -> Any:
+    """Return a setting; None where there is none, or each layer has its own."""
+    try:
+        return getattr(hf, name, None)
+    except Exception:
+        return None
 
 
 def _integer(value: Any) -> int | None:

@@ -175,6 +175,8 @@ def probe(model: Any, longest: int) -> Probe:
         return found
     found.base = base
     inner = model.get_submodule(base)
+    if positions_of_ids(inner):
+        found.refuse("it makes positions of the ids of tokens")
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
     hooks = [
@@ -205,6 +207,11 @@ def probe(model: Any, longest: int) -> Probe:
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
+
+
+def positions_of_ids(model: nn.Module) -> bool:
+    """Tell whether a model makes its positions of the tokens' ids, among which padding has none (RoBERTa's kind)."""
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
 def _by_length(module: Any) -> bool:

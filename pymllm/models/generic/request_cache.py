@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.step import fetch_attn_metadata
 from pymllm.models.generic.classes import on_cpu, takes
-from pymllm.models.generic.probe import OnMeta
+from pymllm.models.generic.probe import OnMeta, positions_of_ids
 
 CACHES = ("past_key_values", "cache_params", "state")
 TRIED = (64, 96)  # lengths of texts whose caches are measured
@@ -97,7 +97,7 @@ class RequestCaches(WeightHolder):
         if kept is None and name != "state":
             from transformers import DynamicCache
 
-            kept = DynamicCache(config=self.config)
+            kept = DynamicCache(config=self.config) if hasattr(self.config, "num_hidden_layers") else DynamicCache()
             if len(kept.layers) <= max((getattr(m, "layer_idx", None) or 0 for m in base.modules()), default=0):
                 kept = DynamicCache()  # the config counts an encoder's layers; without one, layers come as asked for
         return self._call(base, ids, positions, {name: kept, "use_cache": True})
@@ -105,7 +105,9 @@ class RequestCaches(WeightHolder):
     def _call(
         self, base: nn.Module, ids: Tensor, positions: Tensor, memory: dict[str, Any]
     ) -> tuple[Tensor, Any]:
-        given = {"input_ids": ids[None], "position_ids": positions[None], "return_dict": True, **memory}
+        given = {"input_ids": ids[None], "return_dict": True, **memory}
+        if not positions_of_ids(base):
+            given["position_ids"] = positions[None]
         output = base(**{name: value for name, value in given.items() if takes(base, name)})
         kept = next((output[name] for name in CACHES if name in output), None)
         return output[0][0], next(iter(memory.values()), None) if kept is None else kept
