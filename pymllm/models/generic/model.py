@@ -74,6 +74,10 @@ class GenericModel(LanguageModel):
         if found.why_not is None:
             for name, calls in found.attention.items():
                 attention.add_attention(inner.get_submodule(name), name, calls, quant_config)
+        # A tied head is packed after the table that it runs.
+        last = self._head_name.partition(".")[0]
+        if last in inner._modules:
+            inner._modules[last] = inner._modules.pop(last)
         # Its modules and parameters are ours, under their own names.
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base

@@ -9,8 +9,9 @@ convolution, an attention of the class's own) is found by the shapes of what it 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +190,7 @@ def probe(model: Any, longest: int) -> Probe:
     try:
         ids = torch.zeros((1, found.tokens), dtype=torch.int64, device="meta")
         arguments = _arguments(inner, ids, torch.arange(found.tokens)[None])
-        with torch.no_grad(), _Watch(found):
+        with torch.no_grad(), tensors_kept(model), _Watch(found):
             inner(**arguments)
     except Exception as error:
         found.refuse(
@@ -207,6 +208,23 @@ def probe(model: Any, longest: int) -> Probe:
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
+
+
+@contextlib.contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Give modules back the tensors that they had, beside parameters: a forward may put others in their places."""
+    held = [
+        (place, name, value)
+        for module in model.modules()
+        for place in (module.__dict__, module._buffers)
+        for name, value in place.items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for place, name, value in held:
+            place[name] = value
 
 
 def positions_of_ids(model: nn.Module) -> bool:

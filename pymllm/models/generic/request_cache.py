@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.step import fetch_attn_metadata
 from pymllm.models.generic.classes import on_cpu, takes
-from pymllm.models.generic.probe import OnMeta, positions_of_ids
+from pymllm.models.generic.probe import OnMeta, positions_of_ids, tensors_kept
 
 CACHES = ("past_key_values", "cache_params", "state")
 TRIED = (64, 96)  # lengths of texts whose caches are measured
@@ -48,7 +48,7 @@ class RequestCaches(WeightHolder):
 
     def _measure_one(self, base: nn.Module, length: int) -> int:
         ids = torch.zeros(length, dtype=torch.int64, device="meta")
-        with torch.no_grad(), OnMeta():
+        with torch.no_grad(), tensors_kept(base), OnMeta():
             _, kept = self._run_one(base, ids, torch.arange(length), None)
         layers = getattr(kept, "layers", None)
         found = [vars(layer) for layer in layers] if layers is not None else kept
