@@ -30,6 +30,7 @@ SHORT_LENGTHS = (113, 101, 89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)  # for mo
 STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
+MORE = 3000  # operations that are looked at after a refusal: enough to see if the first layer is an encoder's
 FUTURE = "sees tokens that come after its own"  # as an encoder's does
 
 # What a module's forward calls the memory of a request.
@@ -93,8 +94,8 @@ class Probe:
     why_not: str | None = None
 
     def refuse(self, reason: str) -> None:
-        """Note why requests cannot be run side by side; the first reason stays."""
-        if self.why_not is None:
+        """Note why requests cannot be run side by side; the first reason stays, but for that of an encoder."""
+        if self.why_not is None or (FUTURE in reason and FUTURE not in self.why_not):
             self.why_not = reason
 
 
@@ -185,8 +186,6 @@ def probe(model: Any, longest: int) -> Probe:
             hook.remove()
     if found.attention and not takes(inner, "position_ids"):
         found.refuse("it takes no positions, but counts tokens itself")
-    if found.steps > STEPS:
-        found.refuse(f"it goes through its tokens one by one, {found.steps} times")
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
@@ -196,17 +195,17 @@ def probe(model: Any, longest: int) -> Probe:
 def tensors_kept(model: nn.Module) -> Iterator[None]:
     """Give modules back the tensors that they had, beside parameters: a forward may put others in their places."""
     held = [
-        (place, name, value)
-        for module in model.modules()
-        for place in (module.__dict__, module._buffers)
-        for name, value in place.items()
-        if isinstance(value, Tensor)
+        (place, dict(place)) for module in model.modules() for place in (module.__dict__, module._buffers)
     ]
     try:
         yield
     finally:
-        for place, name, value in held:
-            place[name] = value
+        for place, before in held:
+            for name in [name for name, value in place.items() if isinstance(value, Tensor)]:
+                if name in before:
+                    place[name] = before[name]
+                else:
+                    del place[name]
 
 
 def positions_of_ids(model: nn.Module) -> bool:
@@ -272,11 +271,15 @@ class _Watch(OnMeta):
 
     def __init__(self, found: Probe) -> None:
         super().__init__()
-        self.found = found
+        self.found, self.more = found, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, Tensor) and self.found.why_not is None:
+        if self.found.why_not is not None:
+            self.more += 1
+            if self.more > MORE:
+                raise StopIteration("nothing more to learn")
+        elif isinstance(result, Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._look(func, result, tensors)
         return result
@@ -291,6 +294,8 @@ class _Watch(OnMeta):
             if name not in ("__getitem__", "select", "unbind"):
                 self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
             self.found.steps += 1
+            if self.found.steps > STEPS:
+                self.found.refuse("it goes through its tokens one by one")
         near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
         if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
             self.found.refuse(f"it computes attention itself ({name})")

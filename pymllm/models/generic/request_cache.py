@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -95,12 +97,20 @@ class RequestCaches(WeightHolder):
             count = torch.arange(len(everything), device=ids.device)
             return self._call(base, everything, count, {})[0][-len(ids) :], everything
         if kept is None and name != "state":
-            from transformers import DynamicCache
-
-            kept = DynamicCache(config=self.config) if hasattr(self.config, "num_hidden_layers") else DynamicCache()
-            if len(kept.layers) <= max((getattr(m, "layer_idx", None) or 0 for m in base.modules()), default=0):
-                kept = DynamicCache()  # the config counts an encoder's layers; without one, layers come as asked for
+            kept = self._new_cache(base, name)
         return self._call(base, ids, positions, {name: kept, "use_cache": True})
+
+    def _new_cache(self, base: nn.Module, name: str) -> Any:
+        """Make the cache of a new request.  None: the class makes one, of a class of its own."""
+        from transformers import DynamicCache
+
+        asked = str(inspect.signature(base.forward).parameters[name].annotation)
+        if re.search(r"[A-Za-z]Cache\b", asked) and not re.search(r"\b(Dynamic|EncoderDecoder)Cache\b", asked):
+            return None
+        cache = DynamicCache(config=self.config) if hasattr(self.config, "num_hidden_layers") else DynamicCache()
+        layers = max((getattr(module, "layer_idx", None) or 0 for module in base.modules()), default=0) + 1
+        # A config may count an encoder's layers; without one, layers come as they are asked for.
+        return cache if len(cache.layers) >= layers else DynamicCache()
 
     def _call(
         self, base: nn.Module, ids: Tensor, positions: Tensor, memory: dict[str, Any]
