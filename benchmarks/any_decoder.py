@@ -1,6 +1,6 @@
 """Run a tiny checkpoint of every decoder type that transformers knows, and compare logits and answers with its own.
 
-    python benchmarks/any_decoder.py [TYPE ...] [--processes N] [--write]
+    python benchmarks/any_decoder.py [TYPE ...] [--wrappers] [--processes N] [--write]
 
 The checkpoints (tests/generic/zoo.py) are random and have every scalar of their config away from its default. Each type
 is made twice: with and without a tied head, the tied one with YaRN positions where the type has rotary ones. A row has
@@ -164,6 +164,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("types", nargs="*", help="model types; none: all")
+    parser.add_argument("--wrappers", action="store_true", help="also types of AutoModelForImageTextToText alone")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -172,7 +173,8 @@ def main() -> None:
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    jobs = [(t, tied) for t in args.types or zoo.model_types() for tied in (False, True)]
+    types = args.types or zoo.model_types()[: None if args.wrappers else zoo.CAUSAL]
+    jobs = [(t, tied) for t in types for tied in (False, True)]
     head = [
         "| type | head | verdict | settings moved | logits | greedy | `**=int8` | reason, or how it runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

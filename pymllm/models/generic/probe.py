@@ -192,20 +192,23 @@ def probe(model: Any, longest: int) -> Probe:
 
 
 @contextlib.contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Give modules back the tensors that they had, beside parameters: a forward may put others in their places."""
+def tensors_kept(model: nn.Module) -> Iterator[list[tuple[dict[str, Any], str, Any]]]:
+    """Give modules back the tensors that they had, beside parameters: a forward may put others in their places.
+
+    Yields a list that has, at the end, what the forward replaced: the attributes of a module, a name, what it was.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     held = [
         (place, dict(place)) for module in model.modules() for place in (module.__dict__, module._buffers)
     ]
     try:
-        yield
+        yield replaced
     finally:
         for place, before in held:
             for name in [name for name, value in place.items() if isinstance(value, Tensor)]:
-                if name in before:
-                    place[name] = before[name]
-                else:
-                    del place[name]
+                if place[name] is not before.get(name):
+                    replaced.append((place, name, before.get(name)))
+                    place[name] = before.get(name)
 
 
 def positions_of_ids(model: nn.Module) -> bool:

@@ -32,6 +32,8 @@ class RequestCaches(WeightHolder):
         self.config = config
         self.token_bytes, self.fixed_bytes = 0, 1
         self.requests: dict[int, Any] = {}
+        # What a forward puts into its modules: the state of a request, of a class that has one there.
+        self.in_modules: list[tuple[dict[str, Any], str, Any]] = []
 
     @on_cpu
     def measure(self, base: nn.Module, dtype: torch.dtype) -> None:
@@ -42,7 +44,7 @@ class RequestCaches(WeightHolder):
         try:
             first, second = (self._measure_one(base, length) for length in TRIED)
         except Exception:
-            layers, hidden = self.config.num_hidden_layers, self.config.hidden_size
+            layers, hidden = (getattr(self.config, name, 64) for name in ("num_hidden_layers", "hidden_size"))
             self.token_bytes = 2 * layers * hidden * dtype.itemsize
             return
         self.token_bytes = max(0, (second - first) // (TRIED[1] - TRIED[0]))
@@ -50,8 +52,8 @@ class RequestCaches(WeightHolder):
 
     def _measure_one(self, base: nn.Module, length: int) -> int:
         ids = torch.zeros(length, dtype=torch.int64, device="meta")
-        with torch.no_grad(), tensors_kept(base), OnMeta():
-            _, kept = self._run_one(base, ids, torch.arange(length), None)
+        with torch.no_grad(), tensors_kept(base) as self.in_modules, OnMeta():
+            _, (kept, _) = self._run_one(base, ids, torch.arange(length), None)
         layers = getattr(kept, "layers", None)
         found = [vars(layer) for layer in layers] if layers is not None else kept
         return sum(leaf.nbytes for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
@@ -91,6 +93,14 @@ class RequestCaches(WeightHolder):
 
     def _run_one(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run the next tokens of one request.  kept: what the call before returned.  Returns hidden [T, H] too."""
+        cache, states = kept or (None, [before for _, _, before in self.in_modules])
+        for (place, name, _), state in zip(self.in_modules, states, strict=True):
+            place[name] = state
+        hidden, cache = self._run_cached(base, ids, positions, cache)
+        return hidden, (cache, [place[name] for place, name, _ in self.in_modules])
+
+    def _run_cached(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        """Run them over transformers' cache.  kept: it, after the call before.  Returns it after this one, too."""
         name = next((name for name in CACHES if takes(base, name)), None)
         if name is None:  # the class has no cache: all tokens are run again
             everything = ids if kept is None else torch.cat((kept, ids))
