@@ -121,7 +121,8 @@ class WeightedLayer(LoRAMixin, WeightHolder):
             self.params_dtype,
         )
         if bias:
-            add_weight(self, WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS), shape)
+            own = shape if self.tied_to is None else replace(shape, parts=(self.prefix,))  # a table has no bias
+            add_weight(self, WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS), own)
         else:
             self.register_parameter("bias", None)
 

@@ -17,6 +17,7 @@ from pymllm.weights.gguf_architecture import (
 
 DEFAULTS = {
     **qwen3.DEFAULTS,
+    "head_dim": None,  # hidden_size / num_attention_heads, unlike Qwen3's
     "num_key_value_heads": 4,
     "num_local_experts": 128,  # or num_experts, which comes first where a config has it
     "num_experts_per_tok": 8,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -41,11 +42,12 @@ class GenericConfig(ModelConfig):
     """
 
     def __init__(self, raw: Mapping[str, Any], architecture: str, hf: Any) -> None:
-        names = {name: getattr(hf, name, None) for name in ("num_key_value_heads", "head_dim", "vocab_size")}
-        names |= {name: getattr(hf, name, None) for name in ("hidden_size", "num_hidden_layers")}
-        names["num_attention_heads"] = _integer(getattr(hf, "num_attention_heads", None)) or 1
+        text = hf.get_text_config(decoder=True)
+        names = {name: _setting(text, name) for name in ("num_key_value_heads", "head_dim", "vocab_size")}
+        names |= {name: _setting(text, name) for name in ("hidden_size", "num_hidden_layers")}
+        names["num_attention_heads"] = _integer(_setting(text, "num_attention_heads")) or 1
         names["tie_word_embeddings"] = bool(getattr(hf, "tie_word_embeddings", False))
-        lengths = (_integer(getattr(hf, name, None)) for name in LENGTHS)
+        lengths = (_integer(_setting(text, name)) for name in LENGTHS)
         names["max_position_embeddings"] = next((length for length in lengths if length), UNLIMITED)
         given = {name: value for name, value in raw.items() if name not in names or _integer(value)}
         for name in SIZES & given.keys():  # one for each layer, perhaps
@@ -56,7 +58,7 @@ class GenericConfig(ModelConfig):
                 given[name] = number
             elif name in SIZES:
                 given.pop(name, None)
-        super().__init__(given, {})
+        super().__init__(given, {"hidden_size": 1, "num_hidden_layers": 1})  # where each part has its own
         self.__dict__["architecture"], self.__dict__["hf"] = architecture, hf
 
     def untied(self) -> GenericConfig:
@@ -79,6 +81,14 @@ class GenericConfig(ModelConfig):
 
     def refuse_ignored(self) -> None:
         """Refuse nothing: transformers' class reads what it computes with."""
+
+
+def _setting(hf: Any, name: str) -> Any:
+    """Return a setting; None where there is none, or each layer has its own."""
+    try:
+        return getattr(hf, name, None)
+    except Exception:
+        return None
 
 
 def _integer(value: Any) -> int | None:
@@ -175,15 +185,27 @@ def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> 
     """
     from transformers.initialization import no_init_weights
 
-    hf = copy.deepcopy(config.hf)
-    hf._attn_implementation = attention
-    # Experts that look nothing up, so that they run on the meta device.
-    hf._experts_implementation = "batched_mm"
+    model: Any
+    made_by = class_called(config.architecture)
+
+    def build(attention: str) -> Any:
+        hf = copy.deepcopy(config.hf)
+        hf._attn_implementation = attention
+        # Experts that look nothing up, so that they run on the meta device.
+        hf._experts_implementation = "batched_mm"
+        return made_by(hf)
+
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"), no_init_weights():
-            model: Any = class_called(config.architecture)(hf)
+            try:
+                model = build(attention)
+            except KeyError:  # a class that chooses among attentions of its own
+                model = build("eager")
+        if _plain_tensors(model):
+            with torch.device("cpu"), no_init_weights(), _parameters_on_meta():
+                _copy_plain_tensors(build("eager"), model)
     except Exception as error:
         raise ConfigError(
             f"transformers' {config.architecture} cannot be built from this config.json",
@@ -196,6 +218,36 @@ def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> 
         torch.set_default_dtype(before)
     _compute_buffers(model)
     return model.eval().requires_grad_(False)
+
+
+def _plain_tensors(model: nn.Module) -> list[tuple[str, str]]:
+    """List the tensors that modules hold as neither parameter nor buffer, and that have no data: module, attribute."""
+    return [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Have modules drop the data of each parameter as they register it, and compute all else."""
+    register = nn.Module.register_parameter
+
+    def drop(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = drop  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _copy_plain_tensors(source: nn.Module, target: nn.Module) -> None:
+    for path, name in _plain_tensors(target):
+        setattr(target.get_submodule(path), name, getattr(source.get_submodule(path), name))
 
 
 def _compute_buffers(model: Any) -> None:

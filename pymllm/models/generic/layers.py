@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,18 @@ class ReadWeight:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoded(), name)
+
+
+def _as_tensor(name: str) -> Callable[..., Any]:
+    def method(self: ReadWeight, *args: Any) -> Any:
+        return getattr(self.decoded(), name)(*args)
+
+    return method
+
+
+# Python looks an operator up in the class alone.
+for _operator in ("getitem", "len", "mul", "rmul", "add", "radd", "sub", "rsub", "truediv", "matmul", "rmatmul", "neg"):
+    setattr(ReadWeight, f"__{_operator}__", _as_tensor(f"__{_operator}__"))
 
 
 class _WithWeight(WeightedLayer):

@@ -84,6 +84,10 @@ class GenericModel(LanguageModel):
         if found.why_not is None:
             for name, calls in found.attention.items():
                 attention.add_attention(inner.get_submodule(name), name, calls, quant_config)
+        # A tied head is packed after the table that it runs.
+        last = self._head_name.partition(".")[0]
+        if last in inner._modules:
+            inner._modules[last] = inner._modules.pop(last)
         turns = [module for module in inner.modules() if isinstance(module, (PagedLayers, Recurrences))]
         self._in_turns = [layers for layers in turns if len(layers) > 1]
         self._device = torch.device("cpu")

@@ -67,7 +67,18 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     patterns = {pattern: one for one in converters for pattern in one.source_patterns}
     for target, sources in groups.items():
         renamed |= _converted(model, target, patterns[sources[0][0]], sources)
-    return renamed
+    return renamed | _tied(model, renamed)
+
+
+def _tied(model: Any, renamed: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Describe what the files hold once for two parameters that the class ties, but for the head's table."""
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    twins = {}
+    for pair in model.all_tied_weights_keys.items():
+        for name, source in (pair, pair[::-1]):
+            if source in renamed and name not in renamed and name != f"{head}.weight":
+                twins[name] = replace(renamed[source], name=name)
+    return twins
 
 
 def _within(name: str, modules: set[str]) -> bool:

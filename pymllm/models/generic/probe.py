@@ -9,8 +9,9 @@ convolution, an attention of the class's own) is found by the shapes of what it 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ SHORT_LENGTHS = (113, 101, 89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)  # for mo
 STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
+MORE = 3000  # operations that are looked at after a refusal: enough to see if the first layer is an encoder's
 FUTURE = "sees tokens that come after its own"  # as an encoder's does
 
 # What a module's forward calls the memory of a request.
@@ -98,8 +100,8 @@ class Probe:
     why_not: str | None = None
 
     def refuse(self, reason: str) -> None:
-        """Note why requests cannot be run side by side; the first reason stays."""
-        if self.why_not is None:
+        """Note why requests cannot be run side by side; the first reason stays, but for that of an encoder."""
+        if self.why_not is None or (FUTURE in reason and FUTURE not in self.why_not):
             self.why_not = reason
 
 
@@ -172,6 +174,8 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
         return found
     found.base = base
     inner = model.get_submodule(base)
+    if positions_of_ids(inner):
+        found.refuse("it makes positions of the ids of tokens")
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
     hooks = [
@@ -188,7 +192,7 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
     try:
         ids = torch.zeros((1, found.tokens), dtype=torch.int64, device="meta")
         arguments = _arguments(inner, ids, torch.arange(found.tokens)[None])
-        with torch.no_grad(), _Watch(found):
+        with torch.no_grad(), tensors_kept(model), _Watch(found):
             inner(**arguments)
     except Exception as error:
         found.failed = True
@@ -202,11 +206,34 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
             hook.remove()
     if found.attention and not takes(inner, "position_ids"):
         found.refuse("it takes no positions, but counts tokens itself")
-    if found.steps > STEPS:
-        found.refuse(f"it goes through its tokens one by one, {found.steps} times")
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
+
+
+@contextlib.contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[list[tuple[dict[str, Any], str, Any]]]:
+    """Give modules back the tensors that they had, beside parameters: a forward may put others in their places.
+
+    Yields a list that has, at the end, what the forward replaced: the attributes of a module, a name, what it was.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    held = [
+        (place, dict(place)) for module in model.modules() for place in (module.__dict__, module._buffers)
+    ]
+    try:
+        yield replaced
+    finally:
+        for place, before in held:
+            for name in [name for name, value in place.items() if isinstance(value, Tensor)]:
+                if place[name] is not before.get(name):
+                    replaced.append((place, name, before.get(name)))
+                    place[name] = before.get(name)
+
+
+def positions_of_ids(model: nn.Module) -> bool:
+    """Tell whether a model makes its positions of the tokens' ids, among which padding has none (RoBERTa's kind)."""
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
 def _by_length(module: Any) -> bool:
@@ -284,11 +311,15 @@ class _Watch(OnMeta):
 
     def __init__(self, found: Probe) -> None:
         super().__init__()
-        self.found = found
+        self.found, self.more = found, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, Tensor) and self.found.why_not is None:
+        if self.found.why_not is not None:
+            self.more += 1
+            if self.more > MORE:
+                raise StopIteration("nothing more to learn")
+        elif isinstance(result, Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._look(func, result, tensors)
         return result
@@ -303,6 +334,8 @@ class _Watch(OnMeta):
             if name not in ("__getitem__", "select", "unbind"):
                 self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
             self.found.steps += 1
+            if self.found.steps > STEPS:
+                self.found.refuse("it goes through its tokens one by one")
         near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
         if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
             self.found.refuse(f"it computes attention itself ({name})")

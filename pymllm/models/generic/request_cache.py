@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.step import fetch_attn_metadata
 from pymllm.models.generic.classes import on_cpu, takes
-from pymllm.models.generic.probe import OnMeta
+from pymllm.models.generic.probe import OnMeta, positions_of_ids, tensors_kept
 
 CACHES = ("past_key_values", "cache_params", "state")
 TRIED = (64, 96)  # lengths of texts whose caches are measured
@@ -30,6 +32,8 @@ class RequestCaches(WeightHolder):
         self.config = config
         self.token_bytes, self.fixed_bytes = 0, 1
         self.requests: dict[int, Any] = {}
+        # What a forward puts into its modules: the state of a request, of a class that has one there.
+        self.in_modules: list[tuple[dict[str, Any], str, Any]] = []
 
     @on_cpu
     def measure(self, base: nn.Module, dtype: torch.dtype) -> None:
@@ -40,7 +44,7 @@ class RequestCaches(WeightHolder):
         try:
             first, second = (self._measure_one(base, length) for length in TRIED)
         except Exception:
-            layers, hidden = self.config.num_hidden_layers, self.config.hidden_size
+            layers, hidden = (getattr(self.config, name, 64) for name in ("num_hidden_layers", "hidden_size"))
             self.token_bytes = 2 * layers * hidden * dtype.itemsize
             return
         self.token_bytes = max(0, (second - first) // (TRIED[1] - TRIED[0]))
@@ -48,8 +52,8 @@ class RequestCaches(WeightHolder):
 
     def _measure_one(self, base: nn.Module, length: int) -> int:
         ids = torch.zeros(length, dtype=torch.int64, device="meta")
-        with torch.no_grad(), OnMeta():
-            _, kept = self._run_one(base, ids, torch.arange(length), None)
+        with torch.no_grad(), tensors_kept(base) as self.in_modules, OnMeta():
+            _, (kept, _) = self._run_one(base, ids, torch.arange(length), None)
         layers = getattr(kept, "layers", None)
         found = [vars(layer) for layer in layers] if layers is not None else kept
         return sum(leaf.nbytes for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
@@ -89,21 +93,41 @@ class RequestCaches(WeightHolder):
 
     def _run_one(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run the next tokens of one request.  kept: what the call before returned.  Returns hidden [T, H] too."""
+        cache, states = kept or (None, [before for _, _, before in self.in_modules])
+        for (place, name, _), state in zip(self.in_modules, states, strict=True):
+            place[name] = state
+        hidden, cache = self._run_cached(base, ids, positions, cache)
+        return hidden, (cache, [place[name] for place, name, _ in self.in_modules])
+
+    def _run_cached(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        """Run them over transformers' cache.  kept: it, after the call before.  Returns it after this one, too."""
         name = next((name for name in CACHES if takes(base, name)), None)
         if name is None:  # the class has no cache: all tokens are run again
             everything = ids if kept is None else torch.cat((kept, ids))
             count = torch.arange(len(everything), device=ids.device)
             return self._call(base, everything, count, {})[0][-len(ids) :], everything
         if kept is None and name != "state":
-            from transformers import DynamicCache
-
-            kept = DynamicCache(config=self.config)
+            kept = self._new_cache(base, name)
         return self._call(base, ids, positions, {name: kept, "use_cache": True})
+
+    def _new_cache(self, base: nn.Module, name: str) -> Any:
+        """Make the cache of a new request.  None: the class makes one, of a class of its own."""
+        from transformers import DynamicCache
+
+        asked = str(inspect.signature(base.forward).parameters[name].annotation)
+        if re.search(r"[A-Za-z]Cache\b", asked) and not re.search(r"\b(Dynamic|EncoderDecoder)Cache\b", asked):
+            return None
+        cache = DynamicCache(config=self.config) if hasattr(self.config, "num_hidden_layers") else DynamicCache()
+        layers = max((getattr(module, "layer_idx", None) or 0 for module in base.modules()), default=0) + 1
+        # A config may count an encoder's layers; without one, layers come as they are asked for.
+        return cache if len(cache.layers) >= layers else DynamicCache()
 
     def _call(
         self, base: nn.Module, ids: Tensor, positions: Tensor, memory: dict[str, Any]
     ) -> tuple[Tensor, Any]:
-        given = {"input_ids": ids[None], "position_ids": positions[None], "return_dict": True, **memory}
+        given = {"input_ids": ids[None], "return_dict": True, **memory}
+        if not positions_of_ids(base):
+            given["position_ids"] = positions[None]
         output = base(**{name: value for name, value in given.items() if takes(base, name)})
         kept = next((output[name] for name in CACHES if name in output), None)
         return output[0][0], next(iter(memory.values()), None) if kept is None else kept
