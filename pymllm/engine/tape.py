@@ -91,7 +91,7 @@ class _Notes(TorchDispatchMode):
         self.kept += outputs
         if schema.is_mutable:
             self._then(lambda: func(*args, **kwargs))
-        elif any(returned.alias_info is not None for returned in schema.returns):
+        elif func in _VIEWS or any(returned.alias_info is not None for returned in schema.returns):
             # A view: its memory is another tensor's.
             pass
         elif name.split(".")[1] in _ALLOCATIONS:
@@ -123,6 +123,8 @@ def _tensors_in(args: tuple[Any, ...]) -> list[Tensor]:
     return [t for t in flat if isinstance(t, Tensor)]
 
 
+# Of its own schema it is none, so that autograd may forget the tensor below.
+_VIEWS = (torch.ops.aten._unsafe_view.default,)
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 

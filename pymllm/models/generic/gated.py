@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.layers.mlp import GATED
 from pymllm.models.generic.classes import on_cpu
-from pymllm.models.generic.layers import is_plain_linear, is_router
+from pymllm.models.generic.layers import is_plain_linear
 from pymllm.models.generic.probe import Probe
 
 SMALL, INNER, ROWS = 5, 6, 64  # of the copy: hidden and intermediate size; rows to try
@@ -66,8 +66,6 @@ def find_gated(module: Any, name: str, found: Probe) -> Gated | None:
     if set(found.given.get(name, ())) != {1} or any(len(found.inputs.get(p, ())) != 1 for p in paths.values()):
         return None
     if any(child.weight.dtype is not next(iter(linears.values())).weight.dtype for child in linears.values()):
-        return None
-    if any(is_router(linears[n], path) for n, path in paths.items()):
         return None
     for gate_up, down in _orders(linears):
         act = _try(module, gate_up, down)
