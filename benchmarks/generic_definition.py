@@ -123,7 +123,9 @@ def main() -> None:
     for kind in options.only:
         measured = measure(kind, options.models, options.turns)
         kept = [row for row in found["rows"] if row["kind"] != kind]
-        found["rows"] = sorted(kept + measured, key=lambda row: (list(KINDS).index(row["kind"]), row["batch"]))
+        found["rows"] = sorted(
+            kept + measured, key=lambda row: (list(KINDS).index(row["kind"]), row["batch"])
+        )
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     render(found)

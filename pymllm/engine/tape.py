@@ -145,7 +145,7 @@ def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Call
 
 @functools.cache
 def _with_output(func: Any) -> Any:
-    """Find the overload of an operation that takes the same arguments, and a tensor for its result.  None: none does."""
+    """Find the overload of an operation that takes its arguments, and a tensor for the result.  None: none does."""
     wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
     for name in func.overloadpacket.overloads():
         other = getattr(func.overloadpacket, name)

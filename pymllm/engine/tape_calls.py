@@ -1,4 +1,4 @@
-"""Native calls that stand for torch's operations on a tape: they give the same, bit for bit, without the way to torch."""
+"""Native calls that stand for torch's operations on a tape: the same, bit for bit, without the way to torch."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from pymllm import LLM, plan, swap
 from pymllm.adapters.loading import load_lora_weights
 from pymllm.errors import ConfigError
 from pymllm.models.generic.fast import put_fast
-from pymllm.models.generic.fused import FusedLinear, Siblings, find_siblings
+from pymllm.models.generic.fused import FusedLinear, FusedPart, Siblings, find_siblings
 from pymllm.models.generic.gated import Gated, GenericGatedMLP, find_gated
-from pymllm.models.generic.norms import make_norm
+from pymllm.models.generic.norms import GenericLayerNorm, make_norm
 from pymllm.models.generic.probe import Probe
 
 from ..adapters.handwritten import random_adapter, with_deltas
@@ -162,6 +162,16 @@ def test_nothing_is_kept_once_the_last_part_is_taken():
     assert not layer._state
 
 
+def test_the_weight_of_a_part_can_be_read_once_it_is_packed():
+    layer, linears = fused()
+    for index, linear in enumerate(linears):
+        part = FusedPart(layer, index)
+        assert torch.equal(part.weight.decoded(), linear.weight)
+        assert part.weight.shape == linear.weight.shape and part.bias is None
+    unpacked = FusedLinear(Siblings("", ("a", "b")), linears[:1] * 2, False, None)
+    assert not hasattr(FusedPart(unpacked, 0), "weight")
+
+
 class Block(nn.Module):
     """Linear layers, of which one has another bias, and one is called twice."""
 
@@ -175,9 +185,7 @@ def test_what_is_not_fused_is_said():
     x, y = torch.empty(1, 8), torch.empty(1, 8)
     block = Block()
     inputs = {"0.a": [x], "0.b": [x], "0.c": [x], "0.d": [x, y]}
-    found = Probe(
-        13, inputs=inputs, versions={name: [0] * len(called) for name, called in inputs.items()}
-    )
+    found = Probe(13, inputs=inputs, versions={name: [0] * len(called) for name, called in inputs.items()})
     groups, notes = find_siblings(nn.ModuleList([block]), found, ())
     assert groups == [Siblings("0", ("a", "b"))]
     assert len(notes) == 3
@@ -236,11 +244,19 @@ def test_a_norm_is_recognised_with_its_eps_and_rounding(kind, dtype):
     assert torch.equal(ours(hidden_states=x), ours(x))
 
 
-@pytest.mark.parametrize("kind", ("centred", "scaled"))
-def test_what_is_no_such_norm_is_left_alone(kind):
-    module = Norm(kind)
+def test_a_norm_that_does_more_is_left_alone():
+    module = Norm("scaled")
     assert make_norm(module, torch.float32) is None
     assert module.weight.is_meta  # as it was
+
+
+def test_a_layer_norm_without_a_bias_is_one_operation():
+    theirs = Norm("centred")
+    ours = make_norm(theirs, torch.float32)
+    assert isinstance(ours, GenericLayerNorm) and ours.eps == 1e-5
+    theirs.weight = ours.weight = nn.Parameter(torch.randn(24))
+    x = torch.randn(3, 5, 24)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
 
 
 def test_other_modules_are_no_norms():

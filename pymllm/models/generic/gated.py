@@ -63,7 +63,9 @@ def find_gated(module: Any, name: str, found: Probe) -> Gated | None:
         return None
     if any(True for child in others for _ in itertools.chain(child.parameters(), child.buffers())):
         return None
-    if set(found.given.get(name, ())) != {1} or any(len(found.inputs.get(p, ())) != 1 for p in paths.values()):
+    if set(found.given.get(name, ())) != {1} or any(
+        len(found.inputs.get(p, ())) != 1 for p in paths.values()
+    ):
         return None
     if any(child.weight.dtype is not next(iter(linears.values())).weight.dtype for child in linears.values()):
         return None
@@ -109,7 +111,7 @@ def _try(module: Any, gate_up: tuple[str, ...], down: str) -> str | None:
     both = torch.cat([layers[n](x) for n in gate_up], dim=-1)
     for kind in GATED:
         expected = layers[down](GatedActivation(kind)(both))  # type: ignore[arg-type]
-        if isinstance(result, Tensor) and result.shape == expected.shape:
-            if torch.allclose(result, expected, rtol=1e-5, atol=1e-5):
-                return kind
+        alike = isinstance(result, Tensor) and result.shape == expected.shape
+        if alike and torch.allclose(result, expected, rtol=1e-5, atol=1e-5):
+            return kind
     return None

@@ -33,8 +33,10 @@ class ReadWeight:
         self.layer, self.part = layer, part
         held = layer.held()
         packed_in = held[part if len(held) > 1 else 0].packed_in
-        self.bound = bound_weight(packed_in)
-        self.dtype, self.device = layer.params_dtype, next(iter(self.bound.packed.values())).device
+        bound = bound_weight(packed_in)
+        assert bound is not None
+        self.bound = bound
+        self.dtype, self.device = layer.params_dtype, next(iter(bound.packed.values())).device
         shape = layer.shape.part(part)
         self.shape = torch.Size((shape.out_features, shape.in_features))
 

@@ -15,8 +15,8 @@ from pymllm.config import current_execution
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.models.generic import attention
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
-from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.experts import RoutedExperts, find_experts
+from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import put_recurrences, take_recurrences
@@ -73,7 +73,9 @@ class GenericModel(LanguageModel):
             caches.measure(inner.get_submodule(found.base), dtype)
         self.why_not_fused: list[str] = []
         if found.why_not is None:
-            self.why_not_fused = put_fast(inner, found, {*self._tied, *self._tied.values()}, dtype, quant_config)
+            self.why_not_fused = put_fast(
+                inner, found, {*self._tied, *self._tied.values()}, dtype, quant_config
+            )
         self._put_layers(inner, found, quant_config)
         if found.why_not is None:
             for name, calls in found.attention.items():
@@ -168,7 +170,6 @@ class GenericModel(LanguageModel):
         finally:
             del base.forward
         return result.logits[0].float()
-
 
     def _no_ids(self, hidden: Tensor) -> Tensor:
         """Return ids of as many tokens as `hidden` has, [1, N]: the same zero, so that no step has to make it."""

@@ -86,9 +86,9 @@ def make_norm(module: Any, dtype: torch.dtype) -> nn.Module | None:
         if stored is not None and _equal(result, x, 1 + stored.float(), eps):
             with torch.device("meta"):
                 return GenericOffsetRMSNorm(size, eps)
-        if stored is not None and stored.dtype is dtype:
-            if _close(F.layer_norm(x, (size,), stored, eps=eps), result):
-                return GenericLayerNorm(size, eps, dtype)
+        plain = stored is not None and stored.dtype is dtype
+        if plain and _close(F.layer_norm(x, (size,), stored, eps=eps), result):
+            return GenericLayerNorm(size, eps, dtype)
     return None
 
 
