@@ -117,11 +117,12 @@ def main() -> None:
     CONFIG["num_hidden_layers"] = 12
     torch.set_num_threads(1)
     found: dict[str, Any] = {"rows": []}
-    if RESULTS.exists():
-        found = json.loads(RESULTS.read_text())
-    found["machine"] = roofline.machine()
+    machine = roofline.machine()
     for kind in options.only:
         measured = measure(kind, options.models, options.turns)
+        if RESULTS.exists():
+            found = json.loads(RESULTS.read_text())
+        found["machine"] = machine
         kept = [row for row in found["rows"] if row["kind"] != kind]
         found["rows"] = sorted(
             kept + measured, key=lambda row: (list(KINDS).index(row["kind"]), row["batch"])

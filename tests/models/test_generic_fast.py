@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from pymllm import LLM, plan, swap
 from pymllm.adapters.loading import load_lora_weights
 from pymllm.errors import ConfigError
+from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.fused import FusedLinear, FusedPart, Siblings, find_siblings
 from pymllm.models.generic.gated import Gated, GenericGatedMLP, find_gated
 from pymllm.models.generic.norms import GenericLayerNorm, make_norm
 from pymllm.models.generic.probe import Probe
+from pymllm.models.generic.rotary import Rotation, halves_are_alike, rotates_halves
 
 from ..adapters.handwritten import random_adapter, with_deltas
 from ..checkpoints import FAMILIES, relative_error, write_checkpoint
@@ -352,3 +354,86 @@ def test_an_mlp_that_is_given_more_than_rows_is_left_alone():
     found = seen(tuple(module._modules))
     found.given["0"] = [2]
     assert find_gated(module, "0", found) is None
+
+
+# Rotations
+
+
+def half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def by_halves(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + half_turned(q) * sin, k * cos + half_turned(k) * sin
+
+
+def by_pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def turned(x: Tensor) -> Tensor:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+    cos, sin = cos[:, None], sin[:, None]
+    return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+
+def test_a_function_that_rotates_otherwise_is_left_alone():
+    assert rotates_halves(by_halves)
+    assert not rotates_halves(by_pairs)
+    assert not rotates_halves(lambda q, k, cos, sin: by_halves(q, k, cos, -sin))
+    assert not rotates_halves(lambda q, k, cos, sin: by_halves(q, q, cos, sin))
+    assert not rotates_halves(lambda q, k: (q, k))
+
+
+class Angles(nn.Module):
+    """Cosines and sines of positions, in like halves or repeated in pairs."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        self.pairs, self.inv_freq = pairs, torch.tensor([1.0, 0.1, 0.01, 0.001])
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None] * self.inv_freq
+        angles = angles.repeat_interleave(2, -1) if self.pairs else torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
+
+
+def test_cosines_whose_halves_differ_are_no_tables_of_ours():
+    assert halves_are_alike(nn.ModuleList([Angles(False)]))
+    assert not halves_are_alike(nn.ModuleList([Angles(False), Angles(True)]))
+    assert not halves_are_alike(nn.ModuleList([nn.Linear(2, 2)]))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_rotation_gives_what_the_function_gives_whatever_it_is_called_with(dtype):
+    calls = []
+
+    def original(*args, **named):
+        calls.append(1)
+        return by_halves(*args, **named)
+
+    rotate = Rotation(original, TorchElementwise())
+    q, k = (torch.randn(1, 5, heads, 8).to(dtype).transpose(1, 2) for heads in (3, 2))
+    for shift in (0, 7):
+        cos, sin = (table.to(dtype) for table in Angles(False)(q, torch.arange(5)[None] + shift))
+        for found, expected in zip(rotate(q, k, cos, sin), by_halves(q, k, cos, sin), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert len(calls) == (0 if dtype is torch.float32 else 2)
+    wide = (x.transpose(1, 2) for x in (q, k))
+    for found, expected in zip(
+        rotate(*wide, cos, sin, unsqueeze_dim=2), by_halves(q, k, cos, sin), strict=True
+    ):
+        assert torch.equal(found.transpose(1, 2), expected)
+
+
+def test_the_class_keeps_its_own_function(tmp_path):
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward
+    checkpoint = write_checkpoint(tmp_path / "m")
+    llm = LLM(checkpoint.folder, device="cpu", dtype="float32", **THEIRS)
+    attention = llm.model.get_submodule("model.layers.0.self_attn")
+    assert isinstance(attention.forward.__globals__["apply_rotary_pos_emb"], Rotation)
+    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward) == before
