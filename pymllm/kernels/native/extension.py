@@ -46,6 +46,7 @@ NATIVE_PARTS = (
     "integer_unpack",
     "isa_code",
     "log_probabilities",
+    "pointwise",
     "probe",
     "rms_norm",
     "rotate",

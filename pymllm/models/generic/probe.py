@@ -24,30 +24,8 @@ from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import on_cpu, takes
 
 # Prime numbers of tokens, of which one is taken that no dimension of the model is near.
-LENGTHS = (
-    1009,
-    983,
-    953,
-    919,
-    887,
-    503,
-    479,
-    457,
-    431,
-    307,
-    281,
-    269,
-    251,
-    239,
-    227,
-    211,
-    179,
-    163,
-    149,
-    113,
-    101,
-)
-LENGTHS += (89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)
+LENGTHS = (1009, 983, 953, 919, 887, 503, 479, 457, 431, 307, 281, 269, 251, 239, 227, 211, 179, 163, 149)
+SHORT_LENGTHS = (113, 101, 89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)  # for models of few positions
 STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
@@ -182,7 +160,11 @@ def probe(model: Any, longest: int) -> Probe:
 @on_cpu
 def _probe(model: Any, longest: int, gaps: bool) -> Probe:
     sides = {side for param in model.parameters() for side in param.shape}
-    far = (n for n in LENGTHS if n <= longest and not any(n - 2 < side < n + NEAR for side in sides))
+    far = (
+        n
+        for n in (*LENGTHS, *SHORT_LENGTHS)
+        if n <= longest and not any(n - 2 < side < n + NEAR for side in sides)
+    )
     found = Probe(next(far, 1))
     base = find_base(model)
     if base is None:
