@@ -1,5 +1,6 @@
-// The Python face of float_linear and elementwise. Pointers come checked by pymllm/kernels/native_*.py.
+// The Python face of float_linear, elementwise and pointwise. Pointers come checked by pymllm/kernels/native_*.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include "elementwise.h"
 #include "float_linear.h"
 #include "isa.h"
+#include "pointwise.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -69,6 +71,13 @@ void copy_rows_(std::uintptr_t table, std::int64_t rows, std::int64_t row_bytes,
   copy_rows(in<void>(table), rows, row_bytes, first, count, out(y));
 }
 
+void pointwise_(int operation, std::uintptr_t x, std::uintptr_t y, std::uintptr_t to, int type, Sides sizes,
+                Sides x_strides, Sides y_strides, Sides out_strides, int threads) {
+  pointwise({static_cast<Pointwise>(operation), in<void>(x), in<void>(y), out(to), static_cast<FloatType>(type), sizes,
+             x_strides, y_strides, out_strides},
+            threads);
+}
+
 } // namespace
 
 void register_float(nb::module_ &m) {
@@ -79,6 +88,7 @@ void register_float(nb::module_ &m) {
   m.def("rotate", &Recorded<&rotate_>::call, released, "See kernels/elementwise.h.");
   m.def("widen", &Recorded<&widen_>::call, released, "See kernels/elementwise.h.");
   m.def("copy_rows", &Recorded<&copy_rows_>::call, released, "See kernels/elementwise.h.");
+  m.def("pointwise", &Recorded<&pointwise_>::call, released, "See kernels/pointwise.h.");
 }
 
 } // namespace pymllm

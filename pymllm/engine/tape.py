@@ -13,6 +13,7 @@ same logits, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymllm.attention import AttnMetaDataBase
-from pymllm.kernels.native.extension import isa_code, native, native_available
-from pymllm.kernels.native.float_linear import FLOAT_TYPES
+from pymllm.engine.tape_calls import call_natively
+from pymllm.kernels.native.extension import native, native_available
 from pymllm.layers.held import weight_holders
 
 # How much a tape's intermediate tensors may take: all are kept, and none takes another's place.
@@ -90,17 +91,17 @@ class _Notes(TorchDispatchMode):
         self.kept += outputs
         if schema.is_mutable:
             self._then(lambda: func(*args, **kwargs))
-        elif any(returned.alias_info is not None for returned in schema.returns):
+        elif func in _VIEWS or any(returned.alias_info is not None for returned in schema.returns):
             # A view: its memory is another tensor's.
             pass
         elif name.split(".")[1] in _ALLOCATIONS:
             self.made += outputs
         else:
             self.made += outputs
-            if _call_natively(func, args, result):
+            if call_natively(func, args, kwargs, result):
                 self.kept += _tensors_in(args)
             else:
-                self._then(lambda: _again(func, args, kwargs, outputs))
+                self._then(_again(func, args, kwargs, outputs))
         return result
 
     def _then(self, operation: Callable[[], None]) -> None:
@@ -122,49 +123,38 @@ def _tensors_in(args: tuple[Any, ...]) -> list[Tensor]:
     return [t for t in flat if isinstance(t, Tensor)]
 
 
-def _call_natively(func: Any, args: tuple[Any, ...], result: Any) -> bool:
-    """Make a native call that does what `func` did, which records it.  Returns False if there is no such call.
-
-    There are calls for the operations that decoders have: float32 logits, and rows of a table of sines. If torch
-    replays these, they cost 100 us a step.
-    """
-    if not isinstance(result, Tensor) or result.device.type != "cpu" or not result.is_contiguous():
-        return False
-    if func is torch.ops.aten._to_copy.default:
-        x = args[0]
-        if x.dtype not in FLOAT_TYPES or result.dtype is not torch.float32 or not x.is_contiguous():
-            return False
-        native().widen(
-            x.data_ptr(),
-            result.data_ptr(),
-            FLOAT_TYPES[x.dtype],
-            x.numel(),
-            isa_code(None),
-            torch.get_num_threads(),
-        )
-        return True
-    if func is torch.ops.aten.index.Tensor:
-        table, ids = args[0], args[1][0]
-        if len(args[1]) != 1 or ids.dtype is not torch.int64 or not ids.is_contiguous():
-            return False
-        if not table.is_contiguous() or table.ndim != 2:
-            return False
-        row_bytes = table.shape[1] * table.element_size()
-        native().copy_rows(
-            table.data_ptr(), table.shape[0], row_bytes, ids.data_ptr(), ids.numel(), result.data_ptr()
-        )
-        return True
-    return False
-
-
+# Of its own schema it is none, so that autograd may forget the tensor below.
+_VIEWS = (torch.ops.aten._unsafe_view.default,)
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
-def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> None:
-    result = func(*args, **kwargs)
-    results = result if isinstance(result, (tuple, list)) else [result]
-    for output, new in zip(outputs, results, strict=True):
-        output.copy_(new)
+def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], None]:
+    """Return what runs an operation again, with its results in the same tensors."""
+    if func is torch.ops.aten._to_copy.default:
+        return functools.partial(outputs[0].copy_, args[0])
+    into = _with_output(func) if len(outputs) == 1 else None
+    if into is not None and all(argument.name != "memory_format" for argument in func._schema.arguments):
+        return functools.partial(into, *args, **kwargs, out=outputs[0])
+
+    def again() -> None:
+        result = func(*args, **kwargs)
+        results = result if isinstance(result, (tuple, list)) else [result]
+        for output, new in zip(outputs, results, strict=True):
+            output.copy_(new)
+
+    return again
+
+
+@functools.cache
+def _with_output(func: Any) -> Any:
+    """Find the overload of an operation that takes its arguments, and a tensor for the result.  None: none does."""
+    wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        other = getattr(func.overloadpacket, name)
+        *others, last = other._schema.arguments or [None]
+        if last is not None and last.is_out and [(a.name, str(a.type)) for a in others] == wanted:
+            return other
+    return None
 
 
 @dataclass(eq=False)

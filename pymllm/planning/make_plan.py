@@ -28,6 +28,7 @@ from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
 from pymllm.models import file_name, find_definition
+from pymllm.models.generic.classes import GenericConfig
 from pymllm.planning.plan import Plan, PlannedLayer
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.kv_cache import KVCacheMethodBase
@@ -273,6 +274,8 @@ def _notes(
     named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
     if run is None:
         notes.append(f"there is no page for the model type {named!r}; it runs {prepared.model.definition}")
+    elif isinstance(prepared.config, GenericConfig):
+        notes.append(f"as asked, {prepared.model.definition} runs in place of the page {run!r}")
     elif file_name(str(named)) != run:
         notes.append(
             f"there is no definition for the model type {named!r}; its architecture is that of {run}"

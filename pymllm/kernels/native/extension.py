@@ -49,6 +49,7 @@ NATIVE_PARTS = (
     "isa_code",
     "log_probabilities",
     "mamba2_scan",
+    "pointwise",
     "probe",
     "rms_norm",
     "rotate",

@@ -19,6 +19,7 @@ from pymllm.layers.linear import MergedColumnParallelLinear
 from pymllm.models.generic.layers import ReadWeight, is_plain_linear, is_router
 from pymllm.models.generic.probe import Probe
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.quantization.binding import bound_weight
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class FusedPart(nn.Module):
         return self.fused.part(self.index, x)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
+        if name == "weight" and all(bound_weight(held.packed_in) for held in self.fused.held()):
             return ReadWeight(self.fused, self.index)
         if name == "bias":
             bias = self.fused.bias
@@ -120,7 +121,8 @@ def find_siblings(model: nn.Module, found: Probe, tied: Iterable[str]) -> tuple[
 
     tied: names of modules whose weights are another's, too.
     """
-    modules, left = dict(model.named_modules()), set(tied)
+    modules: dict[str, Any] = dict(model.named_modules())
+    left = set(tied)
     shared: dict[tuple[str, int, int], list[str]] = {}
     for name, inputs in found.inputs.items():
         module, parent = modules.get(name), name.rpartition(".")[0]
@@ -134,7 +136,7 @@ def find_siblings(model: nn.Module, found: Probe, tied: Iterable[str]) -> tuple[
             continue
         by: dict[Any, list[str]] = {}
         for name in names:
-            module: Any = modules[name]
+            module = modules[name]
             kind = (module.bias is not None, module.weight.dtype, len(found.inputs[name]) == 1)
             by.setdefault(kind, []).append(name)
         for (_, _, once), alike in by.items():
@@ -158,7 +160,8 @@ def put_siblings(
     fused = FusedLinear(
         siblings, [parent._modules[name] for name in siblings.names], contiguous, quant_config
     )
-    own, children = "_".join(siblings.names), {}
+    own = "_".join(siblings.names)
+    children: dict[str, nn.Module | None] = {}
     for name, module in parent._modules.items():
         if name == siblings.names[0]:
             children[own] = fused

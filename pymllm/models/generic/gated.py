@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.layers.mlp import GATED
 from pymllm.models.generic.classes import on_cpu
-from pymllm.models.generic.layers import is_plain_linear, is_router
+from pymllm.models.generic.layers import is_plain_linear
 from pymllm.models.generic.probe import Probe
 
 SMALL, INNER, ROWS = 5, 6, 64  # of the copy: hidden and intermediate size; rows to try
@@ -69,8 +69,6 @@ def find_gated(module: Any, name: str, found: Probe) -> Gated | None:
         return None
     if any(child.weight.dtype is not next(iter(linears.values())).weight.dtype for child in linears.values()):
         return None
-    if any(is_router(linears[n], path) for n, path in paths.items()):
-        return None
     for gate_up, down in _orders(linears):
         act = _try(module, gate_up, down)
         if act is not None:
@@ -113,7 +111,7 @@ def _try(module: Any, gate_up: tuple[str, ...], down: str) -> str | None:
     both = torch.cat([layers[n](x) for n in gate_up], dim=-1)
     for kind in GATED:
         expected = layers[down](GatedActivation(kind)(both))  # type: ignore[arg-type]
-        if isinstance(result, Tensor) and result.shape == expected.shape:
-            if torch.allclose(result, expected, rtol=1e-5, atol=1e-5):
-                return kind
+        alike = isinstance(result, Tensor) and result.shape == expected.shape
+        if alike and torch.allclose(result, expected, rtol=1e-5, atol=1e-5):
+            return kind
     return None

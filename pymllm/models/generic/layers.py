@@ -37,7 +37,7 @@ class ReadWeight:
         bound = bound_weight(packed_in)
         assert bound is not None
         self.bound = bound
-        self.dtype, self.device = layer.params_dtype, next(iter(self.bound.packed.values())).device
+        self.dtype, self.device = layer.params_dtype, torch.device(bound.problem.device.type)
         shape = layer.shape.part(part)
         self.shape = torch.Size((shape.out_features, shape.in_features))
 

@@ -16,8 +16,8 @@ from pymllm.errors import ConfigError, ShardingError
 from pymllm.models.generic import attention
 from pymllm.models.generic.attention import PagedLayers
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
-from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.experts import RoutedExperts, find_experts
+from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
@@ -188,11 +188,18 @@ class GenericModel(LanguageModel):
         output = _Hidden(hidden[None])
         base.forward = lambda *_, **__: output
         try:
-            given = {"input_ids": hidden.new_zeros((1, len(hidden)), dtype=torch.int64), "use_cache": False}
+            given = {"input_ids": self._no_ids(hidden), "use_cache": False}
             result = self.inner(**{name: value for name, value in given.items() if takes(self.inner, name)})
         finally:
             del base.forward
         return result.logits[0].float()
+
+    def _no_ids(self, hidden: Tensor) -> Tensor:
+        """Return ids of as many tokens as `hidden` has, [1, N]: the same zero, so that no step has to make it."""
+        zeros = vars(self).setdefault("zeros", {})
+        if hidden.device not in zeros:
+            zeros[hidden.device] = hidden.new_zeros((1, 1), dtype=torch.int64)
+        return zeros[hidden.device].expand(1, len(hidden))
 
 
 class _Hidden(tuple):  # type: ignore[type-arg]

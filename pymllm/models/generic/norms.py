@@ -1,4 +1,4 @@
-"""Our RMSNorm in the places of modules that compute one, as a trial on each of them shows."""
+"""Norms of ours in the places of modules that compute the same, as a trial on each of them shows."""
 
 # H hidden size
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymllm.kernels.aten.elementwise import TorchElementwise
@@ -35,15 +36,29 @@ class GenericOffsetRMSNorm(GemmaRMSNorm):
         return super().forward(x)  # type: ignore[return-value]
 
 
+class GenericLayerNorm(nn.Module):
+    """A layer norm of transformers' without a bias, in one operation of torch's, called with the rows alone."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """Normalise the one argument, [*, H]."""
+        (x,) = (*args, *named.values())
+        return F.layer_norm(x, self.weight.shape, self.weight, eps=self.eps)
+
+
 @on_cpu
-def make_norm(module: Any, dtype: torch.dtype) -> RMSNorm | None:
+def make_norm(module: Any, dtype: torch.dtype) -> nn.Module | None:
     """Make our norm for a module that computes one.  None: it computes something else.
 
     dtype: of activations.  In 16 bits the module must round as ours do, bit for bit.
     """
     weight = module._parameters.get("weight")
     others = module._modules or module._buffers or module._parameters.keys() - {"weight"}
-    if others or (weight is not None and weight.ndim != 1):
+    if others or isinstance(module, nn.LayerNorm) or (weight is not None and weight.ndim != 1):
         return None
     numbers = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
     if not numbers:
@@ -71,6 +86,9 @@ def make_norm(module: Any, dtype: torch.dtype) -> RMSNorm | None:
         if stored is not None and _equal(result, x, 1 + stored.float(), eps):
             with torch.device("meta"):
                 return GenericOffsetRMSNorm(size, eps)
+        plain = stored is not None and stored.dtype is dtype
+        if plain and _close(F.layer_norm(x, (size,), stored, eps=eps), result):
+            return GenericLayerNorm(size, eps, dtype)
     return None
 
 
@@ -85,6 +103,11 @@ def _equal(result: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> bool
         return False
     ours = TorchElementwise().rms_norm(x, weight, eps)
     assert isinstance(ours, Tensor)
-    if x.dtype is not torch.float32:
+    return _close(ours, result)
+
+
+def _close(ours: Tensor, result: Tensor) -> bool:
+    """Tell whether two results are equal: bit for bit where they were rounded to 16 bits."""
+    if ours.dtype is not torch.float32:
         return torch.equal(ours, result)
     return torch.allclose(ours, result, rtol=1e-6, atol=1e-6)
