@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.models.generic.classes import on_cpu
 from pymllm.models.generic.probe import probing
+from pymllm.moe.dispatcher import expert_range
 from pymllm.moe.experts import ExpertsSize, make_experts
+from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
 
 
@@ -21,8 +23,12 @@ class RoutedExperts(nn.Module):
 
     def __init__(self, size: ExpertsSize, name: str, quant_config: QuantizationConfig | None) -> None:
         super().__init__()
-        held = make_experts(size, name, range(size.num_experts), quant_config, tensor_parallel=False)
-        self.groups = nn.ModuleList(held)
+        self.parallel = parallel = current_parallel()
+        ids = range(size.num_experts)
+        if parallel.expert_parallel:
+            ids = expert_range(size.num_experts, parallel.rank, parallel.size)
+        shared = not parallel.expert_parallel
+        self.groups = nn.ModuleList(make_experts(size, name, ids, quant_config, tensor_parallel=shared))
         self.num_experts = size.num_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -35,6 +41,7 @@ class RoutedExperts(nn.Module):
         y = first(tokens, top_k_index, weights)
         for group in others:
             y = y + group(tokens, top_k_index, weights)
+        y = self.parallel.all_reduce(y)
         return y.view(hidden_states.shape).to(hidden_states.dtype)
 
 

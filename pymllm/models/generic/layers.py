@@ -29,14 +29,21 @@ class ReadWeight:
     def __init__(self, layer: WeightedLayer) -> None:
         self.layer = layer
         self.dtype, self.device = layer.params_dtype, next(iter(bound_weight(layer).packed.values())).device
-        self.shape = torch.Size((layer.shape.out_features, layer.shape.in_features))
+        self.shape = torch.Size((self._table or layer.shape.out_features_local, layer.shape.in_features_local))
 
     def decoded(self) -> Tensor:
         """Decode the weight, [O, I]; a transposed one as it is stored."""
         bound = bound_weight(self.layer)
         assert bound is not None
         weight = bound.canonical().dequantize(self.dtype)
+        if self._table:  # all of it, on every rank
+            weight = self.layer.parallel.all_gather(weight, dim=0)[: self._table]
         return weight.t() if getattr(self.layer, "transposed", False) else weight
+
+    @property
+    def _table(self) -> int:
+        """The rows of a table that ranks share; 0: the weight is no such table."""
+        return self.layer.num_embeddings if isinstance(self.layer, VocabParallelEmbedding) else 0
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,7 +56,7 @@ class ReadWeight:
         return getattr(self.decoded(), name)
 
 
-class _WithWeight(WeightedLayer):
+class ReadableWeight(WeightedLayer):
     """A layer whose `weight` can be read once it is packed."""
 
     def __getattr__(self, name: str) -> Any:
@@ -58,15 +65,15 @@ class _WithWeight(WeightedLayer):
         return super().__getattr__(name)
 
 
-class GenericLinear(_WithWeight, Linear):
+class GenericLinear(ReadableWeight, Linear):
     """A linear layer of transformers'."""
 
 
-class GenericRouter(_WithWeight, RouterLinear):
+class GenericRouter(ReadableWeight, RouterLinear):
     """A linear layer of transformers' that chooses experts, or gates one."""
 
 
-class GenericEmbedding(_WithWeight, VocabParallelEmbedding):
+class GenericEmbedding(ReadableWeight, VocabParallelEmbedding):
     """An embedding of transformers'."""
 
 
@@ -87,7 +94,7 @@ class ScaledEmbedding(GenericEmbedding):
         return rows * (scale.to(rows) if isinstance(scale, Tensor) else scale)
 
 
-class Head(_WithWeight, ParallelLMHead):
+class Head(ReadableWeight, ParallelLMHead):
     """The head, as transformers' forward calls it."""
 
     def forward(self, x: Tensor, gather_all: bool = True) -> Tensor:  # type: ignore[override]

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError
 from pymllm.models.generic import attention
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
+from pymllm.models.generic.division import Division
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.language_model import LanguageModel
-from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
@@ -35,14 +35,6 @@ class GenericModel(LanguageModel):
     def __init__(self, config: GenericConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        parallel = current_parallel()
-        if parallel.size > 1:
-            raise ShardingError(
-                f"transformers' {config.architecture} is not divided over ranks here",
-                code="tp-size",
-                expected="1 rank",
-                found=str(parallel.size),
-            )
         execution = current_execution()
         dtype = torch.get_default_dtype() if execution is None else execution.dtype
         attention.register()
@@ -68,25 +60,31 @@ class GenericModel(LanguageModel):
         if found.why_not is not None:
             _set_attention(inner, "eager")
             take_recurrences(inner)
-        self._put_layers(inner, found, quant_config)
+        division = Division(inner, found)
+        self._put_layers(inner, found, division, quant_config)
+        calls = division.own_calls(inner, config.size("num_attention_heads"), config.size("max_position_embeddings"))
         if found.why_not is None:
-            for name, calls in found.attention.items():
-                attention.add_attention(inner.get_submodule(name), name, calls, quant_config)
+            for name, called in found.attention.items():
+                attention.add_attention(inner.get_submodule(name), name, calls.get(name, called), called, quant_config)
         # Its modules and parameters are ours, under their own names.
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
+        self.division = division
         if found.why_not is not None:
             hf = inner.config
             token = 2 * dtype.itemsize * config.size("num_hidden_layers") * config.size("hidden_size")
             self.request_caches = RequestCaches(hf, token, 1)
 
-    def _put_layers(self, inner: Any, found: Probe, quant_config: QuantizationConfig | None) -> None:
+    def _put_layers(
+        self, inner: Any, found: Probe, division: Division, quant_config: QuantizationConfig | None
+    ) -> None:
         """Put our layers in the places of what the class's forward calls as they do, the embedding before the head."""
         modules = dict(inner.named_modules())
         for name, module in modules.items():
             if name == self._head_name or (name not in found.inputs and found.why_not is None):
                 continue
-            made: Any = make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
+            made: Any = division.make_linear(module, name, quant_config)
+            made = made or make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
             if made is not None:
                 replace_module(inner, name, made)
         head = modules.get(self._head_name)
