@@ -1,11 +1,12 @@
-"""Runs of a torch module on example inputs, and the statistics of what its linear layers see."""
+"""Runs of a torch module on example inputs, and the statistics of what reaches its weights."""
 
 # I in_features
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,25 +68,35 @@ def portions(sizes: Mapping[str, int]) -> list[list[str]]:
     return runs
 
 
+@dataclass(frozen=True)
+class Tap:
+    """A place in a module where inputs of weights are seen.
+
+    read: of the arguments of a call of `module`, finds the inputs [*, I] of each weight that `wanted` names.
+    """
+
+    module: nn.Module
+    read: Callable[[tuple[Any, ...], Mapping[str, Any], Container[str]], Iterable[tuple[str, Tensor]]]
+
+
 @torch.no_grad()
 def record(
-    root: nn.Module, modules: Mapping[str, nn.Module], sizes: Mapping[str, int], inputs: Sequence[Any]
+    root: nn.Module, taps: Sequence[Tap], sizes: Mapping[str, int], inputs: Sequence[Any]
 ) -> dict[str, InputStatistics]:
-    """Run `root` on all inputs, and collect statistics of the inputs of `modules`.
+    """Run `root` on all inputs, and collect statistics of what reaches the weights that `sizes` names.
 
-    sizes: I of each module whose gram (the products of its inputs) is wanted; 0: only the largest magnitude is wanted.
+    sizes: I of each weight whose gram (the products of its inputs) is wanted; 0: only the largest magnitude is wanted.
     """
-    statistics = {name: InputStatistics(sizes[name], gram=bool(sizes[name])) for name in modules}
+    statistics = {name: InputStatistics(size, gram=bool(size)) for name, size in sizes.items()}
 
-    def keep(name: str) -> Callable[..., None]:
+    def keep(tap: Tap) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            statistics[name].add(args[0] if args else kwargs["input"])
+            for name, rows in tap.read(args, kwargs, statistics):
+                statistics[name].add(rows)
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()
-    ]
+    handles = [tap.module.register_forward_pre_hook(keep(tap), with_kwargs=True) for tap in taps]
     try:
         with _evaluating(root):
             for each in inputs:

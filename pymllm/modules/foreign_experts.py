@@ -10,8 +10,7 @@ what it said. Modules on the meta device can be read, too.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.kernels.gated_activation import GatedActivation, OtherActivation
-from pymllm.modules.twin import answer, shrunk, twin_of
+from pymllm.modules.twin import ALL_SIZES, answer, arguments_of, near, shrunk, twin_of
 
 JOINED, APART, UNGATED = ("gate_up_proj",), ("gate_proj", "up_proj"), ("up_proj",)
 DOWN = "down_proj"
-ALL_SIZES = (
-    1 << 24
-)  # elements of a module's stacks up to which it is run in its own size, where a smaller copy cannot
-TOLERANCE = 1e-5  # relative; some modules compute in float32 whatever they are given
+ROUTED = ("hidden_states", "top_k_index", "top_k_weights")  # what transformers calls the arguments of most
+FUNCTIONS = ("act_fn", "activation_fn", "act")  # what modules call the function between their products
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,11 @@ class ForeignExperts:
         """Return the names of the stacks, as parameters of the module."""
         return (*self.gate_up, self.down)
 
+    @property
+    def bias_names(self) -> tuple[str, ...]:
+        """Return the names of the biases, as parameters of the module."""
+        return tuple(f"{name}_bias" for name in self.names) if self.bias else ()
+
     def gate_up_of(self, tensors: Mapping[str, Tensor], expert: int) -> Tensor:
         """Return the first product's weight of one expert, [2·I, H] with the gate's outputs first."""
         return torch.cat([self._outputs_first(tensors[name][expert]) for name in self.gate_up])
@@ -79,13 +81,36 @@ class ForeignExperts:
             first = torch.cat((first[:, ::2], first[:, 1::2]), dim=1)
         return first, tensors[f"{self.down}_bias"]
 
+    def routed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the arguments of a call: x as it came, [*, H], the experts of each token and their weights, [T, K].
+
+        TypeError for other arguments than the module has.
+        """
+        given = dict(zip(self.arguments, args)) | dict(kwargs)  # noqa: B905 (named arguments follow)
+        names = [own if own in given else usual for own, usual in zip(self.arguments, ROUTED, strict=False)]
+        if strange := sorted(given.keys() ^ set(names)):
+            raise TypeError(
+                f"experts take {', '.join(self.arguments)}; {', '.join(strange)} is missing or unknown"
+            )
+        x, *rest = (given[name] for name in names)
+        tokens = x.numel() // self.hidden_size
+        experts = torch.arange(self.num_experts, device=x.device)
+        if self.calls == "sorted":
+            ids = experts.repeat_interleave(tokens // self.num_experts).unsqueeze(1)
+            return x, ids, torch.ones(ids.shape, device=x.device)
+        if self.calls == "weighted":
+            weights = rest[0].reshape(-1, self.num_experts)
+            return x, experts.expand(weights.shape), weights
+        ids, weights = (each.reshape(-1, each.shape[-1]) for each in rest)
+        return x, ids, weights
+
     def _outputs_first(self, weight: Tensor) -> Tensor:
         weight = weight.t() if self.transposed else weight
         return torch.cat((weight[::2], weight[1::2])) if self.interleaved else weight
 
 
 class OwnGate:
-    """What a module computes between its products, without the module's weights.
+    """A module's own function between its products, without the module's weights.
 
     husk: a copy of the module without its stacks.  interleaved: it expects gate and up to take turns.
     """
@@ -104,9 +129,7 @@ class OwnGate:
         return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else hidden)
 
     def _function(self) -> Callable[[Tensor], Tensor]:
-        return next(
-            f for name in ("act_fn", "activation_fn", "act") if callable(f := getattr(self.husk, name, None))
-        )
+        return next(f for name in FUNCTIONS if callable(f := getattr(self.husk, name, None)))
 
 
 def stacks_of(module: nn.Module) -> tuple[str, ...] | None:
@@ -175,6 +198,9 @@ def _read_shapes(module: nn.Module, names: tuple[str, ...]) -> ForeignExperts | 
         return f"its parameter {strange[0]} is no part of experts as they are known here"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalises each expert's answer before it weighs it"
+    for name, child in module.named_children():
+        if name not in FUNCTIONS and any(True for _ in (*child.parameters(), *child.buffers())):
+            return f"its submodule {name} is no part of experts as they are known here"
     if module._buffers:
         return f"its buffer {next(iter(module._buffers))} is no part of experts as they are known here"
     if not all(held[name].is_floating_point() and held[name].itemsize > 1 for name in names):
@@ -195,7 +221,7 @@ def _read_shapes(module: nn.Module, names: tuple[str, ...]) -> ForeignExperts | 
     )  # decides where both fit: without a gate, or with two stacks
     transposed = said if all(fits.values()) else fits[True]
     hidden, intermediate = (back[1], back[0]) if transposed else (back[0], back[1])
-    arguments = _arguments(module)
+    arguments = arguments_of(module)
     calls: Any = {1: "sorted", 2: "weighted", 3: "routed"}.get(len(arguments))
     if calls is None:
         return f"its forward takes {len(arguments)} arguments, and not tokens, their experts and weights"
@@ -218,13 +244,6 @@ def _read_shapes(module: nn.Module, names: tuple[str, ...]) -> ForeignExperts | 
     )
 
 
-def _arguments(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the arguments of a module's forward, without those that only take what is left."""
-    signature = inspect.signature(type(module).forward)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in signature.parameters.items() if p.kind in kinds)[1:]
-
-
 def _activations(module: nn.Module, own: OwnGate, facts: ForeignExperts) -> list[GatedActivation] | str:
     """List activations to try: the one that equals the module's own function, or that function.
 
@@ -244,8 +263,8 @@ def _activations(module: nn.Module, own: OwnGate, facts: ForeignExperts) -> list
         return f"its activation cannot be evaluated by itself: {error}"
     if facts.gated:
         for each in known:
-            near = torch.isclose(found.double(), each(hidden), rtol=1e-6, atol=1e-6)
-            if found.shape == each(hidden).shape and bool(near.all()):
+            close = torch.isclose(found.double(), each(hidden), rtol=1e-6, atol=1e-6)
+            if found.shape == each(hidden).shape and bool(close.all()):
                 return [each]
     function = (getattr(own.husk, "_apply_gate", None) if facts.gated else None) or own._function()
     owner = getattr(function, "__self__", function)
@@ -328,7 +347,6 @@ def _run(
     if isinstance(found, str):
         return found
     expected = compute(of, tensors, x, ids, weights)
-    error = (found.double() - expected).abs() if found.shape == expected.shape else None
-    if error is None or not bool((error <= TOLERANCE * expected.abs().amax(1, keepdim=True)).all()):
+    if not near(found, expected):
         return f"its forward computes something else than routed experts with {activation} do"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 TRIED = (4, 6, 8, 10, 12)  # of small sizes
+ALL_SIZES = (
+    1 << 24
+)  # elements of weights up to which a module is run in its own size, where a smaller copy cannot
+TOLERANCE = 1e-5  # relative; some modules compute in float32 whatever they are given
 
 
 def twin_of(
@@ -33,7 +38,7 @@ def twin_of(
         "_buffers": dict(module._buffers),
         "_modules": dict(module._modules),
     }
-    config = held.get("config")
+    config: Any = held.get("config")
     if hasattr(config, "_experts_implementation"):  # the module's own forward, not one for a device or a size
         held["config"] = config = copy.copy(config)
         config._experts_implementation = "eager"
@@ -57,6 +62,21 @@ def answer(twin: nn.Module, *args: Any, **kwargs: Any) -> Tensor | str:
     )
 
 
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's forward, without those that only take what is left."""
+    signature = inspect.signature(type(module).forward)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in signature.parameters.items() if p.kind in kinds)[1:]
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """Tell whether two answers are equal but for rounding, row by row."""
+    if found.shape != expected.shape:
+        return False
+    error = (found.double() - expected.double()).abs()
+    return bool((error <= TOLERANCE * expected.double().abs().amax(-1, keepdim=True)).all())
+
+
 def shrunk(experts: int, hidden: int, intermediate: int) -> tuple[int, int, int] | None:
     """Choose small sizes of experts of which those are equal that are equal in the module; None: none are found.
 
@@ -67,4 +87,5 @@ def shrunk(experts: int, hidden: int, intermediate: int) -> tuple[int, int, int]
         return e == h, e == i, e == 2 * i, h == i, h == 2 * i
 
     wanted = alike(experts, hidden, intermediate)
-    return next((s for s in itertools.product(TRIED, repeat=3) if alike(*s) == wanted), None)
+    small = ((e, h, i) for e, h, i in itertools.product(TRIED, repeat=3) if alike(e, h, i) == wanted)
+    return next(small, None)

@@ -295,7 +295,9 @@ class RuledConfig(QuantizationConfig):
                 problems.append(f"{str(rule)!r} matches no layer. {hint}".strip())
             # "is", as an equal rule may come first.
             elif not any(decisions[name].rule is rule for name in matched):
-                earlier = next(other for other in rules[:index] if other.matches(matched[0]))
+                # A rule may decide by another name of the layer, as that of the module that has its tensor.
+                others = (other for other in rules[:index] if other.matches(matched[0]))
+                earlier = next(others, decisions[matched[0]].rule)
                 problems.append(
                     f"{str(rule)!r} never applies: {str(earlier)!r} comes first for all of its layers."
                 )
