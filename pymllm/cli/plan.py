@@ -96,7 +96,7 @@ def print_plan(
     size = plan.tensor_parallel
     ranks = f", rank {size['rank']} of {size['size']}" if size["size"] > 1 else ""
     out.print(f"{plan.model}", style="bold")
-    out.print(f"{plan.model_type} on {plan.device}, {plan.dtype} activations, compute {plan.compute}{ranks}")
+    out.print(f"{plan.what_runs} on {plan.device}, {plan.dtype} activations, compute {plan.compute}{ranks}")
     out.print(_layer_table(plan.layers) if every_layer else _group_table(plan, named=out.width >= 120))
     totals = plan.totals
     weights, peak = readable_size(totals["weight_bytes"]), readable_size(totals["peak_load_bytes"])

@@ -101,13 +101,12 @@ class CausalLM(LanguageModel):
     own in `make_attention` and `make_mlp`.
 
     layer, attention, norm: the classes of layers, of their attention and of every norm.
-    embedding_scale: what embedded tokens are multiplied by.
     """
 
+    lm_head: ParallelLMHead
     layer: ClassVar[type[DecoderLayer]] = DecoderLayer
     attention: ClassVar[type[SelfAttention]] = SelfAttention
     norm: ClassVar[type[RMSNorm]] = RMSNorm
-    embedding_scale = 1.0
 
     def __init__(self, config: ModelConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()

@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pymllm.config import ModelConfig
-from pymllm.layers.embedding import ParallelLMHead
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
 
@@ -19,24 +18,25 @@ class LanguageModel(nn.Module):
     """A model of tokens: hidden states from ids and positions, logits from hidden states.
 
     config: the checkpoint's.  lm_head: the layer that makes logits.
-    definition: where its modules come from, for the plan.  notes: what else a plan should say of that.
+    embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
     """
 
     config: ModelConfig
-    lm_head: ParallelLMHead
+    lm_head: Any
+    embedding_scale: float = 1.0
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {}
 
     @property
     def definition(self) -> str:
-        """The source of the model's modules."""
+        """The source of the model's modules, for the plan."""
         return type(self).__module__
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of how the model runs."""
+        """The remarks of a plan on how the model runs."""
         return []
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:

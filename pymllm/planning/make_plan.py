@@ -117,6 +117,7 @@ def make_plan(
     return Plan(
         model=str(prepared.checkpoint.path),
         model_type=str(prepared.config.raw.get("model_type")),
+        definition=prepared.model.definition,
         device=prepared.execution.device,
         dtype=str(prepared.execution.dtype).removeprefix("torch."),
         compute=prepared.execution.compute,

@@ -51,7 +51,8 @@ class PlannedLayer:
 class Plan:
     """The plan of one rank; `to_dict` is the JSON, `str` a summary for people.
 
-    model, model_type: the checkpoint, and its config's.  device, dtype, compute: what it would run with.
+    model, model_type: the checkpoint, and its config's.  definition: what runs the type: a page of ours, as
+    "pymllm.models.llama", or a class of transformers'.  device, dtype, compute: what it would run with.
     tensor_parallel: this rank, and the sizes that the model can and cannot be divided over.
     elementwise, routing, sampling: the kernels of what has no weights, of routers, and of the choice of tokens.
     layers: attention layers last.
@@ -62,6 +63,7 @@ class Plan:
 
     model: str
     model_type: str
+    definition: str
     device: str
     dtype: str
     compute: str
@@ -83,6 +85,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @property
+    def what_runs(self) -> str:
+        """The model type, and whose class runs it where that is none of ours."""
+        ours = self.definition.startswith("pymllm.")
+        return self.model_type if ours else f"{self.model_type}, {self.definition}"
 
     def layer(self, prefix: str) -> PlannedLayer:
         """Return the layer of this checkpoint name.  KeyError without one."""
@@ -123,7 +131,7 @@ class Plan:
     def __str__(self) -> str:
         ranks = self.tensor_parallel
         lines = [
-            f"{self.model} ({self.model_type}) on {self.device}, {self.dtype} activations, "
+            f"{self.model} ({self.what_runs}) on {self.device}, {self.dtype} activations, "
             f"rank {ranks['rank']} of {ranks['size']} (sizes that work: {', '.join(map(str, ranks['legal_sizes']))})"
         ]
         for first, names in self.groups():

@@ -39,7 +39,7 @@ class FloatModel:
         model = build_on_meta(prepared.config, RuledConfig(plain), execution, Parallel())
         self.modules = dict(model.named_modules())
         self.holders = dict(weight_holders(model))
-        self.embedding_scale = model.model.embedding_scale
+        self.embedding_scale = model.embedding_scale
         lengths = [len(window) for window in windows]
         self.ids = torch.tensor([token for window in windows for token in window])
         self.positions = torch.cat([torch.arange(length) for length in lengths])

@@ -64,6 +64,10 @@ class PagedLayers(nn.ModuleList):
 
     calls = 0
 
+    def restart(self) -> None:
+        """Begin with the first layer."""
+        self.__dict__["calls"] = 0
+
     def following(self) -> PagedAttention:
         """Return the layer of the next call."""
         layer: Any = self[self.calls % len(self)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,6 +30,9 @@ LENGTHS = (
 UNLIMITED = 1 << 20  # the positions of a model whose config has no limit
 
 SIZES = {"intermediate_size", "moe_intermediate_size", "num_experts", "n_routed_experts", "num_local_experts"}
+
+# A model is built under patches of torch's functions and its default dtype, which all threads see.
+BUILDING = threading.RLock()
 
 # Settings that are no part of the maths, or belong to us.
 OURS = ("quantization_config", "compression_config", "auto_map")
@@ -173,6 +177,11 @@ def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> 
 
     attention: the name of the attention function that the model is to call.
     """
+    with BUILDING:
+        return _build(config, dtype, attention)
+
+
+def _build(config: GenericConfig, dtype: torch.dtype, attention: str) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     hf = copy.deepcopy(config.hf)

@@ -20,6 +20,7 @@ from pymllm.errors import ShardingError
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
+from pymllm.models.generic.classes import GenericConfig
 from pymllm.models.generic.layers import ReadableWeight
 from pymllm.models.generic.probe import AttentionCall, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences
@@ -105,18 +106,18 @@ class Division(WeightHolder):
             )
         return ()
 
-    def own_calls(self, model: Any, heads: int, longest: int) -> dict[str, list[AttentionCall]]:
+    def own_calls(self, model: Any, config: GenericConfig) -> dict[str, list[AttentionCall]]:
         """Return this rank's calls of attention, by the name of a module, once they have been made on the meta device.
 
-        heads: of queries.  longest: the most positions that the model has.
         A single rank tries the smallest number of ranks that can be, so that a plan knows.
         """
         parallel = current_parallel()
         self.shares(parallel.rank, parallel.size)
+        heads = config.size("num_attention_heads")
         size = self._smallest(model, heads) if parallel.size == 1 else parallel.size
         if self.why_not is not None or size is None:
             return self.calls
-        calls = self.check(model, parallel.rank, size, longest)
+        calls = self._check(model, parallel.rank, size, config.size("max_position_embeddings"))
         self.shares(parallel.rank, parallel.size)
         return self.calls if parallel.size == 1 else calls
 
@@ -148,7 +149,7 @@ class Division(WeightHolder):
             return call.num_kv_heads, True
         return (call.num_heads, False) if outputs % call.num_heads == 0 else (0, False)
 
-    def check(self, model: Any, rank: int, size: int, longest: int) -> dict[str, list[AttentionCall]]:
+    def _check(self, model: Any, rank: int, size: int, longest: int) -> dict[str, list[AttentionCall]]:
         """Run the model on the meta device with a rank's shapes.  Returns the rank's own calls of attention.
 
         A module that cannot be run so becomes `why_not`.

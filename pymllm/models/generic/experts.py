@@ -13,7 +13,7 @@ from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.models.generic.classes import on_cpu
 from pymllm.models.generic.probe import probing
 from pymllm.moe.dispatcher import expert_range
-from pymllm.moe.experts import ExpertsSize, make_experts
+from pymllm.moe.experts import STACKED, ExpertsSize, make_experts
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
 
@@ -50,8 +50,10 @@ def find_experts(module: Any) -> ExpertsSize | None:
 
     None: it is no such module, or computes between its products what our experts do not, as a trial shows.
     """
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    stacked = isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.ndim == down.ndim == 3
+    up, down = (getattr(module, name, None) for name in STACKED)
+    if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter):
+        return None
+    stacked = up.ndim == down.ndim == 3
     if not stacked or not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
         return None
     transposed, count = bool(module.is_transposed), down.shape[0]

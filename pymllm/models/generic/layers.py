@@ -14,7 +14,7 @@ from pymllm.layers.weighted import WeightedLayer
 from pymllm.models.generic.classes import on_cpu
 from pymllm.moe.layer import RouterLinear
 from pymllm.quantization.base import QuantizationConfig
-from pymllm.quantization.binding import bound_weight
+from pymllm.quantization.binding import BoundWeight, bound_weight
 
 ROUTERS = (
     "gate",
@@ -23,19 +23,23 @@ ROUTERS = (
 )  # the last words of the names of routers that are linear layers
 
 
+def _bound(layer: WeightedLayer) -> BoundWeight:
+    bound = bound_weight(layer)
+    assert bound is not None
+    return bound
+
+
 class ReadWeight:
     """The weight of a layer as code reads it that does more than call the layer: decoded when it is computed with."""
 
     def __init__(self, layer: WeightedLayer) -> None:
         self.layer = layer
-        self.dtype, self.device = layer.params_dtype, next(iter(bound_weight(layer).packed.values())).device
+        self.dtype, self.device = layer.params_dtype, torch.device(_bound(layer).problem.device.type)
         self.shape = torch.Size((self._table or layer.shape.out_features_local, layer.shape.in_features_local))
 
     def decoded(self) -> Tensor:
         """Decode the weight, [O, I]; a transposed one as it is stored."""
-        bound = bound_weight(self.layer)
-        assert bound is not None
-        weight = bound.canonical().dequantize(self.dtype)
+        weight = _bound(self.layer).canonical().dequantize(self.dtype)
         if self._table:  # all of it, on every rank
             weight = self.layer.parallel.all_gather(weight, dim=0)[: self._table]
         return weight.t() if getattr(self.layer, "transposed", False) else weight

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError
 from pymllm.models.generic import attention
+from pymllm.models.generic.attention import PagedLayers
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.division import Division
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
-from pymllm.models.generic.recurrences import put_recurrences, take_recurrences
+from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
@@ -31,6 +32,9 @@ class GenericModel(LanguageModel):
 
     side_by_side: why the requests of a step cannot be run side by side; None: they are.
     """
+
+    inner: Any
+    base_name: str
 
     def __init__(self, config: GenericConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
@@ -60,20 +64,24 @@ class GenericModel(LanguageModel):
         if found.why_not is not None:
             _set_attention(inner, "eager")
             take_recurrences(inner)
+            caches = RequestCaches(inner.config)
+            caches.measure(inner.get_submodule(found.base), dtype)
         division = Division(inner, found)
         self._put_layers(inner, found, division, quant_config)
-        calls = division.own_calls(inner, config.size("num_attention_heads"), config.size("max_position_embeddings"))
+        calls = division.own_calls(inner, config)
         if found.why_not is None:
             for name, called in found.attention.items():
-                attention.add_attention(inner.get_submodule(name), name, calls.get(name, called), called, quant_config)
+                layer = inner.get_submodule(name)
+                attention.add_attention(layer, name, calls.get(name, called), called, quant_config)
+        turns = [module for module in inner.modules() if isinstance(module, (PagedLayers, Recurrences))]
+        self._in_turns = [layers for layers in turns if len(layers) > 1]
+        self._device = torch.device("cpu")
         # Its modules and parameters are ours, under their own names.
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
         self.division = division
         if found.why_not is not None:
-            hf = inner.config
-            token = 2 * dtype.itemsize * config.size("num_hidden_layers") * config.size("hidden_size")
-            self.request_caches = RequestCaches(hf, token, 1)
+            self.request_caches = caches
 
     def _put_layers(
         self, inner: Any, found: Probe, division: Division, quant_config: QuantizationConfig | None
@@ -141,6 +149,7 @@ class GenericModel(LanguageModel):
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         base = self.inner.get_submodule(self.base_name)
+        self._start_step(ids.device)
         if self.why_alone is not None:
             return self.request_caches.run(base, ids, positions)
         given = {
@@ -150,6 +159,17 @@ class GenericModel(LanguageModel):
             "return_dict": True,
         }
         return base(**{name: value for name, value in given.items() if takes(base, name)})[0][0]
+
+    def _start_step(self, device: torch.device) -> None:
+        """Have computed buffers on the step's device, and modules with several layers begin with the first."""
+        if self._device != device:
+            self._device = device
+            for module in self.inner.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(device)
+        for layers in self._in_turns:
+            layers.restart()
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the class's own forward after its inner model: the head, and what it does to logits."""

@@ -42,7 +42,7 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
 
     mapping = get_model_conversion_mapping(model)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
     known = set(model.state_dict())
     ours = {name for name, module in model.named_modules() if find_experts(module) is not None}
     renamed: dict[str, TensorInfo] = {}

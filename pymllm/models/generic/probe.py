@@ -24,30 +24,8 @@ from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import on_cpu, takes
 
 # Prime numbers of tokens, of which one is taken that no dimension of the model is near.
-LENGTHS = (
-    1009,
-    983,
-    953,
-    919,
-    887,
-    503,
-    479,
-    457,
-    431,
-    307,
-    281,
-    269,
-    251,
-    239,
-    227,
-    211,
-    179,
-    163,
-    149,
-    113,
-    101,
-)
-LENGTHS += (89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)
+LENGTHS = (1009, 983, 953, 919, 887, 503, 479, 457, 431, 307, 281, 269, 251, 239, 227, 211, 179, 163, 149)
+SHORT_LENGTHS = (113, 101, 89, 79, 71, 61, 53, 43, 37, 31, 23, 19, 13)  # for models of few positions
 STEPS = 8  # how many tokens a model may look at by themselves
 NEAR = 8  # a convolution's result is longer by its padding
 
@@ -167,7 +145,11 @@ def probe(model: Any, longest: int) -> Probe:
     longest: the most positions that the model has.
     """
     sides = {side for param in model.parameters() for side in param.shape}
-    far = (n for n in LENGTHS if n <= longest and not any(n - 2 < side < n + NEAR for side in sides))
+    far = (
+        n
+        for n in (*LENGTHS, *SHORT_LENGTHS)
+        if n <= longest and not any(n - 2 < side < n + NEAR for side in sides)
+    )
     found = Probe(next(far, 1))
     base = find_base(model)
     if base is None:
@@ -250,20 +232,27 @@ def _uses_memory(module: nn.Module) -> bool:
     )
 
 
-class _Watch(TorchFunctionMode):
-    """The mode of a run: what meets a meta tensor becomes one, and what depends on several tokens is noted."""
+class OnMeta(TorchFunctionMode):
+    """The mode of runs without data: what meets a meta tensor becomes one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(_on_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Watch(OnMeta):
+    """The mode of a probe, which also notes what depends on several tokens."""
 
     def __init__(self, found: Probe) -> None:
         super().__init__()
         self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(tensor.is_meta for tensor in tensors):
-            args, kwargs = tree_map(_on_meta, (args, kwargs))
-        result = func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, Tensor) and self.found.why_not is None:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._look(func, result, tensors)
         return result
 
@@ -273,7 +262,9 @@ class _Watch(TorchFunctionMode):
             self.found.refuse("it counts tokens itself")
         if not (result.is_floating_point() and result.is_meta):
             return
-        if name in ("__getitem__", "select") and tokens in tensors[0].shape and tokens not in shape:
+        if _has_tokens(tokens, *tensors) and not _has_tokens(tokens, result):
+            if name not in ("__getitem__", "select", "unbind"):
+                self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
             self.found.steps += 1
         near = any(tokens - 1 <= side < tokens + NEAR and side != tokens for side in shape)
         if len(shape) > 2 and shape[-1] == shape[-2] == tokens:
@@ -282,6 +273,11 @@ class _Watch(TorchFunctionMode):
             self.found.refuse(f"it mixes tokens by {name}")
         elif near and any(tokens in tensor.shape for tensor in tensors):
             self.found.refuse(f"it mixes tokens: {name} makes {list(shape)} of {tokens} tokens")
+
+
+def _has_tokens(tokens: int, *tensors: Tensor) -> bool:
+    """Tell whether a dimension of any tensor counts tokens, or something of each."""
+    return any(side and side % tokens == 0 for tensor in tensors for side in tensor.shape)
 
 
 def _on_meta(value: Any) -> Any:

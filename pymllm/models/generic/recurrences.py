@@ -104,6 +104,10 @@ class Recurrences(nn.ModuleList):
         super().__init__()
         self.function, self.prefix = function, prefix
 
+    def restart(self) -> None:
+        """Begin with the first call."""
+        self.__dict__["calls"] = 0
+
     def forward(self, *args: Any, **options: Any) -> Any:
         """Compute the next call of the step."""
         if probing() is not None:
@@ -120,9 +124,9 @@ def put_recurrences(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         forward = inspect.unwrap(type(module).forward)
         code = getattr(forward, "__code__", None)
-        found = [name for name in FUNCTIONS if code is not None and name in code.co_names]
-        found = [name for name in found if name in forward.__globals__]
-        if not found:
+        known = () if code is None else (name for name in FUNCTIONS if name in code.co_names)
+        found = [name for name in known if name in forward.__globals__]
+        if code is None or not found:
             continue
         layers = {name: Recurrences(FUNCTIONS[name], f"{path}.{FUNCTIONS[name].operation}") for name in found}
         for layer in layers.values():

@@ -8,24 +8,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.step import fetch_attn_metadata
-from pymllm.models.generic.classes import takes
+from pymllm.models.generic.classes import on_cpu, takes
+from pymllm.models.generic.probe import OnMeta
 
 CACHES = ("past_key_values", "cache_params", "state")
+TRIED = (64, 96)  # lengths of texts whose caches are measured
 
 
 class RequestCaches(WeightHolder):
-    """What transformers' model keeps of each request, by slot.
+    """The caches of requests, by slot.
 
-    token_bytes: what a token takes, for the plan and the engine's budget.
+    config: transformers', of the model.  token_bytes, fixed_bytes: what a request takes for each token, and besides.
     """
 
-    def __init__(self, config: Any, token_bytes: int, state_bytes: int) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        self.config, self.token_bytes, self.fixed_bytes = config, token_bytes, state_bytes
+        self.config = config
+        self.token_bytes, self.fixed_bytes = 0, 1
         self.requests: dict[int, Any] = {}
+
+    @on_cpu
+    def measure(self, base: nn.Module, dtype: torch.dtype) -> None:
+        """Measure what a request takes, by runs of the model on the meta device; where it has none, guess.
+
+        The guess is that of attention whose keys and values are as wide as the hidden states.
+        """
+        try:
+            first, second = (self._measure_one(base, length) for length in TRIED)
+        except Exception:
+            layers, hidden = self.config.num_hidden_layers, self.config.hidden_size
+            self.token_bytes = 2 * layers * hidden * dtype.itemsize
+            return
+        self.token_bytes = max(0, (second - first) // (TRIED[1] - TRIED[0]))
+        self.fixed_bytes = max(1, first - self.token_bytes * TRIED[0])
+
+    def _measure_one(self, base: nn.Module, length: int) -> int:
+        ids = torch.zeros(length, dtype=torch.int64, device="meta")
+        with torch.no_grad(), OnMeta():
+            _, kept = self._run_one(base, ids, torch.arange(length), None)
+        layers = getattr(kept, "layers", None)
+        found = [vars(layer) for layer in layers] if layers is not None else kept
+        return sum(leaf.nbytes for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
 
     @property
     def loads(self) -> bool:
