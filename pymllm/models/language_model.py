@@ -21,6 +21,7 @@ class LanguageModel(nn.Module):
     embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
+    unreached: weights that no rule can quantise, and why, by name.
     """
 
     config: ModelConfig
@@ -28,6 +29,7 @@ class LanguageModel(nn.Module):
     embedding_scale: float = 1.0
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {}
+    unreached: Mapping[str, str] = {}  # noqa: RUF012 (never changed)
 
     @property
     def definition(self) -> str:

@@ -291,6 +291,10 @@ def _notes(
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():
         notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
+    for rule, weights in prepared.quant.swept().items():
+        for why, count in Counter(weights.values()).items():
+            first = next(name for name, reason in weights.items() if reason == why)
+            notes.append(f"{count} weights that {rule} names stay as they are: {first}: {why}")
     notes += prepared.quant.checkpoint_config.notes
     for reason, count in Counter(record.reason for record in prepared.records).items():
         notes.append(f"{count} checkpoint tensors are not needed: {reason}")

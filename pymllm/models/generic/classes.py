@@ -264,7 +264,13 @@ def _still_unset(model: Any, fresh: Mapping[str, Mapping[str, torch.Tensor]]) ->
 
 def takes(module: nn.Module, argument: str) -> bool:
     """Tell whether a module's forward has an argument of this name."""
-    return argument in inspect.signature(module.forward).parameters
+    own = vars(module).get("forward")
+    return argument in (_arguments_of(type(module)) if own is None else inspect.signature(own).parameters)
+
+
+@functools.cache
+def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:

@@ -20,6 +20,7 @@ from pymllm.errors import ShardingError
 from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
+from pymllm.models.generic.alike import StandIn
 from pymllm.models.generic.classes import GenericConfig
 from pymllm.models.generic.layers import ReadableWeight
 from pymllm.models.generic.probe import AttentionCall, Probe, probe
@@ -219,6 +220,7 @@ def _stand_in(layer: Any, rank: int, size: int) -> Any:
             raise ValueError(f"{layer.prefix} gets {x.shape[-1]} of its {wanted} features")
         return x.new_empty((*x.shape[:-1], shape.out_features_local))
 
-    return look_up if isinstance(layer, VocabParallelEmbedding) else multiply
+    table = isinstance(layer, VocabParallelEmbedding)
+    return StandIn((table, wanted, shape.out_features_local), look_up if table else multiply)
 
 

@@ -17,12 +17,14 @@ from pymllm.models.generic import attention
 from pymllm.models.generic.attention import PagedLayers
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.division import Division
-from pymllm.models.generic.experts import RoutedExperts, find_experts
+from pymllm.models.generic.experts import RoutedExperts, find_experts, is_stored_so
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
+from pymllm.models.generic.unreached import find_unreached
 from pymllm.models.language_model import LanguageModel
+from pymllm.modules.foreign_experts import ForeignExperts
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
@@ -48,7 +50,8 @@ class GenericModel(LanguageModel):
         _own_buffers(inner)
         head = inner.get_output_embeddings()
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
-        _put_experts(inner, quant_config)
+        experts = find_experts(config.skeleton)
+        _put_experts(inner, experts, quant_config)
         put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
         if found.why_not is not None and FUTURE in found.why_not:
@@ -73,6 +76,8 @@ class GenericModel(LanguageModel):
             for name, called in found.attention.items():
                 layer = inner.get_submodule(name)
                 attention.add_attention(layer, name, calls.get(name, called), called, quant_config)
+        self.unreached = find_unreached(inner, experts)
+        self._experts = [(n, m) for n, m in inner.named_modules() if isinstance(m, RoutedExperts)]
         turns = [module for module in inner.modules() if isinstance(module, (PagedLayers, Recurrences))]
         self._in_turns = [layers for layers in turns if len(layers) > 1]
         self._device = torch.device("cpu")
@@ -138,6 +143,10 @@ class GenericModel(LanguageModel):
         for pattern in self.inner._keys_to_ignore_on_load_unexpected or ():
             if re.search(pattern, tensor):
                 return f"transformers' class leaves out what is called {pattern}"
+        for path, experts in self._experts:
+            said = experts.why_not_needed(tensor.removeprefix(f"{path}."))
+            if said is not None and tensor.startswith(f"{path}."):
+                return said
         module, _, name = tensor.rpartition(".")
         try:
             computed = self.inner.get_submodule(module)._buffers.get(name)
@@ -236,8 +245,7 @@ def _own_buffers(inner: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(buffer, requires_grad=False)
 
 
-def _put_experts(inner: Any, quant_config: QuantizationConfig | None) -> None:
-    for name, module in list(inner.named_modules()):
-        size = find_experts(module)
-        if size is not None:
-            replace_module(inner, name, RoutedExperts(size, name, quant_config))
+def _put_experts(inner: Any, facts: Mapping[str, Any], quant_config: QuantizationConfig | None) -> None:
+    for name, found in facts.items():
+        if isinstance(found, ForeignExperts) and is_stored_so(name, found, quant_config):
+            replace_module(inner, name, RoutedExperts(found, name, quant_config))

@@ -10,7 +10,8 @@ convolution, an attention of the class's own) is found by the shapes of what it 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pymllm.layers.held import WeightHolder
+from pymllm.models.generic.alike import repeated_once
 from pymllm.models.generic.classes import on_cpu, takes
 
 # Prime numbers of tokens, of which one is taken that no dimension of the model is near.
@@ -159,18 +161,15 @@ def probe(model: Any, longest: int) -> Probe:
     inner = model.get_submodule(base)
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
-    hooks = [
-        module.register_forward_pre_hook(_note_input(found, name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
-    ]
     names = {id(module): name for name, module in model.named_modules()}
     running, named = _running.set(found), _names.set(names)
     try:
         ids = torch.zeros((1, found.tokens), dtype=torch.int64, device="meta")
         arguments = _arguments(inner, ids, torch.arange(found.tokens)[None])
-        with torch.no_grad(), _Watch(found):
+        with torch.no_grad(), _Watch(found), repeated_once(inner) as repeated, _noted_inputs(model, found):
             inner(**arguments)
+        for name, first in repeated.items():
+            _repeat(found, f"{base}.{first}." if base else f"{first}.", f"{base}.{name}." if base else f"{name}.")
     except Exception as error:
         found.refuse(
             f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -178,8 +177,6 @@ def probe(model: Any, longest: int) -> Probe:
     finally:
         _running.reset(running)
         _names.reset(named)
-        for hook in hooks:
-            hook.remove()
     if found.attention and not takes(inner, "position_ids"):
         found.refuse("it takes no positions, but counts tokens itself")
     if found.steps > STEPS:
@@ -187,6 +184,19 @@ def probe(model: Any, longest: int) -> Probe:
     for name in _unseen_memories(model, found):
         found.refuse(f"{name} ({type(model.get_submodule(name)).__name__}) keeps a memory of its own")
     return found
+
+
+def _repeat(found: Probe, first: str, name: str) -> None:
+    """Note for a module what was noted for one that is alike.  first, name: what the names of their modules begin with.
+
+    Inputs that are one tensor there are one here, and another one than there.
+    """
+    made: dict[int, Tensor] = {}
+    for path in [path for path in found.inputs if path.startswith(first)]:
+        inputs = [made.setdefault(id(x), x.detach()) for x in found.inputs[path]]
+        found.inputs[name + path.removeprefix(first)] = inputs
+    for path in [path for path in found.attention if path.startswith(first)]:
+        found.attention[name + path.removeprefix(first)] = list(found.attention[path])
 
 
 def _by_length(module: Any) -> bool:
@@ -202,11 +212,26 @@ def _arguments(module: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, A
     return {name: value for name, value in wanted.items() if takes(module, name)}
 
 
-def _note_input(found: Probe, name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.inputs.setdefault(name, []).append(next(iter(tree_leaves((args, kwargs)))))
+@contextmanager
+def _noted_inputs(model: nn.Module, found: Probe) -> Iterator[None]:
+    """Note what linear layers and embeddings are called with, for the time of a `with` block."""
 
-    return hook
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.inputs.setdefault(name, []).append(next(iter(tree_leaves((args, kwargs)))))
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _unseen_memories(model: nn.Module, found: Probe) -> list[str]:
