@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from pymllm.config import ModelConfig
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
+
+BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 class LanguageModel(nn.Module):
@@ -57,6 +60,24 @@ class LanguageModel(nn.Module):
     def why_not_repeated(self) -> str | None:
         """Why decoding steps cannot be recorded and played back; None: nothing about the model stands in the way."""
         return None
+
+    # A step at a time, for calibration
+
+    runs_outside: ClassVar[bool] = False  # whether a step also runs modules outside of the blocks
+    embedding_scale: float = 1.0  # what embedded tokens are multiplied by
+
+    def block_of(self, name: str) -> str | None:
+        """Return the block that a module lies in, by name; None: it lies in none."""
+        found = BLOCK.search(name)
+        return None if found is None else name[: found.end(1)]
+
+    def run_step(self, name: str, ids: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
+        """Run a block, or what stands before or behind the blocks.
+
+        name: of the block or module.  ids, positions: [T].  hidden: [T, H], what the step before gave; None: this is
+        the first one.  Returns [T, H].  ConfigError for a model that cannot be run so.
+        """
+        raise NotImplementedError
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Run all but the head.  ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError
+from pymllm.layers.held import weight_holders
 from pymllm.models.generic import attention
 from pymllm.models.generic.attention import PagedLayers
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
@@ -22,6 +23,7 @@ from pymllm.models.generic.layers import Head, make_embedding, make_linear, repl
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
+from pymllm.models.generic.stepwise import Blocks
 from pymllm.models.generic.unreached import find_unreached
 from pymllm.models.language_model import LanguageModel
 from pymllm.modules.foreign_experts import ForeignExperts
@@ -37,6 +39,8 @@ class GenericModel(LanguageModel):
 
     inner: Any
     base_name: str
+
+    runs_outside = True
 
     def __init__(self, config: GenericConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
@@ -84,6 +88,7 @@ class GenericModel(LanguageModel):
         # Its modules and parameters are ours, under their own names.
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
+        self.__dict__["blocks"] = Blocks(inner.get_submodule(found.base), found.base)
         self.division = division
         if found.why_not is not None:
             self.request_caches = caches
@@ -155,6 +160,35 @@ class GenericModel(LanguageModel):
         if computed is None:
             return None
         return Skip("values that follow from the config", lambda found: _refuse_other(found, computed))
+
+    @property
+    def embedding_scale(self) -> float:  # type: ignore[override]
+        return float(getattr(self.inner.get_input_embeddings(), "embed_scale", 1.0))
+
+    def block_of(self, name: str) -> str | None:
+        return self.blocks.block_of(name)
+
+    def run_step(self, name: str, ids: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
+        if self.why_alone is not None:
+            raise ConfigError(
+                "calibration runs texts side by side, and this model runs them one after another",
+                code="calibration",
+                found=self.why_alone,
+                fix="Quantise without --calibrate.",
+            )
+        if hidden is None:
+            return self.blocks.enter(ids, positions)
+        block, last = self.block_of(name), self._last_step()
+        if block is not None:
+            hidden = self.blocks.run(name, ids, positions, hidden)
+        elif not self.blocks.begun:
+            hidden = self.blocks.enter(ids, positions)
+        return self.blocks.leave(ids, positions, hidden) if name == last else hidden
+
+    def _last_step(self) -> str:
+        """Return the last block or module before the head that has weights."""
+        names = [name for name, _ in weight_holders(self) if name not in (self._head_name, "division")]
+        return self.block_of(names[-1]) or names[-1]
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         base = self.inner.get_submodule(self.base_name)
