@@ -101,7 +101,9 @@ class FloatModel:
                         zeros = nn.Parameter(torch.zeros(param.shape), requires_grad=False)
                         module.register_parameter(name, zeros)
                 if parts and "weight" in module._parameters:
-                    views = module.get_parameter("weight").data.split([p.shape.out_features for p in parts])
+                    weight = module.get_parameter("weight").data
+                    weight = weight.t() if getattr(module, "transposed", False) else weight
+                    views = weight.split([p.shape.out_features for p in parts])
                     weights |= {part.name: view for part, view in zip(parts, views, strict=True)}
                 for placement in unit.placements:
                     # Not scales of a KV cache either: calibration keeps keys and values in floats.

@@ -263,6 +263,8 @@ class OnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            if func is Tensor.__contains__:
+                return False  # asked of ids, for a warning about padding or the place of an image
             args, kwargs = tree_map(_on_meta, (args, kwargs))
         return func(*args, **kwargs)
 
