@@ -32,7 +32,7 @@ class LanguageModel(nn.Module):
     embedding_scale: float = 1.0
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {}
-    unreached: Mapping[str, str] = {}  # noqa: RUF012 (never changed)
+    unreached: Mapping[str, str] = {}
 
     @property
     def definition(self) -> str:
@@ -64,7 +64,6 @@ class LanguageModel(nn.Module):
     # A step at a time, for calibration
 
     runs_outside: ClassVar[bool] = False  # whether a step also runs modules outside of the blocks
-    embedding_scale: float = 1.0  # what embedded tokens are multiplied by
 
     def block_of(self, name: str) -> str | None:
         """Return the block that a module lies in, by name; None: it lies in none."""

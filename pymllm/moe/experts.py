@@ -66,9 +66,7 @@ class ExpertsLayout:
         return self.gated and len(self.names) == 2
 
     @classmethod
-    def find(
-        cls, prefix: str, quant_config: QuantizationConfig | None, gated: bool = True
-    ) -> ExpertsLayout:
+    def find(cls, prefix: str, quant_config: QuantizationConfig | None, gated: bool = True) -> ExpertsLayout:
         """Find the layout that the checkpoint's tensors have; without any tensors, the usual one: names by expert.
 
         gated: whether experts have a gate.

@@ -58,7 +58,9 @@ class FloatModel:
         )
         self.hidden: Tensor | None = None
         # Steps outside of the blocks that blocks also run, until their weights are there.
-        self.outside = [step for step in steps_of(prepared) if self._stays(step)] if model.runs_outside else []
+        self.outside = (
+            [step for step in steps_of(prepared) if self._stays(step)] if model.runs_outside else []
+        )
 
     @contextlib.contextmanager
     def attending(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ def likeness(module: nn.Module, places: Collection[Setting] = ()) -> Hashable:
     return tuple(found)
 
 
-def _places_of(children: Sequence[nn.Module]) -> set[Setting]:
+def _places_of(children: Iterable[nn.Module]) -> set[Setting]:
     """Find the settings of a list's modules that are their places in it."""
     agree: dict[Setting, list[bool]] = {}
     for index, child in enumerate(children):
@@ -57,8 +57,8 @@ def _places_of(children: Sequence[nn.Module]) -> set[Setting]:
 
 
 def _freeze(value: Any) -> Hashable:
-    """Return a hashable value: equal settings have equal ones, and what is no plain setting is equal to itself alone."""
-    if isinstance(value, PLAIN) or isinstance(value, torch.Size):
+    """Return a hashable value: equal for equal settings; what is no plain setting is equal to itself alone."""
+    if isinstance(value, (*PLAIN, torch.Size)):
         return type(value), value
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_freeze(one) for one in value)
@@ -196,17 +196,15 @@ def _call(args: Any, options: Mapping[str, Any]) -> Hashable:
             return tuple(map(freeze, value))
         if isinstance(value, Mapping):
             return tuple((key, freeze(one)) for key, one in value.items())
-        return value if type(value).__hash__ is not object.__hash__ and _hashable(value) else _freeze(value)
+        return value if _says_equal(value) else _freeze(value)
 
     return freeze(args), freeze(options)
 
 
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _says_equal(value: Any) -> bool:
+    """Tell whether a value has an equality of its own, and can be hashed by it."""
+    own: Any = type(value).__hash__
+    return own is not None and own is not object.__hash__ and not isinstance(value, nn.Module)
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
@@ -264,12 +264,12 @@ def _still_unset(model: Any, fresh: Mapping[str, Mapping[str, torch.Tensor]]) ->
 
 def takes(module: nn.Module, argument: str) -> bool:
     """Tell whether a module's forward has an argument of this name."""
-    own = vars(module).get("forward")
-    return argument in (_arguments_of(type(module)) if own is None else inspect.signature(own).parameters)
+    own, kind = vars(module).get("forward"), cast(Any, type(module))
+    return argument in (_arguments_of(kind) if own is None else inspect.signature(own).parameters)
 
 
 @functools.cache
-def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
+def _arguments_of(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.errors import ShardingError
-from pymllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 from pymllm.models.generic.alike import StandIn
@@ -44,9 +43,18 @@ class DividedOutputs(ReadableWeight, ColumnParallelLinear):
     held by several ranks.
     """
 
-    def __init__(self, *sizes: int, heads: int = 0, replicated: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        *,
+        heads: int = 0,
+        replicated: bool = False,
+        **options: Any,
+    ) -> None:
         self.heads, self.replicated = heads, replicated
-        super().__init__(*sizes, gather_output=False, **options)
+        super().__init__(inputs, outputs, bias, gather_output=False, **options)
 
     def shard(self, rank: int, size: int) -> tuple[Span, tuple[Span, ...]]:
         if not self.heads:
@@ -65,9 +73,11 @@ class DividedOutputs(ReadableWeight, ColumnParallelLinear):
 class DividedInputs(ReadableWeight, RowParallelLinear):
     """A linear layer whose inputs are divided over ranks.  splits: x comes whole, and a rank takes its share of it."""
 
-    def __init__(self, *sizes: int, splits: bool = False, **options: Any) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, *, splits: bool = False, **options: Any
+    ) -> None:
         self.splits = splits
-        super().__init__(*sizes, **options)
+        super().__init__(inputs, outputs, bias, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.splits and self.tp_size > 1:
@@ -168,7 +178,7 @@ class Division(WeightHolder):
 
     def _smallest(self, model: nn.Module, heads: int) -> int | None:
         """Return the smallest number of ranks above 1 over which all layers can be divided.  heads: of queries."""
-        layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+        layers = [module for module in _layers(model) if module.kind != "embedding"]
         for size in (size for size in range(2, heads + 1) if heads % size == 0):
             try:
                 for layer in {layer.likeness(): layer for layer in layers}.values():
@@ -190,11 +200,15 @@ def _shared(whole: AttentionCall, local: AttentionCall) -> bool:
     return fits and replace(local, num_heads=whole.num_heads, num_kv_heads=whole.num_kv_heads) == whole
 
 
+def _layers(model: nn.Module) -> list[ReadableWeight]:
+    """List our linear layers and embeddings, without the head."""
+    return [m for m in model.modules() if isinstance(m, ReadableWeight) and m.kind != "lm_head"]
+
+
 @contextmanager
 def _shapes_of(model: nn.Module, rank: int, size: int) -> Iterator[None]:
     """Have our layers make tensors of a rank's shapes without any data, for the time of a `with` block."""
-    layers = [m for m in model.modules() if isinstance(m, (LinearBase, VocabParallelEmbedding))]
-    layers = [layer for layer in layers if not isinstance(layer, ParallelLMHead)]
+    layers = _layers(model)
     lengths = [(module, len(module)) for module in model.modules() if isinstance(module, Recurrences)]
     for layer in layers:
         layer.__dict__["forward"] = _stand_in(layer, rank, size)
@@ -220,7 +234,5 @@ def _stand_in(layer: Any, rank: int, size: int) -> Any:
             raise ValueError(f"{layer.prefix} gets {x.shape[-1]} of its {wanted} features")
         return x.new_empty((*x.shape[:-1], shape.out_features_local))
 
-    table = isinstance(layer, VocabParallelEmbedding)
+    table = layer.kind == "embedding"
     return StandIn((table, wanted, shape.out_features_local), look_up if table else multiply)
-
-

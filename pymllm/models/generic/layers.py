@@ -35,7 +35,9 @@ class ReadWeight:
     def __init__(self, layer: WeightedLayer) -> None:
         self.layer = layer
         self.dtype, self.device = layer.params_dtype, torch.device(_bound(layer).problem.device.type)
-        self.shape = torch.Size((self._table or layer.shape.out_features_local, layer.shape.in_features_local))
+        self.shape = torch.Size(
+            (self._table or layer.shape.out_features_local, layer.shape.in_features_local)
+        )
 
     def decoded(self) -> Tensor:
         """Decode the weight, [O, I]; a transposed one as it is stored."""
@@ -47,7 +49,7 @@ class ReadWeight:
     @property
     def _table(self) -> int:
         """The rows of a table that ranks share; 0: the weight is no such table."""
-        return self.layer.num_embeddings if isinstance(self.layer, VocabParallelEmbedding) else 0
+        return getattr(self.layer, "num_embeddings", 0)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

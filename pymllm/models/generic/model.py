@@ -41,6 +41,7 @@ class GenericModel(LanguageModel):
     base_name: str
 
     runs_outside = True
+    blocks: Blocks
 
     def __init__(self, config: GenericConfig, quant_config: QuantizationConfig | None = None) -> None:
         super().__init__()
@@ -102,7 +103,9 @@ class GenericModel(LanguageModel):
             if name == self._head_name or (name not in found.inputs and found.why_not is None):
                 continue
             made: Any = division.make_linear(module, name, quant_config)
-            made = made or make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
+            made = (
+                made or make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
+            )
             if made is not None:
                 replace_module(inner, name, made)
         head = modules.get(self._head_name)

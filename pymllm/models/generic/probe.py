@@ -169,7 +169,9 @@ def probe(model: Any, longest: int) -> Probe:
         with torch.no_grad(), _Watch(found), repeated_once(inner) as repeated, _noted_inputs(model, found):
             inner(**arguments)
         for name, first in repeated.items():
-            _repeat(found, f"{base}.{first}." if base else f"{first}.", f"{base}.{name}." if base else f"{name}.")
+            _repeat(
+                found, f"{base}.{first}." if base else f"{first}.", f"{base}.{name}." if base else f"{name}."
+            )
     except Exception as error:
         found.refuse(
             f"it cannot be run without data: {type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -78,7 +78,12 @@ class Blocks:
 
     def _run(self, ids: Tensor, positions: Tensor, hidden: Tensor | None, stop_at: Sequence[str]) -> Any:
         """Run the class's forward up to a block, or to its end.  Returns where it was reached, or hidden states."""
-        given = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "return_dict": True}
+        given = {
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "use_cache": False,
+            "return_dict": True,
+        }
         given = {name: value for name, value in given.items() if takes(self.base, name)}
         with self._replaced(hidden, stop_at):
             try:

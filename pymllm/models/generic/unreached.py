@@ -23,7 +23,12 @@ def find_unreached(model: nn.Module, experts: Mapping[str, Any]) -> dict[str, st
         if module in inside:
             continue
         for name, param in module._parameters.items():
-            if param is None or param.ndim < 2 or not param.is_floating_point() or max(param.shape) == param.numel():
+            if (
+                param is None
+                or param.ndim < 2
+                or not param.is_floating_point()
+                or max(param.shape) == param.numel()
+            ):
                 continue
             said = experts.get(path)
             reason = said if isinstance(said, str) else _reason(module)
@@ -35,6 +40,6 @@ def _reason(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Conv1d):
         return "it is a convolution"
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if hasattr(module, "in_features") or hasattr(module, "embedding_dim"):
         return f"{kind} has a forward of its own, or is never called"
     return f"{kind} computes with it itself"
