@@ -55,8 +55,13 @@ def compare(model_type: str, tied: bool, folder: Path) -> dict[str, Any]:
         llm = pymllm.LLM(folder, device="cpu", dtype="float32", compute="exact", progress=False)
     except PymllmError as error:
         return row | {"verdict": "refused", "reason": describe(error)}
-    row |= {"definition": getattr(llm.model, "definition", "its page"), "notes": list(getattr(llm.model, "notes", []))}
-    error = max(distance(llm.logits(ids), logits) for ids, logits in zip(expected["prompts"], expected["logits"]))
+    row |= {
+        "definition": getattr(llm.model, "definition", "its page"),
+        "notes": list(getattr(llm.model, "notes", [])),
+    }
+    error = max(
+        distance(llm.logits(ids), logits) for ids, logits in zip(expected["prompts"], expected["logits"])
+    )
     sampling = pymllm.SamplingParams(max_tokens=zoo.TOKENS, temperature=0.0, ignore_eos=True)
     answers = [list(answer.token_ids) for answer in llm.generate(expected["prompts"], sampling)]
     row |= {"error": error, "greedy": answers == expected["answers"]}
@@ -78,7 +83,9 @@ def reach_of_int8(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
         llm = pymllm.LLM(folder, ["**=int8"], device="cpu", dtype="float32", compute="exact", progress=False)
     except PymllmError as error:
         return {"int8": f"refused: {describe(error)}", "int8_error": None}
-    layers = [layer for layer in llm.plan.weighted_layers if layer.kind != "router"]  # which only a name reaches
+    layers = [
+        layer for layer in llm.plan.weighted_layers if layer.kind != "router"
+    ]  # which only a name reaches
     left = [f"{layer.prefix} ({layer.method})" for layer in layers if layer.method != "int8"]
     found, logits = llm.logits(expected["prompts"][0]), expected["logits"][0]
     error = float((found - logits).norm() / logits.norm())
@@ -93,7 +100,11 @@ def reach_of_int8(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 def describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text[:300] if isinstance(error, (PymllmError, zoo.NotADecoder)) else f"{type(error).__name__}: {text}"[:300]
+    return (
+        text[:300]
+        if isinstance(error, (PymllmError, zoo.NotADecoder))
+        else f"{type(error).__name__}: {text}"[:300]
+    )
 
 
 def child(model_type: str, tied: bool, folder: Path, answer: Connection) -> None:
@@ -105,7 +116,12 @@ def child(model_type: str, tied: bool, folder: Path, answer: Connection) -> None
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
         place = "" if frame is None else f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
-        row = {"type": model_type, "tied": tied, "verdict": "failed", "reason": f"{describe(error)} ({place})"}
+        row = {
+            "type": model_type,
+            "tied": tied,
+            "verdict": "failed",
+            "reason": f"{describe(error)} ({place})",
+        }
     answer.send(row)
 
 
@@ -164,7 +180,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("types", nargs="*", help="model types; none: all")
-    parser.add_argument("--wrappers", action="store_true", help="also types of AutoModelForImageTextToText alone")
+    parser.add_argument(
+        "--wrappers", action="store_true", help="also types of AutoModelForImageTextToText alone"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -194,7 +212,9 @@ def main() -> None:
         (results / "any_decoder.json").write_text(json.dumps(rows, indent=1) + "\n")
         intro = (__doc__ or "").split("\n\n")
         table = "\n".join([*head, *map(line_of, made)])
-        unmade = "\n".join(f"- {row['type']}: {row['reason']}" for row in rows if row not in made and not row["tied"])
+        unmade = "\n".join(
+            f"- {row['type']}: {row['reason']}" for row in rows if row not in made and not row["tied"]
+        )
         (results / "any_decoder.md").write_text(
             f"# Any decoder\n\n{intro[0]}\n`python benchmarks/any_decoder.py --write`\n\n{intro[2].strip()}\n\n{summary}\n\n"
             f"{table}\n\nNot made by transformers {transformers.__version__}, or not without an image:\n\n{unmade}\n"

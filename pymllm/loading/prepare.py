@@ -115,7 +115,7 @@ def prepare(
         error.args = (str(error),)
         raise
     config.refuse_ignored()
-    rules.lint()
+    rules.lint(model.unreached)
     units, records, skipped = match(model, rules, checkpoint, head.equal)
     return Prepared(checkpoint, config, rules, execution, parallel, model, units, records, skipped)
 

@@ -194,6 +194,15 @@ class CausalLM(LanguageModel):
         """Run the decoder.  ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""
         return self.model(ids, positions)
 
+    def run_step(self, name: str, ids: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
+        module = self.get_submodule(name)
+        if hidden is None:
+            return module(ids) * self.embedding_scale
+        if self.block_of(name) is None:
+            return module(hidden)
+        hidden, residual = module(positions, hidden, None)
+        return hidden + residual
+
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the head.  hidden: [N, H].  Returns float32 logits [N, V]; None on ranks that do not get them."""
         if self.lm_head is None:

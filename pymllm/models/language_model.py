@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from pymllm.errors import ConfigError
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
 
+BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
 
 class LanguageModel(nn.Module):
     """A model of tokens: hidden states from ids and positions, logits from hidden states.
@@ -22,6 +25,7 @@ class LanguageModel(nn.Module):
     embedding_scale: what embedded tokens are multiplied by.
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
+    unreached: weights that no rule can quantise, and why, by name.
     """
 
     config: ModelConfig
@@ -29,6 +33,7 @@ class LanguageModel(nn.Module):
     embedding_scale: float = 1.0
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {}
+    unreached: Mapping[str, str] = {}
 
     @property
     def definition(self) -> str:
@@ -80,6 +85,23 @@ class LanguageModel(nn.Module):
     def why_not_repeated(self) -> str | None:
         """The reason why decoding steps cannot be recorded and replayed; None: the model does not stand in the way."""
         return None
+
+    # A step at a time, for calibration
+
+    runs_outside: ClassVar[bool] = False  # whether a step also runs modules outside of the blocks
+
+    def block_of(self, name: str) -> str | None:
+        """Return the block that a module lies in, by name; None: it lies in none."""
+        found = BLOCK.search(name)
+        return None if found is None else name[: found.end(1)]
+
+    def run_step(self, name: str, ids: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
+        """Run a block, or what stands before or behind the blocks.
+
+        name: of the block or module.  ids, positions: [T].  hidden: [T, H], what the step before gave; None: this is
+        the first one.  Returns [T, H].  ConfigError for a model that cannot be run so.
+        """
+        raise NotImplementedError
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Run all but the head.  ids, positions: [T], requests side by side.  Returns hidden states [T, H]."""

@@ -50,32 +50,37 @@ SWITCH = "switch_mlp"
 class ExpertsLayout:
     """The layout in which a checkpoint stores the experts below `prefix` ("model.layers.0.mlp.experts", for example).
 
-    names: three, of gate, up and down; or two, of gate and up together and of down.
-    stacked: whether a tensor holds all experts; else the three stand below an expert's index.
+    names: three, of gate, up and down; or two, of gate and up together and of down; or of up and down.
+    stacked: whether a tensor holds all experts; else the names stand below an expert's index.
+    gated: whether experts have a gate.
     """
 
     prefix: str
     names: tuple[str, ...]
     stacked: bool = False
+    gated: bool = True
 
     @property
     def joined(self) -> bool:
         """True where gate and up lie in one tensor."""
-        return len(self.names) == 2
+        return self.gated and len(self.names) == 2
 
     @classmethod
-    def find(cls, prefix: str, quant_config: QuantizationConfig | None) -> ExpertsLayout:
+    def find(cls, prefix: str, quant_config: QuantizationConfig | None, gated: bool = True) -> ExpertsLayout:
         """Find the layout that the checkpoint's tensors have; without any tensors, the usual one: names by expert.
+
+        gated: whether experts have a gate.
 
         CheckpointError where some tensors are an expert's own and others hold all experts (FAULTS 25).
         """
         modules = frozenset() if quant_config is None else quant_config.stored_modules
-        parent = prefix.rpartition(".")[0]
+        parent, apart = prefix.rpartition(".")[0], STACKED_APART if gated else STACKED_APART[1:]
         for place in (f"{parent}.{SWITCH}" if parent else SWITCH, prefix):
-            if any(f"{place}.{name}" in modules for name in STACKED_APART[:2]):
-                return cls(place, STACKED_APART, True)
+            if any(f"{place}.{name}" in modules for name in apart[:-1]):
+                return cls(place, apart, True, gated)
+        spellings = SPELLINGS if gated else tuple(names[1:] for names in SPELLINGS)
         single = next(
-            (names for names in SPELLINGS if any(f"{prefix}.0.{name}" in modules for name in names)), None
+            (names for names in spellings if any(f"{prefix}.0.{name}" in modules for name in names)), None
         )
         stacked = [f"{prefix}.{name}" for name in STACKED if f"{prefix}.{name}" in modules]
         if single is not None and stacked:
@@ -89,9 +94,9 @@ class ExpertsLayout:
                 found="both",
                 fix="The tool that wrote this checkpoint fused some tensors and not others; quantise it again.",
             )
-        if stacked:
+        if stacked and gated:
             return cls(prefix, STACKED, True)
-        return cls(prefix, single or SPELLINGS[0])
+        return cls(prefix, single or spellings[0], gated=gated)
 
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return the names of each product's parts, with "{}" for an expert's index."""
@@ -101,6 +106,9 @@ class ExpertsLayout:
                 "down": (f"{self.prefix}.{self.names[1]}",),
             }
         below = self.prefix if self.stacked else f"{self.prefix}.{{}}"
+        if not self.gated:
+            up, down = (f"{below}.{name}" for name in self.names)
+            return {"gate_up": (up,), "down": (down,)}
         gate, up, down = (f"{below}.{name}" for name in self.names)
         return {"gate_up": (gate, up), "gate": (gate,), "up": (up,), "down": (down,)}
 
@@ -110,7 +118,7 @@ class ExpertsSize:
     """The size of a layer's experts, and what else a config says of them.
 
     bias: whether each product has one.  interleaved, transposed: the order in which a tensor of all experts is stored,
-    see `ExpertsShape` and `UnquantizedLinearMethod`.
+    see `ExpertsShape` and `UnquantizedLinearMethod`.  gated: whether there is a gate; else the first product is up.
     """
 
     hidden_size: int
@@ -120,6 +128,7 @@ class ExpertsSize:
     bias: bool = False
     interleaved: bool = False
     transposed: bool = False
+    gated: bool = True
 
 
 class Experts(WeightHolder):
@@ -258,6 +267,7 @@ class Experts(WeightHolder):
         elements = sum(linear.in_features * linear.out_features for linear in problem.products().values())
         elements *= problem.num_experts
         together = len(self.ids) if self.layout.stacked else 1
+        rounds = bound.rounds_activations
         for part in self.parts():
             local = (part.shape.out_features_local, part.shape.in_features_local)
             yield Description(
@@ -267,7 +277,7 @@ class Experts(WeightHolder):
                 part.method.describe(),
                 bound.selection,
                 numerics,
-                bound.rounds_activations,
+                rounds,
                 (part.shape.out_features, part.shape.in_features),
                 local,
                 nbytes=bound.nbytes * math.prod(local) * together // max(elements, 1),
@@ -370,7 +380,8 @@ class Experts(WeightHolder):
         """Turn indices in the layer into positions among the experts here; -1: not here."""
         if self.ids == tuple(range(self.size.num_experts)):
             return topk_ids
-        table = torch.full((self.size.num_experts,), -1, dtype=torch.int64)
+        # One element more than there are experts, for the index -1 of an expert that is nowhere.
+        table = torch.full((self.size.num_experts + 1,), -1, dtype=torch.int64)
         table[list(self.ids)] = torch.arange(len(self.ids))
         return table.to(topk_ids.device)[topk_ids]
 
@@ -392,8 +403,8 @@ def make_experts(
     The first group knows the layer's other experts, which other ranks hold (`elsewhere`), so that every rank checks
     that the checkpoint has their tensors.
     """
-    layout = ExpertsLayout.find(prefix, quant_config)
-    probe = _Probe(layout.joined and size.transposed)
+    layout = ExpertsLayout.find(prefix, quant_config, size.gated)
+    probe = _Probe((layout.joined or (layout.stacked and not size.gated)) and size.transposed)
     methods: dict[int, ExpertsMethod] = {}
     # All experts, not only those held: on every rank, rules are checked against every name.
     for expert in range(size.num_experts):

@@ -321,6 +321,10 @@ def _notes(
     for method, count in references.items():
         notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
     notes += _embedding_notes(prepared)
+    for rule, weights in prepared.quant.swept().items():
+        for why, count in Counter(weights.values()).items():
+            first = next(name for name, reason in weights.items() if reason == why)
+            notes.append(f"{count} weights that {rule} names stay as they are: {first}: {why}")
     notes += prepared.quant.checkpoint_config.notes
     for reason, count in Counter(record.reason for record in prepared.records).items():
         notes.append(f"{count} checkpoint tensors are not needed: {reason}")

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, RuleError, nearest
+from pymllm.errors import ConfigError, RuleError, first_few, nearest
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -84,6 +84,11 @@ class Rule:
     def matches(self, *names: str) -> bool:
         """Tell whether the pattern stands for one of a layer's names."""
         return any(_compile(self.pattern).fullmatch(name) is not None for name in names)
+
+    @property
+    def sweeping(self) -> bool:
+        """True if the pattern is for whatever has a name of some form, and not for one name in particular."""
+        return self.pattern.endswith("*") or self.pattern.startswith("re:")
 
     def applies(self, layer: nn.Module, *names: str) -> bool:
         """Tell whether the rule is for this layer: whether it matches one of the layer's names.
@@ -193,6 +198,7 @@ class RuledConfig(QuantizationConfig):
         self.sources: dict[str, str] = {}
         self.fused: list[tuple[str, ...]] = []
         self.outputs: dict[str, int] = {}  # of linear layers, by name
+        self.unreached: dict[str, str] = {}  # weights that no rule can quantise, and why, by name
 
     @classmethod
     def get_name(cls) -> str:
@@ -279,13 +285,40 @@ class RuledConfig(QuantizationConfig):
                     return said
         return self.checkpoint_config.skip_reason(tensor)
 
-    def lint(self) -> None:
+    def lint(self, unreached: Mapping[str, str] | None = None) -> None:
         """Check the rules once every layer is built.
 
-        RuleError for a rule that matches no layer, and for one that never applies because others come first.
+        unreached: weights that no rule can quantise, and why, by name.
+        RuleError for a rule that matches no layer, for one that names such a weight in particular, and for one that
+        never applies because others come first.
         """
+        self.unreached = dict(unreached or {})
+        self._refuse_unreached()
         self._lint(self.rules, self.decisions)
         self._lint(self.kv_rules, self.kv_decisions)
+
+    def swept(self) -> dict[Rule, dict[str, str]]:
+        """Return, for each rule, the weights that it is the first to name and cannot quantise, and why."""
+        found: dict[Rule, dict[str, str]] = {}
+        for name, reason in self.unreached.items():
+            rule = next((rule for rule in self.rules if rule.matches(name)), None)
+            if rule is not None and not isinstance(self.targets[rule], UnquantizedLinearMethod):
+                found.setdefault(rule, {})[name] = reason
+        return found
+
+    def _refuse_unreached(self) -> None:
+        for rule, weights in self.swept().items():
+            reached = any(rule.matches(name) for name in self.decisions)
+            if reached and rule.sweeping:
+                continue
+            lines = [f"{name}: {reason}" for name, reason in weights.items()]
+            raise RuleError(
+                f"{str(rule)!r} names weights that cannot be quantised: " + first_few(lines, "; "),
+                code="rule-unreached",
+                found=str(rule),
+                fix="Leave them out, by a rule NAME=none before the others, or name them by a pattern that ends in "
+                "`**`: what such a one cannot reach is a note of the plan.",
+            )
 
     def _lint(self, rules: tuple[Rule, ...], decisions: Mapping[str, Decision]) -> None:
         names = list(decisions)

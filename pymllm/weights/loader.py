@@ -152,7 +152,9 @@ def stacked_names(prefix: str, suffixes: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-STACKED_NAME = re.compile(r"(?P<product>.+\.experts\.(?:gate_up_proj|down_proj))(?:_(?P<suffix>\w+))?")
+STACKED_NAME = re.compile(
+    r"(?P<product>.+\.(?:gate_up_proj|gate_proj|up_proj|down_proj))(?:_(?P<suffix>\w+))?"
+)
 
 
 class OneOfStack:

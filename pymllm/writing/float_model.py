@@ -23,7 +23,7 @@ from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.rules import RuledConfig
 from pymllm.text.windows import Windows
 from pymllm.writing.float_experts import FloatExperts
-from pymllm.writing.layers import SourceLayer, Step
+from pymllm.writing.layers import SourceLayer, Step, steps_of
 
 FLOAT32 = Execution()
 
@@ -46,6 +46,7 @@ class FloatModel:
                 tensor=str(prepared.config.raw.get("model_type")),
                 fix="Leave the calibration out: weights are then rounded by themselves.",
             )
+        self.model, self.prepared = model, prepared
         self.modules = dict(model.named_modules())
         self.holders = dict(weight_holders(model))
         self.embedding_scale = model.embedding_scale
@@ -65,6 +66,10 @@ class FloatModel:
             lengths=tuple(lengths),
         )
         self.hidden: Tensor | None = None
+        # Steps outside of the blocks that blocks also run, until their weights are there.
+        self.outside = (
+            [step for step in steps_of(prepared) if self._stays(step)] if model.runs_outside else []
+        )
 
     @contextlib.contextmanager
     def attending(self) -> Iterator[None]:
@@ -81,6 +86,11 @@ class FloatModel:
 
         read: the stored weights of the step's layers, by name.
         """
+        while self.outside:
+            other = self.outside.pop()
+            if other.name != step.name:
+                with self.materialised(other, {layer.name: layer.read() for layer in other.layers}):
+                    pass
         experts: dict[str, FloatExperts] = {}
         meta: list[tuple[nn.Module, str, nn.Parameter]] = []
         weights: dict[str, Tensor] = {}
@@ -102,7 +112,9 @@ class FloatModel:
                         zeros = nn.Parameter(torch.zeros(param.shape), requires_grad=False)
                         module.register_parameter(name, zeros)
                 if parts and "weight" in module._parameters:
-                    views = module.get_parameter("weight").data.split([p.shape.out_features for p in parts])
+                    weight = module.get_parameter("weight").data
+                    weight = weight.t() if getattr(module, "transposed", False) else weight
+                    views = weight.split([p.shape.out_features for p in parts])
                     weights |= {part.name: view for part, view in zip(parts, views, strict=True)}
                 for placement in unit.placements:
                     # Not scales of a KV cache either: calibration keeps keys and values in floats.
@@ -119,8 +131,16 @@ class FloatModel:
         finally:
             for made in experts.values():
                 made.close()
-            for module, name, param in meta:
+            for module, name, param in meta if not self._stays(step) else ():
                 module.register_parameter(name, param)
+
+    def _stays(self, step: Step) -> bool:
+        """Tell whether a step's weights stay once they are there, as other steps run them, too."""
+        return self.model.runs_outside and step.block is None and not self.is_head(step.name)
+
+    def is_head(self, name: str) -> bool:
+        """Tell whether a step is the head alone: its output is the input of no step."""
+        return self.modules.get(name) is self.model.lm_head
 
 
 class FloatStep:
@@ -144,20 +164,17 @@ class FloatStep:
 
     @property
     def is_head(self) -> bool:
-        """True for a matrix behind the blocks: its output is the input of no step."""
-        holder = self.model.holders.get(self.step.name)
-        return self.model.hidden is not None and holder is not None and bool(tuple(holder.parts()))
+        """True for the head: its output is the input of no step."""
+        return self.model.hidden is not None and self.model.is_head(self.step.name)
 
     def run(self) -> Tensor:
         """Run the step on the calibration text.  Returns [T, H], the input of the next step."""
         model = self.model
-        if model.hidden is None:
-            return self.module(model.ids) * model.embedding_scale
-        if self.step.block is None:
-            return model.hidden if self.is_head else self.module(model.hidden)
+        if self.is_head:
+            assert model.hidden is not None
+            return model.hidden
         with model.attending():
-            hidden, residual = self.module(model.positions, model.hidden, None)
-        return hidden + residual
+            return model.model.run_step(self.step.name, model.ids, model.positions, model.hidden)
 
     def calls_of(self, names: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         """Run the step and keep what some modules are called with."""

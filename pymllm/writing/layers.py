@@ -8,7 +8,6 @@ alone. Steps group them by the block of the model that they belong to: a step is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -28,8 +27,6 @@ from pymllm.quantization.rules import Rule
 from pymllm.weights.spec import FLOATS, LinearShape
 from pymllm.weights.tensor_file import TensorInfo
 from pymllm.writing.stacked_experts import Cut, can_cut, cuts_of, expert_biases
-
-BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)(?:\.|$)")  # also encoder.layer.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,8 @@ def steps_of(prepared: Prepared, cuts_experts: bool = False) -> list[Step]:
     _refuse_resolved(prepared)
     by_step: dict[str, list[Unit]] = {}
     for unit in prepared.units:
-        by_step.setdefault(_step_name(unit.name), []).append(unit)
+        block = prepared.model.block_of(unit.name)
+        by_step.setdefault(unit.name if block is None else block, []).append(unit)
     steps = []
     used: set[str] = set()  # by steps before, too: a tied head reads the embedding's tensor
     for name, units in by_step.items():
@@ -140,8 +138,8 @@ def steps_of(prepared: Prepared, cuts_experts: bool = False) -> list[Step]:
                     copied[bias.name] = bias
                     used.add(bias.stacked.name)
             copied |= {p.tensor.name: p.tensor for p in unit.placements if p.tensor.name not in used}
-        block = int(name.rpartition(".")[2]) if BLOCK.search(name) else None
-        steps.append(Step(name, block, tuple(units), tuple(layers), tuple(copied.values())))
+        number = None if prepared.model.block_of(name) is None else int(name.rpartition(".")[2])
+        steps.append(Step(name, number, tuple(units), tuple(layers), tuple(copied.values())))
     return steps
 
 
@@ -156,12 +154,6 @@ def _refuse_resolved(prepared: Prepared) -> None:
                     tensor=placement.tensor.name,
                     fix="Load the model with rules instead (--quant), which quantises while it loads.",
                 )
-
-
-def _step_name(unit: str) -> str:
-    """Return the name of a unit's step: model.layers.3 for all units of that block; its own outside of the blocks."""
-    block = BLOCK.search(unit)
-    return unit[: block.end(1)] if block else unit
 
 
 def _source_layers(unit: Unit, prepared: Prepared, cuts_experts: bool) -> Iterator[SourceLayer]:

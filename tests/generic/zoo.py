@@ -129,7 +129,11 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = True
         elif isinstance(value, (list, tuple)):
             settings[name] = shortened(name, list(value), layers)
-        elif derived and re.search("expert|top_?k$|moe_.*size|window", name) and "int" in annotation(config, name):
+        elif (
+            derived
+            and re.search("expert|top_?k$|moe_.*size|window", name)
+            and "int" in annotation(config, name)
+        ):
             settings[name] = size_of(name, 512)
         elif derived and value is None and name in ("head_dim", "num_key_value_heads"):
             settings[name] = size_of(name, 16)
@@ -197,7 +201,9 @@ def shortened(name: str, values: list[Any], layers: int | None) -> list[Any]:
     return kinds[:LAYERS]
 
 
-def moves(settings: dict[str, Any], config: PreTrainedConfig, yarn: bool) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+def moves(
+    settings: dict[str, Any], config: PreTrainedConfig, yarn: bool
+) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
     """Yield each scalar's path in the settings, and values away from its default."""
     for name, _ in fields(config):
         value = held = value_of(config, name)
@@ -240,7 +246,13 @@ def others(name: str, value: Any, annotation: str) -> list[Any]:
     if value is None:
         if "window" in name:
             return [8]
-        return [2.5 if "cap" in name else 0.7, 2.0] if "float" in annotation else [True] if "bool" in annotation else []
+        return (
+            [2.5 if "cap" in name else 0.7, 2.0]
+            if "float" in annotation
+            else [True]
+            if "bool" in annotation
+            else []
+        )
     if name in ("num_key_value_heads", "head_dim") and isinstance(value, int):
         return [2 if value == 4 else 32]
     if isinstance(value, list) and value and all(type(v) is float for v in value):
@@ -290,7 +302,10 @@ class Made:
 
 def randomize(model: nn.Module) -> None:
     """Fill all weights from their names: matrices of unit gain, and noise on what has a start of its own."""
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in model.state_dict())]
+    named = [
+        *model.named_parameters(),
+        *((n, b) for n, b in model.named_buffers() if n in model.state_dict()),
+    ]
     for name, tensor in named:
         if not tensor.is_floating_point():
             continue
@@ -327,7 +342,9 @@ def checked_logits(made: Made) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise NotADecoder("its logits are not finite")
     shorter = logits_of(model, ids[:13])
-    if logits.shape[0] != len(ids) or float((shorter - logits[:13]).abs().max()) > 1e-3 * float(logits.abs().max()):
+    if logits.shape[0] != len(ids) or float((shorter - logits[:13]).abs().max()) > 1e-3 * float(
+        logits.abs().max()
+    ):
         raise NotADecoder("logits of a token depend on later tokens")
     return logits
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from pymllm.attention import Attention
 from pymllm.models.generic.probe import AttentionCall, note_attention, probing, read_mask
+from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
+from pymllm.weights.spec import Span
 
 # The names under which transformers knows the function: as it runs, and as a model is probed. A name that has no mask
 # function has transformers make no masks, nor look for several texts in one row.
@@ -43,9 +45,20 @@ def attend(
         return note_attention(module, q, k, v, attention_mask, settings), None
     layers: PagedLayers = module.paged  # type: ignore[assignment]
     layer = layers.following()
-    sinks = settings.get("s_aux")
+    sinks = layer.own_heads(settings.get("s_aux"))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
     return layer(q, k, v, sinks)[None], None
+
+
+class PagedAttention(Attention):
+    """An attention layer of a module that may have some of its heads only."""
+
+    def own_heads(self, values: Tensor | None) -> Tensor | None:
+        """Cut what has an element for each head of all ranks."""
+        if values is None or len(values) == self.num_heads:
+            return values
+        start = self.parallel.rank * self.num_heads
+        return values[start : start + self.num_heads]
 
 
 class PagedLayers(nn.ModuleList):
@@ -57,7 +70,7 @@ class PagedLayers(nn.ModuleList):
         """Begin with the first layer."""
         self.__dict__["calls"] = 0
 
-    def following(self) -> Attention:
+    def following(self) -> PagedAttention:
         """Return the layer of the next call."""
         layer: Any = self[self.calls % len(self)]
         self.__dict__["calls"] = (self.calls + 1) % len(self)
@@ -65,11 +78,19 @@ class PagedLayers(nn.ModuleList):
 
 
 def add_attention(
-    module: nn.Module, name: str, calls: list[AttentionCall], quant_config: QuantizationConfig | None
+    module: nn.Module,
+    name: str,
+    calls: list[AttentionCall],
+    whole: list[AttentionCall],
+    quant_config: QuantizationConfig | None,
 ) -> None:
-    """Give an attention module the layers that its calls run.  name: the module's."""
-    module.paged = PagedLayers(
-        Attention(
+    """Give an attention module the layers that its calls run.
+
+    name: the module's.  calls: of this rank.  whole: those of a single rank.
+    """
+    module.paged = PagedLayers()
+    for index, (call, full) in enumerate(zip(calls, whole, strict=True)):
+        layer = PagedAttention(
             call.num_heads,
             call.head_dim,
             call.scale,
@@ -79,7 +100,16 @@ def add_attention(
             soft_cap=call.soft_cap,
             sinks=call.sinks,
             quant_config=quant_config,
+            kv_heads=_own_key_heads(call, full),
             prefix=f"{name}.attn" if not index else f"{name}.attn_{index}",
         )
-        for index, call in enumerate(calls)
-    )
+        module.paged.append(layer)
+
+
+def _own_key_heads(call: AttentionCall, whole: AttentionCall) -> Span:
+    """Return this rank's span of the key heads."""
+    if call.num_heads == whole.num_heads:
+        return Span.full(whole.num_kv_heads)
+    rank = current_parallel().rank
+    start = rank * call.num_heads * whole.num_kv_heads // whole.num_heads
+    return Span(start, start + call.num_kv_heads, whole.num_kv_heads)

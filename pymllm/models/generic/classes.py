@@ -6,8 +6,9 @@ import contextlib
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ LENGTHS = (
 UNLIMITED = 1 << 20  # the positions of a model whose config has no limit
 
 SIZES = {"intermediate_size", "moe_intermediate_size", "num_experts", "n_routed_experts", "num_local_experts"}
+
+# A model is built under patches of torch's functions and its default dtype, which all threads see.
+BUILDING = threading.RLock()
 
 # Settings that are no part of the maths, or belong to us.
 OURS = ("quantization_config", "compression_config", "auto_map")
@@ -183,6 +187,11 @@ def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> 
 
     attention: the name of the attention function that the model is to call.
     """
+    with BUILDING:
+        return _build(config, dtype, attention)
+
+
+def _build(config: GenericConfig, dtype: torch.dtype, attention: str) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     model: Any
@@ -307,7 +316,13 @@ def _still_unset(model: Any, fresh: Mapping[str, Mapping[str, torch.Tensor]]) ->
 
 def takes(module: nn.Module, argument: str) -> bool:
     """Tell whether a module's forward has an argument of this name."""
-    return argument in inspect.signature(module.forward).parameters
+    own, kind = vars(module).get("forward"), cast(Any, type(module))
+    return argument in (_arguments_of(kind) if own is None else inspect.signature(own).parameters)
+
+
+@functools.cache
+def _arguments_of(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:

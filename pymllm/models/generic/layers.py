@@ -39,15 +39,22 @@ class ReadWeight:
         self.bound = bound
         self.dtype, self.device = layer.params_dtype, torch.device(bound.problem.device.type)
         shape = layer.shape.part(part)
-        self.shape = torch.Size((shape.out_features, shape.in_features))
+        self.shape = torch.Size((self._table or shape.out_features_local, shape.in_features_local))
 
     def decoded(self) -> Tensor:
         """Decode the weight, [O, I]; a transposed one as it is stored."""
         weight = self.bound.canonical().dequantize(self.dtype)
-        if weight.shape[0] > self.shape[0]:
+        if self._table:  # all of it, on every rank
+            weight = self.layer.parallel.all_gather(weight, dim=0)[: self._table]
+        elif weight.shape[0] > self.shape[0]:
             sizes = [span.size for span in self.layer.shape.outputs]
             weight = weight.split(sizes)[self.part]
         return weight.t() if getattr(self.layer, "transposed", False) else weight
+
+    @property
+    def _table(self) -> int:
+        """The rows of a table that ranks share; 0: the weight is no such table."""
+        return getattr(self.layer, "num_embeddings", 0)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,11 +75,24 @@ def _as_tensor(name: str) -> Callable[..., Any]:
 
 
 # Python looks an operator up in the class alone.
-for _operator in ("getitem", "len", "mul", "rmul", "add", "radd", "sub", "rsub", "truediv", "matmul", "rmatmul", "neg"):
+for _operator in (
+    "getitem",
+    "len",
+    "mul",
+    "rmul",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "truediv",
+    "matmul",
+    "rmatmul",
+    "neg",
+):
     setattr(ReadWeight, f"__{_operator}__", _as_tensor(f"__{_operator}__"))
 
 
-class _WithWeight(WeightedLayer):
+class ReadableWeight(WeightedLayer):
     """A layer whose `weight` can be read once it is packed."""
 
     def __getattr__(self, name: str) -> Any:
@@ -81,15 +101,15 @@ class _WithWeight(WeightedLayer):
         return super().__getattr__(name)
 
 
-class GenericLinear(_WithWeight, Linear):
+class GenericLinear(ReadableWeight, Linear):
     """A linear layer of transformers'."""
 
 
-class GenericRouter(_WithWeight, RouterLinear):
+class GenericRouter(ReadableWeight, RouterLinear):
     """A linear layer of transformers' that chooses experts, or gates one."""
 
 
-class GenericEmbedding(_WithWeight, VocabParallelEmbedding):
+class GenericEmbedding(ReadableWeight, VocabParallelEmbedding):
     """An embedding of transformers'."""
 
 
@@ -110,7 +130,7 @@ class ScaledEmbedding(GenericEmbedding):
         return rows * (scale.to(rows) if isinstance(scale, Tensor) else scale)
 
 
-class Head(_WithWeight, ParallelLMHead):
+class Head(ReadableWeight, ParallelLMHead):
     """The head, as transformers' forward calls it."""
 
     def forward(self, x: Tensor, gather_all: bool = True) -> Tensor:  # type: ignore[override]

@@ -12,18 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError
+from pymllm.layers.held import weight_holders
 from pymllm.models.generic import attention
 from pymllm.models.generic.attention import PagedLayers
 from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
-from pymllm.models.generic.experts import RoutedExperts, find_experts
+from pymllm.models.generic.division import Division
+from pymllm.models.generic.experts import RoutedExperts, find_experts, is_stored_so
 from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
+from pymllm.models.generic.stepwise import Blocks
+from pymllm.models.generic.unreached import find_unreached
 from pymllm.models.language_model import LanguageModel
-from pymllm.parallel import current_parallel
+from pymllm.modules.foreign_experts import ForeignExperts
+from pymllm.parallel import Parallel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
 from pymllm.weights.report import Skip
 
@@ -31,23 +36,22 @@ from pymllm.weights.report import Skip
 class GenericModel(LanguageModel):
     """A decoder of transformers.
 
-    side_by_side: why the requests of a step cannot be run side by side; None: they are.
+    why_alone: why the requests of a step cannot be run side by side; None: they are.
+    fast: whether products, norms and gated MLPs of ours take the places of the class's modules that equal them; over
+    several ranks they do not.
     """
 
     inner: Any
     base_name: str
 
-    def __init__(self, config: GenericConfig, quant_config: QuantizationConfig | None = None) -> None:
+    runs_outside = True
+    blocks: Blocks
+
+    def __init__(
+        self, config: GenericConfig, quant_config: QuantizationConfig | None = None, fast: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
-        parallel = current_parallel()
-        if parallel.size > 1:
-            raise ShardingError(
-                f"transformers' {config.architecture} is not divided over ranks here",
-                code="tp-size",
-                expected="1 rank",
-                found=str(parallel.size),
-            )
         execution = current_execution()
         dtype = torch.get_default_dtype() if execution is None else execution.dtype
         attention.register()
@@ -57,7 +61,8 @@ class GenericModel(LanguageModel):
         _own_buffers(inner)
         head = inner.get_output_embeddings()
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
-        _put_experts(inner, quant_config)
+        experts = find_experts(config.skeleton)
+        _put_experts(inner, experts, quant_config)
         put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
         if found.why_not is not None and FUTURE in found.why_not:
@@ -75,35 +80,54 @@ class GenericModel(LanguageModel):
             take_recurrences(inner)
             caches = RequestCaches(inner.config)
             caches.measure(inner.get_submodule(found.base), dtype)
+        division = Division(inner, found)
         self.why_not_fused: list[str] = []
+        if fast and division.size == 1 and found.why_not is None:
+            tied = {*self._tied, *self._tied.values()}
+            self.why_not_fused = put_fast(inner, found, tied, dtype, quant_config)
+            division.try_out = self._why_not_divided
+            calls = found.attention
+        self._put_layers(inner, found, division, quant_config)
+        if division.try_out is None:
+            calls = division.own_calls(inner, config)
         if found.why_not is None:
-            self.why_not_fused = put_fast(
-                inner, found, {*self._tied, *self._tied.values()}, dtype, quant_config
-            )
-        self._put_layers(inner, found, quant_config)
-        if found.why_not is None:
-            for name, calls in found.attention.items():
-                attention.add_attention(inner.get_submodule(name), name, calls, quant_config)
+            for name, called in found.attention.items():
+                layer = inner.get_submodule(name)
+                attention.add_attention(layer, name, calls.get(name, called), called, quant_config)
         # A tied head is packed after the table that it runs.
         last = self._head_name.partition(".")[0]
         if last in inner._modules:
             inner._modules[last] = inner._modules.pop(last)
+        self.unreached = find_unreached(inner, experts)
+        self._experts = [(n, m) for n, m in inner.named_modules() if isinstance(m, RoutedExperts)]
         turns = [module for module in inner.modules() if isinstance(module, (PagedLayers, Recurrences))]
         self._in_turns = [layers for layers in turns if len(layers) > 1]
         self._device = torch.device("cpu")
         # Its modules and parameters are ours, under their own names.
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self.__dict__["inner"], self.__dict__["base_name"] = inner, found.base
+        self.__dict__["blocks"] = Blocks(inner.get_submodule(found.base), found.base)
+        self.division = division
         if found.why_not is not None:
             self.request_caches = caches
 
-    def _put_layers(self, inner: Any, found: Probe, quant_config: QuantizationConfig | None) -> None:
+    def _why_not_divided(self) -> str | None:
+        """Try the smallest number of ranks that can be, without data.  Returns what stands in the way, or None."""
+        with torch.device("meta"), Parallel():
+            return GenericModel(self.config, fast=False).division.why_not
+
+    def _put_layers(
+        self, inner: Any, found: Probe, division: Division, quant_config: QuantizationConfig | None
+    ) -> None:
         """Put our layers in the places of what the class's forward calls as they do, the embedding before the head."""
         modules = dict(inner.named_modules())
         for name, module in modules.items():
             if name == self._head_name or (name not in found.inputs and found.why_not is None):
                 continue
-            made: Any = make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
+            made: Any = division.make_linear(module, name, quant_config)
+            made = (
+                made or make_embedding(module, name, quant_config) or make_linear(module, name, quant_config)
+            )
             if made is not None:
                 replace_module(inner, name, made)
         head = modules.get(self._head_name)
@@ -149,6 +173,10 @@ class GenericModel(LanguageModel):
         for pattern in self.inner._keys_to_ignore_on_load_unexpected or ():
             if re.search(pattern, tensor):
                 return f"transformers' class leaves out what is called {pattern}"
+        for path, experts in self._experts:
+            said = experts.why_not_needed(tensor.removeprefix(f"{path}."))
+            if said is not None and tensor.startswith(f"{path}."):
+                return said
         module, _, name = tensor.rpartition(".")
         try:
             computed = self.inner.get_submodule(module)._buffers.get(name)
@@ -157,6 +185,35 @@ class GenericModel(LanguageModel):
         if computed is None:
             return None
         return Skip("values that follow from the config", lambda found: _refuse_other(found, computed))
+
+    @property
+    def embedding_scale(self) -> float:  # type: ignore[override]
+        return float(getattr(self.inner.get_input_embeddings(), "embed_scale", 1.0))
+
+    def block_of(self, name: str) -> str | None:
+        return self.blocks.block_of(name)
+
+    def run_step(self, name: str, ids: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
+        if self.why_alone is not None:
+            raise ConfigError(
+                "calibration runs texts side by side, and this model runs them one after another",
+                code="calibration",
+                found=self.why_alone,
+                fix="Quantise without --calibrate.",
+            )
+        if hidden is None:
+            return self.blocks.enter(ids, positions)
+        block, last = self.block_of(name), self._last_step()
+        if block is not None:
+            hidden = self.blocks.run(name, ids, positions, hidden)
+        elif not self.blocks.begun:
+            hidden = self.blocks.enter(ids, positions)
+        return self.blocks.leave(ids, positions, hidden) if name == last else hidden
+
+    def _last_step(self) -> str:
+        """Return the last block or module before the head that has weights."""
+        names = [name for name, _ in weight_holders(self) if name not in (self._head_name, "division")]
+        return self.block_of(names[-1]) or names[-1]
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         base = self.inner.get_submodule(self.base_name)
@@ -254,8 +311,7 @@ def _own_buffers(inner: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(buffer, requires_grad=False)
 
 
-def _put_experts(inner: Any, quant_config: QuantizationConfig | None) -> None:
-    for name, module in list(inner.named_modules()):
-        size = find_experts(module)
-        if size is not None:
-            replace_module(inner, name, RoutedExperts(size, name, quant_config))
+def _put_experts(inner: Any, facts: Mapping[str, Any], quant_config: QuantizationConfig | None) -> None:
+    for name, found in facts.items():
+        if isinstance(found, ForeignExperts) and is_stored_so(name, found, quant_config):
+            replace_module(inner, name, RoutedExperts(found, name, quant_config))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError
-from pymllm.models.generic.experts import find_experts
+from pymllm.models.generic.experts import SINGLE, find_experts
+from pymllm.modules.foreign_experts import ForeignExperts
 from pymllm.weights.tensor_file import TensorInfo
 
 
@@ -44,15 +45,18 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
     known = set(model.state_dict())
-    ours = {name for name, module in model.named_modules() if find_experts(module) is not None}
+    ours = {name for name, found in find_experts(model).items() if isinstance(found, ForeignExperts)}
     renamed: dict[str, TensorInfo] = {}
     groups: dict[str, list[tuple[str, TensorInfo]]] = {}
     for stored, info in tensors.items():
+        if _is_single(stored, ours):
+            renamed[stored] = info
+            continue
         name = stored if stored in known else apply_renamings(stored, renamings)
         name = _with_base(model, name)
         target, pattern = (name, None) if name in known else apply_converters(name, converters)
         target = _with_base(model, target)
-        if pattern is not None and target in known and not _within(target, ours):
+        if pattern is not None and target in known and not _read_as_stored(name, target, ours):
             groups.setdefault(target, []).append((pattern, info))
             continue
         if name in renamed:
@@ -81,8 +85,16 @@ def _tied(model: Any, renamed: Mapping[str, TensorInfo]) -> dict[str, TensorInfo
     return twins
 
 
-def _within(name: str, modules: set[str]) -> bool:
-    return name.rpartition(".")[0] in modules or name in modules
+def _is_single(name: str, ours: set[str]) -> bool:
+    """Tell whether a tensor is a single expert's, under the name that our experts read."""
+    parts = name.rsplit(".", 3)
+    return len(parts) == 4 and parts[0] in ours and SINGLE.fullmatch(".".join(parts[1:])) is not None
+
+
+def _read_as_stored(name: str, target: str, ours: set[str]) -> bool:
+    """Tell whether a tensor of stacked experts is one that our experts read: a single expert's, under a usual name."""
+    experts = target.rpartition(".")[0]
+    return experts in ours and SINGLE.fullmatch(name.removeprefix(f"{experts}.")) is not None
 
 
 def _with_base(model: Any, name: str) -> str:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pymllm.layers.held import WeightHolder
+from pymllm.models.generic.alike import repeated_once
 from pymllm.models.generic.classes import on_cpu, takes
 
 # Prime numbers of tokens, of which one is taken that no dimension of the model is near.
@@ -178,22 +179,23 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
         found.refuse("it makes positions of the ids of tokens")
     if any(_by_length(module) for module in model.modules()):
         found.refuse("its rotary positions change with the length of the text")
-    hooks = [
-        module.register_forward_pre_hook(_note_input(found, name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
-    ]
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(_note_call(found, name), with_kwargs=True))
-        if gaps and isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_hook(_spread))
     names = {id(module): name for name, module in model.named_modules()}
     running, named = _running.set(found), _names.set(names)
     try:
         ids = torch.zeros((1, found.tokens), dtype=torch.int64, device="meta")
         arguments = _arguments(inner, ids, torch.arange(found.tokens)[None])
-        with torch.no_grad(), tensors_kept(model), _Watch(found):
+        with (
+            torch.no_grad(),
+            tensors_kept(model),
+            _Watch(found),
+            repeated_once(inner) as repeated,
+            _noted(model, found, gaps),
+        ):
             inner(**arguments)
+        for name, first in repeated.items():
+            _repeat(
+                found, f"{base}.{first}." if base else f"{first}.", f"{base}.{name}." if base else f"{name}."
+            )
     except Exception as error:
         found.failed = True
         found.refuse(
@@ -202,8 +204,6 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
     finally:
         _running.reset(running)
         _names.reset(named)
-        for hook in hooks:
-            hook.remove()
     if found.attention and not takes(inner, "position_ids"):
         found.refuse("it takes no positions, but counts tokens itself")
     for name in _unseen_memories(model, found):
@@ -236,6 +236,22 @@ def positions_of_ids(model: nn.Module) -> bool:
     return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
+def _repeat(found: Probe, first: str, name: str) -> None:
+    """Note for a module what was noted for one that is alike.  first, name: what the names of their modules begin with.
+
+    Inputs that are one tensor there are one here, and another one than there.
+    """
+    made: dict[int, Tensor] = {}
+    for path in [path for path in found.inputs if path.startswith(first)]:
+        inputs = [made.setdefault(id(x), x.detach()) for x in found.inputs[path]]
+        found.inputs[name + path.removeprefix(first)] = inputs
+        found.versions[name + path.removeprefix(first)] = list(found.versions[path])
+    for path in [path for path in found.given if path.startswith(first)]:
+        found.given[name + path.removeprefix(first)] = list(found.given[path])
+    for path in [path for path in found.attention if path.startswith(first)]:
+        found.attention[name + path.removeprefix(first)] = list(found.attention[path])
+
+
 def _by_length(module: Any) -> bool:
     """Tell whether a module makes rotary positions that depend on how long the text is."""
     kinds = getattr(module, "rope_type", None)
@@ -247,6 +263,27 @@ def _arguments(module: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, A
     """Return the arguments of a run without a cache, those that the module takes."""
     wanted = {"input_ids": ids, "position_ids": positions, "use_cache": False, "return_dict": True}
     return {name: value for name, value in wanted.items() if takes(module, name)}
+
+
+@contextlib.contextmanager
+def _noted(model: nn.Module, found: Probe, gaps: bool) -> Iterator[None]:
+    """Note what modules are called with, for the time of a `with` block.
+
+    gaps: whether linear layers give outputs with gaps.
+    """
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(_note_call(found, name), with_kwargs=True))
+        if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D":
+            hooks.append(module.register_forward_pre_hook(_note_input(found, name), with_kwargs=True))
+        if gaps and isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(_spread))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _note_input(found: Probe, name: str) -> Callable[..., None]:
@@ -302,6 +339,8 @@ class OnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            if func is Tensor.__contains__:
+                return False  # asked of ids, for a warning about padding or the place of an image
             args, kwargs = tree_map(_on_meta, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -115,9 +115,13 @@ class RequestCaches(WeightHolder):
         from transformers import DynamicCache
 
         asked = str(inspect.signature(base.forward).parameters[name].annotation)
-        if re.search(r"[A-Za-z]Cache\b", asked) and not re.search(r"\b(Dynamic|EncoderDecoder)Cache\b", asked):
+        if re.search(r"[A-Za-z]Cache\b", asked) and not re.search(
+            r"\b(Dynamic|EncoderDecoder)Cache\b", asked
+        ):
             return None
-        cache = DynamicCache(config=self.config) if hasattr(self.config, "num_hidden_layers") else DynamicCache()
+        cache = (
+            DynamicCache(config=self.config) if hasattr(self.config, "num_hidden_layers") else DynamicCache()
+        )
         layers = max((getattr(module, "layer_idx", None) or 0 for module in base.modules()), default=0) + 1
         # A config may count an encoder's layers; without one, layers come as they are asked for.
         return cache if len(cache.layers) >= layers else DynamicCache()

@@ -59,11 +59,12 @@ class UnquantizedLinearMethod(LinearMethodBase):
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
         assert isinstance(weight, DenseWeight)
-        return {"weight": weight.weight.contiguous()}
+        return {"weight": (weight.weight.t() if self.transposed else weight.weight).contiguous()}
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if bound_weight(layer) is None:  # the layer is used on its own, and was never packed
-            return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            return nn.functional.linear(x, weight.t() if self.transposed else weight, bias)
         return super().apply(layer, x, bias)
 
     def embed(self, layer: nn.Module, ids: Tensor) -> Tensor:
