@@ -41,6 +41,7 @@ class GenericModel(LanguageModel):
     several ranks they do not.
     """
 
+    config: GenericConfig
     inner: Any
     base_name: str
 
@@ -151,7 +152,7 @@ class GenericModel(LanguageModel):
 
     @property
     def definition(self) -> str:
-        return f"transformers' {self.config.architecture}"  # type: ignore[attr-defined]
+        return f"transformers' {self.config.architecture}"
 
     @property
     def notes(self) -> list[str]:
