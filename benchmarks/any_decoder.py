@@ -4,11 +4,11 @@
 
 The checkpoints (tests/generic/zoo.py) are random and have every scalar of their config away from its default. Each type
 is made twice: with and without a tied head, the tied one with YaRN positions where the type has rotary ones. A row has
-the largest difference of the logits of three prompts, of 5 to 34 tokens, in float32 (in units of the largest logit, where that is
-below 1); whether the three greedy answers, batched, are the same; and what `**=int8` at load reached. A type that pymllm
-refuses has its reason, and one that transformers cannot make or run without an image says that. Each type has a process
-of its own, so that a crash or a hang is a row, too. The script prints a table; --write also puts it into
-results/any_decoder.md and .json.
+the largest difference of the logits of three prompts, of 5 to 34 tokens, in float32 (in units of the largest logit,
+where that is below 1); whether the three greedy answers, batched, are the same; and what `**=int8` at load reached. A
+type that pymllm refuses has its reason, and one that transformers cannot make or run without an image says that. Each
+type has a process of its own, so that a crash or a hang is a row, too. The script prints a table; --write also puts it
+into results/any_decoder.md and .json, where rows of given types replace those of before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from tests.generic import zoo
 
 TOLERANCE = 1e-4
 SECONDS = 120  # of one row
-INT8_ERROR = 1.0  # relative; rounding turns the choice of experts in tiny random models; answers of another model give 1.4
+# Relative: rounding turns the choice of experts in tiny random models; the answers of another model give 1.4.
+INT8_ERROR = 1.0
 
 
 def compare(model_type: str, tied: bool, folder: Path) -> dict[str, Any]:
@@ -55,8 +56,14 @@ def compare(model_type: str, tied: bool, folder: Path) -> dict[str, Any]:
         llm = pymllm.LLM(folder, device="cpu", dtype="float32", compute="exact", progress=False)
     except PymllmError as error:
         return row | {"verdict": "refused", "reason": describe(error)}
-    row |= {"definition": getattr(llm.model, "definition", "its page"), "notes": list(getattr(llm.model, "notes", []))}
-    error = max(distance(llm.logits(ids), logits) for ids, logits in zip(expected["prompts"], expected["logits"]))
+    row |= {
+        "definition": getattr(llm.model, "definition", "its page"),
+        "notes": list(getattr(llm.model, "notes", [])),
+    }
+    error = max(
+        distance(llm.logits(ids), logits)
+        for ids, logits in zip(expected["prompts"], expected["logits"], strict=True)
+    )
     sampling = pymllm.SamplingParams(max_tokens=zoo.TOKENS, temperature=0.0, ignore_eos=True)
     answers = [list(answer.token_ids) for answer in llm.generate(expected["prompts"], sampling)]
     row |= {"error": error, "greedy": answers == expected["answers"]}
@@ -78,7 +85,9 @@ def reach_of_int8(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
         llm = pymllm.LLM(folder, ["**=int8"], device="cpu", dtype="float32", compute="exact", progress=False)
     except PymllmError as error:
         return {"int8": f"refused: {describe(error)}", "int8_error": None}
-    layers = [layer for layer in llm.plan.weighted_layers if layer.kind != "router"]  # which only a name reaches
+    layers = [
+        layer for layer in llm.plan.weighted_layers if layer.kind != "router"
+    ]  # which only a name reaches
     left = [f"{layer.prefix} ({layer.method})" for layer in layers if layer.method != "int8"]
     found, logits = llm.logits(expected["prompts"][0]), expected["logits"][0]
     error = float((found - logits).norm() / logits.norm())
@@ -93,7 +102,11 @@ def reach_of_int8(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 def describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text[:300] if isinstance(error, (PymllmError, zoo.NotADecoder)) else f"{type(error).__name__}: {text}"[:300]
+    return (
+        text[:300]
+        if isinstance(error, (PymllmError, zoo.NotADecoder))
+        else f"{type(error).__name__}: {text}"[:300]
+    )
 
 
 def child(model_type: str, tied: bool, folder: Path, answer: Connection) -> None:
@@ -105,7 +118,12 @@ def child(model_type: str, tied: bool, folder: Path, answer: Connection) -> None
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
         place = "" if frame is None else f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
-        row = {"type": model_type, "tied": tied, "verdict": "failed", "reason": f"{describe(error)} ({place})"}
+        row = {
+            "type": model_type,
+            "tied": tied,
+            "verdict": "failed",
+            "reason": f"{describe(error)} ({place})",
+        }
     answer.send(row)
 
 
@@ -164,10 +182,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("types", nargs="*", help="model types; none: all")
-    parser.add_argument("--wrappers", action="store_true", help="also types of AutoModelForImageTextToText alone")
+    parser.add_argument(
+        "--wrappers", action="store_true", help="also types of AutoModelForImageTextToText alone"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(logging.CRITICAL)
@@ -184,19 +203,24 @@ def main() -> None:
         for model_type in ("mixtral", "mamba2"):  # imports once for all what each needs
             compare(model_type, False, Path(scratch) / model_type)
         rows = run_all(jobs, args.processes, Path(scratch))
+    results = Path(__file__).parent / "results"
+    if args.write and args.types:  # into what was measured before
+        kept = json.loads((results / "any_decoder.json").read_text())
+        fresh = {(row["type"], row["tied"]): row for row in rows}
+        rows = [fresh.pop((row["type"], row["tied"]), row) for row in kept] + list(fresh.values())
     made = [row for row in rows if row["verdict"] != "not made"]
     summary = summarize(rows)
     print(summary)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
     if args.write:
-        results = Path(__file__).parent / "results"
         (results / "any_decoder.json").write_text(json.dumps(rows, indent=1) + "\n")
         intro = (__doc__ or "").split("\n\n")
         table = "\n".join([*head, *map(line_of, made)])
-        unmade = "\n".join(f"- {row['type']}: {row['reason']}" for row in rows if row not in made and not row["tied"])
+        unmade = "\n".join(
+            f"- {row['type']}: {row['reason']}" for row in rows if row not in made and not row["tied"]
+        )
         (results / "any_decoder.md").write_text(
-            f"# Any decoder\n\n{intro[0]}\n`python benchmarks/any_decoder.py --write`\n\n{intro[2].strip()}\n\n{summary}\n\n"
+            f"# Any decoder\n\n{intro[0]}\n`python benchmarks/any_decoder.py --write`\n\n{intro[2].strip()}\n\n"
+            f"{summary}\n\n"
             f"{table}\n\nNot made by transformers {transformers.__version__}, or not without an image:\n\n{unmade}\n"
         )
 

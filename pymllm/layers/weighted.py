@@ -121,7 +121,9 @@ class WeightedLayer(LoRAMixin, WeightHolder):
             self.params_dtype,
         )
         if bias:
-            own = shape if self.tied_to is None else replace(shape, parts=(self.prefix,))  # a table has no bias
+            own = (
+                shape if self.tied_to is None else replace(shape, parts=(self.prefix,))
+            )  # a table has no bias
             add_weight(self, WeightSpec("bias", self.params_dtype, (OUT,), accepts=FLOATS), own)
         else:
             self.register_parameter("bias", None)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every decoder type that transformers knows, made by rule, with what transformers computes of each.
+"""Tiny checkpoints of every decoder type that transformers knows, made by rule, and what it computes of each.
 
 A config starts as its class' defaults. SIZES shrinks what is large, by the setting's name. Then every other scalar is
 moved away from its default, one after the other (`moves`): a move stays if the type still builds, runs, is causal, and
@@ -53,7 +53,7 @@ SIZES: dict[str, int] = {
     r".*(intermediate|ffn|ff|inner|mlp).*(size|dim)|ffn_dim|dff|dim_ff|d_inner|n_inner|.*ffn_dim": 96,
     r"(max|n)_.*(positions?|position_embeddings)|n_positions|n_ctx|max_seq_len|context_length|.*max_length": 256,
     r".*(_rank|state_size|d_state|head_?dim|d_head|dim_head|head_size|kv_channels|.*_head_dim)": 16,
-    r".*(hidden_size|hidden_size_global|d_model|n_embd|embd_dim|emb_dim|embedding_size|embedding_dim|lru_width|dim|proj_dim|width)": 64,
+    r".*(hidden_size(_global)?|d_model|n_embd|embd?_dim|embedding_(size|dim)|lru_width|dim|width)": 64,
 }
 # Settings that no rule finds, by type.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -92,8 +92,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Settings that say how a type is used, not what it computes: they stay (or are set in `shrink`).
 USE = re.compile(
-    r"output_.*|return_.*|use_cache|is_decoder|is_encoder.*|add_cross_attention|tie_.*|.*bidirectional.*|is_causal|causal|"
-    r".*dropout.*|.*_pdrop|initializer.*|.*init_std.*|chunk_size_feed_forward|.*token_id|dtype|architectures|model_type|"
+    r"output_.*|return_.*|use_cache|is_decoder|is_encoder.*|add_cross_attention|tie_.*|.*bidirectional.*|is_causal|"
+    r"causal|.*dropout.*|.*_pdrop|initializer.*|.*init_std.*|chunk_size_feed_forward|.*token_id|dtype|architectures|"
+    r"model_type|"
     r"id2label|label2id|problem_type|transformers_version|_.*|pretraining_tp|layerdrop|.*_kernels?|pruned_heads|mode|"
     r"summary_.*|attn_implementation|encoder_no_.*|.*jitter.*|.*_coef|num_logits_to_keep|quantization_config"
 )
@@ -129,7 +130,11 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = True
         elif isinstance(value, (list, tuple)):
             settings[name] = shortened(name, list(value), layers)
-        elif derived and re.search("expert|top_?k$|moe_.*size|window", name) and "int" in annotation(config, name):
+        elif (
+            derived
+            and re.search("expert|top_?k$|moe_.*size|window", name)
+            and "int" in annotation(config, name)
+        ):
             settings[name] = size_of(name, 512)
         elif derived and value is None and name in ("head_dim", "num_key_value_heads"):
             settings[name] = size_of(name, 16)
@@ -197,7 +202,9 @@ def shortened(name: str, values: list[Any], layers: int | None) -> list[Any]:
     return kinds[:LAYERS]
 
 
-def moves(settings: dict[str, Any], config: PreTrainedConfig, yarn: bool) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+def moves(
+    settings: dict[str, Any], config: PreTrainedConfig, yarn: bool
+) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
     """Yield each scalar's path in the settings, and values away from its default."""
     for name, _ in fields(config):
         value = held = value_of(config, name)
@@ -240,7 +247,13 @@ def others(name: str, value: Any, annotation: str) -> list[Any]:
     if value is None:
         if "window" in name:
             return [8]
-        return [2.5 if "cap" in name else 0.7, 2.0] if "float" in annotation else [True] if "bool" in annotation else []
+        return (
+            [2.5 if "cap" in name else 0.7, 2.0]
+            if "float" in annotation
+            else [True]
+            if "bool" in annotation
+            else []
+        )
     if name in ("num_key_value_heads", "head_dim") and isinstance(value, int):
         return [2 if value == 4 else 32]
     if isinstance(value, list) and value and all(type(v) is float for v in value):
@@ -290,7 +303,10 @@ class Made:
 
 def randomize(model: nn.Module) -> None:
     """Fill all weights from their names: matrices of unit gain, and noise on what has a start of its own."""
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in model.state_dict())]
+    named = [
+        *model.named_parameters(),
+        *((n, b) for n, b in model.named_buffers() if n in model.state_dict()),
+    ]
     for name, tensor in named:
         if not tensor.is_floating_point():
             continue
@@ -327,15 +343,21 @@ def checked_logits(made: Made) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise NotADecoder("its logits are not finite")
     shorter = logits_of(model, ids[:13])
-    if logits.shape[0] != len(ids) or float((shorter - logits[:13]).abs().max()) > 1e-3 * float(logits.abs().max()):
+    if logits.shape[0] != len(ids) or float((shorter - logits[:13]).abs().max()) > 1e-3 * float(
+        logits.abs().max()
+    ):
         raise NotADecoder("logits of a token depend on later tokens")
     return logits
 
 
+def small(model_type: str) -> Made:
+    """Return a tiny model of the type whose scalars are its class' defaults."""
+    return Made(model_type, shrink(CONFIG_MAPPING[model_type]()))
+
+
 def make(model_type: str, *, tied: bool = False) -> Made:
     """Return a tiny model of the type with every scalar moved that can be.  Raises what transformers raises."""
-    settings = shrink(CONFIG_MAPPING[model_type]())
-    made = Made(model_type, settings)
+    made = small(model_type)
     before = checked_logits(made)
     try:
         other = made.put(("tie_word_embeddings",), tied)

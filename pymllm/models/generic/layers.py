@@ -62,7 +62,20 @@ def _as_tensor(name: str) -> Callable[..., Any]:
 
 
 # Python looks an operator up in the class alone.
-for _operator in ("getitem", "len", "mul", "rmul", "add", "radd", "sub", "rsub", "truediv", "matmul", "rmatmul", "neg"):
+for _operator in (
+    "getitem",
+    "len",
+    "mul",
+    "rmul",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "truediv",
+    "matmul",
+    "rmatmul",
+    "neg",
+):
     setattr(ReadWeight, f"__{_operator}__", _as_tensor(f"__{_operator}__"))
 
 
