@@ -4,11 +4,11 @@
 
 The checkpoints (tests/generic/zoo.py) are random and have every scalar of their config away from its default. Each type
 is made twice: with and without a tied head, the tied one with YaRN positions where the type has rotary ones. A row has
-the largest difference of the logits of three prompts, of 5 to 34 tokens, in float32 (in units of the largest logit, where that is
-below 1); whether the three greedy answers, batched, are the same; and what `**=int8` at load reached. A type that pymllm
-refuses has its reason, and one that transformers cannot make or run without an image says that. Each type has a process
-of its own, so that a crash or a hang is a row, too. The script prints a table; --write also puts it into
-results/any_decoder.md and .json.
+the largest difference of the logits of three prompts, of 5 to 34 tokens, in float32 (in units of the largest logit,
+where that is below 1); whether the three greedy answers, batched, are the same; and what `**=int8` at load reached. A
+type that pymllm refuses has its reason, and one that transformers cannot make or run without an image says that. Each
+type has a process of its own, so that a crash or a hang is a row, too. The script prints a table; --write also puts it
+into results/any_decoder.md and .json, where rows of given types replace those of before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from tests.generic import zoo
 
 TOLERANCE = 1e-4
 SECONDS = 120  # of one row
-INT8_ERROR = 1.0  # relative; rounding turns the choice of experts in tiny random models; answers of another model give 1.4
+# Relative: rounding turns the choice of experts in tiny random models; the answers of another model give 1.4.
+INT8_ERROR = 1.0
 
 
 def compare(model_type: str, tied: bool, folder: Path) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def compare(model_type: str, tied: bool, folder: Path) -> dict[str, Any]:
         "notes": list(getattr(llm.model, "notes", [])),
     }
     error = max(
-        distance(llm.logits(ids), logits) for ids, logits in zip(expected["prompts"], expected["logits"])
+        distance(llm.logits(ids), logits)
+        for ids, logits in zip(expected["prompts"], expected["logits"], strict=True)
     )
     sampling = pymllm.SamplingParams(max_tokens=zoo.TOKENS, temperature=0.0, ignore_eos=True)
     answers = [list(answer.token_ids) for answer in llm.generate(expected["prompts"], sampling)]
@@ -185,7 +187,6 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(logging.CRITICAL)
@@ -202,13 +203,15 @@ def main() -> None:
         for model_type in ("mixtral", "mamba2"):  # imports once for all what each needs
             compare(model_type, False, Path(scratch) / model_type)
         rows = run_all(jobs, args.processes, Path(scratch))
+    results = Path(__file__).parent / "results"
+    if args.write and args.types:  # into what was measured before
+        kept = json.loads((results / "any_decoder.json").read_text())
+        fresh = {(row["type"], row["tied"]): row for row in rows}
+        rows = [fresh.pop((row["type"], row["tied"]), row) for row in kept] + list(fresh.values())
     made = [row for row in rows if row["verdict"] != "not made"]
     summary = summarize(rows)
     print(summary)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
     if args.write:
-        results = Path(__file__).parent / "results"
         (results / "any_decoder.json").write_text(json.dumps(rows, indent=1) + "\n")
         intro = (__doc__ or "").split("\n\n")
         table = "\n".join([*head, *map(line_of, made)])
@@ -216,7 +219,8 @@ def main() -> None:
             f"- {row['type']}: {row['reason']}" for row in rows if row not in made and not row["tied"]
         )
         (results / "any_decoder.md").write_text(
-            f"# Any decoder\n\n{intro[0]}\n`python benchmarks/any_decoder.py --write`\n\n{intro[2].strip()}\n\n{summary}\n\n"
+            f"# Any decoder\n\n{intro[0]}\n`python benchmarks/any_decoder.py --write`\n\n{intro[2].strip()}\n\n"
+            f"{summary}\n\n"
             f"{table}\n\nNot made by transformers {transformers.__version__}, or not without an image:\n\n{unmade}\n"
         )
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every decoder type that transformers knows, made by rule, with what transformers computes of each.
+"""Tiny checkpoints of every decoder type that transformers knows, made by rule, and what it computes of each.
 
 A config starts as its class' defaults. SIZES shrinks what is large, by the setting's name. Then every other scalar is
 moved away from its default, one after the other (`moves`): a move stays if the type still builds, runs, is causal, and
@@ -53,7 +53,7 @@ SIZES: dict[str, int] = {
     r".*(intermediate|ffn|ff|inner|mlp).*(size|dim)|ffn_dim|dff|dim_ff|d_inner|n_inner|.*ffn_dim": 96,
     r"(max|n)_.*(positions?|position_embeddings)|n_positions|n_ctx|max_seq_len|context_length|.*max_length": 256,
     r".*(_rank|state_size|d_state|head_?dim|d_head|dim_head|head_size|kv_channels|.*_head_dim)": 16,
-    r".*(hidden_size|hidden_size_global|d_model|n_embd|embd_dim|emb_dim|embedding_size|embedding_dim|lru_width|dim|proj_dim|width)": 64,
+    r".*(hidden_size(_global)?|d_model|n_embd|embd?_dim|embedding_(size|dim)|lru_width|dim|width)": 64,
 }
 # Settings that no rule finds, by type.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -92,8 +92,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Settings that say how a type is used, not what it computes: they stay (or are set in `shrink`).
 USE = re.compile(
-    r"output_.*|return_.*|use_cache|is_decoder|is_encoder.*|add_cross_attention|tie_.*|.*bidirectional.*|is_causal|causal|"
-    r".*dropout.*|.*_pdrop|initializer.*|.*init_std.*|chunk_size_feed_forward|.*token_id|dtype|architectures|model_type|"
+    r"output_.*|return_.*|use_cache|is_decoder|is_encoder.*|add_cross_attention|tie_.*|.*bidirectional.*|is_causal|"
+    r"causal|.*dropout.*|.*_pdrop|initializer.*|.*init_std.*|chunk_size_feed_forward|.*token_id|dtype|architectures|"
+    r"model_type|"
     r"id2label|label2id|problem_type|transformers_version|_.*|pretraining_tp|layerdrop|.*_kernels?|pruned_heads|mode|"
     r"summary_.*|attn_implementation|encoder_no_.*|.*jitter.*|.*_coef|num_logits_to_keep|quantization_config"
 )
@@ -349,10 +350,14 @@ def checked_logits(made: Made) -> Tensor:
     return logits
 
 
+def small(model_type: str) -> Made:
+    """Return a tiny model of the type whose scalars are its class' defaults."""
+    return Made(model_type, shrink(CONFIG_MAPPING[model_type]()))
+
+
 def make(model_type: str, *, tied: bool = False) -> Made:
     """Return a tiny model of the type with every scalar moved that can be.  Raises what transformers raises."""
-    settings = shrink(CONFIG_MAPPING[model_type]())
-    made = Made(model_type, settings)
+    made = small(model_type)
     before = checked_logits(made)
     try:
         other = made.put(("tie_word_embeddings",), tied)

@@ -39,7 +39,12 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     CheckpointError where two tensors would have one name.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
+    from transformers.core_model_loading import (
+        WeightConverter,
+        apply_converters,
+        apply_renamings,
+        dot_natural_key,
+    )
 
     mapping = get_model_conversion_mapping(model)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -70,6 +75,8 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
         renamed[name] = info if name == stored else replace(info, name=name)
     patterns = {pattern: one for one in converters for pattern in one.source_patterns}
     for target, sources in groups.items():
+        # As transformers sorts them: part 2 before part 10.
+        sources.sort(key=lambda source: dot_natural_key(source[1].name))
         renamed |= _converted(model, target, patterns[sources[0][0]], sources)
     return renamed | _tied(model, renamed)
 

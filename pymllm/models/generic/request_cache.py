@@ -32,6 +32,7 @@ class RequestCaches(WeightHolder):
         self.config = config
         self.token_bytes, self.fixed_bytes = 0, 1
         self.requests: dict[int, Any] = {}
+        self.why_no_cache: str | None = None
         # What a forward puts into its modules: the state of a request, of a class that has one there.
         self.in_modules: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -47,6 +48,8 @@ class RequestCaches(WeightHolder):
             layers, hidden = (getattr(self.config, name, 64) for name in ("num_hidden_layers", "hidden_size"))
             self.token_bytes = 2 * layers * hidden * dtype.itemsize
             return
+        finally:
+            self.why_no_cache = None  # runs with data decide
         self.token_bytes = max(0, (second - first) // (TRIED[1] - TRIED[0]))
         self.fixed_bytes = max(1, first - self.token_bytes * TRIED[0])
 
@@ -102,13 +105,21 @@ class RequestCaches(WeightHolder):
     def _run_cached(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run them over transformers' cache.  kept: it, after the call before.  Returns it after this one, too."""
         name = next((name for name in CACHES if takes(base, name)), None)
-        if name is None:  # the class has no cache: all tokens are run again
+        if name is None or self.why_no_cache is not None:  # all tokens are run again
             everything = ids if kept is None else torch.cat((kept, ids))
             count = torch.arange(len(everything), device=ids.device)
-            return self._call(base, everything, count, {})[0][-len(ids) :], everything
-        if kept is None and name != "state":
-            kept = self._new_cache(base, name)
-        return self._call(base, ids, positions, {name: kept, "use_cache": True})
+            return self._call(base, everything, count, {"use_cache": False})[0][-len(ids) :], everything
+        if kept is not None:
+            return self._call(base, ids, positions, {name: kept, "use_cache": True})
+        try:
+            kept = None if name == "state" else self._new_cache(base, name)
+            return self._call(base, ids, positions, {name: kept, "use_cache": True})
+        except (
+            Exception
+        ) as error:  # of a class whose cache does not fit its own model (BLT, xLSTM of some sizes)
+            hidden, _ = self._call(base, ids, positions, {"use_cache": False})
+            self.why_no_cache = f"{type(error).__name__}: {error}"
+            return hidden, ids
 
     def _new_cache(self, base: nn.Module, name: str) -> Any:
         """Make the cache of a new request.  None: the class makes one, of a class of its own."""

@@ -1,0 +1,78 @@
+"""Types without a page answer as transformers does, one type of each kind of thing that a class may do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import pymllm
+from pymllm.errors import ConfigError
+
+from . import zoo
+
+# What each of these types shows.
+SIDE_BY_SIDE = {
+    "gpt2": "weights that are stored turned, a tied head",
+    "bert": "a head with a bias of its own, and a part before it",
+    "gemma3": "a text model within a model of images",
+    "gemma4_text": "layers of other sizes than the config says for all, a part of the positions turned",
+    "glm4_moe": "stacked experts, a bias that ranks them",
+    "bamba": "a Mamba 2 scan",
+    "qwen3_next": "a gated delta rule",
+}
+ALONE = {
+    "gptj": "an attention of the class's own",
+    "camembert": "positions made of the ids of tokens, a head that stands before its embedding",
+    "blenderbot": "a config that counts an encoder's layers",
+    "recurrent_gemma": "a state that is kept in the modules",
+    "minimax": "a cache of the class's own",
+    "xlstm": "a cache that does not fit its own model",
+    "qwen4_exp_text": "a table stored in more than ten parts",
+}
+
+
+def answers(model_type: str, tied: bool, folder):
+    """Return the loaded model and what transformers expects of it."""
+    made = zoo.make(model_type, tied=tied) if model_type in SIDE_BY_SIDE else zoo.small(model_type)
+    expected = zoo.write(made, folder)
+    return pymllm.LLM(folder, device="cpu", dtype="float32", compute="exact", progress=False), expected
+
+
+@pytest.mark.parametrize("model_type", (*SIDE_BY_SIDE, *ALONE))
+def test_logits_and_batched_answers_equal_transformers(tmp_path, model_type):
+    llm, expected = answers(model_type, model_type in ("gpt2", "bert", "camembert"), tmp_path / "m")
+    for ids, logits in zip(expected["prompts"], expected["logits"], strict=True):
+        assert float((llm.logits(ids) - logits).abs().max()) <= 1e-4 * min(1.0, float(logits.abs().max()))
+    sampling = pymllm.SamplingParams(max_tokens=zoo.TOKENS, temperature=0.0, ignore_eos=True)
+    found = [list(answer.token_ids) for answer in llm.generate(expected["prompts"], sampling)]
+    assert found == expected["answers"]
+    if model_type in ALONE:
+        assert llm.model.why_alone is not None
+
+
+@pytest.mark.parametrize("model_type", ("glm4_moe", "gpt2", "falcon_mamba"))
+def test_a_rule_for_everything_reaches_all_layers(tmp_path, model_type):
+    zoo.write(zoo.small(model_type), tmp_path / "m")
+    plan = pymllm.plan(tmp_path / "m", ["**=int8"], device="cpu")
+    methods = {layer.prefix: layer.method for layer in plan.weighted_layers if layer.kind != "router"}
+    assert methods and set(methods.values()) == {"int8"}
+
+
+@pytest.mark.parametrize("model_type", ("bert", "roberta"))
+def test_an_encoder_is_refused_before_anything_loads(tmp_path, model_type):
+    zoo.write(zoo.small(model_type), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "is_decoder": False}))
+    with pytest.raises(ConfigError, match="is no decoder"):
+        pymllm.plan(tmp_path / "m", device="cpu")
+
+
+@pytest.mark.parametrize("model_type", ("granite", "deepseek_v3"))
+def test_a_setting_of_the_zoo_changes_what_transformers_answers(model_type):
+    made = zoo.make(model_type)
+    assert len(made.moved) >= 7
+    ids = zoo.prompt(13)
+    moved, plain = (zoo.logits_of(one.model(), ids) for one in (made, zoo.small(model_type)))
+    assert not torch.allclose(moved, plain, atol=1e-2)
