@@ -141,9 +141,13 @@ class ModelConfig:
     def rms_norm_eps(self) -> float:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps"), self.defaults.get("rms_norm_eps", 1e-6))
 
+    wrapper: Any = None  # the model of several kinds of input that this text model is a part of
+
     def untied(self) -> ModelConfig:
         """Return the same config for a head with weights of its own."""
-        return ModelConfig({**self.raw, "tie_word_embeddings": False}, self.defaults)
+        found = ModelConfig({**self.raw, "tie_word_embeddings": False}, self.defaults)
+        found.wrapper = self.wrapper
+        return found
 
     @property
     def tie_word_embeddings(self) -> bool:

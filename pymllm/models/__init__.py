@@ -11,22 +11,22 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from pymllm.config import ModelConfig
-from pymllm.errors import CheckpointError
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
 from pymllm.models.generic.model import GenericModel
-from pymllm.models.generic.names import rename
+from pymllm.models.generic.names import add_once, rename
+from pymllm.models.generic.wrappers import Wrapper, read_wrapper
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_architecture import GGUFArchitecture
+from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.tensor_file import TensorInfo
 
 # Modules here that are no family.
-SHARED = ("causal_lm", "generic", "language_model")
+SHARED = ("causal_lm", "further_tokens", "generic", "language_model")
 
 
 def list_model_types() -> list[str]:
@@ -39,8 +39,20 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
 
     ConfigError for a model type that has no definition.
     """
-    found = find_definition(raw)
-    return read_generic_config(raw) if found is None else ModelConfig(raw, _definition(found).DEFAULTS)
+    wrapper = (
+        None
+        if "text_config" not in raw and raw.get("model_type") in list_model_types()
+        else read_wrapper(raw)
+    )
+    found = find_definition(raw if wrapper is None else wrapper.raw)
+    if found is not None and not (isinstance(wrapper, Wrapper) and not wrapper.has_own_logits):
+        config = ModelConfig(raw if wrapper is None else wrapper.raw, _definition(found).DEFAULTS)
+    elif isinstance(wrapper, Wrapper):
+        config = wrapper.generic_config()
+    else:
+        config = read_generic_config(raw if wrapper is None else wrapper.raw)
+    config.wrapper = wrapper
+    return config
 
 
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:
@@ -63,25 +75,28 @@ def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
     CheckpointError where two tensors would have one name.
     """
-    if isinstance(config, GenericConfig):
+    stored = {(info.file, info.start, info.end): name for name, info in checkpoint.tensors.items()}
+    if config.wrapper is not None:
+        checkpoint.tensors = config.wrapper.rename(checkpoint.tensors, config)
+    elif isinstance(config, GenericConfig):
         checkpoint.tensors = rename(config.skeleton, checkpoint.tensors)
-        return
-    patterns = vars(_family(checkpoint.config)).get("RENAMED", {})
-    renamed: dict[str, TensorInfo] = {}
-    for stored, info in checkpoint.tensors.items():
-        name = stored
-        for pattern, replacement in patterns.items():
-            name = re.sub(f"^{pattern}$", replacement, name)
-        if name in renamed:
-            raise CheckpointError(
-                f"two tensors of the checkpoint are the model's {name!r}",
-                code="duplicate-tensor",
-                file=str(info.file.path),
-                tensor=stored,
-                fix="The checkpoint is badly written: convert or download it again.",
-            )
-        renamed[name] = info if name == stored else replace(info, name=name)
-    checkpoint.tensors = renamed
+    if not isinstance(config, GenericConfig):
+        patterns = vars(_family(config.raw)).get("RENAMED", {})
+        renamed: dict[str, TensorInfo] = {}
+        for found, info in checkpoint.tensors.items():
+            name = found
+            for pattern, replacement in patterns.items():
+                name = re.sub(f"^{pattern}$", replacement, name)
+            add_once(renamed, name, info)
+        checkpoint.tensors = renamed
+    pairs = []
+    for name, info in checkpoint.tensors.items():
+        for source in getattr(info, "sources", (info,)):
+            pairs.append((name, stored[source.file, source.start, source.end]))
+    checkpoint.stored_as = ModuleNames(pairs)
+    if config.wrapper is not None:
+        pairs += config.wrapper.full.items()
+    checkpoint.names = ModuleNames(pairs)
 
 
 def find_definition(raw: Mapping[str, Any]) -> str | None:

@@ -29,7 +29,9 @@ class SwappedConfig(RuledConfig):
         """Return the method that a weight should have from now on, and remember its name."""
         self.chosen.append(part.name)
         running = self.decisions[part.name].method
-        rule = next((rule for rule in self.swap_rules if rule.applies(holder, *self.spellings(part.name))), None)
+        rule = next(
+            (rule for rule in self.swap_rules if rule.applies(holder, *self.spellings(part.name))), None
+        )
         if rule is not None:
             target = self.swap_rules[rule]
             if _runs_in(running, target, rule):

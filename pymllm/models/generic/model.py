@@ -174,15 +174,22 @@ class GenericModel(LanguageModel):
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the class's own forward after its inner model: the head, and what it does to logits."""
-        base = self.inner.get_submodule(self.base_name)
-        output = _Hidden(hidden[None])
-        base.forward = lambda *_, **__: output
-        try:
-            given = {"input_ids": hidden.new_zeros((1, len(hidden)), dtype=torch.int64), "use_cache": False}
-            result = self.inner(**{name: value for name, value in given.items() if takes(self.inner, name)})
-        finally:
-            del base.forward
-        return result.logits[0].float()
+        return run_head(self.inner, self.base_name, hidden).float()
+
+
+def run_head(model: Any, base_name: str, hidden: Tensor) -> Tensor:
+    """Run what a class's forward does after its inner model.  hidden: [N, H].  Returns logits [N, V].
+
+    base_name: the inner model's.
+    """
+    base = model.get_submodule(base_name)
+    output = _Hidden(hidden[None])
+    base.forward = lambda *_, **__: output
+    try:
+        given = {"input_ids": hidden.new_zeros((1, len(hidden)), dtype=torch.int64), "use_cache": False}
+        return model(**{name: value for name, value in given.items() if takes(model, name)}).logits[0]
+    finally:
+        del base.forward
 
 
 class _Hidden(tuple):  # type: ignore[type-arg]

@@ -7,7 +7,7 @@ transformers' own operations; our experts read each expert's tensor as it is sto
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,19 +55,45 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
         if pattern is not None and target in known and not _within(target, ours):
             groups.setdefault(target, []).append((pattern, info))
             continue
-        if name in renamed:
-            raise CheckpointError(
-                f"two tensors of the checkpoint are the model's {name!r}",
-                code="duplicate-tensor",
-                file=str(info.file.path),
-                tensor=stored,
-                fix="The checkpoint is badly written: convert or download it again.",
-            )
-        renamed[name] = info if name == stored else replace(info, name=name)
+        add_once(renamed, name, info)
     patterns = {pattern: one for one in converters for pattern in one.source_patterns}
     for target, sources in groups.items():
-        renamed |= _converted(model, target, patterns[sources[0][0]], sources)
+        for name, info in _converted(model, target, patterns[sources[0][0]], sources).items():
+            add_once(renamed, name, info)
     return renamed
+
+
+def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return what transformers calls tensors in `model`, by their stored names: as renamed only, and as converted.
+
+    The second is the name of (the first of) what a tensor would become, where the model has that, else the first.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    known = set(model.state_dict())
+    names: dict[str, tuple[str, str]] = {}
+    for stored in tensors:
+        name = stored if stored in known else _with_base(model, apply_renamings(stored, renamings))
+        target = name if name in known else _with_base(model, apply_converters(name, converters)[0])
+        names[stored] = name, target if target in known else name
+    return names
+
+
+def add_once(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
+    """Add a tensor under a name.  CheckpointError where another one has it."""
+    if name in found:
+        raise CheckpointError(
+            f"two tensors of the checkpoint are the model's {name!r}",
+            code="duplicate-tensor",
+            file=str(info.file.path),
+            tensor=info.name,
+            fix="The checkpoint is badly written: convert or download it again.",
+        )
+    found[name] = info if info.name == name else replace(info, name=name)
 
 
 def _within(name: str, modules: set[str]) -> bool:

@@ -259,7 +259,9 @@ class MLXConfig(QuantizationConfig):
         return replace(method, scale_dtype=SCALE_DTYPES.get(scales or ""))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        named = next((self.layers[name] for name in self.spellings(prefix) if name in self.layers), self.default)
+        named = next(
+            (self.layers[name] for name in self.spellings(prefix) if name in self.layers), self.default
+        )
         scales, words = (self.stored.get(f"{prefix}.{suffix}") for suffix in ("scales", "weight"))
         if not self.stored:
             return named

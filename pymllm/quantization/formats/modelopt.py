@@ -309,7 +309,9 @@ class ModelOptConfig(QuantizationConfig):
 
     def is_excluded(self, prefix: str) -> bool:
         """Tell whether exclude_modules names the layer, or a module around it, by name or with shell wildcards."""
-        return any(_means(pattern, name) for pattern in self.exclude_modules for name in self.spellings(prefix))
+        return any(
+            _means(pattern, name) for pattern in self.exclude_modules for name in self.spellings(prefix)
+        )
 
 
 def _means(pattern: str, prefix: str) -> bool:
