@@ -16,7 +16,7 @@ from typing import Any
 from pymllm.config import ModelConfig
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
 from pymllm.models.generic.model import GenericModel
-from pymllm.models.generic.names import add_once, rename
+from pymllm.models.generic.names import ConvertedTensor, add_once, rename
 from pymllm.models.generic.wrappers import Wrapper, read_wrapper
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
@@ -89,14 +89,16 @@ def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
                 name = re.sub(f"^{pattern}$", replacement, name)
             add_once(renamed, name, info)
         checkpoint.tensors = renamed
-    pairs = []
+    pairs, parts = [], []
     for name, info in checkpoint.tensors.items():
-        for source in getattr(info, "sources", (info,)):
-            pairs.append((name, stored[source.file, source.start, source.end]))
+        if isinstance(info, ConvertedTensor):
+            parts += [(name, source.name) for source in info.sources]
+            pairs += [(source.name, source.name) for source in info.sources]
+        else:
+            pairs.append((name, stored[info.file, info.start, info.end]))
     checkpoint.stored_as = ModuleNames(pairs)
-    if config.wrapper is not None:
-        pairs += config.wrapper.full.items()
-    checkpoint.names = ModuleNames(pairs)
+    full = {} if config.wrapper is None else config.wrapper.full
+    checkpoint.names = ModuleNames((*pairs, *parts, *full.items()))
 
 
 def find_definition(raw: Mapping[str, Any]) -> str | None:

@@ -328,14 +328,10 @@ def _wrapper_class(raw: Mapping[str, Any]) -> str | None:
 
 
 def _read_unknown(raw: Mapping[str, Any]) -> UnknownWrapper | None:
-    from transformers import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     text = next((raw[name] for name in TEXT_CONFIGS if isinstance(raw.get(name), Mapping)), None)
-    if (
-        text is None
-        or raw.get("model_type") in CONFIG_MAPPING_NAMES
-        or text.get("model_type") not in decoders()
-    ):
+    if text is None or raw.get("model_type") in CONFIG_MAPPING or text.get("model_type") not in decoders():
         return None
     listed = raw.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else raw.get("model_type")
