@@ -15,8 +15,9 @@ from typing import Any
 
 from pymllm.config import ModelConfig
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
+from pymllm.models.generic.converted import ConvertedTensor
 from pymllm.models.generic.model import GenericModel
-from pymllm.models.generic.names import ConvertedTensor, add_once, rename
+from pymllm.models.generic.names import add_once, rename
 from pymllm.models.generic.wrappers import Wrapper, read_wrapper
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig

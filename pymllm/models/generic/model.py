@@ -21,6 +21,7 @@ from pymllm.models.generic.layers import Head, make_embedding, make_linear, repl
 from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
+from pymllm.models.generic.unneeded import skip_reason
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
@@ -136,17 +137,7 @@ class GenericModel(LanguageModel):
         return self.why_alone is not None
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
-        for pattern in self.inner._keys_to_ignore_on_load_unexpected or ():
-            if re.search(pattern, tensor):
-                return f"transformers' class leaves out what is called {pattern}"
-        module, _, name = tensor.rpartition(".")
-        try:
-            computed = self.inner.get_submodule(module)._buffers.get(name)
-        except AttributeError:
-            return None
-        if computed is None:
-            return None
-        return Skip("values that follow from the config", lambda found: _refuse_other(found, computed))
+        return skip_reason(self.inner, tensor, self.config.wrapper is not None)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         base = self.inner.get_submodule(self.base_name)
@@ -205,14 +196,6 @@ class _Hidden(tuple):  # type: ignore[type-arg]
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-def _refuse_other(found: Tensor, computed: Tensor) -> str | None:
-    """Return why stored values are not those that the model computes, or None."""
-    if found.shape != computed.shape:
-        return f"values of the shape {list(found.shape)}, where the config gives {list(computed.shape)}"
-    close = torch.allclose(found.float(), computed.float().cpu(), rtol=2**-7, atol=1e-6)
-    return None if close else "other values than the config gives"
 
 
 def _set_attention(inner: Any, name: str) -> None:
