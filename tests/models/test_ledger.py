@@ -1,4 +1,4 @@
-"""Each tensor of a checkpoint of a type without a page, with a fault in turn: one error names it, from headers alone."""
+"""Each tensor of checkpoints of types without a page, with a fault in turn: one error names it, from headers alone."""
 
 from __future__ import annotations
 
