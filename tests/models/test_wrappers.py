@@ -117,8 +117,7 @@ def test_what_is_quantised_keeps_names_config_and_the_parts_that_are_not_run(mod
         (folder / "config.json").read_text()
     )
     ignored = config["quantization_config"]["ignore"]
-    tower = next(module for module in ignored if "layers.0" in module or "blocks.0" in module)
-    assert "vision" in tower or "visual" in tower
+    assert any("vision" in module or "visual" in module for module in ignored)
     found, expected = LLM(tmp_path / "out", **EXACT), LLM(folder, rules, **EXACT)
     assert distance(found.logits(IDS), expected.logits(IDS)) < TOLERANCE
     assert pymllm.verify(tmp_path / "out", device="cpu").ok

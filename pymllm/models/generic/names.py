@@ -63,7 +63,7 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
 
     mapping = get_model_conversion_mapping(model)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
     known = set(model.state_dict())
     names: dict[str, tuple[str, str]] = {}
     for stored in tensors:

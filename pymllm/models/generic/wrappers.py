@@ -228,7 +228,8 @@ class Wrapper:
 
     def _tied(self, outer: Mapping[str, Any]) -> bool:
         """Tell whether the head is tied: as the wrapper's config says, else the text model's, else the class."""
-        inner = next((outer[name] for name in TEXT_CONFIGS if isinstance(outer.get(name), Mapping)), {})
+        nested = (outer[name] for name in TEXT_CONFIGS if isinstance(outer.get(name), Mapping))
+        inner: Mapping[str, Any] = next(nested, {})
         for source in (outer, inner):
             if isinstance(source.get("tie_word_embeddings"), bool):
                 return source["tie_word_embeddings"]  # type: ignore[no-any-return]
@@ -347,7 +348,7 @@ def unbuilt_as_empty() -> Iterator[None]:
     """Build classes whose towers need packages that are not installed: such a tower has no modules then."""
     from transformers import AutoModel
 
-    build = AutoModel.from_config
+    build, before = AutoModel.from_config, vars(AutoModel).get("from_config")
 
     def from_config(config: Any, **options: Any) -> Any:
         try:
@@ -355,11 +356,14 @@ def unbuilt_as_empty() -> Iterator[None]:
         except ImportError:
             return _Unbuilt()
 
-    AutoModel.from_config = from_config
+    setattr(AutoModel, "from_config", from_config)  # noqa: B010
     try:
         yield
     finally:
-        AutoModel.from_config = build
+        if before is None:
+            delattr(AutoModel, "from_config")
+        else:
+            setattr(AutoModel, "from_config", before)  # noqa: B010
 
 
 def _ancestors(name: str) -> Iterator[str]:
