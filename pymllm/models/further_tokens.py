@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from pymllm.config import ModelConfig
+from pymllm.quantization.base import StoredTensor
 
 REASON = "a layer that predicts further tokens, which is not run"
 LAYER = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(.+)")
@@ -17,21 +18,26 @@ COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers",
 class FurtherTokens:
     """The layers of a checkpoint that predict further tokens.
 
-    They are called mtp; or they follow the layers that run, and have modules that none of these has (such as eh_proj).
-    One that has none is a layer that the config does not count.
+    They are called mtp; or they follow the layers that run, and have a module that none of these has, which joins a
+    token's hidden state and its embedding [H, 2H] (eh_proj). One without is a layer that the config does not count.
     """
 
-    def __init__(self, tensors: Iterable[str], config: ModelConfig) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
         self.first = config.size("num_hidden_layers")
         counts = [config.raw[name] for name in COUNTS if isinstance(config.raw.get(name), int)]
-        modules: dict[int, set[str]] = {}
-        for name in tensors:
+        last, width = self.first + max(counts, default=1), config.get("hidden_size")
+        usual: set[str] = set()  # the children of the layers that run
+        joining: dict[str, int] = {}  # children of others, each with its layer
+        for name, tensor in tensors.items():
             found = LAYER.fullmatch(name)
-            if found is not None:
-                modules.setdefault(int(found[1]), set()).add(found[2].rpartition(".")[0])
-        usual = set().union(*(names for index, names in modules.items() if index < self.first))
-        last = self.first + max(counts, default=1)
-        self.layers = {i for i, names in modules.items() if self.first <= i < last and names - usual}
+            index, child = (int(found[1]), found[2].split(".")[0]) if found is not None else (-1, "")
+            if 0 <= index < self.first:
+                usual.add(child)
+            elif self.first <= index < last and (
+                child == "eh_proj" or tuple(tensor.shape) == (width, 2 * (width or 0))
+            ):
+                joining[name] = index
+        self.layers = {i for name, i in joining.items() if name.split(f".{i}.")[1].split(".")[0] not in usual}
 
     def why_not_run(self, tensor: str) -> str | None:
         """Return why a tensor is of such a layer, or None: it is not."""

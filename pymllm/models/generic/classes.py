@@ -152,7 +152,7 @@ def find_class(raw: Mapping[str, Any]) -> tuple[str, Any]:
     named, brought = raw.get("architectures"), raw.get("auto_map")
     # A checkpoint that brings code along may call its class as it likes.
     own = brought.get("AutoModelForCausalLM") if isinstance(brought, Mapping) else None
-    for name in named if isinstance(named, list) else ():
+    for name in named if isinstance(named, list) and len(named) == 1 else ():
         if isinstance(name, str) and name in known.values() and (not own or str(own).endswith(f".{name}")):
             return name, class_called(name).config_class
     if isinstance(model_type, str) and model_type in known:

@@ -106,7 +106,7 @@ class Wrapper:
 
     @property
     def holds_head(self) -> bool:
-        """Whether the text model that the class holds has the head in it."""
+        """True if the text model that the class holds has the head in it."""
         return any(module is self.head for module in self.decoder.modules())
 
     def generic_config(self) -> GenericConfig:
@@ -138,7 +138,7 @@ class Wrapper:
 
     @functools.cached_property
     def has_own_logits(self) -> bool:
-        """Whether the text model's own class makes logits of hidden states as the wrapper does.
+        """True if the text model's own class makes logits of hidden states as the wrapper does.
 
         Cohere 2's scales them, where its wrapper does not.
         """
