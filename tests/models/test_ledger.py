@@ -6,21 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import pymllm
 from pymllm.errors import CheckpointError
 from pymllm.loading.match import match
 from pymllm.loading.prepare import prepare
 from pymllm.models import rename_tensors
 from pymllm.weights.opening import open_checkpoint
 
-from .tiny import make, save
+from .tiny import IDS, logits, make, save
 
-TYPES = ("smollm3", "glm4_moe", "granitemoehybrid", "gemma3", "qwen3_5")
+TYPES = ("smollm3", "glm4_moe", "granitemoehybrid", "nemotron_h", "gemma3", "qwen3_5")
 # How a second spelling of a name begins, by how the stored one does.
 SPELLINGS = {
     "language_model.model.": "model.language_model.",
     "model.language_model.": "language_model.model.",
     "model.": "",
+    "backbone.": "model.",
 }
 
 
@@ -109,3 +112,31 @@ def test_each_tensor_of_another_dtype_is_named(prepared):
         tensors[name] = replace(tensors[name], dtype_name="I32", torch_dtype=torch.int32)
 
     assert_each_is_named(prepared, filter(is_text, stored(prepared)), change)
+
+
+def test_experts_that_lie_in_one_tensor_of_the_class_are_put_in_by_their_numbers(tmp_path):
+    """Names of a file are in alphabetic order: experts.10 comes before experts.2."""
+    model = make("nemotron_h")
+    found = pymllm.LLM(save(model, tmp_path), device="cpu", dtype="float32", progress=False).logits(IDS)
+    expected = logits(model)
+    assert (found - expected).norm() / expected.norm() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("nemotron_h", "backbone.layers.1.mixer.experts.10.up_proj.weight"),
+        ("nemotron_h", "backbone.layers.1.mixer.gate.e_score_correction_bias"),
+        ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("gemma3", "language_model.model.layers.1.input_layernorm.weight"),
+        ("qwen3_5", "model.language_model.layers.0.linear_attn.A_log"),
+    ],
+)
+def test_a_value_that_is_no_number_names_the_stored_tensor(model_type, name, tmp_path):
+    tensors = load_file(save(make(model_type), tmp_path) / "model.safetensors")
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        pymllm.load_model(tmp_path, device="cpu", dtype="float32")
+    assert (caught.value.code, caught.value.tensor) == ("bad-value", name)
+    assert name in str(caught.value)

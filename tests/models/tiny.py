@@ -60,6 +60,23 @@ TYPES: dict[str, dict[str, Any]] = {
         **{"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
         "mamba_n_groups": 1,
     },
+    "nemotron_h": {
+        **{k: v for k, v in TEXT.items() if k != "num_hidden_layers"},
+        **{"layer_types": ["mamba", "moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16},
+        **{
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 2,
+            "chunk_size": 16,
+        },
+        **{
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    },
     "gemma3": {
         "text_config": {**TEXT, "sliding_window": 4, "tie_word_embeddings": True},
         "vision_config": VISION,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pymllm.errors import nearest
 from pymllm.weights.report import Problem, raise_problems
 from pymllm.weights.tensor_file import TensorInfo
 
@@ -47,11 +48,17 @@ class Part:
 
 
 def describe(
-    model: Any, target: str, converter: Any, parts: list[Part], shapes: Mapping[str, torch.Size]
+    model: Any,
+    target: str,
+    converter: Any,
+    parts: list[Part],
+    shapes: Mapping[str, torch.Size],
+    stray: Sequence[str],
 ) -> dict[str, TensorInfo]:
     """Describe the tensors that a converter makes of parts, without reading any.
 
     model: transformers'.  target: the (first) tensor that is made.  shapes: of the model's tensors, by name.
+    stray: the stored tensors that nothing asks for, among which a misspelt part would be.
     CheckpointError for a part that is missing, or does not fit.
     """
     parts = sorted(parts, key=lambda part: _in_order(part.name))
@@ -63,7 +70,8 @@ def describe(
         made = one.convert(target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    raise_problems(str(parts[0].info.file.path), _missing(converter, parts, shapes.get(target)))
+    raise_problems(str(parts[0].info.file.path), _missing(converter, parts, shapes.get(target), stray))
+    raise_problems(str(parts[0].info.file.path), _other_dtypes(parts))
     try:
         made = run(lambda info: torch.empty(info.shape, dtype=info.dtype, device="meta"))
     except Exception as error:
@@ -83,10 +91,12 @@ def describe(
     }
 
 
-def _missing(converter: Any, parts: list[Part], shape: torch.Size | None) -> list[Problem]:
+def _missing(
+    converter: Any, parts: list[Part], shape: torch.Size | None, stray: Sequence[str]
+) -> list[Problem]:
     """List the parts that are not there: of a pattern that has none, or fewer numbers than another one, or the shape.
 
-    shape: of what is made.
+    shape: of what is made.  stray: as for `describe`.
     """
     by_pattern = {
         pattern: [p for p in parts if p.pattern == pattern] for pattern in converter.source_patterns
@@ -101,10 +111,19 @@ def _missing(converter: Any, parts: list[Part], shape: torch.Size | None) -> lis
     for pattern, found in numbers.items():
         for number in sorted(every - set(found), key=lambda n: n or 0):
             name = _spell(parts[0], pattern, number)
-            problems.append(
-                Problem("missing", name, "missing; others that go into one tensor with it are there")
-            )
+            text = f"missing; others that go into one tensor with it are there. {nearest(name, stray)}"
+            problems.append(Problem("missing", name, text.strip()))
     return problems
+
+
+def _other_dtypes(parts: list[Part]) -> list[Problem]:
+    """List the parts that are not of the dtype that most have."""
+    usual = Counter(part.info.dtype_name for part in parts).most_common(1)[0][0]
+    return [
+        Problem("dtype", p.info.name, f"wrong dtype; expected {usual}, found {p.info.dtype_name}")
+        for p in parts
+        if p.info.dtype_name != usual
+    ]
 
 
 def _number(pattern: str, name: str) -> int | None:

@@ -36,6 +36,7 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     renamed: dict[str, TensorInfo] = {}
     groups: dict[str, list[Part]] = {}
     taken: dict[str, TensorInfo] = {}
+    stray: list[str] = []
     for stored, info in tensors.items():
         name = stored if stored in known else apply_renamings(stored, renamings)
         name = _with_base(model, name)
@@ -46,9 +47,10 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
             groups.setdefault(target, []).append(Part(name, pattern, info))
             continue
         add_once(renamed, name, info)
+        stray += [stored] if name not in known else []
     patterns = {pattern: one for one in converters for pattern in one.source_patterns}
     for target, parts in groups.items():
-        for made, info in describe(model, target, patterns[parts[0].pattern], parts, shapes).items():
+        for made, info in describe(model, target, patterns[parts[0].pattern], parts, shapes, stray).items():
             add_once(renamed, _with_base(model, made), info)
     return renamed
 
