@@ -142,9 +142,13 @@ class ModelConfig:
     def rms_norm_eps(self) -> float:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps"), self.defaults.get("rms_norm_eps", 1e-6))
 
+    wrapper: Any = None  # the model of several kinds of input that this text model is a part of
+
     def untied(self) -> ModelConfig:
         """Return the same config for a head with weights of its own."""
-        return ModelConfig({**self.raw, "tie_word_embeddings": False}, self.defaults)
+        found = ModelConfig({**self.raw, "tie_word_embeddings": False}, self.defaults)
+        found.wrapper = self.wrapper
+        return found
 
     def without_head(self) -> ModelConfig:
         """Return the same config for a decoder that has no head."""
@@ -162,12 +166,7 @@ class ModelConfig:
     @property
     def head_names(self) -> tuple[str, str]:
         """The names of the head, and of the embedding that it may be tied to."""
-        return "lm_head", f"{self.decoder_path}.embed_tokens"
-
-    @property
-    def decoder_path(self) -> str:
-        """The name of the module that has the layers: another where the config is that of a wrapper."""
-        return "model.language_model" if isinstance(self.raw.get(TEXT_CONFIG), Mapping) else "model"
+        return "lm_head", "model.embed_tokens"
 
     def attention_kind_of(self, layer: int) -> str | None:
         """Return "full_attention", "sliding_attention" or, in a family that has it, "linear_attention".
@@ -233,18 +232,6 @@ class ModelConfig:
             )
 
 
-def with_text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a wrapper's config with the settings of its language model beside its own.
-
-    ConfigError where it has none.  Whether the head is tied is the wrapper's to say.
-    """
-    text = raw.get(TEXT_CONFIG)
-    if not isinstance(text, Mapping):
-        raise _bad_value(TEXT_CONFIG, text, "an object, the settings of the language model")
-    own = {name: raw[name] for name in ("model_type", "architectures", "tie_word_embeddings") if name in raw}
-    return {**raw, **text, **own}
-
-
 # Settings that change what a model computes, and the values with which they do not.
 MATHS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
@@ -262,8 +249,6 @@ MATHS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
 }
 UNREACHED = 2**31  # more positions than any text has, and than kernels count
-# The setting of a wrapper's config that is the config of its language model.
-TEXT_CONFIG = "text_config"
 LINEAR, INTERVAL = "linear_attention", "full_attention_interval"
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 

@@ -48,11 +48,17 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
     show = False if prepared.parallel.rank else progress
     with prepared.checkpoint, progress_bar("Loading", total, show) as advance:
-        check_skipped(prepared.skipped)
-        for unit in prepared.units:
-            _load_unit(unit, prepared, report)
-            return_freed_memory()
-            advance(sum(placement.tensor.nbytes for placement in unit.placements))
+        try:
+            check_skipped(prepared.skipped)
+            for unit in prepared.units:
+                _load_unit(unit, prepared, report)
+                return_freed_memory()
+                advance(sum(placement.tensor.nbytes for placement in unit.placements))
+        except CheckpointError as error:
+            if error.tensor is not None:  # by its name in the file
+                error.tensor = prepared.checkpoint.stored_as.tensor(error.tensor)
+                error.args = (str(error),)
+            raise
     report.seconds = time.perf_counter() - started
     model = prepared.model
     model.requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -57,6 +57,7 @@ def match(
     Returns the units to load, records of the tensors that are skipped, and those of them whose content has to be
     looked at while loading.  ONE CheckpointError lists all that is wrong.
     """
+    stored_as = checkpoint.stored_as.tensor
     problems: list[Problem] = []
     units: list[Unit] = []
     used: set[str] = set()
@@ -83,7 +84,9 @@ def match(
             tensor = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
             if tensor is None:
                 if not (slot.together and slot.part):
-                    problems.append(missing(slot, stray if len(problems) < HINTS else ()))
+                    problems.append(
+                        missing(slot, [stored_as(n) for n in stray] if len(problems) < HINTS else ())
+                    )
                 continue
             used.add(tensor.name)
             problem = mismatch(slot, tensor)
@@ -107,12 +110,15 @@ def match(
         problems += resolved.without_place()
         records += [TensorRecord(n, "skipped", 0, "the model's resolver skips it") for n in resolved.skipped]
     skipped: list[tuple[TensorInfo, Skip]] = []
+    why_not_run = model.find_not_run(checkpoint.tensors)
     for tensor_name, tensor in checkpoint.tensors.items():
         if tensor_name in used:
             continue
-        skip = _skip(tensor_name, model, rules, proven or {}, checkpoint.tensors)
+        reason = None if tensor_name in known else why_not_run(tensor_name)
+        skip = None if reason is None else Skip(reason, kept=True)
+        skip = skip or _skip(tensor_name, model, rules, proven or {}, checkpoint.tensors)
         if skip is None:
-            hint = nearest(tensor_name, known) if len(problems) < HINTS else ""
+            hint = nearest(stored_as(tensor_name), map(stored_as, known)) if len(problems) < HINTS else ""
             text = f"unexpected, no layer asks for it. {hint}".strip()
             if tensor_name in known:
                 text = "unexpected, a module's resolver fills its place from another tensor"
@@ -120,7 +126,7 @@ def match(
         else:
             records.append(TensorRecord(tensor_name, "skipped", 0, skip.reason))
             skipped.append((tensor, skip))
-    raise_problems(str(checkpoint.path), problems)
+    raise_problems(str(checkpoint.path), (replace(p, tensor=stored_as(p.tensor)) for p in problems))
     return tuple(units), tuple(records), tuple(skipped)
 
 

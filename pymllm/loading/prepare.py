@@ -24,6 +24,7 @@ from pymllm.loading.side_settings import method_name, refuse_contradictions, sid
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
 from pymllm.models import build_model, find_definition, gguf_architectures, read_model_config, rename_tensors
+from pymllm.models.generic.wrappers import TEXT_CONFIGS
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
@@ -75,6 +76,7 @@ def prepare(
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
     config = read_model_config(checkpoint.config, definition)
+    hoist_settings(checkpoint)
     _check_sizes(config, checkpoint)
     bare = rename_tensors(checkpoint, config)
     head = find_own_head(checkpoint, config)
@@ -83,6 +85,7 @@ def prepare(
     elif find_definition(config.raw) is not None and lacks_head(checkpoint, config, bare):
         config = config.without_head()
     stored = read_quantization_config(checkpoint)
+    stored.see_names(checkpoint.names)
     stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     if join_absorbed_heads(checkpoint, stored, config):
         stored.see_checkpoint(with_stack_members(checkpoint.tensors))
@@ -118,6 +121,15 @@ def prepare(
     rules.lint(model.unreached)
     units, records, skipped = match(model, rules, checkpoint, head.equal)
     return Prepared(checkpoint, config, rules, execution, parallel, model, units, records, skipped)
+
+
+def hoist_settings(checkpoint: Checkpoint) -> None:
+    """Move quantisation settings from the config of a wrapper's text model to where all others are."""
+    for name in TEXT_CONFIGS:
+        inner = checkpoint.config.get(name)
+        if isinstance(inner, Mapping) and inner.get(ROOT) and not checkpoint.config.get(ROOT):
+            rest = {key: value for key, value in inner.items() if key != ROOT}
+            checkpoint.config = {**checkpoint.config, name: rest, ROOT: inner[ROOT]}
 
 
 def build_on_meta(

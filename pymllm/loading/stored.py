@@ -155,6 +155,9 @@ def check_finite(tensor: TensorInfo, values: Tensor) -> None:
     if not values.numel() or all(bool(edge.isfinite()) for edge in torch.aminmax(values)):
         return
     bad = sum(int((~torch.isfinite(piece)).sum()) for piece in values.reshape(-1).split(PIECE))
+    # Of several stored tensors that one is made of, the first that has such values.
+    sources = (s for s in tensor.sources if s.dtype in FLOATS and not bool(s.read().isfinite().all()))
+    tensor = next(sources, tensor)
     # A number that the file's dtype holds and a narrower one does not is infinite only here.
     converted = tensor.dtype is not values.dtype
     raise CheckpointError(

@@ -4,8 +4,7 @@ A name of Python's has no "-": xlm-roberta is xlm_roberta.py.
 
 A file defines `Model`, which is built from a `ModelConfig`; `DEFAULTS`, the settings that a config.json may leave out;
 where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`; and where its
-checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements. Where the
-config.json is that of a wrapper, which has the language model's inside, the file says `WRAPPER = True`.
+checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements.
 """
 
 from __future__ import annotations
@@ -14,25 +13,27 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from pymllm.config import ModelConfig, with_text_config
-from pymllm.errors import CheckpointError, unknown_name
+from pymllm.config import ModelConfig
+from pymllm.errors import unknown_name
 from pymllm.models.causal_lm import CausalLM
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
+from pymllm.models.generic.converted import ConvertedTensor
 from pymllm.models.generic.model import GenericModel
-from pymllm.models.generic.names import rename
+from pymllm.models.generic.names import add_once, rename
+from pymllm.models.generic.wrappers import Wrapper, read_wrapper
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_architecture import GGUFArchitecture
+from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.tensor_file import TensorInfo
 
 # Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
 BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|layers|norm)\..*)": r"model.\1"}
 # Modules here that are no family.
-SHARED = ("causal_lm", "encoder", "generic", "language_model")
+SHARED = ("causal_lm", "encoder", "further_tokens", "generic", "language_model")
 
 # Whose modules run a model type: ours where there is a page, or transformers' in any case.
 DEFINITIONS = ("auto", "transformers")
@@ -51,12 +52,18 @@ def read_model_config(raw: Mapping[str, Any], definition: str = "auto") -> Model
     """
     if definition not in DEFINITIONS:
         raise unknown_name("definition", definition, DEFINITIONS, code="definition")
-    found = find_definition(raw) if definition == "auto" else None
-    if found is None:
-        return read_generic_config(raw)
-    page = _definition(found)
-    wrapper = vars(page).get("WRAPPER", False)
-    return ModelConfig(with_text_config(raw) if wrapper else raw, page.DEFAULTS)
+    alone = file_name(str(raw.get("model_type"))) in list_model_types() and "text_config" not in raw
+    wrapper = None if alone else read_wrapper(raw)
+    text = raw if wrapper is None else wrapper.raw
+    found = find_definition(text) if definition == "auto" else None
+    if found is not None and not (isinstance(wrapper, Wrapper) and not wrapper.has_own_logits):
+        config = ModelConfig(text, _definition(found).DEFAULTS)
+    elif isinstance(wrapper, Wrapper):
+        config = wrapper.generic_config()
+    else:
+        config = read_generic_config(text)
+    config.wrapper = wrapper
+    return config
 
 
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:
@@ -80,29 +87,35 @@ def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> bool:
     Returns True for a decoder that was saved without its head, as its names said.
     CheckpointError where two tensors would have one name.
     """
-    if isinstance(config, GenericConfig):
+    stored = {(info.file, info.start, info.end): name for name, info in checkpoint.tensors.items()}
+    if config.wrapper is not None:
+        checkpoint.tensors = config.wrapper.rename(checkpoint.tensors, config)
+    elif isinstance(config, GenericConfig):
         checkpoint.tensors = rename(config.skeleton, checkpoint.tensors)
-        return False
-    family = _family(checkpoint.config)
-    patterns = dict(vars(family).get("RENAMED", {}))
-    bare = issubclass(family.Model, CausalLM) and not any(map(BODY.match, checkpoint.tensors))
-    if bare:
-        patterns |= BODY_RENAMED
-    renamed: dict[str, TensorInfo] = {}
-    for stored, info in checkpoint.tensors.items():
-        name = stored
-        for pattern, replacement in patterns.items():
-            name = re.sub(f"^{pattern}$", replacement, name)
-        if name in renamed:
-            raise CheckpointError(
-                f"two tensors of the checkpoint are the model's {name!r}",
-                code="duplicate-tensor",
-                file=str(info.file.path),
-                tensor=stored,
-                fix="The checkpoint is badly written: convert or download it again.",
-            )
-        renamed[name] = info if name == stored else replace(info, name=name)
-    checkpoint.tensors = renamed
+    bare = False
+    if not isinstance(config, GenericConfig):
+        family = _family(config.raw)
+        patterns = dict(vars(family).get("RENAMED", {}))
+        bare = issubclass(family.Model, CausalLM) and not any(map(BODY.match, checkpoint.tensors))
+        if bare:
+            patterns |= BODY_RENAMED
+        renamed: dict[str, TensorInfo] = {}
+        for found, info in checkpoint.tensors.items():
+            name = found
+            for pattern, replacement in patterns.items():
+                name = re.sub(f"^{pattern}$", replacement, name)
+            add_once(renamed, name, info)
+        checkpoint.tensors = renamed
+    pairs, parts = [], []
+    for name, info in checkpoint.tensors.items():
+        if isinstance(info, ConvertedTensor):
+            parts += [(name, source.name) for source in info.sources]
+            pairs += [(source.name, source.name) for source in info.sources]
+        else:
+            pairs.append((name, stored[info.file, info.start, info.end]))
+    checkpoint.stored_as = ModuleNames(pairs)
+    full = {} if config.wrapper is None else config.wrapper.full
+    checkpoint.names = ModuleNames((*pairs, *parts, *full.items()))
     return bare
 
 

@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.size("vocab_size"),
             config.size("hidden_size"),
-            prefix=f"{config.decoder_path}.embed_tokens",
+            prefix="model.embed_tokens",
             quant_config=quant_config,
         )
         self.layers = nn.ModuleList(layers)
@@ -105,18 +105,6 @@ class Decoder(nn.Module):
             hidden, residual = layer(positions, hidden, residual)
         normed, _ = self.norm(hidden, residual)
         return normed
-
-
-class LanguageTower(nn.Module):
-    """The decoder below the name that it has beside towers for pictures and sound, which are not run."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.language_model = decoder
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Run the decoder.  ids, positions: [T].  Returns normed hidden states [T, H]."""
-        return self.language_model(ids, positions)
 
 
 class CausalLM(LanguageModel):
@@ -138,18 +126,17 @@ class CausalLM(LanguageModel):
         self.config = config
         layers: list[nn.Module] = []
         for index in range(config.size("num_hidden_layers")):
-            prefix = f"{config.decoder_path}.layers.{index}"
+            prefix = f"model.layers.{index}"
             attention = self.make_attention(index, f"{prefix}.self_attn", quant_config)
             mlp = self.make_mlp(index, f"{prefix}.mlp", quant_config)
             layers.append(self.layer(config, attention, mlp, self.norm))
-        decoder = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
-        self.model = decoder if config.decoder_path == "model" else LanguageTower(decoder)
+        self.model = Decoder(config, layers, self.norm, self.embedding_scale, quant_config)
         self.lm_head = None
         if not config.headless:
             self.lm_head = ParallelLMHead(
                 config.size("vocab_size"),
                 config.size("hidden_size"),
-                tied_to=decoder.embed_tokens if config.tie_word_embeddings else None,
+                tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
                 prefix="lm_head",
                 quant_config=quant_config,
             )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pymllm.config import ModelConfig
 from pymllm.models import deepseek_v2
 from pymllm.moe import TopKRouter, build_topk_router
 from pymllm.moe.config import get_norm_topk_prob, get_num_experts, get_num_experts_per_tok
-from pymllm.quantization.base import StoredTensor
-from pymllm.weights.report import Skip
 
 DEFAULTS = {
     **deepseek_v2.DEFAULTS,
@@ -27,18 +23,9 @@ DEFAULTS = {
 
 
 class Model(deepseek_v2.Model):
-    """DeepseekV3ForCausalLM.  The layers that predict further tokens are not run."""
+    """DeepseekV3ForCausalLM."""
 
     expert_bias = True
-
-    def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
-        # A layer that predicts further tokens has eh_proj; one without is a layer that the config does not count.
-        first, count = self.config.size("num_hidden_layers"), self.config.get("num_nextn_predict_layers", 1)
-        for index in range(first, first + (count or 0)):
-            prefix = f"model.layers.{index}."
-            if tensor.startswith(prefix) and any(name.startswith(f"{prefix}eh_proj.") for name in stored):
-                return "a layer that predicts further tokens, which is not run"
-        return super().skip_reason(tensor, stored)
 
     def make_router(self, config: ModelConfig) -> TopKRouter:
         return build_topk_router(

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError
+from pymllm.models.further_tokens import FurtherTokens
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
 
@@ -51,6 +52,16 @@ class LanguageModel(nn.Module):
         tensor: its name.  stored: all of the checkpoint's, by name.
         """
         return None
+
+    def find_not_run(self, stored: Mapping[str, StoredTensor]) -> Callable[[str], str | None]:
+        """Find the parts of the checkpoint's model that are not run: layers for further tokens, towers for images.
+
+        stored: all of the checkpoint's tensors, by name.  Returns what says why a tensor is of such a part, or None.
+        """
+        further, wrapper = FurtherTokens(stored, self.config), self.config.wrapper
+        if wrapper is None:
+            return further.why_not_run
+        return lambda name: further.why_not_run(name) or wrapper.why_not_run(name)
 
     @property
     def max_length(self) -> int:

@@ -130,7 +130,7 @@ def make_plan(
     eager = why_not_captured(prepared.model, binder) if on_gpu else None
     return Plan(
         model=str(prepared.checkpoint.path),
-        model_type=str(prepared.config.raw.get("model_type")),
+        model_type=str(prepared.checkpoint.config.get("model_type")),
         definition=prepared.model.definition,
         device=prepared.execution.device,
         dtype=str(prepared.execution.dtype).removeprefix("torch."),
@@ -272,6 +272,8 @@ def _notes(
     """
     notes = []
     named, run = prepared.config.raw.get("model_type"), find_definition(prepared.config.raw)
+    if prepared.config.wrapper is not None:
+        notes.append(f"of {prepared.config.wrapper.architecture} its text model alone runs, {named}")
     if run is None:
         notes.append(f"there is no page for the model type {named!r}; it runs {prepared.model.definition}")
     elif isinstance(prepared.config, GenericConfig):

@@ -260,6 +260,20 @@ class EmbeddingRequest(_Strict):
         return self.input  # type: ignore[return-value]
 
 
+def _refuse_other_parts(messages: list[Any]) -> None:
+    """Refuse images, sounds and files in messages: models of several kinds of input run their text model alone."""
+    for index, message in enumerate(messages):
+        parts = message.get("content") if isinstance(message, dict) else None
+        for place, part in enumerate(parts if isinstance(parts, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                refuse(
+                    "messages",
+                    f"may hold text alone: {kind!r} (at messages.{index}.content.{place}) is not read by this server",
+                    code="unsupported_content",
+                )
+
+
 R = TypeVar("R", bound=_Strict)
 
 
@@ -284,6 +298,7 @@ def read_request(kind: type[R], body: bytes) -> R:
             else message
             for message in raw["messages"]
         ]
+        _refuse_other_parts(raw["messages"])
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:

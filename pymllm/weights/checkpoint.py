@@ -8,6 +8,7 @@ from typing import Any
 
 from pymllm.errors import CheckpointError
 from pymllm.weights.folder import CONFIG, is_gguf
+from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.tensor_file import TensorFile, TensorInfo
 
 
@@ -18,7 +19,11 @@ class Checkpoint:
     files: in the order in which they are read.  tensors: those of all files by their names in the model, file by file,
     in the order of the bytes.  config_file: the file that `config` was read from.
     metadata: all that a GGUF file's header has besides its tensors (its tokenizer, say); else empty.
+    names: all other names of the model's modules.  stored_as: the names that modules and tensors have in the files.
     """
+
+    names = ModuleNames()
+    stored_as = ModuleNames()
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""Other names of a model's modules: those that the checkpoint stores them under, and those of the class that wrote it."""
+"""Other names of a model's modules: as the checkpoint stores them, and as the class that wrote it has them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 
 class ModuleNames:
@@ -16,21 +16,17 @@ class ModuleNames:
     def __init__(self, tensors: Iterable[tuple[str, str]] = ()) -> None:
         """Learn the names of modules from those of tensors: (in the model, elsewhere), which end alike."""
         self._known: dict[str, dict[str, None]] = {}
-        self.stored: dict[str, str] = {}  # the first other name of each tensor
+        self._tensors: dict[str, str] = {}
         for name, other in tensors:
-            if name == other:
-                continue
-            self.stored.setdefault(name, other)
+            self._tensors.setdefault(name, other)
             mine, theirs = name.split("."), other.split(".")
             while len(mine) > 1 and len(theirs) > 1 and mine[-1] == theirs[-1]:
                 mine.pop()
                 theirs.pop()
+                others = self._known.setdefault(".".join(mine), {})
                 if mine != theirs:
-                    self._known.setdefault(".".join(mine), {})[".".join(theirs)] = None
+                    others[".".join(theirs)] = None
         self.of = functools.lru_cache(maxsize=None)(self._of)
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
 
     def _of(self, name: str) -> tuple[str, ...]:
         """List all names of a module, its name in the model first; one that is not known has its parent's."""
@@ -42,7 +38,7 @@ class ModuleNames:
             rest = f".{last}{rest}"
         return (name,)
 
-
-def moved(names: Mapping[str, str]) -> dict[str, str]:
-    """Leave out of a mapping of names what keeps its name."""
-    return {name: other for name, other in names.items() if name != other}
+    def tensor(self, name: str) -> str:
+        """Return the other name of a tensor: its own, else its module's."""
+        module, _, suffix = name.rpartition(".")
+        return self._tensors.get(name) or f"{self.of(module)[-1]}.{suffix}".removeprefix(".")

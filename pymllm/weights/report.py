@@ -35,10 +35,12 @@ class Skip:
 
     refuse: is given what is stored, while loading, and returns why the tensor cannot be left out, or None; None: its
     name alone is proof enough.
+    kept: whether it is of a part that is not run, which another checkpoint of the model has all the same.
     """
 
     reason: str
     refuse: Callable[[Tensor], str | None] | None = None
+    kept: bool = False
 
 
 @dataclass

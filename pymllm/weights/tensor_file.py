@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ class TensorInfo:
     file: TensorFile = field(repr=False)
     start: int
     end: int
+
+    # The stored tensors that it is made of as it is read, where it is not stored itself.
+    sources: ClassVar[tuple[TensorInfo, ...]] = ()
 
     @property
     def dtype(self) -> torch.dtype:

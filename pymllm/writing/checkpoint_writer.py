@@ -42,7 +42,7 @@ from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.weights.memory import return_freed_memory
 from pymllm.writing.calibrated import CalibratedModel, Calibration
 from pymllm.writing.encoding import encode
-from pymllm.writing.layers import SourceLayer, Step, steps_of
+from pymllm.writing.layers import SourceLayer, Step, kept_parts, steps_of
 from pymllm.writing.output import Output, storable
 from pymllm.writing.side_files import config_json, embedding_files, files_to_copy, model_card
 from pymllm.writing.spelling import SpelledLayer, Spelling, WithSideConfigs
@@ -150,7 +150,15 @@ class CheckpointWriter:
         for layer in self.layers():
             planned = self.planned(layer)
             spelled[layer.name] = SpelledLayer(layer.kind, self.storage(layer, planned))
-        self.spelling.config(spelled | self._left_alone(spelled))
+        self.spelling.config(self._named(spelled | self._left_alone(spelled)))
+
+    def _named(self, layers: Mapping[str, SpelledLayer]) -> dict[str, SpelledLayer]:
+        """Give layers the names that the source's class and its files have for them, for a config."""
+        names = self.prepared.checkpoint.names
+        first = 0 if self.prepared.config.wrapper is None else 1
+        return {
+            spelled: layer for name, layer in layers.items() for spelled in names.of(name)[first:] or (name,)
+        }
 
     def storage(self, layer: SourceLayer, weight: CanonicalWeight) -> LinearMethodBase:
         """Choose the method that a layer's weight is stored in.  ConfigError if the spelling cannot express it."""
@@ -162,7 +170,8 @@ class CheckpointWriter:
 
     def final(self, step: Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn a step's tensors, by their names in the model, into those that files hold."""
-        return tensors
+        stored_as = self.prepared.checkpoint.stored_as
+        return {stored_as.tensor(name): tensor for name, tensor in tensors.items()}
 
     def keeps(self, layer: SourceLayer, weight: CanonicalWeight) -> bool:
         """Tell whether a layer's stored tensors are copied as they are: kept floats, each in its own dtype."""
@@ -335,7 +344,9 @@ class CheckpointWriter:
             layer: SpelledLayer(note["kind"], _from_json(note["method"])) for layer, note in notes.items()
         }
         quantised = any(not isinstance(s.method, UnquantizedLinearMethod) for s in spelled.values())
-        quantization = self.spelling.config(spelled | self._left_alone(spelled)) if quantised else None
+        quantization = (
+            self.spelling.config(self._named(spelled | self._left_alone(spelled))) if quantised else None
+        )
         head = self.prepared.model.lm_head
         tied = (
             self.prepared.config.tie_word_embeddings
@@ -381,7 +392,8 @@ class CheckpointWriter:
                 f"{len(unreached)} layers were rounded by themselves, as no calibration input was seen at them: "
                 f"{unreached[0]}."
             )
-        dropped = Counter(record.reason for record in self.prepared.records)
+        kept = {tensor.name for tensor in kept_parts(self.prepared)}
+        dropped = Counter(record.reason for record in self.prepared.records if record.name not in kept)
         found += [f"{count} tensors were not carried over: {reason}." for reason, count in dropped.items()]
         return found
 

@@ -8,7 +8,7 @@ alone. Steps group them by the block of the model that they belong to: a step is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,8 @@ from pymllm.quantization.rules import Rule
 from pymllm.weights.spec import FLOATS, LinearShape
 from pymllm.weights.tensor_file import TensorInfo
 from pymllm.writing.stacked_experts import Cut, can_cut, cuts_of, expert_biases
+
+NOT_RUN = "what is not run"  # the name of the step that copies it
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,13 @@ def steps_of(prepared: Prepared, cuts_experts: bool = False) -> list[Step]:
         by_step.setdefault(unit.name if block is None else block, []).append(unit)
     steps = []
     used: set[str] = set()  # by steps before, too: a tied head reads the embedding's tensor
+    converted = {
+        s.name
+        for u in prepared.units
+        if list(u.holder.parts())
+        for p in u.placements
+        for s in p.tensor.sources
+    }
     for name, units in by_step.items():
         layers: list[SourceLayer] = []
         copied: dict[str, TensorInfo] = {}
@@ -137,10 +146,34 @@ def steps_of(prepared: Prepared, cuts_experts: bool = False) -> list[Step]:
                 for bias in expert_biases(part, unit) if part.stacked else ():
                     copied[bias.name] = bias
                     used.add(bias.stacked.name)
-            copied |= {p.tensor.name: p.tensor for p in unit.placements if p.tensor.name not in used}
+            for p in unit.placements:
+                if p.tensor.name not in used:
+                    copied |= {info.name: info for info in _as_stored(p.tensor, converted)}
         number = None if prepared.model.block_of(name) is None else int(name.rpartition(".")[2])
         steps.append(Step(name, number, tuple(units), tuple(layers), tuple(copied.values())))
-    return steps
+    kept = kept_parts(prepared)
+    return steps if not kept else [*steps, Step(NOT_RUN, None, (), (), kept)]
+
+
+def kept_parts(prepared: Prepared) -> tuple[TensorInfo, ...]:
+    """List the tensors of parts that are not run, which are copied as they are.
+
+    Those of quantised layers are not among them: the config that is written does not say how to read them.
+    """
+    kept = [tensor for tensor, skip in prepared.skipped if skip.kept]
+    quantised = {tensor.name.rpartition(".")[0] for tensor in kept if tensor.dtype not in FLOATS}
+    if prepared.quant.checkpoint_config.get_name() == "none":
+        quantised = set()
+    return tuple(tensor for tensor in kept if tensor.name.rpartition(".")[0] not in quantised)
+
+
+def _as_stored(tensor: TensorInfo, converted: Set[str]) -> tuple[TensorInfo, ...]:
+    """Return the stored tensors that one is made of, or itself where layers that are written hold parts of these.
+
+    converted: the stored tensors that layers are made of, by name.
+    """
+    sources = tensor.sources
+    return (tensor,) if any(source.name in converted for source in sources) else sources or (tensor,)
 
 
 def _refuse_resolved(prepared: Prepared) -> None:

@@ -95,7 +95,7 @@ class MLXWriter(CheckpointWriter):
                 experts.setdefault(stacked_name(name), {})[int(found["index"])] = tensor
         for name, members in experts.items():
             written[name] = torch.stack([members[index] for index in sorted(members)])
-        return written
+        return super().final(step, written)
 
 
 def stacked_name(name: str) -> str:

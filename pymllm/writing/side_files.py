@@ -78,6 +78,9 @@ def config_json(
         config["architectures"] = [re.sub(r"For[A-Z]\w*$", "Model", str(name)) for name in named]
     if untied:
         config["tie_word_embeddings"] = False
+        for name, inner in config.items():  # of the text model in a wrapper
+            if isinstance(inner, Mapping) and inner.get("tie_word_embeddings"):
+                config[name] = {**inner, "tie_word_embeddings": False}
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
         if "quant_method" not in quantization:  # mlx-lm writes its settings twice, and reads the second place

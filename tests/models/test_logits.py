@@ -28,10 +28,9 @@ LLAMA3 = {
 
 
 def test_every_family_is_tested_here():
-    wrappers = {"qwen3_5", "qwen3_5_moe"}  # in test_hybrid.py
     encoders = {family.replace("-", "_") for family in ENCODERS}  # in tests/embedding
     # Mixtures are in tests/moe.
-    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES, *wrappers, *encoders}
+    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES, *encoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -121,6 +121,16 @@ def test_messages_that_cannot_be_honoured_are_refused(served, messages):
     assert (status, answer["error"]["param"]) == (400, "messages")
 
 
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
+def test_a_part_of_a_message_that_is_no_text_is_refused_by_its_kind_and_place(served, kind):
+    content = [{"type": "text", "text": "x"}, {"type": kind, kind: {"url": "data:,x"}}]
+    message = {"role": "user", "content": content}
+    status, answer, _ = post(served, {"messages": [message]}, "/v1/chat/completions")
+    error = answer["error"]
+    assert (status, error["param"], error["code"]) == (400, "messages", "unsupported_content")
+    assert f"'{kind}' (at messages.0.content.1)" in error["message"]
+
+
 def test_a_body_that_is_too_large_is_refused(served):
     status, answer, _ = post(served, b" " * (MAX_BODY_BYTES + 1))
     assert status == 413 and answer["error"]["message"]

@@ -42,10 +42,11 @@ OURS = ("quantization_config", "compression_config", "auto_map")
 class GenericConfig(ModelConfig):
     """A config.json of a type without a page, as transformers reads it.
 
-    architecture: the name of the class.  hf: transformers' config of it.
+    architecture: the name of the class.  hf: transformers' config of it.  made: the class; None: transformers' of that
+    name.
     """
 
-    def __init__(self, raw: Mapping[str, Any], architecture: str, hf: Any) -> None:
+    def __init__(self, raw: Mapping[str, Any], architecture: str, hf: Any, made: Any = None) -> None:
         text = hf.get_text_config(decoder=True)
         names = {name: _setting(text, name) for name in ("num_key_value_heads", "head_dim", "vocab_size")}
         names |= {name: _setting(text, name) for name in ("hidden_size", "num_hidden_layers")}
@@ -63,17 +64,25 @@ class GenericConfig(ModelConfig):
             elif name in SIZES:
                 given.pop(name, None)
         super().__init__(given, {"hidden_size": 1, "num_hidden_layers": 1})  # where each part has its own
-        self.__dict__["architecture"], self.__dict__["hf"] = architecture, hf
+        self.__dict__["architecture"], self.__dict__["hf"], self.__dict__["made"] = architecture, hf, made
 
     def untied(self) -> GenericConfig:
         hf = copy.deepcopy(self.hf)
         hf.tie_word_embeddings = False
-        return GenericConfig(self.raw, self.architecture, hf)
+        found = GenericConfig(self.raw, self.architecture, hf, self.made)
+        found.wrapper = self.wrapper
+        return found
 
     @functools.cached_property
     def skeleton(self) -> Any:
         """The class's model without data and without our layers, for the names of its modules."""
         return build_on_meta(self, torch.float32, "eager")
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """The names of the model without its head, and of the head."""
+        names = {id(module): name for name, module in self.skeleton.named_modules()}
+        return names[id(self.skeleton.get_decoder())], self.head_names[0]
 
     @property
     def head_names(self) -> tuple[str, str]:
@@ -105,10 +114,18 @@ def _integer(value: Any) -> int | None:
 def read_generic_config(raw: Mapping[str, Any]) -> GenericConfig:
     """Read the config of a type without a page.  ConfigError where transformers has no decoder for it either."""
     name, config_class = find_class(raw)
+    return GenericConfig(raw, name, read_hf_config(name, config_class, raw))
+
+
+def read_hf_config(name: str, config_class: Any, raw: Mapping[str, Any]) -> Any:
+    """Read a config.json as transformers' config of a class.  ConfigError where transformers does not take it.
+
+    name: of the class.
+    """
     settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
     settings.pop("model_type", None)
     try:
-        hf = config_class.from_dict(settings)
+        return config_class.from_dict(settings)
     except Exception as error:
         raise ConfigError(
             f"transformers does not take this config.json for {name}",
@@ -118,7 +135,6 @@ def read_generic_config(raw: Mapping[str, Any]) -> GenericConfig:
             expected=f"settings of {config_class.__name__}",
             found=" ".join(str(error).split())[:300],
         ) from error
-    return GenericConfig(raw, name, hf)
 
 
 def _read_float(value: Any) -> Any:
@@ -187,22 +203,32 @@ def build_on_meta(config: GenericConfig, dtype: torch.dtype, attention: str) -> 
 
     attention: the name of the attention function that the model is to call.
     """
+    made = class_called(config.architecture) if config.made is None else config.made
+    model = build_class(made, config.architecture, config.hf, dtype, attention)
+    _compute_buffers(model)
+    return model.eval().requires_grad_(False)
+
+
+def build_class(made: Any, name: str, hf: Any, dtype: torch.dtype, attention: str) -> Any:
+    """Build a class's model on the meta device.  ConfigError where it cannot be built.
+
+    made: the class.  name: what errors call it.  hf: its config.  dtype, attention: as for `build_on_meta`.
+    """
     with BUILDING:
-        return _build(config, dtype, attention)
+        return _build(made, name, hf, dtype, attention)
 
 
-def _build(config: GenericConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+def _build(made: Any, name: str, hf: Any, dtype: torch.dtype, attention: str) -> Any:
     from transformers.initialization import no_init_weights
 
     model: Any
-    made_by = class_called(config.architecture)
 
     def build(attention: str) -> Any:
-        hf = copy.deepcopy(config.hf)
-        hf._attn_implementation = attention
+        own = copy.deepcopy(hf)
+        own._attn_implementation = attention
         # Experts that look nothing up, so that they run on the meta device.
-        hf._experts_implementation = "batched_mm"
-        return made_by(hf)
+        own._experts_implementation = "batched_mm"
+        return made(own)
 
     before = torch.get_default_dtype()
     try:
@@ -217,7 +243,7 @@ def _build(config: GenericConfig, dtype: torch.dtype, attention: str) -> nn.Modu
                 _copy_plain_tensors(build("eager"), model)
     except Exception as error:
         raise ConfigError(
-            f"transformers' {config.architecture} cannot be built from this config.json",
+            f"transformers' {name} cannot be built from this config.json",
             code="config-value",
             file="config.json",
             tensor="architectures",
@@ -225,8 +251,6 @@ def _build(config: GenericConfig, dtype: torch.dtype, attention: str) -> nn.Modu
         ) from error
     finally:
         torch.set_default_dtype(before)
-    _compute_buffers(model)
-    return model.eval().requires_grad_(False)
 
 
 def _plain_tensors(model: nn.Module) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.generic.stepwise import Blocks
+from pymllm.models.generic.unneeded import skip_reason
 from pymllm.models.generic.unreached import find_unreached
 from pymllm.models.language_model import LanguageModel
 from pymllm.modules.foreign_experts import ForeignExperts
@@ -171,21 +172,11 @@ class GenericModel(LanguageModel):
         return self.why_alone is not None
 
     def skip_reason(self, tensor: str, stored: Mapping[str, StoredTensor]) -> Skip | str | None:
-        for pattern in self.inner._keys_to_ignore_on_load_unexpected or ():
-            if re.search(pattern, tensor):
-                return f"transformers' class leaves out what is called {pattern}"
         for path, experts in self._experts:
             said = experts.why_not_needed(tensor.removeprefix(f"{path}."))
             if said is not None and tensor.startswith(f"{path}."):
                 return said
-        module, _, name = tensor.rpartition(".")
-        try:
-            computed = self.inner.get_submodule(module)._buffers.get(name)
-        except AttributeError:
-            return None
-        if computed is None:
-            return None
-        return Skip("values that follow from the config", lambda found: _refuse_other(found, computed))
+        return skip_reason(self.inner, tensor, self.config.wrapper is not None)
 
     @property
     def embedding_scale(self) -> float:  # type: ignore[override]
@@ -242,15 +233,7 @@ class GenericModel(LanguageModel):
 
     def compute_logits(self, hidden: Tensor, gather_all: bool = True) -> Tensor | None:
         """Apply the class's own forward after its inner model: the head, and what it does to logits."""
-        base = self.inner.get_submodule(self.base_name)
-        output = _Hidden(hidden[None])
-        base.forward = lambda *_, **__: output
-        try:
-            given = {"input_ids": self._no_ids(hidden), "use_cache": False}
-            result = self.inner(**{name: value for name, value in given.items() if takes(self.inner, name)})
-        finally:
-            del base.forward
-        return result.logits[0].float()
+        return run_head(self.inner, self.base_name, hidden, self._no_ids(hidden)).float()
 
     def _no_ids(self, hidden: Tensor) -> Tensor:
         """Return ids of as many tokens as `hidden` has, [1, N]: the same zero, so that no step has to make it."""
@@ -258,6 +241,23 @@ class GenericModel(LanguageModel):
         if hidden.device not in zeros:
             zeros[hidden.device] = hidden.new_zeros((1, 1), dtype=torch.int64)
         return zeros[hidden.device].expand(1, len(hidden))
+
+
+def run_head(model: Any, base_name: str, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Run what a class's forward does after its inner model.  hidden: [N, H].  Returns logits [N, V].
+
+    base_name: the inner model's.  ids: [1, N], for a forward that looks at their number; None: they are made.
+    """
+    base = model.get_submodule(base_name)
+    output = _Hidden(hidden[None])
+    base.forward = lambda *_, **__: output
+    if ids is None:
+        ids = hidden.new_zeros((1, len(hidden)), dtype=torch.int64)
+    try:
+        given = {"input_ids": ids, "use_cache": False}
+        return model(**{name: value for name, value in given.items() if takes(model, name)}).logits[0]
+    finally:
+        del base.forward
 
 
 class _Hidden(tuple):  # type: ignore[type-arg]
@@ -273,14 +273,6 @@ class _Hidden(tuple):  # type: ignore[type-arg]
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-def _refuse_other(found: Tensor, computed: Tensor) -> str | None:
-    """Return why stored values are not those that the model computes, or None."""
-    if found.shape != computed.shape:
-        return f"values of the shape {list(found.shape)}, where the config gives {list(computed.shape)}"
-    close = torch.allclose(found.float(), computed.float().cpu(), rtol=2**-7, atol=1e-6)
-    return None if close else "other values than the config gives"
 
 
 def _set_attention(inner: Any, name: str) -> None:

@@ -165,6 +165,7 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     def see_checkpoint(self, tensors: Mapping[str, StoredTensor]) -> None:
         super().see_checkpoint(tensors)
+        self.has_shapes = any(name.endswith(".weight_shape") for name in tensors)  # then every layer has one
         modules = {name for module in self.stored_modules for name in self.spellings(module)}
         for group in self.groups:
             for target in group.targets:
@@ -236,7 +237,7 @@ class CompressedTensorsConfig(QuantizationConfig):
             if scale is not None and scale.dtype in FLOATS:
                 method = replace(method, scale_dtype=scale.dtype)
             if method.packed and self.stored:
-                method = replace(method, has_shape=f"{prefix}.weight_shape" in self.stored)
+                method = replace(method, has_shape=self.has_shapes)
             if method.index == "absent" and f"{prefix}.weight_g_idx" in self.stored:
                 method = replace(method, index="in order")
         elif isinstance(method, Fp4LinearMethod):
