@@ -251,6 +251,7 @@ def _build(made: Any, name: str, hf: Any, dtype: torch.dtype, attention: str) ->
         ) from error
     finally:
         torch.set_default_dtype(before)
+    return model
 
 
 def _plain_tensors(model: nn.Module) -> list[tuple[str, str]]:
