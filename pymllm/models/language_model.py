@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
     @property
     def why_not_repeated(self) -> str | None:
-        """Why decoding steps cannot be recorded and played back; None: nothing about the model stands in the way."""
+        """The reason why decoding steps cannot be recorded and played back; None: nothing stands in the way."""
         return None
 
     # A step at a time, for calibration

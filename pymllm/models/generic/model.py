@@ -24,7 +24,7 @@ from pymllm.models.generic.probe import FUTURE, Probe, probe
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.generic.stepwise import Blocks
-from pymllm.models.generic.unreached import find_unreached
+from pymllm.models.generic.unreached import find_unreached, notes_of
 from pymllm.models.language_model import LanguageModel
 from pymllm.modules.foreign_experts import ForeignExperts
 from pymllm.quantization.base import QuantizationConfig, StoredTensor
@@ -82,6 +82,7 @@ class GenericModel(LanguageModel):
                 layer = inner.get_submodule(name)
                 attention.add_attention(layer, name, calls.get(name, called), called, quant_config)
         self.unreached = find_unreached(inner, experts)
+        self._left = notes_of(inner, self.unreached)
         self._experts = [(n, m) for n, m in inner.named_modules() if isinstance(m, RoutedExperts)]
         turns = [module for module in inner.modules() if isinstance(module, (PagedLayers, Recurrences))]
         self._in_turns = [layers for layers in turns if len(layers) > 1]
@@ -135,8 +136,8 @@ class GenericModel(LanguageModel):
     def notes(self) -> list[str]:
         """Say how the class's model is run."""
         if self.why_alone is None:
-            return []
-        return [f"requests run one after another over transformers' own cache: {self.why_alone}"]
+            return self._left
+        return [f"requests run one after another over transformers' own cache: {self.why_alone}", *self._left]
 
     @property
     def why_not_repeated(self) -> str | None:
