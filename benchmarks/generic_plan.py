@@ -1,4 +1,4 @@
-"""Measure how long plans take of big models whose type has no page: config and headers alone, in files full of holes.
+"""Measure how long a plan takes for big models whose type has no page: config and headers, in files full of holes.
 
     python benchmarks/generic_plan.py [--types exaone4 seed_oss glm4_moe]
 

@@ -302,3 +302,15 @@ def test_a_page_that_is_added_takes_its_type_over(tiny, tmp_path, monkeypatch):
     assert type(prepared.model).__module__ == "pymllm.models.smollm3"
     assert make_plan(prepared).notes[0] == "a page of its own"
     assert relative_error(load(folder).logits(IDS), tiny("smollm3").logits()) <= TOLERANCE
+
+
+def test_a_large_part_that_no_rule_reaches_is_a_note_of_every_plan(tmp_path):
+    """DBRX lays all experts of a layer along one axis."""
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 130, "max_seq_len": 64}
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    config = transformers.DbrxConfig(
+        **sizes, ffn_config=experts, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0}
+    )
+    transformers.DbrxForCausalLM(config).save_pretrained(tmp_path)
+    notes = make_plan(prepare(tmp_path)).notes
+    assert any("of the weights stay as they are" in note and "ffn.experts.mlp.w1" in note for note in notes)

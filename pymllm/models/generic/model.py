@@ -26,7 +26,7 @@ from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.generic.stepwise import Blocks
 from pymllm.models.generic.unneeded import skip_reason
-from pymllm.models.generic.unreached import find_unreached
+from pymllm.models.generic.unreached import find_unreached, notes_of
 from pymllm.models.language_model import LanguageModel
 from pymllm.modules.foreign_experts import ForeignExperts
 from pymllm.parallel import Parallel
@@ -101,6 +101,7 @@ class GenericModel(LanguageModel):
         if last in inner._modules:
             inner._modules[last] = inner._modules.pop(last)
         self.unreached = find_unreached(inner, experts)
+        self._left = notes_of(inner, self.unreached)
         self._experts = [(n, m) for n, m in inner.named_modules() if isinstance(m, RoutedExperts)]
         turns = [module for module in inner.modules() if isinstance(module, (PagedLayers, Recurrences))]
         self._in_turns = [layers for layers in turns if len(layers) > 1]
@@ -159,8 +160,8 @@ class GenericModel(LanguageModel):
     def notes(self) -> list[str]:
         """Say how the class's model is run."""
         if self.why_alone is None:
-            return self.why_not_fused
-        return [f"requests run one after another over transformers' own cache: {self.why_alone}"]
+            return [*self.why_not_fused, *self._left]
+        return [f"requests run one after another over transformers' own cache: {self.why_alone}", *self._left]
 
     @property
     def why_not_repeated(self) -> str | None:

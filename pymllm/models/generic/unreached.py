@@ -9,6 +9,8 @@ from torch import nn
 
 from pymllm.layers.held import WeightHolder
 
+LARGE = 0.05  # of a model's weights
+
 
 def find_unreached(model: nn.Module, experts: Mapping[str, Any]) -> dict[str, str]:
     """Say of each such weight, by the name that a rule would have for it, why it stays as it is.
@@ -34,6 +36,20 @@ def find_unreached(model: nn.Module, experts: Mapping[str, Any]) -> dict[str, st
             reason = said if isinstance(said, str) else _reason(module)
             found[path if name == "weight" else f"{path}.{name}"] = reason
     return found
+
+
+def notes_of(model: nn.Module, unreached: Mapping[str, str]) -> list[str]:
+    """Say of those weights that are a large part of the model that no rule can reach them, and why."""
+    sizes = {n.removesuffix(".weight"): p.numel() for n, p in model.named_parameters()}
+    whole, notes = sum(sizes.values()), []
+    for reason in dict.fromkeys(unreached.values()):
+        names = [name for name, why in unreached.items() if why == reason]
+        part = sum(sizes[name] for name in names) / max(whole, 1)
+        if part >= LARGE:
+            notes.append(
+                f"{part:.0%} of the weights stay as they are, whatever rules say: {names[0]}: {reason}"
+            )
+    return notes
 
 
 def _reason(module: nn.Module) -> str:
