@@ -106,6 +106,23 @@ def test_decoding_steps_are_played_from_a_tape(tmp_path, dtype):
     assert llm.engine.runner.eager_reason is None
 
 
+@pytest.mark.parametrize("flattened", (False, True))
+def test_a_class_that_needs_outputs_without_gaps_gets_them(tmp_path, monkeypatch, flattened):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x).view(-1).view(*x.shape[:-1], -1)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    if flattened:
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+    checkpoint = write_checkpoint(tmp_path / "m")
+    llm = LLM(checkpoint.folder, device="cpu", dtype="float32", **THEIRS)
+    products = [module for module in llm.model.modules() if isinstance(module, FusedLinear)]
+    assert products and all(product.contiguous is flattened for product in products[:1])
+    assert relative_error(llm.logits(checkpoint.ids.tolist()), checkpoint.logits()) <= TOLERANCE
+
+
 # Parts that are asked for one by one
 
 
