@@ -128,7 +128,7 @@ _VIEWS = (torch.ops.aten._unsafe_view.default,)
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
-def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], None]:
+def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], Any]:
     """Return what runs an operation again, with its results in the same tensors."""
     if func is torch.ops.aten._to_copy.default:
         return functools.partial(outputs[0].copy_, args[0])

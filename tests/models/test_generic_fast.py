@@ -95,9 +95,12 @@ def test_an_adapter_names_the_parts(tmp_path):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_decoding_steps_are_played_from_a_tape(tmp_path, dtype):
-    llm = LLM(write_checkpoint(tmp_path / "m", "qwen3").folder, device="cpu", dtype=dtype, **THEIRS)
+@pytest.mark.parametrize(
+    "family, dtype", (("qwen3", "float32"), ("qwen3", "bfloat16"), ("qwen3_moe", "float32"))
+)
+def test_decoding_steps_are_played_from_a_tape(tmp_path, family, dtype):
+    write = write_moe if family in MOE_FAMILIES else write_checkpoint
+    llm = LLM(write(tmp_path / "m", family, "awq-g32").folder, device="cpu", dtype=dtype, **THEIRS)
     expected = [answers(llm, [prompt], greedy(2))[0] for prompt in PROMPTS]
     found = answers(llm, PROMPTS, greedy(20))
     assert [answer[:2] for answer in found] == expected
