@@ -53,10 +53,6 @@ class Model(CausalLM):
     attention = GatedAttention
     norm = GemmaRMSNorm
     delta_net: ClassVar[type[GatedDeltaNet]] = GatedDeltaNet
-    skipped_tensors: ClassVar[dict[str, str]] = {
-        r"(model\.)?visual\..*": "the vision tower is not run",
-        r"mtp\..*": "the layers that guess further tokens (mtp) are not run",
-    }
 
     def attention_options(self) -> dict[str, Any]:
         return {**super().attention_options(), "qk_norm": GemmaRMSNorm}

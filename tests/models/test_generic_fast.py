@@ -95,15 +95,35 @@ def test_an_adapter_names_the_parts(tmp_path):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_decoding_steps_are_played_from_a_tape(tmp_path, dtype):
-    llm = LLM(write_checkpoint(tmp_path / "m", "qwen3").folder, device="cpu", dtype=dtype, **THEIRS)
+@pytest.mark.parametrize(
+    "family, dtype", (("qwen3", "float32"), ("qwen3", "bfloat16"), ("qwen3_moe", "float32"))
+)
+def test_decoding_steps_are_played_from_a_tape(tmp_path, family, dtype):
+    write = write_moe if family in MOE_FAMILIES else write_checkpoint
+    llm = LLM(write(tmp_path / "m", family, "awq-g32").folder, device="cpu", dtype=dtype, **THEIRS)
     expected = [answers(llm, [prompt], greedy(2))[0] for prompt in PROMPTS]
     found = answers(llm, PROMPTS, greedy(20))
     assert [answer[:2] for answer in found] == expected
     batches = llm.engine.runner._decoding
     assert batches[3, torch.get_num_threads()].replay is not None
     assert llm.engine.runner.eager_reason is None
+
+
+@pytest.mark.parametrize("flattened", (False, True))
+def test_a_class_that_needs_outputs_without_gaps_gets_them(tmp_path, monkeypatch, flattened):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x).view(-1).view(*x.shape[:-1], -1)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    if flattened:
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+    checkpoint = write_checkpoint(tmp_path / "m")
+    llm = LLM(checkpoint.folder, device="cpu", dtype="float32", **THEIRS)
+    products = [module for module in llm.model.modules() if isinstance(module, FusedLinear)]
+    assert products and all(product.contiguous is flattened for product in products[:1])
+    assert relative_error(llm.logits(checkpoint.ids.tolist()), checkpoint.logits()) <= TOLERANCE
 
 
 # Parts that are asked for one by one

@@ -193,7 +193,7 @@ def test_a_wrapper_answers_as_its_language_model_and_says_what_is_not_run(wrappe
         record.name.split(".")[0:2][-1]: record.reason for record in llm.load_report.tensors if record.reason
     }
     assert why["visual"] == "the vision tower is not run"
-    assert why["fc"] == "the layers that guess further tokens (mtp) are not run"
+    assert why["fc"] == "a layer that predicts further tokens, which is not run"
     assert any("the vision tower is not run" in note for note in llm.plan.notes)
     llm.plan.layer("model.layers.1.self_attn.q_proj")
 

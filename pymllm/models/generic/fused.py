@@ -35,7 +35,7 @@ class Siblings:
 
 
 class _Taken:
-    """What a product has computed and the parts have not taken yet.
+    """The outputs that a product has computed and the parts have not taken yet.
 
     x, version: the tensor that was multiplied, and how often it had been written to.  outputs: by part; None: taken.
     """

@@ -77,8 +77,8 @@ class GenericModel(LanguageModel):
                 found="an encoder",
             )
         self.why_alone = found.why_not
-        _set_attention(inner, attention.PAGED if found.why_not is None else "eager")
         if found.why_not is not None:
+            _set_attention(inner, "eager")
             take_recurrences(inner)
             caches = RequestCaches(inner.config)
             caches.measure(inner.get_submodule(found.base), dtype)
@@ -93,6 +93,7 @@ class GenericModel(LanguageModel):
         if division.try_out is None:
             calls = division.own_calls(inner, config)
         if found.why_not is None:
+            _set_attention(inner, attention.PAGED)
             for name, called in found.attention.items():
                 layer = inner.get_submodule(name)
                 attention.add_attention(layer, name, calls.get(name, called), called, quant_config)
