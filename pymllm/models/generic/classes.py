@@ -238,7 +238,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def drop(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
 
-    nn.Module.register_parameter = drop  # type: ignore[method-assign]
+    nn.Module.register_parameter = drop  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
