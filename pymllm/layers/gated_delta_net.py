@@ -8,6 +8,7 @@ them, its decay and its learning rate computed of each token; a norm of each hea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pymllm.config import Execution, ModelConfig, current_execution
 from pymllm.errors import ConfigError
+from pymllm.kernels.gated_activation import activation_of
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.recurrence import (
     CausalConvKernel,
@@ -118,15 +120,17 @@ class GatedDeltaNet(StatefulLayer):
             prefix=f"{prefix}.out_proj",
             quant_config=quant_config,
         )
-        device = probe_device(execution.device)
+        device, silu = probe_device(execution.device), activation_of(config.hidden_act).kind == "silu"
         self.sizes = [keys.size * self.key_dim] * 2 + [values.size * self.value_dim]
         self.conv_problem = CausalConvProblem(
             channels=sum(self.sizes),
             kernel_size=kernel_size,
             dtype=execution.dtype,
             device=device,
-            activation="silu",
+            activation="silu" if silu else None,
         )
+        # Of the convolution's output, where the kernel does not compute it.
+        self.activation = None if silu else functools.partial(F.gelu, approximate="tanh")
         self.problem = GatedDeltaProblem(
             num_key_heads=keys.size,
             num_value_heads=values.size,
@@ -222,6 +226,8 @@ class GatedDeltaNet(StatefulLayer):
         before, matrices = self.states_in(step)
         mixed, z, b, a = self.project(hidden)
         mixed = self.conv.kernel.run(self.conv_problem, mixed, self._taps(), None, before, step)
+        if self.activation is not None:
+            mixed = self.activation(mixed)
         q, k, v = (
             part.unflatten(-1, (-1, size))
             for part, size in zip(
@@ -292,13 +298,4 @@ def _check(config: ModelConfig, key_heads: int, value_heads: int) -> None:
             tensor="linear_num_value_heads",
             expected=f"a multiple of linear_num_key_heads, {key_heads}",
             found=str(value_heads),
-        )
-    if config.hidden_act != "silu":
-        raise ConfigError(
-            "the convolution of the linear attention is run with SiLU alone",
-            code="config-value",
-            file="config.json",
-            tensor="hidden_act",
-            expected="silu",
-            found=repr(config.hidden_act),
         )

@@ -141,7 +141,7 @@ def test_rules_quantise_the_projections_as_any_linear_layer(tmp_path):
     ("change", "error"),
     [
         ({"linear_num_value_heads": 30}, "linear_num_value_heads.*a multiple of linear_num_key_heads, 4.*30"),
-        ({"hidden_act": "gelu"}, "hidden_act.*silu"),
+        ({"hidden_act": "relu"}, "hidden_act.*silu"),
         ({"layer_types": ["linear_attention", "chunked_attention"]}, "layer_types.*linear_attention"),
         ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim.*at least 1"),
     ],

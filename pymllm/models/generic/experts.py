@@ -96,7 +96,7 @@ def find_experts(model: nn.Module) -> Mapping[str, ForeignExperts | str]:
         tried: dict[Hashable, ForeignExperts | str] = {}
         found: dict[str, ForeignExperts | str] = {}
         for name, module in model.named_modules():
-            if stacks_of(module) is None:
+            if not any("." not in stack for stack in stacks_of(module)):
                 continue
             key = likeness(module)
             if key not in tried:
