@@ -73,7 +73,7 @@ class LLM:
     tensor_parallel_size: how many ranks share the model; above 1, this process must be one of them (torchrun).
     expert_parallel: whether ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
     compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
-    demands just what the checkpoint asks for.
+    demands what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
@@ -485,13 +485,12 @@ def load_model(
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
     compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
-    demands just what the checkpoint asks for.
+    demands what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
-    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
-    "transformers" runs its class in any case.
+    definition: "auto" runs our page of the model type, or else transformers' class; "transformers" always its class.
 
     The current `Parallel` decides this rank's share.  The model carries `load_report` and `prepared`.
     Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,

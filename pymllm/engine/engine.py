@@ -239,7 +239,7 @@ class Engine:
 
     @staticmethod
     def _follow(request: Request, token: int) -> None:
-        """Go on in the request's grammar, if it has one; where nothing more may come, the answer ends."""
+        """Take a token into the request's grammar, if it has one, and end the answer where nothing more may come."""
         matcher = request.sampler.matcher
         if matcher is None or request.finish_reason is not None:
             return

@@ -72,7 +72,7 @@ class NamedSchema(_Strict):
 
 
 class ResponseFormat(_Strict):
-    """What an answer is to be.  grammar, regex: of the types of these names."""
+    """The form of an answer.  grammar, regex: of the types of these names."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: NamedSchema | None = None

@@ -29,7 +29,7 @@ Kind = Literal["json_schema", "regex", "lark"]
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must be.  text: the schema as JSON, the regular expression, or the grammar."""
+    """The form that an answer must have.  text: the schema as JSON, the regular expression, or the grammar."""
 
     kind: Kind
     text: str
@@ -72,7 +72,7 @@ class Matcher:
         return ((bits.unsqueeze(-1) >> places) & 1).flatten()[: self._vocabulary].bool()
 
     def accept(self, token: int) -> None:
-        """Go on by a token that was allowed.  RequestError for another one."""
+        """Take a token that was allowed.  RequestError for another one."""
         self._automaton.consume_token(token)
         self._check()
 

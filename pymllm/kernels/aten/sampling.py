@@ -98,7 +98,7 @@ def _arrivals(index: Tensor, weight: Tensor, number: Tensor, what: int) -> Tenso
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """Mix 64 bits, by SplitMix64's finaliser; int64 products wrap as unsigned ones do."""
+    """Spread 64 bits, by SplitMix64's finaliser; int64 products wrap as unsigned ones do."""
     z = (z ^ _shifted(z, 30)) * MIXERS[0]
     z = (z ^ _shifted(z, 27)) * MIXERS[1]
     return z ^ _shifted(z, 31)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -67,9 +68,12 @@ class GenericModel(LanguageModel):
         _put_experts(inner, experts, quant_config)
         put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
-        if found.why_not is not None and FUTURE in found.why_not:
+        reason = (
+            found.why_not if found.why_not is not None and FUTURE in found.why_not else _why_encoder(inner)
+        )
+        if reason is not None:
             raise ConfigError(
-                f"transformers' {config.architecture} is no decoder with this config.json: {found.why_not}",
+                f"transformers' {config.architecture} is no decoder with this config.json: {reason}",
                 code="model-type",
                 file="config.json",
                 tensor="is_decoder",
@@ -275,6 +279,14 @@ class _Hidden(tuple):  # type: ignore[type-arg]
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def _why_encoder(inner: Any) -> str | None:
+    """Return why a class is an encoder with its config: it says itself, as it is made, that is_decoder is to be set."""
+    if getattr(inner.config, "is_decoder", True):
+        return None
+    asks = "is_decoder=True" in inspect.getsource(type(inner).__init__)
+    return "is_decoder is false, so its attention sees the whole text" if asks else None
 
 
 def _set_attention(inner: Any, name: str) -> None:
