@@ -66,7 +66,7 @@ class LLM:
 
     model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small model
     that comes with the package.
-    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
@@ -417,10 +417,7 @@ class LLM:
         *,
         adapter: str | None = None,
     ) -> RequestOutput:
-        """Answer a conversation through the checkpoint's chat template.
-
-        messages: [{"role": ..., "content": ...}].  params, adapter: as for `generate`.
-        """
+        """Answer a conversation, [{"role": ..., "content": ...}], through the checkpoint's chat template; else `generate`."""
         self.model.check_generates()
         return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
 
@@ -478,7 +475,7 @@ def load_model(
     """Load a checkpoint into a model whose every weight is packed for the best kernel.
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
-    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
+    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     progress: whether to show a bar while loading; None: on a terminal.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.

@@ -153,7 +153,6 @@ def test_biases_and_activations_that_the_config_asks_for(tmp_path):
     "family, setting, value",
     (
         ("bert", "hidden_act", "quick_gelu"),
-        ("bert", "is_decoder", True),
         ("bert", "position_embedding_type", "relative_key"),
         ("bert", "layer_norm_eps", 0),
         ("bert", "num_attention_heads", 5),

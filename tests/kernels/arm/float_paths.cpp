@@ -2,9 +2,11 @@
 // against float64. The loops are those of every processor, tested more widely in Python; here it is the vectors below.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -248,6 +250,27 @@ void check_gates(std::int64_t size) {
     }
 }
 
+// Who arrives first in a race, as pymllm/kernels/sampling.py has it.  begin: the index of the first weight.  near: is set
+// where two arrive almost together.
+std::int64_t winner(double number, std::uint64_t what, const Doubles &weights, std::int64_t begin, bool &near) {
+  const auto mixed = [](std::uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+  };
+  const std::uint64_t state = mixed(static_cast<std::uint64_t>(std::ldexp(number, 53)) * 4 + what);
+  std::vector<std::pair<double, std::int64_t>> arrivals;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const auto entrant = begin + static_cast<std::int64_t>(i);
+    const std::uint64_t z = mixed(state + static_cast<std::uint64_t>(entrant + 1) * 0x9E3779B97F4A7C15u);
+    const double u = std::ldexp(static_cast<double>(z >> 11) + 0.5, -53);
+    if (weights[i] > 0) arrivals.emplace_back(-std::log(u) / weights[i], entrant);
+  }
+  std::sort(arrivals.begin(), arrivals.end());
+  near |= arrivals.size() > 1 && arrivals[1].first < arrivals[0].first * (1 + 1e-4);
+  return arrivals.at(0).second;
+}
+
 // Draws from all tokens and from those that top_p leaves, and log-probabilities, of logits of which some are masked.
 void check_sampling(std::int64_t size) {
   const float infinity = std::numeric_limits<float>::infinity();
@@ -268,17 +291,20 @@ void check_sampling(std::int64_t size) {
         std::sort(sorted.begin(), sorted.end(), std::greater<double>());
         std::size_t count = 0;
         while (count < sorted.size() && left < top_p * total && sorted[count] > 0) left += sorted[count++];
-        std::int64_t token = -1, chosen = -2;
-        double running = 0, nearest = 1;
-        for (std::int64_t i = 0; i < size; ++i) {
-          if (weights[index(i)] >= sorted[count - 1] && weights[index(i)] > 0) running += weights[index(i)];
-          if (token < 0 && running > number * left) token = i;
-          nearest = std::fmin(nearest, std::fabs(running / left - number));
-        }
+        for (double &weight : weights)
+          if (weight < sorted[count - 1]) weight = 0;
+        Doubles sums;
+        for (std::size_t i = 0; i < weights.size(); i += kPiece)
+          sums.push_back(std::accumulate(weights.begin() + i, weights.begin() + std::min(weights.size(), i + kPiece), 0.0));
+        bool near = false;
+        const std::int64_t piece = winner(number, 1, sums, 0, near), begin = piece * kPiece;
+        const Doubles within(weights.begin() + begin, weights.begin() + std::min<std::int64_t>(size, begin + kPiece));
+        const std::int64_t token = winner(number, 2, within, begin, near);
+        std::int64_t chosen = -2;
         SamplingBatch batch{logits.data(), 1, size, size, &settings, starts, nullptr, nullptr, starts, nullptr, nullptr};
         choose_tokens(batch, &chosen, path, 1);
         const auto name = [&] { return "sampling, size " + std::to_string(size); };
-        expect(chosen == token || (nearest < 1e-5 && number > 0), name);
+        expect(chosen == token || near, name);
         batch.logits = bad.data();
         choose_tokens(batch, &chosen, path, 1);
         expect(chosen == -1, name);
