@@ -417,7 +417,7 @@ class LLM:
         *,
         adapter: str | None = None,
     ) -> RequestOutput:
-        """Answer a conversation, [{"role": ..., "content": ...}], through the checkpoint's chat template; else `generate`."""
+        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`."""
         self.model.check_generates()
         return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
 
