@@ -81,6 +81,11 @@ class Embedder:
         return read_settings(self.path, self.runner.model.max_length)
 
     @functools.cached_property
+    def reader(self) -> Tokenizer:
+        """The tokenizer as it reads texts to embed; what is generated from is not put in lower case."""
+        return self.tokenizer.in_lower_case() if self.settings.lower_case else self.tokenizer
+
+    @functools.cached_property
     def projections(self) -> dict[Dense, Projection]:
         dense = [module for module in self.settings.modules if isinstance(module, Dense)]
         return {module: Projection(module, self.runner.device) for module in dense}
@@ -100,9 +105,7 @@ class Embedder:
         found = []
         for place, text in enumerate(texts):
             if isinstance(text, str):
-                whole = before + text
-                whole = whole.lower() if self.settings.lower_case else whole
-                one = EmbeddingInput(tuple(self.tokenizer.encode_cut(whole, length)), skipped)
+                one = EmbeddingInput(tuple(self.reader.encode_cut(before + text, length)), skipped)
             else:
                 one = EmbeddingInput(tuple(self.check(text)))
             if not one.prompt < len(one.ids) <= length:
@@ -264,8 +267,7 @@ class Embedder:
         own = self.settings.modules[:1]
         if not prompt or not own or not isinstance(own[0], Pooling) or own[0].include_prompt:
             return 0
-        prompt = prompt.lower() if self.settings.lower_case else prompt
-        alone = self.tokenizer.encode(prompt, add_special_tokens=False)
-        whole = self.tokenizer.encode(prompt)
+        alone = self.reader.encode(prompt, add_special_tokens=False)
+        whole = self.reader.encode(prompt)
         # What the tokenizer adds at the end comes behind the text.
         return len(whole) - (len(whole) > len(alone) and whole[-len(alone) :] != alone)

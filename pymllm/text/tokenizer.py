@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,9 @@ class Encoder(Protocol):
 
         from_left: whether it is left out at the beginning, not at the end.
         """
+
+    def in_lower_case(self) -> Encoder:
+        """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
@@ -76,6 +80,9 @@ class FastEncoder:
             found.truncate(room, direction="left" if from_left else "right")
         return self.tokenizer.post_process(found, None, True).ids
 
+    def in_lower_case(self) -> FastEncoder:
+        return FastEncoder(in_lower_case(copy.deepcopy(self.tokenizer)))
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
@@ -96,12 +103,30 @@ class AutoEncoder:
         self.tokenizer.truncation_side = "left" if from_left else "right"
         return self.tokenizer.encode(text, truncation=True, max_length=length)
 
+    def in_lower_case(self) -> AutoEncoder:
+        made = copy.copy(self)
+        made.tokenizer = copy.deepcopy(self.tokenizer)
+        if made.tokenizer.is_fast:
+            in_lower_case(made.tokenizer.backend_tokenizer)
+        else:
+            made.tokenizer.do_lower_case = True
+        return made
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def piece(self, token: int) -> str | None:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return piece if isinstance(piece, str) else None
+
+
+def in_lower_case(tokenizer: Any) -> Any:
+    """Let a tokenizer of the `tokenizers` library, which is returned, put texts in lower case before all else."""
+    from tokenizers.normalizers import Lowercase, Sequence as InOrder
+
+    own = tokenizer.normalizer
+    tokenizer.normalizer = InOrder([Lowercase()] if own is None else [Lowercase(), own])
+    return tokenizer
 
 
 # The message of transformers' error for a list.
@@ -161,6 +186,12 @@ class Tokenizer:
     def encode_cut(self, text: str, length: int) -> list[int]:
         """Encode a text with its special tokens to `length` ids at most, as transformers cuts texts."""
         return self.encoder.encode_cut(text, length, self.settings.get("truncation_side") == "left")
+
+    def in_lower_case(self) -> Tokenizer:
+        """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
+        made = copy.copy(self)
+        made.encoder = self.encoder.in_lower_case()
+        return made
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)

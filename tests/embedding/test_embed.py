@@ -143,10 +143,16 @@ def test_lower_case_and_a_vocabulary_without_tokenizer_json(tmp_path, bert):
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     expected = FORMULAS["mean"](hidden_states(bert, ids_of("the cat")), 0)
     assert_close(load(folder).embed("THE CAT"), expected)
+    # A special token that stands in the text is not put in lower case; and the generator's tokenizer stays.
+    llm = load(folder)
+    ids = ids_of("the [SEP] cat")
+    assert 3 in ids[1:-1] and [*llm.embedder.encode(["THE [SEP] CAT"])[0].ids] == ids
+    assert llm.tokenizer is llm.embedder.tokenizer is not llm.embedder.reader
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     assert_close(load(folder).embed("THE CAT"), expected)
     assert_close(load(folder).embed(TEXTS[4]), FORMULAS["mean"](hidden_states(bert, ids_of(TEXTS[4])), 0))
+    assert load(folder).embedder.encode(["THE [SEP] CAT"])[0].ids == tuple(ids)
 
 
 @pytest.mark.parametrize("mode", FORMULAS)
