@@ -151,6 +151,20 @@ def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
     return AutoTokenizer.from_pretrained(path, extra_special_tokens=named, **options)
 
 
+def _checked(text: str) -> str:
+    """Return a text.  RequestError for a half of a surrogate pair, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "a text has half of a surrogate pair, which is no character",
+            code="text",
+            tensor=f"character {error.start}",
+            found=ascii(text[error.start]),
+        ) from None
+    return text
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.
 
@@ -181,11 +195,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text to token ids, with the special tokens that the tokenizer itself adds."""
-        return self.encoder.encode(text, add_special_tokens)
+        return self.encoder.encode(_checked(text), add_special_tokens)
 
     def encode_cut(self, text: str, length: int) -> list[int]:
         """Encode a text with its special tokens to `length` ids at most, as transformers cuts texts."""
-        return self.encoder.encode_cut(text, length, self.settings.get("truncation_side") == "left")
+        return self.encoder.encode_cut(_checked(text), length, self.settings.get("truncation_side") == "left")
 
     def in_lower_case(self) -> Tokenizer:
         """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
