@@ -172,7 +172,9 @@ def find_folder(path: Path) -> Path | None:
 
 def read_modes(pooling: str | Sequence[str]) -> tuple[str, ...]:
     """Read the names of pooling modes that a user gives.  ConfigError for an unknown one."""
-    names = (pooling,) if isinstance(pooling, str) else tuple(pooling) if isinstance(pooling, Iterable) else ()
+    names = (
+        (pooling,) if isinstance(pooling, str) else tuple(pooling) if isinstance(pooling, Iterable) else ()
+    )
     modes = tuple(ALIASES.get(name, name) if isinstance(name, str) else name for name in names)
     wrong = next((name for name in modes if name not in MODES), None)
     if wrong is not None or not modes:

@@ -122,7 +122,8 @@ class AutoEncoder:
 
 def in_lower_case(tokenizer: Any) -> Any:
     """Let a tokenizer of the `tokenizers` library, which is returned, put texts in lower case before all else."""
-    from tokenizers.normalizers import Lowercase, Sequence as InOrder
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.normalizers import Sequence as InOrder
 
     own = tokenizer.normalizer
     tokenizer.normalizer = InOrder([Lowercase()] if own is None else [Lowercase(), own])

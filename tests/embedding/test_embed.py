@@ -321,7 +321,7 @@ def test_arguments_of_other_types_are_refused_by_name(tmp_path, bert):
         with pytest.raises(ConfigError, match="pooling"):
             llm.embed("the cat", pooling=pooling)
     for text in (3, None, [None], {"a": 1}, "half \ud800"):
-        with pytest.raises(RequestError, match="prompt|half"):
+        with pytest.raises(RequestError, match=r"prompt|half"):
             llm.embed(text)
 
 
