@@ -9,6 +9,7 @@ on the texts beside it.
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,6 +82,11 @@ class Embedder:
         return read_settings(self.path, self.runner.model.max_length)
 
     @functools.cached_property
+    def reader(self) -> Tokenizer:
+        """The tokenizer as it reads texts to embed; what is generated from is not put in lower case."""
+        return self.tokenizer.in_lower_case() if self.settings.lower_case else self.tokenizer
+
+    @functools.cached_property
     def projections(self) -> dict[Dense, Projection]:
         dense = [module for module in self.settings.modules if isinstance(module, Dense)]
         return {module: Projection(module, self.runner.device) for module in dense}
@@ -94,15 +100,14 @@ class Embedder:
         default, if it has one.  prompt: a text of its own in place of that.
         RequestError for a name that is not there, for a text without tokens, and for ids that are too many.
         """
+        _refuse_type("prompt", prompt, str, "a text or None")
         before = self._prompt(prompt_name) if prompt is None else prompt
         length = self.settings.max_length
         skipped = self._prompt_length(before)
         found = []
         for place, text in enumerate(texts):
             if isinstance(text, str):
-                whole = before + text
-                whole = whole.lower() if self.settings.lower_case else whole
-                one = EmbeddingInput(tuple(self.tokenizer.encode_cut(whole, length)), skipped)
+                one = EmbeddingInput(tuple(self.reader.encode_cut(before + text, length)), skipped)
             else:
                 one = EmbeddingInput(tuple(self.check(text)))
             if not one.prompt < len(one.ids) <= length:
@@ -138,6 +143,7 @@ class Embedder:
                 fix="Choose as the model was trained: embed(texts, pooling='mean') for most encoders, 'cls' for some, "
                 "'lasttoken' for most decoders (--pooling for `pymllm serve`).",
             )
+        _refuse_type("normalize", normalize, bool, "True, False or None")
         if dimensions is not None and (
             isinstance(dimensions, bool) or not isinstance(dimensions, int) or dimensions < 1
         ):
@@ -244,6 +250,7 @@ class Embedder:
         return vectors
 
     def _prompt(self, name: str | None) -> str:
+        _refuse_type("prompt_name", name, str, "a prompt's name or None")
         prompts = self.settings.prompts
         name = self.settings.default_prompt if name is None else name
         if name is None:
@@ -264,8 +271,19 @@ class Embedder:
         own = self.settings.modules[:1]
         if not prompt or not own or not isinstance(own[0], Pooling) or own[0].include_prompt:
             return 0
-        prompt = prompt.lower() if self.settings.lower_case else prompt
-        alone = self.tokenizer.encode(prompt, add_special_tokens=False)
-        whole = self.tokenizer.encode(prompt)
+        alone = self.reader.encode(prompt, add_special_tokens=False)
+        whole = self.reader.encode(prompt)
         # What the tokenizer adds at the end comes behind the text.
         return len(whole) - (len(whole) > len(alone) and whole[-len(alone) :] != alone)
+
+
+def _refuse_type(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raise RequestError unless an argument is None or of its type."""
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(
+            f"{name} is of another type",
+            code="parameter",
+            tensor=name,
+            expected=expected,
+            found=reprlib.repr(value),
+        )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ PROMPTS = "config_sentence_transformers.json"
 NO_PROMPTS = {"query": "", "document": ""}  # names that every model has, and that may ask for nothing
 TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
+# Settings of the Transformer that change the model or the tokenizer, and those of them that change no vector.
+ARGUMENTS = ("config_kwargs", "config_args", "processor_kwargs", "tokenizer_args")
+NEUTRAL_ARGUMENTS = {
+    "attn_implementation",
+    "cache_dir",
+    "local_files_only",
+    "padding_side",
+    "revision",
+    "token",
+    "trust_remote_code",
+    "use_cache",
+    "use_fast",
+}
 MAX_BYTES = 16 << 20  # of a settings file
 # Settings of modules that name what they read and write, with the only values that there are here.
 VALUE_NAMES = {"module_input_name": VECTOR, "module_output_name": VECTOR}
@@ -159,12 +172,14 @@ def find_folder(path: Path) -> Path | None:
 
 def read_modes(pooling: str | Sequence[str]) -> tuple[str, ...]:
     """Read the names of pooling modes that a user gives.  ConfigError for an unknown one."""
-    names = (pooling,) if isinstance(pooling, str) else tuple(pooling)
-    modes = tuple(ALIASES.get(name, name) for name in names)
+    names = (
+        (pooling,) if isinstance(pooling, str) else tuple(pooling) if isinstance(pooling, Iterable) else ()
+    )
+    modes = tuple(ALIASES.get(name, name) if isinstance(name, str) else name for name in names)
     wrong = next((name for name in modes if name not in MODES), None)
     if wrong is not None or not modes:
         raise ConfigError(
-            f"there is no pooling {wrong!r}",
+            f"there is no pooling {reprlib.repr(wrong)}",
             code="pooling",
             expected=" or ".join(MODES),
             found=reprlib.repr(pooling),
@@ -177,7 +192,7 @@ def read_modules(file: Path) -> list[dict[str, Any]]:
     """Read modules.json, a list of one object for each module.  CheckpointError or ConfigError for anything else."""
     try:
         entries = json.loads(bytes(read_small_file(file, MAX_BYTES, "settings")).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
@@ -224,6 +239,11 @@ def _read_transformer(path: Path, folder: Path) -> dict[str, Any]:
     for name, values in neutral.items():
         if settings.get(name) is not None and settings[name] not in values:
             raise _setting(file or folder, name, settings[name], " or ".join(map(repr, values)))
+    for name in ARGUMENTS:
+        given = settings.get(name) or {}
+        if not isinstance(given, Mapping) or given.keys() - NEUTRAL_ARGUMENTS:
+            raise _setting(file or folder, name, given, f"at most {', '.join(sorted(NEUTRAL_ARGUMENTS))}")
+    _switch(file or folder, "do_lower_case", settings)
     ways = settings.get("modality_config") or {}
     text = ways.get("text", {}) if isinstance(ways, Mapping) else ways
     expected = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -234,6 +254,13 @@ def _read_transformer(path: Path, folder: Path) -> dict[str, Any]:
 
 def _read_pooling(folder: Path) -> Pooling:
     file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            "modules.json names a Pooling whose settings are missing",
+            code="embedding-missing",
+            file=str(file),
+            fix="Download the whole model again, with its folders.",
+        )
     settings = _read_object(file)
     given = settings.get("pooling_mode")
     if given is None:
@@ -241,15 +268,12 @@ def _read_pooling(folder: Path) -> Pooling:
         unknown = [name for name, value in settings.items() if name not in known and value]
         if unknown:
             raise _setting(file, unknown[0], settings[unknown[0]], " or ".join(SWITCHES))
-        given = [mode for name, mode in SWITCHES.items() if settings.get(name)] or ["mean"]
+        given = [mode for name, mode in SWITCHES.items() if _switch(file, name, settings)] or ["mean"]
     try:
         modes = read_modes(given)
-    except (ConfigError, TypeError):
+    except ConfigError:
         raise _setting(file, "pooling_mode", given, " or ".join(MODES)) from None
-    include = settings.get("include_prompt", True)
-    if not isinstance(include, bool):
-        raise _setting(file, "include_prompt", include, "true or false")
-    return Pooling(modes, include)
+    return Pooling(modes, _switch(file, "include_prompt", settings, True))
 
 
 def _read_dense(folder: Path) -> Dense:
@@ -261,10 +285,7 @@ def _read_dense(folder: Path) -> Dense:
     if not activation.startswith("torch.nn.") or name not in ACTIVATIONS:
         expected = " or ".join(f"torch.nn's {known}" for known in ACTIVATIONS)
         raise _setting(file, "activation_function", activation, expected)
-    bias, residual = settings.get("bias", True), settings.get("use_residual", False)
-    for setting, value in (("bias", bias), ("use_residual", residual)):
-        if not isinstance(value, bool):
-            raise _setting(file, setting, value, "true or false")
+    bias, residual = _switch(file, "bias", settings, True), _switch(file, "use_residual", settings)
     inputs, outputs = (_size(file, key, settings.get(key)) for key in ("in_features", "out_features"))
     return Dense(folder, inputs, outputs, bias, name, residual)
 
@@ -292,7 +313,7 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None]:
     fine = isinstance(prompts, dict) and all(isinstance(text, (str, type(None))) for text in prompts.values())
     if not fine:
         raise _setting(file, "prompts", prompts, "texts by name")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise _setting(
             file, "default_prompt_name", default, " or ".join(prompts) or "null, as there are no prompts"
         )
@@ -304,6 +325,13 @@ def _refuse_names(file: Path, settings: Mapping[str, Any]) -> None:
     for name, only in VALUE_NAMES.items():
         if settings.get(name) not in (None, only):
             raise _setting(file, name, settings[name], repr(only))
+
+
+def _switch(file: Path, name: str, settings: Mapping[str, Any], default: bool = False) -> bool:
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _setting(file, name, value, "true or false")
+    return default if value is None else value
 
 
 def _size(file: Path, name: str, value: Any) -> int:

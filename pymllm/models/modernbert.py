@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pymllm.config import ModelConfig, RopeParameters
+from pymllm.errors import ConfigError
 from pymllm.layers.embedding import VocabParallelEmbedding
 from pymllm.layers.layernorm import LayerNorm
 from pymllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -46,6 +47,15 @@ def attention_kind(config: ModelConfig, layer: int) -> str:
 def rope_of(config: ModelConfig, kind: str) -> RopeParameters:
     """Read the rotary settings of a kind of layer: each kind has a base of its own."""
     rope = RopeParameters.read(config, kind)
+    if rope.partial_rotary_factor != 1:
+        raise ConfigError(
+            "config.json turns a part of each head, and this model turns all of it",
+            code="config-value",
+            file="config.json",
+            tensor="partial_rotary_factor",
+            expected="1",
+            found=repr(rope.partial_rotary_factor),
+        )
     name = "global_rope_theta" if kind == "full_attention" else "local_rope_theta"
     return rope if rope.scaling.get("rope_theta") else replace(rope, theta=config.number(name))
 
@@ -94,7 +104,7 @@ class SelfAttention(nn.Module):
             sliding_window=window if kind == "sliding_attention" else None,
             rotary=get_rope(
                 head_dim,
-                int(head_dim * rope.partial_rotary_factor),
+                head_dim,
                 config.size("max_position_embeddings"),
                 rope.theta,
                 rope.scaling,

@@ -19,6 +19,7 @@ from pymllm.modules.layers import QuantizedLayer, QuantizedStack
 from pymllm.modules.report import QuantizedModule
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.rules import Decision, Rule, RuledConfig
+from pymllm.weights.spec import FLOATS
 
 BIAS = "a bias is added in floats, and is no weight"
 OURS = (QuantizedLayer, QuantizedExperts, QuantizedStack)
@@ -122,7 +123,8 @@ class Named:
             return
         alike: dict[tuple[Rule, str], list[str]] = {}
         for each in named:
-            reason = each.reason.replace(f"{each.name}: ", "").rstrip(".")
+            reason = each.reason.replace(f"{each.name}: ", "") if each.name else each.reason
+            reason = reason.rstrip(".")
             alike.setdefault((each.rule, reason), []).append(each.name)
         lines = [f"{', '.join(names)} ({rule}): {reason}" for (rule, reason), names in alike.items()]
         briefly = [f"{first_few(names)} ({rule}): {reason}" for (rule, reason), names in alike.items()]
@@ -270,6 +272,11 @@ def why_not(module: nn.Module, name: str, weights: Sequence[Any]) -> str | None:
     for weight in weights:
         if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
             return "its weight holds no floats"
+        if not weight.numel():
+            return "its weight is empty"
+        floats = weight.detach() if weight.dtype in FLOATS else weight.detach().float()
+        if not all(bool(edge.isfinite()) for edge in torch.aminmax(floats)):
+            return "its weight has values that are NaN or infinite"
     return None
 
 

@@ -72,6 +72,13 @@ def quantize_model(
             expected="auto, exact or checkpoint",
             found=compute,
         )
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            "only a torch module can be quantised in place",
+            code="module",
+            expected="a torch.nn.Module",
+            found=type(module).__name__,
+        )
     inputs = None if calibration is None else read_calibration(calibration, algorithm, act_order)
     config = RuledConfig(get_quantization_config("none").from_config({}), read_rules(rules))
     named = Named(module, config)

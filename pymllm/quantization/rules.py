@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,13 @@ def read_rules(source: RuleSource) -> tuple[Rule, ...]:
         return tuple(Rule.parse(line) for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if isinstance(source, Mapping):
         return tuple(Rule.parse(f"{pattern}={method}") for pattern, method in source.items())
+    if not isinstance(source, Iterable):
+        raise RuleError(
+            "the rules are neither text, nor a list, nor a mapping",
+            code="rule-syntax",
+            expected="PATTERN=METHOD, a list of such, or {PATTERN: METHOD}",
+            found=reprlib.repr(source),
+        )
     rules: list[Rule] = []
     for line in source:
         rules.extend(read_rules(line))

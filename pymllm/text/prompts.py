@@ -24,7 +24,10 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """List the prompts, of which there may be one, as text or as token ids."""
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    return [prompts] if is_prompt(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+    try:
+        return [prompts] if is_prompt(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+    except (TypeError, LookupError):
+        raise _no_prompt(prompts) from None
 
 
 def token_ids_of(prompt: Any) -> list[int]:
@@ -34,10 +37,14 @@ def token_ids_of(prompt: Any) -> list[int]:
             operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)
         ]
     except TypeError:
-        raise RequestError(
-            "a prompt is neither text nor token ids",
-            code="prompt",
-            tensor="prompt",
-            expected="a string, or a sequence of whole numbers",
-            found=reprlib.repr(prompt),
-        ) from None
+        raise _no_prompt(prompt) from None
+
+
+def _no_prompt(found: Any) -> RequestError:
+    return RequestError(
+        "a prompt is neither text nor token ids",
+        code="prompt",
+        tensor="prompt",
+        expected="a string, or a sequence of whole numbers",
+        found=reprlib.repr(found),
+    )

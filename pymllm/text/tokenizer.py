@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,9 @@ class Encoder(Protocol):
 
         from_left: whether it is left out at the beginning, not at the end.
         """
+
+    def in_lower_case(self) -> Encoder:
+        """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
@@ -76,6 +80,9 @@ class FastEncoder:
             found.truncate(room, direction="left" if from_left else "right")
         return self.tokenizer.post_process(found, None, True).ids
 
+    def in_lower_case(self) -> FastEncoder:
+        return FastEncoder(in_lower_case(copy.deepcopy(self.tokenizer)))
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
@@ -96,12 +103,31 @@ class AutoEncoder:
         self.tokenizer.truncation_side = "left" if from_left else "right"
         return self.tokenizer.encode(text, truncation=True, max_length=length)
 
+    def in_lower_case(self) -> AutoEncoder:
+        made = copy.copy(self)
+        made.tokenizer = copy.deepcopy(self.tokenizer)
+        if made.tokenizer.is_fast:
+            in_lower_case(made.tokenizer.backend_tokenizer)
+        else:
+            made.tokenizer.do_lower_case = True
+        return made
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def piece(self, token: int) -> str | None:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return piece if isinstance(piece, str) else None
+
+
+def in_lower_case(tokenizer: Any) -> Any:
+    """Let a tokenizer of the `tokenizers` library, which is returned, put texts in lower case before all else."""
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.normalizers import Sequence as InOrder
+
+    own = tokenizer.normalizer
+    tokenizer.normalizer = InOrder([Lowercase()] if own is None else [Lowercase(), own])
+    return tokenizer
 
 
 # The message of transformers' error for a list.
@@ -124,6 +150,20 @@ def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
             raise
     named = {f"extra_special_token_{index}": token for index, token in enumerate(tokens)}
     return AutoTokenizer.from_pretrained(path, extra_special_tokens=named, **options)
+
+
+def _checked(text: str) -> str:
+    """Return a text.  RequestError for a half of a surrogate pair, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "a text has half of a surrogate pair, which is no character",
+            code="text",
+            tensor=f"character {error.start}",
+            found=ascii(text[error.start]),
+        ) from None
+    return text
 
 
 class Tokenizer:
@@ -156,11 +196,17 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text to token ids, with the special tokens that the tokenizer itself adds."""
-        return self.encoder.encode(text, add_special_tokens)
+        return self.encoder.encode(_checked(text), add_special_tokens)
 
     def encode_cut(self, text: str, length: int) -> list[int]:
         """Encode a text with its special tokens to `length` ids at most, as transformers cuts texts."""
-        return self.encoder.encode_cut(text, length, self.settings.get("truncation_side") == "left")
+        return self.encoder.encode_cut(_checked(text), length, self.settings.get("truncation_side") == "left")
+
+    def in_lower_case(self) -> Tokenizer:
+        """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
+        made = copy.copy(self)
+        made.encoder = self.encoder.in_lower_case()
+        return made
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)

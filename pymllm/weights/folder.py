@@ -23,6 +23,7 @@ MODULES = "modules.json"  # of sentence-transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 100_000_000
+MAX_NAME = 255  # bytes of a file's name, as file systems have it
 
 
 def is_gguf(path: Path) -> bool:
@@ -52,8 +53,9 @@ def module_path(path: Any, file: Path) -> str:
 
     file: that modules.json.
     """
-    if isinstance(path, str) and not path.startswith(".") and not set(path) & set("/\\:\0"):
-        return path
+    plain = isinstance(path, str) and not path.startswith(".") and not set(path) & set("/\\:")
+    if plain and path.isprintable() and len(path.encode()) <= MAX_NAME:
+        return str(path)
     raise CheckpointError(
         "modules.json gives a module a folder that may lead out of its own",
         code="index-escapes",

@@ -88,7 +88,7 @@ def _transformer_in(folder: Path) -> Path:
         return folder
     try:
         first = json.loads(file.read_text(encoding="utf-8"))[0]["path"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return folder  # whose config.json is missing: what opens it says so
     inside = folder / module_path(first, file)
     return inside if (inside / CONFIG).is_file() else folder

@@ -143,10 +143,16 @@ def test_lower_case_and_a_vocabulary_without_tokenizer_json(tmp_path, bert):
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     expected = FORMULAS["mean"](hidden_states(bert, ids_of("the cat")), 0)
     assert_close(load(folder).embed("THE CAT"), expected)
+    # A special token that stands in the text is not put in lower case; and the generator's tokenizer stays.
+    llm = load(folder)
+    ids = ids_of("the [SEP] cat")
+    assert 3 in ids[1:-1] and [*llm.embedder.encode(["THE [SEP] CAT"])[0].ids] == ids
+    assert llm.tokenizer is llm.embedder.tokenizer is not llm.embedder.reader
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     assert_close(load(folder).embed("THE CAT"), expected)
     assert_close(load(folder).embed(TEXTS[4]), FORMULAS["mean"](hidden_states(bert, ids_of(TEXTS[4])), 0))
+    assert load(folder).embedder.encode(["THE [SEP] CAT"])[0].ids == tuple(ids)
 
 
 @pytest.mark.parametrize("mode", FORMULAS)
@@ -266,15 +272,23 @@ BASE = "sentence_transformers.models."
         ({"modules": modules_of((BASE + "Pooling", "1"))}, "Transformer"),
         ({"modules": modules_of((BASE + "Transformer", ""), (BASE + "Normalize", "1"))}, "one Pooling"),
         ({"modules": modules_of((BASE + "Transformer", ""), (BASE + "Pooling", "../x"))}, r"\.\./x"),
+        ({"modules": modules_of((BASE + "Transformer", ""), (BASE + "Pooling", "x" * 256))}, "xxx"),
+        ({"modules": modules_of((BASE + "Transformer", ""), (BASE + "Pooling", "\ud800"))}, "ud800"),
+        ({"modules": modules_of((BASE + "Transformer", ""), (BASE + "Pooling", "missing"))}, "missing"),
         ({"modules": {"no": "list"}}, "list"),
         ({"modules": []}, "list"),
         ({"sentence_bert_config": {"max_seq_length": 0}}, "max_seq_length"),
         ({"sentence_bert_config": {"max_seq_length": "many"}}, "max_seq_length"),
+        ({"sentence_bert_config": {"do_lower_case": "no"}}, "do_lower_case"),
+        ({"sentence_bert_config": {"tokenizer_args": {"model_max_length": 5}}}, "tokenizer_args"),
+        ({"sentence_bert_config": {"config_args": {"hidden_act": "relu"}}}, "config_args"),
         ({"sentence_bert_config": {"transformer_task": "fill-mask"}}, "transformer_task"),
         ({"sentence_bert_config": {"processing_kwargs": {"text": {"max_length": 3}}}}, "processing_kwargs"),
         ({"sentence_bert_config": {"modality_config": {"text": {"method": "encode"}}}}, "modality_config"),
         ({"config_sentence_transformers": {"prompts": ["query"]}}, "prompts"),
         ({"config_sentence_transformers": {"default_prompt_name": "query"}}, "default_prompt_name"),
+        ({"config_sentence_transformers": {"default_prompt_name": ["query"]}}, "default_prompt_name"),
+        ({"1_Pooling/config": {"pooling_mode_cls_token": "false"}}, "pooling_mode_cls_token"),
         ({"1_Pooling/config": {"pooling_mode": "attention"}}, "pooling_mode"),
         ({"1_Pooling/config": {"pooling_mode": 3}}, "pooling_mode"),
         ({"1_Pooling/config": {"pooling_mode_attention": True}}, "pooling_mode_attention"),
@@ -289,6 +303,26 @@ def test_what_a_folder_asks_for_and_pymllm_has_not_is_refused_by_name(tmp_path, 
     with pytest.raises((ConfigError, CheckpointError), match=named):
         llm.embed("the cat")
     assert any(note.startswith("no embeddings: ") for note in llm.plan.notes)
+
+
+def test_modules_that_are_nested_too_deeply_are_no_json(tmp_path, bert):
+    folder = write(tmp_path / "m", bert, {"Pooling": {}})
+    (folder / "modules.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="JSON"):
+        load(folder).embed("the cat")
+
+
+def test_arguments_of_other_types_are_refused_by_name(tmp_path, bert):
+    llm = load(write(tmp_path / "m", bert, {"Pooling": {}}))
+    for given in ({"prompt": 3}, {"prompt_name": ["query"]}, {"normalize": "no"}):
+        with pytest.raises(RequestError, match=next(iter(given))):
+            llm.embed("the cat", **given)
+    for pooling in (3, [], ["mean", ["cls"]]):
+        with pytest.raises(ConfigError, match="pooling"):
+            llm.embed("the cat", pooling=pooling)
+    for text in (3, None, [None], {"a": 1}, "half \ud800"):
+        with pytest.raises(RequestError, match=r"prompt|half"):
+            llm.embed(text)
 
 
 @pytest.mark.parametrize(

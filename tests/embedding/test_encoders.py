@@ -160,6 +160,7 @@ def test_biases_and_activations_that_the_config_asks_for(tmp_path):
         ("roberta", "pad_token_id", None),
         ("modernbert", "hidden_activation", 3),
         ("modernbert", "local_attention", 0),
+        ("modernbert", "partial_rotary_factor", 0.5),
         ("modernbert", "layer_types", ["full_attention"]),
     ),
 )

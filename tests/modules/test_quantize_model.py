@@ -277,12 +277,33 @@ def test_what_cannot_be_replaced_is_refused_before_anything_changes():
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.dense_4h_to_h .*hooks"):
         pymllm.quantize_model(model, {"**.dense_4h_to_h": FP8})
     assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
-    with pytest.raises(ConfigError, match=r"nn\.Sequential"):
+    with pytest.raises(ConfigError, match=r"in place: wrap it in another, in nn\.Sequential"):
         pymllm.quantize_model(nn.Linear(64, 64), {"**": FP8})
     pymllm.quantize_model(model, {"**": FP8})
     assert model.gpt_neox.layers[1].mlp.dense_4h_to_h is hooked
     (row,) = model.quantization.unreached
     assert row.prefix == "gpt_neox.layers.1.mlp.dense_4h_to_h" and "hooks" in str(row.reason)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), None))
+def test_weights_without_numbers_to_round_are_refused_before_anything_changes(value):
+    """No integer stands for an infinity, and a weight without elements has no largest one."""
+    wrong = nn.Linear(64, 64) if value else nn.Linear(64, 0)
+    with torch.no_grad():
+        wrong.weight[1:2, 2] = value or 0.0
+    model = nn.Sequential(nn.Linear(64, 64), wrong)
+    with pytest.raises(ConfigError, match="NaN or infinite" if value else "empty"):
+        pymllm.quantize_model(model, ["0=int8", "1=int8"])
+    assert type(model[0]) is nn.Linear
+    pymllm.quantize_model(model, ["**=int8"])
+    assert [row.prefix for row in model.quantization.unreached] == ["1"] and model[1] is wrong
+
+
+def test_arguments_of_other_types_are_one_error():
+    with pytest.raises(ConfigError, match="torch module"):
+        pymllm.quantize_model({"a": 1}, ["**=int8"])
+    with pytest.raises(ConfigError, match="rules"):
+        pymllm.quantize_model(nn.Sequential(nn.Linear(64, 64)), 3)
 
 
 # With calibration inputs
