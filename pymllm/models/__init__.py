@@ -1,4 +1,4 @@
-"""Model definitions: one file a family, named by Hugging Face's `model_type`, without any loading code.
+"""Pages: one file a family, named by Hugging Face's `model_type`, that defines its model, without any loading code.
 
 A name of Python's has no "-": xlm-roberta is xlm_roberta.py.
 
@@ -40,7 +40,7 @@ DEFINITIONS = ("auto", "transformers")
 
 
 def list_model_types() -> list[str]:
-    """List the model types that have a definition."""
+    """List the model types that have a page."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
@@ -48,7 +48,7 @@ def read_model_config(raw: Mapping[str, Any], definition: str = "auto") -> Model
     """Read a config.json with its family's defaults, or as transformers reads it.
 
     definition: "auto" prefers a page here, "transformers" does without.
-    ConfigError for a model type that has no definition, or for another word than these.
+    ConfigError for a model type that has neither a page nor a class, or for another word than these.
     """
     if definition not in DEFINITIONS:
         raise unknown_name("definition", definition, DEFINITIONS, code="definition")
@@ -74,7 +74,7 @@ def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = N
 
 
 def gguf_architectures() -> dict[str, GGUFArchitecture]:
-    """Collect what the definitions say of GGUF files, by `general.architecture`."""
+    """Collect what the pages say of GGUF files, by `general.architecture`."""
     found: dict[str, GGUFArchitecture] = {}
     for model_type in list_model_types():
         found |= vars(_definition(model_type)).get("GGUF", {})
@@ -82,7 +82,7 @@ def gguf_architectures() -> dict[str, GGUFArchitecture]:
 
 
 def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> bool:
-    """Give the checkpoint's tensors the names that their family's definition has for them.
+    """Give the checkpoint's tensors the names that the model has for them.
 
     Returns True for a decoder that was saved without its head, as its names said.
     CheckpointError where two tensors would have one name.
@@ -120,10 +120,10 @@ def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> bool:
 
 
 def find_definition(raw: Mapping[str, Any]) -> str | None:
-    """Find the definition that runs a config.json: its `model_type`, else that of its only known architecture.
+    """Find the page that runs a config.json: that of its `model_type`, else that of its only known architecture.
 
     A vendor may give a model a type of its own whose class is another family's (Kimi-K2: DeepseekV3ForCausalLM).
-    Returns the definition's model type, or None.
+    Returns the page's model type, or None.
     """
     known, named_type = list_model_types(), file_name(str(raw.get("model_type")))
     if named_type in known:
@@ -145,7 +145,7 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
 
 
 def file_name(model_type: str) -> str:
-    """Return the name of the file that a model type's definition would have: xlm-roberta -> xlm_roberta."""
+    """Return the name of the file that a model type's page would have: xlm-roberta -> xlm_roberta."""
     return model_type.replace("-", "_")
 
 

@@ -62,12 +62,12 @@ class ForeignExperts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the stacks, as paths of parameters below the module."""
+        """The names of the stacks, as paths of parameters below the module."""
         return (*self.gate_up, self.down)
 
     @property
     def bias_names(self) -> tuple[str, ...]:
-        """Return the names of the biases, as parameters of the module."""
+        """The names of the biases, as parameters of the module."""
         return tuple(f"{name}_bias" for name in self.names) if self.bias else ()
 
     def sides(self, name: str) -> tuple[int, int]:

@@ -79,7 +79,7 @@ class Job(ABC):
 
     @property
     def key(self) -> Any:
-        """Return what is equal for modules that have one weight and one method: they share the packed weight."""
+        """A value that is equal for modules that have one weight and one method: they share the packed weight."""
         return id(self.module)
 
     def set_execution(self, dtype: str | torch.dtype | None, compute: str) -> None:

@@ -46,12 +46,12 @@ class QuantizationReport(list[QuantizedModule]):
 
     @property
     def share(self) -> float:
-        """Return what part of the model's parameters with two dimensions or more runs from replaced modules."""
+        """The part of the model's parameters with two dimensions or more that runs from replaced modules."""
         return sum(row.share for row in self if row.replaced)
 
     @property
     def unreached(self) -> list[QuantizedModule]:
-        """Return the rows of modules that stay as they are, each with its reason."""
+        """The rows of modules that stay as they are, each with its reason."""
         return [row for row in self if not row.replaced]
 
     def __str__(self) -> str:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 TRIED = (4, 6, 8, 10, 12)  # of small sizes
-ALL_SIZES = (
-    1 << 24
-)  # elements of weights up to which a module is run in its own size, where a smaller copy cannot
+# Elements of weights up to which a module is run in its own size, where a smaller copy cannot.
+ALL_SIZES = 1 << 24
 TOLERANCE = 1e-5  # relative; some modules compute in float32 whatever they are given
 
 

@@ -40,7 +40,7 @@ OURS = ("quantization_config", "compression_config", "auto_map")
 
 
 class GenericConfig(ModelConfig):
-    """A config.json of a type without a page, as transformers reads it.
+    """A config.json as transformers reads it, for a model that runs its class.
 
     architecture: the name of the class.  hf: transformers' config of it.  made: the class; None: transformers' of that
     name.
@@ -112,7 +112,7 @@ def _integer(value: Any) -> int | None:
 
 
 def read_generic_config(raw: Mapping[str, Any]) -> GenericConfig:
-    """Read the config of a type without a page.  ConfigError where transformers has no decoder for it either."""
+    """Read a config.json as transformers does.  ConfigError where transformers has no decoder for it."""
     name, config_class = find_class(raw)
     return GenericConfig(raw, name, read_hf_config(name, config_class, raw))
 

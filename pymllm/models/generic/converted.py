@@ -163,7 +163,7 @@ def _misshapen(target: str, parts: list[Part], shapes: Mapping[str, torch.Size],
 
 
 def _in_order(name: str) -> list[Any]:
-    """Return what orders names by the numbers in them."""
+    """Return what orders names by the numbers in them, as transformers does: part 2 before part 10."""
     return [int(piece) if piece.isdigit() else piece for piece in NUMBER.split(name)]
 
 

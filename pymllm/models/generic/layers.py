@@ -17,11 +17,8 @@ from pymllm.moe.layer import RouterLinear
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.binding import bound_weight
 
-ROUTERS = (
-    "gate",
-    "router",
-    "shared_expert_gate",
-)  # the last words of the names of routers that are linear layers
+# The last words of the names of routers that are linear layers.
+ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 class ReadWeight:

@@ -22,7 +22,7 @@ from pymllm.models.generic.division import Division
 from pymllm.models.generic.experts import RoutedExperts, find_experts, is_stored_so
 from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
-from pymllm.models.generic.probe import FUTURE, Probe, probe
+from pymllm.models.generic.probe import FUTURE, Probe, probe, run_arguments
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches
 from pymllm.models.generic.stepwise import Blocks
@@ -163,7 +163,7 @@ class GenericModel(LanguageModel):
 
     @property
     def notes(self) -> list[str]:
-        """Say how the class's model is run."""
+        """The remarks of a plan on how the class's model runs."""
         if self.why_alone is None:
             return [*self.why_not_fused, *self._left]
         return [f"requests run one after another over transformers' own cache: {self.why_alone}", *self._left]
@@ -218,13 +218,7 @@ class GenericModel(LanguageModel):
         self._start_step(ids.device)
         if self.why_alone is not None:
             return self.request_caches.run(base, ids, positions)
-        given = {
-            "input_ids": ids[None],
-            "position_ids": positions[None],
-            "use_cache": False,
-            "return_dict": True,
-        }
-        return base(**{name: value for name, value in given.items() if takes(base, name)})[0][0]
+        return base(**run_arguments(base, ids[None], positions[None]))[0][0]
 
     def _start_step(self, device: torch.device) -> None:
         """Have computed buffers on the step's device, and modules with several layers begin with the first."""

@@ -25,17 +25,9 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     model: transformers', on the meta device, before any of our layers are in it.
     CheckpointError where two tensors would have one name.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        apply_converters,
-        apply_renamings,
-        dot_natural_key,
-    )
+    from transformers.core_model_loading import apply_converters, apply_renamings
 
-    mapping = get_model_conversion_mapping(model)
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
+    renamings, converters = _conversions(model)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     known = set(shapes)
     ours = {name for name, found in find_experts(model).items() if isinstance(found, ForeignExperts)}
@@ -59,11 +51,19 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
         stray += [stored] if name not in known else []
     patterns = {pattern: one for one in converters for pattern in one.source_patterns}
     for target, parts in groups.items():
-        # As transformers sorts them: part 2 before part 10.
-        parts.sort(key=lambda part: dot_natural_key(part.info.name))
         for made, info in describe(model, target, patterns[parts[0].pattern], parts, shapes, stray).items():
             add_once(renamed, _with_base(model, made), info)
     return renamed | _tied(model, renamed)
+
+
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return what transformers does to the names and tensors of a class's checkpoints: renamings, and converters."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mapping = get_model_conversion_mapping(model)
+    converters: list[Any] = [one for one in mapping if isinstance(one, WeightConverter)]
+    return [one for one in mapping if not isinstance(one, WeightConverter)], converters
 
 
 def _tied(model: Any, renamed: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -94,12 +94,9 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
 
     The second is the name of (the first of) what a tensor would become, where the model has that, else the first.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
+    from transformers.core_model_loading import apply_converters, apply_renamings
 
-    mapping = get_model_conversion_mapping(model)
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
+    renamings, converters = _conversions(model)
     known = set(model.state_dict())
     names: dict[str, tuple[str, str]] = {}
     for stored in tensors:

@@ -136,7 +136,7 @@ def find_base(model: Any) -> str | None:
     for name, module in stopped:
         module.forward = stop(name)
     try:
-        model(**_arguments(model, torch.zeros((1, 2), dtype=torch.int64), torch.arange(2)[None]))
+        model(**run_arguments(model, torch.zeros((1, 2), dtype=torch.int64), torch.arange(2)[None]))
     except _Called as called:
         return called.name
     except Exception:
@@ -183,7 +183,7 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
     running, named = _running.set(found), _names.set(names)
     try:
         ids = torch.zeros((1, found.tokens), dtype=torch.int64, device="meta")
-        arguments = _arguments(inner, ids, torch.arange(found.tokens)[None])
+        arguments = run_arguments(inner, ids, torch.arange(found.tokens)[None])
         with (
             torch.no_grad(),
             tensors_kept(model),
@@ -259,7 +259,7 @@ def _by_length(module: Any) -> bool:
     return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
 
 
-def _arguments(module: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+def run_arguments(module: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, Any]:
     """Return the arguments of a run without a cache, those that the module takes."""
     wanted = {"input_ids": ids, "position_ids": positions, "use_cache": False, "return_dict": True}
     return {name: value for name, value in wanted.items() if takes(module, name)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
-from pymllm.models.generic.classes import takes
+from pymllm.models.generic.probe import run_arguments
 
 
 class _Reached(Exception):
@@ -78,13 +78,7 @@ class Blocks:
 
     def _run(self, ids: Tensor, positions: Tensor, hidden: Tensor | None, stop_at: Sequence[str]) -> Any:
         """Run the class's forward up to a block, or to its end.  Returns where it was reached, or hidden states."""
-        given = {
-            "input_ids": ids[None],
-            "position_ids": positions[None],
-            "use_cache": False,
-            "return_dict": True,
-        }
-        given = {name: value for name, value in given.items() if takes(self.base, name)}
+        given = run_arguments(self.base, ids[None], positions[None])
         with self._replaced(hidden, stop_at):
             try:
                 output = self.base(**given)

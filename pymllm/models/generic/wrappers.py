@@ -42,14 +42,8 @@ PARTS = {
     "mlp1": "the projector",
 }
 TEXT = re.compile(r"(^|\.)(layers\.\d+\.(self_attn|mlp)\.|embed_tokens\.|lm_head\.)")
-HARMLESS = {
-    "linear",
-    "__getitem__",
-    "__get__",
-    "__len__",
-    "float",
-    "new_zeros",
-}  # what makes logits of hidden states, and no more
+# What makes logits of hidden states, and no more.
+HARMLESS = {"linear", "__getitem__", "__get__", "__len__", "float", "new_zeros"}
 
 
 class Wrapper:
