@@ -6,7 +6,8 @@ it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +108,40 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
         target = name if name in known else _with_base(model, apply_converters(name, converters)[0])
         names[stored] = name, target if target in known else name
     return names
+
+
+def stored_spelling(model: Any, pairs: Iterable[tuple[str, str]]) -> Callable[[str, str], str]:
+    """Return what says, of its name in `model` and a guess, how a tensor that is not there would be stored.
+
+    pairs: (name in the model, stored name) of those that are there: they show whether the files have the class's names.
+    """
+
+    @functools.cache
+    def renamings() -> list[Any]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+        found = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+        turned = [one.reverse_transform() for one in found if not isinstance(one, PrefixChange)]
+        return [one for one in turned if isinstance(one, WeightRenaming)]
+
+    def turn(name: str) -> str:
+        from transformers.core_model_loading import apply_renamings
+
+        return str(apply_renamings(name, renamings()))
+
+    @functools.cache
+    def as_in_class() -> bool:
+        return any(mine == stored != turn(mine) for mine, stored in pairs)
+
+    def spell(name: str, guess: str) -> str:
+        turned = name if as_in_class() else turn(name)
+        for other in (guess,) if turned == name else (turned, guess):
+            if names_in_class(model, [other])[other][0] == name:
+                return other
+        return name
+
+    return spell
 
 
 def add_once(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
