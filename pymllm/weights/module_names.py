@@ -20,19 +20,20 @@ class ModuleNames:
     ) -> None:
         """Learn the names of modules from those of tensors: (in the model, elsewhere), which end alike.
 
-        Where several of the model are one elsewhere (tied ones), the later ones say nothing of the modules around them.
+        Where several of the model are one elsewhere (tied ones), the later ones say nothing of their modules.
 
         spell: says what a tensor that is in none of these would be called elsewhere, by its name and a guess.
         """
         self._spell = spell
-        owners: dict[str, str] = {}
+        self._owners: dict[str, str] = {}
         self._known: dict[str, dict[str, None]] = {}
         self._tensors: dict[str, str] = {}
         for name, other in tensors:
             self._tensors.setdefault(name, other)
             mine, theirs = name.split("."), other.split(".")
-            last = 1 if owners.setdefault(other, name) == name else len(mine) - 1
-            while len(mine) > last and len(theirs) > 1 and mine[-1] == theirs[-1]:
+            if self._owners.setdefault(other, name) != name:
+                continue
+            while len(mine) > 1 and len(theirs) > 1 and mine[-1] == theirs[-1]:
                 mine.pop()
                 theirs.pop()
                 others = self._known.setdefault(".".join(mine), {})
@@ -52,8 +53,16 @@ class ModuleNames:
 
     def tensor(self, name: str) -> str:
         """Return the other name of a tensor: its own, else its module's."""
+        return self._tensors.get(name) or self.own(name)
+
+    def owner(self, name: str) -> str:
+        """Return the first of the model's tensors that are the same one elsewhere: itself, unless it is tied."""
+        return self._owners.get(self._tensors.get(name, ""), name)
+
+    def own(self, name: str) -> str:
+        """Return the other name that a tensor would have if it were tied to none."""
         module, _, suffix = name.rpartition(".")
-        return self._tensors.get(name) or f"{self.of(module)[-1]}.{suffix}".removeprefix(".")
+        return f"{self.of(module)[-1]}.{suffix}".removeprefix(".")
 
     def absent(self, name: str) -> str:
         """Return the other name that a tensor would have, were it there."""

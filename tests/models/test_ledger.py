@@ -163,8 +163,9 @@ def test_a_missing_tensor_has_the_name_that_it_would_be_stored_under(model_type,
     assert f", {name}: missing" in said
 
 
-def test_layers_that_share_tensors_leave_the_rest_of_their_block_its_names():
+def test_layers_that_share_tensors_keep_their_names():
     tied = [(f"layers.{i}.shared.proj.weight", "layers.1.shared.proj.weight") for i in (1, 3)]
     names = ModuleNames(tied)
-    assert names.of("layers.3.shared.proj") == ("layers.3.shared.proj", "layers.1.shared.proj")
+    assert names.of("layers.3.shared.proj") == ("layers.3.shared.proj",)
     assert names.of("layers.3.linear") == ("layers.3.linear",)
+    assert names.tensor("layers.3.shared.proj.weight") == "layers.1.shared.proj.weight"

@@ -7,7 +7,7 @@ it is stored.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -64,16 +64,19 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
         parts.sort(key=lambda part: dot_natural_key(part.info.name))
         for made, info in describe(model, target, patterns[parts[0].pattern], parts, shapes, stray).items():
             add_once(renamed, _with_base(model, made), info)
-    return renamed | _tied(model, renamed)
+    return renamed | _tied(model, renamed, {name.rpartition(".")[0] for name in renamed.keys() - known})
 
 
-def _tied(model: Any, renamed: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Describe what the files hold once for two parameters that the class ties, but for the head's table."""
+def _tied(model: Any, renamed: Mapping[str, TensorInfo], quantised: Set[str]) -> dict[str, TensorInfo]:
+    """Describe what the files hold once for two parameters that the class ties, but for the head's table.
+
+    quantised: the modules that have tensors which the class does not know: these are not tied.
+    """
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
     twins = {}
     for pair in model.all_tied_weights_keys.items():
         for name, source in (pair, pair[::-1]):
-            if source in renamed and name not in renamed and name != f"{head}.weight":
+            if source in renamed and name not in renamed and name.rpartition(".")[0] not in quantised | {head}:
                 twins[name] = replace(renamed[source], name=name)
     return twins
 
