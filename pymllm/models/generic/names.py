@@ -98,6 +98,12 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
 
     The second is the name of (the first of) what a tensor would become, where the model has that, else the first.
     """
+    find = _name_finder(model)
+    return {stored: find(stored) for stored in tensors}
+
+
+def _name_finder(model: Any) -> Callable[[str], tuple[str, str]]:
+    """Return what finds the names of one tensor for `names_in_class`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
@@ -105,12 +111,13 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
     known = set(model.state_dict())
-    names: dict[str, tuple[str, str]] = {}
-    for stored in tensors:
+
+    def find(stored: str) -> tuple[str, str]:
         name = stored if stored in known else _with_base(model, apply_renamings(stored, renamings))
         target = name if name in known else _with_base(model, apply_converters(name, converters)[0])
-        names[stored] = name, target if target in known else name
-    return names
+        return name, target if target in known else name
+
+    return find
 
 
 def stored_spelling(model: Any, pairs: Iterable[tuple[str, str]]) -> Callable[[str, str], str]:
@@ -137,10 +144,12 @@ def stored_spelling(model: Any, pairs: Iterable[tuple[str, str]]) -> Callable[[s
     def as_in_class() -> bool:
         return any(mine == stored != turn(mine) for mine, stored in pairs)
 
+    find = functools.cache(lambda: _name_finder(model))
+
     def spell(name: str, guess: str) -> str:
         turned = name if as_in_class() else turn(name)
         for other in (guess,) if turned == name else (turned, guess):
-            if names_in_class(model, [other])[other][0] == name:
+            if find()(other)[0] == name:
                 return other
         return name
 
