@@ -76,7 +76,11 @@ def _tied(model: Any, renamed: Mapping[str, TensorInfo], quantised: Set[str]) ->
     twins = {}
     for pair in model.all_tied_weights_keys.items():
         for name, source in (pair, pair[::-1]):
-            if source in renamed and name not in renamed and name.rpartition(".")[0] not in quantised | {head}:
+            if (
+                source in renamed
+                and name not in renamed
+                and name.rpartition(".")[0] not in quantised | {head}
+            ):
                 twins[name] = replace(renamed[source], name=name)
     return twins
 
