@@ -126,7 +126,11 @@ def match(
         else:
             records.append(TensorRecord(tensor_name, "skipped", 0, skip.reason))
             skipped.append((tensor, skip))
-    raise_problems(str(checkpoint.path), (replace(p, tensor=stored_as(p.tensor)) for p in problems))
+    absent = checkpoint.stored_as.absent
+    spelled = (
+        replace(p, tensor=absent(p.tensor) if p.code == "missing" else stored_as(p.tensor)) for p in problems
+    )
+    raise_problems(str(checkpoint.path), spelled)
     return tuple(units), tuple(records), tuple(skipped)
 
 

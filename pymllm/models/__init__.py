@@ -21,7 +21,7 @@ from pymllm.models.causal_lm import CausalLM
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
 from pymllm.models.generic.converted import ConvertedTensor
 from pymllm.models.generic.model import GenericModel
-from pymllm.models.generic.names import add_once, rename
+from pymllm.models.generic.names import add_once, rename, stored_spelling
 from pymllm.models.generic.wrappers import Wrapper, read_wrapper
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
@@ -113,7 +113,12 @@ def rename_tensors(checkpoint: Checkpoint, config: ModelConfig) -> bool:
             pairs += [(source.name, source.name) for source in info.sources]
         else:
             pairs.append((name, stored[info.file, info.start, info.end]))
-    checkpoint.stored_as = ModuleNames(pairs)
+    if isinstance(config.wrapper, Wrapper):
+        checkpoint.stored_as = ModuleNames(pairs, config.wrapper.spelling(config, pairs))
+    elif config.wrapper is None and isinstance(config, GenericConfig):
+        checkpoint.stored_as = ModuleNames(pairs, stored_spelling(config.skeleton, pairs))
+    else:
+        checkpoint.stored_as = ModuleNames(pairs)
     full = {} if config.wrapper is None else config.wrapper.full
     checkpoint.names = ModuleNames((*pairs, *parts, *full.items()))
     return bare

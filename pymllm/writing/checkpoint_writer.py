@@ -171,7 +171,15 @@ class CheckpointWriter:
     def final(self, step: Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn a step's tensors, by their names in the model, into those that files hold."""
         stored_as = self.prepared.checkpoint.stored_as
-        return {stored_as.tensor(name): tensor for name, tensor in tensors.items()}
+        quantised = {layer.name for layer in self.layers() if layer.target is not None}
+        found = {}
+        for name, tensor in tensors.items():
+            owner = stored_as.owner(name)
+            if owner == name:
+                found[stored_as.tensor(name)] = tensor
+            elif owner.rpartition(".")[0] in quantised:  # else its owner's step writes it
+                found[stored_as.own(name)] = tensor
+        return found
 
     def keeps(self, layer: SourceLayer, weight: CanonicalWeight) -> bool:
         """Tell whether a layer's stored tensors are copied as they are: kept floats, each in its own dtype."""

@@ -17,6 +17,7 @@ from pymllm.checking.verify import verify
 from pymllm.errors import RuleError, ShardingError
 from pymllm.loading.prepare import prepare
 from pymllm.models.generic.alike import repeated_once
+from pymllm.models.generic.layers import is_plain_linear
 from pymllm.parallel import simulate
 from pymllm.planning.make_plan import make_plan
 from pymllm.writing.float_model import FloatModel
@@ -24,6 +25,7 @@ from pymllm.writing.layers import steps_of
 
 from ..checkpoints import relative_error
 from ..forward import logits_of
+from ..generic.zoo import small
 
 IDS = list(range(20, 44))
 TOLERANCE = 1e-6  # float32 sums in another order
@@ -214,6 +216,35 @@ def test_a_written_checkpoint_loads_here_and_in_transformers(tiny, tmp_path, mod
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32).eval()
     with torch.no_grad():
         assert relative_error(logits, other(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "rule", ("**.layers.**=int8", "**.layers.1.linear=int8", "**.layers.3.shared_transformer.**=int8")
+)
+def test_blocks_that_share_weights_are_written_as_the_rules_say(tmp_path, rule):
+    """Zamba 2's layers 1 and 3 have one transformer block between them."""
+    small("zamba2").model().save_pretrained(tmp_path / "m")
+    pymllm.quantize_checkpoint(tmp_path / "m", tmp_path / "q", rule, format="compressed-tensors")
+    logits = load(tmp_path / "q").logits(IDS)
+    assert torch.equal(logits, load(tmp_path / "m", quant=rule).logits(IDS))
+
+
+class SpelledOut(nn.Linear):
+    """A linear layer as Falcon has it."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_ours_if_it_computes_the_same():
+    with torch.device("meta"):
+        assert is_plain_linear(SpelledOut(8, 6))
+        assert not is_plain_linear(Halved(8, 6))
 
 
 def test_layers_that_no_rule_names_keep_their_transposed_weights(tiny, tmp_path):

@@ -13,8 +13,10 @@ from pymllm.errors import CheckpointError
 from pymllm.loading.match import match
 from pymllm.loading.prepare import prepare
 from pymllm.models import rename_tensors
+from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.opening import open_checkpoint
 
+from ..generic.zoo import small
 from .tiny import IDS, logits, make, save
 
 TYPES = ("smollm3", "glm4_moe", "granitemoehybrid", "nemotron_h", "gemma3", "qwen3_5")
@@ -140,3 +142,30 @@ def test_a_value_that_is_no_number_names_the_stored_tensor(model_type, name, tmp
         pymllm.load_model(tmp_path, device="cpu", dtype="float32")
     assert (caught.value.code, caught.value.tensor) == ("bad-value", name)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt_neox", "embed_out.weight"),
+        ("llava", "language_model.lm_head.weight"),
+        ("ernie4_5_moe", "model.layers.2.mlp.gate.weight"),
+        ("ernie4_5_moe", "model.layers.2.mlp.moe_statics.e_score_correction_bias"),
+        ("zamba2", "model.layers.3.linear.weight"),
+    ],
+)
+def test_a_missing_tensor_has_the_name_that_it_would_be_stored_under(model_type, name, tmp_path):
+    made = small(model_type)
+    made.settings["tie_word_embeddings"] = False
+    made.model().save_pretrained(tmp_path)
+    prepared = prepare(tmp_path, device="cpu", dtype="float32")
+    said = str(error_of(prepared, lambda tensors: tensors.pop(name)))
+    assert f", {name}: missing" in said
+
+
+def test_layers_that_share_tensors_keep_their_names():
+    tied = [(f"layers.{i}.shared.proj.weight", "layers.1.shared.proj.weight") for i in (1, 3)]
+    names = ModuleNames(tied)
+    assert names.of("layers.3.shared.proj") == ("layers.3.shared.proj",)
+    assert names.of("layers.3.linear") == ("layers.3.linear",)
+    assert names.tensor("layers.3.shared.proj.weight") == "layers.1.shared.proj.weight"

@@ -6,7 +6,8 @@ it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +54,7 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     for target, parts in groups.items():
         for made, info in describe(model, target, patterns[parts[0].pattern], parts, shapes, stray).items():
             add_once(renamed, _with_base(model, made), info)
-    return renamed | _tied(model, renamed)
+    return renamed | _tied(model, renamed, {name.rpartition(".")[0] for name in renamed.keys() - known})
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
@@ -66,13 +67,20 @@ def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
     return [one for one in mapping if not isinstance(one, WeightConverter)], converters
 
 
-def _tied(model: Any, renamed: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Describe what the files hold once for two parameters that the class ties, but for the head's table."""
+def _tied(model: Any, renamed: Mapping[str, TensorInfo], quantised: Set[str]) -> dict[str, TensorInfo]:
+    """Describe what the files hold once for two parameters that the class ties, but for the head's table.
+
+    quantised: the modules that have tensors which the class does not know: these are not tied.
+    """
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
     twins = {}
     for pair in model.all_tied_weights_keys.items():
         for name, source in (pair, pair[::-1]):
-            if source in renamed and name not in renamed and name != f"{head}.weight":
+            if (
+                source in renamed
+                and name not in renamed
+                and name.rpartition(".")[0] not in quantised | {head}
+            ):
                 twins[name] = replace(renamed[source], name=name)
     return twins
 
@@ -94,16 +102,59 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
 
     The second is the name of (the first of) what a tensor would become, where the model has that, else the first.
     """
+    find = _name_finder(model)
+    return {stored: find(stored) for stored in tensors}
+
+
+def _name_finder(model: Any) -> Callable[[str], tuple[str, str]]:
+    """Return what finds the names of one tensor for `names_in_class`."""
     from transformers.core_model_loading import apply_converters, apply_renamings
 
     renamings, converters = _conversions(model)
     known = set(model.state_dict())
-    names: dict[str, tuple[str, str]] = {}
-    for stored in tensors:
+
+    def find(stored: str) -> tuple[str, str]:
         name = stored if stored in known else _with_base(model, apply_renamings(stored, renamings))
         target = name if name in known else _with_base(model, apply_converters(name, converters)[0])
-        names[stored] = name, target if target in known else name
-    return names
+        return name, target if target in known else name
+
+    return find
+
+
+def stored_spelling(model: Any, pairs: Iterable[tuple[str, str]]) -> Callable[[str, str], str]:
+    """Return what says, of its name in `model` and a guess, how a tensor that is not there would be stored.
+
+    pairs: (name in the model, stored name) of those that are there: they show whether the files have the class's names.
+    """
+
+    @functools.cache
+    def renamings() -> list[Any]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+        found = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+        turned = [one.reverse_transform() for one in found if not isinstance(one, PrefixChange)]
+        return [one for one in turned if isinstance(one, WeightRenaming)]
+
+    def turn(name: str) -> str:
+        from transformers.core_model_loading import apply_renamings
+
+        return str(apply_renamings(name, renamings()))
+
+    @functools.cache
+    def as_in_class() -> bool:
+        return any(mine == stored != turn(mine) for mine, stored in pairs)
+
+    find = functools.cache(lambda: _name_finder(model))
+
+    def spell(name: str, guess: str) -> str:
+        turned = name if as_in_class() else turn(name)
+        for other in (guess,) if turned == name else (turned, guess):
+            if find()(other)[0] == name:
+                return other
+        return name
+
+    return spell
 
 
 def add_once(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:

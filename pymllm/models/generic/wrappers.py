@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.models.generic.classes import GenericConfig, build_class, class_called, decoders, read_hf_config
 from pymllm.models.generic.model import run_head
-from pymllm.models.generic.names import add_once, names_in_class, rename
+from pymllm.models.generic.names import add_once, names_in_class, rename, stored_spelling
 from pymllm.models.generic.probe import find_base
 from pymllm.models.generic.text_only import make_text_only
 from pymllm.weights.tensor_file import TensorInfo
@@ -167,6 +167,24 @@ class Wrapper:
             add_once(found, short, info)
             self.full[short] = full[name][0]
         return found
+
+    def spelling(self, config: Any, pairs: Iterable[tuple[str, str]]) -> Callable[[str, str], str]:
+        """Return what says how a tensor that is not there would be stored, by its name in the text model and a guess.
+
+        config: the text model's.  pairs: (name in the text model, stored name) of those that are there.
+        """
+        spell = stored_spelling(
+            self.skeleton, [(self.full.get(mine, mine), stored) for mine, stored in pairs]
+        )
+        base, head = config.places if isinstance(config, GenericConfig) else ("model", "lm_head")
+
+        def whole(name: str) -> str:
+            for mine, theirs in zip(self.places[::-1], (head, base), strict=True):
+                if name.startswith(f"{theirs}.".removeprefix(".")):
+                    return f"{mine}.{name.removeprefix(f'{theirs}.')}"
+            return name
+
+        return lambda name, guess: spell(whole(name), guess)
 
     def _move(self, name: str, base: str, head: str) -> str:
         for mine, theirs in zip(self.places, (base, head), strict=True):
