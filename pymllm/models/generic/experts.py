@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.models.generic.alike import likeness
+from pymllm.models.generic.classes import on_cpu
 from pymllm.models.generic.probe import probing
 from pymllm.modules.foreign_experts import ForeignExperts, read_experts, stacks_of
 from pymllm.moe.dispatcher import expert_range
@@ -87,6 +88,7 @@ def is_stored_so(name: str, facts: ForeignExperts, quant_config: QuantizationCon
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, ForeignExperts | str]] = weakref.WeakKeyDictionary()
 
 
+@on_cpu
 def find_experts(model: nn.Module) -> Mapping[str, ForeignExperts | str]:
     """Say of each module of a model that stacks experts how it does so, or why ours cannot take its place.
 

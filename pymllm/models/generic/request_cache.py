@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from typing import Any
@@ -19,6 +20,7 @@ from pymllm.models.generic.probe import OnMeta, positions_of_ids, tensors_kept
 
 CACHES = ("past_key_values", "cache_params", "state")
 TRIED = (64, 96)  # lengths of texts whose caches are measured
+TRAINED = "original_max_position_embeddings"  # the length past which LongRoPE has other frequencies
 
 
 class RequestCaches(WeightHolder):
@@ -146,3 +148,29 @@ class RequestCaches(WeightHolder):
         output = base(**{name: value for name, value in given.items() if takes(base, name)})
         kept = next((output[name] for name in CACHES if name in output), None)
         return output[0][0], next(iter(memory.values()), None) if kept is None else kept
+
+
+@on_cpu
+def find_restart(model: Any) -> int | None:
+    """Find at which length the class's own generation drops a request's cache and reads all tokens again.
+
+    Tried at the lengths that the config says were trained.  None: it never does.
+    """
+    from transformers import DynamicCache
+
+    def kept(length: int) -> bool:
+        cache, ids = DynamicCache(), torch.zeros((1, length), dtype=torch.int64, device="meta")
+        cache.update(*torch.empty((2, 1, 1, length - 1, 1), device="meta"), 0)
+        return (
+            model.prepare_inputs_for_generation(ids, past_key_values=cache).get("past_key_values") is not None
+        )
+
+    ropes = getattr(model.config, "rope_parameters", None) or {}
+    found = {rope.get(TRAINED) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    for length in sorted(
+        n for n in {*found, getattr(model.config, TRAINED, None)} if type(n) is int and n > 1
+    ):
+        with contextlib.suppress(Exception):  # of a class that does not generate so
+            if kept(length) and not kept(length + 1):
+                return length + 1
+    return None
