@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import pymllm
 from pymllm.errors import ConfigError
@@ -111,3 +112,20 @@ def test_answers_that_outgrow_the_trained_length_begin_anew_where_the_class_does
     sampling = pymllm.SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     found = [list(answer.token_ids) for answer in llm.generate(prompts, sampling)]
     assert found == [zoo.greedy(model, ids, 20)[0] for ids in prompts]
+
+
+def test_a_plan_counts_the_states_that_a_class_keeps_in_its_modules(tmp_path):
+    zoo.write(zoo.small("recurrent_gemma"), tmp_path / "m")
+    llm = pymllm.LLM(tmp_path / "m", device="cpu", dtype="float32", compute="exact", progress=False)
+    caches, held = llm.model.request_caches, []
+    run = caches._run_one
+
+    def noted(*args):
+        hidden, kept = run(*args)
+        layers = [vars(layer) for layer in kept[0].layers]
+        held.append(sum(x.nbytes for x in tree_leaves((layers, kept[1])) if isinstance(x, torch.Tensor)))
+        return hidden, kept
+
+    caches._run_one = noted
+    llm.generate([zoo.prompt(40)], pymllm.SamplingParams(max_tokens=4, ignore_eos=True))
+    assert 0.9 * caches.fixed_bytes <= max(held) <= caches.fixed_bytes

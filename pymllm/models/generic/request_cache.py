@@ -36,7 +36,7 @@ class RequestCaches(WeightHolder):
         self.requests: dict[int, Any] = {}
         self.why_no_cache: str | None = None
         # What a forward puts into its modules: the state of a request, of a class that has one there.
-        self.in_modules: list[tuple[dict[str, Any], str, Any]] = []
+        self.in_modules: list[tuple[dict[str, Any], str, Any, Tensor]] = []
 
     @on_cpu
     def measure(self, base: nn.Module, dtype: torch.dtype) -> None:
@@ -61,7 +61,8 @@ class RequestCaches(WeightHolder):
             _, (kept, _) = self._run_one(base, ids, torch.arange(length), None)
         layers = getattr(kept, "layers", None)
         found = [vars(layer) for layer in layers] if layers is not None else kept
-        return sum(leaf.nbytes for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+        states = [state for *_, state in self.in_modules]
+        return sum(leaf.nbytes for leaf in tree_leaves((found, states)) if isinstance(leaf, Tensor))
 
     @property
     def loads(self) -> bool:
@@ -98,11 +99,11 @@ class RequestCaches(WeightHolder):
 
     def _run_one(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run the next tokens of one request.  kept: what the call before returned.  Returns hidden [T, H] too."""
-        cache, states = kept or (None, [before for _, _, before in self.in_modules])
-        for (place, name, _), state in zip(self.in_modules, states, strict=True):
+        cache, states = kept or (None, [before for _, _, before, _ in self.in_modules])
+        for (place, name, *_), state in zip(self.in_modules, states, strict=True):
             place[name] = state
         hidden, cache = self._run_cached(base, ids, positions, cache)
-        return hidden, (cache, [place[name] for place, name, _ in self.in_modules])
+        return hidden, (cache, [place[name] for place, name, *_ in self.in_modules])
 
     def _run_cached(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run them over transformers' cache.  kept: it, after the call before.  Returns it after this one, too."""
