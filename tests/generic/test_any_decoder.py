@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import pymllm
 from pymllm.errors import ConfigError
@@ -76,3 +77,55 @@ def test_a_setting_of_the_zoo_changes_what_transformers_answers(model_type):
     ids = zoo.prompt(13)
     moved, plain = (zoo.logits_of(one.model(), ids) for one in (made, zoo.small(model_type)))
     assert not torch.allclose(moved, plain, atol=1e-2)
+
+
+def test_a_wrapper_with_experts_is_planned_before_anything_has_looked_at_them(tmp_path):
+    made = zoo.small("gemma4")
+    made.settings["text_config"] |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    made.settings["text_config"] |= {"moe_intermediate_size": 48}
+    made.model().save_pretrained(tmp_path / "m")
+    plan = pymllm.plan(tmp_path / "m", ["**.experts.**=int8"], device="cpu")
+    assert {layer.method for layer in plan.weighted_layers if ".experts" in layer.prefix} == {"int8"}
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONG_ROPE |= {
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+}
+
+
+def test_answers_that_outgrow_the_trained_length_begin_anew_where_the_class_does(tmp_path):
+    made = zoo.small("phimoe")
+    made.settings |= {"max_position_embeddings": 128}
+    made.settings["rope_parameters"] = LONG_ROPE | {"short_mscale": 1.1, "long_mscale": 1.3}
+    model = made.model()
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").unlink(missing_ok=True)
+    llm = pymllm.LLM(tmp_path / "m", device="cpu", dtype="float32", compute="exact", progress=False)
+    prompts = [zoo.prompt(tokens, tokens) for tokens in (28, 20, 40)]
+    sampling = pymllm.SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    found = [list(answer.token_ids) for answer in llm.generate(prompts, sampling)]
+    assert found == [zoo.greedy(model, ids, 20)[0] for ids in prompts]
+
+
+def test_a_plan_counts_the_states_that_a_class_keeps_in_its_modules(tmp_path):
+    zoo.write(zoo.small("recurrent_gemma"), tmp_path / "m")
+    llm = pymllm.LLM(tmp_path / "m", device="cpu", dtype="float32", compute="exact", progress=False)
+    caches, held = llm.model.request_caches, []
+    run = caches._run_one
+
+    def noted(*args):
+        hidden, kept = run(*args)
+        layers = [vars(layer) for layer in kept[0].layers]
+        held.append(sum(x.nbytes for x in tree_leaves((layers, kept[1])) if isinstance(x, torch.Tensor)))
+        return hidden, kept
+
+    caches._run_one = noted
+    llm.generate([zoo.prompt(40)], pymllm.SamplingParams(max_tokens=4, ignore_eos=True))
+    assert 0.9 * caches.fixed_bytes <= max(held) <= caches.fixed_bytes

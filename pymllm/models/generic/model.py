@@ -24,7 +24,7 @@ from pymllm.models.generic.fast import put_fast
 from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe, run_arguments
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
-from pymllm.models.generic.request_cache import RequestCaches
+from pymllm.models.generic.request_cache import RequestCaches, find_restart
 from pymllm.models.generic.stepwise import Blocks
 from pymllm.models.generic.unneeded import skip_reason
 from pymllm.models.generic.unreached import find_unreached, notes_of
@@ -86,6 +86,7 @@ class GenericModel(LanguageModel):
             take_recurrences(inner)
             caches = RequestCaches(inner.config)
             caches.measure(inner.get_submodule(found.base), dtype)
+            self.restart_length = find_restart(inner)
         division = Division(inner, found)
         self.why_not_fused: list[str] = []
         if fast and division.size == 1 and found.why_not is None:

@@ -212,12 +212,13 @@ def _probe(model: Any, longest: int, gaps: bool) -> Probe:
 
 
 @contextlib.contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[list[tuple[dict[str, Any], str, Any]]]:
+def tensors_kept(model: nn.Module) -> Iterator[list[tuple[dict[str, Any], str, Any, Tensor]]]:
     """Give modules back the tensors that they had, beside parameters: a forward may put others in their places.
 
-    Yields a list that has, at the end, what the forward replaced: the attributes of a module, a name, what it was.
+    Yields a list that has, at the end, what the forward replaced: the attributes of a module, a name, what it was, and
+    what the forward made of it.
     """
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, Any, Tensor]] = []
     held = [
         (place, dict(place)) for module in model.modules() for place in (module.__dict__, module._buffers)
     ]
@@ -227,7 +228,7 @@ def tensors_kept(model: nn.Module) -> Iterator[list[tuple[dict[str, Any], str, A
         for place, before in held:
             for name in [name for name, value in place.items() if isinstance(value, Tensor)]:
                 if place[name] is not before.get(name):
-                    replaced.append((place, name, before.get(name)))
+                    replaced.append((place, name, before.get(name), place[name]))
                     place[name] = before.get(name)
 
 

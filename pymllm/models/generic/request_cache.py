@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from typing import Any
@@ -19,6 +20,7 @@ from pymllm.models.generic.probe import OnMeta, positions_of_ids, tensors_kept
 
 CACHES = ("past_key_values", "cache_params", "state")
 TRIED = (64, 96)  # lengths of texts whose caches are measured
+TRAINED = "original_max_position_embeddings"  # the length past which LongRoPE has other frequencies
 
 
 class RequestCaches(WeightHolder):
@@ -34,7 +36,7 @@ class RequestCaches(WeightHolder):
         self.requests: dict[int, Any] = {}
         self.why_no_cache: str | None = None
         # What a forward puts into its modules: the state of a request, of a class that has one there.
-        self.in_modules: list[tuple[dict[str, Any], str, Any]] = []
+        self.in_modules: list[tuple[dict[str, Any], str, Any, Tensor]] = []
 
     @on_cpu
     def measure(self, base: nn.Module, dtype: torch.dtype) -> None:
@@ -59,7 +61,8 @@ class RequestCaches(WeightHolder):
             _, (kept, _) = self._run_one(base, ids, torch.arange(length), None)
         layers = getattr(kept, "layers", None)
         found = [vars(layer) for layer in layers] if layers is not None else kept
-        return sum(leaf.nbytes for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+        states = [state for *_, state in self.in_modules]
+        return sum(leaf.nbytes for leaf in tree_leaves((found, states)) if isinstance(leaf, Tensor))
 
     @property
     def loads(self) -> bool:
@@ -96,11 +99,11 @@ class RequestCaches(WeightHolder):
 
     def _run_one(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run the next tokens of one request.  kept: what the call before returned.  Returns hidden [T, H] too."""
-        cache, states = kept or (None, [before for _, _, before in self.in_modules])
-        for (place, name, _), state in zip(self.in_modules, states, strict=True):
+        cache, states = kept or (None, [before for _, _, before, _ in self.in_modules])
+        for (place, name, *_), state in zip(self.in_modules, states, strict=True):
             place[name] = state
         hidden, cache = self._run_cached(base, ids, positions, cache)
-        return hidden, (cache, [place[name] for place, name, _ in self.in_modules])
+        return hidden, (cache, [place[name] for place, name, *_ in self.in_modules])
 
     def _run_cached(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run them over transformers' cache.  kept: it, after the call before.  Returns it after this one, too."""
@@ -146,3 +149,29 @@ class RequestCaches(WeightHolder):
         output = base(**{name: value for name, value in given.items() if takes(base, name)})
         kept = next((output[name] for name in CACHES if name in output), None)
         return output[0][0], next(iter(memory.values()), None) if kept is None else kept
+
+
+@on_cpu
+def find_restart(model: Any) -> int | None:
+    """Find at which length the class's own generation drops a request's cache and reads all tokens again.
+
+    Tried at the lengths that the config says were trained.  None: it never does.
+    """
+    from transformers import DynamicCache
+
+    def kept(length: int) -> bool:
+        cache, ids = DynamicCache(), torch.zeros((1, length), dtype=torch.int64, device="meta")
+        cache.update(*torch.empty((2, 1, 1, length - 1, 1), device="meta"), 0)
+        return (
+            model.prepare_inputs_for_generation(ids, past_key_values=cache).get("past_key_values") is not None
+        )
+
+    ropes = getattr(model.config, "rope_parameters", None) or {}
+    found = {rope.get(TRAINED) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    for length in sorted(
+        n for n in {*found, getattr(model.config, TRAINED, None)} if type(n) is int and n > 1
+    ):
+        with contextlib.suppress(Exception):  # of a class that does not generate so
+            if kept(length) and not kept(length + 1):
+                return length + 1
+    return None
