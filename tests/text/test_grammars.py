@@ -71,6 +71,25 @@ def test_a_grammar_in_larks_notation(llm):
         )
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0, "seed": 1}], ids=str)
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|endoftext|>b", "<|im_start|>"])
+def test_text_that_spells_a_special_token_is_text(llm, text, settings):
+    assert answer(llm, regex=re.escape(text), **settings).text == text
+    assert json.loads(answer(llm, json_schema={"const": text}, **settings).text) == text
+    assert answer(llm, grammar=f'start: "{text}" "!"', **settings).text == text + "!"
+
+
+def test_a_large_expression_holds_no_step_up(llm):
+    """Its work is counted in llguidance's own fuel: with its default limits one token takes ten seconds."""
+    assert answer(llm, regex="((((a{1000}){1000}){1000}){1000}){1000}").finish_reason == "length"
+
+
+def test_what_leaves_no_token_beside_a_grammar_is_the_request_s_own_error(llm):
+    with pytest.raises(RequestError, match="ruled out by bad_words"):
+        answer(llm, regex="a", bad_words=("a",))
+    assert llm.engine.idle
+
+
 def test_requests_side_by_side_follow_their_own(llm):
     each = [
         SamplingParams(max_tokens=20, regex="[0-9]{5}"),
@@ -99,12 +118,18 @@ def test_streams_preemption_and_seeds(llm):
         ({"regex": "("}, "regex"),
         ({"regex": "x" * (grammars.MAX_GRAMMAR_LENGTH + 1)}, "regex"),
         ({"regex": 5}, "regex"),
-        ({"grammar": "start: missing"}, "lark"),
+        ({"grammar": "start: missing"}, "grammar"),
         ({"json_schema": "{"}, "json_schema"),
         ({"json_schema": []}, "json_schema"),
         ({"json_schema": {"type": "bogus"}}, "json_schema"),
         ({"json_schema": {"$ref": "http://elsewhere/schema"}}, "json_schema"),
         ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
+        # What takes minutes to compile, or for one token.
+        ({"regex": "(" + "a*" * 20_000 + ")b"}, "regex"),
+        ({"json_schema": {"type": "string", "pattern": "a?" * 5000}}, "json_schema"),
+        ({"grammar": "start: /" + "a{0,9}" * 5000 + "/"}, "grammar"),
+        # What no text follows.
+        ({"json_schema": {"$ref": "#"}}, "json_schema"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_before_a_step(llm, settings, parameter):
