@@ -165,9 +165,11 @@ class GrammarCompiler:
             )
         described = json.loads(fast.to_str())
         described["truncation"] = described["padding"] = None
+        # Tokens beyond the model's are cut off again.
+        size = max(self.vocabulary, 1 + max(fast.get_vocab(True).values(), default=0))
         ends = [end for end in self.ends if end < self.vocabulary] or None
         try:
-            return _llguidance().LLTokenizer(json.dumps(described), n_vocab=self.vocabulary, eos_token=ends)
+            return _llguidance().LLTokenizer(json.dumps(described), n_vocab=size, eos_token=ends)
         except Exception as error:
             raise ConfigError(
                 "answers cannot be held to a grammar with this tokenizer",

@@ -6,12 +6,15 @@ import json
 import re
 
 import pytest
+import tokenizers
 
 from pymllm import LLM, SamplingParams
 from pymllm.api import shipped_model
 from pymllm.errors import ConfigError, RequestError
+from pymllm.engine.session import Session
 from pymllm.text import grammars
-from pymllm.text.grammars import Grammar
+from pymllm.text.grammars import Grammar, GrammarCompiler
+from pymllm.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
 
@@ -77,6 +80,39 @@ def test_text_that_spells_a_special_token_is_text(llm, text, settings):
     assert answer(llm, regex=re.escape(text), **settings).text == text
     assert json.loads(answer(llm, json_schema={"const": text}, **settings).text) == text
     assert answer(llm, grammar=f'start: "{text}" "!"', **settings).text == text + "!"
+
+
+@pytest.mark.parametrize("pattern", [" yes", "  no", " {0,2}(yes|no)", "é\n ?漢", "</s> ?a"])
+def test_an_answer_is_exact_where_decoders_leave_out_a_first_space(llm, pattern, tmp_path):
+    """A tokenizer in the way of Llama 2's, with fewer tokens than the model, or more."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", "▁yes"]
+    model = tokenizers.models.BPE(
+        {token: index for index, token in enumerate([*vocabulary, *"yesnoa</>"])},
+        [],
+        byte_fallback=True,
+        unk_token="<unk>",
+    )
+    spelled = tokenizers.Tokenizer(model)
+    prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+    spelled.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+    d = tokenizers.decoders
+    spelled.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    spelled.add_special_tokens(["<unk>", "<s>", "</s>"])
+    spelled.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    size = spelled.get_vocab_size()
+    for vocabulary_of_model in (llm.config.size("vocab_size"), size, size - 1):
+        session = Session(llm.engine, tokenizer, GrammarCompiler(tokenizer, vocabulary_of_model, [2]))
+        compiled = session.grammars.start(Grammar("regex", pattern)).allowed()
+        assert len(compiled) == vocabulary_of_model
+        if vocabulary_of_model != llm.config.size("vocab_size"):
+            continue
+        for seed in range(4):
+            session.add([5, 6], SamplingParams(regex=pattern, temperature=3.0, seed=seed))
+        texts = []
+        while session.unfinished:
+            texts += [p.output.text for _, p in session.step() if p is not None and p.output is not None]
+        assert len(texts) == 4 and all(re.fullmatch(pattern, text) for text in texts)
 
 
 def test_a_large_expression_holds_no_step_up(llm):
