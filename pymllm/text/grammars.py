@@ -24,6 +24,10 @@ MAX_GRAMMAR_LENGTH = 1 << 16  # characters
 # What may be left out or come again, in expressions: the time to compile one grows with the square of their number.
 REPETITION = re.compile(r"[*+?]|\{\d")
 MAX_REPETITIONS = 4096
+# Of a grammar in Lark's notation: llguidance follows a chain of them on the stack, which four thousand overflow. A
+# colon after a quote is one of JSON.
+DEFINITION = re.compile(r"[^\"\s]\s*:")
+MAX_DEFINITIONS = 1024
 KEPT_GRAMMARS = 64
 # What llguidance may spend: on the tokens after one token (50,000 take some milliseconds where states are simple, and a
 # second where each is a huge expression), and on the states of one answer.
@@ -62,6 +66,9 @@ class Grammar:
             raise self.error(self.kind, f"must be text of at most {MAX_GRAMMAR_LENGTH} characters")
         if len(REPETITION.findall(self.text)) > MAX_REPETITIONS:
             raise self.error(self.kind, f"must have at most {MAX_REPETITIONS} of the signs * + ? {{")
+
+        if self.kind == "lark" and len(DEFINITION.findall(self.text)) > MAX_DEFINITIONS:
+            raise self.error(self.kind, f"must have at most {MAX_DEFINITIONS} definitions")
 
     @staticmethod
     def error(kind: str, problem: str) -> RequestError:

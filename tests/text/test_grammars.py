@@ -164,6 +164,11 @@ def test_streams_preemption_and_seeds(llm):
         ({"regex": "(" + "a*" * 20_000 + ")b"}, "regex"),
         ({"json_schema": {"type": "string", "pattern": "a?" * 5000}}, "json_schema"),
         ({"grammar": "start: /" + "a{0,9}" * 5000 + "/"}, "grammar"),
+        # What overflows the stack of its thread.
+        (
+            {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"'},
+            "grammar",
+        ),
         # What no text follows.
         ({"json_schema": {"$ref": "#"}}, "json_schema"),
     ],
