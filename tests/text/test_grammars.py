@@ -10,8 +10,8 @@ import tokenizers
 
 from pymllm import LLM, SamplingParams
 from pymllm.api import shipped_model
-from pymllm.errors import ConfigError, RequestError
 from pymllm.engine.session import Session
+from pymllm.errors import ConfigError, RequestError
 from pymllm.text import grammars
 from pymllm.text.grammars import Grammar, GrammarCompiler
 from pymllm.text.tokenizer import Tokenizer
