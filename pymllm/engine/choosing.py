@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pymllm.engine.sampling import SamplingParams
-from pymllm.errors import KernelError
+from pymllm.errors import KernelError, RequestError
 from pymllm.kernels.sampling import SETTINGS, SamplingBatch, SamplingKernel
 from pymllm.text.grammars import Matcher
 
@@ -188,6 +188,16 @@ def no_numbers() -> KernelError:
         code="logits-nan",
         expected="finite logits, and minus infinity for some",
         fix="Check the model with `pymllm verify`, or rule fewer tokens out.",
+    )
+
+
+def nothing_left() -> RequestError:
+    """Make the error for a row of which a grammar, and what is ruled out beside it, leave nothing."""
+    return RequestError(
+        "the answer cannot go on: what may come next by its grammar is ruled out by bad_words or min_tokens",
+        code="grammar",
+        tensor="bad_words",
+        fix="Rule fewer tokens out.",
     )
 
 

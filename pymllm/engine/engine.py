@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from pymllm.engine.choosing import TokenLogprobs, choose, describe, no_numbers
+from pymllm.engine.choosing import TokenLogprobs, choose, describe, no_numbers, nothing_left
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
 from pymllm.engine.prefixes import current_state
@@ -150,11 +150,12 @@ class Engine:
         # A step that failed ran several times.
         if all_ran:
             self.pace.note(self.clock() - started, sum(pieces), len(batch) - len(pieces))
-        for request, (token, logprobs) in zip(ran, chosen, strict=True):
+        for index, (request, (token, logprobs)) in enumerate(zip(ran, chosen, strict=True)):
             if request.error is not None:
                 continue
             if token is None:
-                request.fail(no_numbers())
+                ruled_out = request.sampler.matcher is not None and logits[index].max().isfinite()
+                request.fail(nothing_left() if ruled_out else no_numbers())
                 continue
             if logprobs is not None:
                 request.logprobs.append(logprobs)

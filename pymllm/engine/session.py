@@ -49,10 +49,11 @@ class Session:
             request.sampler.matcher = self.grammars.start(params.follows)
         request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
-        text = (
-            TextStream(self.tokenizer, params.stop, params.min_tokens) if self.tokenizer.available else None
+        self._texts[request] = (
+            TextStream(self.tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
+            if self.tokenizer.available
+            else None
         )
-        self._texts[request] = text
         return request
 
     def step(self) -> list[tuple[Request, StreamPiece | None]]:

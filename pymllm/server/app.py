@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,9 @@ from pymllm.server.worker import Generation, Worker
 logger = logging.getLogger("pymllm")
 
 MAX_WAITING = 64
+
+# How many grammars are compiled together.
+COMPILERS = 2
 
 T = TypeVar("T")
 
@@ -99,6 +103,7 @@ class _Service:
         self.llm, self.model_name = llm, model_name
         # The worker makes the KV cache too: a machine without room for it fails before it serves.
         self.worker = Worker(llm, max_running, max_waiting)
+        self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
 
     def adapter_of(self, name: str | None) -> str | None:
         """Return the adapter that a request's `model` asks for; None: the model itself.
@@ -130,6 +135,7 @@ class _Service:
         body = await read_body(http)
         request, prompts, params = await asyncio.to_thread(self._prepare, kind, body)
         adapter = self.adapter_of(request.model)
+        await self._compile(request, params)
         generation = self.worker.start(
             [prompt for prompt in prompts for _ in range(params.n)],
             [params.of_answer(index) for _ in prompts for index in range(params.n)],
@@ -142,11 +148,23 @@ class _Service:
                 return JSONResponse(answer.whole(await unless_gone(http, generation.outputs())))
             # The first token comes before the headers, so that an error until then still gets its own status.
             first = await unless_gone(http, anext(generation))
-        except BaseException:
+        except BaseException as error:
             generation.close()
+            if isinstance(error, RequestError):
+                request.blame(error)
             raise
         usage = request.stream_options is not None and request.stream_options.include_usage
         return _EventStream(generation, stream_events(answer, generation, first, usage=usage))
+
+    async def _compile(self, request: CompletionRequest | ChatRequest, params: SamplingParams) -> None:
+        """Have the grammar of an answer compiled and kept: neither the step's thread nor other requests wait for it."""
+        if params.follows is None:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._compilers, self.llm.grammars.start, params.follows)
+        except RequestError as error:
+            raise request.blame(error) from None
 
     async def embed(self, http: Request) -> Response:
         """Answer one request for embeddings; its batches take turns with the steps of others' answers."""
@@ -184,9 +202,10 @@ class _Service:
         """
         request: CompletionRequest | ChatRequest = read_request(kind, body)
         self.adapter_of(request.model)
-        params = self.llm.default_params(**request.sampling())
-        if params.follows is not None:
-            self.llm.grammars.start(params.follows)  # compiled and kept, off the step's thread
+        try:
+            params = self.llm.default_params(**request.sampling())
+        except RequestError as error:
+            raise request.blame(error) from None
         if isinstance(request, CompletionRequest):
             prompts = [self.llm.encode(prompt) for prompt in request.prompts]
         else:

@@ -32,7 +32,13 @@ BODY_SECONDS = 30.0
 CLIENT_GONE = 499
 
 # Errors that are not RequestErrors, and yet no fault of the server's: this model cannot take such a request.
-CLIENT_CODES = ("chat-template-missing", "tokenizer-missing", "pooling-missing", "embedding-module")
+CLIENT_CODES = (
+    "chat-template-missing",
+    "tokenizer-missing",
+    "pooling-missing",
+    "embedding-module",
+    "grammar",
+)
 
 
 def add_gate(app: FastAPI, api_key: str | None) -> None:

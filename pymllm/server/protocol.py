@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pymllm.engine.sampling import GRAMMARS as SETTINGS
 from pymllm.engine.sampling import MAX_LOGPROBS
 from pymllm.errors import RequestError
 
@@ -50,6 +51,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "cache_prompt": (True, False),
 }
+
+# The parameters that may bring a grammar.
+GRAMMARS = ("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice")
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -173,6 +177,15 @@ class _Sampled(_Strict):
         if len(found) > 1:
             refuse("response_format", "and guided_* name several grammars; an answer follows one")
         return found[0] if found else {}
+
+    def blame(self, error: RequestError) -> RequestError:
+        """Name the grammar's parameter in an error as the client has spelled it.  Returns the error."""
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        # A response_format that asks for any text may stand beside the one that is meant.
+        if error.code == "grammar" and error.tensor in SETTINGS and given:
+            error.message = given[-1] + error.message.removeprefix(error.tensor)
+            error.tensor = given[-1]
+        return error
 
     @property
     def answer_length(self) -> int | None:

@@ -7,6 +7,7 @@ they are bounded in the size of their text, and in what llguidance spends on the
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,19 @@ from pymllm.errors import ConfigError, RequestError
 from pymllm.text.tokenizer import AutoEncoder, FastEncoder, Tokenizer
 
 MAX_GRAMMAR_LENGTH = 1 << 16  # characters
+# What may be left out or come again, in expressions: the time to compile one grows with the square of their number.
+REPETITION = re.compile(r"[*+?]|\{\d")
+MAX_REPETITIONS = 4096
+# Of a grammar in Lark's notation: llguidance follows a chain of them on the stack, which four thousand overflow. A
+# colon after a quote is one of JSON.
+DEFINITION = re.compile(r"[^\"\s]\s*:")
+MAX_DEFINITIONS = 1024
 KEPT_GRAMMARS = 64
+# What llguidance may spend: on the tokens after one token (50,000 take some milliseconds where states are simple, and a
+# second where each is a huge expression), and on the states of one answer.
+LIMITS = {"step_lexer_fuel": 50_000, "max_lexer_states": 50_000}
+# Else text that only one way goes on from is encoded, and the spelling of a special token becomes that token.
+NO_FORCING = '%llguidance {"no_forcing": true}'
 # Between the tokens of JSON: a space, or a new line and an indent. Small models else write spaces without an end.
 SPACE = r"( |\n[ \t]{0,32})?"
 
@@ -51,18 +64,24 @@ class Grammar:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or len(self.text) > MAX_GRAMMAR_LENGTH:
             raise self.error(self.kind, f"must be text of at most {MAX_GRAMMAR_LENGTH} characters")
+        if len(REPETITION.findall(self.text)) > MAX_REPETITIONS:
+            raise self.error(self.kind, f"must have at most {MAX_REPETITIONS} of the signs * + ? {{")
+
+        if self.kind == "lark" and len(DEFINITION.findall(self.text)) > MAX_DEFINITIONS:
+            raise self.error(self.kind, f"must have at most {MAX_DEFINITIONS} definitions")
 
     @staticmethod
     def error(kind: str, problem: str) -> RequestError:
-        """Make the error for a grammar; `problem` goes on from its kind."""
-        return RequestError(f"{kind} {problem}", code="grammar", tensor=kind)
+        """Make the error for a grammar; `problem` goes on from the name of its parameter."""
+        name = "grammar" if kind == "lark" else kind
+        return RequestError(f"{name} {problem}", code="grammar", tensor=name)
 
 
 class Matcher:
     """The place of one answer in its grammar."""
 
-    def __init__(self, automaton: Any, vocabulary: int) -> None:
-        self._automaton, self._vocabulary = automaton, vocabulary
+    def __init__(self, automaton: Any, vocabulary: int, kind: Kind) -> None:
+        self._automaton, self._vocabulary, self._kind = automaton, vocabulary, kind
 
     def allowed(self) -> Tensor:
         """Return which tokens may come next, [V] bool.  RequestError where the grammar became too complex."""
@@ -83,7 +102,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._automaton.is_error():
-            raise Grammar.error("grammar", f"cannot be followed: {_first_line(self._automaton.get_error())}")
+            raise Grammar.error(self._kind, f"cannot be followed: {_first_line(self._automaton.get_error())}")
 
 
 class GrammarCompiler:
@@ -108,25 +127,31 @@ class GrammarCompiler:
             automaton = self._kept.get(grammar)
             if automaton is not None:
                 self._kept.move_to_end(grammar)
-                return Matcher(automaton.deep_copy(), self.vocabulary)
+                return Matcher(automaton.deep_copy(), self.vocabulary, grammar.kind)
             tokens = self._tokens = self._tokens or self._read_tokens()
         automaton = self._compile(grammar, tokens)
         with self._lock:
             self._kept[grammar] = automaton
             while len(self._kept) > KEPT_GRAMMARS:
                 self._kept.popitem(last=False)
-        return Matcher(automaton.deep_copy(), self.vocabulary)
+        return Matcher(automaton.deep_copy(), self.vocabulary, grammar.kind)
 
     def _compile(self, grammar: Grammar, tokens: Any) -> Any:
         matcher = _llguidance().LLMatcher
         try:
             if grammar.kind == "json_schema":
                 text = matcher.grammar_from_json_schema(grammar.text, {"whitespace_pattern": SPACE})
+                (made,) = json.loads(text)["grammars"]
+                lark = f"start: %json {json.dumps(made['json_schema'])}"
             elif grammar.kind == "regex":
-                text = matcher.grammar_from_regex(grammar.text)
+                (made,) = json.loads(matcher.grammar_from_regex(grammar.text))["grammars"]
+                lark = made["lark_grammar"]
             else:
-                text = matcher.grammar_from_lark(grammar.text)
-            automaton = matcher(tokens, text, log_level=0)
+                lark = grammar.text
+            text = matcher.grammar_from_lark(f"{lark}\n{NO_FORCING}")
+            automaton = matcher(tokens, text, log_level=0, limits=_llguidance().LLParserLimits(**LIMITS))
+            if not automaton.is_error():
+                automaton.compute_bitmask()  # here, as it may take longer than later ones
         except Exception as error:  # llguidance raises ValueError and its own panics
             raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(str(error))}") from None
         if automaton.is_error():
@@ -147,9 +172,11 @@ class GrammarCompiler:
             )
         described = json.loads(fast.to_str())
         described["truncation"] = described["padding"] = None
+        # Tokens beyond the model's are cut off again.
+        size = max(self.vocabulary, 1 + max(fast.get_vocab(True).values(), default=0))
         ends = [end for end in self.ends if end < self.vocabulary] or None
         try:
-            return _llguidance().LLTokenizer(json.dumps(described), n_vocab=self.vocabulary, eos_token=ends)
+            return _llguidance().LLTokenizer(json.dumps(described), n_vocab=size, eos_token=ends)
         except Exception as error:
             raise ConfigError(
                 "answers cannot be held to a grammar with this tokenizer",
@@ -172,4 +199,6 @@ def _llguidance() -> Any:
 
 
 def _first_line(text: str) -> str:
+    if text.startswith("NoExtension"):
+        return "no text follows it"
     return text.strip().splitlines()[0][:300] if text.strip() else "no reason is given"

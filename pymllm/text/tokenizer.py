@@ -281,18 +281,23 @@ class TextStream:
     """A growing list of ids as pieces of text, none of which ends inside a character or a stop string.
 
     stop: strings that end the text.  min_tokens: of how many tokens the text has at least.
+    begins: False: a space that the text begins with stays, which some decoders leave out at the start of a text.
     text: what is certain so far.  sent: how many of its characters pieces have had.
     stopped: whether a stop string has come.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self.tokenizer, self.stop, self.min_tokens = tokenizer, tuple(stop), min_tokens
-        self.ids: list[int] = []
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0, begins: bool = True
+    ) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        # Decoded with letters before it, and those are left out again, no text is at its start.
+        self.ids = [] if begins else tokenizer.encode("a", add_special_tokens=False)
+        self.min_tokens = min_tokens + len(self.ids)
         self.text = ""
         self.sent = 0
         self.stopped = False
         # The text of ids before `_settled` is certain; decoding begins at `_prefix`, a little before.
-        self._settled = 0
+        self._settled = len(self.ids)
         self._prefix = 0
 
     def push(self, token: int) -> str:

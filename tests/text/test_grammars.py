@@ -6,12 +6,15 @@ import json
 import re
 
 import pytest
+import tokenizers
 
 from pymllm import LLM, SamplingParams
 from pymllm.api import shipped_model
+from pymllm.engine.session import Session
 from pymllm.errors import ConfigError, RequestError
 from pymllm.text import grammars
-from pymllm.text.grammars import Grammar
+from pymllm.text.grammars import Grammar, GrammarCompiler
+from pymllm.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
 
@@ -71,6 +74,58 @@ def test_a_grammar_in_larks_notation(llm):
         )
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0, "seed": 1}], ids=str)
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|endoftext|>b", "<|im_start|>"])
+def test_text_that_spells_a_special_token_is_text(llm, text, settings):
+    assert answer(llm, regex=re.escape(text), **settings).text == text
+    assert json.loads(answer(llm, json_schema={"const": text}, **settings).text) == text
+    assert answer(llm, grammar=f'start: "{text}" "!"', **settings).text == text + "!"
+
+
+@pytest.mark.parametrize("pattern", [" yes", "  no", " {0,2}(yes|no)", "é\n ?漢", "</s> ?a"])
+def test_an_answer_is_exact_where_decoders_leave_out_a_first_space(llm, pattern, tmp_path):
+    """A tokenizer in the way of Llama 2's, with fewer tokens than the model, or more."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", "▁yes"]
+    model = tokenizers.models.BPE(
+        {token: index for index, token in enumerate([*vocabulary, *"yesnoa</>"])},
+        [],
+        byte_fallback=True,
+        unk_token="<unk>",
+    )
+    spelled = tokenizers.Tokenizer(model)
+    prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+    spelled.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+    d = tokenizers.decoders
+    spelled.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    spelled.add_special_tokens(["<unk>", "<s>", "</s>"])
+    spelled.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    size = spelled.get_vocab_size()
+    for vocabulary_of_model in (llm.config.size("vocab_size"), size, size - 1):
+        session = Session(llm.engine, tokenizer, GrammarCompiler(tokenizer, vocabulary_of_model, [2]))
+        compiled = session.grammars.start(Grammar("regex", pattern)).allowed()
+        assert len(compiled) == vocabulary_of_model
+        if vocabulary_of_model != llm.config.size("vocab_size"):
+            continue
+        for seed in range(4):
+            session.add([5, 6], SamplingParams(regex=pattern, temperature=3.0, seed=seed))
+        texts = []
+        while session.unfinished:
+            texts += [p.output.text for _, p in session.step() if p is not None and p.output is not None]
+        assert len(texts) == 4 and all(re.fullmatch(pattern, text) for text in texts)
+
+
+def test_a_large_expression_holds_no_step_up(llm):
+    """Its work is counted in llguidance's own fuel: with its default limits one token takes ten seconds."""
+    assert answer(llm, regex="((((a{1000}){1000}){1000}){1000}){1000}").finish_reason == "length"
+
+
+def test_what_leaves_no_token_beside_a_grammar_is_the_request_s_own_error(llm):
+    with pytest.raises(RequestError, match="ruled out by bad_words"):
+        answer(llm, regex="a", bad_words=("a",))
+    assert llm.engine.idle
+
+
 def test_requests_side_by_side_follow_their_own(llm):
     each = [
         SamplingParams(max_tokens=20, regex="[0-9]{5}"),
@@ -99,12 +154,23 @@ def test_streams_preemption_and_seeds(llm):
         ({"regex": "("}, "regex"),
         ({"regex": "x" * (grammars.MAX_GRAMMAR_LENGTH + 1)}, "regex"),
         ({"regex": 5}, "regex"),
-        ({"grammar": "start: missing"}, "lark"),
+        ({"grammar": "start: missing"}, "grammar"),
         ({"json_schema": "{"}, "json_schema"),
         ({"json_schema": []}, "json_schema"),
         ({"json_schema": {"type": "bogus"}}, "json_schema"),
         ({"json_schema": {"$ref": "http://elsewhere/schema"}}, "json_schema"),
         ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
+        # What takes minutes to compile, or for one token.
+        ({"regex": "(" + "a*" * 20_000 + ")b"}, "regex"),
+        ({"json_schema": {"type": "string", "pattern": "a?" * 5000}}, "json_schema"),
+        ({"grammar": "start: /" + "a{0,9}" * 5000 + "/"}, "grammar"),
+        # What overflows the stack of its thread.
+        (
+            {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"'},
+            "grammar",
+        ),
+        # What no text follows.
+        ({"json_schema": {"$ref": "#"}}, "json_schema"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_before_a_step(llm, settings, parameter):
