@@ -226,9 +226,9 @@ def tensors_kept(model: nn.Module) -> Iterator[list[tuple[dict[str, Any], str, A
         yield replaced
     finally:
         for place, before in held:
-            for name in [name for name, value in place.items() if isinstance(value, Tensor)]:
-                if place[name] is not before.get(name):
-                    replaced.append((place, name, before.get(name), place[name]))
+            for name, value in list(place.items()):
+                if isinstance(value, Tensor) and value is not before.get(name):
+                    replaced.append((place, name, before.get(name), value))
                     place[name] = before.get(name)
 
 
