@@ -76,11 +76,10 @@ def _tied(model: Any, renamed: Mapping[str, TensorInfo], quantised: Set[str]) ->
     twins = {}
     for pair in model.all_tied_weights_keys.items():
         for name, source in (pair, pair[::-1]):
-            if (
-                source in renamed
-                and name not in renamed
-                and name.rpartition(".")[0] not in quantised | {head}
-            ):
+            module, _, last = name.rpartition(".")
+            # The table that a head shares is its embedding's, and a bias its own.
+            shared = module == head and last != "bias"
+            if source in renamed and name not in renamed and module not in quantised and not shared:
                 twins[name] = replace(renamed[source], name=name)
     return twins
 
