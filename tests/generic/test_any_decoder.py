@@ -129,3 +129,24 @@ def test_a_plan_counts_the_states_that_a_class_keeps_in_its_modules(tmp_path):
     caches._run_one = noted
     llm.generate([zoo.prompt(40)], pymllm.SamplingParams(max_tokens=4, ignore_eos=True))
     assert 0.9 * caches.fixed_bytes <= max(held) <= caches.fixed_bytes
+
+
+def test_a_request_whose_cache_fails_is_answered_and_leaves_others_theirs(tmp_path, monkeypatch):
+    made = zoo.small("falcon_mamba")
+    zoo.write(made, tmp_path / "m")
+    llm = pymllm.LLM(tmp_path / "m", device="cpu", dtype="float32", compute="exact")
+    prompts = [zoo.prompt(9, seed) for seed in range(3)]
+    params = pymllm.SamplingParams(max_tokens=6, ignore_eos=True)
+    expected = [answer.token_ids for answer in llm.generate(prompts, params)]
+    caches = type(llm.model.request_caches)
+    new_cache, calls = caches._new_cache, []
+
+    def fail_once(self, base, name):
+        calls.append(name)
+        if len(calls) == 2:
+            raise RuntimeError("the cache does not fit")
+        return new_cache(self, base, name)
+
+    monkeypatch.setattr(caches, "_new_cache", fail_once)
+    assert [answer.token_ids for answer in llm.generate(prompts, params)] == expected
+    assert len(calls) == 3  # the third request has a cache again

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import re
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pymllm.errors import PymllmError
 from pymllm.layers.held import WeightHolder
 from pymllm.layers.step import fetch_attn_metadata
 from pymllm.models.generic.classes import on_cpu, takes
 from pymllm.models.generic.probe import OnMeta, positions_of_ids, tensors_kept
+
+logger = logging.getLogger("pymllm")
 
 CACHES = ("past_key_values", "cache_params", "state")
 TRIED = (64, 96)  # lengths of texts whose caches are measured
@@ -34,7 +38,6 @@ class RequestCaches(WeightHolder):
         self.config = config
         self.token_bytes, self.fixed_bytes = 0, 1
         self.requests: dict[int, Any] = {}
-        self.why_no_cache: str | None = None
         # What a forward puts into its modules: the state of a request, of a class that has one there.
         self.in_modules: list[tuple[dict[str, Any], str, Any, Tensor]] = []
 
@@ -50,8 +53,6 @@ class RequestCaches(WeightHolder):
             layers, hidden = (getattr(self.config, name, 64) for name in ("num_hidden_layers", "hidden_size"))
             self.token_bytes = 2 * layers * hidden * dtype.itemsize
             return
-        finally:
-            self.why_no_cache = None  # runs with data decide
         self.token_bytes = max(0, (second - first) // (TRIED[1] - TRIED[0]))
         self.fixed_bytes = max(1, first - self.token_bytes * TRIED[0])
 
@@ -108,7 +109,7 @@ class RequestCaches(WeightHolder):
     def _run_cached(self, base: nn.Module, ids: Tensor, positions: Tensor, kept: Any) -> tuple[Tensor, Any]:
         """Run them over transformers' cache.  kept: it, after the call before.  Returns it after this one, too."""
         name = next((name for name in CACHES if takes(base, name)), None)
-        if name is None or self.why_no_cache is not None:  # all tokens are run again
+        if name is None or isinstance(kept, Tensor):  # all tokens are run again
             everything = ids if kept is None else torch.cat((kept, ids))
             count = torch.arange(len(everything), device=ids.device)
             return self._call(base, everything, count, {"use_cache": False})[0][-len(ids) :], everything
@@ -117,11 +118,15 @@ class RequestCaches(WeightHolder):
         try:
             kept = None if name == "state" else self._new_cache(base, name)
             return self._call(base, ids, positions, {name: kept, "use_cache": True})
-        except (
-            Exception
-        ) as error:  # of a class whose cache does not fit its own model (BLT, xLSTM of some sizes)
+        except PymllmError:
+            raise
+        except Exception as error:
+            if ids.is_meta:
+                raise  # a run that only measures
+            # Some classes have a cache that does not fit their own model (BLT, xLSTM of some sizes). The request goes
+            # on without one; what else went wrong happens again without a cache, and is raised.
             hidden, _ = self._call(base, ids, positions, {"use_cache": False})
-            self.why_no_cache = f"{type(error).__name__}: {error}"
+            logger.warning("%s runs a request without its cache: %s", type(base).__name__, error)
             return hidden, ids
 
     def _new_cache(self, base: nn.Module, name: str) -> Any:
