@@ -24,6 +24,7 @@ class Execution:
     compute: "auto", "exact" or "checkpoint", see `LinearProblem`.  kernels: pairs (operation, forced kernel's name).
     kv_dtype: of keys and values that are kept in floats; None: `dtype`.
     kept_floats: by name, the tensors whose floats stay in the checkpoint's dtype, which is narrower than `dtype`.
+    block_length: of attention by blocks, in which a query sees its whole block; 1: a query sees what came before it.
     """
 
     device: str = "cpu"
@@ -32,6 +33,7 @@ class Execution:
     kernels: tuple[tuple[str, str], ...] = ()
     kv_dtype: torch.dtype | None = None
     kept_floats: Mapping[str, torch.dtype] = field(default_factory=dict, compare=False, repr=False)
+    block_length: int = 1
 
     def forced_kernel(self, operation: str) -> str | None:
         """Return the name of the kernel that the user forces for an operation; None: none."""

@@ -90,6 +90,7 @@ class Attention(WeightHolder):
             soft_cap=soft_cap,
             sinks=sinks,
             bidirectional=bidirectional,
+            block_causal=execution.block_length > 1 and not bidirectional,
         )
         self.forced = execution.forced_kernel("attention") if attn_impl == "auto" else attn_impl
         self.selection: Selection[AttentionKernel] = select("attention", self.problem, self.forced)

@@ -33,7 +33,7 @@ from pymllm.weights.tensor_file import TensorInfo
 # Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
 BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|layers|norm)\..*)": r"model.\1"}
 # Modules here that are no family.
-SHARED = ("causal_lm", "encoder", "further_tokens", "generic", "language_model")
+SHARED = ("causal_lm", "encoder", "further_tokens", "generic", "language_model", "strategy")
 
 # Whose modules run a model type: ours where there is a page, or transformers' in any case.
 DEFINITIONS = ("auto", "transformers")

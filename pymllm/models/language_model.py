@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError
 from pymllm.models.further_tokens import FurtherTokens
+from pymllm.models.strategy import BlockDiffusion
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
 
@@ -27,6 +28,7 @@ class LanguageModel(nn.Module):
     restart_length: a request that grows to it needs all its keys and values made anew.
     skipped_tensors: patterns of tensors that the model does not need, and why.
     unreached: weights that no rule can quantise, and why, by name.
+    block_diffusion: how answers are decoded by blocks, where the family was trained for that; None: a token at a time.
     """
 
     config: ModelConfig
@@ -35,6 +37,7 @@ class LanguageModel(nn.Module):
     restart_length: int | None = None
     skipped_tensors: ClassVar[dict[str, str]] = {}
     unreached: Mapping[str, str] = {}
+    block_diffusion: ClassVar[BlockDiffusion | None] = None
 
     @property
     def definition(self) -> str:
