@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pymllm.engine.choosing import SamplerState, TokenLogprobs
 from pymllm.engine.prefixes import PageKeys
@@ -59,8 +59,10 @@ class Request:
 
     limit: how many tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active
     one.  req_id: which of the caller's prompts it is.
-    is_prefilling, running_sequence, new_tokens: whether its latest step read its prompt, the tokens that the step ran,
-    and how many it added.
+    decoding: what its decoding strategy keeps of it.
+    running_sequence: the tokens that its latest step ran, from position `computed` on.  rows: after which of them
+    logits are wanted.  is_reading, is_prefilling: whether the step read text, and text of the prompt.  new_tokens: how
+    many tokens it gave.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
     state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
     state_places: after how many tokens of its prompt its state is to be remembered.  prompt_states, answer_state: the
@@ -96,8 +98,11 @@ class Request:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    decoding: Any = None
     is_prefilling: bool = True
+    is_reading: bool = True
     running_sequence: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     new_tokens: int = 0
     eos_token_generated: bool = False
     restart_length: int | None = None
@@ -115,7 +120,7 @@ class Request:
 
     def keys(self, page_size: int) -> list[bytes]:
         """Return the keys of all pages that its tokens fill, whether these have been computed or not."""
-        if self.length // page_size > len(self.page_keys.made):
+        if self.page_keys.lack(self.length, page_size):
             self.page_keys.extend(self.prompt + self.answer, page_size)
         return self.page_keys.made
 
@@ -147,11 +152,6 @@ class Request:
             return range(0)
         last = min(self.computed + len(self.running_sequence), len(self.prompt) - 1)
         return range(max(self.computed, len(self.prompt_logprobs) - 1), last)
-
-    def end_step(self) -> bool:
-        """Note that the step has run.  Returns whether the cache now has all tokens, so that another one follows."""
-        self.computed += len(self.running_sequence)
-        return self.computed == self.length
 
     def fail(self, error: Exception) -> None:
         self.error, self.finish_reason = error, "abort"

@@ -66,11 +66,18 @@ def read_model_config(raw: Mapping[str, Any], definition: str = "auto") -> Model
     return config
 
 
+def model_class(config: ModelConfig) -> type[LanguageModel]:
+    """Return the class of the model that `build_model` builds."""
+    if isinstance(config, GenericConfig):
+        return GenericModel
+    family: type[LanguageModel] = _family(config.raw).Model
+    return family
+
+
 def build_model(config: ModelConfig, quant_config: QuantizationConfig | None = None) -> LanguageModel:
     """Build the model's modules, their weights on the current default device (usually meta)."""
-    if isinstance(config, GenericConfig):
-        return GenericModel(config, quant_config)
-    return _family(config.raw).Model(config, quant_config)
+    made: LanguageModel = model_class(config)(config, quant_config)  # type: ignore[call-arg]
+    return made
 
 
 def gguf_architectures() -> dict[str, GGUFArchitecture]:

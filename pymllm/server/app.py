@@ -272,10 +272,11 @@ async def stream_events(
         async for index, piece in _chain(first, generation):
             if piece.output is not None:
                 outputs[index] = piece.output
-            if piece.text or piece.output is not None or piece.logprobs is not None:
+            if piece.text or piece.output is not None or piece.logprobs:
                 reason = piece.output.finish_reason if piece.output is not None else None
-                logprobs = None if piece.logprobs is None else [piece.logprobs]
-                yield _event({**answer.chunk([answer.delta(index, piece.text, reason, logprobs)]), **tail})
+                yield _event(
+                    {**answer.chunk([answer.delta(index, piece.text, reason, piece.logprobs)]), **tail}
+                )
     except Exception as error:
         logger.error("a stream ended early: %s", error, exc_info=not isinstance(error, PymllmError))
         message = str(error) if isinstance(error, PymllmError) else "internal error"
