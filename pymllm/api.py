@@ -91,7 +91,6 @@ class LLM:
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
-
     `plan` says what runs, and why. Several threads may use one LLM; they take turns. An encoder only embeds.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
@@ -488,6 +487,7 @@ def load_model(
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs our page of the model type, or else transformers' class; "transformers" always its class.
+    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
 
     The current `Parallel` decides this rank's share.  The model carries `load_report` and `prepared`.
     Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,

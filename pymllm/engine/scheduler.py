@@ -82,8 +82,9 @@ class Scheduler:
             if self._grow(request):
                 step.append(request)
                 left -= self.strategy.plan_run(request, left)
-        # Many answers by long blocks do not keep a prompt waiting for ever.
-        left = max(left, self.cache.page_size)
+        if self.strategy.block_length > 1:
+            # Many answers by long blocks do not keep a prompt waiting for ever.
+            left = max(left, self.strategy.block_length)
         if step and self._piece is not None and (self.waiting or len(step) < len(self.running)):
             left = min(left, self._piece())
         if self.reuse and (self.waiting or len(step) < len(self.running)):

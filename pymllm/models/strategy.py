@@ -25,7 +25,7 @@ SMALL_BLOCK = 8
 
 @dataclass(frozen=True)
 class BlockDiffusion:
-    """What a family that is decoded block by block takes for granted where its checkpoints do not say it.
+    """The settings of a family that is decoded block by block, for what its checkpoints do not say.
 
     block_length: tokens of a block.  mask_token_id: the token that stands at open positions.
     confidence_threshold: a proposed token is accepted above this probability.
@@ -55,7 +55,7 @@ class Strategy:
 
     @property
     def block_length(self) -> int:
-        """How many tokens see one another; 1: each sees what came before it."""
+        """The number of tokens that see one another; 1: each sees what came before it."""
         return int(self.settings["block_length"]) if self.name == "block_diffusion" else 1
 
     def __str__(self) -> str:
