@@ -32,7 +32,10 @@ from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.tensor_file import TensorInfo
 
 # Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
-BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|word_embeddings|layers|norm)\..*)": r"model.\1"}
+BODY, BODY_RENAMED = (
+    re.compile(r"model\."),
+    {r"((?:embed_tokens|word_embeddings|layers|norm)\..*)": r"model.\1"},
+)
 # Modules here that are no family.
 SHARED = ("causal_lm", "encoder", "further_tokens", "generic", "language_model", "strategy")
 

@@ -66,13 +66,22 @@ class NormedAttention(SelfAttention):
     """Self-attention with a norm on each head of q and k, and the checkpoints' names for all of it."""
 
     def __init__(self, config: ModelConfig, layer: int, **options: Any) -> None:
-        names = {"part_names": ("query_key_value",), "output_name": "dense"}
-        super().__init__(config, layer, rotary_dim=rotary_dim_of(config), **names, **options)
+        super().__init__(
+            config,
+            layer,
+            part_names=("query_key_value",),
+            output_name="dense",
+            rotary_dim=rotary_dim_of(config),
+            **options,
+        )
         self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise each head of q and k.  q, k, v: [T, this rank's features of all heads].  Returns the same shapes."""
+        """Normalise each head of q and k.
+
+        q, k, v: [T, this rank's features of all heads].  Returns the same shapes.
+        """
         q = self.query_layernorm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.key_layernorm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return q, k, v

@@ -1,4 +1,4 @@
-"""LLaDA2 as its training code writes it: all experts of a layer in one tensor, which `moe/experts.py` finds by itself."""
+"""LLaDA2 as its training code writes it: a tensor has all experts of a layer, which `moe/experts.py` sees by itself."""
 
 from __future__ import annotations
 
