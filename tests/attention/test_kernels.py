@@ -104,7 +104,7 @@ def test_blocks_that_see_themselves(name, window, hole, prefix_causal):
 @pytest.mark.parametrize("block_size", (3, 5, 23, 64))
 @pytest.mark.parametrize("name", KERNELS)
 def test_blocks_of_any_size(name, block_size, cached):
-    """Sizes that pages are no multiple of, or that are larger than a page or a request; steps may end inside a block."""
+    """Sizes that do not divide a page, or are larger than a page or a request; steps may begin or end in a block."""
     changes = {"sliding_window": 6} if block_size == 5 else {}
     problem = make_problem(block_causal=True, **changes)
     requests = (
