@@ -31,6 +31,7 @@ from serving import served
 RESULTS = Path(__file__).parent / "results"
 TURNS, WORDS, ANSWER = 8, 45, 64  # turns of a chat, words of a message, tokens of an answer
 CROWD_TURNS = 2
+MODEL_NAME = "chat"
 SERVER = """
 import sys, xllamacpp as x
 p = x.CommonParams()
@@ -77,7 +78,7 @@ async def ask(
 ) -> tuple[str, float, float]:
     """Stream an answer.  Returns its text, the seconds to its first piece of text, and those to its end."""
     body = {
-        "model": (await http.get(f"{address}/models")).json()["data"][0]["id"],
+        "model": MODEL_NAME,
         "messages": list(messages),
         "max_tokens": ANSWER,
         "temperature": 0,
@@ -120,7 +121,8 @@ def hold(address: str, seed: int) -> dict[str, Any]:
     """Hold one chat, and ask for a cold first token after as long a history."""
 
     async def run() -> dict[str, Any]:
-        async with httpx.AsyncClient(timeout=600) as http:
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=600, limits=limits) as http:
             found = await chat(http, address, seed, TURNS)
             history = found.pop("history")[:-1]
             other = message(random.Random(-seed - 1))
@@ -135,7 +137,7 @@ def crowd(address: str, clients: int, seed: int) -> float:
     """Let clients hold chats at the same time.  Returns the tokens a second of all answers."""
 
     async def run() -> float:
-        limits = httpx.Limits(max_connections=clients)
+        limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=600, limits=limits) as http:
             started = time.perf_counter()
             await asyncio.gather(
@@ -166,7 +168,7 @@ def main() -> None:
     }
     most = max(args.clients)
     with (
-        served(args.model, args.threads, ("--prefix-reuse", "on")) as ours,
+        served(args.model, args.threads, ("--prefix-reuse", "on", "--model-name", MODEL_NAME)) as ours,
         llama_cpp(args.llama_python, args.model, args.threads, most, 2048) as (theirs, version),
     ):
         found["xllamacpp"] = version
@@ -207,7 +209,7 @@ def describe(found: dict[str, Any]) -> str:
         f"{roofline.describe(found['machine'])}",
         "",
         f"{found['model']}, {found['threads']} thread(s) each, xllamacpp {found['xllamacpp']}; messages of {WORDS} "
-        f"words, answers of {ANSWER} tokens, greedy, streamed; {found['rounds']} rounds, A B A B, medians. The ratio says how "
+        f"words, answers of {ANSWER} tokens, greedy, streamed; {found['rounds']} rounds, A B A B. The ratio says how "
         "many times as fast ours is.",
         "",
         "| | ours | llama.cpp | ratio |",
