@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import groupby
 
 import torch
 
-from pymllm.engine.choosing import TokenLogprobs, choose, describe, no_numbers, nothing_left
+from pymllm.engine.choosing import TokenLogprobs, choose, cut, describe, no_numbers, nothing_left
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
 from pymllm.engine.prefixes import current_state
@@ -57,7 +58,7 @@ class Engine:
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
         self.runner = Runner(model, device, max_length)
-        self.runner.score_prompt = self._score_prompt
+        self.runner.score_prompts = self._score_prompts
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
 
@@ -91,7 +92,9 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request.  RequestError if it can never run: it is too long for the model, or for the whole cache."""
-        request.limit = min(request.limit, self.check(request.prompt, request.params))
+        request.limit = min(
+            request.limit, self.check(request.prompt, request.params, answers=not request.reads_only)
+        )
         request.restart_length = self.model.restart_length
         ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.end_tokens)}
         vocabulary, sampler = self.model.config.size("vocab_size"), request.sampler
@@ -99,17 +102,25 @@ class Engine:
         sampler.bad_words = tuple(word for word in sampler.bad_words if max(word) < vocabulary)
         self.scheduler.waiting.append(request)
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Return how many tokens a request may have in all.  RequestError if this model can never run it."""
+    @property
+    def longest(self) -> int:
+        """The number of tokens that the model, and the whole cache, have room for."""
+        return min(self.max_length, self.cache.num_pages * self.cache.page_size)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, answers: bool = True) -> int:
+        """Return how many tokens a request may have in all.  RequestError if this model can never run it.
+
+        answers: whether it needs room for a token after its prompt.
+        """
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
-        longest = min(self.max_length, self.cache.num_pages * self.cache.page_size)
-        if len(prompt) >= longest:
+        longest = self.longest
+        if len(prompt) + answers > longest:
             raise RequestError(
-                "the prompt does not leave room for an answer",
+                "the prompt does not leave room for an answer" if answers else "the prompt is too long",
                 code="prompt-too-long",
                 tensor="prompt",
-                expected=f"fewer than {longest} tokens",
+                expected=f"fewer than {longest + (not answers)} tokens",
                 found=str(len(prompt)),
                 fix="Shorten the prompt.",
             )
@@ -252,9 +263,14 @@ class Engine:
         if matcher.complete:
             request.finish_reason = "stop"
 
-    def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
-        """Note the log-probabilities of the next tokens of a prompt.  logits: [R, V], after one token each."""
-        first = len(request.prompt_logprobs)
-        tokens = request.prompt[first : first + len(logits)]
-        count = request.params.prompt_logprobs or 0
-        request.prompt_logprobs += describe(logits, tokens, count, self.sampling_kernel)
+    def _score_prompts(self, owners: Sequence[Request], logits: torch.Tensor) -> None:
+        """Note the log-probabilities of the next tokens of prompts.
+
+        owners: the request of each row; its rows are side by side.  logits: [R, V], after one token each.
+        """
+        parts = [(request, len(list(rows))) for request, rows in groupby(owners)]
+        tokens = [token for request, count in parts for token in request.unscored_tokens(count)]
+        counts = [request.params.prompt_logprobs or 0 for request in owners]
+        entries = describe(logits, tokens, max(counts), self.sampling_kernel)
+        for request, entry, count in zip(owners, entries, counts, strict=True):
+            request.prompt_logprobs.append(cut(entry, count))

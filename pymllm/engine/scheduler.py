@@ -89,7 +89,7 @@ class Scheduler:
         size = self.cache.page_size
         full = request.computed // size
         self._remember(request)
-        if not (self.reuse and request.reuses) or full <= request.kept_pages:
+        if not self.reuse or full <= request.kept_pages:
             return
         for page, key in zip(
             request.pages[request.kept_pages : full],
@@ -146,7 +146,7 @@ class Scheduler:
         page, the request waits for that instead, and 0 is returned.
         """
         follow = self._follow if self.states is None else self._follow_state
-        if self.reuse and request.reuses and follow(request, reading):
+        if self.reuse and follow(request, reading):
             return 0
         reading.append(request)
         step.append(request)
@@ -156,9 +156,10 @@ class Scheduler:
         upto = next((place for place in request.state_places if place > request.computed), request.length)
         return request.start_step(min(upto - request.computed, left))
 
-    def _remembers(self, request: Request) -> bool:
+    @property
+    def _remembers(self) -> bool:
         most = 0 if self.states is None else self.states.most_remembered
-        return most > 0 and self.reuse and request.reuses
+        return most > 0 and self.reuse
 
     def _choose_places(self, request: Request, shared: int) -> tuple[int, ...]:
         """Choose after how many tokens of a prompt the state is to be remembered.
@@ -166,17 +167,17 @@ class Scheduler:
         shared: how many pages others have filled with the same text, from the first on, but without a state at the end:
         what is shared once will be shared again.
         """
-        if not self._remembers(request):
+        if not self._remembers:
             return ()
         size = self.cache.page_size
-        ending = (len(request.prompt) - PROMPT_ENDING) // size * size
+        ending = min(len(request.prompt) - PROMPT_ENDING, request.reusable) // size * size
         places = {place for place in (shared * size, ending) if REMEMBERED_TOKENS <= place <= ending}
         return tuple(sorted(places))
 
     def _remember(self, request: Request) -> None:
         """Remember the state of a request that is at a page's end, where that is worth it."""
         size, slot = self.cache.page_size, request.state_slot
-        if self.states is None or slot is None or request.computed % size or not self._remembers(request):
+        if self.states is None or slot is None or request.computed % size or not self._remembers:
             return
         key = request.keys(size)[request.computed // size - 1]
         if request.computed in request.state_places:
@@ -197,7 +198,7 @@ class Scheduler:
         size = self.cache.page_size
         if request.page_keys.origin != (self._now, request.adapter):
             return False
-        keys = request.keys(size)[: (request.length - 1) // size]
+        keys = request.keys(size)[: request.reusable // size]
         for index in range(request.computed // size, len(keys)):
             page = self.cache.find(keys[index])
             if page is None:
@@ -217,7 +218,7 @@ class Scheduler:
         assert states is not None and request.state_slot is not None
         if request.page_keys.origin != (self._now, request.adapter):
             return False
-        keys, own = request.keys(size)[: (request.length - 1) // size], request.computed // size
+        keys, own = request.keys(size)[: request.reusable // size], request.computed // size
         for count in range(len(keys), own, -1):
             if not states.knows(keys[count - 1]):
                 continue
@@ -238,13 +239,13 @@ class Scheduler:
 
     def _find_known(self, request: Request) -> list[int]:
         """Find the pages that hold the first tokens of a request which holds none."""
-        if not (self.reuse and request.reuses):
+        if not self.reuse:
             return []
         origin = (self._now, request.adapter)
         if request.page_keys.origin != origin:
             request.page_keys = PageKeys(origin)
         known: list[int] = []
-        for key in request.keys(self.cache.page_size)[: (request.length - 1) // self.cache.page_size]:
+        for key in request.keys(self.cache.page_size)[: request.reusable // self.cache.page_size]:
             page = self.cache.find(key)
             if page is None:
                 break

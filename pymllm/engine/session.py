@@ -15,14 +15,18 @@ from pymllm.text.tokenizer import TextStream, Tokenizer
 class StreamPiece:
     """A step of a streamed answer.
 
-    text: may be empty while a character is incomplete.  output: the whole answer, with the last piece alone.
-    logprobs: None unless they were asked for.
+    text: may be empty while a character is incomplete.  token_id: None in the one piece of a prompt that is only read.
+    output: the whole answer, with the last piece alone.
+    logprobs: None unless they were asked for.  prompt_logprobs: likewise, with the first piece alone.
+    index: which of the `n` answers to its prompt it belongs to.
     """
 
     text: str
-    token_id: int
+    token_id: int | None
     output: RequestOutput | None = None
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    index: int = 0
 
 
 class Session:
@@ -40,9 +44,21 @@ class Session:
         return list(self._texts)
 
     def add(
-        self, prompt: list[int], params: SamplingParams, adapter: str | None = None, req_id: int = 0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: str | None = None,
+        req_id: int = 0,
+        *,
+        first_scored: int | None = None,
     ) -> Request:
-        """Queue a prompt.  RequestError if it can never run.  req_id: the caller's own number for it."""
+        """Queue a prompt.  RequestError if it can never run.
+
+        req_id: the caller's own number for it.  first_scored: the prompt is only read, and its tokens from this one on
+        are scored (`prompt_logprobs`); None: it is answered.
+        """
+        if first_scored is not None:
+            return self._score(prompt, params, adapter, req_id, first_scored)
         limit = len(prompt) + params.max_tokens if params.max_tokens is not None else self.engine.max_length
         request = Request(prompt, params, limit, adapter, req_id)
         if params.follows is not None:
@@ -54,6 +70,18 @@ class Session:
             if self.tokenizer.available
             else None
         )
+        return request
+
+    def _score(
+        self, prompt: list[int], params: SamplingParams, adapter: str | None, req_id: int, first_scored: int
+    ) -> Request:
+        # The last token is scored, but need not run, unless there is no other.
+        run = max(len(prompt) - 1, 1)
+        request = Request(prompt[:run], params, run, adapter, req_id)
+        request.reads_only, request.first_scored = True, first_scored
+        request.following = tuple(prompt[run:])
+        self.engine.add(request)
+        self._texts[request] = None
         return request
 
     def step(self) -> list[tuple[Request, StreamPiece | None]]:
@@ -78,7 +106,11 @@ class Session:
             del self._texts[request]
             return None
         if not request.new_tokens:
-            return None
+            if request.finish_reason is None:
+                return None
+            # It was only to be read.
+            del self._texts[request]
+            return StreamPiece("", None, request.output())
         token, text = request.answer[-1], self._texts[request]
         ended_by_token = request.eos_token_generated
         piece = "" if text is None or ended_by_token else text.push(token)
@@ -86,11 +118,14 @@ class Session:
             request.finish_reason = "stop"
             self.engine.scheduler.remove(request)
         logprobs = request.logprobs[-1] if request.logprobs else None
+        begins = request.params.prompt_logprobs is not None and len(request.answer) == request.new_tokens
+        before = tuple(request.prompt_logprobs) if begins else None
         if request.finish_reason is None:
-            return StreamPiece(piece, token, logprobs=logprobs)
+            return StreamPiece(piece, token, logprobs=logprobs, prompt_logprobs=before)
         del self._texts[request]
         if text is not None:
             piece += text.finish()
             if text.stopped:
                 request.finish_reason = "stop"
-        return StreamPiece(piece, token, request.output(text.text if text is not None else ""), logprobs)
+        output = request.output(text.text if text is not None else "")
+        return StreamPiece(piece, token, output, logprobs, before)
