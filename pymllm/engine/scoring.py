@@ -222,7 +222,8 @@ class Scoring:
         """Score the texts.  Raises what a request's step raises."""
         # Not all at once, of which there may be a million.
         room = 2 * session.engine.scheduler.max_requests
-        todo, outputs = iter(enumerate(self.asked)), {}
+        todo = iter(enumerate(self.asked))
+        outputs: dict[int, RequestOutput] = {}
         while len(outputs) < len(self.asked):
             while len(session.unfinished) < room and (following := next(todo, None)) is not None:
                 number, one = following
