@@ -313,9 +313,12 @@ def _refuse_other_parts(messages: list[Any]) -> None:
 R = TypeVar("R", bound=_Strict)
 
 
-def read_request(kind: type[R], body: bytes) -> R:
-    """Read a request of this kind from a body.  RequestError, with the parameter's name if one is to blame."""
-    raw = _read_json(body)
+def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
+    """Read a request of this kind from a body.  RequestError, with the parameter's name if one is to blame.
+
+    body: JSON, or what `parse_json` made of it.
+    """
+    raw = dict(body) if isinstance(body, Mapping) else parse_json(body)
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
     for name, neutral in NEUTRAL.items():
@@ -359,7 +362,8 @@ def read_request(kind: type[R], body: bytes) -> R:
     return request
 
 
-def _read_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
+    """Parse a JSON text strictly: UTF-8, finite numbers, whole characters.  RequestError if it is none."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
         # Half a surrogate pair is no text: it cannot be encoded again.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,9 @@ class Service:
                 fix="POST /v1/embeddings instead.",
             )
 
-    async def read(self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> Question:
+    async def read(
+        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
         """Read and check a body, off the event loop, as a long text takes a while to encode; compile its grammar."""
         question = await asyncio.to_thread(self._read, kind, body)
         try:
@@ -117,7 +119,7 @@ class Service:
         except RequestError as error:
             raise question.request.blame(error) from None
 
-    async def read_embedding(self, body: bytes) -> EmbeddingQuestion:
+    async def read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
         """Read and check a request for embeddings, off the event loop."""
         return await asyncio.to_thread(self._read_embedding, body)
 
@@ -138,7 +140,7 @@ class Service:
         ]
         return Echo(texts, list(prompts), request.logprobs is not None)
 
-    def _read_embedding(self, body: bytes) -> EmbeddingQuestion:
+    def _read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
         request = read_request(EmbeddingRequest, body)
         adapter, embedder = self.adapter_of(request.model), self.llm.embedder
         try:
@@ -149,7 +151,9 @@ class Service:
         options = embedder.options(dimensions=request.dimensions, adapter=adapter)
         return EmbeddingQuestion(request, inputs, options, adapter)
 
-    def _read(self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> Question:
+    def _read(
+        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
         """Read a request.  Whatever is wrong with it is refused here."""
         request: CompletionRequest | ChatRequest = read_request(kind, body)
         adapter = self.adapter_of(request.model)

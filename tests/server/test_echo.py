@@ -1,4 +1,4 @@
-"""Prompts before their answers, and answers of one prompt in one stream: /v1/completions as OpenAI's clients know it."""
+"""Prompts before their answers, and several answers in one stream: /v1/completions as OpenAI's clients know it."""
 
 from __future__ import annotations
 
