@@ -85,7 +85,7 @@ class Places:
 
     @staticmethod
     def _tell(one: _Waiting, error: Exception | None = None) -> bool:
-        """Wake somebody who waits.  Returns whether the loop is still there."""
+        """Tell somebody who waits that it is over.  Returns whether the loop is still there."""
 
         def tell() -> None:
             if not one.told.done():
