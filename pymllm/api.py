@@ -81,6 +81,7 @@ class LLM:
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
     "transformers" runs its class in any case.
+    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
     progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
@@ -89,10 +90,8 @@ class LLM:
     kv_memory: what the KV cache may take, "2GB" or "512MiB" say, or a number of bytes; None: a quarter of what is free
     beside the weights, but no more than 16384 tokens, or one request of that length, need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
-
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
-
     `plan` says what runs, and why. Several threads may use one LLM; they take turns. An encoder only embeds.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
@@ -111,6 +110,7 @@ class LLM:
         kv_cache: RuleSource = None,
         revision: str | None = None,
         definition: str = "auto",
+        strategy: str | None = None,
         progress: bool | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
@@ -133,6 +133,7 @@ class LLM:
                 kv_cache=kv_cache,
                 revision=revision,
                 definition=definition,
+                strategy=strategy,
             )
             self.plan: Plan = make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
             if check_memory:
@@ -474,6 +475,7 @@ def load_model(
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs our page of the model type, or else transformers' class; "transformers" always its class.
+    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
 
     The current `Parallel` decides this rank's share.  The model carries `load_report` and `prepared`.
     Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,

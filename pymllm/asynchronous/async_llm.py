@@ -34,7 +34,7 @@ class AsyncLLM:
     max_running: how many answers are made together.  Any number of calls may be open: those beyond twice as many wait
     in turn, before they cost memory of the engine.
     options: those of `LLM`, all of which it takes by name:
-    quant, device, dtype, compute, kernels, kv_cache, revision, definition: and so on, as there.
+    quant, device, dtype, compute, kernels, kv_cache, revision, definition, strategy: and so on, as there.
 
     A call that is cancelled (its task, `asyncio.wait_for`, a stream that is closed) is aborted before the next step;
     its pages are free then. What one request does wrong, only its own call raises. Use it in one event loop at a time.

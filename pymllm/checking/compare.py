@@ -161,6 +161,7 @@ def compare(
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
     "transformers" runs its class in any case.
+    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
 
     Returns the `Comparison`; str() says it in a table.
     Raises whatever loading would raise under any of the rules.

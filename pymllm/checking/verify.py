@@ -137,6 +137,7 @@ def verify(
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
     "transformers" runs its class in any case.
+    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
 
     Returns the `Verification`; str() says it in a few lines.
     Raises whatever loading would raise; ConfigError for arguments that do not go together.

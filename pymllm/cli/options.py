@@ -66,6 +66,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         help="whose modules run: pymllm's own where it has the model type (auto, the default), or transformers' class",
     )
     group.add_argument(
+        "--strategy",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="how answers are decoded, e.g. block_diffusion:block_length=32; default: as the model was trained for",
+    )
+    group.add_argument(
         "--no-memory-check",
         action="store_false",
         dest="check_memory",
@@ -179,6 +184,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache": args.kv_cache,
         "revision": args.revision,
         "definition": args.definition,
+        "strategy": args.strategy,
     }
 
 

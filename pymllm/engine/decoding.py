@@ -1,4 +1,4 @@
-"""Steps in which every request brings one token: tensors that stay where they are, so that a step can be replayed.
+"""Steps in which all requests run as many tokens: tensors that stay where they are, so that a step can be replayed.
 
 A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner` treats both alike.
 """
@@ -15,14 +15,15 @@ from torch import Tensor
 from pymllm.engine.graphs import Capture
 from pymllm.engine.request import Request
 from pymllm.engine.states import NOBODY
-from pymllm.engine.tape import NotRepeatable, RepeatedStep, record
+from pymllm.engine.strategies import Autoregressive, DecodingStrategy
+from pymllm.engine.tape import NotRepeatable, record, repeated
 
 # Which step of a batch is recorded: a batch of the same size has then come twice before.
 RECORDED_STEP = 3
 
 
 class DecodingBatch:
-    """The tensors of a step of `size` requests, filled anew for each step.
+    """The tensors of a step of `size` requests of `width` tokens each, filled anew for each step.
 
     columns: how many pages a request may have.  max_length: how many tokens it may have.
     has_states: whether layers keep states of requests.
@@ -39,25 +40,32 @@ class DecodingBatch:
         max_length: int,
         device: torch.device,
         has_states: bool = False,
+        width: int = 1,
+        strategy: DecodingStrategy | None = None,
     ) -> None:
+        strategy = strategy or Autoregressive()
         # `fill` writes through NumPy, whose assignments cost a tenth of torch's; on a CPU these are the step's tensors.
-        tokens = torch.zeros((4, size), dtype=torch.int64)
+        tokens = torch.zeros((3, size * width), dtype=torch.int64)
+        states = torch.zeros(size, dtype=torch.int64)
         lengths = torch.zeros((2, size + 1), dtype=torch.int32)
         pages = torch.zeros((size, columns), dtype=torch.int32)
-        self._tokens, self._lengths, self._pages = tokens.numpy(), lengths.numpy(), pages.numpy()
-        self._filled = [(there, here) for here in (tokens, lengths, pages) for there in (here.to(device),)]
-        (tokens, _), (lengths, _), (pages, _) = self._filled
-        self.ids, self.positions, slots, states = tokens
-        self.step = RepeatedStep(
-            cu_seqlens_q=torch.arange(size + 1, dtype=torch.int32, device=device),
+        host = (tokens, lengths, pages, states)
+        self._tokens, self._lengths, self._pages, self._states = (tensor.numpy() for tensor in host)
+        self._filled = [(there, here) for here in host for there in (here.to(device),)]
+        (tokens, _), (lengths, _), (pages, _), (states, _) = self._filled
+        self.ids, self.positions, slots = tokens
+        self._width = width
+        self.step = repeated(strategy.metadata)(
+            cu_seqlens_q=torch.arange(0, size * width + 1, width, dtype=torch.int32, device=device),
             cu_seqlens_k=lengths[1],
-            max_seqlen_q=1,
+            max_seqlen_q=width,
             max_seqlen_k=max_length,
             slot_mapping=slots,
             context_lens=lengths[0, :size],
             page_tables=pages,
             page_size=page_size,
             state_slots=states if has_states else None,
+            **strategy.step_settings,
         )
         self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
@@ -66,17 +74,25 @@ class DecodingBatch:
         self._rows: list[tuple[Request, int, int] | None] = [None] * size
 
     def fill(self, requests: list[Request]) -> None:
-        """Write this step's tokens, positions, slots and pages; rows that no request has store nothing of anyone's."""
-        size, rows = self.step.page_size, len(self._rows)
-        last = [request.length - 1 for request in requests]
-        slots = [r.pages[p // size] * size + p % size for r, p in zip(requests, last, strict=True)]
+        """Write the runs of these requests; rows that no request has store nothing of anyone's."""
+        size, rows, width = self.step.page_size, len(self._rows), self._width
+        first = [request.computed for request in requests]
         spare = rows - len(requests)
-        self._tokens[0] = [request.last_token for request in requests] + [0] * spare
-        self._tokens[1] = last + [0] * spare
-        self._tokens[2] = slots + [-1] * spare
+        if width == 1:
+            slots = [r.pages[p // size] * size + p % size for r, p in zip(requests, first, strict=True)]
+            self._tokens[0] = [request.running_sequence[0] for request in requests] + [0] * spare
+            self._tokens[1] = first + [0] * spare
+        else:
+            places = [place for start in first for place in range(start, start + width)]
+            owners = [request for request in requests for _ in range(width)]
+            slots = [r.pages[p // size] * size + p % size for r, p in zip(owners, places, strict=True)]
+            tokens = [token for request in requests for token in request.running_sequence]
+            self._tokens[0] = tokens + [0] * spare * width
+            self._tokens[1] = places + list(range(width)) * spare
+        self._tokens[2] = slots + [-1] * spare * width
         if self.step.state_slots is not None:
-            self._tokens[3] = [request.state_slot for request in requests] + [NOBODY] * spare
-        self._lengths[0, :rows] = self._tokens[1] + 1
+            self._states[:] = [request.state_slot for request in requests] + [NOBODY] * spare
+        self._lengths[0, :rows] = self._tokens[1, width - 1 :: width] + 1
         self._lengths[0, :rows].cumsum(out=self._lengths[1, 1:])
         for row, request in enumerate(requests):
             held = (request, request.preemptions, len(request.pages))
@@ -93,7 +109,7 @@ class DecodingBatch:
         capture: Capture | None,
         rewind: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Run the filled batch, by `forward` until its step can be replayed.  Returns [size, V].
+        """Run the filled batch, by `forward` until its step can be replayed.  Returns [size * width, V].
 
         capture: captures the first step (on a GPU). Without it a tape is recorded at the third step and tried at the
         fourth. Raises NotRepeatable if the step has what a tape cannot have.

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 
-from pymllm.engine.choosing import TokenLogprobs, choose, cut, describe, no_numbers, nothing_left
+from pymllm.engine.choosing import cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
 from pymllm.engine.prefixes import current_state
@@ -18,6 +19,7 @@ from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import MAX_REQUESTS, Scheduler
 from pymllm.engine.states import StatePool
+from pymllm.engine.strategies import DecodingStrategy, make_strategy
 from pymllm.errors import RequestError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select
@@ -31,7 +33,7 @@ class Engine:
 
     cache_pages: of the KV cache.  state_slots, remembered_states: how many requests have room for a state where layers
     keep one, and how many states are remembered.  prefix_reuse: whether requests share pages.  step_ms: see `Pace`.
-    clock: tells the time, in seconds.
+    strategy: how answers are decoded.  clock: tells the time, in seconds.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Engine:
         state_slots: int = MAX_REQUESTS,
         remembered_states: int = 0,
         step_ms: float = STEP_MS,
+        strategy: DecodingStrategy | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.parallel = model, parallel
@@ -57,7 +60,8 @@ class Engine:
         self.state_slots, self.remembered_states = state_slots, remembered_states
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
-        self.runner = Runner(model, device, max_length)
+        self.strategy = strategy or make_strategy(model.strategy)
+        self.runner = Runner(model, device, max_length, self.strategy)
         self.runner.score_prompts = self._score_prompts
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
@@ -83,6 +87,7 @@ class Engine:
             piece=lambda: self.parallel.broadcast_object(self.pace.piece()),
             state=lambda: self.parallel.broadcast_object(current_state()),
             states=self.states,
+            strategy=self.strategy,
         )
 
     @property
@@ -100,12 +105,13 @@ class Engine:
         vocabulary, sampler = self.model.config.size("vocab_size"), request.sampler
         sampler.ends = tuple(token for token in ends if token < vocabulary)
         sampler.bad_words = tuple(word for word in sampler.bad_words if max(word) < vocabulary)
+        self.strategy.begin(request)
         self.scheduler.waiting.append(request)
 
     @property
     def longest(self) -> int:
         """The number of tokens that the model, and the whole cache, have room for."""
-        return min(self.max_length, self.cache.num_pages * self.cache.page_size)
+        return self.strategy.usable_length(min(self.max_length, self.cache.num_pages * self.cache.page_size))
 
     def check(self, prompt: Sequence[int], params: SamplingParams, answers: bool = True) -> int:
         """Return how many tokens a request may have in all.  RequestError if this model can never run it.
@@ -114,6 +120,14 @@ class Engine:
         """
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
+        self.strategy.check(params)
+        if not answers and self.strategy.block_length > 1:
+            raise RequestError(
+                "this model answers by blocks: a token has no probability given those before it alone",
+                code="score-blocks",
+                tensor="prompt",
+                fix="Score with a model that answers a token at a time.",
+            )
         longest = self.longest
         if len(prompt) + answers > longest:
             raise RequestError(
@@ -146,32 +160,26 @@ class Engine:
         if not batch:
             return []
         started = self.clock()
-        pieces = [len(r.running_sequence) for r in batch if r.missing > 1 or r.is_prefilling]
+        pieces = [len(request.running_sequence) for request in batch if request.is_reading]
         ran, logits = self._run(batch)
-        all_ran = len(ran) == len(batch)
-        ready = [index for index, request in enumerate(ran) if request.end_step()]
         for request in ran:
+            if request.reads_only:
+                request.end_reading()
+            else:
+                self.strategy.end_run(request)
+            request.count_step()
             self.scheduler.keep(request)
-        if len(ready) < len(ran):
-            ran, logits = [ran[index] for index in ready], logits[ready]
-        chosen = self._choose(ran, logits)
+        ready = [request for request in ran if request.rows]
+        chosen = self._choose(ready, logits)
         if self.device.type == "cuda" and not ready:
             # Nothing has waited for the step yet.
             torch.cuda.synchronize()
         # A step that failed ran several times.
-        if all_ran:
+        if len(ran) == len(batch):
             self.pace.note(self.clock() - started, sum(pieces), len(batch) - len(pieces))
-        for index, (request, (token, logprobs)) in enumerate(zip(ran, chosen, strict=True)):
-            if request.error is not None:
-                continue
-            if token is None:
-                ruled_out = request.sampler.matcher is not None and logits[index].max().isfinite()
-                request.fail(nothing_left() if ruled_out else no_numbers())
-                continue
-            if logprobs is not None:
-                request.logprobs.append(logprobs)
-            request.add_token(token, self.end_tokens)
-            self._follow(request, token)
+        for request, choice in zip(ready, chosen, strict=True):
+            if request.error is None:
+                self.strategy.accept(request, choice, self.end_tokens)
         for request in batch:
             if request.finish_reason is not None:
                 self.scheduler.remove(request)
@@ -183,7 +191,7 @@ class Engine:
         self.scheduler.remove(request)
 
     def _run(self, batch: list[Request]) -> tuple[list[Request], torch.Tensor]:
-        """Run a step.  Returns the requests that could be run, and their logits [R, V].
+        """Run a step.  Returns the requests that could be run, and the logits that they asked for, [N, V].
 
         If a step of several requests fails, each is run alone, so that only the one to blame fails again.
         """
@@ -205,63 +213,45 @@ class Engine:
         return ran, torch.cat([row.to(rows[-1]) for row in rows])
 
     def _run_alone(self, request: Request) -> torch.Tensor:
-        """Run a request's tokens once more, after a step that it shared has failed.  Returns its logits [1, V].
+        """Run a request's tokens once more, after a step that it shared has failed.  Returns its logits.
 
         The same keys and values are written again, which is harmless. A state though may have taken the tokens in
         already, in some layers: it is made anew from the request's first token.
         """
         if self.states is None:
             return self.runner.step([request], self.cache)
-        before = request.computed, request.running_sequence, request.is_prefilling
+        before = request.computed, request.running_sequence, request.is_prefilling, request.rows
         stop = request.computed + len(request.running_sequence)
         most = stop if self.scheduler.whole else self.scheduler.step_tokens
         request.computed = 0
         while True:
             count = request.start_step(min(most, stop - request.computed))
+            request.rows = before[-1] and [count - 1] if request.computed + count == stop else []
             logits = self.runner.step([request], self.cache)
             if request.computed + count == stop:
                 break
             request.computed += count
-        request.computed, request.running_sequence, request.is_prefilling = before
+        request.computed, request.running_sequence, request.is_prefilling, request.rows = before
         return logits
 
-    def _choose(
-        self, requests: list[Request], logits: torch.Tensor
-    ) -> list[tuple[int | None, TokenLogprobs | None]]:
-        """Choose the next token of each request, as `choose` does, the same on all ranks.
+    def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[Any]:
+        """Choose by the logits of each request, as its strategy does, the same on all ranks.
 
         If that fails for several together, each is tried alone, so that only the one to blame fails.
         """
+        if not requests:
+            return []
         try:
-            chosen = choose(
-                logits,
-                [request.sampler for request in requests],
-                [request.answer for request in requests],
-                self.sampling_kernel,
-            )
+            chosen = self.strategy.choose(requests, logits, self.sampling_kernel)
         except Exception as error:
             if self.parallel.size > 1:
                 raise
             if len(requests) == 1:
                 requests[0].fail(error)
-                return [(None, None)]
-            rows = zip(requests, logits.split(1), strict=True)
+                return [None]
+            rows = zip(requests, logits.split([len(request.rows) for request in requests]), strict=True)
             return [entry for request, row in rows for entry in self._choose([request], row)]
         return self.parallel.broadcast_object(chosen)
-
-    @staticmethod
-    def _follow(request: Request, token: int) -> None:
-        """Take a token into the request's grammar, if it has one, and end the answer where nothing more may come."""
-        matcher = request.sampler.matcher
-        if matcher is None or request.finish_reason is not None:
-            return
-        try:
-            matcher.accept(token)
-        except Exception as error:
-            request.fail(error)
-            return
-        if matcher.complete:
-            request.finish_reason = "stop"
 
     def _score_prompts(self, owners: Sequence[Request], logits: torch.Tensor) -> None:
         """Note the log-probabilities of the next tokens of prompts.

@@ -30,16 +30,24 @@ class PageKeys:
     """The keys of one request's pages.
 
     origin: of the request when it began, or began again.  made: the keys so far, of its first pages.
+    group: how many pages get their keys together. Where tokens see what comes after them in their block, what a page
+    holds follows from all blocks that begin in it, so that a group of pages ends where a block ends.
     """
 
-    def __init__(self, origin: Origin | None = None) -> None:
-        self.origin = origin
+    def __init__(self, origin: Origin | None = None, group: int = 1) -> None:
+        self.origin, self.group = origin, group
         self.made: list[bytes] = []
+
+    def lack(self, tokens: int, page_size: int) -> bool:
+        """Tell whether so many tokens fill groups of pages that have no keys yet."""
+        return tokens // (page_size * self.group) * self.group > len(self.made)
 
     def extend(self, tokens: Sequence[int], page_size: int) -> None:
         """Make the keys of all pages that these tokens fill.  tokens: the request's, from its first on."""
         parent = self.made[-1] if self.made else hashlib.sha256(repr(self.origin).encode()).digest()
-        for page in range(len(self.made), len(tokens) // page_size):
-            own = array("q", tokens[page * page_size : (page + 1) * page_size])
-            parent = hashlib.sha256(parent + own.tobytes()).digest()
-            self.made.append(parent)
+        size = page_size * self.group
+        for start in range(len(self.made) * page_size, len(tokens) - size + 1, size):
+            own = array("q", tokens[start : start + size]).tobytes()
+            for _ in range(self.group):
+                parent = hashlib.sha256(parent + own).digest()
+                self.made.append(parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pymllm.engine.choosing import SamplerState, TokenLogprobs
 from pymllm.engine.metrics import RequestMetrics, measure
@@ -62,8 +62,10 @@ class Request:
 
     limit: how many tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active
     one.  req_id: which of the caller's prompts it is.
-    is_prefilling, running_sequence, new_tokens: whether its latest step read its prompt, the tokens that the step ran,
-    and how many it added.
+    decoding: what its decoding strategy keeps of it.
+    running_sequence: the tokens that its latest step ran, from position `computed` on.  rows: after which of them
+    logits are wanted.  is_reading, is_prefilling: whether the step read text, and text of the prompt.  new_tokens: how
+    many tokens it gave.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
     state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
     state_places: after how many tokens of its prompt its state is to be remembered.  prompt_states, answer_state: the
@@ -76,7 +78,7 @@ class Request:
     be taken over from others.
     following: the token after the prompt, which is scored but not run; or none.
     arrived_at: when it came, as `time.perf_counter` tells the time; the other times likewise.
-    steps, forwards: how many steps it took part in, and how many of these did not read its prompt.
+    steps, forwards: how many steps it took part in, and how many of these decoded, that is read nothing.
     decoded: how many tokens the latter gave.  drafted, accepted: how many tokens a strategy proposed and kept.
     restart_length: `CausalLM.restart_length`.
     block_size, blocks, max_nfe_reached, max_repetition_run_reached: what `GenerationOutputs` reads of strategies that
@@ -110,8 +112,11 @@ class Request:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    decoding: Any = None
     is_prefilling: bool = True
+    is_reading: bool = True
     running_sequence: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     new_tokens: int = 0
     steps: int = 0
     forwards: int = 0
@@ -134,7 +139,7 @@ class Request:
 
     def keys(self, page_size: int) -> list[bytes]:
         """Return the keys of all pages that its tokens fill, whether these have been computed or not."""
-        if self.length // page_size > len(self.page_keys.made):
+        if self.page_keys.lack(self.length, page_size):
             self.page_keys.extend(self.prompt + self.answer, page_size)
         return self.page_keys.made
 
@@ -158,6 +163,14 @@ class Request:
         else:
             self.running_sequence = (self.prompt + self.answer)[start : start + count]
         return count
+
+    def start_reading(self, most: int) -> int:
+        """Set the next tokens, at most so many, of a prompt that is only read as those of the step to come.
+
+        Returns how many they are.
+        """
+        self.rows, self.is_reading = [], True
+        return self.start_step(min(self.missing, max(most, 1)))
 
     @property
     def next_unscored(self) -> int:
@@ -186,16 +199,16 @@ class Request:
             return self.length - 1
         return min(self.length - 1, self.next_unscored)
 
-    def end_step(self) -> bool:
-        """Note that the step has run.  Returns whether the cache now has all tokens, so that another one follows."""
+    def end_reading(self) -> None:
+        """Note that a step of a prompt that is only read has run, and end it after the last one."""
         self.computed += len(self.running_sequence)
-        self.steps += 1
-        self.forwards += not self.is_prefilling
-        if self.computed < self.length:
-            return False
-        if self.reads_only:
+        if self.computed == self.length:
             self.finish_reason = "length"
-        return not self.reads_only
+
+    def count_step(self) -> None:
+        """Count the step that has run."""
+        self.steps += 1
+        self.forwards += not self.is_reading
 
     def fail(self, error: Exception) -> None:
         self.error, self.finish_reason = error, "abort"
@@ -235,7 +248,7 @@ class Request:
         self.last_token_at = now
         self.answer.append(token)
         self.new_tokens += 1
-        self.decoded += not self.is_prefilling
+        self.decoded += not self.is_reading
         if self.length == self.restart_length:
             self.computed = 0
         ends = token in self.params.stop_token_ids or (token in end_tokens and not self.params.ignore_eos)

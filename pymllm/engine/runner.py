@@ -19,6 +19,7 @@ from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.states import MAX_COPIED_BYTES, StatePool
+from pymllm.engine.strategies import DecodingStrategy, make_strategy
 from pymllm.engine.tape import NotRepeatable, why_not_recorded
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
@@ -37,8 +38,15 @@ SCORED_ROWS = 64
 class Runner:
     """One model on one device."""
 
-    def __init__(self, model: LanguageModel, device: torch.device, max_length: int = 0) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        device: torch.device,
+        max_length: int = 0,
+        strategy: DecodingStrategy | None = None,
+    ) -> None:
         self.model, self.device, self.max_length = model, device, max_length
+        self.strategy = strategy or make_strategy(model.strategy)
         # On a CPU decoding steps are recorded on tapes, on a GPU captured as graphs; eager_reason: why they are not.
         self.capture: Capture | None = None if device.type == "cpu" else capture_cuda_graph
         self.eager_reason: str | None = None
@@ -46,8 +54,9 @@ class Runner:
         self.states: StatePool | None = None
         # Takes logits [R, V] after tokens of prompts, those that are wanted, in order, and whose each is.
         self.score_prompts: Callable[[Sequence[Request], Tensor], None] | None = None
-        # By rows and threads, the last used at the end; and what must be as it was when they were made.
-        self._decoding: dict[tuple[int, int], DecodingBatch] = {}
+        # By requests, tokens of each and threads, the last used at the end; and what must be as it was when they were
+        # made.
+        self._decoding: dict[tuple[int, int, int], DecodingBatch] = {}
         self._decoding_of: tuple[Any, ...] = ()
 
     @torch.no_grad()
@@ -58,7 +67,7 @@ class Runner:
         """
         count = len(token_ids)
         bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
-        metadata = AttnMetaDataBase(
+        metadata = self.strategy.metadata(
             is_prefill=True,
             cu_seqlens_q=bounds,
             cu_seqlens_k=bounds,
@@ -67,6 +76,7 @@ class Runner:
             context_lens=bounds[1:],
             query_starts=(0, count),
             lengths=(count,),
+            **self.strategy.step_settings,
         )
         return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
@@ -102,12 +112,9 @@ class Runner:
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
         """Run the tokens that the scheduler gave each request.
 
-        Returns the logits [R, V] after each request's last token; the next step overwrites them.
+        Returns the logits [N, V] of the rows that each request wants; the next step overwrites them.
         """
-        if all(
-            r.adapter is None and len(r.running_sequence) == r.missing == 1 and not r.unscored
-            for r in requests
-        ):
+        if all(r.adapter is None and r.rows and not self.strategy.is_reading(r) for r in requests):
             logits = self._decode(requests, cache)
             if logits is not None:
                 return logits
@@ -128,7 +135,7 @@ class Runner:
         bounds_q, bounds_k = ([0, *accumulate(counts)] for counts in (map(len, new), lengths))
         most = max(len(request.pages) for request in requests)
         pages = [request.pages + [0] * (most - len(request.pages)) for request in requests]
-        metadata = AttnMetaDataBase(
+        metadata = self.strategy.metadata(
             is_prefill=[request.is_prefilling for request in requests],
             cu_seqlens_q=self._int32(bounds_q),
             cu_seqlens_k=self._int32(bounds_k),
@@ -143,8 +150,9 @@ class Runner:
             state_slots=None
             if self.states is None
             else torch.tensor(self._slots(requests), device=self.device),
+            **self.strategy.step_settings,
         )
-        last = torch.tensor([bound - 1 for bound in bounds_q[1:]])
+        rows = torch.tensor(_wanted(requests, bounds_q), dtype=torch.int64)
         flat = [token for tokens in new for token in tokens]
         adapters = [request.adapter for request in requests]
         first = [bound - start for bound, start in zip(bounds_q, starts, strict=False)]
@@ -153,13 +161,17 @@ class Runner:
             for request, before in zip(requests, first, strict=True)
             if (wanted := request.unscored)
         ]
-        return self._forward(flat, positions, metadata, last, adapters, list(map(len, new)), scored)
+        return self._forward(flat, positions, metadata, rows, adapters, list(map(len, new)), scored)
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
-        """Run one token of each request by replaying a recorded step.  Returns [R, V]; the next step overwrites it.
+        """Run as many tokens of each request by replaying a recorded step, and return the rows that are wanted.
 
-        Returns None where this model, or a batch of this size, cannot be replayed.
+        Returns None where this model, or a batch of this size, cannot be replayed, or where requests run fewer tokens
+        than others.
         """
+        width = len(requests[0].running_sequence)
+        if any(len(request.running_sequence) != width for request in requests):
+            return None
         made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
         if made_for != self._decoding_of:
             self._decoding_of = made_for
@@ -169,13 +181,20 @@ class Runner:
         rows = len(requests) if self.capture is None else bucket_of(len(requests))
         if rows is None or self.eager_reason is not None:
             return None
-        key = (rows, torch.get_num_threads())
+        key = (rows, width, torch.get_num_threads())
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)
             columns = cache.pages_for(longest)
             batch = DecodingBatch(
-                rows, columns, cache.page_size, longest, self.device, has_states=self.states is not None
+                rows,
+                columns,
+                cache.page_size,
+                longest,
+                self.device,
+                has_states=self.states is not None,
+                width=width,
+                strategy=self.strategy,
             )
             size = 0 if self.states is None else rows * self.states.bytes_each
             if self.capture is None and size > MAX_COPIED_BYTES:
@@ -188,12 +207,16 @@ class Runner:
         batch.fill(requests)
         rewind = self._rewind(requests) if self.capture is None and not batch.trusted else None
         try:
-            return batch.run(lambda: self._forward_decoding(batch), self.capture, rewind)[: len(requests)]
+            logits = batch.run(lambda: self._forward_decoding(batch), self.capture, rewind)
         except NotRepeatable as reason:
             if rewind is not None:
                 rewind()
             batch.replay, batch.refused = None, str(reason)
             return None
+        wanted = _wanted(requests, range(0, len(requests) * width, width))
+        if len(wanted) == len(requests) * width:
+            return logits[: len(wanted)]
+        return logits[torch.tensor(wanted, device=self.device)]
 
     def _rewind(self, requests: list[Request]) -> Callable[[], None] | None:
         """Return what puts the states of these requests back to what they are now; None: there are none."""
@@ -237,14 +260,13 @@ class Runner:
     ) -> Tensor:
         """Run `tokens` at `positions` and compute logits.
 
-        rows: the tokens whose logits are wanted, one of each request; None: all.  adapters, counts: each request's
-        adapter, and how many of the tokens are its own.  scored: requests whose logits `score_prompts` gets, and after
+        rows: the tokens whose logits are wanted; None: all.  adapters, counts: each request's adapter, and how many of
+        the tokens are its own.  scored: requests whose logits `score_prompts` gets, and after
         which of the tokens.
         """
-        wide = AdapterBatch.of(
-            [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)], self.device
-        )
-        narrow = wide if rows is None else AdapterBatch.of(adapters, self.device)
+        names = [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)]
+        wide = AdapterBatch.of(names, self.device)
+        narrow = wide if rows is None else AdapterBatch.of([names[row] for row in rows.tolist()], self.device)
         # Each time: another runner may have installed its own.
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(metadata)
@@ -254,6 +276,8 @@ class Runner:
                     torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
                 )
             self._score(scored, hidden)
+            if rows is not None and not len(rows):
+                return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
             if rows is not None:
                 hidden = hidden[rows.to(self.device)]
             with use_adapters(narrow):
@@ -273,3 +297,8 @@ class Runner:
                 logits = self.model.compute_logits(hidden[rows[start : start + SCORED_ROWS]], gather_all=True)
             assert logits is not None and self.score_prompts is not None
             self.score_prompts(part, logits)
+
+
+def _wanted(requests: Sequence[Request], starts: Sequence[int]) -> list[int]:
+    """Return the rows of a step whose logits are wanted.  starts: where each request's tokens begin."""
+    return [start + row for request, start in zip(requests, starts, strict=False) for row in request.rows]

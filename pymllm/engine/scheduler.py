@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.prefixes import PageKeys, State, current_state
 from pymllm.engine.request import Request
 from pymllm.engine.states import StatePool
+from pymllm.engine.strategies.autoregressive import Autoregressive
+from pymllm.engine.strategies.base import DecodingStrategy
 
 MAX_REQUESTS = 64
 STEP_TOKENS = 1024
@@ -24,9 +27,9 @@ REMEMBERED_TOKENS = 64
 class Scheduler:
     """The requests that share the pages of one cache; whoever came first goes first.
 
-    A step runs one token of every request that has read its prompt. What is left of `step_tokens` goes to prompts, so
-    that a long prompt is read in several steps, and the answers of others go on beside it; beside answers it reads no
-    more than `piece` tokens.
+    A step goes on with every request that has read its prompt, by one token or as its strategy says. What is left of
+    `step_tokens` goes to prompts, so that a long prompt is read in several steps, and the answers of others go on
+    beside it; beside answers it reads no more than `piece` tokens.
 
     A request gets the pages of its prompt when it is admitted, and one more page whenever it has filled those. When no
     page is free, the request that was admitted last gives all of its pages back (it is preempted), and later reads its
@@ -44,6 +47,7 @@ class Scheduler:
     in one step, a request gets all the pages that it may ever need when it is admitted, and pages are not shared.
     piece: tells how many tokens a step may read beside answers, the same on all ranks; None: `step_tokens` alone count.
     state: tells what state the model is in, the same on all ranks; pages from another state are of no use.
+    strategy: says which tokens a request's next step runs.
     """
 
     def __init__(
@@ -55,8 +59,14 @@ class Scheduler:
         piece: Callable[[], int] | None = None,
         state: Callable[[], State] = current_state,
         states: StatePool | None = None,
+        strategy: DecodingStrategy | None = None,
     ) -> None:
-        self.states = states
+        self.states, self.strategy = states, strategy or Autoregressive()
+        # Pages are shared by groups that end where a block ends.
+        block = self.strategy.block_length
+        self._group = math.lcm(block, cache.page_size) // cache.page_size
+        # How many pages a running request may need for its next step.
+        self._ahead = 1 if block == 1 else PagedKVCache.pages_for(2 * block) + 1
         self.cache, self.whole, self.reuse = cache, whole, reuse and not whole
         self._piece = piece
         self._state, self._now = state, (0, 0)
@@ -68,17 +78,20 @@ class Scheduler:
         """Choose the requests of the next step, if any, and the tokens of each (`Request.running_sequence`)."""
         step: list[Request] = []
         left = self.step_tokens
-        for request in [request for request in self.running if request.missing == 1]:
+        for request in [request for request in self.running if not self._is_reading(request)]:
             if self._grow(request):
                 step.append(request)
-                left -= request.start_step(1)
+                left -= self.strategy.plan_run(request, left)
+        if self.strategy.block_length > 1:
+            # Many answers by long blocks do not keep a prompt waiting for ever.
+            left = max(left, self.strategy.block_length)
         if step and self._piece is not None and (self.waiting or len(step) < len(self.running)):
             left = min(left, self._piece())
         if self.reuse and (self.waiting or len(step) < len(self.running)):
             self._now = self._state()
         reading: list[Request] = []
         for request in self.running:
-            if request.missing > 1 and left > 0:
+            if left > 0 and self._is_reading(request):
                 left -= self._read(request, reading, step, left)
         while left > 0 and (admitted := self._admit()) is not None:
             left -= self._read(admitted, reading, step, left)
@@ -87,7 +100,7 @@ class Scheduler:
     def keep(self, request: Request) -> None:
         """Have others find the pages that a request has filled.  Call it after each of its steps."""
         size = self.cache.page_size
-        full = request.computed // size
+        full = request.computed // size // self._group * self._group
         self._remember(request)
         if not self.reuse or full <= request.kept_pages:
             return
@@ -122,9 +135,10 @@ class Scheduler:
             return None
         request = self.waiting[0]
         known = self._find_known(request)
-        needed = PagedKVCache.pages_for(request.limit if self.whole else request.length) - len(known)
-        # A page is left for each running request, so that none preempts this one for its next page.
-        spare = 0 if self.whole else len(self.running)
+        reach = request.limit if self.whole or request.reads_only else self.strategy.reach(request)
+        needed = PagedKVCache.pages_for(reach) - len(known)
+        # Pages are left for each running request, so that none preempts this one for its next step.
+        spare = 0 if self.whole else len(self.running) * self._ahead
         if needed + spare > self.cache.available - self.cache.count_free(known):
             return None
         self.running.append(self.waiting.popleft())
@@ -151,10 +165,19 @@ class Scheduler:
         reading.append(request)
         step.append(request)
         if self.whole:
-            return request.start_step(request.missing)
+            return self._plan(request, request.length)
         # A step ends where its state is to be remembered.
         upto = next((place for place in request.state_places if place > request.computed), request.length)
-        return request.start_step(min(upto - request.computed, left))
+        return self._plan(request, min(upto - request.computed, left))
+
+    def _is_reading(self, request: Request) -> bool:
+        return request.reads_only or self.strategy.is_reading(request)
+
+    def _plan(self, request: Request, budget: int) -> int:
+        """Set the next run of a request that reads.  Returns its number of tokens, at most `budget`."""
+        if request.reads_only:
+            return request.start_reading(budget)
+        return self.strategy.plan_run(request, budget)
 
     @property
     def _remembers(self) -> bool:
@@ -198,16 +221,32 @@ class Scheduler:
         size = self.cache.page_size
         if request.page_keys.origin != (self._now, request.adapter):
             return False
-        keys = request.keys(size)[: request.reusable // size]
-        for index in range(request.computed // size, len(keys)):
-            page = self.cache.find(keys[index])
-            if page is None:
-                return any(keys[index] in other.page_keys.made[index : index + 1] for other in reading)
-            self.cache.share([page])
-            self.cache.release([request.pages[index]])
-            request.pages[index] = page
-            self._skip(request, index + 1)
+        keys = self._shareable_keys(request)
+        for start in range(request.computed // size, len(keys), self._group):
+            stop = start + self._group
+            pages = self._find(keys[start:stop])
+            if len(pages) < self._group:
+                return any(keys[start] in other.page_keys.made[start : start + 1] for other in reading)
+            self.cache.share(pages)
+            self.cache.release(request.pages[start:stop])
+            request.pages[start:stop] = pages
+            self._skip(request, stop)
         return False
+
+    def _shareable_keys(self, request: Request) -> list[bytes]:
+        """Return the keys of the pages that others may have filled for a request, whole groups of them."""
+        full = min(self.strategy.shareable(request), request.reusable) // self.cache.page_size
+        return request.keys(self.cache.page_size)[: full // self._group * self._group]
+
+    def _find(self, keys: Sequence[bytes]) -> list[int]:
+        """Find the pages under these keys, up to the first that is not there."""
+        known: list[int] = []
+        for key in keys:
+            page = self.cache.find(key)
+            if page is None:
+                break
+            known.append(page)
+        return known
 
     def _follow_state(self, request: Request, reading: list[Request]) -> bool:
         """Take the furthest state that others have remembered since the request began to read, and its pages.
@@ -218,7 +257,7 @@ class Scheduler:
         assert states is not None and request.state_slot is not None
         if request.page_keys.origin != (self._now, request.adapter):
             return False
-        keys, own = request.keys(size)[: request.reusable // size], request.computed // size
+        keys, own = self._shareable_keys(request), request.computed // size
         for count in range(len(keys), own, -1):
             if not states.knows(keys[count - 1]):
                 continue
@@ -243,13 +282,9 @@ class Scheduler:
             return []
         origin = (self._now, request.adapter)
         if request.page_keys.origin != origin:
-            request.page_keys = PageKeys(origin)
-        known: list[int] = []
-        for key in request.keys(self.cache.page_size)[: request.reusable // self.cache.page_size]:
-            page = self.cache.find(key)
-            if page is None:
-                break
-            known.append(page)
+            request.page_keys = PageKeys(origin, self._group)
+        known = self._find(self._shareable_keys(request))
+        known = known[: len(known) // self._group * self._group]
         if self.states is not None:
             filled = len(known)
             while known and not self.states.knows(request.page_keys.made[len(known) - 1]):
@@ -265,8 +300,8 @@ class Scheduler:
         request.computed, request.kept_pages = there, pages
 
     def _grow(self, request: Request) -> bool:
-        """Give a running request the page of its next token.  Returns whether it still runs then."""
-        while PagedKVCache.pages_for(request.length) > len(request.pages):
+        """Give a running request the pages of its next step.  Returns whether it still runs then."""
+        while PagedKVCache.pages_for(self.strategy.reach(request)) > len(request.pages):
             # It was preempted for an earlier request.
             if not request.pages:
                 return False

@@ -15,18 +15,23 @@ from pymllm.text.tokenizer import TextStream, Tokenizer
 class StreamPiece:
     """A step of a streamed answer.
 
-    text: may be empty while a character is incomplete.  token_id: None in the one piece of a prompt that is only read.
-    output: the whole answer, with the last piece alone.
-    logprobs: None unless they were asked for.  prompt_logprobs: likewise, with the first piece alone.
-    index: which of the `n` answers to its prompt it belongs to.
+    text: may be empty while a character is incomplete.  token_ids: those that have become final, in order; a step may
+    give several, and a prompt that is only read has none.  output: the whole answer, with the last piece alone.
+    logprobs: one of each token; None unless they were asked for.  prompt_logprobs: likewise, with the first piece
+    alone.  index: which of the `n` answers to its prompt it belongs to.
     """
 
     text: str
-    token_id: int | None
+    token_ids: tuple[int, ...]
     output: RequestOutput | None = None
-    logprobs: TokenLogprobs | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     index: int = 0
+
+    @property
+    def token_id(self) -> int | None:
+        """The last of the tokens; None: there are none."""
+        return self.token_ids[-1] if self.token_ids else None
 
 
 class Session:
@@ -38,6 +43,7 @@ class Session:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, grammars: GrammarCompiler) -> None:
         self.engine, self.tokenizer, self.grammars = engine, tokenizer, grammars
         self._texts: dict[Request, TextStream | None] = {}
+        self._sent: dict[Request, int] = {}  # how many tokens of each answer pieces have had
 
     @property
     def unfinished(self) -> list[Request]:
@@ -65,6 +71,7 @@ class Session:
             request.sampler.matcher = self.grammars.start(params.follows)
         request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
+        self._sent[request] = 0
         self._texts[request] = (
             TextStream(self.tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
             if self.tokenizer.available
@@ -81,19 +88,19 @@ class Session:
         request.reads_only, request.first_scored = True, first_scored
         request.following = tuple(prompt[run:])
         self.engine.add(request)
-        self._texts[request] = None
+        self._texts[request], self._sent[request] = None, 0
         return request
 
     def step(self) -> list[tuple[Request, StreamPiece | None]]:
         """Run one step of the engine.  Returns the requests that took part, with their new pieces.
 
-        A piece is None if its request read only a part of its prompt, or failed (`Request.error`).
+        A piece is None if its request has no new tokens that are final, or failed (`Request.error`).
         """
         return [(request, self._piece(request)) for request in self.engine.step()]
 
     def abort(self, request: Request) -> None:
         """End a request that has not finished; its pages are free at once."""
-        del self._texts[request]
+        self._forget(request)
         self.engine.abort(request)
 
     def close(self) -> None:
@@ -103,29 +110,42 @@ class Session:
 
     def _piece(self, request: Request) -> StreamPiece | None:
         if request.error is not None:
-            del self._texts[request]
+            self._forget(request)
             return None
-        if not request.new_tokens:
-            if request.finish_reason is None:
-                return None
-            # It was only to be read.
-            del self._texts[request]
-            return StreamPiece("", None, request.output())
-        token, text = request.answer[-1], self._texts[request]
-        ended_by_token = request.eos_token_generated
-        piece = "" if text is None or ended_by_token else text.push(token)
-        if text is not None and text.stopped and request.finish_reason is None:
-            request.finish_reason = "stop"
-            self.engine.scheduler.remove(request)
-        logprobs = request.logprobs[-1] if request.logprobs else None
-        begins = request.params.prompt_logprobs is not None and len(request.answer) == request.new_tokens
-        before = tuple(request.prompt_logprobs) if begins else None
+        first, text = self._sent[request], self._texts[request]
+        if len(request.answer) == first and request.finish_reason is None:
+            return None
+        piece = ""
+        if text is not None:
+            for count, token in enumerate(request.answer[first:], first + 1):
+                if count < len(request.answer) or not request.eos_token_generated:
+                    piece += text.push(token)
+                if text.stopped:
+                    self._end_at(request, count)
+                    break
+        self._sent[request] = len(request.answer)
+        tokens = tuple(request.answer[first:])
+        logprobs = None if request.params.logprobs is None else tuple(request.logprobs[first:])
+        before = None if first or request.params.prompt_logprobs is None else tuple(request.prompt_logprobs)
         if request.finish_reason is None:
-            return StreamPiece(piece, token, logprobs=logprobs, prompt_logprobs=before)
-        del self._texts[request]
+            return StreamPiece(piece, tokens, logprobs=logprobs, prompt_logprobs=before)
+        self._forget(request)
         if text is not None:
             piece += text.finish()
             if text.stopped:
                 request.finish_reason = "stop"
         output = request.output(text.text if text is not None else "")
-        return StreamPiece(piece, token, output, logprobs, before)
+        return StreamPiece(piece, tokens, output, logprobs, before)
+
+    def _end_at(self, request: Request, count: int) -> None:
+        """End a request at a stop string, which its first `count` tokens have completed; drop what comes after."""
+        dropped = len(request.answer) > count
+        del request.answer[count:], request.logprobs[count:]
+        if dropped:
+            request.eos_token_generated = False
+        if request.finish_reason is None or dropped:
+            request.finish_reason = "stop"
+        self.engine.scheduler.remove(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._texts[request], self._sent[request]

@@ -37,13 +37,17 @@ class NotRepeatable(Exception):
     """The refusal to record a step; its text is the reason."""
 
 
-@dataclass(eq=False)
-class RepeatedStep(AttnMetaDataBase):
+class _Repeated:
     """A step whose tensors will hold other numbers when it is replayed: what Python reads of it would be stale."""
 
     @property
-    def spans(self) -> list[tuple[int, int, int]]:  # type: ignore[override]
+    def spans(self) -> list[tuple[int, int, int]]:
         raise NotRepeatable("a kernel reads the requests' lengths in Python")
+
+
+def repeated(metadata: type[AttnMetaDataBase]) -> type[AttnMetaDataBase]:
+    """Make the class of a strategy's steps that are replayed."""
+    return type(f"Repeated{metadata.__name__}", (_Repeated, metadata), {})
 
 
 class _NoPeeking(TorchFunctionMode):

@@ -24,6 +24,8 @@ class LoadOptions(TypedDict, total=False):
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
     "transformers" runs its class in any case.
+    strategy: how answers are decoded, "autoregressive" or "block_diffusion:block_length=32" say (docs/decoding.md);
+    None: as the model was trained for.
     """
 
     device: str
@@ -33,3 +35,4 @@ class LoadOptions(TypedDict, total=False):
     kv_cache: RuleSource
     revision: str | None
     definition: str
+    strategy: str | None

@@ -17,19 +17,30 @@ from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
+from pymllm.layers.held import weight_holders
 from pymllm.loading.absorbed_heads import join_absorbed_heads
 from pymllm.loading.head import find_own_head, lacks_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.side_settings import method_name, refuse_contradictions, side_files
 from pymllm.loading.tensor_parallel import legal_tp_sizes
 from pymllm.loading.unnamed_settings import read_unnamed_settings
-from pymllm.models import build_model, find_definition, gguf_architectures, read_model_config, rename_tensors
+from pymllm.models import (
+    build_model,
+    find_definition,
+    gguf_architectures,
+    model_class,
+    read_model_config,
+    rename_tensors,
+)
 from pymllm.models.generic.wrappers import TEXT_CONFIGS
 from pymllm.models.language_model import LanguageModel
+from pymllm.models.strategy import choose_strategy
 from pymllm.parallel import Parallel, current_parallel
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
 from pymllm.quantization.storage.settings import ROOT, Settings
+from pymllm.text.gguf_tokenizer import open_tokenizer
+from pymllm.text.tokenizer import read_json
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.loader import with_stack_members
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
@@ -67,6 +78,7 @@ def prepare(
     kv_cache: RuleSource = None,
     revision: str | None = None,
     definition: str = "auto",
+    strategy: str | None = None,
 ) -> Prepared:
     """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
 
@@ -90,7 +102,19 @@ def prepare(
     if join_absorbed_heads(checkpoint, stored, config):
         stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
-    execution = replace(execution, kept_floats=floats_to_keep(checkpoint, execution))
+    decoded = choose_strategy(
+        strategy,
+        model_class(config).block_diffusion,
+        config.raw,
+        read_json(checkpoint.path / "generation_config.json"),
+        config.size("vocab_size"),
+        lambda: open_tokenizer(checkpoint).mask_token,
+    )
+    execution = replace(
+        execution,
+        kept_floats=floats_to_keep(checkpoint, execution),
+        block_length=decoded.block_length,
+    )
     if execution.dtype not in stored.get_supported_act_dtypes():
         raise ConfigError(
             f"the checkpoint's format, {stored.get_name()}, cannot run with {execution.dtype} activations",
@@ -117,10 +141,29 @@ def prepare(
             error.fix += f" With expert_parallel: {', '.join(map(str, whole))}."
         error.args = (str(error),)
         raise
+    model.strategy = decoded
+    refuse_strategy(model)
     config.refuse_ignored()
     rules.lint(model.unreached)
     units, records, skipped = match(model, rules, checkpoint, head.equal)
     return Prepared(checkpoint, config, rules, execution, parallel, model, units, records, skipped)
+
+
+def refuse_strategy(model: LanguageModel) -> None:
+    """Raise ConfigError where the model cannot be decoded by its strategy."""
+    if model.strategy.name == "autoregressive":
+        return
+    stateful = any(holder.state_bytes() for _, holder in weight_holders(model))
+    why = "layers keep a state of each request, which cannot be taken back" if stateful else None
+    if model.keys_depend_on_length:
+        why = "its keys depend on how long a request is"
+    if why is not None:
+        raise ConfigError(
+            f"this model cannot be decoded by {model.strategy.name}: {why}",
+            code="strategy",
+            tensor=str(model.config.raw.get("model_type")),
+            expected="autoregressive",
+        )
 
 
 def hoist_settings(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pymllm.config import ModelConfig
 from pymllm.errors import ConfigError
 from pymllm.models.further_tokens import FurtherTokens
-from pymllm.models.strategy import BlockDiffusion
+from pymllm.models.strategy import BlockDiffusion, Strategy
 from pymllm.quantization.base import StoredTensor
 from pymllm.weights.report import Skip
 
@@ -29,6 +29,7 @@ class LanguageModel(nn.Module):
     skipped_tensors: patterns of tensors that the model does not need, and why.
     unreached: weights that no rule can quantise, and why, by name.
     block_diffusion: how answers are decoded by blocks, where the family was trained for that; None: a token at a time.
+    strategy: how they are decoded here.
     """
 
     config: ModelConfig
@@ -38,6 +39,7 @@ class LanguageModel(nn.Module):
     skipped_tensors: ClassVar[dict[str, str]] = {}
     unreached: Mapping[str, str] = {}
     block_diffusion: ClassVar[BlockDiffusion | None] = None
+    strategy: Strategy = Strategy()
 
     @property
     def definition(self) -> str:

@@ -66,6 +66,7 @@ def plan(
     revision: a branch, tag or commit of a hub id; None: its main branch.
     definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
     "transformers" runs its class in any case.
+    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
     max_model_len, kv_memory: the most tokens that a request may have, and what the KV cache may take, as for `LLM`.
 
     Raises whatever loading would raise over the same headers.
@@ -158,6 +159,11 @@ def make_plan(
         decoding_graph={"captured": eager is None, "why_not": eager} if on_gpu else None,
         sampling={"kernel": sampling.kernel.name, "refused": explain(sampling)},
         kv_cache=cache,
+        strategy={
+            "name": prepared.model.strategy.name,
+            "settings": dict(prepared.model.strategy.settings),
+            "sources": dict(prepared.model.strategy.sources),
+        },
     )
 
 
@@ -282,7 +288,7 @@ def _notes(
         notes.append(
             f"there is no definition for the model type {named!r}; its architecture is that of {run}"
         )
-    notes += prepared.model.notes
+    notes += [*prepared.model.notes, *prepared.model.strategy.notes]
     if eager is not None:
         notes.append(f"decoding runs without a captured CUDA graph, an operation at a time: {eager}")
     experts = any(weight.operation == "experts" for holder in holders for weight in holder.held())

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pymllm.models.strategy import Strategy
+
 SCHEMA_VERSION = 1
 
 
@@ -58,6 +60,7 @@ class Plan:
     layers: attention layers last.
     totals: bytes of this rank.  notes: what a user should know besides.  rules: what each of the user's rules decides.
     decoding_graph: whether a GPU's decoding step is captured, and why not; None on a CPU.
+    strategy: how answers are decoded: its name, its settings, and where each came from.
     kv_cache: this rank's pages, and the longest request: the fields of `engine.kv_memory.CacheSize`; {} where no
     text is generated.
     """
@@ -78,6 +81,7 @@ class Plan:
     decoding_graph: dict[str, Any] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     kv_cache: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weighted_layers(self) -> list[PlannedLayer]:
@@ -115,6 +119,10 @@ class Plan:
             f"KV cache of {cache['tokens']} tokens, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
             f"a request has at most {cache['max_model_len']} tokens{states}"
         )
+
+    def describe_strategy(self) -> str:
+        """Say how answers are decoded, and where each setting came from, in a line."""
+        return str(Strategy(**{key: self.strategy[key] for key in ("name", "settings", "sources")}))
 
     def describe_rates(self) -> str:
         """Say what a token takes in the KV cache, and a request beside it."""
@@ -156,4 +164,6 @@ class Plan:
         )
         if self.kv_cache:
             lines.append(f"  {self.describe_cache()}")
+        if self.strategy.get("name", "autoregressive") != "autoregressive":
+            lines.append(f"  decoding by {self.describe_strategy()}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

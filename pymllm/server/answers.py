@@ -108,11 +108,10 @@ class _Answer:
 
     def choices_of(self, index: int, piece: StreamPiece) -> list[dict[str, Any]]:
         """Return what a piece of the answer `index` adds to a stream, as entries of chunks' `choices`."""
-        if not piece.text and piece.output is None and piece.logprobs is None:
+        if not piece.text and piece.output is None and not piece.logprobs:
             return []
         reason = piece.output.finish_reason if piece.output is not None else None
-        logprobs = None if piece.logprobs is None else [piece.logprobs]
-        return [self.delta(index, piece.text, reason, logprobs)]
+        return [self.delta(index, piece.text, reason, piece.logprobs)]
 
     def choice(self, index: int, output: RequestOutput, first: RequestOutput) -> dict[str, Any]:
         """Return the finished answer `index`, as an entry of `choices`.

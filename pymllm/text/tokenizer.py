@@ -228,6 +228,16 @@ class Tokenizer:
                 return bytes(BYTES[letter] for letter in piece)
         return text.encode("utf-8")
 
+    @property
+    def mask_token(self) -> int | None:
+        """The token that stands for what is not known yet; None: the tokenizer names none."""
+        named = self.settings.get("mask_token")
+        text = named.get("content") if isinstance(named, Mapping) else named
+        if not isinstance(text, str) or not self.available:
+            return None
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
+
     def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Encode each word as it begins a text, and as it comes after a space.  RequestError without a tokenizer."""
         if words and not self.available:

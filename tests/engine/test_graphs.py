@@ -53,6 +53,7 @@ def test_answers_in_padded_buckets_are_those_without():
 def test_rows_that_no_request_has_store_nothing():
     batch = DecodingBatch(4, 8, 16, 128, torch.device("cpu"))
     request = Request([1] * 20, SamplingParams(), 40, answer=[7], pages=[5, 3])
+    request.computed, request.running_sequence = 20, [7]
     batch.fill([request])
     assert batch.ids.tolist() == [7, 0, 0, 0] and batch.positions.tolist() == [20, 0, 0, 0]
     assert batch.step.slot_mapping.tolist() == [3 * 16 + 4, -1, -1, -1]

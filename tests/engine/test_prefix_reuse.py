@@ -117,13 +117,15 @@ def one_by_one(llm):
     def step(batch, cache):
         rows = []
         for request in batch:
-            tokens, start = request.running_sequence, request.computed
+            tokens, start, wanted = request.running_sequence, request.computed, request.rows
+            request.rows = [0]
             for request.computed, token in enumerate(tokens, start):
                 request.running_sequence = [token]
                 row = llm.engine.runner._read([request], cache)
-            request.running_sequence, request.computed = tokens, start
-            rows.append(row.clone())
-        return torch.cat(rows)
+            request.running_sequence, request.computed, request.rows = tokens, start, wanted
+            if wanted:
+                rows.append(row.clone())
+        return torch.cat(rows) if rows else row[:0]
 
     return step
 

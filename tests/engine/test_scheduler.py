@@ -174,7 +174,8 @@ def test_pages_are_never_handed_out_twice():
         for request in step:
             assert request in scheduler.running
             assert request.computed + len(request.running_sequence) <= len(request.pages) * PAGE_SIZE
-            if request.end_step():
+            scheduler.strategy.end_run(request)
+            if request.rows:
                 request.add_token(0, frozenset())
             if request.finish_reason or number(0, 60) == 0:
                 scheduler.remove(request)

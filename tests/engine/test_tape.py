@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], [9] * 30, [11, 3, 200, 17, 8]]
 
 
 def tapes(llm: LLM) -> dict[int, object]:
-    return {requests: batch.replay for (requests, _), batch in llm.engine.runner._decoding.items()}
+    return {requests: batch.replay for (requests, _, _), batch in llm.engine.runner._decoding.items()}
 
 
 def refusals(llm: LLM) -> set[str | None]:
@@ -163,7 +163,7 @@ def test_other_numbers_of_threads_have_tapes_of_their_own():
         assert answers(llm, PROMPTS) == expected
     finally:
         torch.set_num_threads(before)
-    assert {threads for _, threads in llm.engine.runner._decoding} == {before, before + 1}
+    assert {threads for _, _, threads in llm.engine.runner._decoding} == {before, before + 1}
 
 
 def test_recording_a_step_does_not_import_torchs_compiler():
