@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="whether to show a bar; default: on a terminal",
     )
+    parser.add_argument(
+        "--pooling",
+        metavar="MODE",
+        help="how /v1/embeddings makes a vector of a text: mean, cls or lasttoken, say; default: as the folder says",
+    )
     add_engine_options(parser)
     add_model_options(parser, positional=False)
 
@@ -137,6 +142,7 @@ def _load(args: argparse.Namespace, show: bool | None) -> Service:
         **engine_arguments(args),
         check_memory=args.check_memory,
         progress=show,
+        pooling=args.pooling,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     return Service(llm, name, args.max_running, max(args.max_running, LEAST_WAITING))
