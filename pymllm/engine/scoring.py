@@ -12,7 +12,7 @@ from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session
 from pymllm.errors import RequestError
-from pymllm.text.prompts import Prompt, as_prompts, is_prompt
+from pymllm.text.prompts import Prompt, as_prompts
 from pymllm.text.tokenizer import Tokenizer
 
 # The likeliest token beside each that is scored tells whether greedy decoding would have given it.
@@ -91,9 +91,8 @@ def pair_up(
     many = as_prompts(prompts)
     if continuations is None:
         return [(prompt, None) for prompt in many]
-    single = hasattr(prompts, "__len__") and is_prompt(prompts)
     given = as_prompts(continuations)  # type: ignore[arg-type]
-    if single:
+    if len(many) == 1:
         many = many * len(given)
     if len(many) != len(given):
         raise RequestError(

@@ -14,6 +14,7 @@ from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.scoring import PARAMS, PairEncoder, ScoredText
 from pymllm.errors import KernelError, RequestError
 
+from ..adapters.handwritten import adapter_for_shipped
 from ..checkpoints import HYBRID, write_checkpoint
 from .test_llm import dequantized_model
 from .test_prefix_reuse import check_pages, fresh
@@ -218,3 +219,40 @@ def test_a_single_page_model_needs_no_room_for_an_answer():
     llm = LLM(dtype="float32", max_model_len=16, progress=False)
     llm.engine.cache = PagedKVCache(llm.model, 1, torch.device("cpu"))
     assert len(llm.score([list(range(1, 18))])[0].logprobs) == 16
+
+
+def test_an_adapter_s_scores_are_its_own(llm, tmp_path):
+    adapter_for_shipped(tmp_path, llm)
+    llm.load_adapter("odd", tmp_path)
+    ids = [1 + i % 200 for i in range(60)]
+    try:
+        plain, odd = (llm.score([ids[:40]], [ids[40:]], adapter=name)[0] for name in (None, "odd"))
+        exact = llm.logits(ids, adapter="odd").double().log_softmax(-1)
+        assert odd.logprobs == pytest.approx(
+            [float(exact[at - 1, ids[at]]) for at in range(40, 60)], abs=1e-4
+        )
+        assert (
+            odd.cached_tokens == 0
+            and max(abs(a - b) for a, b in zip(plain.logprobs, odd.logprobs, strict=False)) > 0.1
+        )
+    finally:
+        llm.unload_adapter("odd")
+
+
+def test_prompts_and_continuations_in_tensors_and_lists_of_one(llm):
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    expected_scores = llm.score([[5, 6, 7], [5, 6, 8]], [[9], [10]])
+    assert [s.token_ids for s in llm.score(ids, torch.tensor([[9], [10]]))] == [(9,), (10,)]
+    assert llm.score(ids[0], [[9]])[0].logprobs == pytest.approx(expected_scores[0].logprobs, abs=1e-4)
+    assert [s.prompt_token_ids for s in llm.score([[5, 6]], [[7], [8, 9]])] == [(5, 6), (5, 6)]
+    assert [s.num_tokens for s in llm.score(["x = 1", [5, 6, 7]], [None, [9]])] == [
+        len(llm.encode("x = 1")) - 1,
+        1,
+    ]
+
+
+def test_a_model_that_answers_by_blocks_has_no_such_scores(llm, monkeypatch):
+    monkeypatch.setattr(llm.engine.strategy, "block_length", 4, raising=False)
+    with pytest.raises(RequestError, match="by blocks"):
+        llm.score("x", " = 1")
+    assert llm.engine.idle
