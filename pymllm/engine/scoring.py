@@ -119,8 +119,8 @@ class PairEncoder:
     def __call__(self, pairs: Iterable[tuple[Prompt, Prompt | None]]) -> list[ScoredText]:
         """Encode pairs, and whole texts.
 
-        Two texts are encoded as one, and the tokens after as many as the prompt has alone are scored; white space at the
-        end of the prompt count as the continuation's, since tokens begin with them. This is lm-eval's rule.
+        Two texts are encoded as one, and the tokens after as many as the prompt has alone are scored; white space at
+        the end of the prompt counts as the continuation's, since tokens begin with it. This is lm-eval's rule.
         What is given as ids stays as it is. An empty prompt is the token that texts begin with, or else the end token.
         RequestError where no token is left to score.
         """
