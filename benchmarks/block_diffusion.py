@@ -1,6 +1,6 @@
 """Measure what decoding in blocks gains, and what it costs in quality, beside the model it was made from.
 
-    python benchmarks/block_diffusion.py FOLDER [--thresholds 0.5 0.7 0.9 0.95 1] [--prompts 150] [--threads 1]
+    python benchmarks/block_diffusion.py FOLDER [--thresholds 0.3 0.5 0.7 0.9 0.95 1] [--prompts 150] [--threads 1]
 
 FOLDER: what examples/train_block_diffusion.py wrote. The autoregressive model beside it is the shipped one, which it
 was trained from. Prompts are places in modules of the standard library that neither was trained on, of 92 to 99 tokens,
@@ -63,7 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.5, 0.7, 0.9, 0.95, 1.0])
+    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9, 0.95, 1.0])
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

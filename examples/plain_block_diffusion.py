@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 SMALL_BLOCK_LENGTH = 8  # Fast-dLLM v2's own
-THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 1.0)
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
 PROMPT_TOKENS, ANSWER_TOKENS = 92, 64  # an answer begins inside a block
 
 
