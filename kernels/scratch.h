@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -50,11 +49,12 @@ void run_with_scratch(std::int64_t count, std::int64_t scratch_floats, int threa
   thread_local Scratch all;
   const auto team = static_cast<int>(std::min<std::int64_t>(threads, count));
   float *scratch = all.floats(team * scratch_floats); // before the team starts: a body must not throw
-  std::atomic<std::int64_t> next{0};
-  parallel_for(team, team, [&](std::int64_t begin, std::int64_t) {
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      body(i, scratch + begin * scratch_floats);
-  });
+  parallel_for(
+      count, team,
+      [&](std::int64_t begin, std::int64_t end, int thread) {
+        for (std::int64_t i = begin; i < end; ++i) body(i, scratch + thread * scratch_floats);
+      },
+      1);
 }
 
 } // namespace pymllm
