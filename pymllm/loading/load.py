@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native.thread_count import lower_to_quota_once
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
