@@ -24,7 +24,8 @@ def group_folders(controller: str, process: Path = PROCESS) -> list[Path]:
     paths = {names: path for _, names, path in (group for group in groups if len(group) == 3)}
     for line in _lines(process / "mountinfo"):
         mount, _, system = line.partition(" - ")
-        fields, (kind, *_, options) = mount.split(), system.split() or [""]
+        fields, words = mount.split(), system.split() or [""]
+        kind, options = words[0], words[-1]
         if len(fields) < 5 or not (kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))):
             continue
         names = "" if kind == "cgroup2" else next((n for n in paths if controller in n.split(",")), "-")

@@ -44,6 +44,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
             expected="a device that is here, such as auto",
             found=where.spec,
         )
+    lower_to_quota_once()
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
