@@ -13,9 +13,6 @@
 
 namespace pymllm {
 
-// A fork and join costs 2-5 us, in which one thread streams about 64 KB: give each thread at least that much.
-constexpr std::int64_t kBytesWorthAThread = 64 * 1024;
-
 // How many threads a loop may take, and the bytes that it reads and writes; -1: not known.
 struct Team {
   int threads;
