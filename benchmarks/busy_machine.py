@@ -3,11 +3,11 @@
     python benchmarks/busy_machine.py [--models shipped llama] [--before OLD_EXTENSION.so] [--turns 6]
 
 A busy process is a shell's endless loop. Models: the shipped one, and the Llama of 448 M parameters in int4 of
-cpu_decode_models.py (written once, about 2 GB under --folder). Each number of threads has a process of its own, and they
-take turns, A B A B, so that what others do to the machine meets all of them alike; --before adds processes with another
-build of pymllm._native, to compare with. Read the ratios: they are medians over the turns, each of neighbours in time.
-Speeds are the best turn and the median; the processor's time for a token is of all threads, and shows what waiting costs.
-On a machine that is never idle, "0 busy" is what was there anyway: the load average is in the table.
+cpu_decode_models.py (written once, about 2 GB under --folder). Each number of threads has a process of its own, and
+they take turns, A B A B, so that what others do to the machine meets all of them alike; --before adds processes with
+another build of pymllm._native, to compare with. Read the ratios: they are medians over the turns, each of neighbours
+in time. Speeds are the best turn and the median; the processor's time for a token is of all threads, and shows what
+waiting costs. On a machine that is never idle, "0 busy" is what was there anyway: the load average is in the table.
 """
 
 from __future__ import annotations
@@ -79,7 +79,16 @@ class Decoder:
     """A process that decodes on so many threads."""
 
     def __init__(self, model: str, folder: Path, threads: int, extension: str) -> None:
-        command = [sys.executable, __file__, "--answer", model, str(threads), extension, "--folder", str(folder)]
+        command = [
+            sys.executable,
+            __file__,
+            "--answer",
+            model,
+            str(threads),
+            extension,
+            "--folder",
+            str(folder),
+        ]
         environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
         environment.pop("OMP_NUM_THREADS", None)
         self.process = subprocess.Popen(
@@ -170,7 +179,10 @@ def render(found: dict[str, Any]) -> str:
         if not rows:
             continue
         lines += ["", f"## {words[0].upper()}{words[1:]}", ""]
-        lines += ["| busy | build | threads | best | median | ratio | CPU ms | load |", "| --- |" + " --- |" * 7]
+        lines += [
+            "| busy | build | threads | best | median | ratio | CPU ms | load |",
+            "| --- |" + " --- |" * 7,
+        ]
         lines += [
             f"| {row['busy']} | {row['build']} | {row['threads']} | {row['best']:.1f} | {row['median']:.1f} "
             f"| **{row['ratio']:.2f}** | {row['cpu_ms']:.2f} | {row['load_average']} |"

@@ -33,13 +33,13 @@ constexpr int kMostThreads = 1024;
 // decoding was 15 % slower than with 50, and with 200 no faster.
 constexpr std::chrono::microseconds kWorkerLooks{50}, kCallerLooks{20};
 
-// To wake a sleeping thread takes up to 50 us: loops that together read less than this do without. Where a team that was
-// woken then reads less than four times as much before it sleeps again, it did not pay, and the next time it takes twice
-// as much. A model whose whole token is 300 us was 0.6 to 0.9 as fast on two threads as on one without this.
+// To wake a sleeping thread takes up to 50 us: loops that together read less than this do without. Where a woken team reads
+// less than four times as much before it sleeps again, it did not pay, and the next time takes twice as many bytes. A
+// model whose whole token is 300 us was 0.6 to 0.9 as fast on two threads as on one without this.
 constexpr std::int64_t kBytesWorthWaking = 8 << 20, kMostWorthWaking = 64 << 20;
 
-// After a wait for an interrupted thread, teams are a thread smaller for this many times the wait: beside one busy process,
-// two threads on two cores were 0.81 as fast as one without this, and are as fast with it.
+// After a wait for an interrupted thread, teams are a thread smaller for this many times the wait: beside one busy
+// process, two threads on two cores were 0.81 as fast as one without this, and are as fast with it.
 constexpr int kCautious = 8;
 constexpr std::chrono::microseconds kLongWait{100};
 
@@ -111,7 +111,7 @@ private:
     raise_at_ = now + hold_;
   }
 
-  // Returns how many threads there are, with the caller, up to `team`. Where the system gives no more threads, fewer do.
+  // Returns how many threads there are, with the caller, up to `team`: fewer where the system gives no more.
   int hire(int team) {
     while (hired_ + 1 < team && !refused_) {
       try {
@@ -131,7 +131,8 @@ private:
     while (awake < team && !(seats_[awake].invitation.value.load(std::memory_order_relaxed) & 1)) ++awake;
     if (bytes < 0) return team;
     if (awake < team) {
-      if (together_ > 0) worth_ = together_ < 4 * kBytesWorthWaking ? std::min(2 * worth_, kMostWorthWaking) : kBytesWorthWaking;
+      const bool paid = together_ >= 4 * kBytesWorthWaking;
+      if (together_ > 0) worth_ = paid ? kBytesWorthWaking : std::min(2 * worth_, kMostWorthWaking);
       together_ = 0;
       alone_ += bytes;
       if (alone_ < worth_) return awake;

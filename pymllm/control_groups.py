@@ -26,7 +26,9 @@ def group_folders(controller: str, process: Path = PROCESS) -> list[Path]:
         mount, _, system = line.partition(" - ")
         fields, words = mount.split(), system.split() or [""]
         kind, options = words[0], words[-1]
-        if len(fields) < 5 or not (kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))):
+        if len(fields) < 5 or not (
+            kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))
+        ):
             continue
         names = "" if kind == "cgroup2" else next((n for n in paths if controller in n.split(",")), "-")
         root, top = (_unescaped(field) for field in fields[3:5])
@@ -43,7 +45,9 @@ def cpu_quota(process: Path = PROCESS) -> float | None:
     """Return how many CPUs' time this process's groups may take, 1.5 say; None: as much as there is."""
     quotas = []
     for folder in group_folders("cpu", process):
-        one_file = " ".join(_lines(folder / "cpu.max"))  # "150000 100000": microseconds of a period; or "max 100000"
+        one_file = " ".join(
+            _lines(folder / "cpu.max")
+        )  # "150000 100000": microseconds of a period; or "max 100000"
         two_files = " ".join(" ".join(_lines(folder / f"cpu.cfs_{part}_us")) for part in ("quota", "period"))
         for words in (one_file.split(), two_files.split()):
             if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):  # -1 is no limit

@@ -11,7 +11,7 @@ from pymllm.control_groups import cpu_quota, group_folders, whole_cpus
 
 
 def process(root: Path, cgroup: str, mounts: Mapping[str, str], files: Mapping[str, str]) -> Path:
-    """Write /proc/self and the groups.  mounts: "root inside the tree, folder" -> "kind ... options" of a mountinfo line."""
+    """Write /proc/self and the groups.  mounts: "root inside the tree, folder" -> the end of a mountinfo line."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -20,7 +20,9 @@ def process(root: Path, cgroup: str, mounts: Mapping[str, str], files: Mapping[s
         for i, ((inside, folder), kind) in enumerate((key.split(", "), kind) for key, kind in mounts.items())
     ]
     (root / "self").mkdir()
-    (root / "self" / "mountinfo").write_text("22 1 254:0 / / rw - ext4 /dev/root rw\n" + "\n".join(lines) + "\n")
+    (root / "self" / "mountinfo").write_text(
+        "22 1 254:0 / / rw - ext4 /dev/root rw\n" + "\n".join(lines) + "\n"
+    )
     (root / "self" / "cgroup").write_text(cgroup)
     return root / "self"
 
@@ -82,8 +84,18 @@ CASES = {
         {"groups/cpu.max": "200000 100000\n", "other/cpu.max": "1000 100000\n"},
         2,
     ),
-    "a folder with a space": ("0::/\n", {"/, my groups": "cgroup2 cgroup2 rw"}, {"my groups/cpu.max": "7 2\n"}, 3.5),
-    "nonsense": ("::\nx\n", SECOND | {"/, odd": "cgroup2"}, {"groups/cpu.max": "a lot\n", "odd/cpu.max": "0 0"}, None),
+    "a folder with a space": (
+        "0::/\n",
+        {"/, my groups": "cgroup2 cgroup2 rw"},
+        {"my groups/cpu.max": "7 2\n"},
+        3.5,
+    ),
+    "nonsense": (
+        "::\nx\n",
+        SECOND | {"/, odd": "cgroup2"},
+        {"groups/cpu.max": "a lot\n", "odd/cpu.max": "0 0"},
+        None,
+    ),
     "no groups": ("", {}, {}, None),
 }
 

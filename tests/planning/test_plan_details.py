@@ -149,7 +149,11 @@ def test_available_memory_is_the_least_of_what_system_and_groups_allow(tmp_path,
     assert memory._cgroup_memory(tmp_path) == 1000 - 700 + 100
     first = tmp_path / "version1"
     first.mkdir()
-    for name, text in (("limit_in_bytes", "900"), ("usage_in_bytes", "650"), ("stat", "total_inactive_file 50")):
+    for name, text in (
+        ("limit_in_bytes", "900"),
+        ("usage_in_bytes", "650"),
+        ("stat", "total_inactive_file 50"),
+    ):
         (first / f"memory.{name}").write_text(text)
     assert memory._cgroup_memory(first) == 900 - 650 + 50
     monkeypatch.setattr(memory, "group_folders", lambda controller: [tmp_path, first])
