@@ -39,8 +39,9 @@ constexpr std::chrono::microseconds kWorkerLooks{50}, kCallerLooks{20};
 constexpr std::int64_t kBytesWorthWaking = 8 << 20, kMostWorthWaking = 64 << 20;
 
 // After a wait for an interrupted thread, teams are a thread smaller for this many times the wait: beside one busy
-// process, two threads on two cores were 0.81 as fast as one without this, and are as fast with it.
-constexpr int kCautious = 8;
+// process, two threads on two cores were 0.81 as fast as one without this, and are as fast with it. Eight times would cost
+// a tenth where a process comes and goes.
+constexpr int kCautious = 4;
 constexpr std::chrono::microseconds kLongWait{100};
 
 // Pieces [begin, end) that nobody has claimed, of the loop with this number: one word, so that a claim is one exchange,
@@ -65,19 +66,25 @@ class Pool {
 public:
   void run(std::int64_t n, Team asked, std::int64_t chunk, RangeBody body, const void *context) {
     if (busy_.exchange(true, std::memory_order_acquire)) return body(context, 0, n, 0);
-    const auto start = Clock::now();
-    const int hired = hire(static_cast<int>(std::min<std::int64_t>(allowed(asked.threads, start), n)));
+    const int hired = hire(static_cast<int>(std::min<std::int64_t>(allowed(asked.threads), n)));
     const int team = worth_waking(hired, asked.bytes);
     if (team == 1) {
       busy_.store(false, std::memory_order_release);
       return body(context, 0, n, 0);
     }
     publish({body, context, n, chunk}, team, asked.bytes);
+    // Only here may a piece take long; a look at the clock takes 60 ns.
+    const bool long_pieces = chunk > 0 || asked.bytes < 0 || asked.bytes / team > kMostPiecesAShare * kPieceBytes;
+    const auto start = long_pieces ? Clock::now() : Clock::time_point{};
     const std::uint32_t done = work(loop_, 0);
-    if (pending_.value.load(std::memory_order_acquire) != 0) {
-      const auto idle = Clock::now();
+    const auto over = [this] { return pending_.value.load(std::memory_order_acquire) == 0; };
+    if (!look(over, kCallerLooks)) {
+      const auto since = Clock::now() - kCallerLooks;
       wait_for_others();
-      if (done > 0) note_wait(Clock::now(), idle, (idle - start) / done, team);
+      // Another's piece that was merely longer than the caller's own is no interruption.
+      const auto now = Clock::now();
+      if (now - since > kLongWait && (!long_pieces || (done > 0 && now - since > (since - start) / done * 4)))
+        be_cautious(now, now - since, team);
     }
     const std::exception_ptr failure = std::exchange(failure_, nullptr);
     failed_.store(false, std::memory_order_relaxed);
@@ -93,19 +100,16 @@ private:
   };
   static constexpr std::uint32_t kCallerSleeps = 1u << 31; // a bit of pending_
 
-  int allowed(int threads, Clock::time_point now) {
-    threads = std::clamp(threads, 1, kMostThreads);
-    if (threads > most_ && now >= raise_at_) {
+  int allowed(int threads) {
+    if (threads <= most_) return std::max(threads, 1);
+    if (const auto now = Clock::now(); most_ < kMostThreads && now >= raise_at_) {
       ++most_;
       raise_at_ = now + hold_;
     }
     return std::min(threads, most_);
   }
 
-  // piece: what one of the caller's own took. Somebody's that was merely longer is no interruption.
-  void note_wait(Clock::time_point now, Clock::time_point since, Clock::duration piece, int team) {
-    const Clock::duration waited = now - since;
-    if (waited < kLongWait || waited < 4 * piece) return;
+  void be_cautious(Clock::time_point now, Clock::duration waited, int team) {
     most_ = team - 1;
     hold_ = kCautious * waited;
     raise_at_ = now + hold_;
@@ -234,8 +238,6 @@ private:
   }
 
   void wait_for_others() {
-    const auto over = [this] { return pending_.value.load(std::memory_order_acquire) == 0; };
-    if (look(over, kCallerLooks)) return;
     work(loop_, 0); // what a thread stole and, interrupted, has not begun
     std::uint32_t now = pending_.value.fetch_or(kCallerSleeps, std::memory_order_acq_rel) | kCallerSleeps;
     for (; now != kCallerSleeps; now = pending_.value.load(std::memory_order_acquire)) pending_.sleep(now);
