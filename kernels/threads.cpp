@@ -38,11 +38,10 @@ constexpr std::chrono::microseconds kWorkerLooks{50}, kCallerLooks{20};
 // model whose whole token is 300 us was 0.6 to 0.9 as fast on two threads as on one without this.
 constexpr std::int64_t kBytesWorthWaking = 8 << 20, kMostWorthWaking = 64 << 20;
 
-// After a wait for an interrupted thread, teams are a thread smaller for this many times the wait: beside one busy
-// process, two threads on two cores were 0.81 as fast as one without this, and are as fast with it. Eight times would cost
-// a tenth where a process comes and goes.
-constexpr int kCautious = 4;
-constexpr std::chrono::microseconds kLongWait{100};
+// Where waits for interrupted threads come to more than a tenth of the time, and 4 ms, teams are a thread smaller for so
+// many times the last wait: beside one busy process, two threads on two cores were 0.81 as fast as one without this.
+constexpr int kCautious = 8, kTolerance = 10;
+constexpr std::chrono::microseconds kLongWait{100}, kTolerable{4000};
 
 // Pieces [begin, end) that nobody has claimed, of the loop with this number: one word, so that a claim is one exchange,
 // and a thread that comes late cannot claim from another loop than the one that it was invited to.
@@ -84,7 +83,7 @@ public:
       // Another's piece that was merely longer than the caller's own is no interruption.
       const auto now = Clock::now();
       if (now - since > kLongWait && (!long_pieces || (done > 0 && now - since > (since - start) / done * 4)))
-        be_cautious(now, now - since, team);
+        note_wait(now, now - since, team);
     }
     const std::exception_ptr failure = std::exchange(failure_, nullptr);
     failed_.store(false, std::memory_order_relaxed);
@@ -109,7 +108,10 @@ private:
     return std::min(threads, most_);
   }
 
-  void be_cautious(Clock::time_point now, Clock::duration waited, int team) {
+  void note_wait(Clock::time_point now, Clock::duration waited, int team) {
+    lost_ = std::max(lost_ - (now - last_wait_) / kTolerance, Clock::duration::zero()) + waited;
+    last_wait_ = now;
+    if (lost_ < kTolerable) return;
     most_ = team - 1;
     hold_ = kCautious * waited;
     raise_at_ = now + hold_;
@@ -250,8 +252,8 @@ private:
   // Bytes of loops that nobody was woken for, of those of the team since it was woken, and what is worth waking it.
   std::int64_t alone_ = 0, together_ = 0, worth_ = kBytesWorthWaking;
   int most_ = kMostThreads; // in a team, until raise_at_
-  Clock::time_point raise_at_{};
-  Clock::duration hold_{};
+  Clock::time_point raise_at_{}, last_wait_{};
+  Clock::duration hold_{}, lost_{};
   std::uint32_t loop_ = 0;
   Loop now_{};
   std::int64_t pieces_ = 0;
