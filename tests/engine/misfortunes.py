@@ -129,7 +129,9 @@ class Faults:
 class Book:
     """What each of a few dozen requests answers alone, and what became of all that were made of them."""
 
-    def __init__(self, llm: LLM, odds: random.Random, adapters: tuple[str | None, ...], each: int = 4) -> None:
+    def __init__(
+        self, llm: LLM, odds: random.Random, adapters: tuple[str | None, ...], each: int = 4
+    ) -> None:
         self.llm, self.odds = llm, odds
         self.entries: list[tuple[Asked, Answer]] = []
         self.fates: Counter[str] = Counter()

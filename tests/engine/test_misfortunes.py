@@ -1,4 +1,4 @@
-"""A few hundred requests through aborts, faults, refusals and cancelled streams; `benchmarks/crowd.py` runs thousands."""
+"""Hundreds of requests through aborts, faults, refusals and cancelled streams; `benchmarks/crowd.py` runs thousands."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ FORMATS = jsonschema.FormatChecker()
 def is_date(value: object) -> bool:
     """RFC 3339 has a year 0, which Python's dates have not; it is a leap year, as 2000 is."""
     text = str(value)
-    return jsonschema.FormatChecker().conforms("2000" + text[4:] if text.startswith("0000-") else text, "date")
+    return jsonschema.FormatChecker().conforms(
+        "2000" + text[4:] if text.startswith("0000-") else text, "date"
+    )
 
 
 def check(schema: object, text: str) -> None:
