@@ -108,15 +108,15 @@ def intersected(schema: Any) -> int:
 
     def count(part: Any) -> int:
         if isinstance(part, list):
-            return max(map(count, part), default=0)
+            return max((count(one) for one in part), default=0)
         if not isinstance(part, dict):
             return 0
         if id(part) not in known:
             known[id(part)] = 0  # a schema in itself adds nothing
-            together = part.get("allOf") if isinstance(part.get("allOf"), list) else []
+            together = part.get("allOf")
             known[id(part)] = (
                 sum(isinstance(part.get(name), str) for name in ("pattern", "format"))
-                + sum(map(count, together))
+                + sum(count(one) for one in (together if isinstance(together, list) else ()))
                 + (count(find(part["$ref"])) if isinstance(part.get("$ref"), str) else 0)
                 + max((count(value) for name, value in part.items() if name != "allOf"), default=0)
             )
