@@ -71,8 +71,8 @@ class DecodingBatch:
         self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
         self.refused: str | None = None
-        # Whose pages each row holds: the request, how often it had lost its pages, and how many they are. A request that
-        # has ended is not kept for that, nor what the traceback of its error has.
+        # Whose pages each row holds: the request, how often it had lost its pages, and how many they are. A request
+        # that has ended is not kept for that, nor what the traceback of its error has.
         self._rows: list[tuple[weakref.ref[Request], int, int] | None] = [None] * size
 
     def fill(self, requests: list[Request]) -> None:
