@@ -30,7 +30,7 @@ class DecodingBatch:
     has_states: whether layers keep states of requests.
     replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
     trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
-    refused: why its step cannot be replayed.
+    bytes: what its tape takes.  refused: why its step cannot be replayed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DecodingBatch:
             **strategy.step_settings,
         )
         self.replay: Callable[[], Tensor] | None = None
-        self.trusted, self.steps = False, 0
+        self.trusted, self.steps, self.bytes = False, 0, 0
         self.refused: str | None = None
         # Whose pages each row holds: the request, how often it had lost its pages, and how many they are. A request
         # that has ended is not kept for that, nor what the traceback of its error has.
@@ -139,5 +139,6 @@ class DecodingBatch:
             if not torch.equal(self.replay(), logits):
                 raise NotRepeatable("played back on another step, it gives other logits")
         elif self.steps == RECORDED_STEP:
-            self.replay = (record(forward, logits, rewind) if rewind else record(forward, logits)).play
+            tape = record(forward, logits, rewind) if rewind else record(forward, logits)
+            self.replay, self.bytes = tape.play, tape.bytes
         return logits

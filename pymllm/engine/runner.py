@@ -29,7 +29,10 @@ from pymllm.models.language_model import LanguageModel
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
 
 # Numbers of requests whose tensors and tapes are kept.
-MAX_TAPES = 8
+MAX_TAPES = 128
+
+# How much the intermediate tensors of all tapes together may take.
+MAX_TAPE_BYTES = 256 << 20
 
 # Of how many tokens of a prompt logits are held at a time, where its log-probabilities are wanted.
 SCORED_ROWS = 64
@@ -200,7 +203,7 @@ class Runner:
             if self.capture is None and size > MAX_COPIED_BYTES:
                 batch.refused = f"the states of its requests take {size >> 20} MiB"
         self._decoding[key] = batch
-        while self.capture is None and len(self._decoding) > MAX_TAPES:
+        while self.capture is None and len(self._decoding) > 1 and self._keeps_too_much():
             del self._decoding[next(iter(self._decoding))]
         if batch.refused is not None:
             return None
@@ -217,6 +220,10 @@ class Runner:
         if len(wanted) == len(requests) * width:
             return logits[: len(wanted)]
         return logits[torch.tensor(wanted, device=self.device)]
+
+    def _keeps_too_much(self) -> bool:
+        kept = self._decoding.values()
+        return len(kept) > MAX_TAPES or sum(batch.bytes for batch in kept) > MAX_TAPE_BYTES
 
     def _rewind(self, requests: list[Request]) -> Callable[[], None] | None:
         """Return what puts the states of these requests back to what they are now; None: there are none."""

@@ -167,12 +167,14 @@ class Tape:
 
     logits: the tensor that `play` fills.  native: the native calls.  operations: torch's operations between them, each
     with the number of native calls before it.  kept: tensors whose addresses the calls have.
+    bytes: what its intermediate tensors take.
     """
 
     logits: Tensor
     native: Any
     operations: list[tuple[int, Callable[[], None]]]
     kept: list[Tensor] = field(repr=False)
+    bytes: int = 0
 
     def play(self) -> Tensor:
         """Run the step again.  Returns the logits, which the next call overwrites."""
@@ -215,7 +217,7 @@ def record(run: Callable[[], Tensor], expected: Tensor, rewind: Callable[[], Non
     size = sum(tensor.nbytes for tensor in notes.made)
     if size > MAX_BYTES:
         raise NotRepeatable(f"its intermediate results take {math.ceil(size / 2**20)} MiB")
-    tape = Tape(logits, calls, notes.operations, notes.kept)
+    tape = Tape(logits, calls, notes.operations, notes.kept, size)
     for tensor in notes.made:
         # All bits set are NaN in every float type.
         tensor.untyped_storage().fill_(255)
