@@ -37,8 +37,9 @@ class ReqStep:
     """One step of one request.
 
     step_id: the number of the step, counted from 0 for the request.  step_time: the time of the whole step, which other
-    requests may have shared.  running_token_ids: the tokens that the step ran.  buffer_bids: ids of the blocks in the
-    buffer.  block_trace: for each of these blocks its id, whether it is active, its masked tokens and their share.
+    requests may have shared.  is_prefill: whether it read text.  num_generated_tokens: how many positions got a token.
+    running_token_ids: the tokens that the step ran, masks included.  buffer_bids: ids of the blocks in the buffer.
+    block_trace: `trace_block` of each of these, after the step.
     """
 
     step_id: int
@@ -137,9 +138,9 @@ class GenerationOutputs:
 
         Requests of any decoding strategy can be recorded. These attributes are read: req_id; is_prefilling, new_tokens
         (how many this step gave), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer:
-        each with block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and
-        truncated_response (those before the end token); the flags of `ReqTrajectory`; and cached_tokens, if
-        it is there.
+        each with block_id, block_size, status, is_active, is_dummy, num_mask_tokens, progress); full_response (every
+        token so far) and truncated_response (those before the end token); the flags of `ReqTrajectory`; and
+        cached_tokens, if it is there.
         """
         if not reqs:
             return
@@ -182,8 +183,9 @@ class GenerationOutputs:
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward: tokens of a request over the steps that it took part in; the mean over requests."""
-        return _mean(t.generated_tokens / len(t.trajectory) for t in self.trajectories if t.trajectory)
+        """Tokens per forward: what a request got in decoding steps over their number; the mean over requests."""
+        decoding = ([s for s in t.trajectory if not s.is_prefill] for t in self.trajectories)
+        return _mean(sum(s.num_generated_tokens for s in steps) / len(steps) for steps in decoding if steps)
 
     @property
     def ttft(self) -> float:
@@ -270,8 +272,11 @@ def trace_block(block: Any) -> dict[str, Any]:
     return {
         "block_id": block.block_id,
         "is_active": block.is_active,
+        "is_dummy": block.is_dummy,
         "num_mask_tokens": block.num_mask_tokens,
         "mask_ratio": block.num_mask_tokens / max(block.block_size, 1),
+        "progress": block.progress,
+        "block_status": block.status,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,8 +72,9 @@ class Request:
     others had computed before; what it lost itself and found again does not count.
     error: what its own step raised; the request is finished then.
     restart_length: `CausalLM.restart_length`.
+    private: whether its pages are no use to others.
     block_size, blocks, max_nfe_reached, max_repetition_run_reached: what `GenerationOutputs` reads of strategies that
-    decode blocks; here one token comes at a time, without blocks or such limits.
+    decode blocks; where one token comes at a time there are no blocks, nor such limits.
     """
 
     prompt: list[int]
@@ -106,8 +108,9 @@ class Request:
     new_tokens: int = 0
     eos_token_generated: bool = False
     restart_length: int | None = None
+    private: bool = False
     block_size: int = 1
-    blocks: tuple[()] = ()
+    blocks: Sequence[Any] = ()
     max_nfe_reached: bool = False
     max_repetition_run_reached: bool = False
 
@@ -177,7 +180,8 @@ class Request:
 
     @property
     def max_model_len_reached(self) -> bool:
-        return self.finish_reason == "length" and not self.max_new_tokens_reached
+        ended = self.max_new_tokens_reached or self.max_nfe_reached or self.max_repetition_run_reached
+        return self.finish_reason == "length" and not ended
 
     @property
     def completion_reason(self) -> str | None:
@@ -202,7 +206,7 @@ class Request:
     @property
     def reuses(self) -> bool:
         """Tell whether it may take over what others have read; not where log-probabilities of its prompt are wanted."""
-        return self.params.prompt_logprobs is None
+        return self.params.prompt_logprobs is None and not self.private
 
     def output(self, text: str = "") -> RequestOutput:
         assert self.finish_reason is not None

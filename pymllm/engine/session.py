@@ -50,6 +50,7 @@ class Session:
         self, prompt: list[int], params: SamplingParams, adapter: str | None = None, req_id: int = 0
     ) -> Request:
         """Queue a prompt.  RequestError if it can never run.  req_id: the caller's own number for it."""
+        self.engine.strategy.check(params)
         limit = len(prompt) + params.max_tokens if params.max_tokens is not None else self.engine.max_length
         request = Request(prompt, params, limit, adapter, req_id)
         if params.follows is not None:
