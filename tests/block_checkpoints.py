@@ -136,6 +136,7 @@ def write_blocks(
     model_type, architecture, own = FAMILIES[family]
     config = {"model_type": model_type, "architectures": [architecture], "tie_word_embeddings": False}
     config |= SIZES | {"hidden_act": "silu", "rope_theta": 5000.0} | own | settings
+    config.setdefault("mask_token_id", config["vocab_size"] - 1)
     writer = FORMATS[fmt] if isinstance(fmt, str) else fmt
     plain = writer if isinstance(writer, Plain) else Plain()
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import pymllm
-from pymllm.config import Execution
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.loading.prepare import prepare
 from pymllm.models import find_definition, read_model_config
@@ -59,20 +58,19 @@ def causal_logits(checkpoint, **options):
     return block_logits(model, checkpoint.ids, 1)
 
 
-def load_by_blocks(folder, block_length, monkeypatch):
+def load_by_blocks(folder, block_length):
     """Load a model that is built for blocks of this length."""
-    chosen = Execution(dtype=torch.float32, block_length=block_length)
-    monkeypatch.setattr("pymllm.loading.prepare.choose_execution", lambda *_, **__: chosen)
-    model = pymllm.load_model(folder, device="cpu", dtype="float32")
+    strategy = f"block_diffusion:block_length={block_length}"
+    model = pymllm.load_model(folder, device="cpu", dtype="float32", strategy=strategy)
     attention = [m for m in model.modules() if isinstance(m, pymllm.attention.attention.Attention)]
     assert all(layer.problem.block_causal for layer in attention)
     return model
 
 
 @pytest.mark.parametrize("family, name, settings", CASES, ids=[f"{f}-{n}" for f, n, _ in CASES])
-def test_logits_are_those_of_the_formula_at_any_block_length(tmp_path, monkeypatch, family, name, settings):
+def test_logits_are_those_of_the_formula_at_any_block_length(tmp_path, family, name, settings):
     checkpoint = write_blocks(tmp_path / "m", family, seed=len(name), **settings)
-    model, causal = load_by_blocks(tmp_path / "m", 4, monkeypatch), checkpoint.logits()
+    model, causal = load_by_blocks(tmp_path / "m", 4), checkpoint.logits()
     assert relative_error(block_logits(model, checkpoint.ids, 1), causal) <= TOLERANCE
     for block_length in (3, 4, 32):
         expected = checkpoint.logits(block_length=block_length)
@@ -91,7 +89,7 @@ def test_causal_logits_equal_transformers_of_the_model_they_were_trained_from(tm
     model_type, architecture, _ = FAMILIES[family]
 
     def trained_on(raw):
-        raw |= {"model_type": model_type, "architectures": [architecture]}
+        raw |= {"model_type": model_type, "architectures": [architecture], "mask_token_id": 3}
 
     write = write_moe if base == "qwen3_moe" else write_checkpoint
     checkpoint = write(tmp_path / "m", base, fmt, edit_config=trained_on)
