@@ -138,14 +138,14 @@ class GenerationOutputs:
 
         Requests of any decoding strategy can be recorded. These attributes are read: req_id; is_prefilling, new_tokens
         (how many this step gave), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer:
-        each with block_id, block_size, status, is_active, is_dummy, num_mask_tokens, progress); full_response (every
-        token so far) and truncated_response (those before the end token); the flags of `ReqTrajectory`; and
-        cached_tokens, if it is there.
+        each with block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and
+        truncated_response (those before the end token); the flags of `ReqTrajectory`. And if they are there: is_reading
+        (reading an answer again is prefill, too), cached_tokens, and a block's status and is_dummy.
         """
         if not reqs:
             return
-        prefilling = [req for req in reqs if req.is_prefilling]
-        decoding = [req for req in reqs if not req.is_prefilling]
+        prefilling = [req for req in reqs if _reads(req)]
+        decoding = [req for req in reqs if not _reads(req)]
         self.batch_step_count += 1
         self.total_time += step_time
         self.generated_tokens += sum(req.new_tokens for req in reqs)
@@ -164,7 +164,7 @@ class GenerationOutputs:
             ReqStep(
                 len(trajectory.trajectory),
                 step_time,
-                req.is_prefilling,
+                _reads(req),
                 req.new_tokens,
                 list(req.running_sequence),
                 req.block_size,
@@ -269,15 +269,20 @@ METRICS = (
 
 def trace_block(block: Any) -> dict[str, Any]:
     """Describe a block's state, for a trace."""
+    masked = block.num_mask_tokens / max(block.block_size, 1)
     return {
         "block_id": block.block_id,
         "is_active": block.is_active,
-        "is_dummy": block.is_dummy,
+        "is_dummy": getattr(block, "is_dummy", False),
         "num_mask_tokens": block.num_mask_tokens,
-        "mask_ratio": block.num_mask_tokens / max(block.block_size, 1),
-        "progress": block.progress,
-        "block_status": block.status,
+        "mask_ratio": masked,
+        "progress": 1 - masked,
+        "block_status": str(getattr(block, "status", "?")),
     }
+
+
+def _reads(req: Any) -> bool:
+    return bool(req.is_prefilling or getattr(req, "is_reading", False))
 
 
 def _mean(values: Iterable[float]) -> float:

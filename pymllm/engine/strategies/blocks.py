@@ -68,7 +68,7 @@ class Block:
 
 @dataclass(eq=False)
 class BlockState:
-    """What block diffusion keeps of a request, over preemption too.
+    """The state of a request that is decoded by blocks, kept over preemption.
 
     block: the one being filled, or about to be committed.  final: the one before it, if its keys are not in the cache.
     asked: the places of `block` that the logits of the step are for; its length is that of the next block's first.
@@ -87,7 +87,7 @@ class BlockState:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
     def open_next(self, *first: int) -> None:
-        """Go on to the next block, which begins with the tokens `first`."""
+        """Open the next block, which begins with the tokens `first`."""
         block = self.block
         masks = [block.mask_token_id] * (block.block_size - len(first))
         self.block = Block(block.block_id + 1, [*first, *masks], block.mask_token_id)
@@ -96,7 +96,7 @@ class BlockState:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the logits of a place say.  chance: the probability of the token.  logprobs: if they are asked for."""
+    """A token for a place.  chance: the probability of the token.  logprobs: if they are asked for."""
 
     token: int
     chance: float
