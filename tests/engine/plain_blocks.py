@@ -16,7 +16,9 @@ from pymllm.kernels.sampling import SETTINGS, SamplingBatch
 
 @dataclass
 class Plain:
-    """The decoder of a model.  forward: gives the logits [T, V] of a text.  small: of shifted models; None: not shifted.
+    """The decoder of a model.
+
+    forward: gives the logits [T, V] of a text.  small: the small blocks' length; None: the logits are not shifted.
 
     After `decode`: steps and commits, how many forwards filled or edited a block, and how many blocks were left behind;
     chances: log-probabilities of the answer; margin: how far the closest decision was from going another way.
@@ -36,11 +38,10 @@ class Plain:
         self.text, self.read = list(prompt), len(prompt)
         self.over = set(params.stop_token_ids) | (set() if params.ignore_eos else self.ends)
         while True:
-            if len(self.text) % self.length == 0 and self.small:
+            if len(self.text) % self.length == 0:
                 self.commits += len(self.text) > self.read
-                self.put({len(self.text): self.propose([len(self.text)])[len(self.text)]})
-            elif len(self.text) % self.length == 0:
-                self.commits += len(self.text) > self.read
+                if self.small:
+                    self.put(self.propose([len(self.text)]))
             start = len(self.text) // self.length * self.length
             if self.end() is None:
                 self.text += [self.mask] * (start + self.length - len(self.text))

@@ -1,4 +1,4 @@
-"""Answers that are decoded by blocks: the plain decoder's, whatever runs beside them and however little room there is."""
+"""Answers that are decoded by blocks: the plain decoder's, whatever runs beside them, however little room there is."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ UNSHIFTED = [
 def test_answers_and_forwards_are_the_plain_decoder_s(models, family, length, small):
     llm = fresh(models(family, length, small))
     decoder = plain(llm, family)
-    settings = SETTINGS + (UNSHIFTED if small is None else [])
+    settings = [*SETTINGS, *(UNSHIFTED if small is None else ())]
     settings = [s for s in settings if s.get("denoising_steps", 1) <= length]
     numbers = random.Random(length)
     asked = [
@@ -286,9 +286,6 @@ def test_limits_end_an_answer_before_its_first_open_position(models):
         open_ = last.block_trace[-1]["num_mask_tokens"]
         assert ended == (open_ > 0 or count < 40)
 
-    runs = [1]
-    for one, other in zip(whole.token_ids, whole.token_ids[1:], strict=False):
-        runs.append(runs[-1] + 1 if one == other else 1)
     params = SamplingParams(max_tokens=40, ignore_eos=True, remasking="sequential", max_repetition_run=2)
     outputs = GenerationOutputs(1)
     (output,) = llm.generate([PROMPTS[1]], params, outputs=outputs)
@@ -373,13 +370,11 @@ def test_what_has_no_meaning_is_refused_by_its_name(models, words):
         assert caught.value.tensor == name
         if name in BLOCK_SETTINGS:
             models("sdar", 8).generate([PROMPTS[0]], SamplingParams(max_tokens=1, **{name: value}))
-    with pytest.raises(RequestError, match="denoising_steps .* 1 to 8"):
+    with pytest.raises(RequestError, match=r"denoising_steps .* 1 to 8"):
         models("sdar", 8).generate([PROMPTS[0]], SamplingParams(denoising_steps=9))
     longest = models("sdar", 12, max_model_len=40)
-    assert (
-        len(longest.generate([PROMPTS[3]], SamplingParams(max_tokens=None, ignore_eos=True))[0].token_ids)
-        == 13
-    )
+    (output,) = longest.generate([PROMPTS[3]], SamplingParams(max_tokens=None, ignore_eos=True))
+    assert len(output.token_ids) == 13 and output.finish_reason == "length"
     with pytest.raises(RequestError, match="fewer than 36"):
         longest.generate([[5] * 36])
 

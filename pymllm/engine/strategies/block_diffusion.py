@@ -39,6 +39,9 @@ from pymllm.models.strategy import Strategy
 CONFIDENCE_THRESHOLD = 0.9
 MAX_POST_EDIT_STEPS = 16
 
+# For so many positions tokens are proposed at a time: on a GPU there are several copies of their logits.
+PROPOSED_ROWS = 256
+
 # What a request may ask of other strategies: it has no meaning where tokens come in any order, or is not done.
 REFUSED = (
     *(
@@ -200,9 +203,12 @@ class BlockDiffusionStrategy(DecodingStrategy):
                 settings.append(_row(params, number))
                 ends = request.sampler.ends if answer + place < params.min_tokens else ()
                 biases.append([self.mask_token_id, *ends])
-        tokens, chances = kernel.propose(logits, _batch(settings, biases))
+        parts = []
+        for first in range(0, len(settings), PROPOSED_ROWS):
+            some = slice(first, first + PROPOSED_ROWS)
+            parts.append(kernel.propose(logits[some], _batch(settings[some], biases[some])))
         # One copy from the device; a token is exact in float64.
-        found = torch.stack((tokens.double(), chances.double())).tolist()
+        found = torch.cat([torch.stack((tokens.double(), chances)) for tokens, chances in parts], 1).tolist()
         entries: list[Any] = []
         done = 0
         for request in requests:
