@@ -115,12 +115,9 @@ UNSHIFTED = [
 
 @pytest.mark.parametrize(
     "family, length, small",
-    [("sdar", 4, None), ("sdar", 5, None), ("sdar", 1, None), ("llada2_moe", 20, None)]
-    + [
-        ("fast_dllm_qwen", 8, 4),
-        ("fast_dllm_qwen", 6, 2),
-        ("fast_dllm_qwen", 1, 1),
-        ("fast_dllm_qwen", 24, 8),
+    [
+        *(("sdar", 4, None), ("sdar", 5, None), ("sdar", 1, None), ("llada2_moe", 20, None)),
+        *(("fast_dllm_qwen", length, small) for length, small in ((8, 4), (6, 2), (1, 1), (24, 8))),
     ],
 )
 def test_answers_and_forwards_are_the_plain_decoder_s(models, family, length, small):
@@ -315,6 +312,7 @@ def test_a_trace_has_the_blocks_after_each_step(models):
     active, full, both = ["ACTIVE"], ["TO_CACHE"], ["IN_CACHE", "ACTIVE"]
     assert states == [active, full, both, active, active, full, both]
     assert outputs.generated_tokens == 7 and outputs.prefill_tokens == 4
+    assert (output.metrics.steps, output.metrics.forwards, output.metrics.tpf) == (8, 7, 1.0)
 
 
 def test_editing_streams_finished_blocks_alone(models):

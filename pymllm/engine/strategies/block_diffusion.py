@@ -10,7 +10,6 @@ shifted (Fast-dLLM v2), as these say what the next block begins with.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +184,6 @@ class BlockDiffusionStrategy(DecodingStrategy):
         if request.is_reading:
             request.computed += len(request.running_sequence)
         else:
-            state.forwards += 1
             request.computed = block.start
             if block.status == "TO_CACHE":
                 request.computed, block.status = block.end, "IN_CACHE"
@@ -332,6 +330,7 @@ class BlockDiffusionStrategy(DecodingStrategy):
                 request.prompt[position] = proposal.token
             elif block.tokens[place] == self.mask_token_id and position < request.limit:
                 request.new_tokens += 1
+                request.decoded += not request.is_reading
             block.tokens[place] = proposal.token
             if proposal.logprobs is not None:
                 state.logprobs[position] = proposal.logprobs
@@ -347,19 +346,20 @@ class BlockDiffusionStrategy(DecodingStrategy):
     def _publish(self, request: Request, end_tokens: frozenset[int]) -> None:
         """Append to the answer what has come to stand behind it without a gap; end it where it ends."""
         state: BlockState = request.decoding
-        new, block = request.new_tokens, state.block
+        counted, block = (request.new_tokens, request.decoded), state.block
         for token in block.tokens[max(request.length - block.start, 0) :]:
             if token == self.mask_token_id or request.finish_reason is not None:
                 break
             if request.params.logprobs is not None:
                 request.logprobs.append(state.logprobs.pop(request.length))
             self.take(request, token, end_tokens)
-        request.new_tokens = new
+        # They were counted when they were accepted.
+        request.new_tokens, request.decoded = counted
 
     def _limit(self, request: Request, end_tokens: frozenset[int]) -> None:
         """End a request that has had its decoding steps, or whose answer has got into a run of one token."""
-        params, state = request.params, request.decoding
-        spent = params.max_nfe is not None and state.forwards >= params.max_nfe
+        params = request.params
+        spent = params.max_nfe is not None and request.forwards >= params.max_nfe
         run = (
             params.max_repetition_run is not None and _run_length(request.answer) >= params.max_repetition_run
         )
@@ -370,8 +370,6 @@ class BlockDiffusionStrategy(DecodingStrategy):
             return
         request.finish_reason = "length"
         request.max_nfe_reached, request.max_repetition_run_reached = spent, run
-        if not request.answer:
-            request.first_token_at = request.last_token_at = time.perf_counter()
 
 
 def _run_length(answer: Sequence[int]) -> int:

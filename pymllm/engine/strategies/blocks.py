@@ -73,7 +73,7 @@ class BlockState:
     block: the one being filled, or about to be committed.  final: the one before it, if its keys are not in the cache.
     asked: the places of `block` that the logits of the step are for; its length is that of the next block's first.
     steps: how many forwards have filled the block.  post_edit_steps: how many have edited it since it was full.
-    forwards: how many decoding steps the request has had.  drawn: how many tokens have been proposed by chance.
+    drawn: how many tokens have been proposed by chance.
     logprobs: those of tokens that have not come into the answer yet, by position.
     """
 
@@ -82,7 +82,6 @@ class BlockState:
     asked: Sequence[int] = ()
     steps: int = 0
     post_edit_steps: int = 0
-    forwards: int = 0
     drawn: int = 0
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
