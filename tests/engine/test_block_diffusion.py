@@ -315,6 +315,14 @@ def test_a_trace_has_the_blocks_after_each_step(models):
     assert (output.metrics.steps, output.metrics.forwards, output.metrics.tpf) == (8, 7, 1.0)
 
 
+def test_positions_behind_the_limit_are_filled_and_not_counted(models):
+    llm, outputs = models("sdar", 4), GenerationOutputs(1)
+    params = SamplingParams(max_tokens=7, ignore_eos=True, denoising_steps=1)
+    llm.generate([PROMPTS[1]], params, outputs=outputs)
+    assert [step.num_generated_tokens for step in outputs.trajectories[0].trajectory] == [0, 2, 4, 1]
+    assert outputs.tpf == 7 / 3
+
+
 def test_editing_streams_finished_blocks_alone(models):
     llm = models("sdar", 8)
     params = SamplingParams(max_tokens=30, ignore_eos=True, confidence_threshold=0.3, edit_threshold=0.2)
@@ -332,6 +340,31 @@ def test_a_block_may_hold_masks_of_the_prompt_which_are_filled_in(models):
         (output,) = llm.generate([prompt], params)
         assert (list(output.token_ids), output.finish_reason) == decoder.decode(prompt, params)
         assert output.prompt_token_ids == (*decoder.text[: len(prompt)],) and prompt[9] == MASK
+
+
+def test_pages_do_not_hold_masks_that_were_filled_in_while_a_request_waited(models):
+    llm = fresh(models("sdar", 16))
+    params, lost = SamplingParams(max_tokens=20, ignore_eos=True), 0
+    for first in range(3, 40):
+        prompt = [*range(first, first + 14), MASK]
+        with llm.session() as session:
+            request = session.add(prompt, params)
+            while session.unfinished:
+                session.step()
+                block = request.decoding.block
+                if (
+                    request.answer
+                    and block.block_id == 0
+                    and block.num_mask_tokens
+                    and not request.preemptions
+                ):
+                    # Its first page has all its tokens now, but for one of the prompt's.
+                    llm.engine.scheduler._preempt(request)
+                    lost += 1
+        text = [*prompt, request.answer[0], 50, 51]
+        (found,) = llm.generate([text], params)
+        assert list(found.token_ids) == plain(llm, "sdar").decode(text, params)[0]
+    assert lost
 
 
 @pytest.fixture(scope="module")
