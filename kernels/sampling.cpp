@@ -252,29 +252,46 @@ struct Race {
   }
 };
 
+// A token, and its probability among those that it was chosen from.
+struct Choice {
+  std::int64_t token = -1;
+  double chance = std::numeric_limits<double>::quiet_NaN();
+};
+
 // Draw from some tokens, in their order: their pieces race, then the tokens of the winner.
-std::int64_t draw(const std::int32_t *ids, const float *weights, std::int64_t count, double number) {
+Choice draw(const std::int32_t *ids, const float *weights, std::int64_t count, double number) {
   Race pieces(number, 1), tokens(number, 2);
+  double total = 0, winner = 0;
   for (std::int64_t i = 0; i < count;) {
     const std::int64_t piece = ids[i] / kPiece;
     double sum = 0;
     for (; i < count && ids[i] / kPiece == piece; ++i) sum += weights[i];
     pieces.enter(piece, sum);
+    total += sum;
   }
   const auto *first = std::lower_bound(ids, ids + count, static_cast<std::int32_t>(pieces.winner * kPiece));
-  for (std::int64_t i = first - ids; i < count && ids[i] / kPiece == pieces.winner; ++i) tokens.enter(ids[i], weights[i]);
-  return tokens.winner;
+  for (std::int64_t i = first - ids; i < count && ids[i] / kPiece == pieces.winner; ++i) {
+    tokens.enter(ids[i], weights[i]);
+    if (tokens.winner == ids[i]) winner = weights[i];
+  }
+  return {tokens.winner, winner / total};
+}
+
+double total_of(const Row &row) {
+  double total = 0;
+  for (std::int64_t p = 0; p < row.pieces; ++p) total += row.work.sums[p];
+  return total;
 }
 
 // Draw from all tokens, of whose pieces the sums are known.
-std::int64_t draw_from_all(const Row &row, float scale, double number) {
+Choice draw_from_all(const Row &row, float scale, double number) {
   Race pieces(number, 1), tokens(number, 2);
   for (std::int64_t p = 0; p < row.pieces; ++p) pieces.enter(p, row.work.sums[p]);
   float weights[kPiece];
   const std::int64_t begin = pieces.winner * kPiece, count = row.end_of(pieces.winner) - begin;
   row.path.weigh(row.values + begin, count, row.most, scale, weights);
   for (std::int64_t i = 0; i < count; ++i) tokens.enter(begin + i, weights[i]);
-  return tokens.winner;
+  return {tokens.winner, weights[tokens.winner - begin] / total_of(row)};
 }
 
 // A weight such that all tokens with less have less than `mass` together: in a piece they have at most so much each, and
@@ -291,17 +308,23 @@ double least_weight(const Row &row, double mass) {
   return weight;
 }
 
-std::int64_t choose(const SamplingPath &path, const SamplingBatch &batch, std::int64_t r, Work &work) {
+// with_chance: whether the chance is wanted of a likeliest token, too, for which the whole row has to be summed.
+Choice choose(const SamplingPath &path, const SamplingBatch &batch, std::int64_t r, bool with_chance, Work &work) {
   const bool edits = batch.bias_starts[r] < batch.bias_starts[r + 1] || batch.seen_starts[r] < batch.seen_starts[r + 1];
   Row row(path, work, batch.logits + r * batch.stride, batch.vocabulary, edits);
-  if (!(row.most < kInfinity)) return -1;
+  if (!(row.most < kInfinity)) return {};
   if (edits) edit(row, batch, r);
-  if (!std::isfinite(row.most)) return -1;
+  if (!std::isfinite(row.most)) return {};
   const RowSettings &s = batch.settings[r];
   if (s.temperature == 0) {
     const auto piece = std::find(work.maxima.data(), work.maxima.data() + row.pieces, row.most) - work.maxima.data();
     const float *begin = row.values + piece * kPiece;
-    return std::find(begin, row.values + row.end_of(piece), row.most) - row.values;
+    Choice likeliest{std::find(begin, row.values + row.end_of(piece), row.most) - row.values};
+    if (with_chance) {
+      path.sums(row.values, row.size, row.most, 1.0f, at_least(work.sums, row.pieces));
+      likeliest.chance = 1 / total_of(row);
+    }
+    return likeliest;
   }
   const auto scale = static_cast<float>(std::min(1 / s.temperature, 3e38));
   float least = kLeastExponent;
@@ -313,7 +336,7 @@ std::int64_t choose(const SamplingPath &path, const SamplingBatch &batch, std::i
   if (all && (s.top_p < 1 || s.typical_p >= 1)) {
     path.sums(row.values, row.size, row.most, scale, at_least(work.sums, row.pieces));
     if (s.top_p >= 1) return draw_from_all(row, scale, s.number);
-    for (std::int64_t p = 0; p < row.pieces; ++p) total += work.sums[p];
+    total = total_of(row);
     least = std::max(least, static_cast<float>(std::log(least_weight(row, (1 - s.top_p) * 0.99 * total))));
   }
   Candidates left(row, scale, least);
@@ -332,9 +355,7 @@ void describe(const SamplingPath &path, const float *logits, std::int64_t vocabu
     return;
   }
   path.sums(row.values, row.size, row.most, 1.0f, at_least(work.sums, row.pieces));
-  double total = 0;
-  for (std::int64_t p = 0; p < row.pieces; ++p) total += work.sums[p];
-  const double log_total = row.most + std::log(total);
+  const double log_total = row.most + std::log(total_of(row));
   *chosen = static_cast<float>(logits[token] - log_total);
   if (count == 0) return;
   const float bound = reached_by(row, count);
@@ -360,11 +381,15 @@ void describe(const SamplingPath &path, const float *logits, std::int64_t vocabu
 
 const SamplingPath &sampling_portable() { return kSampling; }
 
-void choose_tokens(const SamplingBatch &batch, std::int64_t *tokens, Isa isa, int threads) {
+void choose_tokens(const SamplingBatch &batch, std::int64_t *tokens, double *chances, Isa isa, int threads) {
   const SamplingPath &path = path_of(isa);
   const auto body = [&](std::int64_t begin, std::int64_t end) {
     Work &work = work_of_thread();
-    for (std::int64_t r = begin; r < end; ++r) tokens[r] = choose(path, batch, r, work);
+    for (std::int64_t r = begin; r < end; ++r) {
+      const Choice choice = choose(path, batch, r, chances != nullptr, work);
+      tokens[r] = choice.token;
+      if (chances != nullptr) chances[r] = choice.chance;
+    }
   };
   // Rows take unequal times.
   parallel_for(batch.rows, threads_for(batch.rows, batch.vocabulary, threads), body, 1);

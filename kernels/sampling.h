@@ -29,8 +29,9 @@ struct SamplingBatch {
   const float *seen_counts;
 };
 
-// tokens[r]: the token of row r; -1 where the logits are not numbers or none is left.
-void choose_tokens(const SamplingBatch &batch, std::int64_t *tokens, Isa isa, int threads);
+// tokens[r]: the token of row r; -1 where the logits are not numbers or none is left. chances[r], unless null: its
+// probability among the tokens that it was chosen from, NaN where there is none.
+void choose_tokens(const SamplingBatch &batch, std::int64_t *tokens, double *chances, Isa isa, int threads);
 
 // Of each row: the log-probability of its token, and the `count` likeliest tokens, best first, the lower token of equal
 // ones first. A row with NaN or infinity, or of minus infinities alone, gets NaN. count is at most `vocabulary`.

@@ -27,11 +27,11 @@ void check_rows(const std::int64_t *starts, std::int64_t rows, const std::int64_
   check_tokens(tokens, count, vocabulary);
 }
 
-void choose_tokens_(std::uintptr_t logits, std::int64_t rows, std::int64_t vocabulary, std::int64_t stride,
-                    std::uintptr_t settings, std::int64_t biases, std::uintptr_t bias_starts,
-                    std::uintptr_t bias_tokens, std::uintptr_t bias_values, std::int64_t seen,
-                    std::uintptr_t seen_starts, std::uintptr_t seen_tokens, std::uintptr_t seen_counts,
-                    std::uintptr_t tokens, int isa, int threads) {
+void sample_tokens(std::uintptr_t logits, std::int64_t rows, std::int64_t vocabulary, std::int64_t stride,
+                   std::uintptr_t settings, std::int64_t biases, std::uintptr_t bias_starts,
+                   std::uintptr_t bias_tokens, std::uintptr_t bias_values, std::int64_t seen,
+                   std::uintptr_t seen_starts, std::uintptr_t seen_tokens, std::uintptr_t seen_counts,
+                   std::uintptr_t tokens, std::uintptr_t chances, int isa, int threads) {
   SamplingBatch batch;
   batch.logits = at<const float>(logits);
   batch.rows = rows;
@@ -46,7 +46,7 @@ void choose_tokens_(std::uintptr_t logits, std::int64_t rows, std::int64_t vocab
   batch.seen_counts = at<const float>(seen_counts);
   check_rows(batch.bias_starts, rows, batch.bias_tokens, biases, vocabulary);
   check_rows(batch.seen_starts, rows, batch.seen_tokens, seen, vocabulary);
-  choose_tokens(batch, at<std::int64_t>(tokens), static_cast<Isa>(isa), threads);
+  choose_tokens(batch, at<std::int64_t>(tokens), at<double>(chances), static_cast<Isa>(isa), threads);
 }
 
 void log_probabilities_(std::uintptr_t logits, std::int64_t rows, std::int64_t vocabulary, std::int64_t stride,
@@ -61,7 +61,7 @@ void log_probabilities_(std::uintptr_t logits, std::int64_t rows, std::int64_t v
 
 void register_sampling(nb::module_ &m) {
   const auto released = nb::call_guard<nb::gil_scoped_release>();
-  m.def("choose_tokens", &choose_tokens_, released, "See kernels/sampling.h.");
+  m.def("sample_tokens", &sample_tokens, released, "See kernels/sampling.h.");
   m.def("log_probabilities", &log_probabilities_, released, "See kernels/sampling.h.");
 }
 

@@ -258,7 +258,7 @@ class LLM:
             recommended = {
                 name: self.generation_config[name]
                 for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-                if self.generation_config.get(name) is not None
+                if self.generation_config.get(name) is not None and name not in self.engine.strategy.refuses
             }
         return SamplingParams(**{**recommended, **overrides})
 

@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repetition-penalty", type=float, metavar="X", help="above 1: tokens already there are less likely"
     )
+    group.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="P",
+        help="of models decoded by blocks: accept tokens that are likelier; lower takes fewer steps",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="give the same answer each time")
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable"
@@ -87,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, positional=False)
 
 
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+SAMPLING = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("confidence_threshold", "seed", "stop"),
+)
 
 
 def execute(args: argparse.Namespace) -> int:

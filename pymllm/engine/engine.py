@@ -120,7 +120,6 @@ class Engine:
         """
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
-        self.strategy.check(params)
         if not answers and self.strategy.block_length > 1:
             raise RequestError(
                 "this model answers by blocks: a token has no probability given those before it alone",
@@ -128,6 +127,7 @@ class Engine:
                 tensor="prompt",
                 fix="Score with a model that answers a token at a time.",
             )
+        self.strategy.check(params)
         longest = self.longest
         if len(prompt) + answers > longest:
             raise RequestError(

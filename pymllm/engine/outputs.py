@@ -37,8 +37,9 @@ class ReqStep:
     """One step of one request.
 
     step_id: the number of the step, counted from 0 for the request.  step_time: the time of the whole step, which other
-    requests may have shared.  running_token_ids: the tokens that the step ran.  buffer_bids: ids of the blocks in the
-    buffer.  block_trace: for each of these blocks its id, whether it is active, its masked tokens and their share.
+    requests may have shared.  is_prefill: whether it read text.  num_generated_tokens: how many positions got a token.
+    running_token_ids: the tokens that the step ran, masks included.  buffer_bids: ids of the blocks in the buffer.
+    block_trace: `trace_block` of each of these, after the step.
     """
 
     step_id: int
@@ -138,13 +139,13 @@ class GenerationOutputs:
         Requests of any decoding strategy can be recorded. These attributes are read: req_id; is_prefilling, new_tokens
         (how many this step gave), running_sequence (the tokens that it ran), block_size, blocks (the strategy's buffer:
         each with block_id, block_size, is_active, num_mask_tokens); full_response (every token so far) and
-        truncated_response (those before the end token); the flags of `ReqTrajectory`; and cached_tokens, if
-        it is there.
+        truncated_response (those before the end token); the flags of `ReqTrajectory`. And if they are there: is_reading
+        (reading an answer again is prefill, too), cached_tokens, and a block's status and is_dummy.
         """
         if not reqs:
             return
-        prefilling = [req for req in reqs if req.is_prefilling]
-        decoding = [req for req in reqs if not req.is_prefilling]
+        prefilling = [req for req in reqs if _reads(req)]
+        decoding = [req for req in reqs if not _reads(req)]
         self.batch_step_count += 1
         self.total_time += step_time
         self.generated_tokens += sum(req.new_tokens for req in reqs)
@@ -163,7 +164,7 @@ class GenerationOutputs:
             ReqStep(
                 len(trajectory.trajectory),
                 step_time,
-                req.is_prefilling,
+                _reads(req),
                 req.new_tokens,
                 list(req.running_sequence),
                 req.block_size,
@@ -182,8 +183,9 @@ class GenerationOutputs:
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward: tokens of a request over the steps that it took part in; the mean over requests."""
-        return _mean(t.generated_tokens / len(t.trajectory) for t in self.trajectories if t.trajectory)
+        """Tokens per forward: what a request got in decoding steps over their number; the mean over requests."""
+        decoding = ([s for s in t.trajectory if not s.is_prefill] for t in self.trajectories)
+        return _mean(sum(s.num_generated_tokens for s in steps) / len(steps) for steps in decoding if steps)
 
     @property
     def ttft(self) -> float:
@@ -267,12 +269,20 @@ METRICS = (
 
 def trace_block(block: Any) -> dict[str, Any]:
     """Describe a block's state, for a trace."""
+    masked = block.num_mask_tokens / max(block.block_size, 1)
     return {
         "block_id": block.block_id,
         "is_active": block.is_active,
+        "is_dummy": getattr(block, "is_dummy", False),
         "num_mask_tokens": block.num_mask_tokens,
-        "mask_ratio": block.num_mask_tokens / max(block.block_size, 1),
+        "mask_ratio": masked,
+        "progress": 1 - masked,
+        "block_status": str(getattr(block, "status", "?")),
     }
+
+
+def _reads(req: Any) -> bool:
+    return bool(req.is_prefilling or getattr(req, "is_reading", False))
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,8 +82,9 @@ class Request:
     steps, forwards: how many steps it took part in, and how many of these decoded, that is read nothing.
     decoded: how many tokens the latter gave.  drafted, accepted: how many tokens a strategy proposed and kept.
     restart_length: `CausalLM.restart_length`.
+    private: whether its pages are no use to others.
     block_size, blocks, max_nfe_reached, max_repetition_run_reached: what `GenerationOutputs` reads of strategies that
-    decode blocks; here one token comes at a time, without blocks or such limits.
+    decode blocks; where one token comes at a time there are no blocks, nor such limits.
     """
 
     prompt: list[int]
@@ -125,8 +127,9 @@ class Request:
     accepted: int = 0
     eos_token_generated: bool = False
     restart_length: int | None = None
+    private: bool = False
     block_size: int = 1
-    blocks: tuple[()] = ()
+    blocks: Sequence[Any] = ()
     max_nfe_reached: bool = False
     max_repetition_run_reached: bool = False
 
@@ -194,9 +197,11 @@ class Request:
 
     @property
     def reusable(self) -> int:
-        """The number of its first tokens that others may have read for it: no step needs to run these."""
+        """The number of its first tokens that others may have read for it, whatever its strategy wants to run."""
+        if self.private:
+            return 0
         if self.params.prompt_logprobs is None:
-            return self.length - 1
+            return self.length
         return min(self.length - 1, self.next_unscored)
 
     def end_reading(self) -> None:
@@ -234,7 +239,8 @@ class Request:
 
     @property
     def max_model_len_reached(self) -> bool:
-        return self.finish_reason == "length" and not self.max_new_tokens_reached
+        ended = self.max_new_tokens_reached or self.max_nfe_reached or self.max_repetition_run_reached
+        return self.finish_reason == "length" and not ended
 
     @property
     def completion_reason(self) -> str | None:

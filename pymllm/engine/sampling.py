@@ -17,6 +17,16 @@ MAX_BAD_WORDS = 128
 MAX_STOP_TOKENS = 1024
 MAX_ANSWERS = 128
 
+# Which open positions of a block take their tokens: those of a probability above a threshold, the likeliest few, or the
+# leftmost few.
+REMASKING = ("low_confidence_dynamic", "low_confidence_static", "sequential")
+
+# The settings of decoding by blocks (docs/block-diffusion.md); other strategies have no use for them.
+BLOCK_SETTINGS = (
+    *("denoising_steps", "confidence_threshold", "remasking", "edit_threshold", "max_post_edit_steps"),
+    *("max_nfe", "max_repetition_run"),
+)
+
 # The settings that name a grammar, and its kind.
 GRAMMARS: dict[str, Kind] = {"json_schema": "json_schema", "regex": "regex", "grammar": "lark"}
 
@@ -44,6 +54,13 @@ class SamplingParams:
     json_schema: a JSON schema (an object, its text, or true for any JSON) that the answer follows.  regex: a regular
     expression that it matches as a whole.  grammar: one in Lark's notation.  At most one of the three.
     follows: that one, read.
+
+    Of models that are decoded by blocks alone, None being what is usual in the model's family:
+    denoising_steps: in how many forwards a block is filled at most.  confidence_threshold: an open position takes its
+    token if that is likelier.  remasking: one of REMASKING.  edit_threshold: a token that stands already is replaced by
+    one likelier than this.  max_post_edit_steps: for how many forwards that goes on in a block that is filled.
+    max_nfe: after so many decoding steps the answer ends.  max_repetition_run: it ends once it ends in so many equal
+    tokens.
     """
 
     max_tokens: int | None = 128
@@ -68,6 +85,13 @@ class SamplingParams:
     json_schema: Any = None
     regex: str | None = None
     grammar: str | None = None
+    denoising_steps: int | None = None
+    confidence_threshold: float | None = None
+    remasking: str | None = None
+    edit_threshold: float | None = None
+    max_post_edit_steps: int | None = None
+    max_nfe: int | None = None
+    max_repetition_run: int | None = None
     follows: Grammar | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +125,22 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             _integer("logit_bias", token, 0, 2**31)
             _number("logit_bias", bias, -100, 100)
+        _integer("denoising_steps", self.denoising_steps, 1, 2**31, optional=True)
+        _integer("max_post_edit_steps", self.max_post_edit_steps, 0, 2**31, optional=True)
+        _integer("max_nfe", self.max_nfe, 1, 2**31, optional=True)
+        _integer("max_repetition_run", self.max_repetition_run, 1, 2**31, optional=True)
+        if self.confidence_threshold is not None:
+            _number("confidence_threshold", self.confidence_threshold, 0, 1, above=True)
+        if self.edit_threshold is not None:
+            _number("edit_threshold", self.edit_threshold, 0, 1)
+        if self.remasking is not None and self.remasking not in REMASKING:
+            raise RequestError(
+                "remasking is out of range",
+                code="parameter",
+                tensor="remasking",
+                expected=" or ".join(REMASKING),
+                found=repr(self.remasking),
+            )
 
         if sum(getattr(self, name) is not None for name in GRAMMARS) > 1:
             raise RequestError(

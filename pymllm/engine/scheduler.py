@@ -102,7 +102,7 @@ class Scheduler:
         size = self.cache.page_size
         full = request.computed // size // self._group * self._group
         self._remember(request)
-        if not self.reuse or full <= request.kept_pages:
+        if not self.reuse or request.private or full <= request.kept_pages:
             return
         for page, key in zip(
             request.pages[request.kept_pages : full],

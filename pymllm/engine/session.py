@@ -65,6 +65,7 @@ class Session:
         """
         if first_scored is not None:
             return self._score(prompt, params, adapter, req_id, first_scored)
+        self.engine.strategy.check(params)
         limit = len(prompt) + params.max_tokens if params.max_tokens is not None else self.engine.max_length
         request = Request(prompt, params, limit, adapter, req_id)
         if params.follows is not None:

@@ -93,6 +93,13 @@ class SamplingKernel(Protocol):
         float32 rounding of each other.
         """
 
+    def propose(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+        """Choose as `choose` does, and tell how likely each token was.
+
+        Returns the tokens, and [R] float64: the probability of a drawn token among those it was drawn from, by step 7,
+        and of a likeliest one (temperature 0) among all, after steps 1 and 2; NaN where there is no token.
+        """
+
     def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the log-probabilities of the logits as they are: those of `tokens`, and the `count` highest.
 

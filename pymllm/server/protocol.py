@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pymllm.engine.sampling import BLOCK_SETTINGS, MAX_LOGPROBS
 from pymllm.engine.sampling import GRAMMARS as SETTINGS
-from pymllm.engine.sampling import MAX_LOGPROBS
 from pymllm.errors import RequestError
 
 # How many prompts one request may bring.
@@ -127,6 +127,13 @@ class _Sampled(_Strict):
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
     prompt_logprobs: int | None = None
+    denoising_steps: int | None = None
+    confidence_threshold: float | None = None
+    remasking: str | None = None
+    edit_threshold: float | None = None
+    max_post_edit_steps: int | None = None
+    max_nfe: int | None = None
+    max_repetition_run: int | None = None
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
@@ -150,6 +157,7 @@ class _Sampled(_Strict):
         "bad_words",
         "seed",
         "prompt_logprobs",
+        *BLOCK_SETTINGS,
     )
 
     def sampling(self) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def test_special_tokens_are_kept_unless_asked():
 
 
 def block(block_id, masked, active=True):
-    return SimpleNamespace(block_id=block_id, block_size=4, is_active=active, num_mask_tokens=masked)
+    status = "ACTIVE" if active else "DUMMY"
+    state = {"is_active": active, "is_dummy": not active, "status": status}
+    return SimpleNamespace(block_id=block_id, block_size=4, num_mask_tokens=masked, **state)
 
 
 def request(req_id, ran, got, response, prefill=False, reason=None, **state):
@@ -126,7 +128,7 @@ def scripted():
 def test_metrics_are_those_worked_out_by_hand():
     outputs = scripted()
     assert outputs.metrics() == {
-        "tpf": (4 / 3 + 3 / 3) / 2,
+        "tpf": (3 / 2 + 3 / 2) / 2,
         "ttft": (0.5 + (0.25 + 0.125)) / 2,
         "tpot": (0.25 / 3 + 0.125 / 2) / 2,
         "throughput": 7 / 1.0,
@@ -152,6 +154,14 @@ def test_a_step_of_both_kinds_counts_for_both_times():
     assert (outputs.prefill_throughput, outputs.decode_throughput) == (1.0, 0.5)
 
 
+def test_text_that_is_read_again_is_no_decoding():
+    outputs = GenerationOutputs(1)
+    outputs.record_step([request(0, [5, 6], 0, [1, 2], is_reading=True)], 1.0)
+    outputs.record_step([request(0, [2], 1, [1, 2, 3], is_reading=False)], 1.0)
+    assert (outputs.tpf, outputs.prefill_time, outputs.decode_tokens) == (1.0, 1.0, 1)
+    assert [step.is_prefill for step in outputs.trajectories[0].trajectory] == [True, False]
+
+
 def test_nothing_recorded_is_zero_everywhere():
     assert set(GenerationOutputs(3).metrics().values()) == {0}
     assert set(METRICS) == set(GenerationOutputs(0).metrics())
@@ -171,8 +181,14 @@ def test_trajectories_keep_every_step_and_flag():
     traced = second.trajectory[1]
     assert traced.buffer_bids == [5, 6] and traced.block_size == 4
     assert traced.block_trace == [
-        {"block_id": 5, "is_active": True, "num_mask_tokens": 1, "mask_ratio": 0.25},
-        {"block_id": 6, "is_active": False, "num_mask_tokens": 4, "mask_ratio": 1.0},
+        {
+            **{"block_id": 5, "is_active": True, "is_dummy": False, "num_mask_tokens": 1},
+            **{"mask_ratio": 0.25, "progress": 0.75, "block_status": "ACTIVE"},
+        },
+        {
+            **{"block_id": 6, "is_active": False, "is_dummy": True, "num_mask_tokens": 4},
+            **{"mask_ratio": 1.0, "progress": 0.0, "block_status": "DUMMY"},
+        },
     ]
     fields = second.to_dict()
     assert json.loads(json.dumps(fields)) == fields and fields["trajectory"][1]["buffer_bids"] == [5, 6]

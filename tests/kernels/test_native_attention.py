@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pymllm.attention import AttnMetaDataBase
-from pymllm.engine.tape import RepeatedStep, record
+from pymllm.engine.tape import record, repeated
 from pymllm.kernels.attention import KVType
 from pymllm.kernels.native.attention import NativeAttention, NativeKVStore
 
@@ -175,7 +175,7 @@ def test_a_recorded_step_of_blocks_reads_the_numbers_of_the_step_that_it_is_play
         )
     )
     fields = {name: value for name, value in vars(first.step).items() if not name.startswith("_")}
-    first.step = RepeatedStep(**fields)
+    first.step = repeated(AttnMetaDataBase)(**fields)
     tape = record(lambda: run(first), run(first))
     assert len(tape.native) == 1
     for mine, theirs, names in (

@@ -207,6 +207,24 @@ def test_flat_distributions_leave_thousands_of_tokens(kernel, size, spread):
         assert same >= len(tried) - 1, option
 
 
+@pytest.mark.parametrize("size", [5, 64, 1031])
+def test_a_token_comes_with_its_probability(kernel, size):
+    generator = seeded(size)
+    settings = [{**option, "number": float(torch.rand((), generator=generator))} for option in OPTIONS]
+    logits = torch.randn(len(settings) + 1, size, generator=generator) * 3
+    bias = [{1: -torch.inf, 2: 1.5} if row % 2 else {} for row in range(len(settings))]
+    logits[-1, 3] = torch.nan
+    rows = batch([*settings, {}], [*bias, {}])
+    tokens, chances = kernel.propose(logits, rows)
+    assert tokens[-1] == -1 and chances[-1].isnan()
+    assert torch.equal(tokens, kernel.choose(logits, rows))
+    for row, setting in enumerate(settings):
+        # Of a likeliest token: among all, as nothing is drawn.
+        among = {name: value for name, value in setting.items() if value or name != "temperature"}
+        p = probabilities(logits[row], among, bias[row])
+        assert chances[row].item() == pytest.approx(p[tokens[row]].item(), rel=1e-5)
+
+
 def test_tokens_come_as_often_as_they_are_likely(kernel):
     logits = torch.randn(1, 150, generator=seeded(4)) * 1.5
     rows = batch([{"number": number} for number in numbers(20_000)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pymllm.engine.choosing import choose
 from pymllm.engine.request import Request
+from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.engine.strategies.base import ERRORS, DecodingStrategy, why_none
 from pymllm.kernels.sampling import SamplingKernel
 
@@ -17,6 +18,7 @@ class Autoregressive(DecodingStrategy):
     """The usual strategy; a request needs no state of its own."""
 
     name = "autoregressive"
+    refuses = BLOCK_SETTINGS
 
     def is_reading(self, request: Request) -> bool:
         return request.missing > 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,8 +20,12 @@ from torch import Tensor
 from pymllm.engine.choosing import no_numbers, nothing_left
 from pymllm.engine.request import Request
 from pymllm.engine.sampling import SamplingParams
+from pymllm.errors import RequestError
 from pymllm.kernels.sampling import SamplingKernel
 from pymllm.layers.step import AttnMetaDataBase
+
+# What a request has that asks for nothing in particular.
+DEFAULTS = {setting.name: setting.default for setting in fields(SamplingParams) if setting.init}
 
 
 class DecodingStrategy(ABC):
@@ -28,10 +33,12 @@ class DecodingStrategy(ABC):
 
     block_length: how many tokens see one another; prompts are read, and pages shared, in whole blocks.
     metadata: the class of its steps' metadata.  step_settings: keywords of that class beside those of the runner.
+    refuses: the settings of `SamplingParams` that it cannot follow, or has no use for.
     """
 
     name: ClassVar[str]
     metadata: ClassVar[type[AttnMetaDataBase]] = AttnMetaDataBase
+    refuses: ClassVar[Sequence[str]] = ()
     block_length: int = 1
 
     @property
@@ -42,8 +49,19 @@ class DecodingStrategy(ABC):
         """Return how many tokens a request may have where the model and the cache hold `longest`."""
         return longest // self.block_length * self.block_length
 
-    def check(self, params: SamplingParams) -> None:  # noqa: B027
+    def check(self, params: SamplingParams) -> None:
         """Refuse with RequestError what the strategy cannot do, or has no use for."""
+        for name in self.refuses:
+            value = getattr(params, name)
+            if value != DEFAULTS[name]:
+                raise RequestError(
+                    f"{name} has no use where answers are decoded by {self.name}",
+                    code="parameter",
+                    tensor=name,
+                    expected=repr(DEFAULTS[name]),
+                    found=repr(value),
+                    fix="Leave it out.",
+                )
 
     def begin(self, request: Request) -> None:  # noqa: B027
         """Make the strategy's own state of a new request."""

@@ -27,14 +27,27 @@ class TorchSampling:
         return None
 
     def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        return self._sample(logits, batch, False)[0]
+
+    def propose(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+        tokens, chances = self._sample(logits, batch, True)
+        return tokens, torch.where(tokens < 0, torch.nan, chances)
+
+    def _sample(self, logits: Tensor, batch: SamplingBatch, with_chances: bool) -> tuple[Tensor, Tensor]:
+        """Choose a token of each row.  Returns [R] int64, and [R] float64, which hold chances only if wanted."""
         # What no row asks for is known without a copy from the device.
         asked = dict(zip(SETTINGS, batch.settings.unbind(-1), strict=True))
         settings = batch.settings.to(logits.device)
         column = {name: settings[:, index, None] for index, name in enumerate(SETTINGS)}
         values = _edited(logits.detach().float(), batch, column)
         highest, likeliest = values.max(-1, keepdim=True)
+        first = _first(values, highest, likeliest)
+        # Of the likeliest token of a row that is not drawn.
+        chances = highest.new_zeros(highest.shape, dtype=torch.float64)
+        if with_chances:
+            chances = 1 / (values - highest).exp().sum(-1, keepdim=True, dtype=torch.float64)
         if not bool((asked["temperature"] > 0).any()):
-            return torch.where(highest.isfinite(), _first(values, highest, likeliest), -1).squeeze(-1)
+            return torch.where(highest.isfinite(), first, -1).squeeze(-1), chances.squeeze(-1)
         scale = (1 / column["temperature"]).clamp(max=LARGEST_SCALE).float()
         x = (values - highest) * scale
         vocabulary = values.shape[-1]
@@ -54,10 +67,12 @@ class TorchSampling:
             weights = _cut_top_p(x, weights, column["top_p"])
         if bool((asked["typical_p"] < 1).any()):
             weights = _cut_typical(x, weights, column["typical_p"])
-        drawn = torch.where(
-            column["temperature"] > 0, _draw(weights, column["number"]), _first(values, highest, likeliest)
-        )
-        return torch.where(highest.isfinite(), drawn, -1).squeeze(-1)
+        draws, drawn = column["temperature"] > 0, _draw(weights, column["number"])
+        if with_chances:
+            drawn = drawn.clamp(max=vocabulary - 1)  # of a row of NaN, pieces are filled up
+            chances = torch.where(draws, weights.gather(-1, drawn) / weights.sum(-1, keepdim=True), chances)
+        tokens = torch.where(draws, drawn, first)
+        return torch.where(highest.isfinite(), tokens, -1).squeeze(-1), chances.squeeze(-1)
 
     def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         values = logits.detach().float()

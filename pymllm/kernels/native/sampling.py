@@ -27,11 +27,18 @@ class NativeSampling:
         return "runs on the CPU only" if problem.device.type != "cpu" else native_missing_reason()
 
     def choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        return self._sample(logits, batch, None)
+
+    def propose(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+        chances = torch.empty(logits.shape[0], dtype=torch.float64)
+        return self._sample(logits, batch, chances), chances
+
+    def _sample(self, logits: Tensor, batch: SamplingBatch, chances: Tensor | None) -> Tensor:
         logits = _rows(logits)
         rows, vocabulary = logits.shape
         _check_batch(batch, rows)
         tokens = torch.empty(rows, dtype=torch.int64)
-        native().choose_tokens(
+        native().sample_tokens(
             logits.data_ptr(),
             rows,
             vocabulary,
@@ -46,6 +53,7 @@ class NativeSampling:
             batch.seen_tokens.data_ptr(),
             batch.seen_counts.data_ptr(),
             tokens.data_ptr(),
+            0 if chances is None else chances.data_ptr(),
             isa_code(self.isa),
             torch.get_num_threads(),
         )
