@@ -63,6 +63,7 @@ class Request:
     running_sequence: the tokens that its latest step ran, from position `computed` on.  rows: after which of them
     logits are wanted.  is_reading, is_prefilling: whether the step read text, and text of the prompt.  new_tokens: how
     many tokens it gave.
+    drafted, accepted: how many tokens a strategy proposed and kept.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
     state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
     state_places: after how many tokens of its prompt its state is to be remembered.  prompt_states, answer_state: the
@@ -104,6 +105,8 @@ class Request:
     running_sequence: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     eos_token_generated: bool = False
     restart_length: int | None = None
     block_size: int = 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pymllm.engine.strategies.autoregressive import Autoregressive
 from pymllm.engine.strategies.base import DecodingStrategy
+from pymllm.engine.strategies.draft_model import DraftModel
+from pymllm.engine.strategies.prompt_lookup import PromptLookup
 from pymllm.models.strategy import Strategy
 
 __all__ = ["Autoregressive", "DecodingStrategy", "make_strategy"]
@@ -11,4 +13,10 @@ __all__ = ["Autoregressive", "DecodingStrategy", "make_strategy"]
 
 def make_strategy(chosen: Strategy) -> DecodingStrategy:
     """Make the strategy that was chosen for a model."""
+    settings = chosen.settings
+    if chosen.name == "prompt_lookup":
+        return PromptLookup(settings["drafts"], settings["longest"], settings["shortest"])
+    if chosen.name == "draft_model":
+        assert chosen.draft is not None
+        return DraftModel(settings["drafts"], chosen.draft)
     return Autoregressive()
