@@ -28,6 +28,7 @@ class Lookup:
     def __init__(self, longest: int, shortest: int) -> None:
         self.longest, self.shortest = longest, shortest
         self.text = array("q")
+        self.found: list[int] = []  # what may follow the text
         self._latest: dict[tuple[int, ...], int] = {}
         self._before = array("q")  # of each place, -1 for none
 
@@ -88,7 +89,8 @@ class PromptLookup(Speculation):
     def promise(self, request: Request) -> int:
         lookup: Lookup = request.decoding.own
         lookup.follow(request.prompt, request.answer)
-        return len(lookup.find(self.drafts))
+        lookup.found = lookup.find(self.drafts)
+        return len(lookup.found)
 
     def propose(self, requests: Sequence[Request]) -> list[list[int]]:
-        return [request.decoding.own.find(request.decoding.promised) for request in requests]
+        return [request.decoding.own.found for request in requests]

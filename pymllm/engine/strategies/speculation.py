@@ -36,7 +36,7 @@ from pymllm.parallel import Parallel
 ROW_COST = {"cpu": 0.15, "cuda": 0.01}
 
 # How likely a request's first draft is taken to be right, and as the result of how many drafts that counts.
-PRIOR, PRIOR_DRAFTS = 0.6, 4.0
+PRIOR, PRIOR_DRAFTS = 0.8, 3.0
 # How much less a run's drafts count at the next run's; and how fast what was not tried is forgotten.
 DECAY, FORGETTING = 0.9, 0.98
 
