@@ -128,7 +128,9 @@ def summarise(
         "tokens_per_second": round(statistics.median(r["tokens"] / r["seconds"] for r in own), 1),
         "gain": round(
             statistics.median(
-                found[name]["tokens"] * found[first]["seconds"] / (found[name]["seconds"] * found[first]["tokens"])
+                found[name]["tokens"]
+                * found[first]["seconds"]
+                / (found[name]["seconds"] * found[first]["tokens"])
                 for found in rounds
             ),
             3,

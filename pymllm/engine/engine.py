@@ -79,7 +79,7 @@ class Engine:
     @cached_property
     def scheduler(self) -> Scheduler:
         self.runner.states = self.states
-        self.strategy.open(self.cache, self.device, self.parallel, self._run_beside)
+        self.strategy.open(self.model, self.cache, self.parallel, self._run_beside)
         return Scheduler(
             self.cache,
             whole=self.model.keys_depend_on_length,

@@ -18,7 +18,6 @@ from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_placed, check_skipped, read_slot
 from pymllm.models.language_model import LanguageModel
-from pymllm.models.strategy import Draft
 from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import return_freed_memory
 from pymllm.weights.module_loading import count_loader
@@ -69,9 +68,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
     logger.info(report.summary())
     if prepared.draft is not None:
         second = load_prepared(prepared.draft, progress=progress)
-        weight = second.load_report.final_bytes / max(report.final_bytes, 1)  # type: ignore[operator, union-attr]
-        draft = Draft(second, weight, prepared.config.size("vocab_size"))
-        model.strategy = replace(model.strategy, draft=draft)
+        model.strategy = replace(model.strategy, draft=second)
     return model
 
 

@@ -48,26 +48,13 @@ class BlockDiffusion:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """The second model of draft_model, loaded.
-
-    model: a `LanguageModel`.  weight: the bytes of its weights over those of the model that checks its drafts.
-    vocabulary: how many tokens that one knows.
-    """
-
-    model: Any
-    weight: float
-    vocabulary: int
-
-
-@dataclass(frozen=True)
 class Strategy:
     """The strategy that an engine decodes with.
 
     settings: by name, all of them.  sources: where each came from, for people.
     family: what the model's family takes for granted of block diffusion; None: it was not trained for that.
     notes: what a user should know of the choice.
-    draft: the second model of draft_model, once it is loaded.
+    draft: the second model of draft_model, a `LanguageModel`, once it is loaded.
     """
 
     name: str = "autoregressive"
@@ -75,7 +62,7 @@ class Strategy:
     sources: Mapping[str, str] = field(default_factory=dict)
     family: BlockDiffusion | None = None
     notes: tuple[str, ...] = ()
-    draft: Draft | None = field(default=None, repr=False, compare=False)
+    draft: Any = field(default=None, repr=False, compare=False)
 
     @property
     def block_length(self) -> int:

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from pymllm.engine.choosing import no_numbers, nothing_left
@@ -55,9 +54,9 @@ class DecodingStrategy(ABC):
         """Refuse with RequestError what the strategy cannot do, or has no use for."""
 
     def open(  # noqa: B027
-        self, cache: PagedKVCache, device: torch.device, parallel: Parallel, beside: Beside
+        self, model: LanguageModel, cache: PagedKVCache, parallel: Parallel, beside: Beside
     ) -> None:
-        """Make what the strategy needs beside the engine's cache, before the first step.
+        """Make what the strategy needs beside the engine's model and its cache, before the first step.
 
         beside: makes what runs another model, whose keys and values lie in pages of the same numbers.
         """

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.strategies.base import Beside, StepRunner
-from pymllm.engine.strategies.speculation import Speculation
-from pymllm.models.strategy import Draft
+from pymllm.engine.strategies.speculation import Speculation, weight_bytes
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
 
 # How many tokens of an answer the second model reads at a time.
@@ -29,16 +28,15 @@ PIECE = 512
 class DraftModel(Speculation):
     """The strategy.  A request's own part is the second model's request for the same text.
 
-    draft: the second model, and how it compares to the model.
+    model: the second model.
     """
 
     name = "draft_model"
 
-    def __init__(self, drafts: int, draft: Draft) -> None:
+    def __init__(self, drafts: int, model: LanguageModel) -> None:
         super().__init__(drafts)
-        self.model, self.weight = draft.model, draft.weight
-        self.known = self.model.config.size("vocab_size")
-        self.vocabulary = min(draft.vocabulary, self.known)
+        self.model, self.weight = model, 1.0
+        self.known = self.vocabulary = model.config.size("vocab_size")
         self._parallel: Parallel | None = None
         self._run: StepRunner | None = None
 
@@ -46,8 +44,11 @@ class DraftModel(Speculation):
     def drafting_cost(self) -> float:
         return self.weight * self.drafts
 
-    def open(self, cache: PagedKVCache, device: torch.device, parallel: Parallel, beside: Beside) -> None:
-        super().open(cache, device, parallel, beside)
+    def open(self, model: LanguageModel, cache: PagedKVCache, parallel: Parallel, beside: Beside) -> None:
+        super().open(model, cache, parallel, beside)
+        # What its steps cost, of those of the model; and which of its drafts the model knows.
+        self.weight = weight_bytes(self.model) / max(weight_bytes(model), 1)
+        self.vocabulary = min(model.config.size("vocab_size"), self.known)
         self._parallel, self._run = parallel, beside(self.model)
 
     def begin(self, request: Request) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pymllm.engine.choosing import choose
@@ -29,11 +28,16 @@ from pymllm.engine.request import Request
 from pymllm.engine.strategies.autoregressive import Autoregressive
 from pymllm.engine.strategies.base import Beside, why_none
 from pymllm.kernels.sampling import SamplingKernel
+from pymllm.layers.held import weight_holders
+from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
 
-# What a further row costs of what a step of one row costs: measured by benchmarks/speculation.py on a model of 135
-# million weights in 4 bits, straight from 1 to 32 rows. A GPU's memory is the limit for far longer.
-ROW_COST = {"cpu": 0.15, "cuda": 0.01}
+# What a further row costs of what a step of one row costs: measured on a CPU by benchmarks/speculation.py, with a model
+# of 135 million weights in 4 bits, straight from 1 to 64 rows, and with one that lives in the processor's caches. A
+# GPU's memory is the limit for far longer.
+ROW_COST, ROW_COST_IN_CACHE, ROW_COST_ON_GPU = 0.15, 0.45, 0.01
+# Up to how many bytes weights are taken to stay in the caches from step to step.
+CACHED_BYTES = 16 << 20
 
 # How likely a request's first draft is taken to be right, and as the result of how many drafts that counts.
 PRIOR, PRIOR_DRAFTS = 0.8, 3.0
@@ -96,7 +100,7 @@ class Speculation(Autoregressive):
 
     def __init__(self, drafts: int) -> None:
         self.drafts = drafts
-        self.row_cost = ROW_COST["cpu"]
+        self.row_cost = ROW_COST
         self.cache: PagedKVCache | None = None
 
     @abstractmethod
@@ -112,10 +116,12 @@ class Speculation(Autoregressive):
         """What drafting takes, of what a step without drafts does."""
         return 0.0
 
-    def open(
-        self, cache: PagedKVCache, device: torch.device, parallel: Parallel, beside: Beside
-    ) -> None:
-        self.cache, self.row_cost = cache, ROW_COST.get(device.type, ROW_COST["cuda"])
+    def open(self, model: LanguageModel, cache: PagedKVCache, parallel: Parallel, beside: Beside) -> None:
+        self.cache = cache
+        if next(model.parameters()).device.type != "cpu":
+            self.row_cost = ROW_COST_ON_GPU
+        else:
+            self.row_cost = ROW_COST if weight_bytes(model) > CACHED_BYTES else ROW_COST_IN_CACHE
 
     def begin(self, request: Request) -> None:
         request.decoding = Speculated()
@@ -214,9 +220,7 @@ class Speculation(Autoregressive):
         """Tell whether all these requests have room for drafts, none at the cost of another's pages."""
         if self.cache is None or any(r.limit - r.length < self.drafts for r in requests):
             return False
-        needed = sum(
-            max(PagedKVCache.pages_for(r.length + self.drafts) - len(r.pages), 0) for r in requests
-        )
+        needed = sum(max(PagedKVCache.pages_for(r.length + self.drafts) - len(r.pages), 0) for r in requests)
         return needed <= self.cache.available
 
     def _pays(self, requests: Sequence[Request]) -> bool:
@@ -226,3 +230,8 @@ class Speculation(Autoregressive):
         before = 1 + self.row_cost * (count - 1)
         after = 1 + self.row_cost * (count * (1 + self.drafts) - 1) + self.drafting_cost * before
         return gain > 0 and (count + gain) * before > count * after
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Return what a model's weights take on this rank."""
+    return sum(holder.loaded_bytes() + holder.kept_bytes() for _, holder in weight_holders(model))
