@@ -35,19 +35,21 @@ from pymllm.parallel import Parallel
 # What a further row costs of what a step of one row costs: measured on a CPU by benchmarks/speculation.py, with a model
 # of 135 million weights in 4 bits, straight from 1 to 64 rows, and with one that lives in the processor's caches. A
 # GPU's memory is the limit for far longer.
-ROW_COST, ROW_COST_IN_CACHE, ROW_COST_ON_GPU = 0.15, 0.45, 0.01
+ROW_COST, ROW_COST_IN_CACHE, ROW_COST_ON_GPU = 0.15, 0.4, 0.01
 # Up to how many bytes weights are taken to stay in the caches from step to step.
 CACHED_BYTES = 16 << 20
+# How much more drafts must be expected to gain than they cost: what is gained little is not worth being wrong.
+MARGIN = 1.1
 
 # How likely a request's first draft is taken to be right, and as the result of how many drafts that counts.
-PRIOR, PRIOR_DRAFTS = 0.8, 3.0
+PRIOR, PRIOR_DRAFTS = 0.8, 6.0
 # How much less a run's drafts count at the next run's; and how fast what was not tried is forgotten.
 DECAY, FORGETTING = 0.9, 0.98
 
 
 @dataclass
 class Acceptance:
-    """How likely the next draft of a request is right, by those before; later ones count more."""
+    """The share of a request's drafts that were right, in which later ones count more."""
 
     right: float = PRIOR * PRIOR_DRAFTS
     tried: float = PRIOR_DRAFTS
@@ -74,7 +76,7 @@ class Acceptance:
 
 @dataclass
 class Speculated:
-    """What speculation keeps of a request.
+    """The state that speculation keeps of a request.
 
     promised: how many drafts it may get in the next step.  drafts: these.  reach: how many tokens after the last one
     the next run has, those that fill it up included.  running: that of the latest run.
@@ -91,12 +93,12 @@ class Speculated:
     own: Any = None
 
     def drop(self) -> None:
-        """Draft nothing in the next step."""
+        """Clear what was drafted."""
         self.reach, self.drafts, self.masks = 0, [], []
 
 
 class Speculation(Autoregressive):
-    """What strategies that draft have in common.  drafts: how many tokens at most."""
+    """The base of strategies that draft.  drafts: how many tokens at most."""
 
     def __init__(self, drafts: int) -> None:
         self.drafts = drafts
@@ -109,11 +111,11 @@ class Speculation(Autoregressive):
 
     @abstractmethod
     def propose(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Draft as many tokens for each of these requests as was promised, or fewer."""
+        """Return drafts for each of these requests, as many as was promised or fewer."""
 
     @property
     def drafting_cost(self) -> float:
-        """What drafting takes, of what a step without drafts does."""
+        """The time that drafting takes, of that of a step without drafts."""
         return 0.0
 
     def open(self, model: LanguageModel, cache: PagedKVCache, parallel: Parallel, beside: Beside) -> None:
@@ -132,12 +134,15 @@ class Speculation(Autoregressive):
     def look_ahead(self, requests: Sequence[Request]) -> None:
         for request in requests:
             request.decoding.drop()
+            request.decoding.promised = self.drafts
         if not requests or not self._fits(requests):
             return
-        for request in requests:
+        # Where not even a draft for everyone would pay, nobody looks for one.
+        pays = self._pays(requests)
+        for request in requests if pays else ():
             reads = request.computed < len(request.prompt)
             request.decoding.promised = 0 if reads else self.promise(request)
-        pays = self._pays(requests)
+        pays = pays and self._pays(requests)
         for request in requests:
             own: Speculated = request.decoding
             own.reach = self.drafts if pays else 0
@@ -229,7 +234,7 @@ class Speculation(Autoregressive):
         count = len(requests)
         before = 1 + self.row_cost * (count - 1)
         after = 1 + self.row_cost * (count * (1 + self.drafts) - 1) + self.drafting_cost * before
-        return gain > 0 and (count + gain) * before > count * after
+        return gain > 0 and (count + gain) * before > count * after * MARGIN
 
 
 def weight_bytes(model: LanguageModel) -> int:
