@@ -5,7 +5,7 @@
 
 model: as for `LLM`; left out: the shipped one.  strategy: what is measured beside autoregressive decoding, by default
 prompt_lookup; draft_model:path=... is another.  Requests of a batch have different prompts. All ways take turns,
-A B A B; the time is that of the processor from the first token of all requests to the last, so that others on the
+A B B A; the time is that of the processor from the first token of all requests to the last, so that others on the
 machine disturb it less, and ratios are medians over the rounds, each of a round's own pair.
 
 --rows: measure instead what a step of N rows costs, of a step of one row.
@@ -77,7 +77,8 @@ def measure(model: str | None, args: argparse.Namespace) -> dict[str, Any]:
             rounds: list[dict[str, dict[str, Any]]] = []
             # The first round warms up: it records tapes.
             for number in range(args.rounds + 1):
-                found = {name: run(llm, prompts, args.tokens) for name, llm in llms.items()}
+                order = names if number % 2 else names[::-1]
+                found = {name: run(llms[name], prompts, args.tokens) for name in order}
                 rounds += [found] if number else []
             cells += [summarise(prompt, batch, name, names[0], rounds) for name in names]
     return {"model": name_of(model), "cells": cells}

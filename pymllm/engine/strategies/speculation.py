@@ -183,6 +183,8 @@ class Speculation(Autoregressive):
         request.computed += len(request.running_sequence) - request.decoding.running
 
     def choose(self, requests: Sequence[Request], logits: Tensor, kernel: SamplingKernel) -> list[Any]:
+        if not any(request.decoding.drafts for request in requests):
+            return [[entry] for entry in super().choose(requests, logits, kernel)]
         rows = [(request, count) for request in requests for count in range(len(request.rows))]
         masks = {
             row: request.decoding.masks[count]
