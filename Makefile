@@ -23,7 +23,7 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize arm-check clean distclean
+.PHONY: help demo test gpu lint format native sanitize thread-check arm-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make format  let ruff format the code and fix what it can'
 	@echo 'make native  build the C++ CPU kernels, and stop if that fails'
 	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
+	@echo 'make thread-check  run the kernels'"'"' pool of threads under ThreadSanitizer (sanitize does, too)'
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
@@ -146,7 +147,7 @@ endef
 SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,int4 integer experts float elementwise attention) \
   tests/kernels/test_sampling.py tests/kernels/test_recurrence.py
 DROP_EDITABLE = import sys; sys.meta_path[:] = [f for f in sys.meta_path if "_editable_" not in type(f).__module__]
-sanitize: $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
+sanitize: thread-check $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
 	@rm -rf build/sanitize/site && mkdir -p build/sanitize/site && cp -R pymllm build/sanitize/site/ && \
 	rm -f build/sanitize/site/pymllm/_native* && \
 	echo '$(DROP_EDITABLE)' > build/sanitize/site/sitecustomize.py && \
@@ -172,6 +173,19 @@ if found.parent != wanted or b"__asan_init" not in found.read_bytes():
     raise SystemExit(f"make sanitize would test {found}, not a sanitised extension in {wanted}")
 endef
 export SANITIZED
+
+# The pool alone, as a program: ThreadSanitizer has to be there from a process' first thread on. With futexes, and with
+# what stands in for them where there are none; forks and leaks under the other two sanitizers.
+thread-check:
+	@mkdir -p build/threads; \
+	for sanitizer in thread 'thread -DPYMLLM_PORTABLE_WAIT' 'address,undefined -fno-sanitize-recover=undefined'; do \
+	  flags="-std=c++17 -O1 -g1 -Wall -Wextra -pthread -fsanitize=$$sanitizer"; \
+	  if ! echo 'int main() {}' | $${CXX:-c++} $$flags -x c++ - -o build/threads/nothing 2>/dev/null || \
+	    ! build/threads/nothing 2>/dev/null; then \
+	    echo "pool: not checked, $${CXX:-c++} has no -fsanitize=$${sanitizer%% *} that runs here"; continue; fi; \
+	  $${CXX:-c++} $$flags -Ikernels kernels/threads.cpp tests/kernels/threads/pool.cpp -o build/threads/pool && \
+	  echo "under -fsanitize=$$sanitizer:" && build/threads/pool || exit 1; \
+	done
 
 # No Python for the emulated processor: C++ programs against float64. Needs a cross compiler and qemu, and says so.
 arm-check:

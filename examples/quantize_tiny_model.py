@@ -58,16 +58,16 @@ def stored(name: str, weight: IntWeight) -> dict[str, Tensor]:
 
 
 def record_calls(
-    model: LlamaForCausalLM, modules: list[nn.Module], tokens: Tensor
+    model: LlamaForCausalLM, modules: list[nn.Module], batch: dict[str, Tensor]
 ) -> list[tuple[tuple, dict]]:
-    """Run tokens [windows, context] through model; return each module's (args, kwargs)."""
+    """Run batch, what the model's forward takes, through model; return each module's (args, kwargs)."""
     calls: dict[nn.Module, tuple[tuple, dict]] = {}
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
         calls[module] = (args, kwargs)
 
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    model.model(input_ids=tokens, use_cache=False)
+    model.model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
     return [calls[module] for module in modules]
@@ -80,10 +80,14 @@ def output_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
 
 
 def fold_best_scales(
-    model: LlamaForCausalLM, previous: nn.Module, linears: list[nn.Linear], block: nn.Module, tokens: Tensor
+    model: LlamaForCausalLM,
+    previous: nn.Module,
+    linears: list[nn.Linear],
+    block: nn.Module,
+    batch: dict[str, Tensor],
 ) -> None:
     """Fold into previous the scales of the linears' shared input that disturb block's output least."""
-    (args, kwargs), ((inputs,), _) = record_calls(model, [block, linears[0]], tokens)
+    (args, kwargs), ((inputs,), _) = record_calls(model, [block, linears[0]], batch)
     best = search_scales(
         [linear.weight for linear in linears],
         inputs.flatten(0, 1),
@@ -103,18 +107,21 @@ def round_with_best_clipping(weight: Tensor, inputs: Tensor) -> IntWeight:
 
 
 @torch.no_grad()
-def quantize_awq(model: LlamaForCausalLM, tokens: Tensor) -> dict[str, IntWeight]:
-    """Quantise the blocks of model in place, first to last, so that each is fitted to errors before it."""
+def quantize_awq(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> dict[str, IntWeight]:
+    """Quantise the blocks of model in place, first to last, so that each is fitted to errors before it.
+
+    batch: the calibration text, as the model's forward takes it: `input_ids` [windows, context], and masks if any.
+    """
     quantized = {}
     for index, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         # o_proj has no such fold: under grouped-query attention v_proj has fewer outputs than o_proj inputs.
         queries_keys_values = [attention.q_proj, attention.k_proj, attention.v_proj]
-        fold_best_scales(model, layer.input_layernorm, queries_keys_values, attention, tokens)
-        fold_best_scales(model, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], mlp, tokens)
-        fold_best_scales(model, mlp.up_proj, [mlp.down_proj], mlp.down_proj, tokens)
+        fold_best_scales(model, layer.input_layernorm, queries_keys_values, attention, batch)
+        fold_best_scales(model, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], mlp, batch)
+        fold_best_scales(model, mlp.up_proj, [mlp.down_proj], mlp.down_proj, batch)
         for name, linear in named_linears(layer):
-            [((inputs,), _)] = record_calls(model, [linear], tokens)
+            [((inputs,), _)] = record_calls(model, [linear], batch)
             weight = round_with_best_clipping(linear.weight, inputs.flatten(0, 1))
             linear.weight.copy_(weight.dequantize(torch.float32))
             quantized[f"model.layers.{index}.{name}"] = weight
@@ -134,10 +141,12 @@ def named_linears(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Lin
     ]
 
 
-def save_checkpoint(folder: Path, model: LlamaForCausalLM, quantized: dict[str, IntWeight]) -> None:
-    """Write weights and configs; all but the linears in `quantized` are stored as float16."""
+def save_tensors(
+    folder: Path, model: LlamaForCausalLM, quantized: dict[str, IntWeight], others: dict[str, Tensor]
+) -> None:
+    """Write the weights, and others as they are; all but the linears in `quantized` are stored as float16."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
+    tensors = others | {
         name: tensor.detach().half().contiguous()
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight" and name.removesuffix(".weight") not in quantized
@@ -145,6 +154,11 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, quantized: dict[str, 
     for name, weight in quantized.items():
         tensors |= stored(name, weight)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_checkpoint(folder: Path, model: LlamaForCausalLM, quantized: dict[str, IntWeight]) -> None:
+    """Write weights and configs."""
+    save_tensors(folder, model, quantized, {})
     config = model.config.to_diff_dict() | {
         "architectures": ["LlamaForCausalLM"],
         "dtype": "float16",
@@ -166,16 +180,22 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
 
 
-def load_dequantized(folder: Path) -> LlamaForCausalLM:
-    """Load a checkpoint written by save_checkpoint as a float32 model."""
-    config = LlamaConfig.from_pretrained(folder)
-    del config.quantization_config
-    config.dtype = torch.float32
+def dequantized_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint written by save_tensors, AWQ's expanded to float32 weights."""
     tensors = load_file(folder / "model.safetensors")
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         words = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in ("qweight", "qzeros", "scales")}
         weight = AWQLinearMethod(GROUP_SIZE).to_canonical(words, None)
         tensors[f"{name}.weight"] = weight.dequantize(torch.float32)
+    return tensors
+
+
+def load_dequantized(folder: Path) -> LlamaForCausalLM:
+    """Load a checkpoint written by save_checkpoint as a float32 model."""
+    config = LlamaConfig.from_pretrained(folder)
+    del config.quantization_config
+    config.dtype = torch.float32
+    tensors = dequantized_tensors(folder)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(tensors)
@@ -217,7 +237,7 @@ def main() -> None:
         save_checkpoint(Path(folder), model, quantize_plainly(model))
         plain = load_dequantized(Path(folder))
     report["int4 round to nearest"] = held_out_report(plain, tokenizer, texts["held_out"], SHORT_CONTEXT)
-    save_checkpoint(args.out, model, quantize_awq(model, calibration))
+    save_checkpoint(args.out, model, quantize_awq(model, {"input_ids": calibration}))
     save_tokenizer(args.out, tokenizer)
     report["int4 AWQ"] = held_out_report(
         load_dequantized(args.out), tokenizer, texts["held_out"], SHORT_CONTEXT

@@ -1,4 +1,4 @@
-// Attention of one step, causal or in both directions: the queries of all requests over what their pages hold, with float32 arithmetic; and
+// Attention of one step, causal, by blocks or in both directions: the queries of all requests over what their pages hold, with float32 arithmetic; and
 // storing new keys and values there.
 //
 // The query heads that share a key head are rows of one tile. Two regimes, told apart by the rows a tile has:
@@ -47,6 +47,11 @@ struct Attention {
   float soft_cap = 0.0f;   // 0: none
   std::int64_t window = 0; // positions that a query sees, its own included; 0: all
   bool bidirectional = false; // a query sees what comes after it, too: to the end, or as far as the window reaches back
+  // A query at position p sees the whole block of so many positions that p is in, as far as its request goes; 1: up to p.
+  std::int64_t block = 1;
+  const std::int32_t *states = nullptr; // [requests]: those in state 0 see up to p, whatever `block` says; null: none
+  // [requests]: positions from holes up to hole_ends that nobody sees, unless they are new; null: none.
+  const std::int32_t *holes = nullptr, *hole_ends = nullptr;
 };
 
 void attention(const Attention &problem, Isa isa, int threads);

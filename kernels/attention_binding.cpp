@@ -23,7 +23,8 @@ void attention_(std::uintptr_t q, std::uintptr_t y, int type, std::int64_t q_str
                 std::uintptr_t k_scales, std::int64_t k_size, std::int64_t k_stride, std::uintptr_t v,
                 std::uintptr_t v_scales, std::int64_t v_size, std::int64_t v_stride, int element,
                 std::int64_t scale_stride, std::uintptr_t pages, std::int64_t page_columns, std::int64_t page_size,
-                std::uintptr_t query_starts, std::uintptr_t lengths, std::int64_t requests, std::uintptr_t sinks,
+                std::uintptr_t query_starts, std::uintptr_t lengths, std::int64_t requests, std::int64_t block,
+                std::uintptr_t states, std::uintptr_t holes, std::uintptr_t hole_ends, std::uintptr_t sinks,
                 std::int64_t heads, std::int64_t kv_heads, float scale, float soft_cap, std::int64_t window,
                 bool bidirectional, int isa, int threads) {
   Attention problem;
@@ -39,6 +40,10 @@ void attention_(std::uintptr_t q, std::uintptr_t y, int type, std::int64_t q_str
   problem.query_starts = at<std::int32_t>(query_starts);
   problem.lengths = at<std::int32_t>(lengths);
   problem.requests = requests;
+  problem.block = block;
+  problem.states = at<std::int32_t>(states);
+  problem.holes = at<std::int32_t>(holes);
+  problem.hole_ends = at<std::int32_t>(hole_ends);
   problem.sinks = at<float>(sinks);
   problem.heads = heads;
   problem.kv_heads = kv_heads;

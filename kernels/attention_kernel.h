@@ -180,7 +180,9 @@ struct Seen {
 // What the token at a position of a request sees.
 inline Seen seen_at(const Attention &problem, std::int64_t request, std::int64_t position) {
   const std::int64_t length = problem.lengths[request], window = problem.window;
-  std::int64_t end = position + 1;
+  const bool causal = problem.states != nullptr && problem.states[request] == 0;
+  const std::int64_t block = causal ? 1 : problem.block, block_end = (position / block + 1) * block;
+  std::int64_t end = block_end < length ? block_end : length;
   if (problem.bidirectional) end = window > 0 && window < length - position ? position + window : length;
   return {window > 0 && position + 1 > window ? position + 1 - window : 0, end};
 }
@@ -189,6 +191,21 @@ inline Seen seen_by(const Attention &problem, const AttentionTile &tile, std::in
   const std::int64_t fresh = problem.query_starts[tile.request + 1] - problem.query_starts[tile.request];
   const std::int64_t token = (tile.row_begin + row) / (problem.heads / problem.kv_heads);
   return seen_at(problem, tile.request, problem.lengths[tile.request] - fresh + token);
+}
+
+// The positions that no row sees.
+inline Seen hole_of(const Attention &problem, std::int64_t request) {
+  if (problem.holes == nullptr) return {0, 0};
+  const std::int64_t fresh = problem.query_starts[request + 1] - problem.query_starts[request];
+  const std::int64_t cached = problem.lengths[request] - fresh, end = problem.hole_ends[request];
+  return {problem.holes[request], end < cached ? end : cached};
+}
+
+// hide(i) for those of the positions begin + i below begin + count that lie in the hole.
+template <class Hide>
+inline void each_hidden(const Seen &hole, std::int64_t begin, std::int64_t count, const Hide &hide) {
+  const std::int64_t last = hole.end - begin < count ? hole.end - begin : count;
+  for (std::int64_t i = hole.begin > begin ? hole.begin - begin : 0; i < last; ++i) hide(i);
 }
 
 // Where a row's query, and its result, lie.
@@ -241,6 +258,7 @@ void few(const Attention &problem, const AttentionTile &tile, float *scratch) {
   std::memset(scratch, 0, static_cast<std::size_t>(s - scratch) * sizeof(float)); // what pads rows must be zero
   for (std::int64_t i = 0; i < value_size; ++i) ones[i] = 1.0f;
   Seen seen[kLanes];
+  const Seen hole = hole_of(problem, tile.request);
   prefetch(problem, tile, tile.key_begin, tile.key_begin + kKeys);
   // The block to come, or the next head's first one, is asked for a share at a time: of prefetches in one go the CPU
   // drops most (a Zen 5 waits 0.7 us a block then).
@@ -270,6 +288,7 @@ void few(const Attention &problem, const AttentionTile &tile, float *scratch) {
       const std::int64_t last = seen[r].end - begin < count ? seen[r].end - begin : count;
       for (std::int64_t i = 0; i < first && i < kKeys; ++i) row[i] = 2 * kUnseen;
       for (std::int64_t i = last > 0 ? last : 0; i < kKeys; ++i) row[i] = 2 * kUnseen;
+      each_hidden(hole, begin, count, [&](std::int64_t i) { row[i] = 2 * kUnseen; });
       Vec most = Lanes::load(row);
       for (std::int64_t i = kLanes; i < kKeys; i += kLanes) most = Lanes::max(most, Lanes::load(row + i));
       const float found = Lanes::largest(most), top = found > maximum[r] ? found : maximum[r];
@@ -297,7 +316,8 @@ void many(const Attention &problem, const AttentionTile &tile, float *scratch) {
   float *first = shrink + rows, *last = first + rows; // what a row sees, as floats: exact up to 2^24 positions
   float *keys = last + rows, *values = keys + kKeys * key_size, *line = values + kKeys * value_size;
   std::memset(weighted, 0, static_cast<std::size_t>(value_size * rows) * sizeof(float));
-  std::int64_t all_from = 0, all_to = INT64_MAX; // the positions that every row sees
+  std::int64_t all_from = 0, all_to = INT64_MAX; // the positions that every row sees, but for the hole
+  const Seen hole = hole_of(problem, tile.request);
   for (std::int64_t r = 0; r < rows; ++r) {
     const bool real = r < tile.rows; // the others repeat the last one
     const std::int64_t row = real ? r : tile.rows - 1;
@@ -326,6 +346,9 @@ void many(const Attention &problem, const AttentionTile &tile, float *scratch) {
         for (std::int64_t r = 0; r < rows; ++r)
           row[r] = position >= first[r] && position < last[r] ? row[r] : 2 * kUnseen;
       }
+    each_hidden(hole, begin, count, [&](std::int64_t k) {
+      for (std::int64_t r = 0; r < rows; ++r) s[k * rows + r] = 2 * kUnseen;
+    });
     for (std::int64_t r = 0; r < rows; ++r) shrink[r] = maximum[r];
     for (std::int64_t k = 0; k < count; ++k)
       for (std::int64_t r = 0; r < rows; ++r)

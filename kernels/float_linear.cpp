@@ -1,7 +1,6 @@
 #include "float_linear.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "scratch.h"
 #include "threads.h"
@@ -45,7 +44,7 @@ void float_linear(const FloatLinear &problem, Isa isa, int threads) {
                  [&](std::int64_t begin, std::int64_t end) {
                    path.prepare(problem, first + begin, end - begin, prepared + begin * stride, stride);
                  });
-    const int team = worthwhile_threads(weight_bytes + outputs * inputs * tokens / 16, threads);
+    const Team team = worthwhile_threads(weight_bytes + outputs * inputs * tokens / 16, threads);
     if (tokens <= path.direct_tokens) {
       parallel_for(outputs, team, [&](std::int64_t begin, std::int64_t end) {
         path.rows(problem, prepared, stride, first, tokens, begin, end, nullptr);
@@ -55,15 +54,10 @@ void float_linear(const FloatLinear &problem, Isa isa, int threads) {
     // Every thread's share before the team starts, because a body must not throw.
     float *scratch = first_scratch.floats(team * path.scratch_floats);
     const std::int64_t blocks = (outputs + kRowBlock - 1) / kRowBlock;
-    std::atomic<int> next{0};
-    parallel_for(
-        blocks, team,
-        [&](std::int64_t begin, std::int64_t end) {
-          float *mine = scratch + next.fetch_add(1) * path.scratch_floats;
-          path.rows(problem, prepared, stride, first, tokens, begin * kRowBlock, std::min(end * kRowBlock, outputs),
-                    mine);
-        },
-        0);
+    parallel_for(blocks, team, [&](std::int64_t begin, std::int64_t end, int thread) {
+      path.rows(problem, prepared, stride, first, tokens, begin * kRowBlock, std::min(end * kRowBlock, outputs),
+                scratch + thread * path.scratch_floats);
+    });
   }
 }
 

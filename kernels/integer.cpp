@@ -60,8 +60,8 @@ void linear(const Weights &weights, const Floats &floats, const Quantisation &qu
 
     const std::int64_t macs = rows * weights.in_features * row_blocks * kBlockRows;
     const std::int64_t bytes = row_blocks * groups * weights.block_bytes();
-    const int team = worthwhile_threads(std::max(bytes, macs / 16), threads);
-    const int quantisers = worthwhile_threads(rows * weights.in_features * 2, team);
+    const Team team = worthwhile_threads(std::max(bytes, macs / 16), threads);
+    const Team quantisers = worthwhile_threads(rows * weights.in_features * 2, team);
     if (quantisation.demand == Demand::none)
       parallel_for(groups, quantisers, [&](std::int64_t first, std::int64_t last) {
         kernels.quantise(part, weights, x, first, last);

@@ -68,7 +68,7 @@ void multiply_jobs(const Kernels &kernels, const Product &product, const std::ve
     even = even && job.rows == jobs[0].rows;
   }
   const auto count = static_cast<std::int64_t>(jobs.size());
-  const int team = worthwhile_threads(work, threads);
+  const Team team = worthwhile_threads(work, threads);
   // Experts with few rows more than others: smaller pieces, for whichever thread comes free.
   const std::int64_t piece = even || team == 1 ? 0 : std::max<std::int64_t>(2, count * steps / (team * 16));
   parallel_for(
@@ -141,7 +141,7 @@ std::vector<Activations> quantise_tokens(const Kernels &kernels, const Weights &
     const std::int64_t rows = x.tokens * slices;
     const Activations tokens =
         activations_in(all[exact].at_least(activation_bytes(weights, rows)), weights, rows, slices);
-    const int team = worthwhile_threads(rows * weights.in_features * 2, threads);
+    const Team team = worthwhile_threads(rows * weights.in_features * 2, threads);
     parallel_for(weights.groups(), team, [&](std::int64_t first, std::int64_t last) {
       kernels.quantise(x, weights, tokens, first, last);
     });

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -44,17 +43,18 @@ private:
   std::size_t capacity_ = 0;
 };
 
-// body(i, scratch) for each i below count, on up to `threads` threads as they come free, each with scratch of its own.
+// body(i, scratch) for each i below count, on up to team.threads threads as they come free, each with scratch of its own.
 template <class Body>
-void run_with_scratch(std::int64_t count, std::int64_t scratch_floats, int threads, const Body &body) {
+void run_with_scratch(std::int64_t count, std::int64_t scratch_floats, Team team, const Body &body) {
   thread_local Scratch all;
-  const auto team = static_cast<int>(std::min<std::int64_t>(threads, count));
-  float *scratch = all.floats(team * scratch_floats); // before the team starts: a body must not throw
-  std::atomic<std::int64_t> next{0};
-  parallel_for(team, team, [&](std::int64_t begin, std::int64_t) {
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      body(i, scratch + begin * scratch_floats);
-  });
+  team.threads = static_cast<int>(std::min<std::int64_t>(team.threads, count));
+  float *scratch = all.floats(std::max(team.threads, 1) * scratch_floats); // the caller's, so that it outlives the threads
+  parallel_for(
+      count, team,
+      [&](std::int64_t begin, std::int64_t end, int thread) {
+        for (std::int64_t i = begin; i < end; ++i) body(i, scratch + thread * scratch_floats);
+      },
+      1);
 }
 
 } // namespace pymllm

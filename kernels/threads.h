@@ -1,38 +1,52 @@
-// The one threading policy of the native kernels.
+// The threads of the native kernels: a pool of our own.
 //
-// Python passes torch.get_num_threads(); the kernels add no pool of their own. On Linux torch and this module both ask
-// for a library whose SONAME is libgomp.so.1, so the process maps one OpenMP runtime with one pool of threads,
-// whichever of the two is imported first (tests/kernels/test_native_int4.py looks in /proc/self/maps). Without OpenMP
-// at build time everything runs serially. Bodies touch no Python object: the binding has released the GIL.
+// Python passes torch.get_num_threads() at every call. Each thread of a team has a contiguous share of the loop and
+// claims it piece by piece; who has finished its own takes half of what another has left. So nobody waits for a thread
+// that the system has not let begin, or has interrupted, but for the one piece that it is in. Between loops, threads look
+// for the next one for some microseconds, then sleep. Bodies touch no Python object: the binding has released the GIL.
 //
 // A kernel splits its OUTPUT between threads and never a sum, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace pymllm {
 
-// A fork and join costs 2-5 us, in which one thread streams about 64 KB: give each thread at least that much.
-constexpr std::int64_t kBytesWorthAThread = 64 * 1024;
+// How many threads a loop may take, and the bytes that it reads and writes; -1: not known.
+struct Team {
+  int threads;
+  std::int64_t bytes;
 
-// How many of `threads` to use on work that reads and writes `bytes`: 1 (serial, no OpenMP call) up to `threads`.
+  Team(int threads, std::int64_t bytes = -1) : threads(threads), bytes(bytes) {}
+  operator int() const { return threads; }
+};
+
+// How many of `threads` to use on work that reads and writes `bytes`: 1 (the pool is left alone) up to `threads`.
 // Compute-bound work may count one byte for about 16 multiply-adds.
-int worthwhile_threads(std::int64_t bytes, int threads);
+Team worthwhile_threads(std::int64_t bytes, int threads);
 
-using RangeBody = void (*)(const void *context, std::int64_t begin, std::int64_t end);
-void run_ranges(std::int64_t n, int threads, std::int64_t chunk, RangeBody body, const void *context);
+// thread: below the team's number of threads; no two threads that are in a body have the same.
+using RangeBody = void (*)(const void *context, std::int64_t begin, std::int64_t end, int thread);
+void run_ranges(std::int64_t n, Team team, std::int64_t chunk, RangeBody body, const void *context);
 
-// body(begin, end) over contiguous pieces of [0, n), on up to `threads` threads; serial, without OpenMP, if that is 1.
-// chunk 0: one even piece a thread (streams stay long). chunk > 0: pieces of that size, handed out as threads come
-// free (uneven cores). The body must not throw, nor call parallel_for again.
+// body(begin, end), or body(begin, end, thread), over contiguous pieces of [0, n), on up to team.threads threads; in one
+// piece on this thread if that is 1. chunk 0: even pieces, as large as a stream should be. chunk > 0: pieces of that size.
+// A call from another thread, or from a body, while a loop runs, runs on its own thread alone. The first exception that
+// a body throws is thrown again here, when all pieces are over.
 template <class Body>
-void parallel_for(std::int64_t n, int threads, const Body &body, std::int64_t chunk = 0) {
+void parallel_for(std::int64_t n, Team team, const Body &body, std::int64_t chunk = 0) {
+  constexpr bool numbered = std::is_invocable_v<const Body &, std::int64_t, std::int64_t, int>;
   if (n <= 0) return;
-  if (threads <= 1 || n == 1) return body(std::int64_t{0}, n);
+  if (team.threads <= 1 || n == 1) {
+    if constexpr (numbered) return body(std::int64_t{0}, n, 0);
+    else return body(std::int64_t{0}, n);
+  }
   run_ranges(
-      n, threads, chunk,
-      [](const void *context, std::int64_t begin, std::int64_t end) {
-        (*static_cast<const Body *>(context))(begin, end);
+      n, team, chunk,
+      [](const void *context, std::int64_t begin, std::int64_t end, [[maybe_unused]] int thread) {
+        if constexpr (numbered) (*static_cast<const Body *>(context))(begin, end, thread);
+        else (*static_cast<const Body *>(context))(begin, end);
       },
       &body);
 }

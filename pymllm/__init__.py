@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # The front door, loaded on first use: `import pymllm` alone imports no torch.
 _HOMES = {
     "LLM": "pymllm.api",
+    "AsyncLLM": "pymllm.asynchronous.async_llm",
     "load_model": "pymllm.api",
     "plan": "pymllm.planning.make_plan",
     "verify": "pymllm.checking.verify",
@@ -34,6 +35,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from pymllm.api import LLM, load_model
+    from pymllm.asynchronous.async_llm import AsyncLLM
     from pymllm.checking.compare import compare
     from pymllm.checking.verify import verify
     from pymllm.engine.sampling import SamplingParams

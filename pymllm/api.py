@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -27,12 +26,14 @@ from pymllm.adapters import (
 )
 from pymllm.adapters.loading import merged_adapter
 from pymllm.embedding.embedder import Embedder
+from pymllm.engine.asking import Asked, ask, check_record, gather
 from pymllm.engine.engine import Engine
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
+from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import RequestError, nearest
 from pymllm.kernels.attention import PAGE_SIZE
@@ -334,42 +335,10 @@ class LLM:
         outputs: records every step, for metrics and trajectories, one an answer: `GenerationOutputs` of the sum of n.
         """
         self.model.check_generates()
-        many = as_prompts(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
-        names = [adapter] * len(many) if adapter is None or isinstance(adapter, str) else list(adapter)
-        for what, given in (("params", each), ("adapter", names)):
-            if len(given) != len(many):
-                raise RequestError(
-                    f"there must be one {what}, or one for each prompt",
-                    code="parameter",
-                    tensor=what,
-                    expected=str(len(many)),
-                    found=str(len(given)),
-                )
-        ids = [self.encode(prompt) for prompt in many]
-        total = sum(p.n for p in each)
-        if outputs is not None and outputs.num_prompts < total:
-            raise RequestError(
-                "the record of the steps must have a trajectory for each answer",
-                code="parameter",
-                tensor="outputs",
-                expected=f"GenerationOutputs({total})",
-                found=f"GenerationOutputs({outputs.num_prompts})",
-            )
-        answers: list[RequestOutput | None] = [None] * total
-        copies = [index for index, p in enumerate(each) for _ in range(p.n)]
-        for index, piece in self._run(
-            [ids[copy] for copy in copies],
-            [p.of_answer(index) for p in each for index in range(p.n)],
-            [names[copy] for copy in copies],
-            outputs,
-        ):
-            answers[index] = piece.output
-        finished = iter([answer for answer in answers if answer is not None])
-        groups = [list(itertools.islice(finished, p.n)) for p in each]
-        return [
-            replace(group[0], others=tuple(group[1:])) if len(group) > 1 else group[0] for group in groups
-        ]
+        asked = ask(as_prompts(prompts), params or self.default_params(), adapter, self.encode)
+        check_record(outputs, asked)
+        pieces = ((place, piece.index, piece.output) for place, piece in self._run(asked, outputs))
+        return gather({(place, index): output for place, index, output in pieces if output is not None})
 
     def stream(
         self,
@@ -380,6 +349,8 @@ class LLM:
         outputs: GenerationOutputs | None = None,
     ) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece; the last piece carries the output.  Closing the iterator aborts.
+
+        Where params ask for n answers, their pieces come mixed, each with its `index`, and each answer has its output.
 
         prompt, params, adapter, outputs: as for `generate`.
         """
@@ -395,19 +366,10 @@ class LLM:
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Answer several prompts at a time, piece by piece, each with the index of its prompt; else as `stream`."""
         self.model.check_generates()
-        ids = list(map(self.encode, prompts))  # so that a bad one fails here, not at the first piece
-        self.check_adapter(adapter)
-        params = params or self.default_params()
-        if params.n > 1:
-            raise RequestError(
-                "a stream has one answer to each prompt",
-                code="parameter",
-                tensor="n",
-                expected="1",
-                found=str(params.n),
-                fix="Pass the prompt several times, each with a seed of its own, or use generate.",
-            )
-        return self._run(ids, [params] * len(ids), [adapter] * len(ids), outputs)
+        # Here, so that a bad one fails at once, not at the first piece.
+        asked = ask(prompts, params or self.default_params(), self.check_adapter(adapter), self.encode)
+        check_record(outputs, asked)
+        return self._run(asked, outputs)
 
     def chat(
         self,
@@ -420,18 +382,43 @@ class LLM:
         self.model.check_generates()
         return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
 
-    def _run(
+    def score(
         self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        adapters: list[str | None],
-        outputs: GenerationOutputs | None = None,
-    ) -> Generator[tuple[int, StreamPiece], None, None]:
-        """Run requests to their end, one piece a token, with the index of the request."""
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt | None] | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> list[Score]:
+        """Compute how likely the model finds continuations of prompts; a prompt that several share is read once.
+
+        prompts: text or token ids each.  continuations: one each, or several of a single prompt. Two texts are encoded
+        as one, as lm-eval does. None: the tokens of the prompt after its first are scored; a text that is longer than
+        the context is then read in windows.  adapter: the name of one in `adapters`, or None.
+        """
+        scoring = self.scoring(prompts, continuations, adapter)
         with self.session() as session:
-            for index, (ids, p, adapter) in enumerate(zip(prompts, params, adapters, strict=True)):
-                self.check_adapter(adapter)
-                session.add(ids, p, adapter, index)
+            return scoring.run(session)
+
+    def scoring(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt | None] | None,
+        adapter: str | None,
+    ) -> Scoring:
+        """Prepare what `score` runs; the arguments are its own."""
+        encode = PairEncoder(self.tokenizer, self.encode)
+        return Scoring(
+            encode(pair_up(prompts, continuations)), self.check_adapter(adapter), self.engine.longest
+        )
+
+    def _run(
+        self, asked: Sequence[Asked], outputs: GenerationOutputs | None = None
+    ) -> Generator[tuple[int, StreamPiece], None, None]:
+        """Run requests to their end, one piece a token, with the place of its prompt."""
+        with self.session() as session:
+            for number, one in enumerate(asked):
+                self.check_adapter(one.adapter)
+                session.add(one.ids, one.params, one.adapter, number)
             while session.unfinished:
                 started = time.perf_counter()
                 stepped = session.step()
@@ -440,8 +427,9 @@ class LLM:
                 for request, piece in stepped:
                     if request.error is not None:
                         raise request.error
+                    one = asked[request.req_id]
                     if piece is not None:
-                        yield request.req_id, piece
+                        yield one.place, replace(piece, index=one.index) if one.index else piece
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:

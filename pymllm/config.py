@@ -168,7 +168,7 @@ class ModelConfig:
     @property
     def head_names(self) -> tuple[str, str]:
         """The names of the head, and of the embedding that it may be tied to."""
-        return "lm_head", "model.embed_tokens"
+        return "lm_head", self.defaults.get("embedding_name", "model.embed_tokens")
 
     def attention_kind_of(self, layer: int) -> str | None:
         """Return "full_attention", "sliding_attention" or, in a family that has it, "linear_attention".

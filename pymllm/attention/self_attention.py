@@ -23,7 +23,8 @@ class SelfAttention(nn.Module):
     """Causal grouped-query attention.
 
     qkv_bias, output_bias: whether the projections have one.  part_names: the names of the checkpoint's tensors; if
-    there is one name, q, k and v lie side by side in that tensor.  qk_norm: the norm of each head of q and k (Qwen3).
+    there is one name, q, k and v lie side by side in that tensor.  output_name: the name of the output projection.
+    qk_norm: the norm of each head of q and k (Qwen3).  rotary_dim: how much of a head turns; None: as the config says.
     scale: the factor of the logits; None: 1 / sqrt(head size).  soft_cap: the limit of the scaled logits.
     sinks: whether each head has one more logit, which takes part in the softmax without a value (gpt_oss).
     bidirectional: whether a token sees those after it, too; a window then has half of its positions on either side.
@@ -45,7 +46,9 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         part_names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+        output_name: str = "o_proj",
         qk_norm: type[RMSNorm] | None = None,
+        rotary_dim: int | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
@@ -64,14 +67,14 @@ class SelfAttention(nn.Module):
             config.num_key_value_heads,
             qkv_bias,
             part_names=part_names,
-            prefix=f"{prefix}.qkv_proj",
+            prefix=f"{prefix}.{part_names[0] if len(part_names) == 1 else 'qkv_proj'}",
             quant_config=quant_config,
         )
         self.o_proj = RowParallelLinear(
             num_heads * head_dim,
             config.size("hidden_size"),
             output_bias,
-            prefix=f"{prefix}.o_proj",
+            prefix=f"{prefix}.{output_name}",
             quant_config=quant_config,
         )
         self.q_norm = qk_norm(head_dim, config.rms_norm_eps) if qk_norm else None
@@ -81,7 +84,7 @@ class SelfAttention(nn.Module):
         rope = config.rope_parameters_of(layer)
         self.rotary = get_rope(
             head_dim,
-            int(head_dim * rope.partial_rotary_factor),
+            int(head_dim * rope.partial_rotary_factor) if rotary_dim is None else rotary_dim,
             config.size("max_position_embeddings"),
             rope.theta,
             rope.scaling,

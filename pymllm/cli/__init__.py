@@ -20,6 +20,7 @@ VERBS = {
     "quantize": "write a quantised checkpoint that other programs read too",
     "search": "find the rules that harm a model least within so many bits a weight",
     "serve": "answer OpenAI-style requests over HTTP",
+    "batch": "answer a file of OpenAI-style requests into another",
     "bench": "build, tune and measure kernels (for those who work on them)",
     "doctor": "show what this machine and this installation can do",
 }

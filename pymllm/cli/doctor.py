@@ -108,8 +108,17 @@ def _examine_cpu(problems: list[str]) -> dict[str, Any]:
         "features": sorted(info["features"]),
         "runnable_paths": list(info["runnable_paths"]),
         "forced_path": forced,
+        "threads": _count_threads(),
         "native_kernels": native,
     }
+
+
+def _count_threads() -> dict[str, Any] | None:
+    try:
+        from pymllm.kernels.native.thread_count import describe_threads
+    except (ImportError, OSError):  # torch: _examine_gpus reports it
+        return None
+    return describe_threads()
 
 
 def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
@@ -182,6 +191,10 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"of {', '.join(cpu['runnable_paths'])}",
             f"features   {' '.join(cpu['features']) or 'none that matter here'}",
         ]
+        if threads := cpu["threads"]:
+            quota = threads["cpu_quota"]
+            limit = "no CPU quota" if quota is None else f"CPU quota of this container: {quota:.4g}"
+            text.append(f"threads    {threads['count']} (chosen by {threads['chosen_by']}); {limit}")
     native = cpu["native_kernels"]
     text.append(
         f"native     {'CPU kernels are built and load' if native['present'] else native['missing_reason']}"

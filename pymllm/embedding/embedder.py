@@ -192,10 +192,15 @@ class Embedder:
         if isinstance(texts, Tensor):
             texts = texts.tolist()
         inputs = self.encode(as_prompts(texts), prompt_name, prompt)
-        vectors = [self.run(batch, options) for batch in self.batches(inputs)]
+        return self.joined(texts, [self.run(batch, options) for batch in self.batches(inputs)], options)
+
+    def joined(
+        self, texts: Prompt | Sequence[Prompt], vectors: Sequence[Tensor], options: EmbeddingOptions
+    ) -> Tensor:
+        """Put the vectors of batches together, as `embed` returns them."""
         if not vectors:
             return torch.zeros((0, self.size(options)))
-        return vectors[0][0] if is_prompt(texts) else torch.cat(vectors)
+        return vectors[0][0] if is_prompt(texts) else torch.cat(list(vectors))
 
     def size(self, options: EmbeddingOptions) -> int:
         """Return how many numbers a vector has."""

@@ -175,7 +175,7 @@ def choose(
     ]
     for row, entry in zip(wanted, described, strict=True):
         if found[row] >= 0:
-            entries[row] = (found[row], _cut(entry, counts[row] or 0))
+            entries[row] = (found[row], cut(entry, counts[row] or 0))
     return entries
 
 
@@ -240,7 +240,8 @@ def _describe(flat: list[float], tokens: Sequence[int]) -> list[TokenLogprobs]:
     ]
 
 
-def _cut(entry: TokenLogprobs, count: int) -> TokenLogprobs:
+def cut(entry: TokenLogprobs, count: int) -> TokenLogprobs:
+    """Leave the `count` likeliest tokens of an entry that may have more."""
     return (
         entry if len(entry.top) <= count else TokenLogprobs(entry.token_id, entry.logprob, entry.top[:count])
     )

@@ -7,6 +7,7 @@ A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -70,8 +71,9 @@ class DecodingBatch:
         self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
         self.refused: str | None = None
-        # Whose pages each row holds: the request, how often it had lost its pages, and how many they are.
-        self._rows: list[tuple[Request, int, int] | None] = [None] * size
+        # Whose pages each row holds: the request, how often it had lost its pages, and how many they are. A request
+        # that has ended is not kept for that, nor what the traceback of its error has.
+        self._rows: list[tuple[weakref.ref[Request], int, int] | None] = [None] * size
 
     def fill(self, requests: list[Request]) -> None:
         """Write the runs of these requests; rows that no request has store nothing of anyone's."""
@@ -95,7 +97,7 @@ class DecodingBatch:
         self._lengths[0, :rows] = self._tokens[1, width - 1 :: width] + 1
         self._lengths[0, :rows].cumsum(out=self._lengths[1, 1:])
         for row, request in enumerate(requests):
-            held = (request, request.preemptions, len(request.pages))
+            held = (weakref.ref(request), request.preemptions, len(request.pages))
             if self._rows[row] != held:
                 self._pages[row, : held[2]] = request.pages
                 self._rows[row] = held

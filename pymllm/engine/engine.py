@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 
-from pymllm.engine.choosing import describe
+from pymllm.engine.choosing import cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
 from pymllm.engine.prefixes import current_state
@@ -61,7 +62,7 @@ class Engine:
         self.pace, self.clock = Pace(step_ms), clock
         self.strategy = strategy or make_strategy(model.strategy)
         self.runner = Runner(model, device, max_length, self.strategy)
-        self.runner.score_prompt = self._score_prompt
+        self.runner.score_prompts = self._score_prompts
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
 
@@ -103,7 +104,9 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request.  RequestError if it can never run: it is too long for the model, or for the whole cache."""
-        request.limit = min(request.limit, self.check(request.prompt, request.params))
+        request.limit = min(
+            request.limit, self.check(request.prompt, request.params, answers=not request.reads_only)
+        )
         request.restart_length = self.model.restart_length
         ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.end_tokens)}
         vocabulary, sampler = self.model.config.size("vocab_size"), request.sampler
@@ -112,20 +115,33 @@ class Engine:
         self.strategy.begin(request)
         self.scheduler.waiting.append(request)
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Return how many tokens a request may have in all.  RequestError if this model can never run it."""
+    @property
+    def longest(self) -> int:
+        """The number of tokens that the model, and the whole cache, have room for."""
+        return self.strategy.usable_length(min(self.max_length, self.cache.num_pages * self.cache.page_size))
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, answers: bool = True) -> int:
+        """Return how many tokens a request may have in all.  RequestError if this model can never run it.
+
+        answers: whether it needs room for a token after its prompt.
+        """
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
         self.strategy.check(params)
-        longest = self.strategy.usable_length(
-            min(self.max_length, self.cache.num_pages * self.cache.page_size)
-        )
-        if len(prompt) >= longest:
+        if not answers and self.strategy.block_length > 1:
             raise RequestError(
-                "the prompt does not leave room for an answer",
+                "this model answers by blocks: a token has no probability given those before it alone",
+                code="score-blocks",
+                tensor="prompt",
+                fix="Score with a model that answers a token at a time.",
+            )
+        longest = self.longest
+        if len(prompt) + answers > longest:
+            raise RequestError(
+                "the prompt does not leave room for an answer" if answers else "the prompt is too long",
                 code="prompt-too-long",
                 tensor="prompt",
-                expected=f"fewer than {longest} tokens",
+                expected=f"fewer than {longest + (not answers)} tokens",
                 found=str(len(prompt)),
                 fix="Shorten the prompt.",
             )
@@ -154,7 +170,11 @@ class Engine:
         pieces = [len(request.running_sequence) for request in batch if request.is_reading]
         ran, logits = self._run(batch)
         for request in ran:
-            self.strategy.end_run(request)
+            if request.reads_only:
+                request.end_reading()
+            else:
+                self.strategy.end_run(request)
+            request.count_step()
             self.scheduler.keep(request)
         ready = [request for request in ran if request.rows]
         chosen = self._choose(ready, logits)
@@ -240,9 +260,14 @@ class Engine:
             return [entry for request, row in rows for entry in self._choose([request], row)]
         return self.parallel.broadcast_object(chosen)
 
-    def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
-        """Note the log-probabilities of the next tokens of a prompt.  logits: [R, V], after one token each."""
-        first = len(request.prompt_logprobs)
-        tokens = request.prompt[first : first + len(logits)]
-        count = request.params.prompt_logprobs or 0
-        request.prompt_logprobs += describe(logits, tokens, count, self.sampling_kernel)
+    def _score_prompts(self, owners: Sequence[Request], logits: torch.Tensor) -> None:
+        """Note the log-probabilities of the next tokens of prompts.
+
+        owners: the request of each row; its rows are side by side.  logits: [R, V], after one token each.
+        """
+        parts = [(request, len(list(rows))) for request, rows in groupby(owners)]
+        tokens = [token for request, count in parts for token in request.unscored_tokens(count)]
+        counts = [request.params.prompt_logprobs or 0 for request in owners]
+        entries = describe(logits, tokens, max(counts), self.sampling_kernel)
+        for request, entry, count in zip(owners, entries, counts, strict=True):
+            request.prompt_logprobs.append(cut(entry, count))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pymllm.engine.choosing import SamplerState, TokenLogprobs
+from pymllm.engine.metrics import RequestMetrics, measure
 from pymllm.engine.prefixes import PageKeys
 from pymllm.engine.sampling import SamplingParams
 
@@ -22,6 +23,7 @@ class RequestOutput:
     logprobs: one of each token, if they were asked for.  prompt_logprobs: one of each token of the prompt; None for the
     first, which nothing comes before.
     cached_tokens: how many of the prompt's tokens were not read, as pages of the KV cache held them already.
+    metrics: its times and counts.
     others: the other answers to the prompt, if several were asked for.
     """
 
@@ -34,6 +36,7 @@ class RequestOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
     others: tuple[RequestOutput, ...] = ()
 
     @property
@@ -63,7 +66,6 @@ class Request:
     running_sequence: the tokens that its latest step ran, from position `computed` on.  rows: after which of them
     logits are wanted.  is_reading, is_prefilling: whether the step read text, and text of the prompt.  new_tokens: how
     many tokens it gave.
-    drafted, accepted: how many tokens a strategy proposed and kept.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
     state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
     state_places: after how many tokens of its prompt its state is to be remembered.  prompt_states, answer_state: the
@@ -71,6 +73,13 @@ class Request:
     kept_pages: how many of its first pages can be found by `page_keys`.  cached_tokens: how many of the prompt's tokens
     others had computed before; what it lost itself and found again does not count.
     error: what its own step raised; the request is finished then.
+    reads_only: whether it ends once its prompt is read, without an answer.
+    first_scored: the first token of the prompt whose log-probability is wanted, where any are; what comes before it may
+    be taken over from others.
+    following: the token after the prompt, which is scored but not run; or none.
+    arrived_at: when it came, as `time.perf_counter` tells the time; the other times likewise.
+    steps, forwards: how many steps it took part in, and how many of these decoded, that is read nothing.
+    decoded: how many tokens the latter gave.  drafted, accepted: how many tokens a strategy proposed and kept.
     restart_length: `CausalLM.restart_length`.
     block_size, blocks, max_nfe_reached, max_repetition_run_reached: what `GenerationOutputs` reads of strategies that
     decode blocks; here one token comes at a time, without blocks or such limits.
@@ -96,6 +105,10 @@ class Request:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    reads_only: bool = False
+    first_scored: int = 1
+    following: tuple[int, ...] = ()
+    arrived_at: float = field(default_factory=time.perf_counter)
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
@@ -105,6 +118,9 @@ class Request:
     running_sequence: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     new_tokens: int = 0
+    steps: int = 0
+    forwards: int = 0
+    decoded: int = 0
     drafted: int = 0
     accepted: int = 0
     eos_token_generated: bool = False
@@ -148,13 +164,51 @@ class Request:
             self.running_sequence = (self.prompt + self.answer)[start : start + count]
         return count
 
+    def start_reading(self, most: int) -> int:
+        """Set the next tokens, at most so many, of a prompt that is only read as those of the step to come.
+
+        Returns how many they are.
+        """
+        self.rows, self.is_reading = [], True
+        return self.start_step(min(self.missing, max(most, 1)))
+
+    @property
+    def next_unscored(self) -> int:
+        """The first position after which a prompt token's log-probability is wanted, and not yet known."""
+        return self.first_scored + len(self.prompt_logprobs) - 2
+
     @property
     def unscored(self) -> range:
         """The positions of this step after which a prompt token's log-probability is wanted, and not yet known."""
         if self.params.prompt_logprobs is None:
             return range(0)
-        last = min(self.computed + len(self.running_sequence), len(self.prompt) - 1)
-        return range(max(self.computed, len(self.prompt_logprobs) - 1), last)
+        most = len(self.prompt) + len(self.following) - 1
+        last = min(self.computed + len(self.running_sequence), most)
+        return range(max(self.computed, self.next_unscored), last)
+
+    def unscored_tokens(self, count: int) -> list[int]:
+        """Return the next tokens whose log-probabilities are wanted."""
+        first = self.next_unscored + 1
+        tokens = self.prompt[first : first + count]
+        return tokens if len(tokens) == count else [*tokens, *self.following]
+
+    @property
+    def reusable(self) -> int:
+        """The number of its first tokens that others may have read for it: no step needs to run these."""
+        if self.params.prompt_logprobs is None:
+            return self.length - 1
+        return min(self.length - 1, self.next_unscored)
+
+    def end_reading(self) -> None:
+        """Note that a step of a prompt that is only read has run, and end it after the last one."""
+        self.computed += len(self.running_sequence)
+        if self.computed == self.length:
+            self.finish_reason = "length"
+
+    def count_step(self) -> None:
+        """Count the step that has run."""
+        self.steps += 1
+        self.forwards += not self.is_reading
 
     def fail(self, error: Exception) -> None:
         self.error, self.finish_reason = error, "abort"
@@ -194,6 +248,7 @@ class Request:
         self.last_token_at = now
         self.answer.append(token)
         self.new_tokens += 1
+        self.decoded += not self.is_reading
         if self.length == self.restart_length:
             self.computed = 0
         ends = token in self.params.stop_token_ids or (token in end_tokens and not self.params.ignore_eos)
@@ -202,21 +257,18 @@ class Request:
         elif self.length >= self.limit:
             self.finish_reason = "length"
 
-    @property
-    def reuses(self) -> bool:
-        """Tell whether it may take over what others have read; not where log-probabilities of its prompt are wanted."""
-        return self.params.prompt_logprobs is None
-
     def output(self, text: str = "") -> RequestOutput:
         assert self.finish_reason is not None
+        metrics = measure(self)
         return RequestOutput(
-            tuple(self.prompt),
+            (*self.prompt, *self.following),
             tuple(self.answer),
             text,
             self.finish_reason,
-            self.first_token_at - self.admitted_at,
-            self.last_token_at - self.first_token_at,
+            metrics.prefill_seconds,
+            metrics.decode_seconds,
             tuple(self.logprobs) if self.params.logprobs is not None else None,
             tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
             self.cached_tokens,
+            metrics,
         )

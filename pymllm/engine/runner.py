@@ -52,8 +52,8 @@ class Runner:
         self.eager_reason: str | None = None
         # The states of requests; None where no layer keeps one.
         self.states: StatePool | None = None
-        # Takes a request's logits [R, V] after tokens of its prompt, those that it wants, in order.
-        self.score_prompt: Callable[[Request, Tensor], None] | None = None
+        # Takes logits [R, V] after tokens of prompts, those that are wanted, in order, and whose each is.
+        self.score_prompts: Callable[[Sequence[Request], Tensor], None] | None = None
         # By requests, tokens of each and threads, the last used at the end; and what must be as it was when they were
         # made.
         self._decoding: dict[tuple[int, int, int], DecodingBatch] = {}
@@ -261,7 +261,7 @@ class Runner:
         """Run `tokens` at `positions` and compute logits.
 
         rows: the tokens whose logits are wanted; None: all.  adapters, counts: each request's adapter, and how many of
-        the tokens are its own.  scored: requests whose logits `score_prompt` gets, and after
+        the tokens are its own.  scored: requests whose logits `score_prompts` gets, and after
         which of the tokens.
         """
         names = [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)]
@@ -275,8 +275,7 @@ class Runner:
                 hidden = self.model(
                     torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
                 )
-            for request, places in scored:
-                self._score(request, hidden[places.start : places.stop])
+            self._score(scored, hidden)
             if rows is not None and not len(rows):
                 return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
             if rows is not None:
@@ -288,14 +287,16 @@ class Runner:
         assert logits is not None
         return logits
 
-    def _score(self, request: Request, hidden: Tensor) -> None:
-        """Hand the logits after tokens of a prompt over, a few at a time.  hidden: [R, H]."""
-        assert self.score_prompt is not None
-        for part in hidden.split(SCORED_ROWS):
-            with use_adapters(AdapterBatch.of([request.adapter] * len(part), self.device)):
-                logits = self.model.compute_logits(part, gather_all=True)
-            assert logits is not None
-            self.score_prompt(request, logits)
+    def _score(self, scored: Sequence[tuple[Request, range]], hidden: Tensor) -> None:
+        """Hand the logits after tokens of prompts over, a few at a time, whosever they are.  hidden: [T, H]."""
+        owners = [request for request, places in scored for _ in places]
+        rows = torch.tensor([place for _, places in scored for place in places], device=self.device)
+        for start in range(0, len(owners), SCORED_ROWS):
+            part = owners[start : start + SCORED_ROWS]
+            with use_adapters(AdapterBatch.of([request.adapter for request in part], self.device)):
+                logits = self.model.compute_logits(hidden[rows[start : start + SCORED_ROWS]], gather_all=True)
+            assert logits is not None and self.score_prompts is not None
+            self.score_prompts(part, logits)
 
 
 def _wanted(requests: Sequence[Request], starts: Sequence[int]) -> list[int]:

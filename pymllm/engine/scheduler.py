@@ -78,7 +78,7 @@ class Scheduler:
         """Choose the requests of the next step, if any, and the tokens of each (`Request.running_sequence`)."""
         step: list[Request] = []
         left = self.step_tokens
-        going = [request for request in self.running if not self.strategy.is_reading(request)]
+        going = [request for request in self.running if not self._is_reading(request)]
         self.strategy.look_ahead(going)
         step += [request for request in going if self._grow(request)]
         self.strategy.draft(step)
@@ -93,7 +93,7 @@ class Scheduler:
             self._now = self._state()
         reading: list[Request] = []
         for request in self.running:
-            if left > 0 and self.strategy.is_reading(request):
+            if left > 0 and self._is_reading(request):
                 left -= self._read(request, reading, step, left)
         while left > 0 and (admitted := self._admit()) is not None:
             left -= self._read(admitted, reading, step, left)
@@ -104,7 +104,7 @@ class Scheduler:
         size = self.cache.page_size
         full = request.computed // size // self._group * self._group
         self._remember(request)
-        if not (self.reuse and request.reuses) or full <= request.kept_pages:
+        if not self.reuse or full <= request.kept_pages:
             return
         for page, key in zip(
             request.pages[request.kept_pages : full],
@@ -137,7 +137,7 @@ class Scheduler:
             return None
         request = self.waiting[0]
         known = self._find_known(request)
-        reach = request.limit if self.whole else self.strategy.reach(request)
+        reach = request.limit if self.whole or request.reads_only else self.strategy.reach(request)
         needed = PagedKVCache.pages_for(reach) - len(known)
         # Pages are left for each running request, so that none preempts this one for its next step.
         spare = 0 if self.whole else len(self.running) * self._ahead
@@ -162,19 +162,29 @@ class Scheduler:
         page, the request waits for that instead, and 0 is returned.
         """
         follow = self._follow if self.states is None else self._follow_state
-        if self.reuse and request.reuses and follow(request, reading):
+        if self.reuse and follow(request, reading):
             return 0
         reading.append(request)
         step.append(request)
         if self.whole:
-            return self.strategy.plan_run(request, request.length)
+            return self._plan(request, request.length)
         # A step ends where its state is to be remembered.
         upto = next((place for place in request.state_places if place > request.computed), request.length)
-        return self.strategy.plan_run(request, min(upto - request.computed, left))
+        return self._plan(request, min(upto - request.computed, left))
 
-    def _remembers(self, request: Request) -> bool:
+    def _is_reading(self, request: Request) -> bool:
+        return request.reads_only or self.strategy.is_reading(request)
+
+    def _plan(self, request: Request, budget: int) -> int:
+        """Set the next run of a request that reads.  Returns its number of tokens, at most `budget`."""
+        if request.reads_only:
+            return request.start_reading(budget)
+        return self.strategy.plan_run(request, budget)
+
+    @property
+    def _remembers(self) -> bool:
         most = 0 if self.states is None else self.states.most_remembered
-        return most > 0 and self.reuse and request.reuses
+        return most > 0 and self.reuse
 
     def _choose_places(self, request: Request, shared: int) -> tuple[int, ...]:
         """Choose after how many tokens of a prompt the state is to be remembered.
@@ -182,17 +192,17 @@ class Scheduler:
         shared: how many pages others have filled with the same text, from the first on, but without a state at the end:
         what is shared once will be shared again.
         """
-        if not self._remembers(request):
+        if not self._remembers:
             return ()
         size = self.cache.page_size
-        ending = (len(request.prompt) - PROMPT_ENDING) // size * size
+        ending = min(len(request.prompt) - PROMPT_ENDING, request.reusable) // size * size
         places = {place for place in (shared * size, ending) if REMEMBERED_TOKENS <= place <= ending}
         return tuple(sorted(places))
 
     def _remember(self, request: Request) -> None:
         """Remember the state of a request that is at a page's end, where that is worth it."""
         size, slot = self.cache.page_size, request.state_slot
-        if self.states is None or slot is None or request.computed % size or not self._remembers(request):
+        if self.states is None or slot is None or request.computed % size or not self._remembers:
             return
         key = request.keys(size)[request.computed // size - 1]
         if request.computed in request.state_places:
@@ -227,7 +237,7 @@ class Scheduler:
 
     def _shareable_keys(self, request: Request) -> list[bytes]:
         """Return the keys of the pages that others may have filled for a request, whole groups of them."""
-        full = self.strategy.shareable(request) // self.cache.page_size
+        full = min(self.strategy.shareable(request), request.reusable) // self.cache.page_size
         return request.keys(self.cache.page_size)[: full // self._group * self._group]
 
     def _find(self, keys: Sequence[bytes]) -> list[int]:
@@ -270,7 +280,7 @@ class Scheduler:
 
     def _find_known(self, request: Request) -> list[int]:
         """Find the pages that hold the first tokens of a request which holds none."""
-        if not (self.reuse and request.reuses):
+        if not self.reuse:
             return []
         origin = (self._now, request.adapter)
         if request.page_keys.origin != origin:

@@ -16,14 +16,17 @@ class StreamPiece:
     """A step of a streamed answer.
 
     text: may be empty while a character is incomplete.  token_ids: those that have become final, in order; a step may
-    give several.  output: the whole answer, with the last piece alone.
-    logprobs: one of each token; None unless they were asked for.
+    give several, and a prompt that is only read has none.  output: the whole answer, with the last piece alone.
+    logprobs: one of each token; None unless they were asked for.  prompt_logprobs: likewise, with the first piece
+    alone.  index: which of the `n` answers to its prompt it belongs to.
     """
 
     text: str
     token_ids: tuple[int, ...]
     output: RequestOutput | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    index: int = 0
 
     @property
     def token_id(self) -> int | None:
@@ -47,9 +50,21 @@ class Session:
         return list(self._texts)
 
     def add(
-        self, prompt: list[int], params: SamplingParams, adapter: str | None = None, req_id: int = 0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: str | None = None,
+        req_id: int = 0,
+        *,
+        first_scored: int | None = None,
     ) -> Request:
-        """Queue a prompt.  RequestError if it can never run.  req_id: the caller's own number for it."""
+        """Queue a prompt.  RequestError if it can never run.
+
+        req_id: the caller's own number for it.  first_scored: the prompt is only read, and its tokens from this one on
+        are scored (`prompt_logprobs`); None: it is answered.
+        """
+        if first_scored is not None:
+            return self._score(prompt, params, adapter, req_id, first_scored)
         limit = len(prompt) + params.max_tokens if params.max_tokens is not None else self.engine.max_length
         request = Request(prompt, params, limit, adapter, req_id)
         if params.follows is not None:
@@ -62,6 +77,18 @@ class Session:
             if self.tokenizer.available
             else None
         )
+        return request
+
+    def _score(
+        self, prompt: list[int], params: SamplingParams, adapter: str | None, req_id: int, first_scored: int
+    ) -> Request:
+        # The last token is scored, but need not run, unless there is no other.
+        run = max(len(prompt) - 1, 1)
+        request = Request(prompt[:run], params, run, adapter, req_id)
+        request.reads_only, request.first_scored = True, first_scored
+        request.following = tuple(prompt[run:])
+        self.engine.add(request)
+        self._texts[request], self._sent[request] = None, 0
         return request
 
     def step(self) -> list[tuple[Request, StreamPiece | None]]:
@@ -99,14 +126,16 @@ class Session:
         self._sent[request] = len(request.answer)
         tokens = tuple(request.answer[first:])
         logprobs = None if request.params.logprobs is None else tuple(request.logprobs[first:])
+        before = None if first or request.params.prompt_logprobs is None else tuple(request.prompt_logprobs)
         if request.finish_reason is None:
-            return StreamPiece(piece, tokens, logprobs=logprobs)
+            return StreamPiece(piece, tokens, logprobs=logprobs, prompt_logprobs=before)
         self._forget(request)
         if text is not None:
             piece += text.finish()
             if text.stopped:
                 request.finish_reason = "stop"
-        return StreamPiece(piece, tokens, request.output(text.text if text is not None else ""), logprobs)
+        output = request.output(text.text if text is not None else "")
+        return StreamPiece(piece, tokens, output, logprobs, before)
 
     def _end_at(self, request: Request, count: int) -> None:
         """End a request at a stop string, which its first `count` tokens have completed; drop what comes after."""

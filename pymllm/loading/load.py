@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.native.thread_count import lower_to_quota_once
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
@@ -44,6 +45,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
             expected="a device that is here, such as auto",
             found=where.spec,
         )
+    lower_to_quota_once()
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)

@@ -64,13 +64,13 @@ def match(
     resolved = _Resolved(model, checkpoint) if defines_resolver(model) else None
     holders = [(name, holder) for name, holder in weight_holders(model) if holder.loads]
     known = {
-        spelling: None
+        spelling: place.slot.names
         for name, holder in holders
         for place in holder.places(name)
         for spelling in place.slot.names
     }
     elsewhere = [slot for _, holder in holders for slot in holder.slots_elsewhere()]
-    known |= dict.fromkeys(name for slot in elsewhere for name in slot.names)
+    known |= {name: slot.names for slot in elsewhere for name in slot.names}
     stray = [name for name in checkpoint.tensors if name not in known]
     extra = [] if resolved is None else resolved.holders_of_buffers({name for name, _ in holders})
     for name, holder in (*holders, *extra):
@@ -121,7 +121,10 @@ def match(
             hint = nearest(stored_as(tensor_name), map(stored_as, known)) if len(problems) < HINTS else ""
             text = f"unexpected, no layer asks for it. {hint}".strip()
             if tensor_name in known:
+                twin = next((name for name in known[tensor_name] if name in used), None)
                 text = "unexpected, a module's resolver fills its place from another tensor"
+                if twin is not None:
+                    text = f"unexpected, {stored_as(twin)} fills its place, which has both names"
             problems.append(Problem("unexpected", tensor_name, text))
         else:
             records.append(TensorRecord(tensor_name, "skipped", 0, skip.reason))

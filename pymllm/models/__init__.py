@@ -1,10 +1,11 @@
 """Pages: one file a family, named by Hugging Face's `model_type`, that defines its model, without any loading code.
 
-A name of Python's has no "-": xlm-roberta is xlm_roberta.py.
+Of "-" a name of Python's has "_", and no capitals: xlm-roberta is xlm_roberta.py, Fast_dLLM_Qwen fast_dllm_qwen.py.
 
 A file defines `Model`, which is built from a `ModelConfig`; `DEFAULTS`, the settings that a config.json may leave out;
-where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`; and where its
-checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements.
+where GGUF files of the family are read, `GGUF`: what they call its modules, by `general.architecture`; where its
+checkpoints have names for tensors that the model does not have, `RENAMED`: patterns and their replacements; and where
+its class in config.json is not called after the type, `ARCHITECTURE`: that class's name.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.tensor_file import TensorInfo
 
 # Decoders that were saved without their head (Qwen3Model) have names without the `model.` of those with one.
-BODY, BODY_RENAMED = re.compile(r"model\."), {r"((?:embed_tokens|layers|norm)\..*)": r"model.\1"}
+BODY, BODY_RENAMED = (
+    re.compile(r"model\."),
+    {r"((?:embed_tokens|word_embeddings|layers|norm)\..*)": r"model.\1"},
+)
 # Modules here that are no family.
 SHARED = ("causal_lm", "encoder", "further_tokens", "generic", "language_model", "strategy")
 
@@ -158,11 +162,14 @@ def find_definition(raw: Mapping[str, Any]) -> str | None:
 
 def file_name(model_type: str) -> str:
     """Return the name of the file that a model type's page would have: xlm-roberta -> xlm_roberta."""
-    return model_type.replace("-", "_")
+    return model_type.replace("-", "_").lower()
 
 
 def _class_name(model_type: str) -> str:
-    """Return the name of transformers' class for a model type: deepseek_v3 -> DeepseekV3ForCausalLM."""
+    """Return the name that config.json has for a page's class: deepseek_v3 -> DeepseekV3ForCausalLM."""
+    given = vars(_definition(model_type)).get("ARCHITECTURE")
+    if given is not None:
+        return str(given)
     words = model_type.removesuffix("_text").split("_")
     return "".join(word[:1].upper() + word[1:] for word in words) + "ForCausalLM"
 

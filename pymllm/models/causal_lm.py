@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.size("vocab_size"),
             config.size("hidden_size"),
-            prefix="model.embed_tokens",
+            prefix=config.head_names[1],
             quant_config=quant_config,
         )
         self.layers = nn.ModuleList(layers)

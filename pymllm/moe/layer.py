@@ -32,7 +32,7 @@ class RouterLinear(Linear):
     """The layer of a router's logits, or the gate of a shared expert.
 
     Every rank has it whole, and only a rule that names it quantises it.
-    expert_bias: whether the checkpoint has an `e_score_correction_bias` [E], which ranks experts.
+    expert_bias: whether the checkpoint has an `e_score_correction_bias` or `expert_bias` [E], which ranks experts.
     routing: the kernel that chooses experts by these logits; None: the router chooses, or nothing is chosen.
     """
 
@@ -45,7 +45,8 @@ class RouterLinear(Linear):
     ) -> None:
         super().__init__(in_features, out_features, **options)
         if expert_bias:
-            spec = WeightSpec("e_score_correction_bias", torch.float32, (OUT,), accepts=FLOATS)
+            name, other = "e_score_correction_bias", "expert_bias"
+            spec = WeightSpec(name, torch.float32, (OUT,), accepts=FLOATS, aliases=(other,))
             add_weight(self, spec, self.shape)
 
     def selections(self, binder: Binder | None = None) -> Iterator[Selection[Any]]:

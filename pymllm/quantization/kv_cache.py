@@ -129,7 +129,7 @@ class KVCacheMethodBase(QuantizeMethodBase):
             self.store(layer, k, v, step)
         elif cache is None and not problem.kv.keeps(k.dtype):
             k, v = self.as_stored(layer, k, v)
-        if not step.causal:
+        if not step.causal and not problem.block_causal:
             problem = replace(problem, block_causal=True)
             kernel = select("attention", problem, layer.forced).kernel
         return kernel.run(problem, q, k, v, step, cache, sinks)

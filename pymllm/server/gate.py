@@ -7,7 +7,6 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pymllm.errors import PymllmError, RequestError
-from pymllm.server.worker import Busy
+from pymllm.asynchronous.places import Busy
+from pymllm.errors import PymllmError
+from pymllm.server.refusals import error_body, refusal_of
 
 logger = logging.getLogger("pymllm")
 
@@ -31,15 +31,6 @@ BODY_SECONDS = 30.0
 # nginx's status for a client that has left; nobody receives it.
 CLIENT_GONE = 499
 
-# Errors that are not RequestErrors, and yet no fault of the server's: this model cannot take such a request.
-CLIENT_CODES = (
-    "chat-template-missing",
-    "tokenizer-missing",
-    "pooling-missing",
-    "embedding-module",
-    "grammar",
-)
-
 
 def add_gate(app: FastAPI, api_key: str | None) -> None:
     """Put the guard before all routes of `app`, and give every error its JSON.
@@ -49,10 +40,6 @@ def add_gate(app: FastAPI, api_key: str | None) -> None:
     app.add_middleware(Guard, api_key=api_key)
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
-
-
-class NoSuchModel(RequestError):
-    """A request for a model that is not here, which clients know as 404."""
 
 
 async def read_body(http: Request) -> bytes:
@@ -108,19 +95,6 @@ def _digest(value: bytes) -> bytes:
     return hashlib.sha256(value).digest()
 
 
-def error_body(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    kind = (
-        "server_error"
-        if status >= 500
-        else "authentication_error"
-        if status == 401
-        else "invalid_request_error"
-    )
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def error_response(
     status: int,
     message: str,
@@ -134,13 +108,10 @@ def error_response(
 
 async def _on_pymllm_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, PymllmError)
-    if isinstance(error, RequestError):
-        status = 404 if isinstance(error, NoSuchModel) else 400
-        return error_response(status, str(error), param=error.param, code=error.code)
-    if error.code in CLIENT_CODES:
-        return error_response(400, str(error), code=error.code)
-    logger.error("a request failed: %s", error)
-    return error_response(500, str(error), code=error.code)
+    status, body = refusal_of(error)
+    if status >= 500:
+        logger.error("a request failed: %s", error)
+    return JSONResponse(body, status)
 
 
 async def _on_busy(http: Request, error: Exception) -> Response:

@@ -193,6 +193,11 @@ class _Sampled(_Strict):
         return self.max_tokens
 
     @property
+    def reads_only(self) -> bool:
+        """Tell whether the prompt is to be read, and not answered."""
+        return False
+
+    @property
     def alternatives(self) -> int | None:
         """The number of likeliest tokens to report for each token; None: no log-probabilities."""
         return None
@@ -201,10 +206,28 @@ class _Sampled(_Strict):
 class CompletionRequest(_Sampled):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the keywords of SamplingParams; where the prompt is echoed, its tokens' log-probabilities come too."""
+        chosen = super().sampling()
+        if self.reads_only and chosen.get("min_tokens"):
+            refuse("min_tokens", f"is out of range: expected 0, as max_tokens is 0, found {self.min_tokens}")
+        if self.echo and self.logprobs is not None:
+            if self.prompt_logprobs is not None:
+                refuse("prompt_logprobs", "needs echo: false, as logprobs has those of an echoed prompt")
+            chosen["prompt_logprobs"] = self.logprobs
+        return chosen
 
     @property
     def answer_length(self) -> int:
+        if self.reads_only:
+            return 1
         return COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def reads_only(self) -> bool:
+        return self.echo and self.max_tokens == 0
 
     @property
     def alternatives(self) -> int | None:
@@ -290,12 +313,17 @@ def _refuse_other_parts(messages: list[Any]) -> None:
 R = TypeVar("R", bound=_Strict)
 
 
-def read_request(kind: type[R], body: bytes) -> R:
-    """Read a request of this kind from a body.  RequestError, with the parameter's name if one is to blame."""
-    raw = _read_json(body)
+def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
+    """Read a request of this kind from a body.  RequestError, with the parameter's name if one is to blame.
+
+    body: JSON, or what `parse_json` made of it.
+    """
+    raw = dict(body) if isinstance(body, Mapping) else parse_json(body)
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
     for name, neutral in NEUTRAL.items():
+        if name in kind.model_fields:
+            continue
         if raw.get(name) is not None and not any(_same(raw[name], value) for value in neutral):
             refuse(name, "is not supported by this server", code="unsupported_parameter")
         raw.pop(name, None)
@@ -334,7 +362,8 @@ def read_request(kind: type[R], body: bytes) -> R:
     return request
 
 
-def _read_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
+    """Parse a JSON text strictly: UTF-8, finite numbers, whole characters.  RequestError if it is none."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
         # Half a surrogate pair is no text: it cannot be encoded again.

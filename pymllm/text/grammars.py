@@ -28,6 +28,10 @@ MAX_REPETITIONS = 4096
 # colon after a quote is one of JSON.
 DEFINITION = re.compile(r"[^\"\s]\s*:")
 MAX_DEFINITIONS = 1024
+# Expressions that a text must match at the same time: each further one doubles the work.
+MAX_INTERSECTED = 10
+SPELT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
+INLINE_SCHEMA = re.compile(r"%json\s*")
 KEPT_GRAMMARS = 64
 # What llguidance may spend: on the tokens after one token (50,000 take some milliseconds where states are simple, and a
 # second where each is a huge expression), and on the states of one answer.
@@ -69,12 +73,72 @@ class Grammar:
 
         if self.kind == "lark" and len(DEFINITION.findall(self.text)) > MAX_DEFINITIONS:
             raise self.error(self.kind, f"must have at most {MAX_DEFINITIONS} definitions")
+        if self.kind != "regex" and self._intersected() > MAX_INTERSECTED:
+            raise self.error(
+                self.kind, f"must have at most {MAX_INTERSECTED} expressions that hold for the same text"
+            )
+
+    def _intersected(self) -> int:
+        """Count the expressions that the same text must match, where they are most."""
+        if self.kind == "json_schema":
+            return intersected(json.loads(self.text))
+        count = SPELT.sub("", self.text).count("&")
+        for place in INLINE_SCHEMA.finditer(self.text):
+            try:
+                schema, _ = json.JSONDecoder().raw_decode(self.text, place.end())
+            except (ValueError, RecursionError):
+                continue  # llguidance says what is wrong with it
+            count = max(count, intersected(schema))
+        return count
 
     @staticmethod
     def error(kind: str, problem: str) -> RequestError:
         """Make the error for a grammar; `problem` goes on from the name of its parameter."""
         name = "grammar" if kind == "lark" else kind
         return RequestError(f"{name} {problem}", code="grammar", tensor=name)
+
+
+def intersected(schema: Any) -> int:
+    """Count the patterns and formats of a JSON schema that may hold for the same text, where they are most.
+
+    Schemas beside each other in `allOf`, and those on both sides of a `$ref`, hold together, their parts as well. What
+    no pointer of the schema's own leads to counts as all of it.
+    """
+    known: dict[int, int] = {}
+
+    def count(part: Any) -> int:
+        if isinstance(part, list):
+            return max((count(one) for one in part), default=0)
+        if not isinstance(part, dict):
+            return 0
+        if id(part) not in known:
+            known[id(part)] = 0  # a schema in itself adds nothing
+            together = part.get("allOf")
+            known[id(part)] = (
+                sum(isinstance(part.get(name), str) for name in ("pattern", "format"))
+                + sum(count(one) for one in (together if isinstance(together, list) else ()))
+                + (count(find(part["$ref"])) if isinstance(part.get("$ref"), str) else 0)
+                + max((count(value) for name, value in part.items() if name != "allOf"), default=0)
+            )
+        return known[id(part)]
+
+    def find(reference: str) -> Any:
+        found = schema
+        for name in reference.removeprefix("#").split("/")[1:]:
+            name = name.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, dict) and name in found:
+                found = found[name]
+            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            else:
+                return everything
+        return found if reference[:2] in ("#", "#/") else everything
+
+    everything = {"allOf": [{"pattern": ""}] * json.dumps(schema).count('"pattern"')}
+    try:
+        return count(schema)
+    except RecursionError:
+        raise Grammar.error("json_schema", "is nested too deeply") from None
 
 
 class Matcher:

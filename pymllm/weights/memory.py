@@ -10,18 +10,14 @@ from pathlib import Path
 
 import torch
 
+from pymllm.control_groups import group_folders
 from pymllm.errors import ConfigError
 
-# The files of control groups, version 2, then version 1: limit, usage, statistics, and the statistic that counts the
+# The files of a control group, version 2, then version 1: limit, usage, statistics, and the statistic that counts the
 # part of the usage that is only cache.
 CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
 )
 
 
@@ -32,7 +28,7 @@ def available_memory(device: str) -> int | None:
     """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    found = [_system_memory(Path("/proc/meminfo")), _cgroup_memory(Path("/sys/fs/cgroup"))]
+    found = [_system_memory(Path("/proc/meminfo")), *map(_cgroup_memory, group_folders("memory"))]
     known = [nbytes for nbytes in found if nbytes is not None]
     return min(known) if known else None
 
@@ -67,12 +63,12 @@ def _system_memory(meminfo: Path) -> int | None:
     return None
 
 
-def _cgroup_memory(root: Path) -> int | None:
-    """Compute how many bytes are left of the control group's limit; None without a limit."""
+def _cgroup_memory(group: Path) -> int | None:
+    """Compute how many bytes are left of one control group's limit; None without a limit."""
     for limit_file, used_file, stat_file, cache in CGROUPS:
         try:
-            limit, used = (int((root / file).read_text()) for file in (limit_file, used_file))
-            stat = dict(line.split() for line in (root / stat_file).read_text().splitlines())
+            limit, used = (int((group / file).read_text()) for file in (limit_file, used_file))
+            stat = dict(line.split() for line in (group / stat_file).read_text().splitlines())
         except (OSError, ValueError):  # absent, or "max"
             continue
         return max(limit - used + int(stat.get(cache, 0)), 0)

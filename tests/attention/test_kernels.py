@@ -100,6 +100,23 @@ def test_blocks_that_see_themselves(name, window, hole, prefix_causal):
     check(KERNELS[name], make_case(problem, REQUESTS_IN_BLOCKS, **settings))
 
 
+@pytest.mark.parametrize("cached", (False, True))
+@pytest.mark.parametrize("block_size", (3, 5, 23, 64))
+@pytest.mark.parametrize("name", KERNELS)
+def test_blocks_of_any_size(name, block_size, cached):
+    """Sizes that do not divide a page, or are larger than a page or a request; steps may begin or end in a block."""
+    changes = {"sliding_window": 6} if block_size == 5 else {}
+    problem = make_problem(block_causal=True, **changes)
+    requests = (
+        [(0, 70), (23, 23), (15, 3), (69, 20), (0, 1), (7, 2)] if cached else [(0, 70), (0, 1), (0, 24)]
+    )
+    case = make_case(problem, requests, block_size=block_size, prefix_causal=False)
+    if not cached:
+        expected = case.expected()
+        case.cache, case.step.page_tables, case.expected = None, None, lambda: expected
+    check(KERNELS[name], case)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_heads_may_be_strided(name):
     """As they come from one matmul of q, k and v."""

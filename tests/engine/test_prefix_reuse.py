@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 import torch
 
 from pymllm import LLM, swap
-from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.kernels.attention import PAGE_SIZE
 
 from ..adapters.handwritten import adapter_for_shipped
 from ..checkpoints import write_checkpoint
 from .answers import greedy
+from .crowd import check_pages, one_by_one
+from .crowd import renew as fresh
 
 TEXT = [1 + (7 * i * i + 3 * i) % 250 for i in range(400)]
 
@@ -23,31 +23,6 @@ TEXT = [1 + (7 * i * i + 3 * i) % 250 for i in range(400)]
 @pytest.fixture(scope="module")
 def llm():
     return LLM(dtype="float32")
-
-
-def fresh(llm, pages=256, reuse=True, step_tokens=1024):
-    """Give a model a new, empty cache."""
-    llm.engine.prefix_reuse = reuse
-    llm.engine.cache = PagedKVCache(llm.model, pages, torch.device("cpu"))
-    vars(llm.engine).pop("scheduler", None)
-    llm.engine.scheduler.step_tokens = step_tokens
-    return llm
-
-
-def check_pages(engine):
-    """Check that holds are counted exactly, free pages are nobody's, and keys and pages name each other."""
-    cache, scheduler = engine.cache, engine.scheduler
-    held = Counter(page for request in scheduler.running for page in request.pages)
-    assert [held[page] for page in range(cache.num_pages)] == cache._holders
-    assert sorted([*held, *cache.free]) == list(range(cache.num_pages))
-    assert len(cache.free) == cache.available
-    assert {page: key for key, page in cache._pages.items()} == cache._keys
-    assert set(cache._reusable) == set(cache.free) & set(cache._keys)
-    for request in scheduler.running:
-        assert len(set(request.pages)) == len(request.pages)
-        assert request.computed < request.length
-    for request in scheduler.waiting:
-        assert request.pages == [] and request.computed == 0
 
 
 def computed(llm, prompt, params, **options):
@@ -106,28 +81,6 @@ def scenario(seed):
         end = arrival + numbers.randint(0, 20) if numbers.random() < 0.15 else None
         made.append((arrival, prompt, params, end, numbers.random() < 0.15))
     return made
-
-
-def one_by_one(llm):
-    """Return a way to run a step whose numbers do not depend on what else is in it: a token at a time.
-
-    Rounded keys and values turn the last bit of a sum into another code.
-    """
-
-    def step(batch, cache):
-        rows = []
-        for request in batch:
-            tokens, start, wanted = request.running_sequence, request.computed, request.rows
-            request.rows = [0]
-            for request.computed, token in enumerate(tokens, start):
-                request.running_sequence = [token]
-                row = llm.engine.runner._read([request], cache)
-            request.running_sequence, request.computed, request.rows = tokens, start, wanted
-            if wanted:
-                rows.append(row.clone())
-        return torch.cat(rows) if rows else row[:0]
-
-    return step
 
 
 def play(llm, made, monkeypatch, inner=None):

@@ -8,6 +8,7 @@ from transformers.generation.logits_process import NoBadWordsLogitsProcessor
 
 from pymllm import LLM, SamplingParams
 from pymllm.engine.choosing import SamplerState, SeenTokens, choose, describe, uniform
+from pymllm.engine.outputs import GenerationOutputs
 from pymllm.errors import KernelError, RequestError
 from pymllm.kernels.aten.sampling import TorchSampling
 from pymllm.kernels.native.extension import native_available
@@ -191,8 +192,24 @@ def test_n_answers_are_those_of_seeds_in_a_row(llm):
     assert len({o.token_ids for o in answers[0].outputs}) == 3
     free = llm.generate(PROMPT, sampled(n=3, seed=None))[0]
     assert len({o.token_ids for o in free.outputs}) == 3
-    with pytest.raises(RequestError, match="one answer"):
-        llm.stream(PROMPT, sampled(n=2))
+
+
+def test_a_stream_of_n_answers_gives_each_by_its_index(llm):
+    whole = llm.generate([PROMPT, "x"], sampled(n=3, seed=7))
+    texts, finished = {}, {}
+    for place, piece in llm.stream_all([PROMPT, "x"], sampled(n=3, seed=7)):
+        assert (place, piece.index) not in finished
+        texts[place, piece.index] = texts.get((place, piece.index), "") + piece.text
+        if piece.output is not None:
+            finished[place, piece.index] = piece.output
+    expected = {(place, index): o for place, of in enumerate(whole) for index, o in enumerate(of.outputs)}
+    assert {key: output.token_ids for key, output in finished.items()} == {
+        key: output.token_ids for key, output in expected.items()
+    }
+    assert texts == {key: output.text for key, output in expected.items()}
+    assert {piece.index for piece in llm.stream(PROMPT, sampled(n=2))} == {0, 1}
+    with pytest.raises(RequestError, match="trajectory"):
+        llm.stream(PROMPT, sampled(n=2), outputs=GenerationOutputs(1))
 
 
 def test_min_tokens_puts_every_end_off(llm):

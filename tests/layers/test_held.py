@@ -25,6 +25,8 @@ from pymllm.parallel import Parallel, current_parallel, simulate
 from pymllm.quantization.parameters import add_weight
 from pymllm.weights.spec import FLOATS, OUT, LinearShape, Span, WeightSpec
 
+from ..block_checkpoints import FAMILIES as BLOCK_FAMILIES
+from ..block_checkpoints import write_blocks
 from ..checkpoints import FAMILIES, relative_error, save_tensors, write_checkpoint
 from ..forward import logits_of
 from ..moe_checkpoints import FAMILIES as MOE_FAMILIES
@@ -331,6 +333,7 @@ def test_a_step_that_was_recorded_with_other_experts_is_not_played(tmp_path):
 CASES = [(family, fmt) for family in FAMILIES for fmt in ("none", "awq-g32")]
 CASES += [(family, fmt) for family in MOE_FAMILIES for fmt in ("none", "awq-g32") if family != "gpt_oss"]
 CASES += [("gpt_oss", "none"), ("gpt_oss", "mxfp4")]
+CASES += [(family, "none") for family in BLOCK_FAMILIES] + [("llada2_moe", "awq-g32")]
 
 
 def test_every_model_type_is_a_case():
@@ -340,7 +343,8 @@ def test_every_model_type_is_a_case():
 
 @pytest.mark.parametrize("family, fmt", CASES)
 def test_every_tensor_has_one_place_and_every_weight_one_name(tmp_path, family, fmt):
-    checkpoint = (write_checkpoint if family in FAMILIES else write_moe)(tmp_path, family, fmt)
+    write = write_blocks if family in BLOCK_FAMILIES else write_moe
+    checkpoint = (write_checkpoint if family in FAMILIES else write)(tmp_path, family, fmt)
     prepared = prepare(tmp_path, device="cpu", dtype="float32")
     holders, tensors = list(weight_holders(prepared.model)), checkpoint.tensors.keys()
     slots = [place.slot for name, holder in holders for place in holder.places(name)]

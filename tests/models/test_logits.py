@@ -13,6 +13,7 @@ from pymllm.models import list_model_types, read_model_config
 from pymllm.parallel import Parallel
 from tests.embedding.encoders import ENCODERS
 
+from ..block_checkpoints import FAMILIES as BLOCK_FAMILIES
 from ..checkpoints import FAMILIES, FORMATS, relative_error, tiny_config, write_checkpoint
 from ..forward import TOLERANCE, assert_equal_to_transformers, llm_logits_of
 from ..moe_checkpoints import FAMILIES as MOE_FAMILIES
@@ -29,8 +30,8 @@ LLAMA3 = {
 
 def test_every_family_is_tested_here():
     encoders = {family.replace("-", "_") for family in ENCODERS}  # in tests/embedding
-    # Mixtures are in tests/moe.
-    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES, *encoders}
+    # Mixtures are in tests/moe, families that are decoded by blocks in test_block_diffusion.
+    assert set(list_model_types()) == {*FAMILIES, *MOE_FAMILIES, *BLOCK_FAMILIES, *encoders}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

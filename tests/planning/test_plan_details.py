@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_before_it_is_read(fol
     assert pymllm.load_model(folder)
 
 
-def test_available_memory_is_the_least_of_what_system_and_group_allow(tmp_path):
+def test_available_memory_is_the_least_of_what_system_and_groups_allow(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 2000 kB\nMemAvailable:     1234 kB\n")
     assert memory._system_memory(meminfo) == 1234 * 1024
@@ -147,4 +147,16 @@ def test_available_memory_is_the_least_of_what_system_and_group_allow(tmp_path):
     assert memory._cgroup_memory(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     assert memory._cgroup_memory(tmp_path) == 1000 - 700 + 100
+    first = tmp_path / "version1"
+    first.mkdir()
+    for name, text in (
+        ("limit_in_bytes", "900"),
+        ("usage_in_bytes", "650"),
+        ("stat", "total_inactive_file 50"),
+    ):
+        (first / f"memory.{name}").write_text(text)
+    assert memory._cgroup_memory(first) == 900 - 650 + 50
+    monkeypatch.setattr(memory, "group_folders", lambda controller: [tmp_path, first])
+    assert memory.available_memory("cpu") == 300
+    monkeypatch.undo()
     assert memory.available_memory("cpu") > 0

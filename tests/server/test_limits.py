@@ -13,10 +13,10 @@ import time
 import openai
 import pytest
 
+from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.errors import KernelError
 from pymllm.server import header_timeout
 from pymllm.server.gate import MAX_BODY_BYTES
-from pymllm.server.worker import Generation, Worker
 from tests.processes import SECONDS
 from tests.server.conftest import MODEL, serve
 

@@ -190,7 +190,7 @@ def test_log_probabilities_of_completions_and_chats(client):
     ("endpoint", "parameter", "value"),
     [
         ("completions", "best_of", 3),
-        ("completions", "echo", True),
+        ("chat", "echo", True),
         ("completions", "suffix", "end"),
         ("chat", "tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
         ("chat", "reasoning_effort", "low"),

@@ -8,6 +8,8 @@ it nor on the number of threads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,6 @@ class NativeAttention:
             return here
         if problem.kv.dtype not in ELEMENTS:
             return f"reads no cache of {problem.kv}"
-        if problem.block_causal:
-            return "sees the positions up to a query's own, not whole blocks"
         return native_missing_reason()
 
     def run(
@@ -76,7 +76,7 @@ class NativeAttention:
             k_stride, v_stride = problem.num_kv_heads * head_dim, problem.num_kv_heads * value_dim
             k_scales, v_scales, scale_stride = _scales(cache)
             pages = step.checked(("native pages", cache.k.shape[:2]), lambda: _pages(step, cache))
-        starts = step.checked("native requests", lambda: _requests(step, tokens))
+        requests = step.checked("native requests", lambda: _requests(step, tokens))
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
             if sinks.shape != (heads,):
@@ -98,7 +98,7 @@ class NativeAttention:
             ELEMENTS[keys.dtype],
             scale_stride,
             *pages[:3],
-            *starts[:3],
+            *requests[:7],
             0 if sinks is None else sinks.data_ptr(),
             heads,
             problem.num_kv_heads,
@@ -167,6 +167,7 @@ class NativeKVStore:
 
 
 MAX_CODED_HEAD = 256  # kStrip in kernels/strips.h
+LONGEST = 2**31  # no request has so many tokens: lengths are int32
 _NO_PAGES: tuple[int, int, int, Tensor | None] = (0, 0, 1, None)
 
 
@@ -206,7 +207,7 @@ def _pages(step: AttentionStep, cache: PagedKV) -> tuple[int, int, int, Tensor |
     return table.data_ptr(), table.shape[1], size, table
 
 
-def _requests(step: AttentionStep, tokens: int) -> tuple[int, int, int, Tensor, Tensor]:
+def _requests(step: AttentionStep, tokens: int) -> tuple[Any, ...]:
     assert step.cu_seqlens_q is not None and step.context_lens is not None
     starts = step.cu_seqlens_q.to("cpu", torch.int32).contiguous()
     lengths = step.context_lens.to("cpu", torch.int32).contiguous()
@@ -215,7 +216,25 @@ def _requests(step: AttentionStep, tokens: int) -> tuple[int, int, int, Tensor, 
         raise ValueError(f"cu_seqlens_q must be [R + 1] from 0 to {tokens}, for {lengths.numel()} requests")
     if bool((counts < 0).any()) or bool((lengths < counts).any()):
         raise ValueError("a request has more new tokens (cu_seqlens_q) than tokens in all (context_lens)")
-    return starts.data_ptr(), lengths.data_ptr(), lengths.numel(), starts, lengths
+    if step.block_size < 1:
+        raise ValueError(f"block_size must be 1 or more, not {step.block_size}")
+    # Without a table of states all requests count as in state 0.
+    all_causal = step.prefix_causal and step.status_table is None
+    block = 1 if all_causal else min(step.block_size, LONGEST)
+    states = _table(step, "status_table", lengths) if step.prefix_causal and block > 1 else None
+    holes = _table(step, "prefix_lens", lengths) if step.mask_prefix_hole else None
+    ends = _table(step, "padded_prefix_lens", lengths) if step.mask_prefix_hole else None
+    tables = (states, holes, ends)
+    found = (0 if table is None else table.data_ptr() for table in tables)
+    return starts.data_ptr(), lengths.data_ptr(), lengths.numel(), block, *found, (starts, lengths, *tables)
+
+
+def _table(step: AttentionStep, name: str, lengths: Tensor) -> Tensor:
+    table = getattr(step, name)
+    if table is None or table.shape != lengths.shape:
+        found = "None" if table is None else str(list(table.shape))
+        raise ValueError(f"{name} must be [{lengths.numel()}], a number for each request, not {found}")
+    return table.to("cpu", torch.int32).contiguous()
 
 
 def _slots(step: AttentionStep, cache: PagedKV, tokens: int) -> Tensor:

@@ -106,7 +106,11 @@ class GPTQLinearMethod(LinearMethodBase):
         """Refuse zero points that are not the middle code although the config says sym: they would not be read."""
         if not self.symmetric:
             return None
-        whole_words = (shape.outputs[0].stop - shape.outputs[0].start) * self.bits // 32
+        whole_words = words.shape[1]
+        if not shape.together:
+            whole_words = (shape.outputs[0].stop - shape.outputs[0].start) * self.bits // 32
+        elif shape.out_features * self.bits % 32:  # the last word of all may be filled in part
+            whole_words -= 1
         stored = 2 ** (self.bits - 1) - self.zeros_minus_one
         fields = torch.full((1, whole_words * 32 // self.bits + 32), stored, device=words.device)
         if bool((words[:, :whole_words] == pack_words(fields, self.bits)[:, :whole_words]).all()):

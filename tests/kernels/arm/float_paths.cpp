@@ -328,6 +328,7 @@ struct Options {
   bool sinks;
   float cap;
   float sharpness = 1.0f;
+  std::int64_t block = 1;
 };
 
 // Rows of keys or values in every slot, and their values as float64.
@@ -383,14 +384,17 @@ void check_attention(const Options &o, const Requests &requests) {
   problem.query_starts = starts.data(), problem.lengths = lengths.data();
   problem.requests = count, problem.heads = o.heads, problem.kv_heads = o.kv_heads;
   problem.scale = o.sharpness / std::sqrt(static_cast<float>(o.key_size));
+  problem.block = o.block;
   problem.soft_cap = o.cap, problem.window = o.window, problem.sinks = o.sinks ? sinks.data() : nullptr;
   for (const Isa path : g_paths) {
     attention(problem, path, 1);
     for (std::int64_t r = 0; r < count; ++r)
       for (std::int64_t t = starts[index(r)]; t < starts[index(r + 1)]; ++t)
         for (std::int64_t head = 0; head < o.heads; ++head) {
-          const std::int64_t end = requests[index(r)].first + t - starts[index(r)] + 1;
-          const std::int64_t first = o.window > 0 ? std::max<std::int64_t>(0, end - o.window) : 0;
+          const std::int64_t position = requests[index(r)].first + t - starts[index(r)];
+          const std::int64_t first = o.window > 0 ? std::max<std::int64_t>(0, position + 1 - o.window) : 0;
+          std::int64_t end = position + 1;
+          while (end % o.block != 0 && end < lengths[index(r)]) ++end;
           const auto row_of = [&](std::int64_t p) {
             const std::int64_t slot = pages[index(r * columns + p / o.page_size)] * o.page_size + p % o.page_size;
             return slot * o.kv_heads + head / group;
@@ -435,6 +439,9 @@ void check_attentions() {
     check_attention({element, FloatType::f16, 3, 3, 33, 24, 8, 0, false, 2}, mixed);
   }
   check_attention({KVElement::f32, FloatType::f32, 2, 1, 8, 8, 16, 0, true, 0}, {{1100, 1}, {0, 40}});  // in pieces
+  for (const std::int64_t block : {3, 4, 32})
+    check_attention({KVElement::bf16, FloatType::f32, 4, 2, 8, 8, 5, block == 3 ? 7 : 0, false, 0, 1, block},
+                    {{8, 4}, {1100, 4}, {33, 32}, {0, 45}});
   // Logits of several hundred, each rounded accordingly; float32's exp ends at 88.
   check_attention({KVElement::f32, FloatType::f32, 2, 2, 16, 8, 16, 0, false, 0, 200}, mixed);
 }

@@ -36,7 +36,9 @@ def check(kernel, case):
     step = replace(
         case.step, **{name: moved(value) for name, value in vars(case.step).items() if name != "_made"}
     )
-    cache = replace(case.cache, **{name: moved(value) for name, value in vars(case.cache).items()})
+    cache = case.cache and replace(
+        case.cache, **{name: moved(value) for name, value in vars(case.cache).items()}
+    )
     found = kernel.run(
         problem, moved(case.q), moved(case.k), moved(case.v), step, cache, moved(case.sinks)
     ).cpu()
@@ -88,6 +90,31 @@ def test_blocks_that_see_themselves_and_holes_that_nobody_sees(prefix_causal):
     settings = blocks_of_four(prefix_causal=prefix_causal, hole=True)
     problem = make_problem(block_causal=True, dtype=torch.float16)
     check(GROUPED, make_case(problem, REQUESTS_IN_BLOCKS, **settings))
+
+
+@pytest.mark.parametrize(
+    ("block_size", "changes"),
+    (
+        (3, {"kv": KV["int8"], "sinks": True}),
+        (5, {"sliding_window": 6}),
+        (23, {"num_heads": 6, "page_size": 5}),
+        (32, {"soft_cap": 2.0}),
+        (64, {}),
+    ),
+    ids=str,
+)
+def test_blocks_of_any_size(block_size, changes):
+    """Prompts, blocks that are decoded, steps that begin or end inside a block; read from pages, and without any."""
+    problem = make_problem(block_causal=True, dtype=torch.float16, **changes)
+    requests = [(0, 70), (46, 23), (64, 32), (15, 3), (0, 1)]
+    settings = {"block_size": block_size, "prefix_causal": False}
+    for kernel in (GROUPED, ALONE):
+        check(kernel, make_case(problem, requests, **settings))
+    problem = replace(problem, kv=KV["float16"])
+    case = make_case(problem, [(0, 70), (0, 33)], **settings)
+    expected = case.expected()
+    case.cache, case.step.page_tables, case.expected = None, None, lambda: expected
+    check(GROUPED, case)
 
 
 @pytest.mark.parametrize("sinks", (False, True))

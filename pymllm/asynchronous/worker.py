@@ -4,68 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from torch import Tensor
+
 from pymllm.api import LLM
+from pymllm.asynchronous.places import Busy, Places
+from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
+from pymllm.engine.asking import Asked
 from pymllm.engine.request import Request, RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
 
+__all__ = ["Busy", "Generation", "Worker"]
+
 logger = logging.getLogger("pymllm")
+
+# How many grammars are compiled together.
+COMPILERS = 2
 
 Made = TypeVar("Made")
 Item = tuple[int, StreamPiece] | Exception | None
-
-
-class Busy(Exception):
-    """The refusal of a request because the line is full."""
 
 
 class Worker:
     """The thread that runs one model.
 
     max_running: how many prompts are answered together.  max_waiting: how many more may wait.
-    capacity: how many there may be in all.  room: how many more may come now.
+    places: the line.  live: the generations that have not ended.
     """
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
         self.llm = llm
         if llm.generates:
             llm.engine.scheduler.max_requests = max_running
-        self.capacity = self.room = max_running + max_waiting
+        self.places = Places(max_running + max_waiting)
+        self.live: set[Generation] = set()
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, "generation")
-
-    def check_room(self, prompts: int = 1) -> None:
-        """Refuse with Busy if so many more prompts may not come."""
-        if prompts > self.room:
-            raise Busy
+        self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """Take a place in the line for the time of a `with` block.  Busy if there is none."""
-        self.check_room()
-        self.room -= 1
+        self.places.take()
         try:
             yield
         finally:
-            self.room += 1
+            self.places.give_back()
 
-    def start(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], adapter: str | None = None
-    ) -> Generation:
-        """Take places in the line for these prompts, and start to answer them.  Busy if there are too few places.
+    def start(self, asked: Sequence[Asked]) -> Generation:
+        """Take places in the line for these answers, and start to make them.  Busy if there are too few places."""
+        self.places.take(len(asked))
+        return self.begin(asked)
 
-        params: one for each prompt.
-        """
-        self.check_room(len(prompts))
-        self.room -= len(prompts)
-        generation = Generation(self, prompts, params, adapter)
+    def begin(self, asked: Sequence[Asked]) -> Generation:
+        """Start to make answers whose places have been taken."""
+        generation = Generation(self, asked)
+        self.live.add(generation)
         self._arrived.put(generation)
         self._thread.submit(self._work)
         return generation
@@ -85,6 +88,23 @@ class Worker:
         self._thread.submit(self._work)
         return await asyncio.wrap_future(done)
 
+    async def embed(self, inputs: Sequence[EmbeddingInput], options: EmbeddingOptions) -> list[Tensor]:
+        """Make the vectors of texts, [N, D] a batch; the batches take turns with the steps of others' answers."""
+        embedder = self.llm.embedder
+        batches = embedder.batches(inputs)
+        return [await self.call(functools.partial(embedder.run, batch, options)) for batch in batches]
+
+    async def compile(self, params: SamplingParams) -> None:
+        """Have the grammar of an answer compiled and kept: neither the step's thread nor other requests wait for it."""
+        if params.follows is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compilers, self.llm.grammars.start, params.follows)
+
+    def shut_down(self) -> None:
+        """Let the threads end once they have nothing left to do."""
+        self._thread.shutdown(wait=False)
+        self._compilers.shutdown(wait=False)
+
     def _run_calls(self) -> None:
         while not self._calls.empty():
             self._calls.get()()
@@ -100,20 +120,16 @@ class Worker:
 
 
 class Generation:
-    """The pieces of one request, as an async iterator of (index of the prompt, piece).
+    """The pieces of some answers, as an async iterator of (number of the answer, piece).
 
-    `close` aborts the request before the next step, however far it is.
+    `close` aborts the answers before the next step, however far they are.
     """
 
-    def __init__(
-        self,
-        worker: Worker,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
-        adapter: str | None,
-    ) -> None:
-        self.worker, self.prompts, self.params, self.adapter = worker, prompts, params, adapter
+    def __init__(self, worker: Worker, asked: Sequence[Asked]) -> None:
+        self.worker, self.asked = worker, asked
         self.closed = False
+        self.reason: Exception | None = None
+        self.arrived_at = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Item] = asyncio.Queue()
 
@@ -129,31 +145,33 @@ class Generation:
         return item
 
     async def outputs(self) -> list[RequestOutput]:
-        """Wait until all prompts are answered.  Returns their outputs, in the order of the prompts."""
-        finished = {index: piece.output async for index, piece in self if piece.output is not None}
-        return [finished[index] for index in range(len(self.prompts))]
+        """Wait until all answers are there.  Returns their outputs, in the order in which they were asked for."""
+        finished = {number: piece.output async for number, piece in self if piece.output is not None}
+        return [finished[number] for number in range(len(self.asked))]
 
     def close(self) -> None:
         self.closed = True
 
-    def deliver(self, item: tuple[int, StreamPiece]) -> None:
+    def abort(self, error: Exception) -> None:
+        """Close it, and have whoever waits for a piece get this error."""
+        self.closed, self.reason = True, error
+
+    def deliver(self, item: Item) -> None:
         """Hand a piece over; the generating thread calls this."""
-        # RuntimeError: the loop has gone, and so has the client.
-        with contextlib.suppress(RuntimeError):
+        try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+        except RuntimeError:
+            # The loop has gone, and so has whoever asked.
+            self.closed = True
 
     def leave(self, error: Exception | None = None) -> None:
         """End the pieces and free the places; the generating thread calls this once.
 
         error: what `__anext__` raises in place of an end.
         """
-
-        def end() -> None:
-            self.worker.room += len(self.prompts)
-            self._items.put_nowait(error)
-
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(end)
+        self.worker.live.discard(self)
+        self.worker.places.give_back(len(self.asked))
+        self.deliver(error)
 
 
 class _Round:
@@ -176,7 +194,7 @@ class _Round:
                 while not self.arrived.empty():
                     self._take(self.arrived.get())
                 for generation in [generation for generation in self.requests if generation.closed]:
-                    self._end(generation)
+                    self._end(generation, generation.reason)
                 if not self.requests:
                     return
                 self.between()
@@ -192,10 +210,12 @@ class _Round:
         if generation.closed:
             return
         try:
-            generation.worker.llm.check_adapter(generation.adapter)
-            pairs = zip(generation.prompts, generation.params, strict=True)
-            for index, (prompt, params) in enumerate(pairs):
-                request = self.session.add(prompt, params, generation.adapter, index)
+            for number, one in enumerate(generation.asked):
+                generation.worker.llm.check_adapter(one.adapter)
+                request = self.session.add(
+                    one.ids, one.params, one.adapter, number, first_scored=one.first_scored
+                )
+                request.arrived_at = generation.arrived_at
                 self.requests[generation].append(request)
                 self.owners[request] = generation
         except Exception as error:

@@ -1,0 +1,43 @@
+"""Errors as OpenAI clients know them: a status, and an object that names the parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pymllm.errors import PymllmError, RequestError
+
+# Errors that are not RequestErrors, and yet no fault of the server's: this model cannot take such a request.
+CLIENT_CODES = (
+    "chat-template-missing",
+    "tokenizer-missing",
+    "pooling-missing",
+    "embedding-module",
+    "grammar",
+)
+
+
+class NoSuchModel(RequestError):
+    """A request for a model that is not here, which clients know as 404."""
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Make the error object."""
+    kind = (
+        "server_error"
+        if status >= 500
+        else "authentication_error"
+        if status == 401
+        else "invalid_request_error"
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal_of(error: PymllmError) -> tuple[int, dict[str, Any]]:
+    """Return the status and the body that tell a client of an error."""
+    if isinstance(error, RequestError):
+        status = 404 if isinstance(error, NoSuchModel) else 400
+        return status, error_body(status, str(error), param=error.param, code=error.code)
+    status = 400 if error.code in CLIENT_CODES else 500
+    return status, error_body(status, str(error), code=error.code)

@@ -1,0 +1,179 @@
+"""What a body asks for, and its answer: the same whether it came over HTTP or as a line of a file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pymllm.api import LLM
+from pymllm.asynchronous.worker import Generation, Worker
+from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
+from pymllm.engine.asking import Asked
+from pymllm.engine.sampling import SamplingParams
+from pymllm.errors import ConfigError, RequestError
+from pymllm.server.answers import ChatAnswer, CompletionAnswer, Echo, embedding_answer
+from pymllm.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, read_request, refuse
+from pymllm.server.refusals import NoSuchModel
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request that was read and checked: its prompts' token ids, its settings and its adapter."""
+
+    request: CompletionRequest | ChatRequest
+    prompts: list[list[int]]
+    params: SamplingParams
+    adapter: str | None
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The answers that it asks for, those of the first prompt first."""
+        first_scored = 1 if self.request.reads_only else None
+        return [
+            Asked(ids, self.params.of_answer(index), self.adapter, place, index, first_scored)
+            for place, ids in enumerate(self.prompts)
+            for index in range(self.params.n)
+        ]
+
+
+@dataclass(frozen=True)
+class EmbeddingQuestion:
+    """A request for embeddings that was read and checked."""
+
+    request: EmbeddingRequest
+    inputs: list[EmbeddingInput]
+    options: EmbeddingOptions
+    adapter: str | None
+
+
+class Service:
+    """One model's answers to bodies of requests.
+
+    model_name: what clients call the model.  worker: the thread that runs it.
+    """
+
+    def __init__(self, llm: LLM, model_name: str, max_running: int, max_waiting: int) -> None:
+        if model_name in llm.adapters:
+            raise ConfigError(
+                f"an adapter is called {model_name!r}, as the model itself",
+                code="adapter-name",
+                fix="Choose another name for the adapter or for the model.",
+            )
+        self.llm, self.model_name = llm, model_name
+        # The worker makes the KV cache too: a machine without room for it fails before it serves.
+        self.worker = Worker(llm, max_running, max_waiting)
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """Return the adapter that a request's `model` asks for; None: the model itself.
+
+        Raises NoSuchModel for any other name.
+        """
+        if name is None or name == self.model_name:
+            return None
+        if name not in self.llm.adapters:
+            raise NoSuchModel(
+                f"there is no model {name!r} here",
+                code="model_not_found",
+                tensor="model",
+                expected=" or ".join(map(repr, (self.model_name, *self.llm.adapters))),
+            )
+        return self.llm.check_adapter(name)
+
+    def check_generates(self) -> None:
+        """Refuse with a RequestError where the model does not generate text."""
+        if self.llm.model.why_no_text is not None:
+            raise RequestError(
+                f"the model {self.model_name!r} does not generate text: {self.llm.model.why_no_text}",
+                code="model_not_generative",
+                tensor="model",
+                fix="POST /v1/embeddings instead.",
+            )
+
+    async def read(
+        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
+        """Read and check a body, off the event loop, as a long text takes a while to encode; compile its grammar."""
+        question = await asyncio.to_thread(self._read, kind, body)
+        try:
+            await self.worker.compile(question.params)
+        except RequestError as error:
+            raise question.request.blame(error) from None
+        return question
+
+    def answer_to(self, question: Question) -> CompletionAnswer | ChatAnswer:
+        """Begin the objects that answer a question."""
+        request, n = question.request, question.params.n
+        name, tokenizer = question.adapter or self.model_name, self.llm.tokenizer
+        if isinstance(request, ChatRequest):
+            return ChatAnswer(name, tokenizer, n)
+        return CompletionAnswer(name, tokenizer, n, self._echo(request, question.prompts))
+
+    async def answer(self, question: Question, generation: Generation) -> dict[str, Any]:
+        """Wait for the whole answer to a question that was begun."""
+        try:
+            return self.answer_to(question).whole(await generation.outputs())
+        except RequestError as error:
+            raise question.request.blame(error) from None
+
+    async def read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
+        """Read and check a request for embeddings, off the event loop."""
+        return await asyncio.to_thread(self._read_embedding, body)
+
+    async def embed(self, question: EmbeddingQuestion) -> dict[str, Any]:
+        """Answer a request for embeddings; its batches take turns with the steps of others' answers."""
+        batches: Sequence[Tensor] = await self.worker.embed(question.inputs, question.options)
+        vectors = [vector for batch in batches for vector in batch]
+        name = question.adapter or self.model_name
+        return embedding_answer(name, vectors, question.inputs, question.request.encoding_format)
+
+    def _echo(self, request: CompletionRequest, prompts: Sequence[list[int]]) -> Echo | None:
+        if not request.echo:
+            return None
+        decode = self.llm.tokenizer.decode if self.llm.tokenizer.available else lambda ids: ""
+        texts = [
+            given if isinstance(given, str) else decode(ids)
+            for given, ids in zip(request.prompts, prompts, strict=True)
+        ]
+        return Echo(texts, list(prompts), request.logprobs is not None)
+
+    def _read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
+        request = read_request(EmbeddingRequest, body)
+        adapter, embedder = self.adapter_of(request.model), self.llm.embedder
+        try:
+            inputs = embedder.encode(request.inputs, request.prompt_name)
+        except RequestError as error:
+            error.tensor = "input" if error.tensor != "prompt_name" else error.tensor
+            raise
+        options = embedder.options(dimensions=request.dimensions, adapter=adapter)
+        return EmbeddingQuestion(request, inputs, options, adapter)
+
+    def _read(
+        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
+        """Read a request.  Whatever is wrong with it is refused here."""
+        request: CompletionRequest | ChatRequest = read_request(kind, body)
+        adapter = self.adapter_of(request.model)
+        try:
+            params = self.llm.default_params(**request.sampling())
+        except RequestError as error:
+            raise request.blame(error) from None
+        if isinstance(request, CompletionRequest):
+            prompts = [self.llm.encode(prompt) for prompt in request.prompts]
+        else:
+            messages = [message.for_template() for message in request.messages]
+            prompts = [self.llm.tokenizer.apply_chat_template(messages)]
+        try:
+            for prompt in prompts:
+                self.llm.engine.check(prompt, params, answers=not request.reads_only)
+            if params.n > 1 and params.n * len(prompts) > self.worker.places.capacity:
+                most = self.worker.places.capacity // len(prompts)
+                refuse("n", f"is out of range: expected at most {most}, found {params.n}")
+        except RequestError as error:
+            if isinstance(request, ChatRequest) and error.tensor == "prompt":
+                error.tensor = "messages"
+            raise
+        return Question(request, prompts, params, adapter)
