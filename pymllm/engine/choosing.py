@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import secrets
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,19 @@ class SeenTokens:
         self._read = len(answer)
         return self
 
+    def ahead(self, drafts: Sequence[int]) -> tuple[array[Any], array[Any]]:
+        """Return copies of the tokens and counts as they would be after these tokens, too."""
+        tokens, counts = self.tokens[:], self.counts[:]
+        new: dict[int, int] = {}
+        for token in drafts:
+            place = self._place.get(token, new.get(token))
+            if place is None:
+                new[token] = place = len(tokens)
+                tokens.append(token)
+                counts.append(0.0)
+            counts[place] += 1.0
+        return tokens, counts
+
 
 @dataclass
 class SamplerState:
@@ -96,13 +109,16 @@ class SamplerState:
             SeenTokens(self.prompt if params.repetition_penalty != 1.0 else ()) if params.penalises else None
         )
 
-    def settings(self, answer: Sequence[int]) -> tuple[float, ...]:
-        """Return the row of `SamplingBatch.settings` for the token after this answer."""
-        return (*self._settings, 0.0 if self.params.greedy else uniform(self.seed, len(answer)))
+    def settings(self, answer: Sequence[int], drafts: Sequence[int] = ()) -> tuple[float, ...]:
+        """Return the row of `SamplingBatch.settings` for the token after this answer, and what is drafted after it."""
+        place = len(answer) + len(drafts)
+        return (*self._settings, 0.0 if self.params.greedy else uniform(self.seed, place))
 
-    def bias(self, answer: Sequence[int]) -> tuple[array[Any], ...]:
+    def bias(self, answer: Sequence[int], drafts: Sequence[int] = ()) -> tuple[array[Any], ...]:
         """Return tokens and what is added to their logits."""
-        banned = [*self.ends] if len(answer) < self.params.min_tokens else []
+        banned = [*self.ends] if len(answer) + len(drafts) < self.params.min_tokens else []
+        if drafts and self.bad_words:
+            answer = [*answer, *drafts]
         for word in self.bad_words:
             if len(word) == 1 or self._tail(answer, len(word) - 1) == word[:-1]:
                 banned.append(word[-1])
@@ -111,12 +127,12 @@ class SamplerState:
         tokens, values = self._bias
         return tokens + array("q", banned), values + array("f", [BANNED] * len(banned))
 
-    def seen(self, answer: Sequence[int]) -> tuple[array[Any], ...]:
+    def seen(self, answer: Sequence[int], drafts: Sequence[int] = ()) -> tuple[array[Any], ...]:
         """Return the tokens that penalties are for, and how often the answer has each."""
         if self._seen is None:
             return array("q"), array("f")
         self._seen.follow(answer)
-        return self._seen.tokens, self._seen.counts
+        return self._seen.ahead(drafts) if drafts else (self._seen.tokens, self._seen.counts)
 
     def _tail(self, answer: Sequence[int], count: int) -> tuple[int, ...]:
         text = answer if len(answer) >= count else self.prompt[-count:] + list(answer)
@@ -124,16 +140,23 @@ class SamplerState:
 
 
 def choose(
-    logits: Tensor, states: Sequence[SamplerState], answers: Sequence[Sequence[int]], kernel: SamplingKernel
+    logits: Tensor,
+    states: Sequence[SamplerState],
+    answers: Sequence[Sequence[int]],
+    kernel: SamplingKernel,
+    drafts: Sequence[Sequence[int]] = (),
+    masks: Mapping[int, Tensor] | None = None,
 ) -> list[tuple[int | None, TokenLogprobs | None]]:
-    """Choose the next token of each request, and report log-probabilities where they are asked for.
+    """Choose the next token of each row, and report log-probabilities where they are asked for.
 
-    logits: [R, V].  answers: of each request, so far.
+    logits: [R, V].  answers: of each row's request, so far.  drafts: the tokens that would stand between that and the
+    row's own; none, or some for each row.  masks: by row, what a grammar allows where it is known already, [V] bool.
     The token is None where the logits are not numbers. Log-probabilities are the model's own, before any setting.
     """
     if all([state.takes_likeliest for state in states]):
         return [(token, None) for token in _likeliest(logits)]
-    tokens = kernel.choose(_allowed(logits, states), _batch(states, answers))
+    batch = _batch(states, answers, drafts or [()] * len(states))
+    tokens = kernel.choose(_allowed(logits, states, masks or {}), batch)
     counts = [state.params.logprobs for state in states]
     wanted = [row for row, count in enumerate(counts) if count is not None]
     if not wanted:
@@ -156,12 +179,13 @@ def choose(
     return entries
 
 
-def _allowed(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+def _allowed(logits: Tensor, states: Sequence[SamplerState], masks: Mapping[int, Tensor]) -> Tensor:
     """Return the logits with minus infinity for what grammars rule out, a copy where there are any."""
     matched = [(row, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
     if not matched:
         return logits
-    allowed = torch.stack([matcher.allowed() for _, matcher in matched]).to(logits.device)
+    known = [masks[row] if row in masks else matcher.allowed() for row, matcher in matched]
+    allowed = torch.stack(known).to(logits.device)
     rows = torch.tensor([row for row, _ in matched], device=logits.device)
     return logits.index_put((rows,), torch.where(allowed, logits[rows], -torch.inf))
 
@@ -240,13 +264,15 @@ def _likeliest(logits: Tensor) -> list[int | None]:
     ]
 
 
-def _batch(states: Sequence[SamplerState], answers: Sequence[Sequence[int]]) -> SamplingBatch:
-    each = list(zip(states, answers, strict=True))
-    settings = torch.tensor([state.settings(answer) for state, answer in each], dtype=torch.float64)
+def _batch(
+    states: Sequence[SamplerState], answers: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]
+) -> SamplingBatch:
+    each = list(zip(states, answers, drafts, strict=True))
+    settings = torch.tensor([state.settings(*place) for state, *place in each], dtype=torch.float64)
     return SamplingBatch(
         settings,
-        *_joined([state.bias(answer) for state, answer in each]),
-        *_joined([state.seen(answer) for state, answer in each]),
+        *_joined([state.bias(*place) for state, *place in each]),
+        *_joined([state.seen(*place) for state, *place in each]),
     )
 
 

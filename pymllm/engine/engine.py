@@ -19,7 +19,7 @@ from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import MAX_REQUESTS, Scheduler
 from pymllm.engine.states import StatePool
-from pymllm.engine.strategies import DecodingStrategy, make_strategy
+from pymllm.engine.strategies import Autoregressive, DecodingStrategy, make_strategy
 from pymllm.errors import RequestError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select
@@ -80,6 +80,7 @@ class Engine:
     @cached_property
     def scheduler(self) -> Scheduler:
         self.runner.states = self.states
+        self.strategy.open(self.model, self.cache, self.parallel, self._run_beside)
         return Scheduler(
             self.cache,
             whole=self.model.keys_depend_on_length,
@@ -89,6 +90,12 @@ class Engine:
             states=self.states,
             strategy=self.strategy,
         )
+
+    def _run_beside(self, model: LanguageModel) -> Callable[[list[Request]], torch.Tensor]:
+        """Make what runs another model on this device, with as many pages as the engine's own cache."""
+        cache = PagedKVCache(model, self.cache.num_pages, self.device)
+        runner = Runner(model, self.device, self.max_length, Autoregressive())
+        return lambda requests: runner.step(requests, cache)
 
     @property
     def idle(self) -> bool:

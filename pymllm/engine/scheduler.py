@@ -78,10 +78,12 @@ class Scheduler:
         """Choose the requests of the next step, if any, and the tokens of each (`Request.running_sequence`)."""
         step: list[Request] = []
         left = self.step_tokens
-        for request in [request for request in self.running if not self._is_reading(request)]:
-            if self._grow(request):
-                step.append(request)
-                left -= self.strategy.plan_run(request, left)
+        going = [request for request in self.running if not self._is_reading(request)]
+        self.strategy.look_ahead(going)
+        step += [request for request in going if self._grow(request)]
+        self.strategy.draft(step)
+        for request in step:
+            left -= self.strategy.plan_run(request, left)
         if self.strategy.block_length > 1:
             # Many answers by long blocks do not keep a prompt waiting for ever.
             left = max(left, self.strategy.block_length)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,9 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
     model.eval()
     model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
     logger.info(report.summary())
+    if prepared.draft is not None:
+        second = load_prepared(prepared.draft, progress=progress)
+        model.strategy = replace(model.strategy, draft=second)
     return model
 
 

@@ -19,6 +19,7 @@ from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.layers.held import weight_holders
 from pymllm.loading.absorbed_heads import join_absorbed_heads
+from pymllm.loading.drafting import check_drafts
 from pymllm.loading.head import find_own_head, lacks_head
 from pymllm.loading.match import Skipped, Unit, match
 from pymllm.loading.side_settings import method_name, refuse_contradictions, side_files
@@ -54,6 +55,7 @@ class Prepared:
     config: the model's.  quant: the format and the rules, with the decision for every layer.  parallel: this rank.
     model: without data, on the meta device.  units: what to load, in order.  records: of tensors that are skipped.
     skipped: those of them whose content loading has to look at, and what it may be.
+    draft: the second model of draft_model.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +67,7 @@ class Prepared:
     units: tuple[Unit, ...]
     records: tuple[TensorRecord, ...]
     skipped: Skipped = ()
+    draft: Prepared | None = None
 
 
 def prepare(
@@ -146,20 +149,35 @@ def prepare(
     config.refuse_ignored()
     rules.lint(model.unreached)
     units, records, skipped = match(model, rules, checkpoint, head.equal)
-    return Prepared(checkpoint, config, rules, execution, parallel, model, units, records, skipped)
+    draft = None
+    if decoded.name == "draft_model":
+        draft = prepare(
+            decoded.settings["path"], device=device, dtype=dtype, compute=compute, strategy="autoregressive"
+        )
+        check_drafts(checkpoint, config, draft.checkpoint, draft.model)
+        refuse_strategy(draft.model, f"its model {draft.checkpoint.path} cannot draft")
+    return Prepared(
+        checkpoint, config, rules, execution, parallel, model, units, records, skipped, draft=draft
+    )
 
 
-def refuse_strategy(model: LanguageModel) -> None:
-    """Raise ConfigError where the model cannot be decoded by its strategy."""
-    if model.strategy.name == "autoregressive":
+def refuse_strategy(model: LanguageModel, drafting: str | None = None) -> None:
+    """Raise ConfigError where the model cannot be decoded by its strategy.
+
+    drafting: what to say where it cannot draft for another model; None: it does not.
+    """
+    name = model.strategy.name
+    if name == "autoregressive" and drafting is None:
         return
     stateful = any(holder.state_bytes() for _, holder in weight_holders(model))
     why = "layers keep a state of each request, which cannot be taken back" if stateful else None
     if model.keys_depend_on_length:
         why = "its keys depend on how long a request is"
+    if model.why_no_text is not None:
+        why = "it generates no text"
     if why is not None:
         raise ConfigError(
-            f"this model cannot be decoded by {model.strategy.name}: {why}",
+            f"{drafting or f'this model cannot be decoded by {name}'}: {why}",
             code="strategy",
             tensor=str(model.config.raw.get("model_type")),
             expected="autoregressive",

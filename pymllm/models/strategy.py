@@ -16,7 +16,16 @@ from pymllm.errors import ConfigError, nearest, unknown_name
 STRATEGIES: dict[str, dict[str, type]] = {
     "autoregressive": {},
     "block_diffusion": {"block_length": int, "small_block_length": int, "mask_token_id": int},
+    "prompt_lookup": {"drafts": int, "longest": int, "shortest": int},
+    "draft_model": {"path": str, "drafts": int},
 }
+
+# What the strategies that draft do where nobody says otherwise: prompt_lookup drafts at most so many tokens after the
+# longest of the last `longest` to `shortest` tokens that the text has had before.
+DRAFTING = {"drafts": 3, "longest": 4, "shortest": 2}
+# A run of a drafted step, the last token included, fills at most one page more.
+MOST_DRAFTS = 15
+LONGEST_LOOKUP = 16
 
 # What config.json may call the block length.
 BLOCK_LENGTHS = ("block_size", "bd_size", "block_length")
@@ -45,6 +54,7 @@ class Strategy:
     settings: by name, all of them.  sources: where each came from, for people.
     family: what the model's family takes for granted of block diffusion; None: it was not trained for that.
     notes: what a user should know of the choice.
+    draft: the second model of draft_model, a `LanguageModel`, once it is loaded.
     """
 
     name: str = "autoregressive"
@@ -52,6 +62,7 @@ class Strategy:
     sources: Mapping[str, str] = field(default_factory=dict)
     family: BlockDiffusion | None = None
     notes: tuple[str, ...] = ()
+    draft: Any = field(default=None, repr=False, compare=False)
 
     @property
     def block_length(self) -> int:
@@ -106,7 +117,9 @@ def choose_strategy(
     if name != "block_diffusion":
         if family is not None:
             notes = (f"the model was trained for block_diffusion; as asked, it is decoded by {name}",)
-        return Strategy(name, asked, dict.fromkeys(asked, "as asked"), None, notes)
+        chosen = _choose_drafting(name, asked)
+        where = {key: "as asked" if key in asked else "the usual" for key in chosen}
+        return Strategy(name, chosen, where, None, notes)
     settings: dict[str, int] = {}
     sources: dict[str, str] = {}
 
@@ -163,6 +176,29 @@ def choose_strategy(
     if family is None:
         notes = ("the model was not trained for block_diffusion, by which it is decoded as asked",)
     return Strategy(name, settings, sources, family, notes)
+
+
+def _choose_drafting(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in and check the settings of a strategy that has no blocks."""
+    settings = {key: asked.get(key, DRAFTING.get(key)) for key in STRATEGIES[name]}
+    if not settings.get("path", "any"):
+        raise ConfigError(
+            "draft_model needs the model that drafts",
+            code="strategy",
+            tensor="path",
+            expected="--strategy draft_model:path=MODEL, a smaller one with the same tokenizer",
+        )
+    longest = settings.get("longest", LONGEST_LOOKUP)
+    for key, most in (("drafts", MOST_DRAFTS), ("longest", LONGEST_LOOKUP), ("shortest", longest)):
+        if key in settings and not 1 <= settings[key] <= most:
+            raise ConfigError(
+                f"{key} of {name} is out of range",
+                code="strategy",
+                tensor=key,
+                expected=f"an integer from 1 to {most}",
+                found=str(settings[key]),
+            )
+    return settings
 
 
 def _value(strategy: str, key: str, text: str, kind: type) -> Any:

@@ -106,6 +106,15 @@ def make_plan(
         "kv_cache_bytes_per_token": sum(holder.cache_bytes_per_token() for holder in holders),
         "state_bytes_per_request": sum(holder.state_bytes() for holder in holders),
     }
+    draft = None if prepared.draft is None else make_plan(prepared.draft)
+    if draft is not None:
+        # The second model is loaded when the first one is.
+        totals["peak_load_bytes"] = max(
+            totals["peak_load_bytes"], weight_bytes + draft.totals["peak_load_bytes"]
+        )
+        weight_bytes += draft.totals["weight_bytes"]
+        totals["weight_bytes"] = weight_bytes
+        totals["kv_cache_bytes_per_token"] += draft.totals["kv_cache_bytes_per_token"]
     cache = {}
     if prepared.model.why_no_text is None:
         size = choose_cache_size(
@@ -163,8 +172,30 @@ def make_plan(
             "name": prepared.model.strategy.name,
             "settings": dict(prepared.model.strategy.settings),
             "sources": dict(prepared.model.strategy.sources),
+            **({} if draft is None else {"draft": _describe_draft(draft)}),
         },
     )
+
+
+def _describe_draft(plan: Plan) -> dict[str, Any]:
+    """Say what the second model of draft_model is, takes, and runs."""
+    return {
+        "model": plan.model,
+        "model_type": plan.model_type,
+        "dtype": plan.dtype,
+        "weight_bytes": plan.totals["weight_bytes"],
+        "kv_cache_bytes_per_token": plan.totals["kv_cache_bytes_per_token"],
+        "layers": [
+            {
+                "kind": first.kind,
+                "method": first.method_detail,
+                "kernel": first.kernel,
+                "count": len(names),
+            }
+            for first, names in plan.groups()
+        ],
+        "notes": plan.notes,
+    }
 
 
 def _free_beside(weight_bytes: int, device: str) -> int | None:

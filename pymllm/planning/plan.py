@@ -166,4 +166,14 @@ class Plan:
             lines.append(f"  {self.describe_cache()}")
         if self.strategy.get("name", "autoregressive") != "autoregressive":
             lines.append(f"  decoding by {self.describe_strategy()}")
+        if "draft" in self.strategy:
+            draft = self.strategy["draft"]
+            lines.append(
+                f"  drafts by {draft['model']} ({draft['model_type']}, {draft['dtype']}): of the totals, weights "
+                f"{draft['weight_bytes'] / 1e6:.1f} MB, KV cache {draft['kv_cache_bytes_per_token']} bytes a token"
+            )
+            lines += [
+                f"    {group['count']:4d} x {group['kind']:<9} {group['method']} -> {group['kernel']}"
+                for group in draft["layers"]
+            ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -158,6 +158,26 @@ class Matcher:
         """Take a token that was allowed.  RequestError for another one."""
         self._automaton.consume_token(token)
         self._check()
+
+    def look_ahead(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Follow tokens that may come, without taking them.
+
+        Returns which tokens may come next, [V] bool each: now, and after each of the tokens up to the first that is not
+        allowed, or after which nothing but the end may come. It is empty where the grammar became too complex.
+        """
+        ahead, masks = Matcher(self._automaton.deep_copy(), self._vocabulary, self._kind), []
+        try:
+            masks.append(ahead.allowed())
+            for token in tokens:
+                if token >= self._vocabulary or not masks[-1][token]:
+                    break
+                ahead.accept(token)
+                if ahead.complete:
+                    break
+                masks.append(ahead.allowed())
+        except RequestError:
+            pass  # the answer may never come this way
+        return masks
 
     @property
     def complete(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pymllm.engine.strategies.autoregressive import Autoregressive
 from pymllm.engine.strategies.base import DecodingStrategy
 from pymllm.engine.strategies.block_diffusion import BlockDiffusionStrategy
+from pymllm.engine.strategies.draft_model import DraftModel
+from pymllm.engine.strategies.prompt_lookup import PromptLookup
 from pymllm.models.strategy import Strategy
 
 __all__ = ["Autoregressive", "BlockDiffusionStrategy", "DecodingStrategy", "make_strategy"]
@@ -12,4 +14,12 @@ __all__ = ["Autoregressive", "BlockDiffusionStrategy", "DecodingStrategy", "make
 
 def make_strategy(chosen: Strategy) -> DecodingStrategy:
     """Make the strategy that was chosen for a model."""
-    return BlockDiffusionStrategy(chosen) if chosen.name == "block_diffusion" else Autoregressive()
+    settings = chosen.settings
+    if chosen.name == "block_diffusion":
+        return BlockDiffusionStrategy(chosen)
+    if chosen.name == "prompt_lookup":
+        return PromptLookup(settings["drafts"], settings["longest"], settings["shortest"])
+    if chosen.name == "draft_model":
+        assert chosen.draft is not None
+        return DraftModel(settings["drafts"], chosen.draft)
+    return Autoregressive()

@@ -1,7 +1,8 @@
 """The contract of decoding strategies: all that the scheduler, the engine and the runner ask, and never more.
 
-A request's way through a step: the scheduler asks whether it reads (`is_reading`) and how many positions need pages
-(`reach`), and has its run planned (`plan_run`); the runner runs it; `end_run` says what of it is final in the cache;
+A request's way through a step: the scheduler asks whether it reads (`is_reading`), announces those that do not together
+(`look_ahead`), asks how many positions need pages (`reach`), announces those that got them (`draft`), and has each run
+planned (`plan_run`); the runner runs it; `end_run` says what of it is final in the cache;
 `choose` makes something of the logits that the run asked for, for all requests of the step at a time; `accept` takes
 that into the request.
 """
@@ -11,18 +12,25 @@ that into the request.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from pymllm.engine.choosing import no_numbers, nothing_left
+from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import RequestError
 from pymllm.kernels.sampling import SamplingKernel
 from pymllm.layers.step import AttnMetaDataBase
+from pymllm.models.language_model import LanguageModel
+from pymllm.parallel import Parallel
+
+# Runs the planned tokens of requests, and returns the logits [N, V] that they ask for; it is made for a model.
+StepRunner = Callable[[list[Request]], Tensor]
+Beside = Callable[[LanguageModel], StepRunner]
 
 # What a request has that asks for nothing in particular.
 DEFAULTS = {setting.name: setting.default for setting in fields(SamplingParams) if setting.init}
@@ -63,8 +71,22 @@ class DecodingStrategy(ABC):
                     fix="Leave it out.",
                 )
 
+    def open(  # noqa: B027
+        self, model: LanguageModel, cache: PagedKVCache, parallel: Parallel, beside: Beside
+    ) -> None:
+        """Make what the strategy needs beside the engine's model and its cache, before the first step.
+
+        beside: makes what runs another model, whose keys and values lie in pages of the same numbers.
+        """
+
     def begin(self, request: Request) -> None:  # noqa: B027
         """Make the strategy's own state of a new request."""
+
+    def look_ahead(self, requests: Sequence[Request]) -> None:  # noqa: B027
+        """Decide how far the next runs of these requests may reach; they read nothing, and may lack the pages yet."""
+
+    def draft(self, requests: Sequence[Request]) -> None:  # noqa: B027
+        """Get ready the tokens of the next runs of these requests, which have their pages now."""
 
     @abstractmethod
     def is_reading(self, request: Request) -> bool:
