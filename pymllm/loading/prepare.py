@@ -145,7 +145,8 @@ def prepare(
         error.args = (str(error),)
         raise
     model.strategy = decoded
-    refuse_strategy(model)
+    if strategy is not None or model.why_no_text is None:
+        refuse_strategy(model)
     config.refuse_ignored()
     rules.lint(model.unreached)
     units, records, skipped = match(model, rules, checkpoint, head.equal)

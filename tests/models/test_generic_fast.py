@@ -105,7 +105,7 @@ def test_decoding_steps_are_played_from_a_tape(tmp_path, family, dtype):
     found = answers(llm, PROMPTS, greedy(20))
     assert [answer[:2] for answer in found] == expected
     batches = llm.engine.runner._decoding
-    assert batches[3, torch.get_num_threads()].replay is not None
+    assert batches[3, 1, torch.get_num_threads()].replay is not None
     assert llm.engine.runner.eager_reason is None
 
 
