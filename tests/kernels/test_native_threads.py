@@ -92,6 +92,7 @@ def test_python_ends_while_daemon_threads_are_in_kernels():
         "begun = threading.Barrier(4)\n"
         "arguments = (a.data_ptr(), b.data_ptr(), BF16, b.numel(), _native.isa_code(''), 2)\n"
         "def work():\n"
+        "    held = _native.Tape()\n"
         "    begun.wait()\n"
         "    while True:\n"
         "        _native.widen(*arguments)\n"
@@ -99,7 +100,7 @@ def test_python_ends_while_daemon_threads_are_in_kernels():
         "    threading.Thread(target=work, daemon=True).start()\n"
         "begun.wait()\n"
     )
-    python("-c", code, check=True)
+    assert "leaked" not in python("-c", code, check=True).stderr
 
 
 @needs_native

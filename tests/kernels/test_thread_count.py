@@ -49,7 +49,9 @@ def test_a_variable_decides_over_the_quota(variable, monkeypatch, caplog):
     assert thread_count.describe_threads() == {"count": 8, "cpu_quota": 1.0, "chosen_by": variable}
 
 
-@pytest.mark.parametrize(("value", "chooses"), (("4,2", True), (" +8 ", True), ("0", False), ("many", False), ("", False)))
+@pytest.mark.parametrize(
+    ("value", "chooses"), (("4,2", True), (" +8 ", True), ("0", False), ("many", False), ("", False))
+)
 def test_only_a_number_of_threads_is_a_choice(value, chooses, monkeypatch):
     """libgomp calls 0 and words invalid, and torch takes all cores."""
     allow(monkeypatch, 2.0)

@@ -22,7 +22,9 @@ logger = logging.getLogger("pymllm")
 
 # Variables that choose torch's count before it starts.
 CHOOSERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_CHOICE = re.compile(r"\s*\+?0*[1-9][0-9]*\s*(,.*)?")  # "4", or "4,2" for teams inside teams; torch passes over others
+_CHOICE = re.compile(
+    r"\s*\+?0*[1-9][0-9]*\s*(,.*)?"
+)  # "4", or "4,2" for teams inside teams; torch passes over others
 
 
 def lower_to_quota() -> int | None:
