@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "isa.h"
+#include "released.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -65,7 +66,7 @@ void store_kv_(std::uintptr_t x, int type, std::int64_t x_stride, std::uintptr_t
 } // namespace
 
 void register_attention(nb::module_ &m) {
-  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  const auto released = nb::call_guard<Released>();
   m.def("attention", &Recorded<&attention_>::call, released, "See kernels/attention.h.");
   m.def("store_kv", &Recorded<&store_kv_>::call, released, "See kernels/attention.h.");
 }

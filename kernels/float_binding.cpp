@@ -9,6 +9,7 @@
 #include "float_linear.h"
 #include "isa.h"
 #include "pointwise.h"
+#include "released.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -81,7 +82,7 @@ void pointwise_(int operation, std::uintptr_t x, std::uintptr_t y, std::uintptr_
 } // namespace
 
 void register_float(nb::module_ &m) {
-  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  const auto released = nb::call_guard<Released>();
   m.def("float_linear", &Recorded<&linear>::call, released, "See kernels/float_linear.h.");
   m.def("rms_norm", &Recorded<&rms_norm_>::call, released, "See kernels/elementwise.h.");
   m.def("silu_and_mul", &Recorded<&silu_and_mul_>::call, released, "See kernels/elementwise.h.");

@@ -11,6 +11,7 @@
 #include "integer.h"
 #include "integer_experts.h"
 #include "roofline.h"
+#include "released.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -126,7 +127,7 @@ void roofline_pages(std::uintptr_t data, std::int64_t bytes, bool huge) {
 } // namespace
 
 void register_integer(nb::module_ &m) {
-  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  const auto released = nb::call_guard<Released>();
   m.def("isa_code",
         [](const std::string &name) { return static_cast<int>(name.empty() ? chosen_isa() : isa_named(name)); },
         "The number of a kernel path, of the chosen one for an empty name; ValueError if this CPU cannot run it.");

@@ -49,6 +49,10 @@ nb::dict probe() {
 
 NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of pymllm. Use them through pymllm.kernels.native.extension.";
+#if !defined(__SANITIZE_ADDRESS__)
+  // What lives at the end of a process is no leak: a daemon thread never lets go of the tape that it plays.
+  nb::set_leak_warnings(false);
+#endif
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
   pymllm::register_attention(m);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "released.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -92,7 +93,7 @@ void causal_conv_(Address x, Size x_stride, int type, Address weight, int weight
 } // namespace
 
 void register_recurrence(nb::module_ &m) {
-  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  const auto released = nb::call_guard<Released>();
   m.def("gated_delta", &Recorded<&gated_delta_>::call, released, "See kernels/recurrence.h.");
   m.def("mamba2_scan", &Recorded<&mamba2_scan_>::call, released, "See kernels/recurrence.h.");
   m.def("causal_conv", &Recorded<&causal_conv_>::call, released, "See kernels/recurrence.h.");

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "released.h"
 #include "sampling.h"
 
 namespace nb = nanobind;
@@ -60,7 +61,7 @@ void log_probabilities_(std::uintptr_t logits, std::int64_t rows, std::int64_t v
 } // namespace
 
 void register_sampling(nb::module_ &m) {
-  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  const auto released = nb::call_guard<Released>();
   m.def("sample_tokens", &sample_tokens, released, "See kernels/sampling.h.");
   m.def("log_probabilities", &log_probabilities_, released, "See kernels/sampling.h.");
 }

@@ -3,6 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include "released.h"
+
 namespace nb = nanobind;
 
 namespace pymllm {
@@ -20,7 +22,7 @@ void register_tape(nb::module_ &m) {
         if (recording() == &tape) recording() = nullptr;
       })
       .def("__len__", &Tape::length)
-      .def("play", &Tape::play, nb::call_guard<nb::gil_scoped_release>(), nb::arg("begin"), nb::arg("end"));
+      .def("play", &Tape::play, nb::call_guard<Released>(), nb::arg("begin"), nb::arg("end"));
 }
 
 } // namespace pymllm

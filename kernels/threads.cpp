@@ -4,7 +4,6 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -42,6 +41,10 @@ constexpr std::int64_t kBytesWorthWaking = 8 << 20, kMostWorthWaking = 64 << 20;
 // many times the last wait: beside one busy process, two threads on two cores were 0.81 as fast as one without this.
 constexpr int kCautious = 8, kTolerance = 10;
 constexpr std::chrono::microseconds kLongWait{100}, kTolerable{4000};
+
+// Loops are numbered with the 31 bits that an invitation has, from near the last: every program goes over the end, which
+// one that decodes reaches after a day.
+constexpr std::uint32_t kLastLoop = 0x7fffffff, kFirstLoop = kLastLoop - 300;
 
 // Pieces [begin, end) that nobody has claimed, of the loop with this number: one word, so that a claim is one exchange,
 // and a thread that comes late cannot claim from another loop than the one that it was invited to.
@@ -124,7 +127,7 @@ private:
         // Detached: they sleep to the end of the process, and the pool is never freed (see the_pool).
         std::thread(&Pool::serve, this, hired_ + 1).detach();
         ++hired_;
-      } catch (const std::system_error &) {
+      } catch (const std::exception &) { // no thread, or no memory for one
         refused_ = true;
       }
     }
@@ -160,7 +163,7 @@ private:
     }
     team_.store(team, std::memory_order_relaxed);
     pending_.value.store(static_cast<std::uint32_t>(pieces_), std::memory_order_relaxed);
-    ++loop_;
+    loop_ = (loop_ + 1) & kLastLoop;
     for (int i = 0; i < team; ++i) {
       const Share share{loop_, static_cast<std::uint32_t>(pieces_ * i / team),
                         static_cast<std::uint32_t>(pieces_ * (i + 1) / team)};
@@ -254,7 +257,7 @@ private:
   int most_ = kMostThreads; // in a team, until raise_at_
   Clock::time_point raise_at_{}, last_wait_{};
   Clock::duration hold_{}, lost_{};
-  std::uint32_t loop_ = 0;
+  std::uint32_t loop_ = kFirstLoop;
   Loop now_{};
   std::int64_t pieces_ = 0;
 

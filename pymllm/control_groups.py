@@ -7,10 +7,13 @@ limited; version 1 has one for each controller ("memory", "cpu"). https://docs.k
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
+
+_MICROSECONDS = re.compile("0*[1-9][0-9]{0,17}")  # at least 1, and no more than the kernel's 64 bits
 
 
 def group_folders(controller: str, process: Path = PROCESS) -> list[Path]:
@@ -34,11 +37,13 @@ def group_folders(controller: str, process: Path = PROCESS) -> list[Path]:
         root, top = (_unescaped(field) for field in fields[3:5])
         # A container may see its group as the root of what is mounted, while the path is the host's.
         path = paths.get(names, root)
-        inside = path.removeprefix(root.rstrip("/")) if path.startswith(root) else ""
+        above = root.rstrip("/")
+        inside = path.removeprefix(above) if f"{path}/".startswith(f"{above}/") else ""
         parts = [part for part in inside.split("/") if part]
         parts = [] if ".." in parts else parts
         folders += [Path(top, *parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return [folder for folder in folders if folder.is_dir()]
+    # Path.is_dir raises where a folder above may not be entered.
+    return [folder for folder in folders if os.path.isdir(folder)]
 
 
 def cpu_quota(process: Path = PROCESS) -> float | None:
@@ -50,7 +55,7 @@ def cpu_quota(process: Path = PROCESS) -> float | None:
         )  # "150000 100000": microseconds of a period; or "max 100000"
         two_files = " ".join(" ".join(_lines(folder / f"cpu.cfs_{part}_us")) for part in ("quota", "period"))
         for words in (one_file.split(), two_files.split()):
-            if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):  # -1 is no limit
+            if len(words) == 2 and all(map(_MICROSECONDS.fullmatch, words)):  # -1 is no limit
                 quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
@@ -63,7 +68,7 @@ def whole_cpus(quota: float) -> int:
 def _lines(file: Path) -> list[str]:
     try:
         return file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # ValueError: no text, or no name that a file can have
         return []
 
 

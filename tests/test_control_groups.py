@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,6 +97,17 @@ CASES = {
         {"groups/cpu.max": "a lot\n", "odd/cpu.max": "0 0"},
         None,
     ),
+    "a neighbour whose name begins like the root": (
+        "0::/box2/a\n",
+        {"/box, groups": "cgroup2 cgroup2 rw"},
+        {"groups/cpu.max": "200000 100000\n", "groups/2/a/cpu.max": "1000 100000\n"},
+        2,
+    ),
+    "digits that are no number": ("0::/\n", SECOND, {"groups/cpu.max": "\u00b200 100000\n"}, None),
+    "a number of no machine": ("0::/\n", SECOND, {"groups/cpu.max": f"{'9' * 5000} 100000\n"}, None),
+    "a number of no CPU": ("0::/\n", SECOND, {"groups/cpu.max": f"{'9' * 400} 100000\n"}, None),
+    "one number of two": ("0::/\n", SECOND, {"groups/cpu.max": "150000\n"}, None),
+    "a name that no file can have": (f"0::/{'x' * 5000}\n", SECOND, {"groups/cpu.max": "7 2\n"}, 3.5),
     "no groups": ("", {}, {}, None),
 }
 
@@ -111,6 +123,19 @@ def test_controllers_have_folders_of_their_own_the_process_own_group_first(tmp_p
     where = process(tmp_path, "4:memory:/a/b\n3:cpu,cpuacct:/c\n", FIRST, files)
     assert group_folders("memory", where) == [tmp_path / "memory" / name for name in ("a/b", "a", "")]
     assert group_folders("cpu", where) == [tmp_path / "cpu" / "c", tmp_path / "cpu"]
+
+
+def test_a_folder_that_may_not_be_entered_is_passed_over(tmp_path, monkeypatch):
+    where = process(tmp_path, "0::/a\n", SECOND, {"groups/a/cpu.max": "7 2\n", "groups/cpu.max": "9 2\n"})
+    stat = os.stat
+
+    def refuse(path, *args, **options):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert cpu_quota(where) == 4.5
 
 
 def test_a_system_without_groups_has_none(tmp_path):

@@ -276,6 +276,8 @@ def test_tensors_that_do_not_fit_are_refused_before_any_address_is_read():
     for change in (
         {"page_tables": torch.full((1, 3), 99, dtype=torch.int32)},
         {"page_tables": torch.tensor([[-1, 0, 0]], dtype=torch.int32)},
+        {"page_tables": torch.zeros((0, 3), dtype=torch.int32)},
+        {"page_tables": torch.zeros(3, dtype=torch.int32)},
         {"context_lens": torch.tensor([100], dtype=torch.int32)},
         {"context_lens": torch.tensor([1], dtype=torch.int32)},
         {"cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32)},
@@ -293,6 +295,13 @@ def test_tensors_that_do_not_fit_are_refused_before_any_address_is_read():
     case.q = case.q.half()
     with pytest.raises(ValueError, match="q must be"):
         run(case)
+    for requests, shorter in (([(0, 5)], "k"), ([(0, 5)], "v"), ([(30, 5)], None)):
+        case = make_case(problem, requests)
+        case.cache = None
+        if shorter is not None:
+            setattr(case, shorter, getattr(case, shorter)[:4])
+        with pytest.raises(ValueError, match="without a cache"):
+            run(case)
     case = make_case(problem, [(30, 5)])
     case.step.slot_mapping = torch.tensor([0, 1, 2, 3, 10**6])
     with pytest.raises(ValueError, match="slot_mapping"):

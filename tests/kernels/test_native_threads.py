@@ -86,6 +86,24 @@ def test_python_ends_though_the_pool_has_threads():
 
 
 @needs_native
+def test_python_ends_while_daemon_threads_are_in_kernels():
+    code = SETUP.format(threads=2) + (
+        "import threading\n"
+        "begun = threading.Barrier(4)\n"
+        "arguments = (a.data_ptr(), b.data_ptr(), BF16, b.numel(), _native.isa_code(''), 2)\n"
+        "def work():\n"
+        "    held = _native.Tape()\n"
+        "    begun.wait()\n"
+        "    while True:\n"
+        "        _native.widen(*arguments)\n"
+        "for _ in range(3):\n"
+        "    threading.Thread(target=work, daemon=True).start()\n"
+        "begun.wait()\n"
+    )
+    assert "leaked" not in python("-c", code, check=True).stderr
+
+
+@needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="looks in /proc")
 def test_the_kernels_need_no_openmp():
     code = "from pymllm import _native\nprint([line for line in open('/proc/self/maps') if 'omp.' in line])"

@@ -49,6 +49,18 @@ def test_a_variable_decides_over_the_quota(variable, monkeypatch, caplog):
     assert thread_count.describe_threads() == {"count": 8, "cpu_quota": 1.0, "chosen_by": variable}
 
 
+@pytest.mark.parametrize(
+    ("value", "chooses"), (("4,2", True), (" +8 ", True), ("0", False), ("many", False), ("", False))
+)
+def test_only_a_number_of_threads_is_a_choice(value, chooses, monkeypatch):
+    """libgomp calls 0 and words invalid, and torch takes all cores."""
+    allow(monkeypatch, 2.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    chosen_by = thread_count.describe_threads()["chosen_by"]
+    assert chosen_by == ("OMP_NUM_THREADS" if chooses else "cpu quota")
+    assert thread_count.lower_to_quota() == (None if chooses else 2)
+
+
 def test_a_number_that_the_program_chose_stays(monkeypatch, torch_threads):
     allow(monkeypatch, 1.0)
     torch_threads(5)  # torch itself takes 8 or 16

@@ -67,10 +67,16 @@ class NativeAttention:
         if cache is None:
             if k.dtype is not problem.dtype or v.dtype is not problem.dtype:
                 raise ValueError(f"k and v must be {problem.dtype}, not {k.dtype} and {v.dtype}")
+            for new, size in ((k, head_dim), (v, value_dim)):
+                if new.shape != (tokens, problem.num_kv_heads, size) or not new.is_cpu:
+                    raise ValueError(
+                        f"without a cache, k and v must be [{tokens}, {problem.num_kv_heads}, {head_dim} and "
+                        f"{value_dim}] on the CPU, not {list(k.shape)} and {list(v.shape)} on {new.device}"
+                    )
             keys, values = _heads_adjoining(k), _heads_adjoining(v)
             k_stride, v_stride = keys.stride(0), values.stride(0)
             k_scales, v_scales, scale_stride = 0, 0, 0
-            pages = _NO_PAGES
+            pages = step.checked("native lengths without pages", lambda: _no_pages(step))
         else:
             keys, values = cache.k, cache.v
             k_stride, v_stride = problem.num_kv_heads * head_dim, problem.num_kv_heads * value_dim
@@ -168,7 +174,6 @@ class NativeKVStore:
 
 MAX_CODED_HEAD = 256  # kStrip in kernels/strips.h
 LONGEST = 2**31  # no request has so many tokens: lengths are int32
-_NO_PAGES: tuple[int, int, int, Tensor | None] = (0, 0, 1, None)
 
 
 def _heads_adjoining(x: Tensor) -> Tensor:
@@ -191,11 +196,24 @@ def _scales(cache: PagedKV) -> tuple[int, int, int]:
 # Each result holds the addresses, and the tensors that keep them alive.
 
 
+def _no_pages(step: AttentionStep) -> tuple[int, int, int, Tensor | None]:
+    assert step.cu_seqlens_q is not None and step.context_lens is not None
+    counts, lengths = step.cu_seqlens_q.diff(), step.context_lens
+    if counts.shape != lengths.shape or bool((counts != lengths).any()):
+        raise ValueError(
+            "without a cache, context_lens must be the numbers of new tokens (cu_seqlens_q): "
+            f"{counts.tolist()}, not {lengths.tolist()}"
+        )
+    return 0, 0, 1, None
+
+
 def _pages(step: AttentionStep, cache: PagedKV) -> tuple[int, int, int, Tensor | None]:
     assert step.page_tables is not None and step.context_lens is not None
     table = step.page_tables.to("cpu", torch.int32).contiguous()
     pages, size = cache.k.shape[:2]
     lengths = step.context_lens
+    if table.ndim != 2 or len(table) < lengths.numel():
+        raise ValueError(f"page_tables must be [{lengths.numel()}, pages], not {list(table.shape)}")
     if table.numel() and (int(table.min()) < 0 or int(table.max()) >= pages):
         raise ValueError(
             f"page_tables must name pages from 0 to {pages - 1}, not {int(table.min())} to {int(table.max())}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ logger = logging.getLogger("pymllm")
 
 # Variables that choose torch's count before it starts.
 CHOOSERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_CHOICE = re.compile(
+    r"\s*\+?0*[1-9][0-9]*\s*(,.*)?"
+)  # "4", or "4,2" for teams inside teams; torch passes over others
 
 
 def lower_to_quota() -> int | None:
@@ -51,13 +55,17 @@ def lower_to_quota_once() -> None:
 def describe_threads() -> dict[str, Any]:
     """Tell how many threads a model loaded now would run on, the quota in CPUs, and what chose the number."""
     quota, threads = cpu_quota(), torch.get_num_threads()
-    variable = next((name for name in CHOOSERS if os.environ.get(name)), None)
     limited = quota is not None and whole_cpus(quota) < threads and not _chosen(threads)
     return {
         "count": whole_cpus(quota) if limited and quota is not None else threads,
         "cpu_quota": quota,
-        "chosen_by": variable or ("cpu quota" if limited else "torch"),
+        "chosen_by": _chooser() or ("cpu quota" if limited else "torch"),
     }
+
+
+def _chooser() -> str | None:
+    """Name the variable that chooses torch's count, if any does."""
+    return next((name for name in CHOOSERS if _CHOICE.fullmatch(os.environ.get(name, ""))), None)
 
 
 def _chosen(threads: int) -> bool:
@@ -66,7 +74,7 @@ def _chosen(threads: int) -> bool:
         cpu = probe()
     except ValueError:  # PYMLLM_CPU_ISA is wrong, which others report
         return False
-    return any(os.environ.get(name) for name in CHOOSERS) or threads not in (
+    return _chooser() is not None or threads not in (
         cpu.physical_cores,
         cpu.logical_cpus,
         os.cpu_count(),

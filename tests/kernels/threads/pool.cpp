@@ -104,6 +104,23 @@ void check_several_callers() {
   for (std::thread &caller : callers) caller.join();
 }
 
+// The pool does not end up with the caller alone: not after thousands of loops, whose numbers begin anew meanwhile.
+void check_others_take_part() {
+  int helped = 0;
+  for (int turn = 0; turn < 1000; ++turn) {
+    std::atomic<bool> other{false};
+    parallel_for(
+        2, 2,
+        [&](std::int64_t, std::int64_t, int thread) {
+          if (thread > 0) other = true;
+          for (int i = 0; i < 1000 && !other; ++i) std::this_thread::yield();
+        },
+        1);
+    helped += other;
+  }
+  expect(helped > 0, "no thread but the caller's took part");
+}
+
 // Both sides of a fork go on, also while another thread is in a loop.
 void check_fork() {
 #if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_THREAD__) // which follows no threads into a child
@@ -141,6 +158,7 @@ int main() {
     check_loops_inside_loops(threads);
   }
   check_several_callers();
+  check_others_take_part();
   check_fork();
   std::puts("pool: well");
   return 0;
