@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import threading
 
 import pytest
 
@@ -14,6 +16,7 @@ from pymllm.server import batch_file
 from pymllm.server.batch_file import BatchFile, count_lines, open_output, read_lines, recover
 from pymllm.server.service import Service
 from tests.cli.commands import assert_one_error
+from tests.processes import SECONDS
 
 PLAIN = {"prompt": "import os\n", "max_tokens": 5, "temperature": 0}
 
@@ -206,6 +209,16 @@ def test_the_command_answers_resumes_and_says_what_it_did(tmp_path, capsys):
     assert "0 answered, 1 failed, 2 done before" in capsys.readouterr().err
     assert target.read_bytes().startswith(first)
     assert json.loads(target.read_bytes().splitlines()[-1])["response"]["status_code"] == 404
+
+
+def test_a_pipe_is_answered_like_a_file(tmp_path, capsys):
+    source, target = tmp_path / "pipe", tmp_path / "out.jsonl"
+    os.mkfifo(source)
+    writer = threading.Thread(target=source.write_bytes, args=[lines_of(framed("a"), PLAIN)])
+    writer.start()
+    assert main(["batch", str(source), str(target), "--progress", "on"]) == 0
+    writer.join(SECONDS)
+    assert "2 answered" in capsys.readouterr().err and len(target.read_bytes().splitlines()) == 2
 
 
 def test_files_that_cannot_be_are_named(tmp_path, capsys):

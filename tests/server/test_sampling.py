@@ -84,6 +84,8 @@ def test_log_probabilities_of_the_prompt(client, llm):
         assert written[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob)
         assert written[str(entry.top[0][0])]["rank"] == 1
         assert {int(token) for token in written} == {entry.token_id, *(token for token, _ in entry.top)}
+    both = complete(client, **settings, n=2, prompt_logprobs=2).choices
+    assert [one.model_dump()["prompt_logprobs"] == choice["prompt_logprobs"] for one in both] == [True, True]
     chat = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=1, extra_body={"prompt_logprobs": 0}
     )
