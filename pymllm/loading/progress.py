@@ -13,8 +13,8 @@ def progress_bar(
 ) -> Iterator[Callable[[int], object]]:
     """Show a bar over `total` bytes.  Yields a function that takes the number of bytes just done.
 
-    doing: the word before the bar.  total: None where nobody knows it.  show: whether to; None: only where standard error is a terminal.
-    unit: what is counted in place of bytes.
+    doing: the word before the bar.  show: whether to; None: only where standard error is a terminal.
+    total: None where nobody knows it.  unit: what is counted in place of bytes.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda nbytes: None
