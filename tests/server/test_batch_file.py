@@ -188,6 +188,21 @@ def test_a_file_that_is_no_output_is_left_alone(tmp_path, content):
     assert file.read_bytes() == content
 
 
+def test_an_id_that_looks_like_the_number_of_a_bad_line_is_still_answered(llm, tmp_path):
+    """Ids that count from 0, and an output that had the bad line's error alone."""
+    text = lines_of(
+        framed("line-0"), b"no json\n", framed("line-2"), b"[]\n", framed("line-4"), {"prompt": 5}
+    )
+    _, _, errors = answer(llm, b"\nno json\n\n[]\n")
+    target = tmp_path / "out"
+    target.write_bytes(errors)
+    with open_output(target) as file:
+        done = recover(file, str(target))
+    found, counts, _ = answer(llm, text, done)
+    assert set(found) == {"line-0", "line-2", "line-4", "line-6"}
+    assert (counts.answered, counts.failed, counts.skipped) == (3, 1, 2)
+
+
 @pytest.mark.parametrize("text", [b"", b"a\n", b"a", b"a\n\nb", b"\n" * 3])
 def test_lines_are_counted_as_they_are_read(tmp_path, text):
     file = tmp_path / "in"
