@@ -178,7 +178,8 @@ def test_an_output_goes_on_where_it_was_interrupted(llm, tmp_path, cut):
 
 
 @pytest.mark.parametrize(
-    "content", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"\n", b'[1]\n{"id": "batch_req_', b"\xff\xfe"]
+    "content",
+    [b"my notes", b"my notes\n", b'{"a": 1}\n', b"\n", b'[1]\n{"id": "batch_req_', b"\xff\xfe", b"[" * 99999],
 )
 def test_a_file_that_is_no_output_is_left_alone(tmp_path, content):
     file = tmp_path / "notes"
