@@ -335,7 +335,8 @@ class LLM:
         outputs: records every step, for metrics and trajectories, one an answer: `GenerationOutputs` of the sum of n.
         """
         self.model.check_generates()
-        asked = ask(as_prompts(prompts), params or self.default_params(), adapter, self.encode)
+        params = self.default_params() if params is None else params
+        asked = ask(as_prompts(prompts), params, adapter, self.encode)
         check_record(outputs, asked)
         pieces = ((place, piece.index, piece.output) for place, piece in self._run(asked, outputs))
         return gather({(place, index): output for place, index, output in pieces if output is not None})
@@ -367,7 +368,8 @@ class LLM:
         """Answer several prompts at a time, piece by piece, each with the index of its prompt; else as `stream`."""
         self.model.check_generates()
         # Here, so that a bad one fails at once, not at the first piece.
-        asked = ask(prompts, params or self.default_params(), self.check_adapter(adapter), self.encode)
+        params = self.default_params() if params is None else params
+        asked = ask(prompts, params, self.check_adapter(adapter), self.encode)
         check_record(outputs, asked)
         return self._run(asked, outputs)
 

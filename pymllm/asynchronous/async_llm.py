@@ -160,10 +160,7 @@ class AsyncLLM:
         """
         self._closing = True
         if abort:
-            error = _closed("the model was closed before the answer was there")
-            self._worker.places.refuse_waiting(error)
-            for generation in list(self._worker.live):
-                generation.abort(error)
+            self._worker.refuse(_closed("the model was closed before the answer was there"))
         while self._open:
             done = asyncio.get_running_loop().create_future()
             self._done.append(done)
@@ -202,7 +199,7 @@ class AsyncLLM:
     ) -> list[Asked]:
         """Read a call's arguments, off the event loop, and have its grammars compiled."""
         self.llm.model.check_generates()
-        params = params or self.llm.default_params()
+        params = self.llm.default_params() if params is None else params
         asked = await asyncio.to_thread(ask, prompts, params, adapter, self.llm.encode)
         for one in asked:
             self.llm.check_adapter(one.adapter)
@@ -211,6 +208,7 @@ class AsyncLLM:
 
     async def _begin(self, asked: Sequence[Asked]) -> contextlib.closing[Generation]:
         """Wait for places in the line, and start to make answers; they are aborted at the end of a `with` block."""
+        self._worker.check_open()
         await self._worker.places.wait(len(asked))
         return contextlib.closing(self._worker.begin(asked))
 

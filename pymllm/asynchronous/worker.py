@@ -37,7 +37,7 @@ class Worker:
     """The thread that runs one model.
 
     max_running: how many prompts are answered together.  max_waiting: how many more may wait.
-    places: the line.  live: the generations that have not ended.
+    places: the line.  live: the generations that have not ended.  refusal: what new work raises; None: it is taken.
     """
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
@@ -46,6 +46,7 @@ class Worker:
             llm.engine.scheduler.max_requests = max_running
         self.places = Places(max_running + max_waiting)
         self.live: set[Generation] = set()
+        self.refusal: Exception | None = None
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, "generation")
@@ -67,6 +68,9 @@ class Worker:
 
     def begin(self, asked: Sequence[Asked]) -> Generation:
         """Start to make answers whose places have been taken."""
+        if self.refusal is not None:
+            self.places.give_back(len(asked))
+        self.check_open()
         generation = Generation(self, asked)
         self.live.add(generation)
         self._arrived.put(generation)
@@ -92,13 +96,29 @@ class Worker:
         """Make the vectors of texts, [N, D] a batch; the batches take turns with the steps of others' answers."""
         embedder = self.llm.embedder
         batches = embedder.batches(inputs)
-        return [await self.call(functools.partial(embedder.run, batch, options)) for batch in batches]
+        vectors = []
+        for batch in batches:
+            self.check_open()
+            vectors.append(await self.call(functools.partial(embedder.run, batch, options)))
+        return vectors
 
     async def compile(self, params: SamplingParams) -> None:
         """Have the grammar of an answer compiled and kept: neither the step's thread nor other requests wait for it."""
         if params.follows is not None:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._compilers, self.llm.grammars.start, params.follows)
+
+    def refuse(self, error: Exception) -> None:
+        """Have all work that is under way, that waits, or that is still to come raise this error."""
+        self.refusal = error
+        self.places.refuse_waiting(error)
+        for generation in list(self.live):
+            generation.abort(error)
+
+    def check_open(self) -> None:
+        """Raise what new work raises, if anything."""
+        if self.refusal is not None:
+            raise self.refusal
 
     def shut_down(self) -> None:
         """Let the threads end once they have nothing left to do."""

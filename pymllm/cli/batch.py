@@ -109,9 +109,11 @@ def execute(args: argparse.Namespace) -> int:
     # The output is opened before the model loads, so that what is wrong with it shows at once.
     with _open_input(args.source) as source, open_output(args.target) as target:
         done = recover(target, str(args.target))
+        # A pipe is read once.
+        total = count_lines(args.source) if args.source.is_file() else None
         service = _load(args, show)
         try:
-            with progress_bar("batch", count_lines(args.source), show, "line") as tell:
+            with progress_bar("batch", total, show, "line") as tell:
                 counts = asyncio.run(_run(service, args.max_running, source, target, done, tell))
         except KeyboardInterrupt:
             say(f"Interrupted. {args.target} has what is done; the same command goes on from there.")

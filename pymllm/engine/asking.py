@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,8 @@ def ask(
 ) -> list[Asked]:
     """Spread a call over its answers, those of one prompt side by side.
 
-    params, adapter: one for all prompts, or one each.  RequestError if these are neither one nor as many as prompts.
+    params, adapter: one for all prompts, or one each.  RequestError if these are neither one nor as many as prompts, or
+    params are something else.
     """
     each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
     names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
@@ -49,6 +51,15 @@ def ask(
                 expected=str(len(prompts)),
                 found=str(len(given)),
             )
+    wrong = [one for one in each if not isinstance(one, SamplingParams)]
+    if wrong:
+        raise RequestError(
+            "params are no SamplingParams",
+            code="parameter",
+            tensor="params",
+            expected="SamplingParams(...)",
+            found=reprlib.repr(wrong[0]),
+        )
     encoded = [encode(prompt) for prompt in prompts]
     return [
         Asked(ids, p.of_answer(index), name, place, index)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(
-    doing: str, total: int, show: bool | None, unit: str = "B"
+    doing: str, total: int | None, show: bool | None, unit: str = "B"
 ) -> Iterator[Callable[[int], object]]:
     """Show a bar over `total` bytes.  Yields a function that takes the number of bytes just done.
 
     doing: the word before the bar.  show: whether to; None: only where standard error is a terminal.
-    unit: what is counted in place of bytes.
+    total: None where nobody knows it.  unit: what is counted in place of bytes.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda nbytes: None

@@ -199,7 +199,7 @@ class CompletionAnswer(_Answer):
     def choice(self, index: int, output: RequestOutput, first: RequestOutput) -> dict[str, Any]:
         if self.echo is None:
             choice = self.delta(index, output.text, output.finish_reason, output.logprobs)
-            described = self._describe_prompt(output)
+            described = self._describe_prompt(first)
             return choice if described is None else {**choice, "prompt_logprobs": described}
         before = self._describe_echo(index, first.prompt_logprobs or ()) if self.echo.logprobs else None
         text = self.echo.texts[index // self.n] + output.text

@@ -47,6 +47,9 @@ FRAME = ("method", "url", "body")
 # How each line of the output begins.
 BEGINNING = b'{"id": "batch_req_'
 
+# Behind the name of a line that could not be read, so that it is not taken for the custom_id of another.
+FAULT = "\0"
+
 
 @dataclass
 class Counts:
@@ -66,6 +69,13 @@ class Line:
     url: str = ""
     body: Any = None
     fault: RequestError | None = None
+
+    def is_among(self, done: set[int]) -> bool:
+        """Tell whether these digests, which `recover` found, have that of its answer."""
+        named_by_number = self.custom_id == _name(self.number)
+        return _digest(self.custom_id) in done or (
+            named_by_number and _digest(self.custom_id + FAULT) in done
+        )
 
 
 def count_lines(source: Path) -> int:
@@ -106,8 +116,12 @@ def read_lines(source: IO[bytes]) -> Iterator[Line | None]:
                 )
             seen.add(_digest(line.custom_id))
         except RequestError as error:
-            line = Line(number, f"line-{number}", fault=error)
+            line = Line(number, _name(number), fault=error)
         yield line
+
+
+def _name(number: int) -> str:
+    return f"line-{number}"
 
 
 def _digest(custom_id: str) -> int:
@@ -123,7 +137,7 @@ def _read_line(number: int, raw: bytes) -> Line:
         raise RequestError("a line must be a JSON object", code="json", found=type(value).__name__)
     custom_id = value.pop("custom_id", None)
     if custom_id is None:
-        custom_id = f"line-{number}"
+        custom_id = _name(number)
     if not isinstance(custom_id, str):
         refuse("custom_id", f"must be text, found {custom_id!r}")
     try:
@@ -186,14 +200,22 @@ def recover(target: IO[bytes], name: str) -> set[int]:
 
 
 def _answered_id(raw: bytes) -> str | None:
-    """Return the id of the request that a line answers; None if it is no whole answer."""
+    """Return the id of the request that a line answers; None if it is no whole answer.
+
+    What a line that could not be read is called has FAULT behind it.
+    """
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not (isinstance(value, dict) and {"custom_id", "response", "error"} <= value.keys()):
         return None
-    return value["custom_id"] if isinstance(value["custom_id"], str) else None
+    custom_id, error = value["custom_id"], value["error"]
+    if not isinstance(custom_id, str):
+        return None
+    message = error.get("message") if value["response"] is None and isinstance(error, dict) else None
+    number = str(message).partition(":")[0].removeprefix("line ")
+    return custom_id + FAULT if custom_id == f"line-{number}" else custom_id
 
 
 @contextlib.contextmanager
@@ -232,7 +254,7 @@ class BatchFile:
 
         async def work() -> None:
             for line in lines:
-                if line is None or _digest(line.custom_id) in done:
+                if line is None or line.is_among(done):
                     self.counts.skipped += line is not None
                     self.tell(1)
                     # Others are to come to their turn, however many lines are skipped.

@@ -190,7 +190,7 @@ class _Sampled(_Strict):
         """Name the grammar's parameter in an error as the client has spelled it.  Returns the error."""
         given = [name for name in GRAMMARS if getattr(self, name) is not None]
         # A response_format that asks for any text may stand beside the one that is meant.
-        if error.code == "grammar" and error.tensor in SETTINGS and given:
+        if error.code in ("grammar", "parameter") and error.tensor in SETTINGS and given:
             error.message = given[-1] + error.message.removeprefix(error.tensor)
             error.tensor = given[-1]
         return error

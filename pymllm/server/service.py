@@ -175,5 +175,5 @@ class Service:
         except RequestError as error:
             if isinstance(request, ChatRequest) and error.tensor == "prompt":
                 error.tensor = "messages"
-            raise
+            raise request.blame(error) from None
         return Question(request, prompts, params, adapter)

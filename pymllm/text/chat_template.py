@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import reprlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -70,8 +71,9 @@ class ChatTemplate:
         """Write a conversation as text, up to where the assistant answers.
 
         Raises CheckpointError if the template takes longer than a second, writes more than a megabyte or reaches for
-        what the sandbox refuses; RequestError if the template itself rejects the messages.
+        what the sandbox refuses; RequestError if these are no messages, or if the template itself rejects them.
         """
+        _check(messages)
         variables = {
             **special_tokens,
             "messages": list(messages),
@@ -104,6 +106,23 @@ class ChatTemplate:
                 f"the chat template rejects these messages: {error}", code="messages", tensor="messages"
             ) from None
         return "".join(pieces)
+
+
+def _check(messages: Any) -> None:
+    """Refuse with a RequestError what is no conversation: templates write nothing, or nonsense, of what they miss."""
+    listed = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes))
+    whole = listed and all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) and len(message) > 1
+        for message in messages
+    )
+    if not whole or not messages:
+        raise RequestError(
+            "there is no conversation in the messages",
+            code="messages",
+            tensor="messages",
+            expected='one message at least, each {"role": ..., "content": ...}',
+            found=reprlib.repr(messages),
+        )
 
 
 class _Deadline:

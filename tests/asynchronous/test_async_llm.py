@@ -211,6 +211,26 @@ def test_closing_waits_for_open_calls_or_aborts_them(llm):
     run(work)
 
 
+@pytest.mark.parametrize("call", ["generate", "score", "embed"])
+def test_calls_that_are_not_in_the_line_yet_are_aborted_too(llm, call):
+    """A call reads its arguments off the loop first, and of many texts it begins some after others."""
+    arguments = {
+        "generate": lambda engine: engine.generate("x", LONG),
+        "score": lambda engine: engine.score([[1] * 40] * 50),
+        "embed": lambda engine: engine.embed([[1] * 40] * 500, pooling="mean"),
+    }
+
+    async def work():
+        engine = AsyncLLM(llm, max_running=1)
+        task = asyncio.create_task(arguments[call](engine))
+        await asyncio.sleep(0)
+        await engine.close(abort=True)
+        assert task.done() and task.exception().code == "closed"
+        assert engine._worker.places.free == 2
+
+    run(work)
+
+
 def test_a_loop_that_ends_with_open_calls_leaves_the_model_free(llm):
     engine = AsyncLLM(llm)
 

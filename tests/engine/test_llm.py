@@ -215,6 +215,21 @@ def test_chat_goes_through_the_checkpoints_template(llm):
     assert llm.chat([{"role": "user", "content": "hello"}], greedy(4)).prompt_token_ids
 
 
+@pytest.mark.parametrize("messages", ["hello", [], [{"content": "x"}], [{"role": "user"}], ["x"], None])
+def test_what_is_no_conversation_is_refused(llm, messages):
+    with pytest.raises(RequestError, match="conversation") as caught:
+        llm.chat(messages)
+    assert caught.value.tensor == "messages"
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 4}, 5, [None], []])
+def test_what_is_no_params_is_refused(llm, params):
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(RequestError, match="params") as caught:
+            call("x", params)
+        assert caught.value.tensor == "params"
+
+
 def test_import_pymllm_loads_no_torch():
     script = "import sys, pymllm; pymllm.__version__; sys.exit('torch' in sys.modules)"
     assert python("-c", script).returncode == 0

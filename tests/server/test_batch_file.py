@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import threading
 
 import pytest
 
@@ -14,6 +16,7 @@ from pymllm.server import batch_file
 from pymllm.server.batch_file import BatchFile, count_lines, open_output, read_lines, recover
 from pymllm.server.service import Service
 from tests.cli.commands import assert_one_error
+from tests.processes import SECONDS
 
 PLAIN = {"prompt": "import os\n", "max_tokens": 5, "temperature": 0}
 
@@ -175,7 +178,8 @@ def test_an_output_goes_on_where_it_was_interrupted(llm, tmp_path, cut):
 
 
 @pytest.mark.parametrize(
-    "content", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"\n", b'[1]\n{"id": "batch_req_', b"\xff\xfe"]
+    "content",
+    [b"my notes", b"my notes\n", b'{"a": 1}\n', b"\n", b'[1]\n{"id": "batch_req_', b"\xff\xfe", b"[" * 99999],
 )
 def test_a_file_that_is_no_output_is_left_alone(tmp_path, content):
     file = tmp_path / "notes"
@@ -183,6 +187,21 @@ def test_a_file_that_is_no_output_is_left_alone(tmp_path, content):
     with pytest.raises(ConfigError, match=r"line 1 is no answer"), open_output(file) as target:
         recover(target, str(file))
     assert file.read_bytes() == content
+
+
+def test_an_id_that_looks_like_the_number_of_a_bad_line_is_still_answered(llm, tmp_path):
+    """Ids that count from 0, and an output that had the bad line's error alone."""
+    text = lines_of(
+        framed("line-0"), b"no json\n", framed("line-2"), b"[]\n", framed("line-4"), {"prompt": 5}
+    )
+    _, _, errors = answer(llm, b"\nno json\n\n[]\n")
+    target = tmp_path / "out"
+    target.write_bytes(errors)
+    with open_output(target) as file:
+        done = recover(file, str(target))
+    found, counts, _ = answer(llm, text, done)
+    assert set(found) == {"line-0", "line-2", "line-4", "line-6"}
+    assert (counts.answered, counts.failed, counts.skipped) == (3, 1, 2)
 
 
 @pytest.mark.parametrize("text", [b"", b"a\n", b"a", b"a\n\nb", b"\n" * 3])
@@ -206,6 +225,16 @@ def test_the_command_answers_resumes_and_says_what_it_did(tmp_path, capsys):
     assert "0 answered, 1 failed, 2 done before" in capsys.readouterr().err
     assert target.read_bytes().startswith(first)
     assert json.loads(target.read_bytes().splitlines()[-1])["response"]["status_code"] == 404
+
+
+def test_a_pipe_is_answered_like_a_file(tmp_path, capsys):
+    source, target = tmp_path / "pipe", tmp_path / "out.jsonl"
+    os.mkfifo(source)
+    writer = threading.Thread(target=source.write_bytes, args=[lines_of(framed("a"), PLAIN)])
+    writer.start()
+    assert main(["batch", str(source), str(target), "--progress", "on"]) == 0
+    writer.join(SECONDS)
+    assert "2 answered" in capsys.readouterr().err and len(target.read_bytes().splitlines()) == 2
 
 
 def test_files_that_cannot_be_are_named(tmp_path, capsys):

@@ -8,6 +8,10 @@ import re
 import openai
 import pytest
 
+import pymllm
+
+from .conftest import serve
+
 MODEL = "shipped"
 PROMPT = "def read_lines(path):\n"
 MESSAGES = [{"role": "user", "content": "Write a function."}]
@@ -84,6 +88,8 @@ def test_log_probabilities_of_the_prompt(client, llm):
         assert written[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob)
         assert written[str(entry.top[0][0])]["rank"] == 1
         assert {int(token) for token in written} == {entry.token_id, *(token for token, _ in entry.top)}
+    both = complete(client, **settings, n=2, prompt_logprobs=2).choices
+    assert [one.model_dump()["prompt_logprobs"] == choice["prompt_logprobs"] for one in both] == [True, True]
     chat = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=1, extra_body={"prompt_logprobs": 0}
     )
@@ -210,3 +216,53 @@ def test_a_grammar_that_cannot_be_followed_is_a_400(client, settings, parameter)
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt=PROMPT, extra_body=settings)
     assert caught.value.param == parameter
+
+
+@pytest.fixture(scope="module")
+def by_blocks():
+    llm = pymllm.LLM(
+        dtype="float32", strategy="block_diffusion:block_length=4,mask_token_id=3", progress=False
+    )
+    with serve(llm) as served:
+        yield served.client()
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameter"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_json": True, "response_format": {"type": "text"}}, "guided_json"),
+        ({"min_p": 0.5}, "min_p"),
+    ],
+)
+def test_what_a_strategy_cannot_follow_is_named_as_the_client_has_spelled_it(by_blocks, settings, parameter):
+    pytest.importorskip("llguidance")
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=f"{parameter} has no use") as caught:
+            by_blocks.completions.create(model=MODEL, prompt=PROMPT, stream=stream, extra_body=settings)
+        assert caught.value.param == parameter
+
+
+def test_streams_of_several_tokens_a_step_are_the_whole_answers(by_blocks):
+    """A stop string may end within the tokens of one step."""
+    settings = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "n": 2, "logprobs": 1}
+    settings |= {"temperature": 1.0, "seed": 3}
+    text = by_blocks.completions.create(**settings).choices[0].text
+    for stop in (None, text[7:9], [text[11:16], text[5:6]]):
+        whole = by_blocks.completions.create(**settings, stop=stop)
+        found = {choice.index: ["", [], None] for choice in whole.choices}
+        for event in by_blocks.completions.create(
+            **settings, stop=stop, stream=True, stream_options={"include_usage": True}
+        ):
+            for choice in event.choices:
+                parts = found[choice.index]
+                parts[0] += choice.text
+                parts[1] += choice.logprobs.tokens if choice.logprobs else []
+                parts[2] = choice.finish_reason or parts[2]
+        assert found == {
+            choice.index: [choice.text, choice.logprobs.tokens, choice.finish_reason]
+            for choice in whole.choices
+        }
+        assert event.usage.completion_tokens == whole.usage.completion_tokens
+        assert sum(len(parts[1]) for parts in found.values()) == whole.usage.completion_tokens
