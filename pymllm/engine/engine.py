@@ -61,7 +61,9 @@ class Engine:
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
         self.strategy = strategy or make_strategy(model.strategy)
-        self.runner = Runner(model, device, max_length, self.strategy)
+        # What lies beyond a request's end is run with its last block.
+        block = self.strategy.block_length
+        self.runner = Runner(model, device, -(-max_length // block) * block, self.strategy)
         self.runner.score_prompts = self._score_prompts
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
@@ -118,7 +120,8 @@ class Engine:
     @property
     def longest(self) -> int:
         """The number of tokens that the model, and the whole cache, have room for."""
-        return self.strategy.usable_length(min(self.max_length, self.cache.num_pages * self.cache.page_size))
+        room = min(self.model.max_length, self.cache.num_pages * self.cache.page_size)
+        return min(self.max_length, self.strategy.usable_length(room))
 
     def check(self, prompt: Sequence[int], params: SamplingParams, answers: bool = True) -> int:
         """Return how many tokens a request may have in all.  RequestError if this model can never run it.
