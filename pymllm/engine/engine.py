@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,21 @@ from pymllm.kernels.registry import select
 from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
+
+T = TypeVar("T")
+
+
+class once(cached_property[T]):
+    """`functools.cached_property` without a lock.
+
+    Up to Python 3.11 that has one lock for all objects: of ranks that are threads, one would keep the others waiting.
+    """
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        if instance is None:
+            return self
+        value = vars(instance)[self.func.__name__] = self.func(instance)
+        return value
 
 
 class Engine:
@@ -61,23 +76,25 @@ class Engine:
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
         self.strategy = strategy or make_strategy(model.strategy)
-        self.runner = Runner(model, device, max_length, self.strategy)
+        # What lies beyond a request's end is run with its last block.
+        block = self.strategy.block_length
+        self.runner = Runner(model, device, -(-max_length // block) * block, self.strategy)
         self.runner.score_prompts = self._score_prompts
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
 
-    @cached_property
+    @once
     def cache(self) -> PagedKVCache:
-        """The KV cache, made on first use, so that logits alone need none."""
+        """Make the KV cache on first use, so that logits alone need none."""
         return PagedKVCache(self.model, self.parallel.broadcast_object(self.cache_pages), self.device)
 
-    @cached_property
+    @once
     def states(self) -> StatePool | None:
-        """The states of requests; None where no layer keeps one."""
+        """Make room for the states of requests; None where no layer keeps one."""
         room = self.parallel.broadcast_object((self.state_slots, self.remembered_states))
         return StatePool.of(self.model, room[0], self.device, room[1] if self.prefix_reuse else 0)
 
-    @cached_property
+    @once
     def scheduler(self) -> Scheduler:
         self.runner.states = self.states
         self.strategy.open(self.model, self.cache, self.parallel, self._run_beside)
@@ -118,7 +135,8 @@ class Engine:
     @property
     def longest(self) -> int:
         """The number of tokens that the model, and the whole cache, have room for."""
-        return self.strategy.usable_length(min(self.max_length, self.cache.num_pages * self.cache.page_size))
+        room = min(self.model.max_length, self.cache.num_pages * self.cache.page_size)
+        return min(self.max_length, self.strategy.usable_length(room))
 
     def check(self, prompt: Sequence[int], params: SamplingParams, answers: bool = True) -> int:
         """Return how many tokens a request may have in all.  RequestError if this model can never run it.

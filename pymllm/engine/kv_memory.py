@@ -77,6 +77,7 @@ def choose_cache_size(
     max_model_len: int | None = None,
     kv_memory: int | str | None = None,
     state_bytes: int = 0,
+    block_length: int = 1,
 ) -> CacheSize:
     """Choose the size of a rank's cache, and how many states of requests there are beside it.
 
@@ -84,13 +85,23 @@ def choose_cache_size(
     that are free beside the weights; None: nobody knows.  max_model_len: the most tokens that a request shall have;
     None: as many as the model and the cache allow.  kv_memory: what the cache may take; None: CACHE_MEMORY_SHARE of
     what is available, and no more than DEFAULT_CACHE_TOKENS or one request need.  state_bytes: of one request's state.
+    block_length: of how many tokens those are that run together; a request's last block has positions and pages, too.
     ConfigError, with the numbers, for a max_model_len beyond the model's positions or the memory.
     """
+    positions, longest = longest, longest // block_length * block_length
+    if not longest:
+        raise ConfigError(
+            "the model's context is shorter than a block",
+            code="max-model-len",
+            expected=f"a block_length from 1 to {positions}, the model's max_position_embeddings",
+            found=str(block_length),
+        )
     if max_model_len is not None and not _within(max_model_len, longest):
         raise ConfigError(
             "max_model_len is out of the model's range",
             code="max-model-len",
-            expected=f"an integer from 1 to {longest}, the model's max_position_embeddings",
+            expected=f"an integer from 1 to {longest}, the model's max_position_embeddings"
+            + (f" in whole blocks of {block_length}" if longest < positions else ""),
             found=repr(max_model_len),
         )
     context = longest if max_model_len is None else max_model_len
@@ -99,15 +110,16 @@ def choose_cache_size(
     else:
         budget = int((UNKNOWN_MEMORY if available is None else available) * CACHE_MEMORY_SHARE)
         source = f"{CACHE_MEMORY_SHARE:.0%} of the memory that is free beside the weights"
-    wanted = -(-max(context, DEFAULT_CACHE_TOKENS) // PAGE_SIZE)
-    page_bytes, needed = PAGE_SIZE * token_bytes, -(-context // PAGE_SIZE)
+    wanted = -(-max(_whole(context, block_length), DEFAULT_CACHE_TOKENS) // PAGE_SIZE)
+    page_bytes, needed = PAGE_SIZE * token_bytes, -(-_whole(context, block_length) // PAGE_SIZE)
+    least = -(-block_length // PAGE_SIZE)  # what the shortest request needs
     asked = 0 if max_model_len is None else needed * page_bytes
     requests, remembered, states = _choose_states(budget, asked, state_bytes)
     left = budget - states
     affordable = max(left, 0) // page_bytes if page_bytes else wanted * (left >= 0)
     if kv_memory is None and max_model_len is None:
-        affordable = max(affordable, 1)
-    if affordable < 1 or (max_model_len is not None and affordable < needed):
+        affordable = max(affordable, least)
+    if affordable < least or (max_model_len is not None and affordable < needed):
         raise ConfigError(
             f"a context of {context} tokens does not fit into the KV cache",
             code="kv-memory",
@@ -126,9 +138,8 @@ def choose_cache_size(
     else:
         pages, decided_by = wanted, f"{DEFAULT_CACHE_TOKENS} tokens by default"
     tokens = pages * PAGE_SIZE
-    return CacheSize(
-        tokens, pages * page_bytes, min(context, tokens), decided_by, requests, remembered, states
-    )
+    most = min(context, tokens // block_length * block_length)
+    return CacheSize(tokens, pages * page_bytes, most, decided_by, requests, remembered, states)
 
 
 def _choose_states(budget: int, asked: int, state_bytes: int) -> tuple[int, int, int]:
@@ -143,6 +154,11 @@ def _choose_states(budget: int, asked: int, state_bytes: int) -> tuple[int, int,
     requests = max(1, min(MAX_REQUESTS, affordable * 4 // 5))
     remembered = max(0, min(MOST_REMEMBERED, affordable - requests))
     return requests, remembered, (requests + 1 + remembered) * state_bytes
+
+
+def _whole(count: int, length: int) -> int:
+    """Round a number of tokens up to whole blocks."""
+    return -(-count // length) * length
 
 
 def _within(count: object, most: int) -> bool:

@@ -92,7 +92,7 @@ class Runner:
         """
         counts = [len(text) for text in texts]
         bounds = [0, *accumulate(counts)]
-        metadata = AttnMetaDataBase(
+        metadata = self.strategy.metadata(
             is_prefill=True,
             cu_seqlens_q=self._int32(bounds),
             cu_seqlens_k=self._int32(bounds),
@@ -101,6 +101,7 @@ class Runner:
             context_lens=self._int32(counts),
             query_starts=bounds,
             lengths=counts,
+            **self.strategy.step_settings,
         )
         ids = torch.tensor([token for text in texts for token in text], device=self.device)
         positions = torch.tensor([place for count in counts for place in range(count)], device=self.device)

@@ -86,7 +86,9 @@ def parse_strategy(spec: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(
                 f"the strategy {name} has no setting {part!r}"
                 if key not in known
-                else "a setting is misspelt",
+                else "a setting is given twice"
+                if key in settings
+                else "a setting has no value",
                 code="strategy",
                 tensor=name,
                 expected=", ".join(f"{setting}=VALUE" for setting in known) or "no settings",

@@ -124,6 +124,7 @@ def make_plan(
             max_model_len=max_model_len,
             kv_memory=kv_memory,
             state_bytes=totals["state_bytes_per_request"],
+            block_length=prepared.model.strategy.block_length,
         )
         cache = asdict(size)
     elif max_model_len is not None or kv_memory is not None:

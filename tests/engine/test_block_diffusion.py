@@ -14,6 +14,7 @@ from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.errors import RequestError
+from pymllm.parallel import simulate
 from pymllm.server.protocol import CompletionRequest
 
 from ..block_checkpoints import write_blocks
@@ -146,6 +147,46 @@ def test_logits_see_whole_blocks_and_what_there_is_of_the_last(models, folders, 
     for count in (1, 7, 8, 9, 21):
         expected = folders[family].logits(torch.tensor(PROMPTS[3][:count]), 8)
         assert torch.allclose(llm.logits(PROMPTS[3][:count]).double(), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_give_the_same_answers(tmp_path, family):
+    folder = write_blocks(tmp_path, family, mask_token_id=MASK, eos_token_id=END).folder
+    params = [
+        SamplingParams(max_tokens=14, confidence_threshold=0.3, **each)
+        for each in ({}, {"temperature": 0.8, "seed": 1})
+    ]
+
+    def work(_):
+        llm = LLM(folder, dtype="float32", tensor_parallel_size=2)
+        return [[o.token_ids for o in llm.generate(PROMPTS, each)] for each in params]
+
+    first, second = simulate(2, work)
+    llm = LLM(folder, dtype="float32")
+    assert first == second == [[o.token_ids for o in llm.generate(PROMPTS, each)] for each in params]
+
+
+def test_embedded_texts_see_whole_blocks(models):
+    llm = models("sdar", 8)
+    hidden = llm.engine.runner.hidden_states([PROMPTS[3], PROMPTS[1]])
+    logits = llm.model.compute_logits(hidden, gather_all=True)
+    assert torch.allclose(logits, torch.cat([llm.logits(PROMPTS[3]), llm.logits(PROMPTS[1])]), atol=1e-4)
+
+
+def test_a_request_s_longest_length_need_not_be_whole_blocks(folders):
+    length = 12
+    options = {"dtype": "float32", "strategy": f"block_diffusion:block_length={length}"}
+    params = SamplingParams(max_tokens=None, ignore_eos=True, confidence_threshold=0.3)
+    whole = LLM(folders["sdar"].folder, **options).generate([PROMPTS[1]], params)[0].token_ids
+    for most in (7, 11, 12, 14, 30):
+        llm = LLM(folders["sdar"].folder, max_model_len=most, **options)
+        assert llm.plan.kv_cache["max_model_len"] == most
+        # The third time a step is recorded, the fourth it is replayed.
+        for _ in range(4):
+            (output,) = llm.generate([PROMPTS[1]], params)
+            assert output.token_ids == whole[: most - len(PROMPTS[1])] and output.finish_reason == "length"
+    with pytest.raises(RequestError, match="fewer than 30 tokens"):
+        llm.generate([[3] * 30], params)
 
 
 # Pages, and tokens of a step.
@@ -405,9 +446,9 @@ def test_what_has_no_meaning_is_refused_by_its_name(models, words):
         models("sdar", 8).generate([PROMPTS[0]], SamplingParams(denoising_steps=9))
     longest = models("sdar", 12, max_model_len=40)
     (output,) = longest.generate([PROMPTS[3]], SamplingParams(max_tokens=None, ignore_eos=True))
-    assert len(output.token_ids) == 13 and output.finish_reason == "length"
-    with pytest.raises(RequestError, match="fewer than 36"):
-        longest.generate([[5] * 36])
+    assert len(output.token_ids) == 17 and output.finish_reason == "length"
+    with pytest.raises(RequestError, match="fewer than 40"):
+        longest.generate([[5] * 40])
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,35 @@ def test_what_does_not_fit_is_refused_with_numbers(limits, numbers):
     assert all(number in str(refused.value) for number in numbers), str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "asked, most, tokens",
+    [
+        ({}, 4092, 16384),
+        ({"max_model_len": 50}, 50, 16384),
+        ({"max_model_len": 32, "kv_memory": 48_000}, 32, 48),  # 33 tokens, in three pages
+        ({"kv_memory": 48_000}, 44, 48),
+    ],
+)
+def test_a_request_s_last_block_has_room(asked, most, tokens):
+    size = chosen(block_length=11, **asked)
+    assert size == (tokens, most)
+
+
+@pytest.mark.parametrize(
+    "limits, numbers",
+    [
+        ({"max_model_len": 32, "kv_memory": 47_000}, ("at most 32 tokens", "0.05 MB")),
+        ({"max_model_len": 4093}, ("1 to 4092", "whole blocks of 11", "4093")),
+        ({"kv_memory": 32_000, "block_length": 33}, ("at most 32 tokens",)),
+        ({"block_length": 4097}, ("1 to 4096", "4097")),
+    ],
+)
+def test_a_block_for_which_there_is_no_room_is_refused(limits, numbers):
+    with pytest.raises(ConfigError) as refused:
+        chosen(**{"block_length": 11, **limits})
+    assert all(number in str(refused.value) for number in numbers), str(refused.value)
+
+
 def test_a_model_runs_within_what_its_plan_says(tmp_path):
     write_checkpoint(tmp_path)
     limits = {"max_model_len": 50, "kv_memory": "1MB"}

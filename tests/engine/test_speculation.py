@@ -11,7 +11,6 @@ import torch
 
 from pymllm import LLM, SamplingParams, plan
 from pymllm.api import shipped_model
-from pymllm.engine.engine import Engine
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.strategies.prompt_lookup import Lookup, PromptLookup
 from pymllm.engine.strategies.speculation import Acceptance
@@ -49,10 +48,6 @@ def make(strategy, model=None, *, step_tokens=1024, pages=None, drafting=None, *
     llm = LLM(model, dtype="float32", strategy=strategy, **options)
     if pages is not None:
         llm.engine.cache = PagedKVCache(llm.model, pages, torch.device("cpu"))
-    for name in ("cache", "states", "scheduler"):
-        # Simulated ranks make them at the same time, which the lock of a cached property would forbid.
-        if name not in vars(llm.engine):
-            vars(llm.engine)[name] = vars(Engine)[name].func(llm.engine)
     llm.engine.scheduler.step_tokens = step_tokens
     llm.engine.strategy.row_cost = llm.engine.strategy.weight = 0.0
     return llm

@@ -54,7 +54,7 @@ class DecodingStrategy(ABC):
         return {}
 
     def usable_length(self, longest: int) -> int:
-        """Return how many tokens a request may have where the model and the cache hold `longest`."""
+        """Return how many tokens of a request can be run where the model and the cache hold `longest`."""
         return longest // self.block_length * self.block_length
 
     def check(self, params: SamplingParams) -> None:
