@@ -37,7 +37,6 @@ class DraftModel(Speculation):
         super().__init__(drafts)
         self.model, self.weight = model, 1.0
         self.known = self.vocabulary = model.config.size("vocab_size")
-        self._parallel: Parallel | None = None
         self._run: StepRunner | None = None
 
     @property
@@ -49,7 +48,7 @@ class DraftModel(Speculation):
         # What its steps cost, of those of the model; and which of its drafts the model knows.
         self.weight = weight_bytes(self.model) / max(weight_bytes(model), 1)
         self.vocabulary = min(model.config.size("vocab_size"), self.known)
-        self._parallel, self._run = parallel, beside(self.model)
+        self._run = beside(self.model)
 
     def begin(self, request: Request) -> None:
         super().begin(request)
@@ -61,13 +60,18 @@ class DraftModel(Speculation):
         if request.is_reading:
             # What was taken over from others, they have read with the second model, too.
             request.decoding.own.computed = start
-            self._read(request, tokens)
+            try:
+                self._read(request, tokens)
+            except Exception as error:
+                if self.parallel is not None and self.parallel.size > 1:
+                    raise
+                request.fail(error)
 
     def promise(self, request: Request) -> int:
         return self.drafts if request.length + self.drafts <= self.model.max_length else 0
 
     def propose(self, requests: Sequence[Request]) -> list[list[int]]:
-        assert self._parallel is not None and self._run is not None
+        assert self.parallel is not None and self._run is not None
         running: list[Request] = []
         for request in requests:
             own: Request = request.decoding.own
@@ -84,7 +88,7 @@ class DraftModel(Speculation):
                 found.append(token)
                 own.computed += len(own.running_sequence)
                 self._plan(request, [token], [0])
-        made: list[list[int]] = self._parallel.broadcast_object(drafts)
+        made: list[list[int]] = self.parallel.broadcast_object(drafts)
         return made
 
     def accept(self, request: Request, chosen: Any, end_tokens: frozenset[int]) -> None:
