@@ -403,7 +403,12 @@ def choose(spec):
         ("prompt_lookup:longest=2,shortest=3", "shortest"),
         ("prompt_lookup:longest=17", "longest"),
         ("prompt_lookup:drafts=many", "drafts"),
+        ("prompt_lookup:longest=0", "longest"),
         ("prompt_lookup:path=x", "prompt_lookup"),
+        ("prompt_lookup:drafts=3,drafts=4", "prompt_lookup"),
+        ("prompt_lookup:drafts=3,longest", "prompt_lookup"),
+        ("draft_model:path=x,y,draft=3", "draft_model"),
+        ("draft_model:path=x,drafts", "draft_model"),
         ("draft_model", "path"),
         ("draft_model:path=", "path"),
         ("draft_model:path=x,drafts=-1", "drafts"),
@@ -419,6 +424,8 @@ def test_settings_that_are_left_out_are_the_usual():
     strategy = choose("prompt_lookup:drafts=5")
     assert strategy.settings == {"drafts": 5, "longest": 4, "shortest": 2}
     assert strategy.sources == {"drafts": "as asked", "longest": "the usual", "shortest": "the usual"}
+    assert choose("prompt_lookup:longest=1").settings == {"drafts": 3, "longest": 1, "shortest": 1}
+    assert choose("draft_model:path=/a,b/c,d,drafts=4").settings == {"path": "/a,b/c,d", "drafts": 4}
     assert str(choose("draft_model:path=x")) == "draft_model, path x (as asked), drafts 3 (the usual)"
 
 
