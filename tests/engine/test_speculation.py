@@ -195,6 +195,23 @@ def test_a_second_model_that_has_read_along_drafts_as_well_where_pages_were_foun
     assert request.accepted == request.drafted >= 20
 
 
+@pytest.mark.parametrize("before", ("scored", "answered without drafts"))
+def test_a_second_model_reads_what_it_lacks_of_pages_that_others_have_filled(before):
+    llm = make("draft_model")
+    prompt = llm.encode(COPIED * 3)
+    if before == "scored":
+        llm.score([prompt], [llm.encode("The cat")])
+    else:
+        llm.engine.strategy.row_cost = 1e9
+        (request,) = run(llm, [prompt], greedy(50))
+        assert request.drafted == 0
+        llm.engine.strategy.row_cost = 0.0
+        prompt = prompt + request.answer
+    (request,) = run(llm, [prompt], greedy(30))
+    assert request.cached_tokens >= 48
+    assert request.accepted == request.drafted >= 20
+
+
 @pytest.mark.parametrize("strategy", ("prompt_lookup", "draft_model"))
 def test_ranks_draft_the_same(tmp_path, strategy):
     write_checkpoint(tmp_path / "one")
