@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from itertools import groupby
-from typing import Any, TypeVar
+from threading import RLock
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -27,20 +27,27 @@ from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
 
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 
-class once(cached_property[T]):
-    """`functools.cached_property` without a lock.
+class made_once(Generic[Made]):
+    """A property of an engine that is made when it is first asked for.
 
-    Up to Python 3.11 that has one lock for all objects: of ranks that are threads, one would keep the others waiting.
+    Up to Python 3.11 `functools.cached_property` holds one lock for all engines of a process. Ranks that threads
+    simulate wait for one another while each makes its own, which then is for ever: here each engine has its lock.
     """
 
-    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
-        if instance is None:
-            return self
-        value = vars(instance)[self.func.__name__] = self.func(instance)
-        return value
+    def __init__(self, make: Callable[[Engine], Made]) -> None:
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, engine: Engine | None, owner: type | None = None) -> Made:
+        if engine is None:
+            return self  # type: ignore[return-value]
+        with engine.making:
+            if self.name not in vars(engine):
+                vars(engine)[self.name] = self.make(engine)
+        made: Made = vars(engine)[self.name]
+        return made
 
 
 class Engine:
@@ -75,6 +82,7 @@ class Engine:
         self.state_slots, self.remembered_states = state_slots, remembered_states
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
+        self.making = RLock()
         self.strategy = strategy or make_strategy(model.strategy)
         # What lies beyond a request's end is run with its last block.
         block = self.strategy.block_length
@@ -83,18 +91,18 @@ class Engine:
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
 
-    @once
+    @made_once
     def cache(self) -> PagedKVCache:
-        """Make the KV cache on first use, so that logits alone need none."""
+        """Make the KV cache; only on first use, so that logits alone need none."""
         return PagedKVCache(self.model, self.parallel.broadcast_object(self.cache_pages), self.device)
 
-    @once
+    @made_once
     def states(self) -> StatePool | None:
         """Make room for the states of requests; None where no layer keeps one."""
         room = self.parallel.broadcast_object((self.state_slots, self.remembered_states))
         return StatePool.of(self.model, room[0], self.device, room[1] if self.prefix_reuse else 0)
 
-    @once
+    @made_once
     def scheduler(self) -> Scheduler:
         self.runner.states = self.states
         self.strategy.open(self.model, self.cache, self.parallel, self._run_beside)

@@ -66,7 +66,7 @@ class Request:
     decoding: what its decoding strategy keeps of it.
     running_sequence: the tokens that its latest step ran, from position `computed` on.  rows: after which of them
     logits are wanted.  is_reading, is_prefilling: whether the step read text, and text of the prompt.  new_tokens: how
-    many tokens it gave.
+    many tokens it gave.  new_accepted: how many of these, from the first on, had been drafted.
     computed: how many of its first tokens have keys and values in `pages`.  preemptions: how often it lost its pages.
     state_slot: where its state lies in layers that keep one; None: there are none, or it does not run.
     state_places: after how many tokens of its prompt its state is to be remembered.  prompt_states, answer_state: the
@@ -120,6 +120,7 @@ class Request:
     running_sequence: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     new_tokens: int = 0
+    new_accepted: int = 0
     steps: int = 0
     forwards: int = 0
     decoded: int = 0
@@ -158,7 +159,7 @@ class Request:
     def start_step(self, count: int) -> int:
         """Set the next `count` tokens that the cache lacks as those of the step to come.  Returns `count`."""
         start, read = self.computed, len(self.prompt)
-        self.is_prefilling, self.new_tokens = start < read, 0
+        self.is_prefilling, self.new_tokens, self.new_accepted = start < read, 0, 0
         if start >= read:
             self.running_sequence = self.answer[start - read : start - read + count]
         elif start + count <= read:

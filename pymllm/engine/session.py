@@ -140,7 +140,9 @@ class Session:
 
     def _end_at(self, request: Request, count: int) -> None:
         """End a request at a stop string, which its first `count` tokens have completed; drop what comes after."""
-        dropped = len(request.answer) > count
+        dropped = len(request.answer) - count
+        # Drafts that are not part of the answer were of no use.
+        request.accepted -= max(request.new_accepted - (request.new_tokens - dropped), 0)
         del request.answer[count:], request.logprobs[count:]
         if dropped:
             request.eos_token_generated = False

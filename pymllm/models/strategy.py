@@ -75,18 +75,24 @@ class Strategy:
 
 
 def parse_strategy(spec: str) -> tuple[str, dict[str, Any]]:
-    """Read "name[:key=value,...]".  ConfigError for a strategy, a setting or a value that there is not."""
+    """Read "name[:key=value,...]".  A path may have commas.
+
+    ConfigError for a strategy, a setting or a value that there is not.
+    """
     name, _, rest = str(spec).strip().partition(":")
     if name not in STRATEGIES:
         raise unknown_name("strategy", name, list(STRATEGIES), code="strategy")
-    known, settings = STRATEGIES[name], {}
+    known, settings, last = STRATEGIES[name], dict[str, Any](), ""
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (word.strip() for word in part.partition("="))
+        if known.get(last) is str and not equals and key not in known:
+            settings[last] += f",{part}"
+            continue
         if key not in known or not equals or key in settings:
             raise ConfigError(
                 f"the strategy {name} has no setting {part!r}"
                 if key not in known
-                else "a setting is given twice"
+                else f"{key} is named twice"
                 if key in settings
                 else "a setting has no value",
                 code="strategy",
@@ -95,7 +101,7 @@ def parse_strategy(spec: str) -> tuple[str, dict[str, Any]]:
                 found=repr(part),
                 fix=nearest(key, known),
             )
-        settings[key] = _value(name, key, value, known[key])
+        settings[key], last = _value(name, key, value, known[key]), key
     return name, settings
 
 
@@ -191,6 +197,8 @@ def _choose_drafting(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
             expected="--strategy draft_model:path=MODEL, a smaller one with the same tokenizer",
         )
     longest = settings.get("longest", LONGEST_LOOKUP)
+    if "shortest" in settings and "shortest" not in asked:
+        settings["shortest"] = min(settings["shortest"], longest)
     for key, most in (("drafts", MOST_DRAFTS), ("longest", LONGEST_LOOKUP), ("shortest", longest)):
         if key in settings and not 1 <= settings[key] <= most:
             raise ConfigError(

@@ -137,7 +137,8 @@ class Book:
         self.fates: Counter[str] = Counter()
         drawn = prompts(odds, range(8, llm.config.size("vocab_size")), 70)
         renew(llm, reuse=False)
-        for kind, adapter, _ in itertools.product(KINDS, adapters, range(each)):
+        kinds = [kind for kind in KINDS if not set(kind) & set(llm.engine.strategy.refuses)]
+        for kind, adapter, _ in itertools.product(kinds, adapters, range(each)):
             self._enter(drawn, kind, adapter)
 
     def _enter(self, drawn: Iterator[tuple[int, ...]], kind: dict[str, Any], adapter: str | None) -> None:

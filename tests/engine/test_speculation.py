@@ -12,11 +12,13 @@ import torch
 from pymllm import LLM, SamplingParams, plan
 from pymllm.api import shipped_model
 from pymllm.engine.kv_cache import PagedKVCache
+from pymllm.engine.request import Request
 from pymllm.engine.strategies.prompt_lookup import Lookup, PromptLookup
 from pymllm.engine.strategies.speculation import Acceptance
-from pymllm.errors import CheckpointError, ConfigError
+from pymllm.errors import CheckpointError, ConfigError, KernelError
 from pymllm.models.strategy import choose_strategy
 from pymllm.parallel import simulate
+from pymllm.text.grammars import Matcher
 
 from ..checkpoints import write_checkpoint
 from ..models.test_hybrid import write as hybrid
@@ -193,6 +195,23 @@ def test_a_second_model_that_has_read_along_drafts_as_well_where_pages_were_foun
     assert request.accepted == request.drafted >= 20
 
 
+@pytest.mark.parametrize("before", ("scored", "answered without drafts"))
+def test_a_second_model_reads_what_it_lacks_of_pages_that_others_have_filled(before):
+    llm = make("draft_model")
+    prompt = llm.encode(COPIED * 3)
+    if before == "scored":
+        llm.score([prompt], [llm.encode("The cat")])
+    else:
+        llm.engine.strategy.row_cost = 1e9
+        (request,) = run(llm, [prompt], greedy(50))
+        assert request.drafted == 0
+        llm.engine.strategy.row_cost = 0.0
+        prompt = prompt + request.answer
+    (request,) = run(llm, [prompt], greedy(30))
+    assert request.cached_tokens >= 48
+    assert request.accepted == request.drafted >= 20
+
+
 @pytest.mark.parametrize("strategy", ("prompt_lookup", "draft_model"))
 def test_ranks_draft_the_same(tmp_path, strategy):
     write_checkpoint(tmp_path / "one")
@@ -241,6 +260,83 @@ def _followed(llm, prompt, params):
         while session.unfinished:
             session.step()
     return requests
+
+
+class Broken(Exception):
+    pass
+
+
+def breaks_for(inner, is_odd, times=1000):
+    """Have a method fail where it is about an odd one, so many times."""
+    left = [times]
+
+    def call(*args):
+        if left[0] and is_odd(*args):
+            left[0] -= 1
+            raise Broken
+        return inner(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("strategy", ("prompt_lookup", "draft_model"))
+@pytest.mark.parametrize("times", (1, 1000))
+@pytest.mark.parametrize("place", ("propose", "look_ahead", "_read"))
+def test_only_a_request_whose_own_drafting_fails_fails(plain, monkeypatch, strategy, times, place):
+    if place == "_read" and strategy != "draft_model":
+        pytest.skip("it reads nothing")
+    llm = make(strategy)
+    prompts, params = [llm.encode(prompt) for prompt in PROMPTS], [greedy(20)] * 4
+    if place == "look_ahead":
+        pytest.importorskip("llguidance")
+        params[2] = greedy(20, regex=r"(cat |dog )+!")
+        monkeypatch.setattr(Matcher, "look_ahead", breaks_for(Matcher.look_ahead, lambda *_: True, times))
+    elif place == "propose":
+        inner = llm.engine.strategy.propose
+        odd = lambda requests: any(request.prompt == prompts[2] for request in requests)  # noqa: E731
+        monkeypatch.setattr(llm.engine.strategy, "propose", breaks_for(inner, odd, times))
+    else:
+        inner = llm.engine.strategy._read
+        monkeypatch.setattr(
+            llm.engine.strategy, "_read", breaks_for(inner, lambda r, _: r.prompt == prompts[2], times)
+        )
+    with llm.session() as session:
+        requests = [session.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        while session.unfinished:
+            session.step()
+    assert sorted(llm.engine.cache.free) == list(range(llm.engine.cache.num_pages))
+    expected = [answers(plain, [prompt], each)[0] for prompt, each in zip(prompts, params, strict=True)]
+    for number, request in enumerate(requests):
+        if isinstance(request.error, Broken):
+            assert number == 2
+        else:
+            assert request.error is None and tuple(request.answer) == expected[number]
+    # What failed for several together is tried again alone.
+    assert place == "look_ahead" or (requests[2].error is None) == (times == 1 and place == "propose")
+
+
+def test_what_a_draft_leads_to_is_an_error_only_once_the_answer_comes_there():
+    """The text of the tokens before may have ended the answer."""
+    strategy, request = PromptLookup(3, 4, 2), Request([1, 2, 3], greedy(9), 12)
+    strategy.begin(request)
+    request.answer, request.computed, request.decoding.drafts = [4], 4, [5, 6]
+    strategy.accept(request, [(5, None), (None, "no numbers"), (6, None)], frozenset())
+    assert request.error is None and request.answer == [4, 5] and request.missing == 1
+    strategy.accept(request, [(None, "no numbers")], frozenset())
+    assert isinstance(request.error, KernelError)
+
+
+def test_drafts_behind_a_stop_string_are_not_counted_as_kept(drafting):
+    prompt, cut = drafting.encode(PROMPTS[0]), 0
+    (whole,) = drafting.generate([prompt], greedy(40))
+    for tokens in range(24, 36):
+        text = drafting.tokenizer.decode(whole.token_ids[:tokens])
+        params = greedy(40, stop=(text[-4:],), min_tokens=tokens - 2)
+        (request,) = run(drafting, [prompt], params)
+        # A step gives its right drafts and one token more, which the last step may lack.
+        assert len(request.answer) - 1 - request.accepted in (request.forwards - 1, request.forwards)
+        cut += request.decoded > len(request.answer) - 1
+    assert cut > 3
 
 
 def test_drafts_that_are_never_right_become_rare_and_are_tried_again(plain):
@@ -324,7 +420,12 @@ def choose(spec):
         ("prompt_lookup:longest=2,shortest=3", "shortest"),
         ("prompt_lookup:longest=17", "longest"),
         ("prompt_lookup:drafts=many", "drafts"),
+        ("prompt_lookup:longest=0", "longest"),
         ("prompt_lookup:path=x", "prompt_lookup"),
+        ("prompt_lookup:drafts=3,drafts=4", "prompt_lookup"),
+        ("prompt_lookup:drafts=3,longest", "prompt_lookup"),
+        ("draft_model:path=x,y,draft=3", "draft_model"),
+        ("draft_model:path=x,drafts", "draft_model"),
         ("draft_model", "path"),
         ("draft_model:path=", "path"),
         ("draft_model:path=x,drafts=-1", "drafts"),
@@ -340,6 +441,8 @@ def test_settings_that_are_left_out_are_the_usual():
     strategy = choose("prompt_lookup:drafts=5")
     assert strategy.settings == {"drafts": 5, "longest": 4, "shortest": 2}
     assert strategy.sources == {"drafts": "as asked", "longest": "the usual", "shortest": "the usual"}
+    assert choose("prompt_lookup:longest=1").settings == {"drafts": 3, "longest": 1, "shortest": 1}
+    assert choose("draft_model:path=/a,b/c,d,drafts=4").settings == {"path": "/a,b/c,d", "drafts": 4}
     assert str(choose("draft_model:path=x")) == "draft_model, path x (as asked), drafts 3 (the usual)"
 
 

@@ -2,7 +2,8 @@
 
 The second model's keys and values lie in pages of the same numbers as the model's own, so that they are shared, found
 again, and lost together. It reads a prompt in the same pieces, right after the model. What it has not read of an
-answer, while that went on without drafts, it reads before it drafts again. Its drafts are those that it finds
+answer, while that went on without drafts, it reads before it drafts again, and so what it lacks of pages that were
+taken over: a page may be of such an answer, or of a text that was only scored. Its drafts are those that it finds
 likeliest. Whatever its pages hold, answers stay right, as the model checks every draft.
 """
 
@@ -18,6 +19,7 @@ from pymllm.engine.request import Request
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.strategies.base import Beside, StepRunner
 from pymllm.engine.strategies.speculation import Speculation, weight_bytes
+from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
 
@@ -37,8 +39,10 @@ class DraftModel(Speculation):
         super().__init__(drafts)
         self.model, self.weight = model, 1.0
         self.known = self.vocabulary = model.config.size("vocab_size")
-        self._parallel: Parallel | None = None
         self._run: StepRunner | None = None
+        self._filled: dict[
+            int, bytes
+        ] = {}  # by page, the key of the text with which the second model has filled it
 
     @property
     def drafting_cost(self) -> float:
@@ -49,29 +53,32 @@ class DraftModel(Speculation):
         # What its steps cost, of those of the model; and which of its drafts the model knows.
         self.weight = weight_bytes(self.model) / max(weight_bytes(model), 1)
         self.vocabulary = min(model.config.size("vocab_size"), self.known)
-        self._parallel, self._run = parallel, beside(self.model)
+        self._run = beside(self.model)
 
     def begin(self, request: Request) -> None:
         super().begin(request)
         request.decoding.own = Request(request.prompt, SamplingParams(), request.limit)
 
     def end_run(self, request: Request) -> None:
-        start, tokens = request.computed, request.running_sequence
+        start = request.computed
         super().end_run(request)
         if request.is_reading:
-            # What was taken over from others, they have read with the second model, too.
-            request.decoding.own.computed = start
-            self._read(request, tokens)
+            try:
+                self._follow(request, start, request.computed)
+            except Exception as error:
+                if self.parallel is not None and self.parallel.size > 1:
+                    raise
+                request.fail(error)
 
     def promise(self, request: Request) -> int:
         return self.drafts if request.length + self.drafts <= self.model.max_length else 0
 
     def propose(self, requests: Sequence[Request]) -> list[list[int]]:
-        assert self._parallel is not None and self._run is not None
+        assert self.parallel is not None and self._run is not None
         running: list[Request] = []
         for request in requests:
             own: Request = request.decoding.own
-            self._read(request, _text(request, own.computed, request.length - 2))
+            self._follow(request, request.length - 2, request.length - 2)
             # The last two tokens: after a run whose drafts were all right it lacks both, else it reads one again, which
             # is harmless, and lets the step be replayed.
             own.computed = request.length - 2
@@ -84,7 +91,7 @@ class DraftModel(Speculation):
                 found.append(token)
                 own.computed += len(own.running_sequence)
                 self._plan(request, [token], [0])
-        made: list[list[int]] = self._parallel.broadcast_object(drafts)
+        made: list[list[int]] = self.parallel.broadcast_object(drafts)
         return made
 
     def accept(self, request: Request, chosen: Any, end_tokens: frozenset[int]) -> None:
@@ -92,6 +99,35 @@ class DraftModel(Speculation):
         own: Request = request.decoding.own
         # The keys of drafts that were wrong are those of other tokens.
         own.computed = min(own.computed, request.computed)
+        if own.preemptions == request.preemptions:
+            self._note(request, own.computed - PAGE_SIZE)
+
+    def _follow(self, request: Request, start: int, stop: int) -> None:
+        """Have the second model read a request's text up to a position.
+
+        start: up to where the text may be in pages that were taken over, which the second model may have filled.
+        """
+        assert self.cache is not None
+        own: Request = request.decoding.own
+        if own.preemptions != request.preemptions:
+            own.computed = 0
+        if own.computed < start:
+            size, keys = self.cache.page_size, request.keys(self.cache.page_size)
+            place = own.computed // size
+            while (place + 1) * size <= start and self._filled.get(request.pages[place]) == keys[place]:
+                place += 1
+            own.computed = max(own.computed, place * size)
+        before = own.computed
+        self._read(request, _text(request, before, stop))
+        own.preemptions = request.preemptions
+        self._note(request, before)
+
+    def _note(self, request: Request, before: int) -> None:
+        """Note the pages that the second model has filled since it had read `before` tokens of a request."""
+        assert self.cache is not None
+        size, read = self.cache.page_size, request.decoding.own.computed
+        for place in range(max(before, 0) // size, read // size):
+            self._filled[request.pages[place]] = request.keys(size)[place]
 
     def _read(self, request: Request, tokens: list[int]) -> None:
         """Have the second model read tokens of a text, from where it is, as far as it knows positions."""

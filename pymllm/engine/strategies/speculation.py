@@ -104,6 +104,7 @@ class Speculation(Autoregressive):
         self.drafts = drafts
         self.row_cost = ROW_COST
         self.cache: PagedKVCache | None = None
+        self.parallel: Parallel | None = None
 
     @abstractmethod
     def promise(self, request: Request) -> int:
@@ -111,7 +112,7 @@ class Speculation(Autoregressive):
 
     @abstractmethod
     def propose(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Return drafts for each of these requests, as many as was promised or fewer."""
+        """Return drafts for each of these requests, as many as was promised or fewer; the same when asked again."""
 
     @property
     def drafting_cost(self) -> float:
@@ -119,7 +120,7 @@ class Speculation(Autoregressive):
         return 0.0
 
     def open(self, model: LanguageModel, cache: PagedKVCache, parallel: Parallel, beside: Beside) -> None:
-        self.cache = cache
+        self.cache, self.parallel = cache, parallel
         if next(model.parameters()).device.type != "cpu":
             self.row_cost = ROW_COST_ON_GPU
         else:
@@ -150,16 +151,31 @@ class Speculation(Autoregressive):
                 own.acceptance.forget()
 
     def draft(self, requests: Sequence[Request]) -> None:
-        drafting = [r for r in requests if r.decoding.reach and r.decoding.promised]
-        for request, drafts in zip(drafting, self.propose(drafting) if drafting else [], strict=True):
-            own, matcher = request.decoding, request.sampler.matcher
-            if matcher is not None:
-                own.masks = matcher.look_ahead(drafts)
-                drafts = drafts[: max(len(own.masks) - 1, 0)]
-            own.drafts = drafts
+        self._draft([r for r in requests if r.decoding.reach and r.decoding.promised])
         if not any(request.decoding.drafts for request in requests):
             for request in requests:
                 request.decoding.drop()
+
+    def _draft(self, requests: Sequence[Request]) -> None:
+        """Give these requests their drafts.
+
+        If that fails for several together, each is tried alone, so that only the one to blame fails.
+        """
+        try:
+            for request, drafts in zip(requests, self.propose(requests) if requests else [], strict=True):
+                own, matcher = request.decoding, request.sampler.matcher
+                if matcher is not None:
+                    own.masks = matcher.look_ahead(drafts)
+                    drafts = drafts[: max(len(own.masks) - 1, 0)]
+                own.drafts = drafts
+        except Exception as error:
+            if self.parallel is not None and self.parallel.size > 1:
+                # Other ranks may not have failed.
+                raise
+            if len(requests) == 1:
+                requests[0].fail(error)
+            for request in requests if len(requests) > 1 else ():
+                self._draft([request])
 
     def plan_run(self, request: Request, budget: int) -> int:
         own: Speculated = request.decoding
@@ -210,6 +226,11 @@ class Speculation(Autoregressive):
         drafts, right = own.drafts, 0
         own.drop()
         for entry, draft in zip(chosen, [*drafts, None], strict=True):
+            if entry[0] is None and right:
+                # What came before may end the answer by its text. If it does not, the next step, which runs the last
+                # token again, finds the same.
+                request.computed -= 1
+                break
             super().accept(request, entry, end_tokens)
             if entry[0] is None or entry[0] != draft:
                 break
@@ -222,6 +243,7 @@ class Speculation(Autoregressive):
             own.acceptance.note(len(drafts), right)
             request.drafted += len(drafts)
             request.accepted += right
+            request.new_accepted = right
 
     def _fits(self, requests: Sequence[Request]) -> bool:
         """Tell whether all these requests have room for drafts, none at the cost of another's pages."""
