@@ -302,11 +302,11 @@ void check_sampling(std::int64_t size) {
         const std::int64_t token = winner(number, 2, within, begin, near);
         std::int64_t chosen = -2;
         SamplingBatch batch{logits.data(), 1, size, size, &settings, starts, nullptr, nullptr, starts, nullptr, nullptr};
-        choose_tokens(batch, &chosen, path, 1);
+        choose_tokens(batch, &chosen, nullptr, path, 1);
         const auto name = [&] { return "sampling, size " + std::to_string(size); };
         expect(chosen == token || near, name);
         batch.logits = bad.data();
-        choose_tokens(batch, &chosen, path, 1);
+        choose_tokens(batch, &chosen, nullptr, path, 1);
         expect(chosen == -1, name);
         float logprob = 0, best = 0;
         std::int64_t first = -1;
