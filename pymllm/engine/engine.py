@@ -127,7 +127,7 @@ class Engine:
         """
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
-        if not answers and self.strategy.block_length > 1:
+        if not answers and "prompt_logprobs" in self.strategy.refuses:
             raise RequestError(
                 "this model answers by blocks: a token has no probability given those before it alone",
                 code="score-blocks",
@@ -170,10 +170,9 @@ class Engine:
         pieces = [len(request.running_sequence) for request in batch if request.is_reading]
         ran, logits = self._run(batch)
         for request in ran:
+            self.strategy.end_run(request)
             if request.reads_only:
                 request.end_reading()
-            else:
-                self.strategy.end_run(request)
             request.count_step()
             self.scheduler.keep(request)
         ready = [request for request in ran if request.rows]

@@ -205,8 +205,7 @@ class Request:
         return min(self.length - 1, self.next_unscored)
 
     def end_reading(self) -> None:
-        """Note that a step of a prompt that is only read has run, and end it after the last one."""
-        self.computed += len(self.running_sequence)
+        """End a prompt that is only read, if its last step has run."""
         if self.computed == self.length:
             self.finish_reason = "length"
 

@@ -198,6 +198,15 @@ def test_a_second_model_that_has_read_along_drafts_as_well_where_pages_were_foun
     assert request.accepted == request.drafted >= 20
 
 
+def test_a_second_model_reads_along_what_is_scored():
+    llm = make("draft_model")
+    prompt = llm.encode(COPIED * 3)
+    llm.score([prompt], [[9]])
+    (request,) = run(llm, [prompt], greedy(30))
+    assert request.cached_tokens >= 16
+    assert request.accepted == request.drafted >= 20
+
+
 @pytest.mark.parametrize("strategy", ("prompt_lookup", "draft_model"))
 def test_ranks_draft_the_same(tmp_path, strategy):
     write_checkpoint(tmp_path / "one")
