@@ -215,13 +215,13 @@ class LLM:
         """Return the name of an adapter that a request may have now.  RequestError, with the nearest names, if none."""
         if name is None:
             return None
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             raise RequestError(
                 f"there is no adapter {name!r}",
                 code="adapter-unknown",
                 tensor="adapter",
                 expected=" or ".join(self.adapters) or "no adapter, as none is loaded",
-                fix=nearest(name, self.adapters),
+                fix=nearest(str(name), self.adapters),
             )
         merged = merged_adapter(self.model)
         if merged not in (None, name):
@@ -369,7 +369,7 @@ class LLM:
         self.model.check_generates()
         # Here, so that a bad one fails at once, not at the first piece.
         params = self.default_params() if params is None else params
-        asked = ask(prompts, params, self.check_adapter(adapter), self.encode)
+        asked = ask(as_prompts(prompts), params, self.check_adapter(adapter), self.encode)
         check_record(outputs, asked)
         return self._run(asked, outputs)
 

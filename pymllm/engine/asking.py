@@ -41,7 +41,11 @@ def ask(
     params are something else.
     """
     each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
-    names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+    names: list[str | None]
+    if isinstance(adapter, Sequence) and not isinstance(adapter, str):
+        names = list(adapter)
+    else:
+        names = [adapter] * len(prompts)
     for what, given in (("params", each), ("adapter", names)):
         if len(given) != len(prompts):
             raise RequestError(

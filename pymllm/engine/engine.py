@@ -153,7 +153,7 @@ class Engine:
         """
         if not prompt:
             raise RequestError("the prompt has no tokens", code="prompt-empty", tensor="prompt")
-        if not answers and self.strategy.block_length > 1:
+        if not answers and "prompt_logprobs" in self.strategy.refuses:
             raise RequestError(
                 "this model answers by blocks: a token has no probability given those before it alone",
                 code="score-blocks",

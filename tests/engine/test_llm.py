@@ -230,6 +230,21 @@ def test_what_is_no_params_is_refused(llm, params):
         assert caught.value.tensor == "params"
 
 
+def test_one_prompt_for_many_streams_is_one(llm):
+    pieces = list(llm.stream_all("ab", greedy(1)))
+    assert [place for place, _ in pieces] == [0]
+    assert pieces[0][1].output.prompt_token_ids == tuple(llm.encode("ab"))
+    with pytest.raises(RequestError, match="neither text"):
+        llm.stream_all(None, greedy(1))
+
+
+@pytest.mark.parametrize("adapter", [5, ["x"], [None, ["x"]]])
+def test_what_is_no_name_of_an_adapter_is_refused(llm, adapter):
+    for call in (llm.generate, llm.score):
+        with pytest.raises(RequestError, match="adapter"):
+            call(["x y", "y z"], adapter=adapter)
+
+
 def test_import_pymllm_loads_no_torch():
     script = "import sys, pymllm; pymllm.__version__; sys.exit('torch' in sys.modules)"
     assert python("-c", script).returncode == 0

@@ -251,8 +251,9 @@ def test_prompts_and_continuations_in_tensors_and_lists_of_one(llm):
     ]
 
 
-def test_a_model_that_answers_by_blocks_has_no_such_scores(llm, monkeypatch):
-    monkeypatch.setattr(llm.engine.strategy, "block_length", 4, raising=False)
-    with pytest.raises(RequestError, match="by blocks"):
-        llm.score("x", " = 1")
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_model_that_answers_by_blocks_has_no_such_scores(block):
+    llm = LLM(strategy=f"block_diffusion:block_length={block},mask_token_id=3", progress=False)
+    with pytest.raises(RequestError, match="answers by blocks"):
+        llm.score(PROMPT, CHOICES)
     assert llm.engine.idle
