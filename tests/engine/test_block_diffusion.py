@@ -372,15 +372,34 @@ def test_editing_streams_finished_blocks_alone(models):
     assert sum((piece.token_ids for piece in pieces), ()) == pieces[-1].output.token_ids
 
 
-def test_a_block_may_hold_masks_of_the_prompt_which_are_filled_in(models):
+@pytest.mark.parametrize("family, small", [("sdar", None), ("fast_dllm_qwen", 4), ("fast_dllm_qwen", 1)])
+@pytest.mark.parametrize("rest", [(20, MASK, 22), (MASK,), (MASK, 21, MASK, 23, 24), (MASK, MASK)])
+def test_a_block_may_hold_masks_of_the_prompt_which_are_filled_in(models, family, small, rest):
+    llm = fresh(models(family, 8, small))
+    prompt = [5, 6, MASK, 8, 9, 10, 11, 12, *rest]
+    decoder = plain(llm, family)
+    for least in (0.6, 0.6, 0.2):
+        params = SamplingParams(max_tokens=18, ignore_eos=True, confidence_threshold=least)
+        outputs = GenerationOutputs(1)
+        (output,) = llm.generate([prompt], params, outputs=outputs)
+        check(output, outputs.trajectories[0], decoder, prompt, params)
+        assert output.prompt_token_ids == (*decoder.text[: len(prompt)],) and MASK in prompt[8:]
+
+
+def test_a_mask_of_the_prompt_may_become_an_end_token(models, monkeypatch):
     llm = fresh(models("sdar", 8))
-    prompt = [5, 6, MASK, 8, 9, 10, 11, 12, 20, MASK, 22]
-    params = SamplingParams(max_tokens=18, ignore_eos=True, confidence_threshold=0.6)
+    prompt = [5, 6, MASK, 8]
+    (first,) = llm.generate([prompt], SamplingParams(max_tokens=4))
+    # What came there, as the model's end token.
+    end = first.prompt_token_ids[2]
+    monkeypatch.setattr(llm.engine, "end_tokens", frozenset({end}))
     decoder = plain(llm, "sdar")
-    for _ in range(2):
-        (output,) = llm.generate([prompt], params)
-        assert (list(output.token_ids), output.finish_reason) == decoder.decode(prompt, params)
-        assert output.prompt_token_ids == (*decoder.text[: len(prompt)],) and prompt[9] == MASK
+    decoder.ends = {end}
+    (output,) = llm.generate([prompt], SamplingParams(max_tokens=4))
+    assert (list(output.token_ids), output.finish_reason) == decoder.decode(
+        prompt, SamplingParams(max_tokens=4)
+    )
+    assert output.prompt_token_ids == first.prompt_token_ids
 
 
 def test_pages_do_not_hold_masks_that_were_filled_in_while_a_request_waited(models):
