@@ -174,7 +174,8 @@ def refuse_strategy(model: LanguageModel, drafting: str | None = None) -> None:
     why = "layers keep a state of each request, which cannot be taken back" if stateful else None
     if model.keys_depend_on_length:
         why = "its keys depend on how long a request is"
-    if model.why_no_text is not None:
+    # A body of a family that is decoded by blocks reads its texts by blocks.
+    if model.why_no_text is not None and (drafting is not None or model.strategy.family is None):
         why = "it generates no text"
     if why is not None:
         raise ConfigError(

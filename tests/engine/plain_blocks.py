@@ -116,7 +116,7 @@ class Plain:
             row = logits[p - 1 if self.small else p].clone()
             row[self.mask] = -torch.inf
             own = row.log_softmax(-1)
-            if p - self.read < self.params.min_tokens:
+            if 0 <= p - self.read < self.params.min_tokens:
                 row[list(self.over)] = -torch.inf
             if self.params.greedy:
                 best = row.softmax(-1).topk(2)

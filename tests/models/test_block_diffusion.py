@@ -332,3 +332,21 @@ def test_a_quantised_checkpoint_keeps_its_names_and_answers(tmp_path, family, fo
             {n for n in names if "experts." not in n and "switch" not in n} for names in (written, expected)
         )
     assert written == expected
+
+
+@pytest.mark.parametrize("family", ("sdar", "llada2_moe", "fast_dllm_qwen"))
+def test_two_ranks_give_the_same_answers(tmp_path, family):
+    prompts = [[3 + (5 * i * i + n) % 90 for i in range(n)] for n in (1, 6, 16, 23)]
+    folder = write_blocks(tmp_path, family).folder
+    params = [
+        pymllm.SamplingParams(max_tokens=14, confidence_threshold=0.3, **each)
+        for each in ({}, {"temperature": 0.8, "seed": 1})
+    ]
+
+    def work(_):
+        llm = pymllm.LLM(folder, dtype="float32", tensor_parallel_size=2)
+        return [[o.token_ids for o in llm.generate(prompts, each)] for each in params]
+
+    first, second = simulate(2, work)
+    llm = pymllm.LLM(folder, dtype="float32")
+    assert first == second == [[o.token_ids for o in llm.generate(prompts, each)] for each in params]

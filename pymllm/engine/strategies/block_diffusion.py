@@ -199,7 +199,7 @@ class BlockDiffusionStrategy(DecodingStrategy):
             for nth, place in enumerate(state.asked):
                 number = 0.0 if params.greedy else uniform(request.sampler.seed, state.drawn + nth)
                 settings.append(_row(params, number))
-                ends = request.sampler.ends if answer + place < params.min_tokens else ()
+                ends = request.sampler.ends if 0 <= answer + place < params.min_tokens else ()
                 biases.append([self.mask_token_id, *ends])
         parts = []
         for first in range(0, len(settings), PROPOSED_ROWS):
@@ -238,15 +238,22 @@ class BlockDiffusionStrategy(DecodingStrategy):
         proposals = {place: Proposal(*entry) for place, entry in places}
         if not request.params.greedy:
             state.drawn += len(proposals)
-        if request.is_reading or state.block.status == "IN_CACHE":
+        if request.is_reading and state.block.editable_start:
+            # The prompt has a mask there: it is filled as any other, and no seed.
+            state.before = proposals[0]
+        elif request.is_reading or state.block.status == "IN_CACHE":
             self._take_seed(request, next(iter(proposals.values())), end_tokens)
         elif self.shifted:
+            if state.before is not None and 0 in state.block.open:
+                small = set(state.block.open) & set(range(self.small_block_length))
+                proposals = {place: found for place, found in proposals.items() if place in small}
+                proposals[0] = state.before
             self._fill(request, above_threshold(proposals, self._threshold(request), 1), proposals)
             self._publish(request, end_tokens)
         else:
             self._denoise(request, proposals, end_tokens)
         self._limit(request, end_tokens)
-        if self.shifted and request.finish_reason is None and not self._shifted_open(state.block):
+        if self.shifted and request.finish_reason is None and not self._shifted_open(state):
             state.block.status = "TO_CACHE"
 
     def _threshold(self, request: Request) -> float:
@@ -255,7 +262,7 @@ class BlockDiffusionStrategy(DecodingStrategy):
 
     def _lacks_seed(self, block: Block) -> bool:
         """Tell whether a block waits for its first token, which the logits before it say."""
-        return self.shifted and block.tokens[0] == self.mask_token_id and not block.editable_start
+        return self.shifted and block.tokens[0] == self.mask_token_id and block.start > 0
 
     def _places(self, request: Request, state: BlockState) -> list[int]:
         """Choose the places of the block that a step makes proposals for."""
@@ -265,16 +272,17 @@ class BlockDiffusionStrategy(DecodingStrategy):
                 return block.open
             own = range(block.editable_start, block.block_size)
             return [place for place in range(block.block_size) if place in own or place in block.open]
-        places = self._shifted_open(block)
+        places = self._shifted_open(state)
         if not places:
             return [block.block_size]
         small = places[0] // self.small_block_length
-        return [place for place in places if place // self.small_block_length == small]
+        # The first place has its proposal already; a run has to ask for something.
+        return [place for place in places if place and place // self.small_block_length == small] or [1]
 
     @staticmethod
-    def _shifted_open(block: Block) -> list[int]:
-        """Return the open places but the first: the seed, or the prompt, stands there."""
-        return [place for place in block.open if place]
+    def _shifted_open(state: BlockState) -> list[int]:
+        """Return the open places; the first only if there is a proposal for it, as the block gives none itself."""
+        return [place for place in state.block.open if place or state.before is not None]
 
     def _denoise(
         self, request: Request, proposals: Mapping[int, Proposal], end_tokens: frozenset[int]

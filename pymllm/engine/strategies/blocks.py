@@ -74,6 +74,7 @@ class BlockState:
     asked: the places of `block` that the logits of the step are for; its length is that of the next block's first.
     steps: how many forwards have filled the block.  post_edit_steps: how many have edited it since it was full.
     drawn: how many tokens have been proposed by chance.
+    before: what the logits before the block propose for its first place, where that is open though the prompt has it.
     logprobs: those of tokens that have not come into the answer yet, by position.
     """
 
@@ -83,6 +84,7 @@ class BlockState:
     steps: int = 0
     post_edit_steps: int = 0
     drawn: int = 0
+    before: Proposal | None = None
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
     def open_next(self, *first: int) -> None:
@@ -91,6 +93,7 @@ class BlockState:
         masks = [block.mask_token_id] * (block.block_size - len(first))
         self.block = Block(block.block_id + 1, [*first, *masks], block.mask_token_id)
         self.steps = self.post_edit_steps = 0
+        self.before = None
 
 
 @dataclass(frozen=True)
