@@ -1,4 +1,4 @@
-"""Hold chats with two servers, ours and llama.cpp's, over the same GGUF file.
+"""Hold chats with servers over the same GGUF file: ours, as it is and with prompt lookup, and llama.cpp's.
 
     python benchmarks/chat_beside_llama_cpp.py MODEL.gguf --llama-python PYTHON [--threads 2] [--rounds 3]
 
@@ -20,7 +20,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 TURNS, WORDS, ANSWER = 8, 45, 64  # turns of a chat, words of a message, tokens of an answer
 CROWD_TURNS = 2
 MODEL_NAME = "chat"
+OURS: dict[str, tuple[str, ...]] = {"ours": (), "ours, prompt_lookup": ("--strategy", "prompt_lookup")}
+THEIRS = "llama.cpp"
 SERVER = """
 import sys, xllamacpp as x
 p = x.CommonParams()
@@ -158,21 +160,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 16])
     args = parser.parse_args()
+    names = (*OURS, THEIRS)
     found: dict[str, Any] = {
         "machine": roofline.machine(),
         "model": args.model.name,
         "threads": args.threads,
         "rounds": args.rounds,
-        "chat": {"ours": [], "llama.cpp": []},
-        "crowds": {str(clients): {"ours": [], "llama.cpp": []} for clients in args.clients},
+        "chat": {name: [] for name in names},
+        "crowds": {str(clients): {name: [] for name in names} for clients in args.clients},
     }
-    most = max(args.clients)
-    with (
-        served(args.model, args.threads, ("--prefix-reuse", "on", "--model-name", MODEL_NAME)) as ours,
-        llama_cpp(args.llama_python, args.model, args.threads, most, 2048) as (theirs, version),
-    ):
-        found["xllamacpp"] = version
-        addresses = {"ours": ours, "llama.cpp": theirs}
+    with contextlib.ExitStack() as stack:
+        addresses = {
+            name: stack.enter_context(
+                served(
+                    args.model,
+                    args.threads,
+                    ("--prefix-reuse", "on", "--model-name", MODEL_NAME, *arguments),
+                )
+            )
+            for name, arguments in OURS.items()
+        }
+        addresses[THEIRS], found["xllamacpp"] = stack.enter_context(
+            llama_cpp(args.llama_python, args.model, args.threads, max(args.clients), 2048)
+        )
         for number in range(args.rounds + 1):
             for name, address in addresses.items():
                 measured = hold(address, number)
@@ -192,37 +202,39 @@ def main() -> None:
 
 def describe(found: dict[str, Any]) -> str:
     """Write the page."""
-    ours, theirs = found["chat"]["ours"], found["chat"]["llama.cpp"]
 
-    def row(what: str, pick: Any, more_is_better: bool = False) -> str:
-        pairs = [(pick(a), pick(b)) for a, b in zip(ours, theirs, strict=True)]
-        return line(what, pairs, more_is_better)
+    def line(what: str, values: dict[str, list[float]], more_is_better: bool = False) -> str:
+        cells = [f"{statistics.median(values[name]):.3g}" for name in (*OURS, THEIRS)]
+        for name in OURS:
+            pairs = zip(values[name], values[THEIRS], strict=True)
+            ratio = statistics.median(x / y if more_is_better else y / x for x, y in pairs)
+            cells.append(f"**{ratio:.2f}**")
+        return f"| {what} | {' | '.join(cells)} |"
 
-    def line(what: str, pairs: list[tuple[float, float]], more_is_better: bool) -> str:
-        a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-        ratio = statistics.median(x / y if more_is_better else y / x for x, y in pairs)
-        return f"| {what} | {a:.3g} | {b:.3g} | **{ratio:.2f}** |"
+    def row(what: str, pick: Callable[[dict[str, Any]], float]) -> str:
+        return line(what, {name: [pick(chat) for chat in chats] for name, chats in found["chat"].items()})
 
+    heads = [*OURS, THEIRS, *(f"{name}: times as fast" for name in OURS)]
     lines = [
         "# Chats, server to server with llama.cpp",
         "",
         f"{roofline.describe(found['machine'])}",
         "",
         f"{found['model']}, {found['threads']} thread(s) each, xllamacpp {found['xllamacpp']}; messages of {WORDS} "
-        f"words, answers of {ANSWER} tokens, greedy, streamed; {found['rounds']} rounds, A B A B. The ratio says how "
-        "many times as fast ours is.",
+        f"words, answers of {ANSWER} tokens, greedy, streamed; {found['rounds']} rounds in turns, medians.",
         "",
-        "| | ours | llama.cpp | ratio |",
-        "| --- | --- | --- | --- |",
+        f"| | {' | '.join(heads)} |",
+        "| --- |" + " --- |" * len(heads),
         row(f"a chat of {TURNS} turns, seconds in all", lambda chat: chat["seconds"]),
         row("first token of turn 1, s", lambda chat: chat["first_token_s"][0]),
         row(f"first token of turn {TURNS}, s", lambda chat: chat["first_token_s"][-1]),
         row("the same prompt cold: first token, s", lambda chat: chat["cold_s"]),
     ]
     for clients, rates in found["crowds"].items():
-        pairs = list(zip(rates["ours"], rates["llama.cpp"], strict=True))
-        lines.append(line(f"{clients} clients, {CROWD_TURNS} turns each: tokens/s of answers", pairs, True))
-    warm = statistics.median(chat["first_token_s"][-1] / chat["cold_s"] for chat in ours)
+        lines.append(line(f"{clients} clients, {CROWD_TURNS} turns each: tokens/s of answers", rates, True))
+    warm = statistics.median(
+        chat["first_token_s"][-1] / chat["cold_s"] for chat in found["chat"][next(iter(OURS))]
+    )
     lines += ["", f"Ours: the first token of turn {TURNS} takes {warm:.2f} of a cold one."]
     return "\n".join(lines) + "\n"
 
