@@ -259,9 +259,10 @@ class Engine:
         request.computed = 0
         while True:
             count = request.start_step(min(most, stop - request.computed))
-            request.rows = before[-1] and [count - 1] if request.computed + count == stop else []
+            is_last = request.computed + count == stop
+            request.rows = [count - 1] if is_last and before[-1] else []
             logits = self.runner.step([request], self.cache)
-            if request.computed + count == stop:
+            if is_last:
                 break
             request.computed += count
         request.computed, request.running_sequence, request.is_prefilling, request.rows = before

@@ -121,8 +121,12 @@ def test_a_stream_that_is_closed_early_is_aborted(llm):
                 async for _ in pieces:
                     break
             await until(lambda: llm.engine.idle)
+            places = engine._worker.places
+            assert places.free == places.capacity
 
+    free = len(llm.engine.cache.free)
     run(work)
+    assert len(llm.engine.cache.free) == free
 
 
 def test_errors_of_one_request_reach_it_alone(llm, monkeypatch):

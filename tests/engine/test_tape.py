@@ -174,3 +174,23 @@ def test_recording_a_step_does_not_import_torchs_compiler():
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert python("-c", script).returncode == 0
+
+
+@needs_native
+def test_tapes_of_all_batch_sizes_are_kept_up_to_a_bound_of_memory(monkeypatch):
+    llm = LLM(dtype="float32")
+    runner = llm.engine.runner
+
+    def decode(requests):
+        answers(llm, [[5, 6, 7 + row] for row in range(requests)], greedy(7))
+
+    for requests in range(1, 11):
+        decode(requests)
+    assert sorted(rows for rows, _, _ in runner._decoding) == list(range(1, 11))
+    assert all(batch.replay is not None and batch.bytes > 0 for batch in runner._decoding.values())
+    # The last used stay: there is room for just two more like the largest.
+    largest = max(batch.bytes for batch in runner._decoding.values())
+    monkeypatch.setattr("pymllm.engine.runner.MAX_TAPE_BYTES", 2 * largest)
+    decode(3)
+    assert sum(batch.bytes for batch in runner._decoding.values()) <= 2 * largest
+    assert list(runner._decoding)[-1][0] == 3 and runner._decoding[list(runner._decoding)[-1]].trusted
