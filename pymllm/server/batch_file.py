@@ -21,7 +21,10 @@ from types import ModuleType
 from typing import IO, Any
 
 from pymllm.errors import ConfigError, PymllmError, RequestError
-from pymllm.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse_json, refuse
+from pymllm.server.protocol.base import parse_json, refuse
+from pymllm.server.protocol.chat import ChatRequest
+from pymllm.server.protocol.completions import CompletionRequest
+from pymllm.server.protocol.embeddings import EmbeddingRequest
 from pymllm.server.refusals import error_body, refusal_of
 from pymllm.server.service import Service
 

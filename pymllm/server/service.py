@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,32 @@ from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import ConfigError, RequestError
-from pymllm.server.answers import ChatAnswer, CompletionAnswer, Echo, embedding_answer
-from pymllm.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, read_request, refuse
+from pymllm.server.answers.base import Answer
+from pymllm.server.answers.chat import ChatAnswer
+from pymllm.server.answers.completions import CompletionAnswer, Echo
+from pymllm.server.answers.conversation import Conversation
+from pymllm.server.answers.embeddings import embedding_answer
+from pymllm.server.protocol.base import read_request, refuse
+from pymllm.server.protocol.chat import ChatRequest
+from pymllm.server.protocol.completions import CompletionRequest
+from pymllm.server.protocol.embeddings import EmbeddingRequest
+from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
+from pymllm.text.parts import ContentReader, PartReader
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request that was read and checked: its prompts' token ids, its settings and its adapter."""
+    """A request that was read and checked: its prompts' token ids, its settings and its adapter.
 
-    request: CompletionRequest | ChatRequest
+    new_reader: makes the reader of one answer to a conversation.
+    """
+
+    request: SampledRequest
     prompts: list[list[int]]
     params: SamplingParams
     adapter: str | None
+    new_reader: Callable[[], PartReader] = ContentReader
 
     @property
     def asked(self) -> list[Asked]:
@@ -93,9 +106,7 @@ class Service:
                 fix="POST /v1/embeddings instead.",
             )
 
-    async def read(
-        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes | Mapping[str, Any]
-    ) -> Question:
+    async def read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
         """Read and check a body, off the event loop, as a long text takes a while to encode; compile its grammar."""
         question = await asyncio.to_thread(self._read, kind, body)
         try:
@@ -104,13 +115,15 @@ class Service:
             raise question.request.blame(error) from None
         return question
 
-    def answer_to(self, question: Question) -> CompletionAnswer | ChatAnswer:
+    def answer_to(self, question: Question) -> Answer:
         """Begin the objects that answer a question."""
         request, n = question.request, question.params.n
-        name, tokenizer = question.adapter or self.model_name, self.llm.tokenizer
-        if isinstance(request, ChatRequest):
-            return ChatAnswer(name, tokenizer, n)
-        return CompletionAnswer(name, tokenizer, n, self._echo(request, question.prompts))
+        name, tokenizer, usage = question.adapter or self.model_name, self.llm.tokenizer, request.counts_usage
+        if isinstance(request, CompletionRequest):
+            echo = self._echo(request, question.prompts)
+            return CompletionAnswer(name, tokenizer, n, echo, usage=usage)
+        assert isinstance(request, ChatRequest)
+        return ChatAnswer(name, tokenizer, n, Conversation(question.new_reader), usage=usage)
 
     async def answer(self, question: Question, generation: Generation) -> dict[str, Any]:
         """Wait for the whole answer to a question that was begun."""
@@ -151,29 +164,30 @@ class Service:
         options = embedder.options(dimensions=request.dimensions, adapter=adapter)
         return EmbeddingQuestion(request, inputs, options, adapter)
 
-    def _read(
-        self, kind: type[CompletionRequest] | type[ChatRequest], body: bytes | Mapping[str, Any]
-    ) -> Question:
+    def _read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
         """Read a request.  Whatever is wrong with it is refused here."""
-        request: CompletionRequest | ChatRequest = read_request(kind, body)
+        request = read_request(kind, body)
         adapter = self.adapter_of(request.model)
         try:
             params = self.llm.default_params(**request.sampling())
         except RequestError as error:
             raise request.blame(error) from None
-        if isinstance(request, CompletionRequest):
-            prompts = [self.llm.encode(prompt) for prompt in request.prompts]
-        else:
-            messages = [message.for_template() for message in request.messages]
-            prompts = [self.llm.tokenizer.apply_chat_template(messages)]
+        question = Question(request, self._prompts(request), params, adapter)
         try:
-            for prompt in prompts:
+            for prompt in question.prompts:
                 self.llm.engine.check(prompt, params, answers=not request.reads_only)
-            if params.n > 1 and params.n * len(prompts) > self.worker.places.capacity:
-                most = self.worker.places.capacity // len(prompts)
+            if params.n > 1 and params.n * len(question.prompts) > self.worker.places.capacity:
+                most = self.worker.places.capacity // len(question.prompts)
                 refuse("n", f"is out of range: expected at most {most}, found {params.n}")
         except RequestError as error:
             if isinstance(request, ChatRequest) and error.tensor == "prompt":
                 error.tensor = "messages"
             raise request.blame(error) from None
-        return Question(request, prompts, params, adapter)
+        return question
+
+    def _prompts(self, request: SampledRequest) -> list[list[int]]:
+        if isinstance(request, CompletionRequest):
+            return [self.llm.encode(prompt) for prompt in request.prompts]
+        assert isinstance(request, ChatRequest)
+        messages = [message.for_template() for message in request.messages]
+        return [self.llm.tokenizer.apply_chat_template(messages)]

@@ -12,7 +12,7 @@ import reprlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import jinja2
@@ -67,23 +67,33 @@ class ChatTemplate:
                 f"the chat template is not valid: {error}", code="chat-template", file=file
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
-        """Write a conversation as text, up to where the assistant answers.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: Mapping[str, str],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """Write a conversation as text; the arguments are those of `Tokenizer.render_chat`.
 
         Raises CheckpointError if the template takes longer than a second, writes more than a megabyte or reaches for
         what the sandbox refuses; RequestError if these are no messages, or if the template itself rejects them.
         """
         _check(messages)
-        variables = {
+        given = {
             **special_tokens,
+            **variables,
             "messages": list(messages),
-            "add_generation_prompt": True,
-            "tools": None,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None if tools is None else list(tools),
         }
         pieces, size = [], 0
         try:
             with _Deadline(MAX_SECONDS):
-                for piece in self.template.generate(**variables):
+                for piece in self.template.generate(**given):
                     size += len(piece)
                     if size > MAX_CHARACTERS:
                         raise _Refused("more than a megabyte of text")

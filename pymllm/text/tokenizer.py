@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from pymllm.errors import CheckpointError, ConfigError, RequestError
@@ -263,8 +264,44 @@ class Tokenizer:
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         return ChatTemplate(template, str(self.folder / "tokenizer_config.json")) if template else None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Encode a conversation, up to where the assistant answers.  ConfigError without a chat template."""
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        """Encode a conversation, up to where the assistant answers.  ConfigError without a chat template.
+
+        The arguments are those of `render_chat`.
+        """
+        text = self.render_chat(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """Write a conversation as the checkpoint's template does.  ConfigError without a chat template.
+
+        tools: what the model may call, each an object with `function`, as OpenAI's API has it.
+        add_generation_prompt: whether the text ends with what begins the assistant's answer.
+        continue_final_message: whether the last message is not closed: the model goes on with it.
+        variables: others that the template reads, as `enable_thinking`.
+        """
         if self.chat_template is None:
             raise ConfigError(
                 "the checkpoint has no chat template",
@@ -273,12 +310,23 @@ class Tokenizer:
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 fix="Use plain completions.",
             )
-        special = {
+        return self.chat_template.render(
+            messages,
+            self.special_tokens,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that templates call by name, `eos_token` say."""
+        return {
             name: token["content"] if isinstance(token, Mapping) else token
             for name, token in self.settings.items()
             if name.endswith("_token") and token is not None and not isinstance(token, bool)
         }
-        return self.encode(self.chat_template.render(messages, special), add_special_tokens=False)
 
 
 # A character has at most four bytes, so that a token that comes later completes none of an earlier one. After so many

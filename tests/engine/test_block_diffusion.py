@@ -14,7 +14,7 @@ from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.errors import RequestError
-from pymllm.server.protocol import CompletionRequest
+from pymllm.server.protocol.completions import CompletionRequest
 
 from ..block_checkpoints import write_blocks
 from ..checkpoints import load_tensors, save_tensors

@@ -118,7 +118,7 @@ def test_bytes_of_tokens_that_are_a_part_of_a_character(client, llm):
 
 def test_tokens_that_are_spelled_alike_are_all_reported(llm, monkeypatch):
     from pymllm.engine.request import TokenLogprobs
-    from pymllm.server.answers import CompletionAnswer
+    from pymllm.server.answers.completions import CompletionAnswer
 
     monkeypatch.setattr(llm.tokenizer, "token_text", lambda token: "same")
     monkeypatch.setattr(llm.tokenizer, "token_bytes", lambda token: b"same")

@@ -1,0 +1,1 @@
+"""The endpoints: each module adds its routes to the application."""

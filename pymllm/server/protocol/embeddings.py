@@ -1,0 +1,34 @@
+"""The request of /v1/embeddings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pymllm.server.protocol.base import BodyRequest, refuse
+from pymllm.server.protocol.sampled import TokenId
+
+# How many texts one request may bring, as OpenAI has it.
+MAX_INPUTS = 2048
+
+
+class EmbeddingRequest(BodyRequest):
+    """OpenAI's request, and sentence-transformers' `prompt_name` beside it."""
+
+    model: str | None = None
+    user: str | None = None
+    request_id: str | None = None
+    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)
+    prompt_name: str | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one or several, each a text or token ids."""
+        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
+            return [self.input]  # type: ignore[list-item]
+        if not 1 <= len(self.input) <= MAX_INPUTS:
+            refuse("input", f"expected 1 to {MAX_INPUTS} texts, found {len(self.input)}")
+        return self.input  # type: ignore[return-value]
