@@ -163,8 +163,11 @@ class Engine:
         self.strategy.check(params)
         longest = self.longest
         if len(prompt) + answers > longest:
+            # Clients tell by these words that a prompt is too long.
+            limit = f"this model's maximum context length is {longest} tokens"
+            problem = "does not leave room for an answer" if answers else "is too long"
             raise RequestError(
-                "the prompt does not leave room for an answer" if answers else "the prompt is too long",
+                f"the prompt {problem}: {limit}",
                 code="prompt-too-long",
                 tensor="prompt",
                 expected=f"fewer than {longest + (not answers)} tokens",

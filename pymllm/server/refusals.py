@@ -15,6 +15,16 @@ CLIENT_CODES = (
     "grammar",
 )
 
+# What OpenAI's clients know by another code than ours.
+OPENAI_CODES = {
+    "prompt-too-long": "context_length_exceeded",
+    "parameter": "invalid_value",
+    "token-id": "invalid_value",
+    "prompt-empty": "invalid_value",
+    "prompt": "invalid_type",
+    "text": "invalid_value",
+}
+
 
 class NoSuchModel(RequestError):
     """A request for a model that is not here, which clients know as 404."""
@@ -24,13 +34,7 @@ def error_body(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """Make the error object."""
-    kind = (
-        "server_error"
-        if status >= 500
-        else "authentication_error"
-        if status == 401
-        else "invalid_request_error"
-    )
+    kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -38,6 +42,7 @@ def refusal_of(error: PymllmError) -> tuple[int, dict[str, Any]]:
     """Return the status and the body that tell a client of an error."""
     if isinstance(error, RequestError):
         status = 404 if isinstance(error, NoSuchModel) else 400
-        return status, error_body(status, str(error), param=error.param, code=error.code)
+        code = OPENAI_CODES.get(error.code, error.code)
+        return status, error_body(status, str(error), param=error.param, code=code)
     status = 400 if error.code in CLIENT_CODES else 500
     return status, error_body(status, str(error), code=error.code)

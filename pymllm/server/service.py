@@ -15,11 +15,12 @@ from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import ConfigError, RequestError
-from pymllm.server.answers.base import Answer
+from pymllm.server.answers.base import Answer, Shown
 from pymllm.server.answers.chat import ChatAnswer
 from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
+from pymllm.server.prompting import completion_prompts, cut
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
@@ -118,12 +119,13 @@ class Service:
     def answer_to(self, question: Question) -> Answer:
         """Begin the objects that answer a question."""
         request, n = question.request, question.params.n
-        name, tokenizer, usage = question.adapter or self.model_name, self.llm.tokenizer, request.counts_usage
+        name, tokenizer = question.adapter or self.model_name, self.llm.tokenizer
+        shown = Shown(**request.shown, prompts=question.prompts)
         if isinstance(request, CompletionRequest):
             echo = self._echo(request, question.prompts)
-            return CompletionAnswer(name, tokenizer, n, echo, usage=usage)
+            return CompletionAnswer(name, tokenizer, n, echo, shown)
         assert isinstance(request, ChatRequest)
-        return ChatAnswer(name, tokenizer, n, Conversation(question.new_reader), usage=usage)
+        return ChatAnswer(name, tokenizer, n, Conversation(question.new_reader), shown)
 
     async def answer(self, question: Question, generation: Generation) -> dict[str, Any]:
         """Wait for the whole answer to a question that was begun."""
@@ -148,7 +150,7 @@ class Service:
             return None
         decode = self.llm.tokenizer.decode if self.llm.tokenizer.available else lambda ids: ""
         texts = [
-            given if isinstance(given, str) else decode(ids)
+            given if isinstance(given, str) and request.truncate_prompt_tokens is None else decode(ids)
             for given, ids in zip(request.prompts, prompts, strict=True)
         ]
         return Echo(texts, list(prompts), request.logprobs is not None)
@@ -161,7 +163,9 @@ class Service:
         except RequestError as error:
             error.tensor = "input" if error.tensor != "prompt_name" else error.tensor
             raise
-        options = embedder.options(dimensions=request.dimensions, adapter=adapter)
+        options = embedder.options(
+            dimensions=request.dimensions, normalize=request.normalize, adapter=adapter
+        )
         return EmbeddingQuestion(request, inputs, options, adapter)
 
     def _read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
@@ -172,7 +176,8 @@ class Service:
             params = self.llm.default_params(**request.sampling())
         except RequestError as error:
             raise request.blame(error) from None
-        question = Question(request, self._prompts(request), params, adapter)
+        prompts = [cut(self.llm, request, prompt) for prompt in self._prompts(request)]
+        question = Question(request, prompts, params, adapter)
         try:
             for prompt in question.prompts:
                 self.llm.engine.check(prompt, params, answers=not request.reads_only)
@@ -187,7 +192,7 @@ class Service:
 
     def _prompts(self, request: SampledRequest) -> list[list[int]]:
         if isinstance(request, CompletionRequest):
-            return [self.llm.encode(prompt) for prompt in request.prompts]
+            return completion_prompts(self.llm, request)
         assert isinstance(request, ChatRequest)
         messages = [message.for_template() for message in request.messages]
         return [self.llm.tokenizer.apply_chat_template(messages)]

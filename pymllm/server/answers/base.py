@@ -122,18 +122,38 @@ class Answer:
         return described
 
 
+@dataclass(frozen=True)
+class Shown:
+    """The things that an answer shows beside its text.
+
+    usage, running_usage: whether a stream ends with a count of tokens, and whether each chunk has one.
+    token_ids: whether the ids of prompts and answers come along.  names_ids: whether tokens are named token_id:7.
+    prompts: the token ids of each prompt, of which these speak.
+    """
+
+    usage: bool = False
+    running_usage: bool = False
+    token_ids: bool = False
+    names_ids: bool = False
+    prompts: Sequence[Sequence[int]] = ()
+
+
+TEXT_ALONE = Shown()
+
+
 class ChoicesAnswer(Answer):
     """An answer of OpenAI's first two endpoints, whose objects and chunks have `choices`.
 
-    kind, chunk_kind: the `object` of whole answers and of chunks.  usage: whether a stream ends with a count of tokens.
+    kind, chunk_kind: the `object` of whole answers and of chunks.
     """
 
     kind: str
     chunk_kind: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer, n: int = 1, *, usage: bool = False) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, n: int = 1, shown: Shown = TEXT_ALONE) -> None:
         super().__init__(model, tokenizer, n)
-        self.usage = usage
+        self.shown = shown
+        self._counted: dict[int, int] = {}  # by answer: how many of its tokens have been streamed
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [
@@ -146,14 +166,22 @@ class ChoicesAnswer(Answer):
         return [self._chunk([choice]) for choice in self.opening(answers)]
 
     def add(self, index: int, piece: StreamPiece) -> list[Event]:
+        self._counted[index] = self._counted.get(index, 0) + len(piece.token_ids)
         return [self._chunk([choice]) for choice in self.choices_of(index, piece)]
 
     def end(self, outputs: Sequence[RequestOutput]) -> list[Event]:
-        counted = [self._chunk([], usage_of(outputs, self.n))] if self.usage else []
+        counted = [self._chunk([], usage_of(outputs, self.n))] if self.shown.usage else []
         return [*counted, Event("[DONE]")]
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> Event:
-        return Event({**self._object(self.chunk_kind, choices), **({"usage": usage} if self.usage else {})})
+        if self.shown.running_usage and choices:
+            usage = self._usage_so_far(choices[0]["index"])
+        counts = {"usage": usage} if self.shown.usage or self.shown.running_usage else {}
+        return Event({**self._object(self.chunk_kind, choices), **counts})
+
+    def _usage_so_far(self, index: int) -> dict[str, Any]:
+        prompt, answer = len(self.shown.prompts[index // self.n]), self._counted.get(index, 0)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -170,10 +198,21 @@ class ChoicesAnswer(Answer):
 
     def choices_of(self, index: int, piece: StreamPiece) -> list[dict[str, Any]]:
         """Return what a piece of the answer `index` adds to a stream, as entries of chunks' `choices`."""
-        if not piece.text and piece.output is None and not piece.logprobs:
+        if not self._tells(piece):
             return []
         reason = piece.output.finish_reason if piece.output is not None else None
-        return [self.delta(index, piece.text, reason, piece.logprobs)]
+        return [self.delta(index, piece.text, reason, piece.logprobs) | self._ids(piece.token_ids)]
+
+    def _tells(self, piece: StreamPiece) -> bool:
+        """Tell whether a piece has anything for the client."""
+        ids = piece.token_ids if self.shown.token_ids else ()
+        return bool(piece.text or piece.output is not None or piece.logprobs or ids)
+
+    def _ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self.shown.token_ids else {}
+
+    def _prompt_ids(self, place: int) -> dict[str, Any]:
+        return {"prompt_token_ids": list(self.shown.prompts[place])} if self.shown.token_ids else {}
 
     def choice(self, index: int, output: RequestOutput, first: RequestOutput) -> dict[str, Any]:
         """Return the finished answer `index`, as an entry of `choices`.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pymllm.engine.request import RequestOutput, TokenLogprobs
 from pymllm.engine.session import StreamPiece
-from pymllm.server.answers.base import ChoicesAnswer, json_number
+from pymllm.server.answers.base import TEXT_ALONE, ChoicesAnswer, Event, Shown, json_number
 from pymllm.server.answers.conversation import Conversation
 from pymllm.text.parts import Content, Part, Reasoning, ToolCall
 from pymllm.text.tokenizer import Tokenizer
@@ -17,13 +18,14 @@ class ChatAnswer(ChoicesAnswer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, n: int, conversation: Conversation, *, usage: bool = False
+        self, model: str, tokenizer: Tokenizer, n: int, conversation: Conversation, shown: Shown = TEXT_ALONE
     ) -> None:
-        super().__init__(model, tokenizer, n, usage=usage)
+        super().__init__(model, tokenizer, n, shown)
         self.conversation = conversation
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         answer, described = super().whole(outputs), self._describe_prompt(outputs[0])
+        answer |= self._prompt_ids(0)
         return answer if described is None else {**answer, "prompt_logprobs": described}
 
     def choice(self, index: int, output: RequestOutput, first: RequestOutput) -> dict[str, Any]:
@@ -42,7 +44,13 @@ class ChatAnswer(ChoicesAnswer):
             ]
         reason = finish_reason(output.finish_reason, called=bool(parts.calls))
         logprobs = self._describe(output.logprobs)
-        return {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
+        choice = {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
+        return choice | self._ids(output.token_ids)
+
+    def begin(self, answers: int) -> list[Event]:
+        first, *others = super().begin(answers)
+        assert isinstance(first.data, dict)
+        return [Event({**first.data, **self._prompt_ids(0)}), *others]
 
     def opening(self, answers: int) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -54,13 +62,13 @@ class ChatAnswer(ChoicesAnswer):
     def choices_of(self, index: int, piece: StreamPiece) -> list[dict[str, Any]]:
         deltas = [_delta(part) for part in self.conversation.parts(index, piece)]
         # What a piece has beside its parts comes with the first of them, and the end of the answer with the last.
-        if not deltas and (piece.output is not None or piece.logprobs):
+        if not deltas and self._tells(replace(piece, text="")):
             deltas = [{}]
         choices: list[dict[str, Any]] = [
             {"index": index, "delta": delta, "finish_reason": None, "logprobs": None} for delta in deltas
         ]
         if choices:
-            choices[0]["logprobs"] = self._describe(piece.logprobs)
+            choices[0] |= {"logprobs": self._describe(piece.logprobs), **self._ids(piece.token_ids)}
         if piece.output is not None:
             called = index in self.conversation.called
             choices[-1]["finish_reason"] = finish_reason(piece.output.finish_reason, called=called)
@@ -80,7 +88,8 @@ class ChatAnswer(ChoicesAnswer):
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         content = list(self._bytes(token_id))
-        return {"token": self._token(token_id), "logprob": json_number(logprob), "bytes": content}
+        name = f"token_id:{token_id}" if self.shown.names_ids else self._token(token_id)
+        return {"token": name, "logprob": json_number(logprob), "bytes": content}
 
 
 def finish_reason(reason: str | None, *, called: bool) -> str | None:

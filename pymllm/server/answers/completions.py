@@ -8,7 +8,7 @@ from typing import Any
 
 from pymllm.engine.request import RequestOutput, TokenLogprobs
 from pymllm.engine.session import StreamPiece
-from pymllm.server.answers.base import ChoicesAnswer, json_number
+from pymllm.server.answers.base import TEXT_ALONE, ChoicesAnswer, Shown, json_number
 from pymllm.text.tokenizer import Tokenizer
 
 
@@ -30,10 +30,9 @@ class CompletionAnswer(ChoicesAnswer):
         tokenizer: Tokenizer,
         n: int = 1,
         echo: Echo | None = None,
-        *,
-        usage: bool = False,
+        shown: Shown = TEXT_ALONE,
     ) -> None:
-        super().__init__(model, tokenizer, n, usage=usage)
+        super().__init__(model, tokenizer, n, shown)
         self.echo = echo
         # By choice: how many characters have had their log-probabilities sent.
         self._offsets: dict[int, int] = {}
@@ -42,9 +41,18 @@ class CompletionAnswer(ChoicesAnswer):
         self._echoed: set[int] = set()
 
     def opening(self, answers: int) -> list[dict[str, Any]]:
+        if self.shown.token_ids:
+            return [
+                self.delta(index, self._echoed_text(index), None, None) | self._prompt_ids(index // self.n)
+                for index in range(answers)
+            ]
         if self.echo is None or self.echo.logprobs:
             return []
-        return [self.delta(index, self.echo.texts[index // self.n], None, None) for index in range(answers)]
+        return [self.delta(index, self._echoed_text(index), None, None) for index in range(answers)]
+
+    def _echoed_text(self, index: int) -> str:
+        """Return what comes before an answer at once; log-probabilities of a prompt come with its text, later."""
+        return "" if self.echo is None or self.echo.logprobs else self.echo.texts[index // self.n]
 
     def choices_of(self, index: int, piece: StreamPiece) -> list[dict[str, Any]]:
         if self.echo is None or not self.echo.logprobs or index // self.n in self._echoed:
@@ -68,13 +76,14 @@ class CompletionAnswer(ChoicesAnswer):
         return [*echoed, *held, *super().choices_of(index, piece)]
 
     def choice(self, index: int, output: RequestOutput, first: RequestOutput) -> dict[str, Any]:
+        ids = {**self._prompt_ids(index // self.n), **self._ids(output.token_ids)}
         if self.echo is None:
-            choice = self.delta(index, output.text, output.finish_reason, output.logprobs)
+            choice = self.delta(index, output.text, output.finish_reason, output.logprobs) | ids
             described = self._describe_prompt(first)
             return choice if described is None else {**choice, "prompt_logprobs": described}
         before = self._describe_echo(index, first.prompt_logprobs or ()) if self.echo.logprobs else None
         text = self.echo.texts[index // self.n] + output.text
-        choice = self.delta(index, text, output.finish_reason, output.logprobs)
+        choice = self.delta(index, text, output.finish_reason, output.logprobs) | ids
         if before is not None:
             after = choice["logprobs"] or {}
             choice["logprobs"] = {name: [*value, *after.get(name, ())] for name, value in before.items()}
@@ -135,6 +144,8 @@ class CompletionAnswer(ChoicesAnswer):
 
     def _name(self, token_id: int) -> str:
         """Spell a token; one that is no text is spelled as OpenAI does, bytes:\\xe4."""
+        if self.shown.names_ids:
+            return f"token_id:{token_id}"
         token, content = self._token(token_id), self._bytes(token_id)
         if token.encode("utf-8") == content:
             return token

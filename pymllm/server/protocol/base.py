@@ -10,34 +10,14 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pymllm.errors import RequestError
+from pymllm.server.protocol.neutral import COMMON, Neutral
 
-# Parameters that this server does not have, each with the values that ask for nothing; null is always
-# one of them.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-    # Those of other servers.
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "detokenize": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "repeat_penalty": (1, 1.0),
-    "priority": (0,),
-    "cache_prompt": (True, False),
+# How pydantic's names of what is wrong end, and OpenAI's codes.
+CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "_type": "invalid_type",
+    "_parsing": "invalid_type",
 }
 
 
@@ -53,7 +33,7 @@ class BodyRequest(StrictModel):
     NEUTRAL: the parameters that this kind does not have, each with the values that ask for nothing.
     """
 
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+    NEUTRAL: ClassVar[Neutral] = COMMON
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +69,11 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
         name, where = str(first["loc"][0]), ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             refuse(name, "is not supported by this server", code="unsupported_parameter")
+        code = next((code for ends, code in CODES.items() if first["type"].endswith(ends)), "invalid_value")
         if name in ("prompt", "input") and name in raw:
-            refuse(name, f"must be text, token ids, or a list of such {name}s")
+            refuse(name, f"must be text, token ids, or a list of such {name}s", code="invalid_type")
         detail = first["msg"][0].lower() + first["msg"][1:]
-        refuse(name, detail if where == name else f"{detail} (at {where})")
+        refuse(name, detail if where == name else f"{detail} (at {where})", code=code)
     request.check()
     return request
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pymllm.engine.sampling import MAX_LOGPROBS
 from pymllm.server.protocol.base import StrictModel, refuse
+from pymllm.server.protocol.neutral import CHAT, Neutral
 from pymllm.server.protocol.sampled import SampledRequest
 
 
@@ -27,7 +28,11 @@ class Message(StrictModel):
 
 
 class ChatRequest(SampledRequest):
+    NEUTRAL: ClassVar[Neutral] = CHAT
+
     messages: list[Message] = Field(min_length=1)
+    # A guess at the answer, for servers that are faster with one: it changes no answer.
+    prediction: dict[str, Any] | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

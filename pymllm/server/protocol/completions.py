@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from pymllm.engine.sampling import MAX_LOGPROBS
 from pymllm.server.protocol.base import refuse
+from pymllm.server.protocol.neutral import COMPLETIONS, Neutral
 from pymllm.server.protocol.sampled import SampledRequest, TokenId
 
 # How many prompts one request may bring.
@@ -18,14 +19,31 @@ COMPLETION_MAX_TOKENS = 16
 
 
 class CompletionRequest(SampledRequest):
+    """A text to go on from.
+
+    suffix: what is to follow the answer, which fills in what is between; models of code have tokens for it.
+    add_special_tokens: whether the tokenizer's own come before a text, <s> say.
+    """
+
+    NEUTRAL: ClassVar[Neutral] = COMPLETIONS
+
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+    suffix: str | None = None
+    add_special_tokens: bool = True
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
         # False is the chat API's way to ask for no log-probabilities.
         return {name: value for name, value in raw.items() if name != "logprobs" or value is not False}
+
+    def check(self) -> None:
+        super().check()
+        if self.suffix and self.echo:
+            refuse("suffix", "needs echo: false")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompts):
+            refuse("suffix", "needs prompts that are text")
 
     def sampling(self) -> dict[str, Any]:
         """Return the keywords of SamplingParams; where the prompt is echoed, its tokens' log-probabilities come too."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pymllm.server.protocol.base import BodyRequest, refuse
+from pymllm.server.protocol.neutral import EMBEDDINGS, Neutral
 from pymllm.server.protocol.sampled import TokenId
 
 # How many texts one request may bring, as OpenAI has it.
@@ -14,15 +15,23 @@ MAX_INPUTS = 2048
 
 
 class EmbeddingRequest(BodyRequest):
-    """OpenAI's request, and sentence-transformers' `prompt_name` beside it."""
+    """OpenAI's request, and sentence-transformers' `prompt_name` beside it.
+
+    normalize: whether vectors have length 1; None: as the folder says.
+    """
+
+    NEUTRAL: ClassVar[Neutral] = EMBEDDINGS
 
     model: str | None = None
     user: str | None = None
     request_id: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, Any] | None = None
     input: str | list[str] | list[TokenId] | list[list[TokenId]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
     prompt_name: str | None = None
+    normalize: bool | None = None
 
     @property
     def inputs(self) -> list[str | list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,15 +10,28 @@ from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.engine.sampling import GRAMMARS as SETTINGS
 from pymllm.errors import RequestError
 from pymllm.server.protocol.base import BodyRequest, StrictModel, refuse
+from pymllm.server.protocol.neutral import GENERATING, Neutral
+from pymllm.server.protocol.structured import StructuredOutputs, choices
 
 # The parameters that may bring a grammar.
-GRAMMARS = ("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice")
+GRAMMARS = (
+    *("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice"),
+    "structured_outputs",
+)
 
 TokenId = Annotated[int, Field(ge=0)]
 
 
 class StreamOptions(StrictModel):
-    include_usage: bool = False
+    """The things that come with a stream.
+
+    include_usage: a count of tokens at its end.  continuous_usage_stats: one in every chunk.  include_obfuscation:
+    letters that hide the length of a chunk, which this server does not send.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class NamedSchema(StrictModel):
@@ -55,15 +67,27 @@ class ResponseFormat(StrictModel):
 class SampledRequest(BodyRequest):
     """The parameters that both endpoints take.
 
-    None: the checkpoint's recommendation, or the default of SamplingParams.  user, request_id: accepted, but they
-    change no answer.  best_of: as many as n, or none.
+    None: the checkpoint's recommendation, or the default of SamplingParams.  best_of: as many as n, or none.
+    truncate_prompt_tokens: how many of a prompt's last tokens are read; -1: as many as there is room for.
+    return_token_ids, return_tokens_as_token_ids: whether an answer has its token ids, and names tokens token_id:7.
+    Accepted, though they change no answer: user and the names beside it, of requests, of clients and of what they keep.
     """
+
+    NEUTRAL: ClassVar[Neutral] = GENERATING
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     request_id: str | None = None
+    rid: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     n: int | None = None
     best_of: int | None = None
     max_tokens: int | None = None
@@ -95,6 +119,7 @@ class SampledRequest(BodyRequest):
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     COPIED: ClassVar[tuple[str, ...]] = (
         "n",
@@ -128,23 +153,29 @@ class SampledRequest(BodyRequest):
         """Return the keyword of SamplingParams for the grammar that the answer is to follow, if any."""
         found = [] if self.response_format is None else [self.response_format.grammar()]
         if self.guided_choice is not None:
-            if not self.guided_choice:
-                refuse("guided_choice", "must name a choice")
-            found.append({"regex": "|".join(f"({re.escape(choice)})" for choice in self.guided_choice)})
-        named = (
+            found.append({"regex": choices("guided_choice", self.guided_choice)})
+        if self.structured_outputs is not None:
+            found += self.structured_outputs.grammars()
+        guided = (
             ("json_schema", self.guided_json),
             ("regex", self.guided_regex),
             ("grammar", self.guided_grammar),
         )
-        found += [{name: value} for name, value in named if value is not None]
+        found += [{name: value} for name, value in guided if value is not None]
         found = [grammar for grammar in found if grammar]
         if len(found) > 1:
-            refuse("response_format", "and guided_* name several grammars; an answer follows one")
+            named = self._named_grammars
+            param = named[0] if len(named) == 1 else "response_format"
+            refuse(param, "and guided_* name several grammars; an answer follows one")
         return found[0] if found else {}
+
+    @property
+    def _named_grammars(self) -> list[str]:
+        return [name for name in GRAMMARS if getattr(self, name) is not None]
 
     def blame(self, error: RequestError) -> RequestError:
         """Name the grammar's parameter in an error as the client has spelled it.  Returns the error."""
-        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        given = self._named_grammars
         # A response_format that asks for any text may stand beside the one that is meant.
         if error.code in ("grammar", "parameter") and error.tensor in SETTINGS and given:
             error.message = given[-1] + error.message.removeprefix(error.tensor)
@@ -159,7 +190,18 @@ class SampledRequest(BodyRequest):
     @property
     def counts_usage(self) -> bool:
         """Tell whether a stream is to end with a count of the tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def shown(self) -> dict[str, bool]:
+        """The fields of `Shown`: what the answer shows beside its text."""
+        return {
+            "usage": self.counts_usage,
+            "running_usage": self.stream_options is not None
+            and bool(self.stream_options.continuous_usage_stats),
+            "token_ids": bool(self.return_token_ids),
+            "names_ids": bool(self.return_tokens_as_token_ids),
+        }
 
     @property
     def reads_only(self) -> bool:
@@ -176,6 +218,8 @@ class SampledRequest(BodyRequest):
             refuse("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             refuse("prompt_logprobs", "needs stream: false")
+        if self.truncate_prompt_tokens == 0:
+            refuse("truncate_prompt_tokens", "is out of range: expected -1, or at least 1, found 0")
         if self.best_of not in (None, self.n or 1):
             refuse("best_of", "must be n: no answers are left out", code="unsupported_parameter")
 
