@@ -23,7 +23,7 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize thread-check arm-check clean distclean
+.PHONY: help demo test gpu lint format native sanitize thread-check arm-check clients-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
 	@echo 'make thread-check  run the kernels'"'"' pool of threads under ThreadSanitizer (sanitize does, too)'
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
+	@echo 'make clients-check  let openai, anthropic, litellm, langchain and others talk to a real `pymllm serve`'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
@@ -191,10 +192,33 @@ thread-check:
 arm-check:
 	@CMAKE=$$(command -v cmake || echo $(BIN)/cmake) PYTHON=$(NATIVE_PYTHON) tests/kernels/arm/check
 
+# The clients' requirements are at odds with those of the tests: they live apart, and the server runs with $(VENV).
+CLIENTS ?= .venv-clients
+define CLIENT_PACKAGES
+import importlib.metadata, re
+for line in importlib.metadata.requires("pymllm"):
+    name, _, extra = line.partition(";")
+    if re.search("extra == .test-clients.", extra):
+        print(name.strip())
+endef
+export CLIENT_PACKAGES
+
+$(CLIENTS)/.stamp: $(VENV)/.stamp-core
+	@echo '*** setting up $(CLIENTS) with clients of the server'
+	@$(PYTHON) -m venv $(CLIENTS)
+	@mkdir -p build; $(BIN)/python -c "$$CLIENT_PACKAGES" > build/clients.txt
+	@$(CLIENTS)/bin/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) -r build/clients.txt
+	@touch $@
+
+clients-check: $(VENV)/.stamp-test $(NATIVE_STAMP) $(CLIENTS)/.stamp
+	@$(BIN)/python -c "$$THIS_FOLDER"
+	PYMLLM_SERVER_PYTHON=$(abspath $(BIN)/python) PYTHONPATH=tests/clients $(CLIENTS)/bin/python -m pytest -q \
+	  --confcutdir tests/clients tests/clients $(PYTEST_ARGS)
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	rm -f pymllm/_native*.so $(VENV)/.stamp-native-*
 	find pymllm tests examples benchmarks quantization -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)

@@ -88,7 +88,10 @@ class Guard:
         if hmac.compare_digest(_digest(sent), self.key):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
-        return error_response(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
+        # Clients tell by these words that it is the key, not the request.
+        return error_response(
+            401, "Incorrect API key provided, or none", code="invalid_api_key", headers=headers
+        )
 
 
 def _digest(value: bytes) -> bytes:

@@ -111,14 +111,6 @@ def embed(client, **settings):
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"suffix": "x", "prompt": [5]}, "suffix", "invalid_value"),
         ({"suffix": "x", "echo": True}, "suffix", "invalid_value"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "invalid_value"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs", "invalid_value"),
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "grammar"),
-        (
-            {"structured_outputs": {"json": {}, "whitespace_pattern": " "}},
-            "structured_outputs",
-            "unsupported_parameter",
-        ),
     ],
     ids=str,
 )
@@ -219,23 +211,6 @@ def test_each_chunk_may_count_the_tokens_so_far(client, path, body):
     assert parts[-1]["choices"] == [] and all(part["choices"] for part in parts[:-1])
     only = chunks(client, path, {**body, "stream_options": {"continuous_usage_stats": True}})
     assert all(part["choices"] and part["usage"] for part in only)
-
-
-@pytest.mark.parametrize(
-    "form, matches",
-    [
-        ({"choice": ["yes", "no (not yet)"]}, lambda text: text in ("yes", "no (not yet)")),
-        ({"regex": "[ab]{3}"}, lambda text: len(text) == 3 and set(text) <= set("ab")),
-        ({"json": {"type": "integer", "minimum": 3, "maximum": 7}}, lambda text: 3 <= json.loads(text) <= 7),
-        ({"json": '{"const": [1]}', "disable_fallback": True}, lambda text: json.loads(text) == [1]),
-        ({"grammar": 'start: "x" "y"'}, lambda text: text == "xy"),
-        ({"json_object": False, "choice": ["a"]}, lambda text: text == "a"),
-    ],
-    ids=str,
-)
-def test_structured_outputs_are_followed(client, form, matches):
-    answer = chat(client, structured_outputs=form, max_tokens=40)
-    assert matches(answer["choices"][0]["message"]["content"])
 
 
 def infilling(folder, names):

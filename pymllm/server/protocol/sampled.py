@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,13 +12,9 @@ from pymllm.engine.sampling import GRAMMARS as SETTINGS
 from pymllm.errors import RequestError
 from pymllm.server.protocol.base import BodyRequest, StrictModel, refuse
 from pymllm.server.protocol.neutral import GENERATING, Neutral
-from pymllm.server.protocol.structured import StructuredOutputs, choices
 
 # The parameters that may bring a grammar.
-GRAMMARS = (
-    *("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice"),
-    "structured_outputs",
-)
+GRAMMARS = ("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice")
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -119,7 +116,6 @@ class SampledRequest(BodyRequest):
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: list[str] | None = None
-    structured_outputs: StructuredOutputs | None = None
 
     COPIED: ClassVar[tuple[str, ...]] = (
         "n",
@@ -153,29 +149,23 @@ class SampledRequest(BodyRequest):
         """Return the keyword of SamplingParams for the grammar that the answer is to follow, if any."""
         found = [] if self.response_format is None else [self.response_format.grammar()]
         if self.guided_choice is not None:
-            found.append({"regex": choices("guided_choice", self.guided_choice)})
-        if self.structured_outputs is not None:
-            found += self.structured_outputs.grammars()
-        guided = (
+            if not self.guided_choice:
+                refuse("guided_choice", "must name a choice")
+            found.append({"regex": "|".join(f"({re.escape(choice)})" for choice in self.guided_choice)})
+        named = (
             ("json_schema", self.guided_json),
             ("regex", self.guided_regex),
             ("grammar", self.guided_grammar),
         )
-        found += [{name: value} for name, value in guided if value is not None]
+        found += [{name: value} for name, value in named if value is not None]
         found = [grammar for grammar in found if grammar]
         if len(found) > 1:
-            named = self._named_grammars
-            param = named[0] if len(named) == 1 else "response_format"
-            refuse(param, "and guided_* name several grammars; an answer follows one")
+            refuse("response_format", "and guided_* name several grammars; an answer follows one")
         return found[0] if found else {}
-
-    @property
-    def _named_grammars(self) -> list[str]:
-        return [name for name in GRAMMARS if getattr(self, name) is not None]
 
     def blame(self, error: RequestError) -> RequestError:
         """Name the grammar's parameter in an error as the client has spelled it.  Returns the error."""
-        given = self._named_grammars
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
         # A response_format that asks for any text may stand beside the one that is meant.
         if error.code in ("grammar", "parameter") and error.tensor in SETTINGS and given:
             error.message = given[-1] + error.message.removeprefix(error.tensor)
