@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,13 +20,24 @@ from pymllm.server.answers.chat import ChatAnswer
 from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
+from pymllm.server.answers.messages import MessagesAnswer
+from pymllm.server.answers.responses import ResponsesAnswer
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
+from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.embeddings import EmbeddingRequest
+from pymllm.server.protocol.messages import MessagesRequest
+from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
 from pymllm.text.parts import ContentReader, PartReader
+
+# The answers to conversations of other APIs than chat's.
+CONVERSATIONS: Mapping[type[ConversationRequest], Callable[..., Answer]] = {
+    ResponsesRequest: ResponsesAnswer,
+    MessagesRequest: MessagesAnswer,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Question:
     """A request that was read and checked: its prompts' token ids, its settings and its adapter.
 
     new_reader: makes the reader of one answer to a conversation.
+    original: the request of another API that `request`, a chat, stands for; None: it was this one that came.
     """
 
     request: SampledRequest
@@ -41,6 +53,17 @@ class Question:
     params: SamplingParams
     adapter: str | None
     new_reader: Callable[[], PartReader] = ContentReader
+    original: ConversationRequest | None = None
+
+    @property
+    def stream(self) -> bool:
+        """Tell whether the answer is to come as a stream of events."""
+        return self.request.stream if self.original is None else self.original.stream
+
+    def blame(self, error: RequestError) -> RequestError:
+        """Name the parameter in an error as the client has spelled it.  Returns the error."""
+        error = self.request.blame(error)
+        return error if self.original is None else self.original.blame(error)
 
     @property
     def asked(self) -> list[Asked]:
@@ -106,31 +129,50 @@ class Service:
                 fix="POST /v1/embeddings instead.",
             )
 
-    async def read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
+    async def read(
+        self, kind: type[SampledRequest] | type[ConversationRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
         """Read and check a body, off the event loop, as a long text takes a while to encode; compile its grammar."""
         question = await asyncio.to_thread(self._read, kind, body)
         try:
             await self.worker.compile(question.params)
         except RequestError as error:
-            raise question.request.blame(error) from None
+            raise question.blame(error) from None
         return question
+
+    async def count(self, kind: type[ConversationRequest], body: bytes | Mapping[str, Any]) -> int:
+        """Count the tokens of the prompt that a conversation becomes, off the event loop."""
+
+        def count() -> int:
+            request = read_request(kind, body)
+            self.adapter_of(request.model)
+            try:
+                return len(self._prompts(request.as_chat())[0])
+            except RequestError as error:
+                raise request.blame(error) from None
+
+        return await asyncio.to_thread(count)
 
     def answer_to(self, question: Question) -> Answer:
         """Begin the objects that answer a question."""
         request, n = question.request, question.params.n
         name, tokenizer, usage = question.adapter or self.model_name, self.llm.tokenizer, request.counts_usage
+        conversation = Conversation(question.new_reader)
+        if question.original is not None:
+            answer = CONVERSATIONS[type(question.original)]
+            return answer(name, tokenizer, conversation, question.original, question.params)
         if isinstance(request, CompletionRequest):
             echo = self._echo(request, question.prompts)
             return CompletionAnswer(name, tokenizer, n, echo, usage=usage)
         assert isinstance(request, ChatRequest)
-        return ChatAnswer(name, tokenizer, n, Conversation(question.new_reader), usage=usage)
+        return ChatAnswer(name, tokenizer, n, conversation, usage=usage)
 
     async def answer(self, question: Question, generation: Generation) -> dict[str, Any]:
         """Wait for the whole answer to a question that was begun."""
         try:
             return self.answer_to(question).whole(await generation.outputs())
         except RequestError as error:
-            raise question.request.blame(error) from None
+            raise question.blame(error) from None
 
     async def read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
         """Read and check a request for embeddings, off the event loop."""
@@ -164,9 +206,19 @@ class Service:
         options = embedder.options(dimensions=request.dimensions, adapter=adapter)
         return EmbeddingQuestion(request, inputs, options, adapter)
 
-    def _read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
+    def _read(
+        self, kind: type[SampledRequest] | type[ConversationRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
         """Read a request.  Whatever is wrong with it is refused here."""
         request = read_request(kind, body)
+        if isinstance(request, SampledRequest):
+            return self._question(request)
+        try:
+            return replace(self._question(request.as_chat()), original=request)
+        except RequestError as error:
+            raise request.blame(error) from None
+
+    def _question(self, request: SampledRequest) -> Question:
         adapter = self.adapter_of(request.model)
         try:
             params = self.llm.default_params(**request.sampling())

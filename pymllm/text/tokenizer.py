@@ -341,7 +341,7 @@ class TextStream:
     stop: strings that end the text.  min_tokens: of how many tokens the text has at least.
     begins: False: a space that the text begins with stays, which some decoders leave out at the start of a text.
     text: what is certain so far.  sent: how many of its characters pieces have had.
-    stopped: whether a stop string has come.
+    stopped: whether a stop string has come.  stopped_by: which; None: none has.
     """
 
     def __init__(
@@ -354,6 +354,7 @@ class TextStream:
         self.text = ""
         self.sent = 0
         self.stopped = False
+        self.stopped_by: str | None = None
         # The text of ids before `_settled` is certain; decoding begins at `_prefix`, a little before.
         self._settled = len(self.ids)
         self._prefix = 0
@@ -396,7 +397,7 @@ class TextStream:
         for stop in stops:
             found = self.text.find(stop, self.sent)
             if found >= 0:
-                self.text, self.stopped = self.text[:found], True
+                self.text, self.stopped, self.stopped_by = self.text[:found], True, stop
         held = 0
         if not final and not self.stopped:
             held = max(
