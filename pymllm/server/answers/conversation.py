@@ -80,16 +80,25 @@ def pieces_of(
     whole = StreamPiece(output.text, output.token_ids, output, output.logprobs)
     if params is None or output.logprobs is None or not tokenizer.available or not output.token_ids:
         return [whole]
-    stream = TextStream(tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
-    # The token that ends an answer is no part of its text.
-    texts = [stream.push(token) for token in output.token_ids[:-1]]
-    ended = output.finish_reason == "stop" and output.stopped_by is None
-    texts.append(("" if ended else stream.push(output.token_ids[-1])) + stream.finish())
-    if "".join(texts) != output.text:
+    # A token that ends an answer is no part of its text.
+    tries = (_texts_of(output.token_ids, tokenizer, params, ended) for ended in (False, True))
+    texts = next((texts for texts in tries if "".join(texts) == output.text), None)
+    if texts is None:
         return [whole]
     each = zip(texts, output.token_ids, output.logprobs, strict=True)
     pieces = [StreamPiece(text, (token,), None, (entry,)) for text, token, entry in each]
     return [*pieces[:-1], replace(pieces[-1], output=output)]
+
+
+def _texts_of(
+    token_ids: tuple[int, ...], tokenizer: Tokenizer, params: SamplingParams, ended: bool
+) -> list[str]:
+    """Return what each token adds to the text for certain.  ended: whether the last one adds nothing."""
+    stream = TextStream(tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
+    texts = [stream.push(token) for token in token_ids[:-1]]
+    texts.append("" if ended else stream.push(token_ids[-1]))
+    texts[-1] += stream.finish()
+    return texts
 
 
 def count_thinking(tokenizer: Tokenizer, text: str, most: int) -> int:

@@ -93,6 +93,9 @@ class ResponsesAnswer(Answer):
         if piece.output is not None:
             if self._item is None and not self._done:
                 events += self._open("message")
+            if self._item is not None:
+                # Those of a token that ends the answer, which has no text.
+                self._item.logprobs += self._waiting
             events += self._close("incomplete" if piece.output.finish_reason == "length" else "completed")
         return events
 
@@ -161,12 +164,9 @@ class ResponsesAnswer(Answer):
         elif kind == "reasoning":
             events = [self._of_item("response.reasoning_text.done", content_index=0, text=text)]
         else:
-            # Those of a token that ends the answer, which has no text.
-            item.logprobs += self._waiting
             events = [
                 self._of_item("response.output_text.done", content_index=0, text=text, logprobs=item.logprobs)
             ]
-        self._waiting.clear()
         if kind != "function_call":
             events.append(self._of_item("response.content_part.done", content_index=0, part=item.part))
         whole = item.whole(status)
