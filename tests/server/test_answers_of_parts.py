@@ -75,7 +75,9 @@ def pieces_of(llm, output):
     assert "".join(texts) == output.text
     last = len(texts) - 1
     return [
-        StreamPiece(text, (token,), output if at == last else None, (entry,), None, 0, 20, output.cached_tokens)
+        StreamPiece(
+            text, (token,), output if at == last else None, (entry,), None, 0, 20, output.cached_tokens
+        )
         for at, (text, token, entry) in enumerate(zip(texts, output.token_ids, output.logprobs, strict=True))
     ]
 
@@ -151,15 +153,18 @@ def test_each_item_of_a_response_comes_in_openai_s_order(llm, text):
         assert "".join(deltas) == text_of_it
         assert own[0]["item"]["status"] == "in_progress" and own[-1]["item"] == item
     said = [item["type"] for item in final]
-    assert said == {
-        "said": ["message"],
-        "thought and said": ["reasoning", "message"],
-        "called": ["function_call"] * 2,
-        "thought, said and called": ["reasoning", "message", "function_call", "function_call"],
-        "thought alone": ["reasoning"],
-        "nothing": ["message"],
-        "cut off in a call": ["function_call"],
-    }[next(name for name, one in TEXTS.items() if one == text)]
+    assert (
+        said
+        == {
+            "said": ["message"],
+            "thought and said": ["reasoning", "message"],
+            "called": ["function_call"] * 2,
+            "thought, said and called": ["reasoning", "message", "function_call", "function_call"],
+            "thought alone": ["reasoning"],
+            "nothing": ["message"],
+            "cut off in a call": ["function_call"],
+        }[next(name for name, one in TEXTS.items() if one == text)]
+    )
 
 
 def test_a_text_of_a_response_has_the_log_probabilities_of_its_own_tokens(llm):
@@ -224,12 +229,14 @@ def blocks_of(events):
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_events_of_a_message_add_up_to_the_whole_one(llm, text, reason):
     output = output_of(llm, text, reason, cached=16)
-    begin = answers(
-        llm, MessagesRequest, MessagesAnswer, text, messages=[{"role": "user", "content": "Hi"}]
-    )
+    begin = answers(llm, MessagesRequest, MessagesAnswer, text, messages=[{"role": "user", "content": "Hi"}])
     whole, events = begin().whole([output]), stream(begin(), pieces_of(llm, output))
     start, delta, stop = events[0], events[-2], events[-1]
-    assert (start["type"], delta["type"], stop) == ("message_start", "message_delta", {"type": "message_stop"})
+    assert (start["type"], delta["type"], stop) == (
+        "message_start",
+        "message_delta",
+        {"type": "message_stop"},
+    )
     assert start["message"]["content"] == [] and start["message"]["stop_reason"] is None
     assert start["message"]["usage"]["input_tokens"] == 4
     assert start["message"]["usage"]["cache_read_input_tokens"] == 16
@@ -275,9 +282,7 @@ def test_thoughts_that_are_to_be_omitted_are_a_signed_empty_block(llm):
 
 
 def test_a_message_that_fails_ends_with_anthropic_s_error(llm):
-    answer = answers(
-        llm, MessagesRequest, MessagesAnswer, "Hi", messages=[{"role": "user", "content": "Hi"}]
-    )
+    answer = answers(llm, MessagesRequest, MessagesAnswer, "Hi", messages=[{"role": "user", "content": "Hi"}])
     (event,) = answer().fail(500, "the model broke")
     assert event.name == "error"
     assert event.data == {"type": "error", "error": {"type": "api_error", "message": "the model broke"}}

@@ -143,7 +143,13 @@ def test_what_asks_for_nothing_is_accepted_and_stated(client):
         reasoning={"summary": "auto"},
         max_tool_calls=3,
         stream_options={"include_obfuscation": False},
-        extra_body={"previous_response_id": None, "conversation": None, "prompt": None, "seed": 3, "top_k": 5},
+        extra_body={
+            "previous_response_id": None,
+            "conversation": None,
+            "prompt": None,
+            "seed": 3,
+            "top_k": 5,
+        },
         **SETTINGS,
     )
     check(answer)
