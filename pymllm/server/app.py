@@ -8,11 +8,11 @@ from pymllm.api import LLM
 from pymllm.engine.scheduler import MAX_REQUESTS
 from pymllm.server.anthropic_words import AnthropicWords
 from pymllm.server.endpoints import (
+    anthropic,
     chat,
     completions,
     embeddings,
     health,
-    messages,
     models,
     plan,
     responses,
@@ -23,7 +23,7 @@ from pymllm.server.gate import add_gate
 from pymllm.server.service import Service
 
 MAX_WAITING = 64
-ENDPOINTS = (health, models, completions, chat, embeddings, responses, messages, tokens, version, plan)
+ENDPOINTS = (health, models, completions, chat, embeddings, responses, anthropic, tokens, version, plan)
 
 
 def create_app(

@@ -22,12 +22,12 @@ from typing import IO, Any
 
 from pymllm.errors import ConfigError, PymllmError, RequestError
 from pymllm.server.anthropic_words import anthropic_error, speaks_anthropic
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import parse_json, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
 from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.embeddings import EmbeddingRequest
-from pymllm.server.protocol.messages import MessagesRequest
 from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import error_body, refusal_of

@@ -15,19 +15,19 @@ from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import ConfigError, RequestError
+from pymllm.server.answers.anthropic import MessagesAnswer
 from pymllm.server.answers.base import Answer
 from pymllm.server.answers.chat import ChatAnswer
 from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
-from pymllm.server.answers.messages import MessagesAnswer
 from pymllm.server.answers.responses import ResponsesAnswer
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
 from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.embeddings import EmbeddingRequest
-from pymllm.server.protocol.messages import MessagesRequest
 from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel

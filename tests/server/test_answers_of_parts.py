@@ -1,4 +1,4 @@
-"""Answers whose parts a script says: as items of the Responses API, as blocks of the Messages API, whole and streamed."""
+"""Answers whose parts a script says, as items of the Responses API and blocks of the Messages API, whole and streamed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic import TypeAdapter
 from pymllm.engine.request import RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import StreamPiece
+from pymllm.server.answers.anthropic import MessagesAnswer
 from pymllm.server.answers.conversation import Conversation
-from pymllm.server.answers.messages import MessagesAnswer
 from pymllm.server.answers.responses import ResponsesAnswer
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import read_request
-from pymllm.server.protocol.messages import MessagesRequest
 from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.text.parts import Arguments, Content, Reasoning, ToolCall
 
@@ -276,9 +276,8 @@ def test_thoughts_that_are_to_be_omitted_are_a_signed_empty_block(llm):
     events = stream(begin(), pieces_of(llm, output_of(llm, text)))
     thinking, said = whole["content"]
     assert thinking["thinking"] == "" and len(thinking["signature"]) == 64 and said["text"] == "Hello."
-    assert [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"][0] == (
-        "signature_delta"
-    )
+    deltas = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
+    assert deltas[0] == "signature_delta" and "thinking_delta" not in deltas
 
 
 def test_a_message_that_fails_ends_with_anthropic_s_error(llm):

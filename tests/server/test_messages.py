@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from pymllm.server.anthropic_words import AnthropicWords
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import read_request
-from pymllm.server.protocol.messages import MessagesRequest
 from tests.processes import SECONDS
 
 from .conftest import MODEL, serve

@@ -13,7 +13,7 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import StreamPiece
 from pymllm.server.answers.base import Answer, Event
 from pymllm.server.answers.conversation import Conversation, count_thinking, pieces_of
-from pymllm.server.protocol.messages import MessagesRequest
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.text.parts import Arguments, Content, Part, Reasoning, ToolCall
 from pymllm.text.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from pymllm.server.gate import read_body
-from pymllm.server.protocol.messages import MessagesCount, MessagesRequest
+from pymllm.server.protocol.anthropic import MessagesCount, MessagesRequest
 from pymllm.server.service import Service
 from pymllm.server.streaming import answer
 
