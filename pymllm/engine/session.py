@@ -74,7 +74,15 @@ class Session:
         self.engine.add(request)
         self._sent[request] = 0
         self._texts[request] = (
-            TextStream(self.tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
+            TextStream(
+                self.tokenizer,
+                params.stop,
+                params.min_tokens,
+                begins=params.follows is None,
+                special=not params.skip_special_tokens,
+                kept=params.kept_tokens,
+                with_stop=params.include_stop_str_in_output,
+            )
             if self.tokenizer.available
             else None
         )
@@ -119,7 +127,8 @@ class Session:
         piece = ""
         if text is not None:
             for count, token in enumerate(request.answer[first:], first + 1):
-                if count < len(request.answer) or not request.eos_token_generated:
+                ended = request.eos_token_generated and not request.params.include_stop_str_in_output
+                if count < len(request.answer) or not ended:
                     piece += text.push(token)
                 if text.stopped:
                     self._end_at(request, count)

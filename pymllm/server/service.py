@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,14 @@ from pymllm.server.answers.chat import ChatAnswer
 from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
+from pymllm.server.chats import prepare_chat
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
 from pymllm.server.protocol.embeddings import EmbeddingRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
+from pymllm.text.dialect import Dialect, dialect_of
 from pymllm.text.parts import ContentReader, PartReader
 
 
@@ -79,6 +82,11 @@ class Service:
         self.llm, self.model_name = llm, model_name
         # The worker makes the KV cache too: a machine without room for it fails before it serves.
         self.worker = Worker(llm, max_running, max_waiting)
+
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """The way in which the chat template's models write thoughts and calls of tools."""
+        return dialect_of(self.llm.tokenizer)
 
     def adapter_of(self, name: str | None) -> str | None:
         """Return the adapter that a request's `model` asks for; None: the model itself.
@@ -168,11 +176,19 @@ class Service:
         """Read a request.  Whatever is wrong with it is refused here."""
         request = read_request(kind, body)
         adapter = self.adapter_of(request.model)
+        settings, chat = request.sampling(), request.as_chat()
         try:
-            params = self.llm.default_params(**request.sampling())
+            if chat is None:
+                assert isinstance(request, CompletionRequest)
+                prompts = [self.llm.encode(prompt) for prompt in request.prompts]
+                new_reader: Callable[[], PartReader] = ContentReader
+            else:
+                asked = prepare_chat(chat, settings, self.llm.tokenizer, self.dialect)
+                prompts, settings, new_reader = [asked.prompt], asked.settings, asked.new_reader
+            params = self.llm.default_params(**settings)
         except RequestError as error:
             raise request.blame(error) from None
-        question = Question(request, self._prompts(request), params, adapter)
+        question = Question(request, prompts, params, adapter, new_reader)
         try:
             for prompt in question.prompts:
                 self.llm.engine.check(prompt, params, answers=not request.reads_only)
@@ -180,14 +196,7 @@ class Service:
                 most = self.worker.places.capacity // len(question.prompts)
                 refuse("n", f"is out of range: expected at most {most}, found {params.n}")
         except RequestError as error:
-            if isinstance(request, ChatRequest) and error.tensor == "prompt":
+            if chat is not None and error.tensor == "prompt":
                 error.tensor = "messages"
             raise request.blame(error) from None
         return question
-
-    def _prompts(self, request: SampledRequest) -> list[list[int]]:
-        if isinstance(request, CompletionRequest):
-            return [self.llm.encode(prompt) for prompt in request.prompts]
-        assert isinstance(request, ChatRequest)
-        messages = [message.for_template() for message in request.messages]
-        return [self.llm.tokenizer.apply_chat_template(messages)]

@@ -41,7 +41,9 @@ class Conversation:
 
     def parts(self, index: int, piece: StreamPiece) -> list[Part]:
         """Return the parts that a piece of the answer `index` makes certain."""
-        reader = self._readers.setdefault(index, self.new_reader())
+        if index not in self._readers:
+            self._readers[index] = self.new_reader()
+        reader = self._readers[index]
         parts = reader.read(piece.text, final=piece.output is not None)
         if any(isinstance(part, ToolCall) for part in parts):
             self.called.add(index)
