@@ -11,7 +11,7 @@ from pymllm.errors import RequestError
 from pymllm.server.protocol.base import refuse
 from pymllm.server.protocol.messages import Message, prepare_messages
 from pymllm.server.protocol.sampled import SampledRequest
-from pymllm.server.protocol.tools import Calls, Choice, FunctionTool, choose
+from pymllm.server.protocol.tools import Calls, Choice, FunctionTool, check_choice, choose
 from pymllm.text.tool_calls.base import check_tools
 
 
@@ -36,6 +36,7 @@ class ChatRequest(SampledRequest):
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        check_choice(raw.get("tool_choice"))
         if "messages" in raw:
             raw["messages"] = prepare_messages(raw["messages"])
         return raw
@@ -56,7 +57,7 @@ class ChatRequest(SampledRequest):
 
     @property
     def calls(self) -> Calls:
-        """What the answer may call."""
+        """The calls that the answer may make."""
         return choose([tool.tool() for tool in self.tools or ()], self.tool_choice, self.parallel_tool_calls)
 
     @property

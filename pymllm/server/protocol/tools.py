@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from pymllm.errors import nearest
 from pymllm.server.protocol.base import StrictModel, refuse
@@ -52,9 +55,31 @@ Mode = Literal["auto", "none", "required"]
 Choice = Mode | NamedTool | AllowedChoice
 
 
+CHOICES: dict[str, type[NamedTool] | type[AllowedChoice]] = {
+    "function": NamedTool,
+    "allowed_tools": AllowedChoice,
+}
+
+
+def check_choice(choice: Any) -> None:
+    """Refuse with a RequestError a choice that is none of those that there are."""
+    if choice is None or choice in ("auto", "none", "required"):
+        return
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    try:
+        CHOICES[kind].model_validate(choice)  # type: ignore[index]
+    except (KeyError, TypeError, ValidationError):
+        refuse(
+            "tool_choice",
+            'must be "none", "auto", "required", {"type": "function", "function": {"name": ...}}, or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}; '
+            f"found {reprlib.repr(choice)}",
+        )
+
+
 @dataclass(frozen=True)
 class Calls:
-    """What an answer may call.
+    """The calls that an answer may make.
 
     tools: that the model is told of, none if it is to call none.  callable: those of them that it may call.
     forced: whether it must call one.  most: how many calls there may be; None: any number.

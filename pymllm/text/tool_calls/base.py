@@ -300,6 +300,8 @@ class AnswerText:
 
         Returns False, and reads nothing, where it is none; unless it has been begun before that was seen.
         """
+        if not self.buffer.startswith("{", self.at):
+            return False
         extent, sent = Extent(self.at), self.at
         index, begun = None, False
         while (end := extent.find_end(self.buffer)) is None:

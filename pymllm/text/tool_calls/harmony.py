@@ -96,7 +96,10 @@ class HarmonyText(AnswerText):
                 stop -= max(beginning_at_the_end(self.buffer, self.at, one) for one in (*ENDS, START))
             text = self.buffer[self.at : stop]
             if recipient is not None and not begun:
-                if whole and parse_object(text) is None:
+                if not text.strip() and not whole:
+                    yield
+                    continue
+                if not text.lstrip().startswith("{") or (whole and parse_object(text) is None):
                     self.at = start
                     self.say(stop + (len(mark) if mark in ENDS else 0))
                     return True
