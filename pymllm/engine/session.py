@@ -37,6 +37,19 @@ class StreamPiece:
         return self.token_ids[-1] if self.token_ids else None
 
 
+def begin_text(tokenizer: Tokenizer, params: SamplingParams) -> TextStream:
+    """Begin the text of an answer that is made by these settings."""
+    return TextStream(
+        tokenizer,
+        params.stop,
+        params.min_tokens,
+        begins=params.follows is None,
+        special=not params.skip_special_tokens,
+        kept=params.kept_tokens,
+        with_stop=params.include_stop_str_in_output,
+    )
+
+
 class Session:
     """One thread's use of an engine, from its first request to its last.
 
@@ -76,11 +89,7 @@ class Session:
         request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
         self._sent[request] = 0
-        self._texts[request] = (
-            TextStream(self.tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
-            if self.tokenizer.available
-            else None
-        )
+        self._texts[request] = begin_text(self.tokenizer, params) if self.tokenizer.available else None
         return request
 
     def _score(
@@ -122,7 +131,8 @@ class Session:
         piece = ""
         if text is not None:
             for count, token in enumerate(request.answer[first:], first + 1):
-                if count < len(request.answer) or not request.eos_token_generated:
+                ended = request.eos_token_generated and not request.params.include_stop_str_in_output
+                if count < len(request.answer) or not ended:
                     piece += text.push(token)
                 if text.stopped:
                     self._end_at(request, count)

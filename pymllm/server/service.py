@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
 from pymllm.server.answers.responses import ResponsesAnswer
+from pymllm.server.chats import find_switch, prepare_chat
 from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
@@ -31,6 +33,7 @@ from pymllm.server.protocol.embeddings import EmbeddingRequest
 from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
+from pymllm.text.dialect import Dialect, dialect_of
 from pymllm.text.parts import ContentReader, PartReader
 
 # The answers to conversations of other APIs than chat's.
@@ -103,6 +106,11 @@ class Service:
         # The worker makes the KV cache too: a machine without room for it fails before it serves.
         self.worker = Worker(llm, max_running, max_waiting)
 
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """The way in which the chat template's models write thoughts and calls of tools."""
+        return dialect_of(self.llm.tokenizer)
+
     def adapter_of(self, name: str | None) -> str | None:
         """Return the adapter that a request's `model` asks for; None: the model itself.
 
@@ -140,6 +148,15 @@ class Service:
             raise question.blame(error) from None
         return question
 
+    @functools.cached_property
+    def thinking_switch(self) -> str | None:
+        """The variable by which the chat template turns thoughts on and off; None: it has none."""
+        return find_switch(self.llm.tokenizer)
+
+    def prompt_of(self, chat: ChatRequest) -> list[int]:
+        """Return the token ids of the prompt that a chat becomes.  RequestError if its template cannot honour it."""
+        return prepare_chat(chat, {}, self.llm.tokenizer, self.dialect).prompt
+
     async def count(self, kind: type[ConversationRequest], body: bytes | Mapping[str, Any]) -> int:
         """Count the tokens of the prompt that a conversation becomes, off the event loop."""
 
@@ -147,7 +164,7 @@ class Service:
             request = read_request(kind, body)
             self.adapter_of(request.model)
             try:
-                return len(self._prompts(request.as_chat())[0])
+                return len(self.prompt_of(request.as_chat(self.thinking_switch)))
             except RequestError as error:
                 raise request.blame(error) from None
 
@@ -214,17 +231,25 @@ class Service:
         if isinstance(request, SampledRequest):
             return self._question(request)
         try:
-            return replace(self._question(request.as_chat()), original=request)
+            return replace(self._question(request.as_chat(self.thinking_switch)), original=request)
         except RequestError as error:
             raise request.blame(error) from None
 
     def _question(self, request: SampledRequest) -> Question:
         adapter = self.adapter_of(request.model)
+        settings, chat = request.sampling(), request.as_chat()
         try:
-            params = self.llm.default_params(**request.sampling())
+            if chat is None:
+                assert isinstance(request, CompletionRequest)
+                prompts = [self.llm.encode(prompt) for prompt in request.prompts]
+                new_reader: Callable[[], PartReader] = ContentReader
+            else:
+                asked = prepare_chat(chat, settings, self.llm.tokenizer, self.dialect)
+                prompts, settings, new_reader = [asked.prompt], asked.settings, asked.new_reader
+            params = self.llm.default_params(**settings)
         except RequestError as error:
             raise request.blame(error) from None
-        question = Question(request, self._prompts(request), params, adapter)
+        question = Question(request, prompts, params, adapter, new_reader)
         try:
             for prompt in question.prompts:
                 self.llm.engine.check(prompt, params, answers=not request.reads_only)
@@ -232,14 +257,7 @@ class Service:
                 most = self.worker.places.capacity // len(question.prompts)
                 refuse("n", f"is out of range: expected at most {most}, found {params.n}")
         except RequestError as error:
-            if isinstance(request, ChatRequest) and error.tensor == "prompt":
+            if chat is not None and error.tensor == "prompt":
                 error.tensor = "messages"
             raise request.blame(error) from None
         return question
-
-    def _prompts(self, request: SampledRequest) -> list[list[int]]:
-        if isinstance(request, CompletionRequest):
-            return [self.llm.encode(prompt) for prompt in request.prompts]
-        assert isinstance(request, ChatRequest)
-        messages = [message.for_template() for message in request.messages]
-        return [self.llm.tokenizer.apply_chat_template(messages)]

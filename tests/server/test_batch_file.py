@@ -90,7 +90,11 @@ BAD = [
     (framed("range", prompt="x", temperature=-1), 400, "temperature"),
     (framed("model", prompt="x", model="other"), 404, "other"),
     (framed("streams", prompt="x", stream=True), 400, "stream"),
-    (framed("tools", "/v1/chat/completions", messages=[], tools=[1]), 400, "tools"),
+    (
+        framed("tools", "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], tools=[1]),
+        400,
+        "tools",
+    ),
     (framed("long", prompt="x " * 5000), 400, "tokens"),
     (framed("pooling", "/v1/embeddings", input="x"), 400, "pooling"),
 ]

@@ -328,7 +328,7 @@ def test_results_calls_and_thoughts_become_a_chat_s_messages():
     function = {"name": "weather", "description": "Tell the weather.", "parameters": WEATHER["input_schema"]}
     assert parameters["tools"] == [{"type": "function", "function": function}]
     assert (parameters["tool_choice"], parameters["parallel_tool_calls"]) == ("required", False)
-    assert parameters["chat_template_kwargs"] == {"enable_thinking": True}
+    assert request.wants_thoughts is True
     assert (parameters["stop"], parameters["top_k"], parameters["max_tokens"]) == (["END"], 7, 5)
     # The last message is the assistant's: the answer goes on with it.
     assert (parameters["continue_final_message"], parameters["add_generation_prompt"]) == (True, False)

@@ -49,7 +49,7 @@ def test_a_conversation_becomes_its_tokens(http, llm):
     assert count() == llm.tokenizer.apply_chat_template(MESSAGES)
     bare = llm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False)
     assert count(add_generation_prompt=False) == bare != count()
-    assert count(add_special_tokens=False, chat_template_kwargs={"x": 1}) == count()
+    assert count(add_special_tokens=False, chat_template_kwargs={}, tools=None) == count()
     assert post(http, "/detokenize", tokens=count())["prompt"].endswith("\n")
 
 
@@ -61,6 +61,7 @@ def test_a_conversation_becomes_its_tokens(http, llm):
         ("/tokenize", "prompt", {"prompt": [1, 2]}),
         ("/tokenize", "chat_template_kwargs", {"prompt": "x", "chat_template_kwargs": {"y": 1}}),
         ("/tokenize", "continue_final_message", {"messages": MESSAGES, "continue_final_message": True}),
+        ("/tokenize", "add_special_tokens", {"messages": MESSAGES, "add_special_tokens": True}),
         ("/tokenize", "messages", {"messages": []}),
         ("/tokenize", "messages", {"messages": [{"role": "robot", "content": "Hi"}]}),
         ("/tokenize", "chat_template", {"messages": MESSAGES, "chat_template": "{{ x }}"}),

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
-from pymllm.engine.session import StreamPiece
+from pymllm.engine.session import StreamPiece, begin_text
 from pymllm.text.parts import Arguments, Content, Part, PartReader, Reasoning, ToolCall
-from pymllm.text.tokenizer import TextStream, Tokenizer
+from pymllm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Conversation:
 
     def parts(self, index: int, piece: StreamPiece) -> list[Part]:
         """Return the parts that a piece of the answer `index` makes certain."""
-        reader = self._readers.setdefault(index, self.new_reader())
+        if index not in self._readers:
+            self._readers[index] = self.new_reader()
+        reader = self._readers[index]
         parts = reader.read(piece.text, final=piece.output is not None)
         if any(isinstance(part, ToolCall) for part in parts):
             self.called.add(index)
@@ -94,7 +96,7 @@ def _texts_of(
     token_ids: tuple[int, ...], tokenizer: Tokenizer, params: SamplingParams, ended: bool
 ) -> list[str]:
     """Return what each token adds to the text for certain.  ended: whether the last one adds nothing."""
-    stream = TextStream(tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
+    stream = begin_text(tokenizer, params)
     texts = [stream.push(token) for token in token_ids[:-1]]
     texts.append("" if ended else stream.push(token_ids[-1]))
     texts[-1] += stream.finish()

@@ -39,14 +39,7 @@ def _tokenize(service: Service, body: bytes) -> dict[str, Any]:
     if request.prompt is not None:
         ids = tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
     else:
-        text = tokenizer.render_chat(
-            [message.for_template() for message in request.as_chat().messages],
-            tools=request.tools or None,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            variables=request.variables,
-        )
-        ids = tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+        ids = service.prompt_of(request.as_chat())
     spelled = [tokenizer.encoder.piece(token) for token in ids] if request.return_token_strs else None
     longest = service.llm.plan.kv_cache.get("max_model_len")
     return {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": spelled}

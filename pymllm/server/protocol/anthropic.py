@@ -164,6 +164,11 @@ class MessagesCount(ConversationRequest):
             return None
         return read_object(_ThinkingConfig, self.thinking, "thinking", "thinking")
 
+    @property
+    def wants_thoughts(self) -> bool | None:
+        thinks = self.thinks
+        return None if thinks is None else thinks.type != "disabled"
+
     def parameters_of_chat(self) -> dict[str, Any]:
         output = read_object(_OutputConfig, self.output_config or {}, "output_config", "output_config")
         given, name = self.output_format, "output_format"
@@ -173,10 +178,6 @@ class MessagesCount(ConversationRequest):
         if given is not None:
             schema = read_object(_Format, given, name, name).schema_
             asked["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
-        thinks = self.thinks
-        if thinks is not None:
-            variables = self.further.get("chat_template_kwargs") or {}
-            asked["chat_template_kwargs"] = {"enable_thinking": thinks.type != "disabled", **variables}
         if self._is_begun():
             asked |= {"add_generation_prompt": False, "continue_final_message": True}
         return {**asked, **self._tools_of_chat()}

@@ -74,10 +74,23 @@ class ConversationRequest(BodyRequest):
         """Return what else is asked, as a chat's parameters; null asks for nothing."""
         raise NotImplementedError
 
-    def as_chat(self) -> ChatRequest:
-        """Return the chat that asks the same.  RequestError, in this API's words, if there is none."""
+    @property
+    def wants_thoughts(self) -> bool | None:
+        """Tell whether the model is to think before it answers; None: as its template has it."""
+        return None
+
+    def as_chat(self, switch: str | None = None) -> ChatRequest:
+        """Return the chat that asks the same.  RequestError, in this API's words, if there is none.
+
+        switch: the variable by which the chat template turns thoughts on and off; None: it has none.
+        """
         shared = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p}
         own = {**shared, **self.parameters_of_chat(), "messages": self.messages_of_chat()}
+        if switch is not None and self.wants_thoughts is not None:
+            own["chat_template_kwargs"] = {
+                switch: self.wants_thoughts,
+                **(self.further.get("chat_template_kwargs") or {}),
+            }
         try:
             return read_request(ChatRequest, {**self.further, **drop_nulls(own)})
         except RequestError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pymllm.server.protocol.base import BodyRequest, read_request, refuse
@@ -16,8 +15,7 @@ OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt", "contin
 class TokenizeRequest(BodyRequest):
     """A text or a conversation whose token ids are wanted.
 
-    add_special_tokens: whether those that the tokenizer itself adds come along; None: they do, but for a conversation,
-    whose template has them.
+    add_special_tokens: whether those that the tokenizer itself adds to a text come along; None: they do.
     """
 
     model: str | None = None
@@ -26,8 +24,8 @@ class TokenizeRequest(BodyRequest):
     tools: list[Any] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
@@ -39,24 +37,14 @@ class TokenizeRequest(BodyRequest):
         for name in OF_MESSAGES:
             if raw.get(name) and "prompt" in raw and name != "add_generation_prompt":
                 refuse(name, "needs messages")
+        if "messages" in raw and raw.get("add_special_tokens"):
+            refuse("add_special_tokens", "needs a prompt: a conversation has those of its template")
         return raw
-
-    def check(self) -> None:
-        if self.add_generation_prompt and self.continue_final_message:
-            refuse("continue_final_message", "needs add_generation_prompt: false")
 
     def as_chat(self) -> ChatRequest:
         """Return the chat that has this conversation."""
-        asked = {
-            "messages": self.messages,
-            "tools": self.tools,
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
-        return read_request(ChatRequest, asked)
-
-    @property
-    def variables(self) -> Mapping[str, Any]:
-        return self.chat_template_kwargs or {}
+        names = ("messages", *OF_MESSAGES)
+        return read_request(ChatRequest, {name: getattr(self, name) for name in names})
 
 
 class DetokenizeRequest(BodyRequest):
