@@ -1,4 +1,4 @@
-"""Answers whose parts a script says, as items of the Responses API and blocks of the Messages API, whole or streamed."""
+"""Answers whose parts a script says: items of the Responses API, blocks of the Messages API; whole and streamed."""
 
 from __future__ import annotations
 
