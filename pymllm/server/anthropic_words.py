@@ -113,5 +113,7 @@ def anthropic_error(status: int, body: Any, request_id: str | None = None) -> di
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    told = {"type": "error", "error": {"type": kind, "message": message or str(status)}}
+    told: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message or str(status)}}
+    if isinstance(error, dict) and error.get("code"):
+        told["error"]["details"] = {"error_code": error["code"]}
     return told if request_id is None else {**told, "request_id": request_id}

@@ -181,6 +181,7 @@ REFUSED = [
     ("stop_sequences", {"stop_sequences": ["x" * 300]}),
     ("service_tier", {"service_tier": "priority"}),
     ("container", {"container": "c"}),
+    ("thread", {"thread": {"type": "create"}}),
     ("metadata", {"metadata": {"trace": "1"}}),
     ("mcp_servers", {"mcp_servers": [{"type": "url"}]}),
     ("n", {"n": 2}),
@@ -206,6 +207,8 @@ def test_errors_are_of_anthropic_s_shape(anthropic):
 
     assert kind(anthropic.post("/v1/messages", json={**ASKED, "model": "claude"})) == (404, "not_found_error")
     assert kind(anthropic.post("/v1/messages", content=b"{")) == (400, "invalid_request_error")
+    thread = anthropic.post("/v1/messages", json={**ASKED, "thread": {"type": "create"}})
+    assert thread.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
     assert kind(anthropic.get("/v1/messages")) == (405, "invalid_request_error")
     assert kind(anthropic.post("/v1/messages/batches", json={})) == (404, "not_found_error")
     large = json.dumps({**ASKED, "messages": [{"role": "user", "content": "x" * (5 << 20)}]})

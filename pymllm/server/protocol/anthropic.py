@@ -157,6 +157,17 @@ class MessagesCount(ConversationRequest):
     output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 
+    @classmethod
+    def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        if "thread" in raw:
+            # Clients that know this code send the whole conversation then.
+            refuse(
+                "thread",
+                "names a conversation that a server keeps, and this one keeps none: send all messages",
+                code="thread_unsupported_request",
+            )
+        return super().prepare(raw)
+
     @property
     def thinks(self) -> _ThinkingConfig | None:
         """The mode of thinking that is asked for; None: as the template has it."""

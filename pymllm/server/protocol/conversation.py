@@ -124,7 +124,7 @@ def read_part(kinds: Mapping[str, type[P]], value: Any, param: str, place: str) 
         refuse(
             param,
             f"may have objects of the types {known}: {name[:80]!r} (at {place}) is not supported by this server",
-            code="unsupported_content",
+            code="unsupported_parameter" if param.startswith("tool") else "unsupported_content",
         )
     return read_object(kinds[name], value, param, place)
 
