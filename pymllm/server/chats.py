@@ -67,10 +67,10 @@ def prepare_chat(
     return Chat(prompt, settings, lambda: dialect.reader(calls.callable, most=calls.most, opened=opened))
 
 
-def find_switch(tokenizer: Tokenizer) -> str | None:
-    """Return the variable by which a tokenizer's chat template turns thoughts on and off; None: it has none."""
+def find_variables(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return which variables about thinking a tokenizer's chat template reads, those that turn it on and off first."""
     source = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
-    return next((name for name in SWITCHES if _reads(source, name)), None)
+    return tuple(name for name in (*SWITCHES, "reasoning_effort") if _reads(source, name))
 
 
 def _reads(source: str, name: str) -> bool:

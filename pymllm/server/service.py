@@ -23,7 +23,7 @@ from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
 from pymllm.server.answers.responses import ResponsesAnswer
-from pymllm.server.chats import find_switch, prepare_chat
+from pymllm.server.chats import find_variables, prepare_chat
 from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
@@ -149,9 +149,9 @@ class Service:
         return question
 
     @functools.cached_property
-    def thinking_switch(self) -> str | None:
-        """The variable by which the chat template turns thoughts on and off; None: it has none."""
-        return find_switch(self.llm.tokenizer)
+    def variables(self) -> tuple[str, ...]:
+        """The variables about thinking that the chat template reads."""
+        return find_variables(self.llm.tokenizer)
 
     def prompt_of(self, chat: ChatRequest) -> list[int]:
         """Return the token ids of the prompt that a chat becomes.  RequestError if its template cannot honour it."""
@@ -164,7 +164,7 @@ class Service:
             request = read_request(kind, body)
             self.adapter_of(request.model)
             try:
-                return len(self.prompt_of(request.as_chat(self.thinking_switch)))
+                return len(self.prompt_of(request.as_chat(self.variables)))
             except RequestError as error:
                 raise request.blame(error) from None
 
@@ -231,7 +231,7 @@ class Service:
         if isinstance(request, SampledRequest):
             return self._question(request)
         try:
-            return replace(self._question(request.as_chat(self.thinking_switch)), original=request)
+            return replace(self._question(request.as_chat(self.variables)), original=request)
         except RequestError as error:
             raise request.blame(error) from None
 

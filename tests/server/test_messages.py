@@ -143,6 +143,7 @@ def test_what_asks_for_nothing_is_accepted(anthropic):
         "container": None,
         "mcp_servers": [],
         "seed": 4,
+        "output_config": {"effort": "high"},
         "stream": False,
     }
     assert ask(anthropic, **asked)["type"] == "message"
@@ -178,6 +179,7 @@ REFUSED = [
     ("tool_choice", {"tool_choice": {"type": "any"}}),
     ("thinking", {"thinking": {"type": "sometimes"}}),
     ("output_config", {"output_config": {"format": {"type": "regex"}}}),
+    ("output_config", {"output_config": {"effort": "low"}}),
     ("stop_sequences", {"stop_sequences": ["x" * 300]}),
     ("service_tier", {"service_tier": "priority"}),
     ("container", {"container": "c"}),

@@ -140,7 +140,7 @@ def test_what_asks_for_nothing_is_accepted_and_stated(client):
         tool_choice="auto",
         tools=[],
         text={"format": {"type": "text"}, "verbosity": "medium"},
-        reasoning={"summary": "auto"},
+        reasoning={"summary": "auto", "effort": "medium"},
         max_tool_calls=3,
         stream_options={"include_obfuscation": False},
         extra_body={
@@ -187,6 +187,7 @@ REFUSED = [
     ("text", {"text": {"verbosity": "low"}}, "text.verbosity"),
     ("text", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nope"}}}}, ""),
     ("reasoning", {"reasoning": {"budget": 3}}, "reasoning.budget"),
+    ("reasoning", {"reasoning": {"effort": "high"}}, "is not read"),
     ("max_output_tokens", {"max_output_tokens": 0}, "greater than or equal to 1"),
     ("top_logprobs", {"top_logprobs": 21}, "less than or equal to 20"),
     ("temperature", {"temperature": -1}, "temperature"),

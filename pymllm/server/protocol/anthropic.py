@@ -148,6 +148,8 @@ class MessagesCount(ConversationRequest):
         "reasoning_effort": "output_config",
     }
 
+    USUAL_EFFORT: ClassVar[str] = "high"
+
     messages: list[Any] = Field(min_length=1)
     system: str | list[Any] | None = None
     tools: list[Any] = []

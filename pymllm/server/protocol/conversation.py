@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
@@ -12,6 +12,9 @@ from pymllm.server.protocol.base import BodyRequest, StrictModel, read_request, 
 from pymllm.server.protocol.chat import ChatRequest
 
 P = TypeVar("P", bound=StrictModel)
+
+# A chat's parameter that says how much the model is to think.
+EFFORT = "reasoning_effort"
 
 # A chat's parameters that these APIs do not have, and that are taken all the same.
 PASSED_ON = (
@@ -46,10 +49,12 @@ class ConversationRequest(BodyRequest):
     """A conversation that is to be answered.
 
     SPELLED: what this API calls a chat's parameters, where it has other names for them.
+    USUAL_EFFORT: the effort of thinking that this API's default is; it asks for nothing.
     further: a chat's parameters that are passed on as they are.
     """
 
     SPELLED: ClassVar[Mapping[str, str]] = {}
+    USUAL_EFFORT: ClassVar[str] = "medium"
 
     model: str | None = None
     stream: bool = False
@@ -79,13 +84,16 @@ class ConversationRequest(BodyRequest):
         """Tell whether the model is to think before it answers; None: as its template has it."""
         return None
 
-    def as_chat(self, switch: str | None = None) -> ChatRequest:
+    def as_chat(self, variables: Sequence[str] = ()) -> ChatRequest:
         """Return the chat that asks the same.  RequestError, in this API's words, if there is none.
 
-        switch: the variable by which the chat template turns thoughts on and off; None: it has none.
+        variables: those about thinking that the chat template reads, one that turns it on and off first.
         """
         shared = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p}
         own = {**shared, **self.parameters_of_chat(), "messages": self.messages_of_chat()}
+        switch = next((name for name in variables if name != EFFORT), None)
+        if EFFORT not in variables and own.get(EFFORT) == self.USUAL_EFFORT:
+            own[EFFORT] = None
         if switch is not None and self.wants_thoughts is not None:
             own["chat_template_kwargs"] = {
                 switch: self.wants_thoughts,
