@@ -285,3 +285,5 @@ def test_a_message_that_fails_ends_with_anthropic_s_error(llm):
     (event,) = answer().fail(500, "the model broke")
     assert event.name == "error"
     assert event.data == {"type": "error", "error": {"type": "api_error", "message": "the model broke"}}
+    (event,) = answer().fail(503, "the server stops")
+    assert event.data["error"]["type"] == "overloaded_error"

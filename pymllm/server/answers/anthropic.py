@@ -13,6 +13,7 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import StreamPiece
 from pymllm.server.answers.base import Answer, Event
 from pymllm.server.answers.conversation import Conversation, count_thinking, pieces_of
+from pymllm.server.anthropic_words import anthropic_error
 from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.text.parts import Arguments, Content, Part, Reasoning, ToolCall
 from pymllm.text.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ class MessagesAnswer(Answer):
         ]
 
     def fail(self, status: int, message: str) -> list[Event]:
-        return [_event("error", error={"type": "api_error", "message": message})]
+        return [Event(anthropic_error(status, {"error": {"message": message}}), "error")]
 
     def _start(self, piece: StreamPiece) -> Event:
         self._begun = True

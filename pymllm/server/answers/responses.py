@@ -104,7 +104,7 @@ class ResponsesAnswer(Answer):
         return [self._event(f"response.{response['status']}", response=response)]
 
     def fail(self, status: int, message: str) -> list[Event]:
-        error = {"code": "server_error", "message": message}
+        error = {"code": "server_error" if status >= 500 else "invalid_prompt", "message": message}
         unfinished = [] if self._item is None else [self._item.whole("incomplete")]
         output = [*self._done, *unfinished]
         return [self._event("response.failed", response=self._response("failed", output=output, error=error))]
