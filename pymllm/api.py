@@ -379,10 +379,15 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
+        **template: Any,
     ) -> RequestOutput:
-        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`."""
+        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`.
+
+        template: further arguments of `Tokenizer.render_chat`: tools, variables, continue_final_message, ...
+        """
         self.model.check_generates()
-        return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
+        prompt = self.tokenizer.apply_chat_template(messages, **template)
+        return self.generate([prompt], params, adapter=adapter)[0]
 
     def score(
         self,

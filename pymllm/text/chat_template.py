@@ -53,7 +53,7 @@ class ChatTemplate:
     """A template, compiled once.  source: the Jinja text.  file: where it came from, for error messages."""
 
     def __init__(self, source: str, file: str) -> None:
-        self.file = file
+        self.source, self.file = source, file
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(
             value, ensure_ascii=False, indent=indent

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pymllm.errors import RequestError
-from pymllm.server.protocol.neutral import COMMON, Neutral
+from pymllm.server.protocol.neutral import GENERATING, Neutral
 
 # How pydantic's names of what is wrong end, and OpenAI's codes.
 CODES = {
@@ -19,6 +19,10 @@ CODES = {
     "_type": "invalid_type",
     "_parsing": "invalid_type",
 }
+
+
+# The names by which pydantic calls the forms that a value may have.
+FORMS = ("str", "int", "float", "bool", "dict", "none")
 
 
 class StrictModel(BaseModel):
@@ -33,7 +37,7 @@ class BodyRequest(StrictModel):
     NEUTRAL: the parameters that this kind does not have, each with the values that ask for nothing.
     """
 
-    NEUTRAL: ClassVar[Neutral] = COMMON
+    NEUTRAL: ClassVar[Neutral] = GENERATING
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +69,8 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name, where = str(first["loc"][0]), ".".join(map(str, first["loc"]))
+        first = _most_telling(error)
+        name, where = str(first["loc"][0]), ".".join(map(str, filter(_is_place, first["loc"])))
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             refuse(name, "is not supported by this server", code="unsupported_parameter")
         code = next((code for ends, code in CODES.items() if first["type"].endswith(ends)), "invalid_value")
@@ -76,6 +80,21 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
         refuse(name, detail if where == name else f"{detail} (at {where})", code=code)
     request.check()
     return request
+
+
+def _most_telling(error: ValidationError) -> Any:
+    """Choose the error to tell of: where a value may have several forms, of the form that it is nearest to."""
+    errors = error.errors(include_url=False, include_context=False)
+    return max(
+        (one for one in errors if one["loc"][0] == errors[0]["loc"][0]), key=lambda one: len(one["loc"])
+    )
+
+
+def _is_place(step: str | int) -> bool:
+    """Tell whether a step towards an error is one in the body, and not the name of one of several forms."""
+    return isinstance(step, int) or (
+        step.replace("_", "").islower() and step.isidentifier() and step not in FORMS
+    )
 
 
 def parse_json(body: bytes) -> Any:
