@@ -49,7 +49,11 @@ def test_agents_call_tools(agent):
         seen.append(number)
         return "done"
 
-    built = agent(tools=[count], settings={"tool_choice": "required"}, tool_use_behavior="stop_on_first_tool")
+    built = agent(
+        tools=[count],
+        settings={"tool_choice": "required", "parallel_tool_calls": False},
+        tool_use_behavior="stop_on_first_tool",
+    )
     assert run(built) == "done" and len(seen) == 1
 
 

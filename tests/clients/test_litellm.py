@@ -36,7 +36,7 @@ def test_chats_whole_streamed_and_asynchronous_say_the_same(ask, provider):
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str
 )
 def test_tools_are_called(ask, choice):
-    answer = ask(tools=[WEATHER], tool_choice=choice, max_tokens=100)
+    answer = ask(tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False, max_tokens=LONG)
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "get_weather" and Weather.model_validate_json(call.function.arguments)
     assert answer.choices[0].finish_reason == "tool_calls"

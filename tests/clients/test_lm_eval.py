@@ -19,9 +19,9 @@ ROUNDING = 2e-3
 
 
 def run(command, **variables):
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=900
-    )
+    # One thread: several wait for each other where cores are few and busy.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
