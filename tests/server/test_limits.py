@@ -15,8 +15,7 @@ import pytest
 
 from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.errors import KernelError
-from pymllm.server import header_timeout
-from pymllm.server.gate import MAX_BODY_BYTES
+from pymllm.server.limits import Limits
 from tests.processes import SECONDS
 from tests.server.conftest import MODEL, serve
 
@@ -132,7 +131,7 @@ def test_a_part_of_a_message_that_is_no_text_is_refused_by_its_kind_and_place(se
 
 
 def test_a_body_that_is_too_large_is_refused(served):
-    status, answer, _ = post(served, b" " * (MAX_BODY_BYTES + 1))
+    status, answer, _ = post(served, b" " * (Limits().body_bytes + 1))
     assert status == 413 and answer["error"]["message"]
     assert_alive(served)
 
@@ -141,28 +140,24 @@ def test_a_body_that_is_too_large_is_refused(served):
 def test_a_false_content_length_is_refused(served, length, status):
     with connect(served) as connection:
         connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
         )
         assert connection.recv(100).startswith(f"HTTP/1.1 {status}".encode())
     assert_alive(served)
 
 
 @pytest.mark.parametrize("requests_before", [0, 1])
-@pytest.mark.parametrize("started", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, requests_before, started):
+@pytest.mark.parametrize("started", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+def test_headers_that_do_not_come_are_not_waited_for(llm, requests_before, started):
     if requests_before and not started:
-        pytest.skip("an idle connection is kept for a while, by uvicorn's own rule")
-    if (
-        not requests_before
-    ):  # the time runs from the connection on, and else from the first byte of the late headers
-        monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
-    with connect(served) as connection:
+        pytest.skip("an idle connection is kept for a while, by its own limit")
+    with serve(llm, limits=Limits(header_seconds=0.5)) as served, connect(served) as connection:
+        # The time runs from the connection on, and else from the first byte of the late headers.
         for _ in range(requests_before):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             received = b""
             while not received.endswith(b"}"):
                 received += connection.recv(1000)
-        monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
         connection.sendall(started)
         received = b""
         while more := connection.recv(1000):
@@ -170,10 +165,14 @@ def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, reques
         assert received.startswith(b"HTTP/1.1 408") and b"headers" in received
 
 
-def test_an_answer_may_take_longer_than_headers_may(served, monkeypatch, llm):
-    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 1.0)
+def test_an_answer_may_take_longer_than_headers_may(llm, monkeypatch):
     arrived = calls_of(monkeypatch, Worker, "start")
-    with held_steps(llm) as gate, send(served, {**LONG, "max_tokens": 5}) as connection:
+    body = {**LONG, "max_tokens": 5}
+    with (
+        serve(llm, limits=Limits(header_seconds=1.0)) as served,
+        held_steps(llm) as gate,
+        send(served, body) as connection,
+    ):
         wait_until(lambda: arrived)
         time.sleep(1.5)
         gate.let(math.inf)
@@ -241,7 +240,8 @@ def send(served, body):
     data = json.dumps(body).encode()
     connection = connect(served)
     connection.sendall(
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
     )
     return connection
 

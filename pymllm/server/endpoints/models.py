@@ -1,4 +1,4 @@
-"""/v1/models: the model's name, and its adapters'."""
+"""/v1/models: the model's names, and its adapters'."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
-        parent = {} if name == service.model_name else {"parent": service.model_name}
+        parent = {} if name in service.names else {"parent": service.model_name}
         return {"id": name, "object": "model", "created": created, "owned_by": "pymllm", **parent}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {
             "object": "list",
-            "data": [card(name) for name in (service.model_name, *service.llm.adapters)],
+            "data": [card(name) for name in (*service.names, *service.llm.adapters)],
         }
 
     @app.get("/v1/models/{name:path}", response_model=None)
