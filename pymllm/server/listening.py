@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
+import logging
 import os
 import threading
 import time
@@ -19,8 +21,11 @@ from pymllm.errors import RequestError
 from pymllm.server.connections import Connection
 from pymllm.server.traffic import Traffic
 
-# Connections that the kernel holds until they are accepted.
-BACKLOG = 2048
+logger = logging.getLogger("pymllm")
+
+# Connections that the kernel holds until they are accepted, and how many asyncio accepts before it does anything else:
+# it would otherwise open files until there are none, before any connection is counted.
+BACKLOG, ACCEPTED_TOGETHER = 2048, 16
 
 # File descriptors that stay free for files and for what else a process opens.
 SPARE_FILES = 64
@@ -42,7 +47,7 @@ def configure(app: FastAPI, *, verbose: bool = False, **settings: Any) -> uvicor
         http=functools.partial(Connection, traffic=traffic),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
-        backlog=BACKLOG,
+        backlog=ACCEPTED_TOGETHER,
         timeout_keep_alive=traffic.limits.idle_seconds,  # type: ignore[arg-type]
         # A line for each request that cannot be read would fill a disk, and a pipe that nobody reads.
         log_level="info" if verbose else "error",
@@ -85,6 +90,7 @@ class DrainingServer(uvicorn.Server):
         self.on_listening, self.on_stopping = on_listening, on_stopping
         self.traffic: Traffic | None = getattr(getattr(config.app, "state", None), "traffic", None)
         self._stops_at: float | None = None
+        self._silent_until = 0.0
         self._last_resort: threading.Timer | None = None
 
     def run(self, sockets: Any = None) -> None:
@@ -95,7 +101,10 @@ class DrainingServer(uvicorn.Server):
                 self._last_resort.cancel()
 
     async def startup(self, sockets: Any = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
         self.on_listening()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -120,10 +129,11 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         """Close what listens, tell those whose answers are not finished, and leave nobody connected."""
         left = self._seconds_left()
-        # Threads that hang would keep the process.
-        self._last_resort = threading.Timer(left + 5 * LAST_SECONDS, os._exit, [0])
-        self._last_resort.daemon = True
-        self._last_resort.start()
+        if self._stops_at is not None:
+            # Threads that hang would keep the process.
+            self._last_resort = threading.Timer(left + 5 * LAST_SECONDS, os._exit, [0])
+            self._last_resort.daemon = True
+            self._last_resort.start()
         if self._under_way() and self.traffic is not None:
             message = "the server has stopped before the answer was there"
             self.traffic.worker.refuse(RequestError(message, code="shutting-down"))
@@ -134,6 +144,15 @@ class DrainingServer(uvicorn.Server):
         await asyncio.wait({ending}, timeout=LAST_SECONDS)
         self.force_exit = True
         await ending
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what the loop caught, but that no file can be opened only once a minute: asyncio says it very often."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + 60
+            logger.error("a connection cannot be accepted: %s", error)
 
     def _seconds_left(self) -> float:
         return 0.0 if self._stops_at is None else max(self._stops_at - time.monotonic(), 0.0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import openai
 import pytest
@@ -23,15 +26,21 @@ LONG = {**REQUEST, "prompt": ["import os\n"] * 16, "max_tokens": 900}
 
 
 @contextlib.contextmanager
-def started(*arguments, **env):
-    """The process and its address."""
+def started(*arguments, files=None, **env):
+    """The process and its address.  files: how many it may open."""
+
+    def prepare():
+        # As from a terminal: what runs in a shell's background is born deaf to Ctrl+C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
     process = subprocess.Popen(
         [sys.executable, "-m", "pymllm", "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(OMP_NUM_THREADS="1", **env),
-        # As from a terminal: what runs in a shell's background is born deaf to Ctrl+C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=prepare,
     )
     try:
         assert process.stderr is not None
@@ -63,6 +72,41 @@ def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new():
         with pytest.raises(openai.APIConnectionError):
             client(address).models.list()
         assert "Traceback" not in process.stderr.read()
+
+
+def test_sigterm_ends_although_a_client_does_not_read_and_tells_those_who_wait():
+    with started("--drain-seconds", "1", "--write-timeout", "600") as (process, address):
+        port = int(address.rsplit(":", 1)[1].removesuffix("/v1"))
+        silent = socket.socket()
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", port))
+        body = json.dumps({**LONG, "logprobs": 20, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        silent.sendall(head.encode() + body)
+        stream = client(address).completions.create(model="pymllm-shipped", stream=True, **LONG)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert "once more" in process.stderr.readline()
+        with pytest.raises(openai.APIStatusError, match="stopping"):
+            client(address).models.list()
+        with pytest.raises(openai.APIError, match="the server has stopped before the answer was there"):
+            list(stream)
+        assert process.wait(SECONDS) == 0
+        assert "Traceback" not in process.stderr.read()
+        silent.close()
+
+
+def test_a_process_that_may_open_few_files_answers_health_beside_more_idle_connections():
+    with started(files=200) as (process, address):
+        port = int(address.rsplit(":", 1)[1].removesuffix("/v1"))
+        idle = [socket.create_connection(("127.0.0.1", port), SECONDS) for _ in range(300)]
+        health = address.removesuffix("/v1") + "/health"
+        with urllib.request.urlopen(health, timeout=SECONDS) as answer:
+            assert answer.status == 200
+        answer = client(address).completions.create(model="pymllm-shipped", prompt="x", max_tokens=1)
+        assert answer.choices
+        for connection in idle:
+            connection.close()
 
 
 def test_a_second_signal_stops_at_once():

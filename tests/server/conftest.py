@@ -12,11 +12,10 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
 import pymllm
 from pymllm.server.app import create_app
-from pymllm.server.listening import configure
+from pymllm.server.listening import DrainingServer, configure
 from tests.processes import SECONDS
 
 MODEL = "shipped"
@@ -39,7 +38,7 @@ class Served:
 def serve(llm: Any, **settings: Any) -> Iterator[Served]:
     """Run the app until the block ends."""
     app = create_app(llm, model_name=MODEL, **settings)
-    server = uvicorn.Server(configure(app))
+    server = DrainingServer(configure(app))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
