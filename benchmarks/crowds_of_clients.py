@@ -332,8 +332,8 @@ def table(found: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
         "",
         roofline.describe(found["machine"]),
         "",
-        f"Answers of {args.tokens} tokens; {args.leave:.0%} of the streams are left at a random token. Times in ms: p50 / "
-        "p95 / p99. Wrong: lost, without a finish reason, or with another text than alone.",
+        f"Answers of {args.tokens} tokens; {args.leave:.0%} of the streams are left at a random token. Times in ms: "
+        "p50 / p95 / p99. Wrong: lost, without a finish reason, or with another text than alone.",
         "",
         "| streams | right | left early | wrong | first token | between tokens | /health |",
         "| --- | --- | --- | --- | --- | --- | --- |",

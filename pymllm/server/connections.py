@@ -21,7 +21,7 @@ UNSENT_BYTES = 128 << 10
 # A client that takes at least so much in the time of the write timeout is slow, but there.
 PROGRESS_BYTES = 16 << 10
 
-# A connection that has just come, or just had an answer, is not closed to make room for others.
+# A connection that has just come, or just had an answer, is not closed to make room for others while there is some.
 QUIET_SECONDS = 1.0
 
 
@@ -99,12 +99,13 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _make_room(self) -> None:
-        latest = self.loop.time() - QUIET_SECONDS
-        others = (one for one in self.connections if isinstance(one, Connection))
+        full = len(self.connections) > self.traffic.ceiling
+        latest = self.loop.time() - (0.0 if full else QUIET_SECONDS)
+        others = (one for one in self.connections if isinstance(one, Connection) and one is not self)
         idle = [one for one in others if one.is_idle and one.quiet_since <= latest]
         if idle:
             min(idle, key=lambda one: one.quiet_since).give_up()
-        elif len(self.connections) > self.traffic.ceiling:
+        elif full:
             self._refuse(503, "too many connections are open", CONNECTIONS)
         else:
             self.app_state = {**self.app_state, "surplus": True}

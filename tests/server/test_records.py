@@ -95,7 +95,15 @@ def test_nobody_waits_for_a_log_that_is_not_read():
             wrote.append(text)
             return len(text)
 
-    record = {"time": 0.0, "client": "x", "method": "GET", "path": "/", "status": 200, "ms": 1, "request_id": "i"}
+    record = {
+        "time": 0.0,
+        "client": "x",
+        "method": "GET",
+        "path": "/",
+        "status": 200,
+        "ms": 1,
+        "request_id": "i",
+    }
     log = AccessLog(Pipe(), "json")
     for _ in range(WAITING_LINES + 100):
         log.write(record)

@@ -51,7 +51,11 @@ def test_a_client_that_does_not_read_is_cut_off_after_the_write_timeout(llm, sma
 
 def test_a_client_that_is_too_far_behind_is_ended_and_told_so(llm, small_buffers):
     free = len(llm.engine.cache.free)
-    with serve(llm, limits=Limits(pieces=4)) as served, held_steps(llm) as gate, send(served, WORDY) as silent:
+    with (
+        serve(llm, limits=Limits(pieces=4)) as served,
+        held_steps(llm) as gate,
+        send(served, WORDY) as silent,
+    ):
         traffic = served.app.state.traffic
         wait_until(lambda: traffic.worker.live)
         gate.let(400)
