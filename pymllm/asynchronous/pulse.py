@@ -16,7 +16,7 @@ TIMES = 3.0
 
 
 class Pulse:
-    """When the thread last gave a sign, and how long it may be silent while it has work.
+    """The time of the thread's last sign, and how long it may be silent while it has work.
 
     seconds: how long; None: as follows from the steps so far.  clock: tells the time, in seconds.
     """

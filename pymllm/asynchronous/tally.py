@@ -30,7 +30,7 @@ REASONS = ("stop", "length", "abort", "error")
 
 
 class Histogram:
-    """How many values came up to each of some bounds, and their sum."""
+    """The numbers of values up to each of some bounds, and the sum of the values."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds, self.sum = tuple(bounds), 0.0
@@ -48,7 +48,7 @@ class Histogram:
 
 
 class Tally:
-    """What one thread has done; that thread alone writes, others may read.
+    """The counts of one thread's work; that thread alone writes, others may read.
 
     A value counts when it is known: a first token when it is there, a request when it has ended.
     """

@@ -39,7 +39,7 @@ class Exposition:
 
 
 class ModelMetrics(Collector):
-    """What the model does and has done."""
+    """The numbers of the model: what it does and has done."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -142,7 +142,7 @@ class ModelMetrics(Collector):
 
 
 class TrafficMetrics(Collector):
-    """What clients have asked, and what was refused."""
+    """The numbers of clients: what they have asked, and what was refused."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic

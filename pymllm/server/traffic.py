@@ -35,7 +35,7 @@ METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 
 
 class Traffic:
-    """What the parts of one app know of its requests.
+    """The state that the parts of one app share of its requests.
 
     under_way: requests that hold memory: all but those of open paths.  arriving: bytes of bodies that are being
     received.  stopping: whether a signal to stop has come.

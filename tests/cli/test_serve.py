@@ -97,7 +97,7 @@ def test_sigterm_ends_although_a_client_does_not_read_and_tells_those_who_wait()
 
 
 def test_a_process_that_may_open_few_files_answers_health_beside_more_idle_connections():
-    with started(files=200) as (process, address):
+    with started(files=200) as (_, address):
         port = int(address.rsplit(":", 1)[1].removesuffix("/v1"))
         idle = [socket.create_connection(("127.0.0.1", port), SECONDS) for _ in range(300)]
         health = address.removesuffix("/v1") + "/health"
