@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
+
 from pymllm.engine.scheduler import STEP_TOKENS
 
 # How long a step may take while none has been measured: a first one may compile kernels and record graphs.
@@ -72,3 +74,14 @@ class Pulse:
         if silent <= self.limit:
             return None
         return f"no step has ended for {silent:.0f} seconds; at most {self.limit:.0f} are usual here"
+
+
+def device_fault(device: torch.device) -> str | None:
+    """Return why a device will run nothing more, or None: some errors of a GPU stay until the process ends."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return f"the GPU runs nothing more: {str(error).splitlines()[0]}"
+    return None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pymllm.api import LLM
 from pymllm.asynchronous.places import Busy, Places
-from pymllm.asynchronous.pulse import Pulse
+from pymllm.asynchronous.pulse import Pulse, device_fault
 from pymllm.asynchronous.tally import Tally
 from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
@@ -44,7 +44,7 @@ class Worker:
 
     max_running: how many prompts are answered together.  max_waiting: how many more may wait.
     places: the line.  live: the generations that have not ended.  refusal: what new work raises; None: it is taken.
-    pulse: whether the thread is alive.  tally: what it has done.  checks: each says why the model cannot answer now, or
+    pulse: whether the thread is alive.  tally: what it has done.  fault: why the device runs nothing more, or None.  checks: each says why the model cannot answer now, or
     None; whoever runs a part of the model elsewhere adds one.
     """
 
@@ -56,7 +56,8 @@ class Worker:
         self.live: set[Generation] = set()
         self.refusal: Exception | None = None
         self.pulse, self.tally = Pulse(), Tally()
-        self.checks: list[Callable[[], str | None]] = [self.pulse.why_not]
+        self.fault: str | None = None
+        self.checks: list[Callable[[], str | None]] = [self.pulse.why_not, lambda: self.fault]
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, "generation")
@@ -109,6 +110,7 @@ class Worker:
                 try:
                     done.set_result(function())
                 except BaseException as error:
+                    self.note_failure()
                     done.set_exception(error)
                 self.pulse.note_step(started)
 
@@ -154,6 +156,10 @@ class Worker:
         self._thread.shutdown(wait=False)
         self._compilers.shutdown(wait=False)
         return bool(wait([self._last], timeout=seconds).done)
+
+    def note_failure(self) -> None:
+        """See whether the device still works, after something has failed; the thread calls this."""
+        self.fault = self.fault or device_fault(self.llm.embedder.runner.device)
 
     def _start_work(self) -> None:
         self.pulse.expect()
@@ -287,7 +293,7 @@ class _Round:
         arrived: queue.SimpleQueue[Generation],
         between: Callable[[], None],
     ) -> None:
-        self.session, self.arrived, self.between = session, arrived, between
+        self.worker, self.session, self.arrived, self.between = worker, session, arrived, between
         self.pulse, self.tally = worker.pulse, worker.tally
         self.requests: dict[Generation, list[Request]] = {}
         self.owners: dict[Request, Generation] = {}
@@ -310,6 +316,7 @@ class _Round:
                     self._hand_out(request, piece)
         except BaseException as error:
             logger.exception("all requests under way have failed")
+            self.worker.note_failure()
             told = error if isinstance(error, Exception) else RuntimeError(repr(error))
             for generation in list(self.requests):
                 self._end(generation, told)
@@ -341,6 +348,8 @@ class _Round:
             generation.hand_over(request.req_id, piece)
         if request.finish_reason is None:
             return
+        if request.error is not None:
+            self.worker.note_failure()
         metrics = None if piece is None or piece.output is None else piece.output.metrics
         self.tally.note_end(request, metrics)
         self.requests[generation].remove(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import re
@@ -17,6 +18,8 @@ import pytest
 import uvicorn
 
 from pymllm.cli import main, serve
+from pymllm.cli.serve_options import add_operation_options, limits_of
+from pymllm.server.limits import Limits
 
 from ..processes import SECONDS, environment
 
@@ -126,6 +129,72 @@ def test_ctrl_c_is_130():
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 130
         assert "Traceback" not in process.stderr.read()
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_operation_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_every_limit_has_a_flag_and_help_that_states_its_default():
+    assert limits_of(parse()) == Limits()
+    given = [
+        "--max-connections",
+        "7",
+        "--max-body-mb",
+        "0.5",
+        "--header-timeout",
+        "1",
+        "--body-timeout",
+        "2",
+        "--keep-alive",
+        "3",
+    ]
+    given += [
+        "--write-timeout",
+        "4",
+        "--ping-seconds",
+        "0",
+        "--drain-seconds",
+        "0",
+        "--step-timeout",
+        "5",
+        "--retry-after",
+        "6",
+    ]
+    assert limits_of(parse(*given)) == Limits(
+        connections=7,
+        body_bytes=1 << 19,
+        header_seconds=1,
+        body_seconds=2,
+        idle_seconds=3,
+        write_seconds=4,
+        ping_seconds=0,
+        drain_seconds=0,
+        step_seconds=5,
+        retry_after=6,
+    )
+    shown = argparse.ArgumentParser()
+    add_operation_options(shown)
+    text, defaults = " ".join(shown.format_help().split()), Limits()
+    for name in ("connections", "header_seconds", "idle_seconds", "write_seconds", "ping_seconds"):
+        assert f"default: {getattr(defaults, name):g}" in text, name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--max-connections", bad) for bad in ("0", "-1", "x", "1.5", "99999999")),
+        *(("--write-timeout", bad) for bad in ("0", "-1", "nan", "inf", "soon")),
+        *(("--ping-seconds", bad) for bad in ("-1", "nan", "inf")),
+        ("--access-log", "xml"),
+    ],
+)
+def test_a_limit_out_of_range_is_refused(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"{flag}={value}")
+    assert flag in capsys.readouterr().err
 
 
 def test_a_taken_port_is_known_before_the_model_is_loaded(capsys):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from pymllm.asynchronous import worker
 from pymllm.asynchronous.pulse import FIRST_STEP_SECONDS, LEAST_SECONDS, Pulse
 from pymllm.engine.scheduler import STEP_TOKENS
 from pymllm.errors import RankError
@@ -45,6 +46,20 @@ def test_any_part_may_say_why_the_model_cannot_answer(llm):
         assert get(served, "/health", "HEAD")[:2] == (503, b"")
         reasons.append(None)
         assert health(served)[0] == 200
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_gpu_that_runs_nothing_more_after_an_error_is_told(llm, monkeypatch, together):
+    def step(*_):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(llm.engine if together else llm.engine.runner, "step", step)
+    with serve(llm) as served:
+        assert post(served, {"prompt": "x", "max_tokens": 1})[0] == 500
+        assert health(served)[0] == 200
+        monkeypatch.setattr(worker, "device_fault", lambda device: f"the {device} is lost")
+        assert post(served, {"prompt": "x", "max_tokens": 1})[0] == 500
+        assert health(served)[1]["reason"] == "the cpu is lost"
 
 
 def test_a_server_that_stops_is_not_healthy(llm):
