@@ -44,8 +44,8 @@ class Worker:
 
     max_running: how many prompts are answered together.  max_waiting: how many more may wait.
     places: the line.  live: the generations that have not ended.  refusal: what new work raises; None: it is taken.
-    pulse: whether the thread is alive.  tally: what it has done.  fault: why the device runs nothing more, or None.  checks: each says why the model cannot answer now, or
-    None; whoever runs a part of the model elsewhere adds one.
+    pulse: whether the thread is alive.  tally: what it has done.  fault: why the device runs nothing more, or None.
+    checks: each says why the model cannot answer now, or None; whoever runs a part of it elsewhere adds one.
     """
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
