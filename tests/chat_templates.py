@@ -90,11 +90,16 @@ FAMILIES = {
 }
 
 
-def write_tokenizer(folder: Path, name: str) -> Path:
-    """Write the shipped tokenizer with a template, and with its marks as special tokens after the others."""
+def write_tokenizer(folder: Path, name: str, *, in_place_of_padding: str = "") -> Path:
+    """Write the shipped tokenizer with a template, and with its marks as special tokens after the others.
+
+    in_place_of_padding: the one mark that is a special token, in place of one that the shipped model has.
+    """
     template, special = FAMILIES[name]
+    special = () if in_place_of_padding else special
     shipped = shipped_model()
-    described = json.loads((shipped / "tokenizer.json").read_text(encoding="utf-8"))
+    text = (shipped / "tokenizer.json").read_text(encoding="utf-8")
+    described = json.loads(text.replace("<|pad|>", in_place_of_padding or "<|pad|>"))
     first = 4096
     described["added_tokens"] += [
         dict(described["added_tokens"][0], id=first + index, content=mark)
