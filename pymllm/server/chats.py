@@ -91,6 +91,11 @@ def _follow(
                     f"of this kind ({name}) leaves no room for calls of tools: send tool_choice none, or a JSON schema",
                 )
             return False
+    if schema is None and any(tool.strict for tool in calls.callable):
+        strict = dialect.strict_grammar(calls.callable, most=calls.most, opened=opened)
+        if strict is not None:
+            settings["grammar"] = strict
+        return True
     thinks = dialect.thoughts is not None or dialect.writes_messages
     if schema is None or not (calls.callable or thinks):
         return True

@@ -321,6 +321,18 @@ MANY = [{"type": "function", "function": {"name": f"f{index}"}} for index in ran
                 "tool_choice": "required",
             },
         ),
+        (
+            "tools",
+            "cannot be compiled",
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "strict": True, "parameters": {"properties": 3}},
+                    }
+                ]
+            },
+        ),
         ("functions", "not supported", {"functions": [{"name": "f"}]}),
         (
             "response_format",

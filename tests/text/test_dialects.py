@@ -242,6 +242,36 @@ def test_calls_or_an_answer_that_follows_a_schema(tokenizers):
     assert not accepts(tokenizers["thinking"], grammar, "said")
 
 
+@pytest.mark.parametrize("name", ["thinking", "llama", "mistral", "mistral_named", "granite", "plain"])
+def test_strict_tools_are_held_to_their_schemas_where_they_are_called(tokenizers, name):
+    strict = [Tool("add", None, TOOLS[0].parameters, True), Tool("loose", None, {"required": ["x"]})]
+    tokenizer, dialect = tokenizers[name], dialect_of(tokenizers[name])
+    grammar = dialect.strict_grammar(strict, most=None, opened=False)
+
+    def call(tool, arguments):
+        key = "parameters" if name == "llama" else "arguments"
+        written = f'{{"name": "{tool}", "{key}": {arguments}}}'
+        return {
+            "thinking": f"<tool_call>\n{written}\n</tool_call>",
+            "mistral": f"[TOOL_CALLS][{written}]",
+            "mistral_named": f"[TOOL_CALLS]{tool}[ARGS]{arguments}",
+            "granite": f"<|tool_call|>[{written}]",
+        }.get(name, written)
+
+    good, loose = call("add", '{"a": 1}'), call("loose", '{"b": 2}')
+    texts = ["Just text, {x}.", '{"a": 1}', good, loose]
+    if name not in ("llama", "plain"):
+        texts += [f"See:\n{good}"]
+    if name == "mistral_named":
+        texts += ["[THINK]Hm.[/THINK]Yes", f"[THINK]Hm.[/THINK]{good}"]
+    if name == "thinking":
+        texts += [f"<think>\nHm.\n</think>\n\n{good}\n{loose}"]
+    for text in texts:
+        assert accepts(tokenizer, grammar, text), text
+    for text in (call("add", '{"a": "x"}'), call("none", "{}")):
+        assert not accepts(tokenizer, grammar, text), text
+
+
 def test_special_tokens_that_are_kept_are_in_the_text_and_others_are_not(tokenizers):
     tokenizer = tokenizers["mistral_named"]
     text = 'a [TOOL_CALLS]f[ARGS]{"a": 1}<|im_end|> b'
