@@ -45,6 +45,7 @@ from pymllm.parallel import choose_parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
+from pymllm.text.chat_template import chat_template_of
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.prompts import Prompt, as_prompts, token_ids_of
@@ -92,6 +93,7 @@ class LLM:
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
+    chat_template: a file of Jinja text, or such text, in place of the checkpoint's chat template.
     `plan` says what runs, and why. Several threads may use one LLM; they take turns. An encoder only embeds.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
@@ -119,8 +121,10 @@ class LLM:
         prefix_reuse: bool = True,
         step_ms: float = STEP_MS,
         pooling: str | Sequence[str] | None = None,
+        chat_template: str | Path | None = None,
     ) -> None:
         check_step_ms(step_ms)
+        given_template = None if chat_template is None else chat_template_of(chat_template)
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
             prepared = prepare(
@@ -143,6 +147,8 @@ class LLM:
         self.config = prepared.config
         self.path = prepared.checkpoint.path
         self.tokenizer = open_tokenizer(prepared.checkpoint)
+        if given_template is not None:
+            self.tokenizer.use_chat_template(given_template)
         self._lock = threading.RLock()
         where = torch.device(prepared.execution.device)
         self._engine: Engine | None = None
@@ -161,6 +167,7 @@ class LLM:
                 prefix_reuse=prefix_reuse,
                 step_ms=step_ms,
             )
+            self.tokenizer.longest_prompt = self._engine.longest
         runner = Runner(self.model, where) if self._engine is None else self._engine.runner
         self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
         self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)
@@ -262,11 +269,14 @@ class LLM:
             }
         return SamplingParams(**{**recommended, **overrides})
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, *, to_answer: bool = False) -> list[int]:
         """Turn a prompt into token ids; a prompt of ids is checked against the vocabulary.
 
-        RequestError for an id outside of it, or a prompt that is neither text nor ids.
+        to_answer: whether a text is refused unread whose length shows that it is too long to be answered.
+        RequestError for that, for an id outside of the vocabulary, or a prompt that is neither text nor ids.
         """
+        if to_answer and isinstance(prompt, str):
+            self.tokenizer.check_length(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids_of(prompt)
         vocabulary = self.config.size("vocab_size")
         bad = next((token for token in ids if not 0 <= token < vocabulary), None)
@@ -279,6 +289,10 @@ class LLM:
                 found=str(bad),
             )
         return ids
+
+    def encode_to_answer(self, prompt: Prompt) -> list[int]:
+        """Turn a prompt that is to be answered into token ids, as `encode` does."""
+        return self.encode(prompt, to_answer=True)
 
     def embed(
         self,
@@ -336,7 +350,7 @@ class LLM:
         """
         self.model.check_generates()
         params = self.default_params() if params is None else params
-        asked = ask(as_prompts(prompts), params, adapter, self.encode)
+        asked = ask(as_prompts(prompts), params, adapter, self.encode_to_answer)
         check_record(outputs, asked)
         pieces = ((place, piece.index, piece.output) for place, piece in self._run(asked, outputs))
         return gather({(place, index): output for place, index, output in pieces if output is not None})
@@ -369,7 +383,7 @@ class LLM:
         self.model.check_generates()
         # Here, so that a bad one fails at once, not at the first piece.
         params = self.default_params() if params is None else params
-        asked = ask(as_prompts(prompts), params, self.check_adapter(adapter), self.encode)
+        asked = ask(as_prompts(prompts), params, self.check_adapter(adapter), self.encode_to_answer)
         check_record(outputs, asked)
         return self._run(asked, outputs)
 

@@ -187,7 +187,7 @@ class Service:
 
     def _prompts(self, request: SampledRequest) -> list[list[int]]:
         if isinstance(request, CompletionRequest):
-            return [self.llm.encode(prompt) for prompt in request.prompts]
+            return [self.llm.encode_to_answer(prompt) for prompt in request.prompts]
         assert isinstance(request, ChatRequest)
         messages = [message.for_template() for message in request.messages]
         return [self.llm.tokenizer.apply_chat_template(messages)]
