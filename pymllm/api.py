@@ -45,7 +45,6 @@ from pymllm.parallel import choose_parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
-from pymllm.text.chat_template import chat_template_of
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.prompts import Prompt, as_prompts, token_ids_of
@@ -124,7 +123,6 @@ class LLM:
         chat_template: str | Path | None = None,
     ) -> None:
         check_step_ms(step_ms)
-        given_template = None if chat_template is None else chat_template_of(chat_template)
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
         with self.parallel:
             prepared = prepare(
@@ -139,6 +137,7 @@ class LLM:
                 definition=definition,
                 strategy=strategy,
             )
+            self.tokenizer = open_tokenizer(prepared.checkpoint, chat_template)
             self.plan: Plan = make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
             if check_memory:
                 check_fits(prepared, self.plan)
@@ -146,9 +145,6 @@ class LLM:
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path
-        self.tokenizer = open_tokenizer(prepared.checkpoint)
-        if given_template is not None:
-            self.tokenizer.use_chat_template(given_template)
         self._lock = threading.RLock()
         where = torch.device(prepared.execution.device)
         self._engine: Engine | None = None
@@ -269,14 +265,11 @@ class LLM:
             }
         return SamplingParams(**{**recommended, **overrides})
 
-    def encode(self, prompt: Prompt, *, to_answer: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into token ids; a prompt of ids is checked against the vocabulary.
 
-        to_answer: whether a text is refused unread whose length shows that it is too long to be answered.
-        RequestError for that, for an id outside of the vocabulary, or a prompt that is neither text nor ids.
+        RequestError for an id outside of it, or a prompt that is neither text nor ids.
         """
-        if to_answer and isinstance(prompt, str):
-            self.tokenizer.check_length(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids_of(prompt)
         vocabulary = self.config.size("vocab_size")
         bad = next((token for token in ids if not 0 <= token < vocabulary), None)
@@ -291,8 +284,10 @@ class LLM:
         return ids
 
     def encode_to_answer(self, prompt: Prompt) -> list[int]:
-        """Turn a prompt that is to be answered into token ids, as `encode` does."""
-        return self.encode(prompt, to_answer=True)
+        """Turn a prompt into token ids; a text that is far too long to be answered is refused unread (RequestError)."""
+        if isinstance(prompt, str):
+            self.tokenizer.check_length(prompt)
+        return self.encode(prompt)
 
     def embed(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -19,6 +20,21 @@ Made = TypeVar("Made")
 # From so many characters on, texts are encoded as a batch of one: that lets other threads of Python go on meanwhile. It
 # is no way for short texts, as the library then complains about processes that are forked later.
 LONG_TEXT = 1 << 14
+_long_texts = threading.Lock()
+
+# A list of more ids than these is made in parts, between which other threads have their turn.
+PART = 1 << 17
+
+
+def _ids(found: Any) -> list[int]:
+    """List the ids of what the library has encoded, which is cut into parts."""
+    if len(found) <= PART:
+        return found.ids
+    found.truncate(PART)
+    ids = found.ids
+    for part in found.overflowing:
+        ids += part.ids
+    return ids
 
 
 def panics_told(call: Callable[Given, Made]) -> Callable[Given, Made]:
@@ -88,14 +104,17 @@ class FastEncoder:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        # One at a time: a text of megabytes takes a hundred times its size.
+        with _long_texts:
+            return _ids(self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0])
 
     @panics_told
     def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
         if len(text) < LONG_TEXT:
             found = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            found = self.tokenizer.encode_batch([text], add_special_tokens=False)[0]
+            with _long_texts:
+                found = self.tokenizer.encode_batch([text], add_special_tokens=False)[0]
         room = max(length - self.tokenizer.num_special_tokens_to_add(False), 0)
         if len(found.ids) > room:
             found.truncate(room, direction="left" if from_left else "right")

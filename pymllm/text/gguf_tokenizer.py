@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.errors import CheckpointError
-from pymllm.text.chat_template import ChatTemplate
+from pymllm.text.chat_template import ChatTemplate, chat_template_of
 from pymllm.text.encoders import Encoder, FastEncoder, panics_told
 from pymllm.text.template_files import named_templates
 from pymllm.text.tokenizer import Tokenizer
@@ -78,11 +78,16 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "\u2581"
 
 
-def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Open the tokenizer of a checkpoint, which is a folder or a GGUF file."""
-    if checkpoint.metadata:
-        return GGUFTokenizer(checkpoint.path, checkpoint.metadata)
-    return Tokenizer(checkpoint.path)
+def open_tokenizer(checkpoint: Checkpoint, chat_template: str | Path | None = None) -> Tokenizer:
+    """Open the tokenizer of a checkpoint, which is a folder or a GGUF file.
+
+    chat_template: a file of Jinja text, or such text, in place of the checkpoint's own template; None: its own.
+    """
+    path, metadata = checkpoint.path, checkpoint.metadata
+    tokenizer = GGUFTokenizer(path, metadata) if metadata else Tokenizer(path)
+    if chat_template is not None:
+        tokenizer.use_chat_template(chat_template_of(chat_template))
+    return tokenizer
 
 
 class GGUFTokenizer(Tokenizer):

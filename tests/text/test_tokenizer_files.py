@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from pymllm.errors import CheckpointError, RequestError
 from pymllm.text import tokenizer_files
-from pymllm.text.encoders import LONG_TEXT, FastEncoder
+from pymllm.text.encoders import LONG_TEXT, PART, FastEncoder
 from pymllm.text.gguf_tokenizer import GGUFTokenizer
 from pymllm.text.text_bounds import BYTE_TOKENS, COMPOSED_OF, bound_of
 from pymllm.text.tokenizer import Tokenizer
@@ -226,4 +226,7 @@ def test_a_long_text_becomes_the_ids_that_it_becomes_alone():
     tokenizer = Tokenizer(SHIPPED)
     text = "def f(x):\n    return x\n\n" * (LONG_TEXT // 20)
     assert tokenizer.encode(text) == tokenizer.encoder.tokenizer.encode(text).ids
+    longer = "\x00\x01" * PART
+    assert len(tokenizer.encode(longer)) > PART
+    assert tokenizer.encode(longer) == tokenizer.encoder.tokenizer.encode(longer).ids
     assert tokenizer.encode_cut(text, 50) == tokenizer.encode(text)[:50]
