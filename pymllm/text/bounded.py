@@ -57,7 +57,14 @@ def _plain_value(value: Any) -> Any:
 
 
 class Stopped(Exception):
-    """The end of a process at a limit, or by a crash; the message says which."""
+    """The end of a process at a limit, or by a crash; the message says which.
+
+    always: whether the same request would end the same way again, however busy the machine is.
+    """
+
+    def __init__(self, why: str, always: bool = False) -> None:
+        super().__init__(why)
+        self.always = always
 
 
 class _Process:
@@ -84,7 +91,7 @@ class _Process:
             return self._receive()
         except (OSError, EOFError, ValueError):
             self.end()
-            raise Stopped(self._why()) from None
+            raise self._why() from None
         finally:
             watch.cancel()
 
@@ -113,14 +120,14 @@ class _Process:
                 pipe.close()
         self.process.wait()
 
-    def _why(self) -> str:
+    def _why(self) -> Stopped:
         code = self.process.returncode
-        ended_by_time = {-getattr(signal, name, 0) for name in ("SIGPROF", "SIGXCPU")}
-        if self.late or code in ended_by_time:
-            return "it took too long"
+        out_of_time = code in {-getattr(signal, name, 0) for name in ("SIGPROF", "SIGXCPU")}
+        if self.late or out_of_time:
+            return Stopped("it took too long", out_of_time)
         if code < 0:
-            return f"it crashed ({signal.Signals(-code).name})"
-        return f"its process ended with code {code}"
+            return Stopped(f"it crashed ({signal.Signals(-code).name})")
+        return Stopped(f"its process ended with code {code}")
 
 
 def _read(source: IO[bytes], size: int) -> bytes:

@@ -68,6 +68,7 @@ class ChatTemplate:
         self._turns = threading.BoundedSemaphore(TOGETHER)
         self._forms: dict[str, str] | None = None
         self._loses_text = False
+        self._unusable, self._tried = "", False
         self._syntax = {"loops": False, "tests": False}
 
     def __deepcopy__(self, memo: Any) -> ChatTemplate:
@@ -87,7 +88,7 @@ class ChatTemplate:
 
     def check(self) -> None:
         """Compile the template.  CheckpointError if it is not valid, or if that takes too much time or memory."""
-        with self._turn(), self._stopped(large=False), RENDERER.process() as process:
+        with self._stopped(large=False), self._turn(), RENDERER.process() as process:
             self._compile(process)
 
     def check_reads_users(self) -> None:
@@ -195,14 +196,14 @@ class ChatTemplate:
             raise RequestError(
                 f"the messages cannot be written as JSON: {error}", code="messages", tensor="messages"
             ) from None
-        with self._turn(), self._stopped(len(request) > LARGE_REQUEST), RENDERER.process() as process:
+        with self._stopped(len(request) > LARGE_REQUEST), self._turn(), RENDERER.process() as process:
             reply = process.ask(request, CLOCK_SECONDS)
             if "unknown" in reply:
                 self._compile(process)
                 reply = process.ask(request, CLOCK_SECONDS)
             if "limit" in reply:
                 # What a process has taken of memory it may never give back.
-                raise Stopped(reply["limit"])
+                raise Stopped(reply["limit"], always=True)
         if "text" in reply:
             return reply["text"]
         refused = "refused" in reply
@@ -215,7 +216,7 @@ class ChatTemplate:
         asked = {"seconds": MAX_SECONDS, "key": self._key, "source": self.source}
         reply = process.ask(encoded(asked), CLOCK_SECONDS)
         if "limit" in reply:
-            raise Stopped(reply["limit"])
+            raise Stopped(reply["limit"], always=True)
         for problem in ("invalid", "failed"):
             if problem in reply:
                 raise CheckpointError(
@@ -241,8 +242,13 @@ class ChatTemplate:
     def _stopped(self, large: bool) -> Iterator[None]:
         """Say what stopped the template.  large: whether the request may have made it do so much."""
         try:
+            if self._unusable:
+                raise Stopped(self._unusable)
             yield
         except Stopped as stopped:
+            if stopped.always and not self._tried:
+                # A conversation of a word is tried first: no other will do better, and none need wait for it.
+                self._unusable = str(stopped)
             if large:
                 raise RequestError(
                     f"the conversation is too large for the chat template, which was stopped: {stopped}",
@@ -267,7 +273,7 @@ class ChatTemplate:
             found = {form: self._comes_through(role, conversation, form) for form in ("string", "parts")}
             read = [form for form, comes in found.items() if comes]
             if role == "user":
-                self._loses_text = not read and None not in found.values()
+                self._loses_text = not read and False in found.values()
             forms[role] = "both" if len(read) == 2 else "".join(read)
         # Where the template rejects such a conversation, its syntax must do.
         by_syntax = "parts" if self._syntax["loops"] and not self._syntax["tests"] else "string"
@@ -279,13 +285,18 @@ class ChatTemplate:
         marker = f"marker{secrets.token_hex(8)}"
         messages = []
         for message in conversation:
-            text = marker if message["role"] == role else "x"
-            content = text if form == "string" else [{"type": "text", "text": text}]
+            word = marker if message["role"] == role else "x"
+            content = word if form == "string" else [{"type": "text", "text": word}]
             messages.append({**message, "content": content})
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            text = self._render({**SOME_TOKENS, **given})
-        except RequestError:
+            text: str | None = self._render({**SOME_TOKENS, **given})
+        except (RequestError, CheckpointError) as error:
+            if isinstance(error, CheckpointError) and not self._tried:
+                raise
+            text = None
+        self._tried = True
+        if text is None:
             return None
         # A template that takes parts for a string writes them as Python or JSON does.
         spelled = any(f"{quote}text{quote}: {quote}{marker}" in text for quote in ("'", '"'))

@@ -128,7 +128,7 @@ def test_a_final_message_of_parts_stays_open():
         (LOOP, HI, True),
         (LOOP, [{"role": "assistant", "tool_calls": []}], False),
         (
-            LOOP + "{% for p in messages[0].content %}{% endfor %}",
+            "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
             [*HI, {"role": "assistant", "content": []}],
             False,
         ),
@@ -327,6 +327,24 @@ def test_a_slow_template_holds_up_no_other(monkeypatch):
         time.sleep(0.01)
     assert len(failed) == 3 and all("too long" in text for text in failed)
     assert rendered > 3
+
+
+def test_a_template_that_was_stopped_on_one_word_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.3)
+    template = ChatTemplate(BOMBS["long loops"], "slow")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="too long"):
+            template.render(HI, {})
+        monkeypatch.setattr(RENDERER, "process", lambda: pytest.fail("it was tried"))
+
+
+def test_what_stops_one_role_alone_does_not_stop_the_others():
+    source = "{% for m in messages %}{% if m.role == 'system' %}{{ range(10**9) }}{% endif %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(source, "x")
+    assert template.render(HI, {}) == "hi"
+    with pytest.raises(CheckpointError, match="Range too big"):
+        template.render(TALK, {})
+    assert template.render(HI, {}) == "hi"
 
 
 def test_many_threads_render_at_once():
