@@ -3,8 +3,8 @@
 python benchmarks/long_texts.py [--megabytes 4] [--clients 8]
 
 Serves the shipped model, sends all clients' prompts at once as plain prompts and as chats, and asks /health every 10 ms
-meanwhile. Then: a render of a chat by a process that is there already, the start of one, and a big tokenizer.json that is
-tried in a process of its own.
+meanwhile. Then: a render of a chat by a process that is there already, the start of one, and a big tokenizer.json that
+is tried in a process of its own.
 """
 
 from __future__ import annotations
