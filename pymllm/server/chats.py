@@ -43,7 +43,7 @@ def prepare_chat(
     """
     calls, template = request.calls, tokenizer.chat_template
     given = [message.for_template() for message in request.messages]
-    messages = for_template(given, calls.tools, dialect, parts=bool(getattr(template, "wants_parts", False)))
+    messages = for_template(given, calls.tools, dialect)
     variables = _variables(request, "" if template is None else template.source, dialect)
     prompt = tokenizer.apply_chat_template(
         messages,
