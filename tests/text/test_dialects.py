@@ -109,12 +109,12 @@ def test_a_template_without_tools_gets_them_in_words(tokenizers):
     assert own["content"] == "Be brief.\n\n" + system["content"]
 
 
-def test_parts_are_joined_unless_the_template_reads_them(tokenizers):
+def test_parts_reach_the_template_as_it_reads_them(tokenizers):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    dialect = dialect_of(tokenizers["thinking"])
-    message = {"role": "user", "content": parts}
-    assert for_template([message], [], dialect)[0]["content"] == "a\nb"
-    assert for_template([message], [], dialect, parts=True)[0]["content"] == parts
+    tokenizer = tokenizers["thinking"]
+    [made] = for_template([{"role": "user", "content": parts}], [], dialect_of(tokenizer))
+    joined = [{"role": "user", "content": "a\nb"}]
+    assert tokenizer.render_chat([made]) == tokenizer.render_chat(joined)
 
 
 def random_schema(rng, depth=2):
