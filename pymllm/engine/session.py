@@ -18,7 +18,8 @@ class StreamPiece:
     text: may be empty while a character is incomplete.  token_ids: those that have become final, in order; a step may
     give several, and a prompt that is only read has none.  output: the whole answer, with the last piece alone.
     logprobs: one of each token; None unless they were asked for.  prompt_logprobs: likewise, with the first piece
-    alone.  index: which of the `n` answers to its prompt it belongs to.
+    alone.  index: which of the `n` answers to its prompt it belongs to.  prompt_tokens: how many the prompt has.
+    cached_tokens: how many of these were not read, as pages of the KV cache held them already.
     """
 
     text: str
@@ -27,11 +28,26 @@ class StreamPiece:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     index: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def token_id(self) -> int | None:
         """The last of the tokens; None: there are none."""
         return self.token_ids[-1] if self.token_ids else None
+
+
+def begin_text(tokenizer: Tokenizer, params: SamplingParams) -> TextStream:
+    """Begin the text of an answer that is made by these settings."""
+    return TextStream(
+        tokenizer,
+        params.stop,
+        params.min_tokens,
+        begins=params.follows is None,
+        special=not params.skip_special_tokens,
+        kept=params.kept_tokens,
+        with_stop=params.include_stop_str_in_output,
+    )
 
 
 class Session:
@@ -73,19 +89,7 @@ class Session:
         request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
         self._sent[request] = 0
-        self._texts[request] = (
-            TextStream(
-                self.tokenizer,
-                params.stop,
-                params.min_tokens,
-                begins=params.follows is None,
-                special=not params.skip_special_tokens,
-                kept=params.kept_tokens,
-                with_stop=params.include_stop_str_in_output,
-            )
-            if self.tokenizer.available
-            else None
-        )
+        self._texts[request] = begin_text(self.tokenizer, params) if self.tokenizer.available else None
         return request
 
     def _score(
@@ -136,16 +140,20 @@ class Session:
         self._sent[request] = len(request.answer)
         tokens = tuple(request.answer[first:])
         logprobs = None if request.params.logprobs is None else tuple(request.logprobs[first:])
+        counts = {
+            "prompt_tokens": len(request.prompt) + len(request.following),
+            "cached_tokens": request.cached_tokens,
+        }
         before = None if first or request.params.prompt_logprobs is None else tuple(request.prompt_logprobs)
         if request.finish_reason is None:
-            return StreamPiece(piece, tokens, logprobs=logprobs, prompt_logprobs=before)
+            return StreamPiece(piece, tokens, None, logprobs, before, **counts)
         self._forget(request)
         if text is not None:
             piece += text.finish()
             if text.stopped:
                 request.finish_reason = "stop"
-        output = request.output(text.text if text is not None else "")
-        return StreamPiece(piece, tokens, output, logprobs, before)
+        output = request.output() if text is None else request.output(text.text, text.stopped_by)
+        return StreamPiece(piece, tokens, output, logprobs, before, **counts)
 
     def _end_at(self, request: Request, count: int) -> None:
         """End a request at a stop string, which its first `count` tokens have completed; drop what comes after."""

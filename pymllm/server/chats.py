@@ -67,6 +67,16 @@ def prepare_chat(
     return Chat(prompt, settings, lambda: dialect.reader(calls.callable, most=calls.most, opened=opened))
 
 
+def find_variables(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return which variables about thinking a tokenizer's chat template reads, those that turn it on and off first."""
+    source = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
+    return tuple(name for name in (*SWITCHES, "reasoning_effort") if _reads(source, name))
+
+
+def _reads(source: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+
+
 def _follow(
     settings: dict[str, Any], request: ChatRequest, dialect: Dialect, tail: str, opened: bool
 ) -> bool:
@@ -121,7 +131,7 @@ def _variables(request: ChatRequest, source: str, dialect: Dialect) -> dict[str,
     """Return the variables of the chat template.  RequestError for those that it does not read."""
 
     def reads(name: str) -> bool:
-        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+        return _reads(source, name)
 
     variables = dict(request.chat_template_kwargs or {})
     for name, value in variables.items():

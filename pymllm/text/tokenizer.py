@@ -254,7 +254,7 @@ class TextStream:
     special: whether special tokens are a part of the text.  kept: those that are in any case.
     with_stop: whether a stop string is the end of the text; else it is left out.
     text: what is certain so far.  sent: how many of its characters pieces have had.
-    stopped: whether a stop string has come.
+    stopped: whether a stop string has come.  stopped_by: which; None: none has.
     """
 
     def __init__(
@@ -276,6 +276,7 @@ class TextStream:
         self.text = ""
         self.sent = 0
         self.stopped = False
+        self.stopped_by: str | None = None
         # The text of ids before `_settled` is certain; decoding begins at `_prefix`, a little before.
         self._settled = len(self.ids)
         self._prefix = 0
@@ -326,7 +327,7 @@ class TextStream:
             found = self.text.find(stop, self.sent)
             if found >= 0:
                 end = found + len(stop) if self.with_stop else found
-                self.text, self.stopped = self.text[:end], True
+                self.text, self.stopped, self.stopped_by = self.text[:end], True, stop
         held = 0
         if not final and not self.stopped:
             held = max(
