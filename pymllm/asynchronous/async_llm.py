@@ -116,10 +116,14 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
+        **template: Any,
     ) -> RequestOutput:
-        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`."""
+        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`.
+
+        template: further arguments of `Tokenizer.render_chat`: tools, variables, continue_final_message, ...
+        """
         self.llm.model.check_generates()
-        ids = await asyncio.to_thread(self.llm.tokenizer.apply_chat_template, messages)
+        ids = await asyncio.to_thread(self.llm.tokenizer.apply_chat_template, messages, **template)
         return (await self.generate([ids], params, adapter=adapter))[0]
 
     async def score(
@@ -200,7 +204,7 @@ class AsyncLLM:
         """Read a call's arguments, off the event loop, and have its grammars compiled."""
         self.llm.model.check_generates()
         params = self.llm.default_params() if params is None else params
-        asked = await asyncio.to_thread(ask, prompts, params, adapter, self.llm.encode)
+        asked = await asyncio.to_thread(ask, prompts, params, adapter, self.llm.encode_to_answer)
         for one in asked:
             self.llm.check_adapter(one.adapter)
             await self._worker.compile(one.params)

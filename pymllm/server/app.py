@@ -11,7 +11,20 @@ from pymllm.api import LLM
 from pymllm.engine.scheduler import MAX_REQUESTS
 from pymllm.server.access_log import AccessLog
 from pymllm.server.admission import Admission
-from pymllm.server.endpoints import chat, completions, embeddings, health, metrics, models
+from pymllm.server.anthropic_words import AnthropicWords
+from pymllm.server.endpoints import (
+    anthropic,
+    chat,
+    completions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    plan,
+    responses,
+    tokens,
+    version,
+)
 from pymllm.server.gate import OPEN_PATH, add_gate
 from pymllm.server.limits import Limits
 from pymllm.server.origin import OriginCheck
@@ -20,7 +33,9 @@ from pymllm.server.service import Service
 from pymllm.server.traffic import Traffic
 
 MAX_WAITING = 64
-ENDPOINTS = (health, metrics, models, completions, chat, embeddings)
+ENDPOINTS = (
+    *(health, metrics, models, completions, chat, embeddings, responses, anthropic, tokens, version, plan),
+)
 
 
 def create_app(
@@ -60,6 +75,7 @@ def create_app(
     if api_key is None:
         app.add_middleware(OriginCheck, allowed_hosts=allowed_hosts, origins=cors)
     app.add_middleware(Admission, traffic=traffic)
+    app.add_middleware(AnthropicWords)
     if cors:
         app.add_middleware(
             CORSMiddleware,

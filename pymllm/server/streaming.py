@@ -17,6 +17,7 @@ from pymllm.engine.session import StreamPiece
 from pymllm.errors import PymllmError, RequestError
 from pymllm.server.answers.base import Answer
 from pymllm.server.gate import read_body
+from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import refusal_of
 from pymllm.server.service import Service
@@ -29,7 +30,9 @@ T = TypeVar("T")
 PING = ": ping\n\n"
 
 
-async def answer(service: Service, http: Request, kind: type[SampledRequest]) -> Response:
+async def answer(
+    service: Service, http: Request, kind: type[SampledRequest] | type[ConversationRequest]
+) -> Response:
     """Answer one HTTP request of this kind, whole or as a stream of events."""
     # Before any work.
     service.check_generates()
@@ -38,7 +41,7 @@ async def answer(service: Service, http: Request, kind: type[SampledRequest]) ->
     generation = http.state.generation = service.worker.start(question.asked)
     limits = http.app.state.traffic.limits
     try:
-        if not question.request.stream:
+        if not question.stream:
             return JSONResponse(await unless_gone(http, service.answer(question, generation)))
         generation.most_behind = limits.pieces
         if limits.ping_seconds:
@@ -49,7 +52,7 @@ async def answer(service: Service, http: Request, kind: type[SampledRequest]) ->
     except BaseException as error:
         generation.close()
         if isinstance(error, RequestError):
-            question.request.blame(error)
+            question.blame(error)
         raise
     return _EventStream(generation, stream_events(service.answer_to(question), generation, first))
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from pymllm.errors import CheckpointError, ConfigError, RequestError
+from pymllm.errors import CheckpointError, RequestError
 from pymllm.text.chat_template import ChatTemplate
+from pymllm.text.encoders import AutoEncoder as AutoEncoder
+from pymllm.text.encoders import Encoder, FastEncoder
+from pymllm.text.encoders import auto_tokenizer_from_pretrained as auto_tokenizer_from_pretrained
+from pymllm.text.json_files import read_json as read_json
+from pymllm.text.template_files import choose_template, read_templates
 
 # Files that transformers makes a tokenizer of, where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
@@ -27,130 +31,6 @@ def _letters_of_bytes() -> dict[str, int]:
 
 
 BYTES = _letters_of_bytes()
-
-
-class Encoder(Protocol):
-    """The two directions of a tokenizer: text to ids, ids to text."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
-
-    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
-        """Encode a text with its special tokens to `length` ids at most: what is too much of the text is left out.
-
-        from_left: whether it is left out at the beginning, not at the end.
-        """
-
-    def in_lower_case(self) -> Encoder:
-        """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
-
-    def piece(self, token: int) -> str | None:
-        """Return a token as the vocabulary spells it; None: there is none."""
-
-
-class FastEncoder:
-    """A tokenizer of the `tokenizers` library, which reads tokenizer.json."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_file(cls, file: Path) -> FastEncoder:
-        import tokenizers
-
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            # Files of encoders cut and pad every text to the length that they were trained with.
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return cls(tokenizer)
-        except Exception as error:
-            # tokenizers raises bare Exception for a damaged file.
-            raise CheckpointError(
-                f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)
-            ) from None
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        room = max(length - self.tokenizer.num_special_tokens_to_add(False), 0)
-        if len(found.ids) > room:
-            found.truncate(room, direction="left" if from_left else "right")
-        return self.tokenizer.post_process(found, None, True).ids
-
-    def in_lower_case(self) -> FastEncoder:
-        return FastEncoder(in_lower_case(copy.deepcopy(self.tokenizer)))
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    def piece(self, token: int) -> str | None:
-        return self.tokenizer.id_to_token(token)
-
-
-class AutoEncoder:
-    """Any tokenizer that transformers can read without running a checkpoint's code."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = auto_tokenizer_from_pretrained(folder, trust_remote_code=False)
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
-        self.tokenizer.truncation_side = "left" if from_left else "right"
-        return self.tokenizer.encode(text, truncation=True, max_length=length)
-
-    def in_lower_case(self) -> AutoEncoder:
-        made = copy.copy(self)
-        made.tokenizer = copy.deepcopy(self.tokenizer)
-        if made.tokenizer.is_fast:
-            in_lower_case(made.tokenizer.backend_tokenizer)
-        else:
-            made.tokenizer.do_lower_case = True
-        return made
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-
-    def piece(self, token: int) -> str | None:
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        return piece if isinstance(piece, str) else None
-
-
-def in_lower_case(tokenizer: Any) -> Any:
-    """Let a tokenizer of the `tokenizers` library, which is returned, put texts in lower case before all else."""
-    from tokenizers.normalizers import Lowercase
-    from tokenizers.normalizers import Sequence as InOrder
-
-    own = tokenizer.normalizer
-    tokenizer.normalizer = InOrder([Lowercase()] if own is None else [Lowercase(), own])
-    return tokenizer
-
-
-# The message of transformers' error for a list.
-LIST_ERROR = "'list' object has no attribute"
-
-
-def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """Call transformers' AutoTokenizer.from_pretrained, also where `extra_special_tokens` is a list.
-
-    Versions of transformers that expect an object there fail on a list (an AttributeError that says so); they then get
-    the tokens under the names extra_special_token_0, 1, ... Any other failure is raised as it is.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    except AttributeError as error:
-        tokens = read_json(Path(path) / "tokenizer_config.json").get("extra_special_tokens")
-        if LIST_ERROR not in str(error) or not isinstance(tokens, list) or "extra_special_tokens" in options:
-            raise
-    named = {f"extra_special_token_{index}": token for index, token in enumerate(tokens)}
-    return AutoTokenizer.from_pretrained(path, extra_special_tokens=named, **options)
 
 
 def _checked(text: str) -> str:
@@ -172,6 +52,9 @@ class Tokenizer:
 
     A checkpoint without one still runs on token ids; to encode text is then an error that says what is missing.
     """
+
+    # The most tokens that a prompt may have; None: any number.
+    longest_prompt: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -199,6 +82,23 @@ class Tokenizer:
         """Encode a text to token ids, with the special tokens that the tokenizer itself adds."""
         return self.encoder.encode(_checked(text), add_special_tokens)
 
+    def check_length(self, text: str, tensor: str = "prompt") -> None:
+        """Refuse a prompt that is too long with a RequestError, where its length alone shows it; else do nothing."""
+        longest = self.longest_prompt
+        # No token stands for less than a character; the vocabulary is looked at for long texts only.
+        if longest is None or len(text) <= longest or self.encoder.bound is None:
+            return
+        fewest = self.encoder.bound.fewest_tokens(text)
+        if fewest > longest:
+            raise RequestError(
+                "the prompt is too long",
+                code="prompt-too-long",
+                tensor=tensor,
+                expected=f"at most {longest} tokens",
+                found=f"{len(text)} characters, which are at least {fewest} tokens",
+                fix="Shorten the prompt.",
+            )
+
     def encode_cut(self, text: str, length: int) -> list[int]:
         """Encode a text with its special tokens to `length` ids at most, as transformers cuts texts."""
         return self.encoder.encode_cut(_checked(text), length, self.settings.get("truncation_side") == "left")
@@ -211,6 +111,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)
+
+    def is_special(self, token: int) -> bool:
+        """Tell whether a token is left out of decoded texts."""
+        known: dict[int, bool] = self.__dict__.setdefault("_special", {})
+        if token not in known:
+            known[token] = not self.decode([token]) and self.decode([token], skip_special_tokens=False) != ""
+        return known[token]
 
     def token_text(self, token: int) -> str:
         """Decode one token, with the space before it that some decoders leave out at the start of a text."""
@@ -253,16 +160,22 @@ class Tokenizer:
         return tuple(dict.fromkeys(ids for ids in spelled if ids))
 
     @functools.cached_property
+    def chat_templates(self) -> dict[str, ChatTemplate]:
+        """The chat templates by name, `default` and `tool_use` say; {} if the checkpoint has none."""
+        return read_templates(self.folder, self.settings)
+
+    @property
     def chat_template(self) -> ChatTemplate | None:
-        """The template in chat_template.jinja or tokenizer_config.json; None if the checkpoint has none."""
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
-        template = self.settings.get("chat_template")
-        # transformers writes several templates as a list of named ones.
-        if isinstance(template, list):
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-        return ChatTemplate(template, str(self.folder / "tokenizer_config.json")) if template else None
+        """The template for chats without tools; None if the checkpoint has none."""
+        return self.chat_templates.get("default")
+
+    def use_chat_template(self, template: ChatTemplate) -> None:
+        """Render all chats by a template in place of the checkpoint's own."""
+        self.chat_templates = {"default": template}
+
+    def template_for(self, tools: Any) -> ChatTemplate:
+        """Choose the template for a chat, with tools or None.  ConfigError if there is none."""
+        return choose_template(self.chat_templates, tools is not None, self.folder)
 
     def apply_chat_template(
         self,
@@ -284,6 +197,8 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             variables=variables,
         )
+        self.template_for(tools).check_reads_users()
+        self.check_length(text, "messages")
         return self.encode(text, add_special_tokens=False)
 
     def render_chat(
@@ -299,18 +214,11 @@ class Tokenizer:
 
         tools: what the model may call, each an object with `function`, as OpenAI's API has it.
         add_generation_prompt: whether the text ends with what begins the assistant's answer.
-        continue_final_message: whether the last message is not closed: the model goes on with it.
+        continue_final_message: whether the last message is not closed: the model goes on with it. It excludes
+        add_generation_prompt.
         variables: others that the template reads, as `enable_thinking`.
         """
-        if self.chat_template is None:
-            raise ConfigError(
-                "the checkpoint has no chat template",
-                code="chat-template-missing",
-                file=str(self.folder),
-                expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-                fix="Use plain completions.",
-            )
-        return self.chat_template.render(
+        return self.template_for(tools).render(
             messages,
             self.special_tokens,
             tools=tools,
@@ -319,14 +227,17 @@ class Tokenizer:
             variables=variables,
         )
 
-    @property
+    @functools.cached_property
     def special_tokens(self) -> dict[str, str]:
         """The tokens that templates call by name, `eos_token` say."""
-        return {
-            name: token["content"] if isinstance(token, Mapping) else token
-            for name, token in self.settings.items()
-            if name.endswith("_token") and token is not None and not isinstance(token, bool)
-        }
+        named = {}
+        # Older folders name them in a file of their own.
+        for settings in (read_json(self.folder / "special_tokens_map.json"), self.settings):
+            for name, token in settings.items():
+                text = token.get("content") if isinstance(token, Mapping) else token
+                if name.endswith("_token") and isinstance(text, str):
+                    named[name] = text
+        return named
 
 
 # A character has at most four bytes, so that a token that comes later completes none of an earlier one. After so many
@@ -340,20 +251,32 @@ class TextStream:
 
     stop: strings that end the text.  min_tokens: of how many tokens the text has at least.
     begins: False: a space that the text begins with stays, which some decoders leave out at the start of a text.
+    special: whether special tokens are a part of the text.  kept: those that are in any case.
+    with_stop: whether a stop string is the end of the text; else it is left out.
     text: what is certain so far.  sent: how many of its characters pieces have had.
-    stopped: whether a stop string has come.
+    stopped: whether a stop string has come.  stopped_by: which; None: none has.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0, begins: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        begins: bool = True,
+        *,
+        special: bool = False,
+        kept: Sequence[int] = (),
+        with_stop: bool = False,
     ) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.special, self.kept, self.with_stop = special, frozenset(kept), with_stop
         # Decoded with letters before it, and those are left out again, no text is at its start.
         self.ids = [] if begins else tokenizer.encode("a", add_special_tokens=False)
         self.min_tokens = min_tokens + len(self.ids)
         self.text = ""
         self.sent = 0
         self.stopped = False
+        self.stopped_by: str | None = None
         # The text of ids before `_settled` is certain; decoding begins at `_prefix`, a little before.
         self._settled = len(self.ids)
         self._prefix = 0
@@ -364,8 +287,8 @@ class TextStream:
         if self.stopped:
             return ""
         # Decode from a little before the new ids, as a decoder may look back (for a leading space, say).
-        known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
-        longer = self.tokenizer.decode(self.ids[self._prefix :])
+        known = self._decode(self.ids[self._prefix : self._settled])
+        longer = self._decode(self.ids[self._prefix :])
         if len(longer) > len(known) and not longer.endswith("\ufffd"):
             self.text += longer[len(known) :]
             self._prefix, self._settled = self._settled, len(self.ids)
@@ -373,9 +296,16 @@ class TextStream:
             self._settle(known, longer)
         return self._send(final=False)
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        if not self.kept and not self.special:
+            return self.tokenizer.decode(ids)
+        if not self.special:
+            ids = [token for token in ids if token in self.kept or not self.tokenizer.is_special(token)]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
     def _settle(self, known: str, longer: str) -> None:
         """Take the text of all but the last few ids for certain, or each push would decode all that are not again."""
-        decode, ids, latest = self.tokenizer.decode, self.ids, len(self.ids) - CHARACTER_TOKENS
+        decode, ids, latest = self._decode, self.ids, len(self.ids) - CHARACTER_TOKENS
         # Best between two characters, where both sides decode alone to what they are together.
         cuts = range(latest, latest - CHARACTER_TOKENS, -1)
         whole = (cut for cut in cuts if decode(ids[self._prefix : cut]) + decode(ids[cut:]) == longer)
@@ -386,8 +316,8 @@ class TextStream:
     def finish(self) -> str:
         """Return the text that was held back."""
         if not self.stopped:
-            known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
-            self.text += self.tokenizer.decode(self.ids[self._prefix :])[len(known) :]
+            known = self._decode(self.ids[self._prefix : self._settled])
+            self.text += self._decode(self.ids[self._prefix :])[len(known) :]
         return self._send(final=True)
 
     def _send(self, final: bool) -> str:
@@ -396,7 +326,8 @@ class TextStream:
         for stop in stops:
             found = self.text.find(stop, self.sent)
             if found >= 0:
-                self.text, self.stopped = self.text[:found], True
+                end = found + len(stop) if self.with_stop else found
+                self.text, self.stopped, self.stopped_by = self.text[:end], True, stop
         held = 0
         if not final and not self.stopped:
             held = max(
@@ -406,14 +337,3 @@ class TextStream:
         end = max(self.sent, len(self.text) - held)
         piece, self.sent = self.text[self.sent : end], end
         return piece
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; {} if there is none.  CheckpointError if the file cannot be read."""
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the file cannot be read: {error}", code="tokenizer", file=str(file)) from None
-    return settings if isinstance(settings, dict) else {}
