@@ -192,6 +192,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
     greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    if args.chat_template is not None:
+        greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
     make_server(config, greeting).run(sockets=[listener])
     return 0
 

@@ -50,7 +50,7 @@ def chat_template_of(given: str | Path) -> ChatTemplate:
             template = ChatTemplate(Path(given).read_text(encoding="utf-8"), text)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the chat template cannot be read: {error}",
+                f"the chat template cannot be read: {getattr(error, 'strerror', None) or error}",
                 code="chat-template",
                 file=text,
                 expected="a file of Jinja text in UTF-8, or such text",
