@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pymllm.errors import CheckpointError, ConfigError, RequestError
-from pymllm.text.bounded import Program, Stopped, encoded
+from pymllm.text.bounded import Program, Stopped, encoded, readable
 
 MAX_SECONDS = 1.0
 MAX_CHARACTERS = 1 << 20
@@ -203,24 +203,26 @@ class ChatTemplate:
                 reply = process.ask(request, CLOCK_SECONDS)
             if "limit" in reply:
                 # What a process has taken of memory it may never give back.
-                raise Stopped(reply["limit"], always=True)
+                raise Stopped(readable(reply["limit"]), always=True)
         if "text" in reply:
             return reply["text"]
         refused = "refused" in reply
         verb, why = ("rejects", reply["refused"]) if refused else ("fails on", reply["failed"])
         raise RequestError(
-            f"the chat template {verb} these messages: {why}", code="messages", tensor="messages"
+            f"the chat template {verb} these messages: {readable(why)}", code="messages", tensor="messages"
         )
 
     def _compile(self, process: Any) -> None:
         asked = {"seconds": MAX_SECONDS, "key": self._key, "source": self.source}
         reply = process.ask(encoded(asked), CLOCK_SECONDS)
         if "limit" in reply:
-            raise Stopped(reply["limit"], always=True)
+            raise Stopped(readable(reply["limit"]), always=True)
         for problem in ("invalid", "failed"):
             if problem in reply:
                 raise CheckpointError(
-                    f"the chat template is not valid: {reply[problem]}", code="chat-template", file=self.file
+                    f"the chat template is not valid: {readable(reply[problem])}",
+                    code="chat-template",
+                    file=self.file,
                 )
         self._syntax = reply
 
