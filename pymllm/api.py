@@ -7,9 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -388,10 +386,15 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
+        **template: Any,
     ) -> RequestOutput:
-        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`."""
+        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`.
+
+        template: further arguments of `Tokenizer.render_chat`: tools, variables, continue_final_message, ...
+        """
         self.model.check_generates()
-        return self.generate([self.tokenizer.apply_chat_template(messages)], params, adapter=adapter)[0]
+        prompt = self.tokenizer.apply_chat_template(messages, **template)
+        return self.generate([prompt], params, adapter=adapter)[0]
 
     def score(
         self,
@@ -427,20 +430,9 @@ class LLM:
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Run requests to their end, one piece a token, with the place of its prompt."""
         with self.session() as session:
-            for number, one in enumerate(asked):
+            for one in asked:
                 self.check_adapter(one.adapter)
-                session.add(one.ids, one.params, one.adapter, number)
-            while session.unfinished:
-                started = time.perf_counter()
-                stepped = session.step()
-                if outputs is not None:
-                    outputs.record_step([request for request, _ in stepped], time.perf_counter() - started)
-                for request, piece in stepped:
-                    if request.error is not None:
-                        raise request.error
-                    one = asked[request.req_id]
-                    if piece is not None:
-                        yield one.place, replace(piece, index=one.index) if one.index else piece
+            yield from session.run(asked, outputs)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:

@@ -116,10 +116,14 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
+        **template: Any,
     ) -> RequestOutput:
-        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`."""
+        """Answer [{"role": ..., "content": ...}, ...] through the checkpoint's chat template; else as `generate`.
+
+        template: further arguments of `Tokenizer.render_chat`: tools, variables, continue_final_message, ...
+        """
         self.llm.model.check_generates()
-        ids = await asyncio.to_thread(self.llm.tokenizer.apply_chat_template, messages)
+        ids = await asyncio.to_thread(self.llm.tokenizer.apply_chat_template, messages, **template)
         return (await self.generate([ids], params, adapter=adapter))[0]
 
     async def score(

@@ -26,6 +26,7 @@ class RequestOutput:
     cached_tokens: how many of the prompt's tokens were not read, as pages of the KV cache held them already.
     metrics: its times and counts.
     others: the other answers to the prompt, if several were asked for.
+    stopped_by: the stop string that ended it; None: none did.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -39,6 +40,7 @@ class RequestOutput:
     cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     others: tuple[RequestOutput, ...] = ()
+    stopped_by: str | None = None
 
     @property
     def outputs(self) -> tuple[RequestOutput, ...]:
@@ -264,7 +266,7 @@ class Request:
         elif self.length >= self.limit:
             self.finish_reason = "length"
 
-    def output(self, text: str = "") -> RequestOutput:
+    def output(self, text: str = "", stopped_by: str | None = None) -> RequestOutput:
         assert self.finish_reason is not None
         metrics = measure(self)
         return RequestOutput(
@@ -278,4 +280,5 @@ class Request:
             tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
             self.cached_tokens,
             metrics,
+            stopped_by=stopped_by,
         )

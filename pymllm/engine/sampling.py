@@ -46,6 +46,9 @@ class SamplingParams:
     The order in which these work: `pymllm/kernels/sampling.py`.
     stop: strings that end the answer and are left out of it.  stop_token_ids: tokens that end it.
     ignore_eos: whether the model's own end tokens do not end it.
+    skip_special_tokens: whether special tokens, such as those around messages, are left out of the answer's text.
+    kept_tokens: special tokens that are a part of it in any case.
+    include_stop_str_in_output: whether the text has the stop string that ended it, and the token, if that is text.
     bad_words: strings whose tokens, at the start of a text or after a space, never come to an end in the text.
     seed: makes equal answers to equal requests, whatever runs beside them; answer i of n is that of seed + i.
     logprobs: for how many of the likeliest tokens to report log-probabilities; None: for none, not even the chosen one.
@@ -77,6 +80,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    kept_tokens: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     bad_words: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from pymllm.engine.asking import Asked
 from pymllm.engine.engine import Engine
+from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.text.grammars import GrammarCompiler
@@ -18,7 +22,8 @@ class StreamPiece:
     text: may be empty while a character is incomplete.  token_ids: those that have become final, in order; a step may
     give several, and a prompt that is only read has none.  output: the whole answer, with the last piece alone.
     logprobs: one of each token; None unless they were asked for.  prompt_logprobs: likewise, with the first piece
-    alone.  index: which of the `n` answers to its prompt it belongs to.
+    alone.  index: which of the `n` answers to its prompt it belongs to.  prompt_tokens: how many the prompt has.
+    cached_tokens: how many of these were not read, as pages of the KV cache held them already.
     """
 
     text: str
@@ -27,11 +32,26 @@ class StreamPiece:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     index: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def token_id(self) -> int | None:
         """The last of the tokens; None: there are none."""
         return self.token_ids[-1] if self.token_ids else None
+
+
+def begin_text(tokenizer: Tokenizer, params: SamplingParams) -> TextStream:
+    """Begin the text of an answer that is made by these settings."""
+    return TextStream(
+        tokenizer,
+        params.stop,
+        params.min_tokens,
+        begins=params.follows is None,
+        special=not params.skip_special_tokens,
+        kept=params.kept_tokens,
+        with_stop=params.include_stop_str_in_output,
+    )
 
 
 class Session:
@@ -73,11 +93,7 @@ class Session:
         request.sampler.bad_words = self.tokenizer.spellings(params.bad_words)
         self.engine.add(request)
         self._sent[request] = 0
-        self._texts[request] = (
-            TextStream(self.tokenizer, params.stop, params.min_tokens, begins=params.follows is None)
-            if self.tokenizer.available
-            else None
-        )
+        self._texts[request] = begin_text(self.tokenizer, params) if self.tokenizer.available else None
         return request
 
     def _score(
@@ -99,6 +115,27 @@ class Session:
         """
         return [(request, self._piece(request)) for request in self.engine.step()]
 
+    def run(
+        self, asked: Sequence[Asked], outputs: GenerationOutputs | None = None
+    ) -> Iterator[tuple[int, StreamPiece]]:
+        """Run requests to their end, one piece a token, each with the place of its prompt.
+
+        outputs: where the steps are recorded; None: nowhere.
+        """
+        for number, one in enumerate(asked):
+            self.add(one.ids, one.params, one.adapter, number)
+        while self.unfinished:
+            started = time.perf_counter()
+            stepped = self.step()
+            if outputs is not None:
+                outputs.record_step([request for request, _ in stepped], time.perf_counter() - started)
+            for request, piece in stepped:
+                if request.error is not None:
+                    raise request.error
+                one = asked[request.req_id]
+                if piece is not None:
+                    yield one.place, replace(piece, index=one.index) if one.index else piece
+
     def abort(self, request: Request) -> None:
         """End a request that has not finished; its pages are free at once."""
         self._forget(request)
@@ -119,7 +156,8 @@ class Session:
         piece = ""
         if text is not None:
             for count, token in enumerate(request.answer[first:], first + 1):
-                if count < len(request.answer) or not request.eos_token_generated:
+                ended = request.eos_token_generated and not request.params.include_stop_str_in_output
+                if count < len(request.answer) or not ended:
                     piece += text.push(token)
                 if text.stopped:
                     self._end_at(request, count)
@@ -127,16 +165,20 @@ class Session:
         self._sent[request] = len(request.answer)
         tokens = tuple(request.answer[first:])
         logprobs = None if request.params.logprobs is None else tuple(request.logprobs[first:])
+        counts = {
+            "prompt_tokens": len(request.prompt) + len(request.following),
+            "cached_tokens": request.cached_tokens,
+        }
         before = None if first or request.params.prompt_logprobs is None else tuple(request.prompt_logprobs)
         if request.finish_reason is None:
-            return StreamPiece(piece, tokens, logprobs=logprobs, prompt_logprobs=before)
+            return StreamPiece(piece, tokens, None, logprobs, before, **counts)
         self._forget(request)
         if text is not None:
             piece += text.finish()
             if text.stopped:
                 request.finish_reason = "stop"
-        output = request.output(text.text if text is not None else "")
-        return StreamPiece(piece, tokens, output, logprobs, before)
+        output = request.output() if text is None else request.output(text.text, text.stopped_by)
+        return StreamPiece(piece, tokens, output, logprobs, before, **counts)
 
     def _end_at(self, request: Request, count: int) -> None:
         """End a request at a stop string, which its first `count` tokens have completed; drop what comes after."""

@@ -6,12 +6,24 @@ from fastapi import FastAPI
 
 from pymllm.api import LLM
 from pymllm.engine.scheduler import MAX_REQUESTS
-from pymllm.server.endpoints import chat, completions, embeddings, health, models
+from pymllm.server.anthropic_words import AnthropicWords
+from pymllm.server.endpoints import (
+    anthropic,
+    chat,
+    completions,
+    embeddings,
+    health,
+    models,
+    plan,
+    responses,
+    tokens,
+    version,
+)
 from pymllm.server.gate import add_gate
 from pymllm.server.service import Service
 
 MAX_WAITING = 64
-ENDPOINTS = (health, models, completions, chat, embeddings)
+ENDPOINTS = (health, models, completions, chat, embeddings, responses, anthropic, tokens, version, plan)
 
 
 def create_app(
@@ -31,6 +43,7 @@ def create_app(
     # No schema pages: the bodies are read by `protocol/`, and FastAPI does not know their shape.
     app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)
     add_gate(app, api_key)
+    app.add_middleware(AnthropicWords)
     service = Service(llm, model_name, max_running, max_waiting)
     for endpoint in ENDPOINTS:
         endpoint.add_routes(app, service)

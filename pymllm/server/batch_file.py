@@ -21,10 +21,15 @@ from types import ModuleType
 from typing import IO, Any
 
 from pymllm.errors import ConfigError, PymllmError, RequestError
+from pymllm.server.anthropic_words import anthropic_error, speaks_anthropic
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import parse_json, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
+from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.embeddings import EmbeddingRequest
+from pymllm.server.protocol.responses import ResponsesRequest
+from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import error_body, refusal_of
 from pymllm.server.service import Service
 
@@ -39,12 +44,16 @@ logger = logging.getLogger("pymllm")
 # What the server takes as a body at most; a line has little beside it.
 MAX_LINE_BYTES = 4 << 20
 
-# Each endpoint, its kind of request, and the parameter that tells it in a plain line.
-ENDPOINTS: Mapping[str, tuple[type[CompletionRequest] | type[ChatRequest] | type[EmbeddingRequest], str]] = {
-    "/v1/completions": (CompletionRequest, "prompt"),
-    "/v1/chat/completions": (ChatRequest, "messages"),
-    "/v1/embeddings": (EmbeddingRequest, "input"),
+# Each endpoint and its kind of request.
+ENDPOINTS: Mapping[str, type[SampledRequest] | type[ConversationRequest] | type[EmbeddingRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
 }
+# The parameter of a plain line, and the endpoint that it tells.
+TOLD_BY = {"prompt": "/v1/completions", "messages": "/v1/chat/completions", "input": "/v1/embeddings"}
 FRAME = ("method", "url", "body")
 
 # How each line of the output begins.
@@ -165,10 +174,9 @@ def _framed(value: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _plain(value: dict[str, Any]) -> tuple[str, Any]:
-    found = [url for url, (_, name) in ENDPOINTS.items() if value.get(name) is not None]
+    found = [url for name, url in TOLD_BY.items() if value.get(name) is not None]
     if len(found) != 1:
-        names = ", ".join(name for _, name in ENDPOINTS.values())
-        raise RequestError(f"a line must have one of {names}, or url and body", code="parameter")
+        raise RequestError(f"a line must have one of {', '.join(TOLD_BY)}, or url and body", code="parameter")
     return found[0], value
 
 
@@ -295,12 +303,13 @@ class BatchFile:
         if status != 200:
             message = f"line {line.number}: {body['error']['message']}"
             error = {"code": body["error"]["code"] or body["error"]["type"], "message": message}
+            body = anthropic_error(status, body) if speaks_anthropic(line.url) else body
         response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
         # A line that could not be read has not come to an endpoint.
         return {**answer, "response": None if line.fault is not None else response, "error": error}
 
     async def _ask(self, line: Line) -> dict[str, Any]:
-        kind, places = ENDPOINTS[line.url][0], self.service.worker.places
+        kind, places = ENDPOINTS[line.url], self.service.worker.places
         if isinstance(line.body, dict) and line.body.get("stream"):
             refuse("stream", "must be false: an answer is one line", code="unsupported_parameter")
         if kind is EmbeddingRequest:

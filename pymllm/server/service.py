@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,18 +16,31 @@ from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import ConfigError, RequestError
+from pymllm.server.answers.anthropic import MessagesAnswer
 from pymllm.server.answers.base import Answer
 from pymllm.server.answers.chat import ChatAnswer
 from pymllm.server.answers.completions import CompletionAnswer, Echo
 from pymllm.server.answers.conversation import Conversation
 from pymllm.server.answers.embeddings import embedding_answer
+from pymllm.server.answers.responses import ResponsesAnswer
+from pymllm.server.chats import find_variables, prepare_chat
+from pymllm.server.protocol.anthropic import MessagesRequest
 from pymllm.server.protocol.base import read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
+from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.embeddings import EmbeddingRequest
+from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
+from pymllm.text.dialect import Dialect, dialect_of
 from pymllm.text.parts import ContentReader, PartReader
+
+# The answers to conversations of other APIs than chat's.
+CONVERSATIONS: Mapping[type[ConversationRequest], Callable[..., Answer]] = {
+    ResponsesRequest: ResponsesAnswer,
+    MessagesRequest: MessagesAnswer,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Question:
     """A request that was read and checked: its prompts' token ids, its settings and its adapter.
 
     new_reader: makes the reader of one answer to a conversation.
+    original: the request of another API that `request`, a chat, stands for; None: it was this one that came.
     """
 
     request: SampledRequest
@@ -41,6 +56,17 @@ class Question:
     params: SamplingParams
     adapter: str | None
     new_reader: Callable[[], PartReader] = ContentReader
+    original: ConversationRequest | None = None
+
+    @property
+    def stream(self) -> bool:
+        """Tell whether the answer is to come as a stream of events."""
+        return self.request.stream if self.original is None else self.original.stream
+
+    def blame(self, error: RequestError) -> RequestError:
+        """Name the parameter in an error as the client has spelled it.  Returns the error."""
+        error = self.request.blame(error)
+        return error if self.original is None else self.original.blame(error)
 
     @property
     def asked(self) -> list[Asked]:
@@ -80,6 +106,11 @@ class Service:
         # The worker makes the KV cache too: a machine without room for it fails before it serves.
         self.worker = Worker(llm, max_running, max_waiting)
 
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """The way in which the chat template's models write thoughts and calls of tools."""
+        return dialect_of(self.llm.tokenizer)
+
     def adapter_of(self, name: str | None) -> str | None:
         """Return the adapter that a request's `model` asks for; None: the model itself.
 
@@ -106,31 +137,59 @@ class Service:
                 fix="POST /v1/embeddings instead.",
             )
 
-    async def read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
+    async def read(
+        self, kind: type[SampledRequest] | type[ConversationRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
         """Read and check a body, off the event loop, as a long text takes a while to encode; compile its grammar."""
         question = await asyncio.to_thread(self._read, kind, body)
         try:
             await self.worker.compile(question.params)
         except RequestError as error:
-            raise question.request.blame(error) from None
+            raise question.blame(error) from None
         return question
+
+    @functools.cached_property
+    def variables(self) -> tuple[str, ...]:
+        """The variables about thinking that the chat template reads."""
+        return find_variables(self.llm.tokenizer)
+
+    def prompt_of(self, chat: ChatRequest) -> list[int]:
+        """Return the token ids of the prompt that a chat becomes.  RequestError if its template cannot honour it."""
+        return prepare_chat(chat, {}, self.llm.tokenizer, self.dialect).prompt
+
+    async def count(self, kind: type[ConversationRequest], body: bytes | Mapping[str, Any]) -> int:
+        """Count the tokens of the prompt that a conversation becomes, off the event loop."""
+
+        def count() -> int:
+            request = read_request(kind, body)
+            self.adapter_of(request.model)
+            try:
+                return len(self.prompt_of(request.as_chat(self.variables)))
+            except RequestError as error:
+                raise request.blame(error) from None
+
+        return await asyncio.to_thread(count)
 
     def answer_to(self, question: Question) -> Answer:
         """Begin the objects that answer a question."""
         request, n = question.request, question.params.n
         name, tokenizer, usage = question.adapter or self.model_name, self.llm.tokenizer, request.counts_usage
+        conversation = Conversation(question.new_reader)
+        if question.original is not None:
+            answer = CONVERSATIONS[type(question.original)]
+            return answer(name, tokenizer, conversation, question.original, question.params)
         if isinstance(request, CompletionRequest):
             echo = self._echo(request, question.prompts)
             return CompletionAnswer(name, tokenizer, n, echo, usage=usage)
         assert isinstance(request, ChatRequest)
-        return ChatAnswer(name, tokenizer, n, Conversation(question.new_reader), usage=usage)
+        return ChatAnswer(name, tokenizer, n, conversation, usage=usage)
 
     async def answer(self, question: Question, generation: Generation) -> dict[str, Any]:
         """Wait for the whole answer to a question that was begun."""
         try:
             return self.answer_to(question).whole(await generation.outputs())
         except RequestError as error:
-            raise question.request.blame(error) from None
+            raise question.blame(error) from None
 
     async def read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
         """Read and check a request for embeddings, off the event loop."""
@@ -164,15 +223,33 @@ class Service:
         options = embedder.options(dimensions=request.dimensions, adapter=adapter)
         return EmbeddingQuestion(request, inputs, options, adapter)
 
-    def _read(self, kind: type[SampledRequest], body: bytes | Mapping[str, Any]) -> Question:
+    def _read(
+        self, kind: type[SampledRequest] | type[ConversationRequest], body: bytes | Mapping[str, Any]
+    ) -> Question:
         """Read a request.  Whatever is wrong with it is refused here."""
         request = read_request(kind, body)
-        adapter = self.adapter_of(request.model)
+        if isinstance(request, SampledRequest):
+            return self._question(request)
         try:
-            params = self.llm.default_params(**request.sampling())
+            return replace(self._question(request.as_chat(self.variables)), original=request)
         except RequestError as error:
             raise request.blame(error) from None
-        question = Question(request, self._prompts(request), params, adapter)
+
+    def _question(self, request: SampledRequest) -> Question:
+        adapter = self.adapter_of(request.model)
+        settings, chat = request.sampling(), request.as_chat()
+        try:
+            if chat is None:
+                assert isinstance(request, CompletionRequest)
+                prompts = [self.llm.encode_to_answer(prompt) for prompt in request.prompts]
+                new_reader: Callable[[], PartReader] = ContentReader
+            else:
+                asked = prepare_chat(chat, settings, self.llm.tokenizer, self.dialect)
+                prompts, settings, new_reader = [asked.prompt], asked.settings, asked.new_reader
+            params = self.llm.default_params(**settings)
+        except RequestError as error:
+            raise request.blame(error) from None
+        question = Question(request, prompts, params, adapter, new_reader)
         try:
             for prompt in question.prompts:
                 self.llm.engine.check(prompt, params, answers=not request.reads_only)
@@ -180,14 +257,7 @@ class Service:
                 most = self.worker.places.capacity // len(question.prompts)
                 refuse("n", f"is out of range: expected at most {most}, found {params.n}")
         except RequestError as error:
-            if isinstance(request, ChatRequest) and error.tensor == "prompt":
+            if chat is not None and error.tensor == "prompt":
                 error.tensor = "messages"
             raise request.blame(error) from None
         return question
-
-    def _prompts(self, request: SampledRequest) -> list[list[int]]:
-        if isinstance(request, CompletionRequest):
-            return [self.llm.encode_to_answer(prompt) for prompt in request.prompts]
-        assert isinstance(request, ChatRequest)
-        messages = [message.for_template() for message in request.messages]
-        return [self.llm.tokenizer.apply_chat_template(messages)]

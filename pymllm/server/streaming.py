@@ -17,6 +17,7 @@ from pymllm.engine.session import StreamPiece
 from pymllm.errors import PymllmError, RequestError
 from pymllm.server.answers.base import Answer
 from pymllm.server.gate import read_body
+from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.service import Service
 
@@ -25,7 +26,9 @@ logger = logging.getLogger("pymllm")
 T = TypeVar("T")
 
 
-async def answer(service: Service, http: Request, kind: type[SampledRequest]) -> Response:
+async def answer(
+    service: Service, http: Request, kind: type[SampledRequest] | type[ConversationRequest]
+) -> Response:
     """Answer one HTTP request of this kind, whole or as a stream of events."""
     # Before any work.
     service.check_generates()
@@ -33,14 +36,14 @@ async def answer(service: Service, http: Request, kind: type[SampledRequest]) ->
     question = await service.read(kind, await read_body(http))
     generation = service.worker.start(question.asked)
     try:
-        if not question.request.stream:
+        if not question.stream:
             return JSONResponse(await unless_gone(http, service.answer(question, generation)))
         # The first token comes before the headers, so that an error until then still gets its own status.
         first = await unless_gone(http, anext(generation))
     except BaseException as error:
         generation.close()
         if isinstance(error, RequestError):
-            question.request.blame(error)
+            question.blame(error)
         raise
     return _EventStream(generation, stream_events(service.answer_to(question), generation, first))
 

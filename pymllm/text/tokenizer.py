@@ -112,6 +112,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(ids, skip_special_tokens)
 
+    def is_special(self, token: int) -> bool:
+        """Tell whether a token is left out of decoded texts."""
+        known: dict[int, bool] = self.__dict__.setdefault("_special", {})
+        if token not in known:
+            known[token] = not self.decode([token]) and self.decode([token], skip_special_tokens=False) != ""
+        return known[token]
+
     def token_text(self, token: int) -> str:
         """Decode one token, with the space before it that some decoders leave out at the start of a text."""
         text = self.decode([token], skip_special_tokens=False)
@@ -244,20 +251,32 @@ class TextStream:
 
     stop: strings that end the text.  min_tokens: of how many tokens the text has at least.
     begins: False: a space that the text begins with stays, which some decoders leave out at the start of a text.
+    special: whether special tokens are a part of the text.  kept: those that are in any case.
+    with_stop: whether a stop string is the end of the text; else it is left out.
     text: what is certain so far.  sent: how many of its characters pieces have had.
-    stopped: whether a stop string has come.
+    stopped: whether a stop string has come.  stopped_by: which; None: none has.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0, begins: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        begins: bool = True,
+        *,
+        special: bool = False,
+        kept: Sequence[int] = (),
+        with_stop: bool = False,
     ) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.special, self.kept, self.with_stop = special, frozenset(kept), with_stop
         # Decoded with letters before it, and those are left out again, no text is at its start.
         self.ids = [] if begins else tokenizer.encode("a", add_special_tokens=False)
         self.min_tokens = min_tokens + len(self.ids)
         self.text = ""
         self.sent = 0
         self.stopped = False
+        self.stopped_by: str | None = None
         # The text of ids before `_settled` is certain; decoding begins at `_prefix`, a little before.
         self._settled = len(self.ids)
         self._prefix = 0
@@ -268,8 +287,8 @@ class TextStream:
         if self.stopped:
             return ""
         # Decode from a little before the new ids, as a decoder may look back (for a leading space, say).
-        known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
-        longer = self.tokenizer.decode(self.ids[self._prefix :])
+        known = self._decode(self.ids[self._prefix : self._settled])
+        longer = self._decode(self.ids[self._prefix :])
         if len(longer) > len(known) and not longer.endswith("\ufffd"):
             self.text += longer[len(known) :]
             self._prefix, self._settled = self._settled, len(self.ids)
@@ -277,9 +296,16 @@ class TextStream:
             self._settle(known, longer)
         return self._send(final=False)
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        if not self.kept and not self.special:
+            return self.tokenizer.decode(ids)
+        if not self.special:
+            ids = [token for token in ids if token in self.kept or not self.tokenizer.is_special(token)]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
     def _settle(self, known: str, longer: str) -> None:
         """Take the text of all but the last few ids for certain, or each push would decode all that are not again."""
-        decode, ids, latest = self.tokenizer.decode, self.ids, len(self.ids) - CHARACTER_TOKENS
+        decode, ids, latest = self._decode, self.ids, len(self.ids) - CHARACTER_TOKENS
         # Best between two characters, where both sides decode alone to what they are together.
         cuts = range(latest, latest - CHARACTER_TOKENS, -1)
         whole = (cut for cut in cuts if decode(ids[self._prefix : cut]) + decode(ids[cut:]) == longer)
@@ -290,8 +316,8 @@ class TextStream:
     def finish(self) -> str:
         """Return the text that was held back."""
         if not self.stopped:
-            known = self.tokenizer.decode(self.ids[self._prefix : self._settled])
-            self.text += self.tokenizer.decode(self.ids[self._prefix :])[len(known) :]
+            known = self._decode(self.ids[self._prefix : self._settled])
+            self.text += self._decode(self.ids[self._prefix :])[len(known) :]
         return self._send(final=True)
 
     def _send(self, final: bool) -> str:
@@ -300,7 +326,8 @@ class TextStream:
         for stop in stops:
             found = self.text.find(stop, self.sent)
             if found >= 0:
-                self.text, self.stopped = self.text[:found], True
+                end = found + len(stop) if self.with_stop else found
+                self.text, self.stopped, self.stopped_by = self.text[:end], True, stop
         held = 0
         if not final and not self.stopped:
             held = max(

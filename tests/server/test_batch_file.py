@@ -73,6 +73,31 @@ def test_every_endpoint_answers_as_the_server_does(llm):
     assert (counts.answered, counts.failed, counts.skipped) == (5, 0, 0)
 
 
+def test_responses_and_messages_are_answered_each_in_its_own_words(llm):
+    user = [{"role": "user", "content": "Hi."}]
+    asked = {"temperature": 0, "model": "shipped"}
+    found, counts, _ = answer(
+        llm,
+        lines_of(
+            framed("chat", "/v1/chat/completions", messages=user, max_tokens=4, **asked),
+            framed("response", "/v1/responses", input="Hi.", max_output_tokens=4, **asked),
+            framed("message", "/v1/messages", messages=user, max_tokens=4, **asked),
+            framed("no tokens", "/v1/messages", messages=user, **asked),
+            framed("stored", "/v1/responses", input="Hi.", previous_response_id="resp_1"),
+        ),
+    )
+    bodies = {name: value["response"]["body"] for name, value in found.items()}
+    said = bodies["chat"]["choices"][0]["message"]["content"]
+    assert bodies["response"]["output"][0]["content"][0]["text"] == said
+    assert bodies["message"]["content"] == [{"type": "text", "text": said}]
+    assert bodies["no tokens"]["type"] == "error"
+    assert bodies["no tokens"]["error"]["type"] == "invalid_request_error"
+    assert bodies["stored"]["error"]["param"] == "previous_response_id"
+    messages = [found[name]["error"]["message"] for name in ("no tokens", "stored")]
+    assert "line 4: max_tokens" in messages[0] and "line 5: previous_response_id" in messages[1]
+    assert (counts.answered, counts.failed) == (3, 2)
+
+
 BAD = [
     (b"{bad\n", None, "JSON"),
     (b'"text"\n', None, "object"),
@@ -90,7 +115,11 @@ BAD = [
     (framed("range", prompt="x", temperature=-1), 400, "temperature"),
     (framed("model", prompt="x", model="other"), 404, "other"),
     (framed("streams", prompt="x", stream=True), 400, "stream"),
-    (framed("tools", "/v1/chat/completions", messages=[], tools=[1]), 400, "tools"),
+    (
+        framed("tools", "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], tools=[1]),
+        400,
+        "tools",
+    ),
     (framed("long", prompt="x " * 5000), 400, "tokens"),
     (framed("pooling", "/v1/embeddings", input="x"), 400, "pooling"),
 ]

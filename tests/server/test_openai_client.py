@@ -75,8 +75,9 @@ def test_a_streamed_chat_adds_up_to_the_whole_one(client, llm):
 
 
 def test_text_parts_and_an_earlier_answer_sent_back_are_understood(client):
-    first = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=4)
-    parts = [{"type": "text", "text": "Write a "}, {"type": "text", "text": "function."}]
+    lines = [{"role": "user", "content": "Write a\nfunction."}]
+    first = client.chat.completions.create(model=MODEL, messages=lines, temperature=0, max_tokens=4)
+    parts = [{"type": "text", "text": "Write a"}, {"type": "text", "text": "function."}]
     again = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": parts}], temperature=0, max_tokens=4
     )
@@ -192,7 +193,8 @@ def test_log_probabilities_of_completions_and_chats(client):
         ("completions", "best_of", 3),
         ("chat", "echo", True),
         ("completions", "suffix", "end"),
-        ("chat", "tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        ("chat", "functions", [{"name": "f", "parameters": {}}]),
+        ("chat", "documents", [{"text": "One."}]),
         ("chat", "reasoning_effort", "low"),
     ],
 )

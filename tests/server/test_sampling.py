@@ -144,7 +144,7 @@ def test_tokens_that_are_spelled_alike_are_all_reported(llm, monkeypatch):
         ("prompt_logprobs", 99),
         ("ignore_eos", "yes"),
         ("repeat_penalty", 1.1),
-        ("skip_special_tokens", False),
+        ("skip_special_tokens", "no"),
         ("priority", 3),
     ],
     ids=str,

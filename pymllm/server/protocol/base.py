@@ -41,6 +41,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+# The names by which pydantic calls the forms that a value may have.
+FORMS = ("str", "int", "float", "bool", "dict", "none")
+
+
 class StrictModel(BaseModel):
     """An object of a body, with no field but its own."""
 
@@ -85,8 +89,8 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name, where = str(first["loc"][0]), ".".join(map(str, first["loc"]))
+        first = _most_telling(error)
+        name, where = str(first["loc"][0]), ".".join(map(str, filter(_is_place, first["loc"])))
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             refuse(name, "is not supported by this server", code="unsupported_parameter")
         if name in ("prompt", "input") and name in raw:
@@ -95,6 +99,21 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
         refuse(name, detail if where == name else f"{detail} (at {where})")
     request.check()
     return request
+
+
+def _most_telling(error: ValidationError) -> Any:
+    """Choose the error to tell of: where a value may have several forms, of the form that it is nearest to."""
+    errors = error.errors(include_url=False, include_context=False)
+    return max(
+        (one for one in errors if one["loc"][0] == errors[0]["loc"][0]), key=lambda one: len(one["loc"])
+    )
+
+
+def _is_place(step: str | int) -> bool:
+    """Tell whether a step towards an error is one in the body, and not the name of one of several forms."""
+    return isinstance(step, int) or (
+        step.replace("_", "").islower() and step.isidentifier() and step not in FORMS
+    )
 
 
 def parse_json(body: bytes) -> Any:

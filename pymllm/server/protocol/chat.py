@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from pymllm.engine.sampling import MAX_LOGPROBS
-from pymllm.server.protocol.base import StrictModel, refuse
+from pymllm.engine.sampling import GRAMMARS, MAX_LOGPROBS
+from pymllm.errors import RequestError
+from pymllm.server.protocol.base import refuse
+from pymllm.server.protocol.messages import Message, prepare_messages
+from pymllm.server.protocol.sampled import GRAMMARS as GIVEN_GRAMMARS
 from pymllm.server.protocol.sampled import SampledRequest
-
-
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
-
-
-class Message(StrictModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def for_template(self) -> dict[str, str]:
-        """Return the message as chat templates take it: they know `system`, not OpenAI's later name `developer`."""
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        return {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
+from pymllm.server.protocol.tools import Calls, Choice, FunctionTool, check_choice, choose
+from pymllm.text.tool_calls.base import check_tools
 
 
 class ChatRequest(SampledRequest):
+    """A conversation, and what its answer may be.
+
+    chat_template_kwargs: variables of the chat template.  documents, reasoning_effort: two of these that have a field.
+    """
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: list[FunctionTool] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(raw.get("messages"), list):
-            # Clients send back the messages that they were given, with null for what an answer did not have.
-            raw["messages"] = [
-                {key: value for key, value in message.items() if value is not None}
-                if isinstance(message, dict)
-                else message
-                for message in raw["messages"]
-            ]
-            _refuse_other_parts(raw["messages"])
+        check_choice(raw.get("tool_choice"))
+        if "messages" in raw:
+            raw["messages"] = prepare_messages(raw["messages"])
         return raw
+
+    def check(self) -> None:
+        super().check()
+        for place, message in enumerate(self.messages):
+            message.check(place)
+        check_tools([tool.tool() for tool in self.tools or ()])
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                refuse("continue_final_message", "and add_generation_prompt do not go together")
+            if self.messages[-1].role != "assistant":
+                refuse("continue_final_message", "needs a last message of the role assistant")
+
+    def as_chat(self) -> ChatRequest:
+        return self
+
+    @property
+    def calls(self) -> Calls:
+        """The calls that the answer may make."""
+        return choose([tool.tool() for tool in self.tools or ()], self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def begins_answer(self) -> bool:
+        """Tell whether the prompt ends with what begins an answer."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
 
     @property
     def answer_length(self) -> int | None:
@@ -55,16 +78,10 @@ class ChatRequest(SampledRequest):
             refuse("top_logprobs", "needs logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-
-def _refuse_other_parts(messages: list[Any]) -> None:
-    """Refuse images, sounds and files in messages: models of several kinds of input run their text model alone."""
-    for index, message in enumerate(messages):
-        parts = message.get("content") if isinstance(message, dict) else None
-        for place, part in enumerate(parts if isinstance(parts, list) else ()):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                refuse(
-                    "messages",
-                    f"may hold text alone: {kind!r} (at messages.{index}.content.{place}) is not read by this server",
-                    code="unsupported_content",
-                )
+    def blame(self, error: RequestError) -> RequestError:
+        # The grammar is made of the tools' schemas, unless one was given.
+        given = any(getattr(self, name) is not None for name in GIVEN_GRAMMARS)
+        if error.code == "grammar" and error.tensor in GRAMMARS and (self.calls.forced or not given):
+            error.message = "tools" + error.message.removeprefix(error.tensor)
+            error.tensor = "tools"
+        return super().blame(error)

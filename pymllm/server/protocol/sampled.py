@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,8 +12,14 @@ from pymllm.engine.sampling import GRAMMARS as SETTINGS
 from pymllm.errors import RequestError
 from pymllm.server.protocol.base import BodyRequest, StrictModel, refuse
 
+if TYPE_CHECKING:
+    from pymllm.server.protocol.chat import ChatRequest
+
 # The parameters that may bring a grammar.
-GRAMMARS = ("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice")
+GRAMMARS = (
+    *("response_format", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_grammar", "guided_choice"),
+)
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -52,6 +58,37 @@ class ResponseFormat(StrictModel):
         return {self.type: value.schema_ if isinstance(value, NamedSchema) else value}
 
 
+class StructuredOutputs(StrictModel):
+    """The form of an answer as vLLM's requests have it: one of these.
+
+    json_object: any object.  The rest is accepted where it asks for nothing.
+    """
+
+    json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar_: str | None = Field(default=None, alias="grammar")
+    json_object: bool | None = None
+    structural_tag: None = None
+    whitespace_pattern: None = None
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    disable_fallback: bool | None = None  # there is nothing to fall back to
+
+    def grammar(self) -> dict[str, Any]:
+        """Return the keyword of SamplingParams that says so."""
+        given = {
+            "json_schema": self.json_,
+            "regex": self.regex if self.choice is None else _one_of("structured_outputs", self.choice),
+            "grammar": self.grammar_,
+        }
+        found = [{name: value} for name, value in given.items() if value is not None]
+        found += [{"json_schema": {"type": "object"}}] if self.json_object else []
+        if len(found) != 1 or (self.regex is not None and self.choice is not None):
+            refuse("structured_outputs", "must have one of json, regex, choice, grammar and json_object")
+        return found[0]
+
+
 class SampledRequest(BodyRequest):
     """The parameters that both endpoints take.
 
@@ -82,6 +119,8 @@ class SampledRequest(BodyRequest):
     bad_words: list[str] | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
     denoising_steps: int | None = None
     confidence_threshold: float | None = None
@@ -91,6 +130,7 @@ class SampledRequest(BodyRequest):
     max_nfe: int | None = None
     max_repetition_run: int | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
@@ -111,6 +151,8 @@ class SampledRequest(BodyRequest):
         "stop_token_ids",
         "ignore_eos",
         "bad_words",
+        "skip_special_tokens",
+        "include_stop_str_in_output",
         "seed",
         "prompt_logprobs",
         *BLOCK_SETTINGS,
@@ -127,10 +169,10 @@ class SampledRequest(BodyRequest):
     def _grammar(self) -> dict[str, Any]:
         """Return the keyword of SamplingParams for the grammar that the answer is to follow, if any."""
         found = [] if self.response_format is None else [self.response_format.grammar()]
+        if self.structured_outputs is not None:
+            found.append(self.structured_outputs.grammar())
         if self.guided_choice is not None:
-            if not self.guided_choice:
-                refuse("guided_choice", "must name a choice")
-            found.append({"regex": "|".join(f"({re.escape(choice)})" for choice in self.guided_choice)})
+            found.append({"regex": _one_of("guided_choice", self.guided_choice)})
         named = (
             ("json_schema", self.guided_json),
             ("regex", self.guided_regex),
@@ -139,8 +181,15 @@ class SampledRequest(BodyRequest):
         found += [{name: value} for name, value in named if value is not None]
         found = [grammar for grammar in found if grammar]
         if len(found) > 1:
-            refuse("response_format", "and guided_* name several grammars; an answer follows one")
+            refuse(
+                "response_format",
+                "(or structured_outputs, guided_*) names several grammars; an answer follows one",
+            )
         return found[0] if found else {}
+
+    def as_chat(self) -> ChatRequest | None:
+        """Return the chat that this request is; None: it is none."""
+        return None
 
     def blame(self, error: RequestError) -> RequestError:
         """Name the grammar's parameter in an error as the client has spelled it.  Returns the error."""
@@ -178,6 +227,13 @@ class SampledRequest(BodyRequest):
             refuse("prompt_logprobs", "needs stream: false")
         if self.best_of not in (None, self.n or 1):
             refuse("best_of", "must be n: no answers are left out", code="unsupported_parameter")
+
+
+def _one_of(param: str, choices: list[str]) -> str:
+    """Write the regular expression of one of these texts."""
+    if not choices:
+        refuse(param, "must name a choice")
+    return "|".join(f"({re.escape(choice)})" for choice in choices)
 
 
 def _token_id(text: str) -> int:

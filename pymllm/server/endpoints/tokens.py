@@ -1,0 +1,57 @@
+"""/tokenize and /detokenize: texts as token ids, and back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from pymllm.errors import RequestError
+from pymllm.server.gate import read_body
+from pymllm.server.protocol.base import read_request
+from pymllm.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from pymllm.server.service import Service
+
+# Of what tokenizers take for an id.
+MAX_TOKEN = (1 << 31) - 1
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add /tokenize and /detokenize."""
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        with service.worker.place():
+            return JSONResponse(await asyncio.to_thread(_tokenize, service, await read_body(request)))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        with service.worker.place():
+            return JSONResponse(await asyncio.to_thread(_detokenize, service, await read_body(request)))
+
+
+def _tokenize(service: Service, body: bytes) -> dict[str, Any]:
+    request = read_request(TokenizeRequest, body)
+    service.adapter_of(request.model)
+    tokenizer = service.llm.tokenizer
+    if request.prompt is not None:
+        ids = tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+    else:
+        ids = service.prompt_of(request.as_chat())
+    spelled = [tokenizer.encoder.piece(token) for token in ids] if request.return_token_strs else None
+    longest = service.llm.plan.kv_cache.get("max_model_len")
+    return {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": spelled}
+
+
+def _detokenize(service: Service, body: bytes) -> dict[str, Any]:
+    request = read_request(DetokenizeRequest, body)
+    service.adapter_of(request.model)
+    tokenizer = service.llm.tokenizer
+    for token in dict.fromkeys(request.tokens):
+        if token > MAX_TOKEN or tokenizer.encoder.piece(token) is None:
+            raise RequestError(
+                f"tokens has {token}, which is no token of this model", code="parameter", tensor="tokens"
+            )
+    return {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)}

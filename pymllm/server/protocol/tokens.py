@@ -1,0 +1,54 @@
+"""The requests of /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pymllm.server.protocol.base import BodyRequest, read_request, refuse
+from pymllm.server.protocol.chat import ChatRequest
+from pymllm.server.protocol.sampled import TokenId
+
+# What belongs to a conversation alone.
+OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+
+
+class TokenizeRequest(BodyRequest):
+    """A text or a conversation whose token ids are wanted.
+
+    add_special_tokens: whether those that the tokenizer itself adds to a text come along; None: they do.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(raw.get("prompt", ""), str):
+            refuse("prompt", "must be a text")
+        if ("prompt" in raw) == ("messages" in raw):
+            refuse("prompt", "or messages is needed, and not both")
+        for name in OF_MESSAGES:
+            if raw.get(name) and "prompt" in raw and name != "add_generation_prompt":
+                refuse(name, "needs messages")
+        if "messages" in raw and raw.get("add_special_tokens"):
+            refuse("add_special_tokens", "needs a prompt: a conversation has those of its template")
+        return raw
+
+    def as_chat(self) -> ChatRequest:
+        """Return the chat that has this conversation."""
+        names = ("messages", *OF_MESSAGES)
+        return read_request(ChatRequest, {name: getattr(self, name) for name in names})
+
+
+class DetokenizeRequest(BodyRequest):
+    """Token ids whose text is wanted."""
+
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,103 @@
+"""Messages as clients send them, made into those that a chat template reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pymllm.text.dialect import Dialect
+from pymllm.text.tool_calls.base import Tool, parse_object
+from pymllm.text.tool_calls.plain_json import PlainJson
+
+
+def for_template(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], dialect: Dialect
+) -> list[dict[str, Any]]:
+    """Make the messages that a template reads.
+
+    Arguments of earlier calls, which are text, become what the template writes: an object, or text. Text that is no
+    JSON object stays text. Thoughts get the names that the template reads. The result of a tool gets its name.
+    What has no content gets "".
+    A template that does not know tools gets these, their calls and their results as texts.
+    tools: that the model is told of.
+    """
+    names = {
+        call["id"]: call["function"]["name"]
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if isinstance(call.get("id"), str)
+    }
+    made = [_message(message, names, dialect) for message in messages]
+    return made if dialect.knows_tools else _in_words(made, tools, dialect)
+
+
+def _message(message: Mapping[str, Any], names: Mapping[str, str], dialect: Dialect) -> dict[str, Any]:
+    made = dict(message)
+    if made.get("content") is None:
+        made["content"] = ""
+    thought = made.pop("reasoning_content", None)
+    if thought is not None:
+        made |= dict.fromkeys(dialect.thought_names, thought)
+    given = made.get("tool_call_id")
+    if isinstance(given, str):
+        made["tool_call_id"] = dialect.calls.history_id(given)
+        if made.get("role") == "tool" and "name" not in made and given in names:
+            made["name"] = names[given]
+    if made.get("tool_calls"):
+        made["tool_calls"] = [_call(call, dialect) for call in made["tool_calls"]]
+    return made
+
+
+def _call(call: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
+    function = dict(call["function"])
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str) and not dialect.arguments_as_text:
+        read = parse_object(arguments)
+        arguments = arguments if read is None else read
+    elif isinstance(arguments, Mapping) and dialect.arguments_as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    made = {"type": "function", **call, "function": function | {"arguments": arguments}}
+    if isinstance(made.get("id"), str):
+        made["id"] = dialect.calls.history_id(made["id"])
+    return made
+
+
+def _in_words(
+    messages: list[dict[str, Any]], tools: Sequence[Tool], dialect: Dialect
+) -> list[dict[str, Any]]:
+    """Tell of tools, calls and results in the words of the plain family."""
+    made: list[dict[str, Any]] = []
+    after_result = False
+    for message in messages:
+        calls = message.pop("tool_calls", None)
+        if calls:
+            lines = [_line(call["function"]) for call in calls]
+            said = _text(message["content"])
+            message["content"] = "\n".join([*([said] if said else []), *lines])
+        is_result = message["role"] == "tool"
+        if is_result:
+            result = (
+                f"The result of {message.get('name', message['tool_call_id'])}:\n{_text(message['content'])}"
+            )
+            if after_result:
+                made[-1]["content"] += f"\n\n{result}"
+                continue
+            message = {"role": "user", "content": result}
+        after_result = is_result
+        made.append(message)
+    if tools:
+        told = (dialect.calls if isinstance(dialect.calls, PlainJson) else PlainJson()).instructions(tools)
+        if made and made[0]["role"] == "system":
+            made[0]["content"] = f"{_text(made[0]['content'])}\n\n{told}"
+        else:
+            made.insert(0, {"role": "system", "content": told})
+    return made
+
+
+def _line(function: Mapping[str, Any]) -> str:
+    return json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
