@@ -31,8 +31,7 @@ from tests.server.conftest import serve
 
 
 def ask(url, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status
@@ -84,7 +83,7 @@ def main():
     size = int(args.megabytes * 2**20)
     texts = {"words": "the cat sat on a mat " * (size // 21), "spaces": " " * size, "one letter": "a" * size}
     with serve(pymllm.LLM(progress=False)) as served:
-        ask(served.url + "/v1/completions", {"prompt": "a", "max_tokens": 1})
+        ask(served.url + "/v1/completions", b'{"prompt": "a", "max_tokens": 1}')
         for limit in (served.llm.tokenizer.longest_prompt, *([None] if args.encoded else [])):
             # Without the bound every text is encoded, as for tokenizers that have none.
             served.llm.tokenizer.longest_prompt = limit
@@ -94,7 +93,9 @@ def main():
                     "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
                 }
                 for path, body in bodies.items():
-                    told, took, times = health_beside(served, path, body, args.clients)
+                    # Written before: clients and server are one process here.
+                    data = json.dumps(body).encode()
+                    told, took, times = health_beside(served, path, data, args.clients)
                     print(
                         f"{'bounded' if limit else 'encoded'}, {name:10}, {path:20}: {told} after {took:.2f} s; "
                         f"/health median {statistics.median(times):.0f} ms, longest {max(times):.0f} ms"

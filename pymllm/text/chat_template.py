@@ -190,20 +190,22 @@ class ChatTemplate:
     def _render(self, variables: dict[str, Any]) -> str:
         """Render the template with its variables, whatever they are."""
         asked = {"seconds": MAX_SECONDS, "key": self._key, "variables": variables, "most": MAX_CHARACTERS}
-        try:
-            request = encoded(asked)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"the messages cannot be written as JSON: {error}", code="messages", tensor="messages"
-            ) from None
-        with self._stopped(len(request) > LARGE_REQUEST), self._turn(), RENDERER.process() as process:
-            reply = process.ask(request, CLOCK_SECONDS)
-            if "unknown" in reply:
-                self._compile(process)
+        # Large ones are written in turn, too: that stops all other threads for some milliseconds.
+        with self._turn():
+            try:
+                request = encoded(asked)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(
+                    f"the messages cannot be written as JSON: {error}", code="messages", tensor="messages"
+                ) from None
+            with self._stopped(len(request) > LARGE_REQUEST), RENDERER.process() as process:
                 reply = process.ask(request, CLOCK_SECONDS)
-            if "limit" in reply:
-                # What a process has taken of memory it may never give back.
-                raise Stopped(readable(reply["limit"]), always=True)
+                if "unknown" in reply:
+                    self._compile(process)
+                    reply = process.ask(request, CLOCK_SECONDS)
+                if "limit" in reply:
+                    # What a process has taken of memory it may never give back.
+                    raise Stopped(readable(reply["limit"]), always=True)
         if "text" in reply:
             return reply["text"]
         refused = "refused" in reply
