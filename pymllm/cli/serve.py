@@ -200,6 +200,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
     greeting = f"Serving {names[0]} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    if args.chat_template is not None:
+        greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
     try:
         make_server(config, greeting).run(sockets=[listener])
     finally:
