@@ -35,6 +35,7 @@ class Dialect:
     calls: the family of tool calls.  thoughts: the family of what is thought; None: nothing is told apart.
     knows_tools: whether the template writes tools into the prompt.
     thought_names: the fields under which the template reads an earlier turn's thoughts.
+    takes_system: whether it writes a message of the role system.
     arguments_as_text: whether it takes the arguments of earlier calls as text; else as objects.
     kept_tokens: the special tokens among the families' marks.
     """
@@ -43,6 +44,7 @@ class Dialect:
     thoughts: Thoughts | None
     knows_tools: bool
     thought_names: tuple[str, ...]
+    takes_system: bool
     arguments_as_text: bool
     kept_tokens: Mapping[str, int]
 
@@ -145,6 +147,7 @@ def dialect_of(tokenizer: Tokenizer) -> Dialect:
         thoughts,
         TOOLS.search(source) is not None,
         tuple(name for name in THOUGHT_NAMES if re.search(rf"\b{name}\b", source)),
+        template is not None and _takes_system(tokenizer),
         template is not None and _takes_arguments_as_text(tokenizer),
         kept,
     )
@@ -190,6 +193,14 @@ def _special(tokenizer: Tokenizer, text: str) -> int | None:
         return None
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
+
+
+def _takes_system(tokenizer: Tokenizer) -> bool:
+    messages = [{"role": "system", "content": "probe words"}, {"role": "user", "content": "x"}]
+    try:
+        return "probe words" in tokenizer.render_chat(messages)
+    except PymllmError:
+        return False
 
 
 def _takes_arguments_as_text(tokenizer: Tokenizer) -> bool:

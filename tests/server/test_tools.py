@@ -196,8 +196,8 @@ def test_an_assistant_s_message_goes_back_as_it_came(request, server, script):
             "tool_call_id": message.tool_calls[0].id,
             "content": [{"type": "text", "text": "Sun."}],
         },
-        {"role": "assistant", "content": None, "refusal": "I will not.", "reasoning": "No."},
-        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": None, "refusal": "I will not.", "reasoning": "No.", "images": []},
+        {"role": "user", "content": "Why?", "tool_calls": [], "provider_fields": {"refusal": None}},
     ]
     seen = script('"x"')
     ask(client, messages=history, tools=TOOLS)

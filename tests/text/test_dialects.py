@@ -29,7 +29,8 @@ def tokenizers(tmp_path_factory):
     ("name", "calls", "thoughts", "knows_tools", "names", "as_text"),
     [
         ("thinking", "hermes", "think", True, ("reasoning_content",), False),
-        ("opened", "plain_json", "think", False, (), True),
+        ("opened", "plain_json", "think", True, (), True),
+        ("strict", "plain_json", None, False, (), False),
         ("llama", "llama3_json", None, True, (), False),
         ("mistral", "mistral", None, True, (), False),
         ("mistral_named", "mistral", "mistral", True, ("reasoning",), False),
@@ -86,7 +87,7 @@ def test_a_conversation_is_written_as_transformers_writes_it(tokenizers, name):
 
 def test_arguments_stay_text_where_the_template_or_they_want_it(tokenizers):
     opened = for_template(GIVEN, [], dialect_of(tokenizers["opened"]))
-    assert opened[1]["content"].count('{\\"a\\": \\"é\\"}') == 1
+    assert opened[1]["tool_calls"][0]["function"]["arguments"] == '{"a": "é"}'
     broken = copy.deepcopy(GIVEN)
     broken[1]["tool_calls"][0]["function"]["arguments"] = '{"a": '
     made = for_template(broken, [], dialect_of(tokenizers["thinking"]))
@@ -105,6 +106,13 @@ def test_a_template_without_tools_gets_them_in_words(tokenizers):
     assert user == GIVEN[0]
     assert assistant == {"role": "assistant", "content": '{"name": "add", "arguments": {"a": "é"}}'}
     assert results == {"role": "user", "content": "The result of add:\n3\n\nThe result of add:\n4"}
+    strict = dialect_of(tokenizers["strict"])
+    user = {"role": "user", "content": "And now?"}
+    made = for_template([*GIVEN, second, user], TOOLS, strict)
+    assert [message["role"] for message in made] == ["user", "assistant", "user"]
+    assert made[0]["content"] == f"{system['content']}\n\n1 + 2?"
+    assert made[2]["content"] == results["content"] + "\n\nAnd now?"
+    tokenizers["strict"].render_chat(made)
     (own, *_) = for_template([{"role": "system", "content": "Be brief."}, *GIVEN], TOOLS, dialect)
     assert own["content"] == "Be brief.\n\n" + system["content"]
 

@@ -255,6 +255,7 @@ class AnswerText:
                 return False
             held = beginning_at_the_end(self.buffer, self.at, marker)
             self.say(len(self.buffer) - held)
+            self.buffer, self.at = self.buffer[self.at :], 0
             yield
         self.say(found)
         return True

@@ -65,7 +65,7 @@ class ObjectCalls(AnswerText):
                 return True
             if self.final or not self._may_be_call(start):
                 return False
-            head = HEAD.match(self.buffer, start)
+            head = HEAD.match(self.buffer, start, start + 2048)
             name = None if head is None else unquoted(head.group(1))
             if head is not None and name is not None and self._knows(name):
                 break
