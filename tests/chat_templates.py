@@ -96,6 +96,9 @@ FAMILIES = {
     "granite": (GRANITE, ("<|tool_call|>",)),
     "plain": (PLAIN, ()),
     "strict": (STRICT, ()),
+    "xml_tools": (THINKING.replace("tools", "xml_tools"), ()),
+    # It speaks of tools, and writes none.
+    "silent": (PLAIN + "{% if tools %}{% endif %}{% if false %}<tool_call>{% endif %}", ()),
 }
 
 

@@ -224,6 +224,14 @@ def test_template_variables_reach_the_template(thinking, script):
     )
 
 
+def test_tools_come_in_the_variable_that_the_template_reads(llm, tmp_path, script):
+    with serve(with_template(llm, tmp_path, "xml_tools")) as running:
+        seen = script('"x"')
+        ask(running.client(), tools=TOOLS)
+        prompt = running.llm.tokenizer.decode(seen[-1].prompt, skip_special_tokens=False)
+    assert prompt.count(json.dumps(WEATHER)) == 1
+
+
 def test_a_message_is_continued(thinking, script, monkeypatch):
     asked = {}
 
@@ -339,6 +347,7 @@ MANY = [{"type": "function", "function": {"name": f"f{index}"}} for index in ran
             "tool_choice none",
             {"tools": TOOLS, "response_format": {"type": "regex", "regex": "a"}},
         ),
+        ("guided_regex", "tool_choice none", {"tools": TOOLS, "guided_regex": "a"}),
         ("structured_outputs", "one of", {"structured_outputs": {}}),
         ("structured_outputs", "one of", {"structured_outputs": {"regex": "a", "choice": ["b"]}}),
         ("structured_outputs", "structural_tag", {"structured_outputs": {"structural_tag": "{}"}}),

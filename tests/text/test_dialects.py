@@ -29,6 +29,8 @@ def tokenizers(tmp_path_factory):
     ("name", "calls", "thoughts", "knows_tools", "names", "as_text"),
     [
         ("thinking", "hermes", "think", True, ("reasoning_content",), False),
+        ("xml_tools", "hermes", "think", True, ("reasoning_content",), False),
+        ("silent", "plain_json", None, False, (), False),
         ("opened", "plain_json", "think", True, (), True),
         ("strict", "plain_json", None, False, (), False),
         ("llama", "llama3_json", None, True, (), False),
@@ -46,6 +48,9 @@ def test_a_family_is_known_by_its_template(tokenizers, name, calls, thoughts, kn
     assert dialect.knows_tools == knows_tools
     assert dialect.thought_names == names
     assert dialect.arguments_as_text == as_text
+    assert dialect.tools_variable == (
+        None if not knows_tools else "xml_tools" if name == "xml_tools" else "tools"
+    )
     special = FAMILIES[name][1]
     assert dialect.kept_tokens == {mark: 4096 + index for index, mark in enumerate(special)}
 
