@@ -42,10 +42,10 @@ def prepare_chat(
 
     settings: the keywords of SamplingParams that the request sets.
     """
-    calls, template = request.calls, tokenizer.chat_template
+    calls, parts = request.calls, bool(getattr(tokenizer.chat_template, "wants_parts", False))
     given = [message.for_template() for message in request.messages]
-    messages = for_template(given, calls.tools, dialect, parts=bool(getattr(template, "wants_parts", False)))
-    variables = _variables(request, "" if template is None else template.source, dialect)
+    messages = for_template(given, calls.tools, dialect, parts=parts)
+    variables = _variables(request, dialect)
     tools = [tool.for_template() for tool in calls.tools] or None
     if tools is not None and dialect.tools_variable not in (None, "tools"):
         variables[dialect.tools_variable] = tools
@@ -123,11 +123,11 @@ def _read_schema(schema: Any) -> dict[str, Any] | None:
     return {} if read is True else read if isinstance(read, dict) else None
 
 
-def _variables(request: ChatRequest, source: str, dialect: Dialect) -> dict[str, Any]:
+def _variables(request: ChatRequest, dialect: Dialect) -> dict[str, Any]:
     """Return the variables of the chat template.  RequestError for those that it does not read."""
 
     def reads(name: str) -> bool:
-        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+        return re.search(rf"\b{re.escape(name)}\b", dialect.source) is not None
 
     variables = dict(request.chat_template_kwargs or {})
     for name, value in variables.items():

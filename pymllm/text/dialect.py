@@ -33,6 +33,7 @@ THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
 class Dialect:
     """The way in which a template's models write.
 
+    source: the text of the template, and of the one for chats with tools, without comments.
     calls: the family of tool calls.  thoughts: the family of what is thought; None: nothing is told apart.
     tools_variable: the variable whose tools the template writes into the prompt; None: it writes none.
     thought_names: the fields under which the template reads an earlier turn's thoughts.
@@ -41,6 +42,7 @@ class Dialect:
     kept_tokens: the special tokens among the families' marks.
     """
 
+    source: str
     calls: ToolFamily
     thoughts: Thoughts | None
     tools_variable: str | None
@@ -143,23 +145,35 @@ class Dialect:
 
 def dialect_of(tokenizer: Tokenizer) -> Dialect:
     """Find the dialect of a tokenizer's chat template; without one, nothing is told apart."""
-    template = tokenizer.chat_template
-    source = "" if template is None else COMMENT.sub("", template.source)
-    variable = None if template is None else _find_tools_variable(tokenizer, source)
+    source = _source(tokenizer)
+    variable = _find_tools_variable(tokenizer, source) if source else None
     calls, thoughts = _tool_family(source), _thoughts(source, functools.partial(_is_token, tokenizer))
     if variable is None and not isinstance(calls, harmony.Harmony):
         calls = PlainJson()  # the model is told so in words
     marks = (*calls.markers, *(thoughts.markers if thoughts is not None else ()))
     kept = {mark: token for mark in marks if (token := _special(tokenizer, mark)) is not None}
     return Dialect(
+        source,
         calls,
         thoughts,
         variable,
         tuple(name for name in THOUGHT_NAMES if re.search(rf"\b{name}\b", source)),
-        template is not None and _takes_system(tokenizer),
-        template is not None and _takes_arguments_as_text(tokenizer),
+        bool(source) and _takes_system(tokenizer),
+        bool(source) and _takes_arguments_as_text(tokenizer),
         kept,
     )
+
+
+def _source(tokenizer: Tokenizer) -> str:
+    templates = [tokenizer.chat_template]
+    # Some checkpoints have a template of its own for chats with tools.
+    choose = getattr(tokenizer, "template_for", None)
+    if choose is not None and templates[0] is not None:
+        templates.append(choose([]))
+    sources = dict.fromkeys(
+        COMMENT.sub("", template.source) for template in templates if template is not None
+    )
+    return "\n".join(sources)
 
 
 def _tool_family(source: str) -> ToolFamily:
