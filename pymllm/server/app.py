@@ -6,12 +6,12 @@ from fastapi import FastAPI
 
 from pymllm.api import LLM
 from pymllm.engine.scheduler import MAX_REQUESTS
-from pymllm.server.endpoints import chat, completions, embeddings, health, models
+from pymllm.server.endpoints import chat, completions, embeddings, health, models, page, plan
 from pymllm.server.gate import add_gate
 from pymllm.server.service import Service
 
 MAX_WAITING = 64
-ENDPOINTS = (health, models, completions, chat, embeddings)
+ENDPOINTS = (health, models, completions, chat, embeddings, plan, page)
 
 
 def create_app(
@@ -25,7 +25,7 @@ def create_app(
     """Make the application for one loaded model.
 
     model_name: what clients call the model; adapters are called by their own names.  api_key: every request but
-    /health must bring it; None: none need it.  max_running: how many prompts are answered together.
+    /health and the page's files must bring it; None: none need it.  max_running: how many prompts are answered together.
     max_waiting: how many more may wait; a request beyond these gets 503.
     """
     # No schema pages: the bodies are read by `protocol/`, and FastAPI does not know their shape.

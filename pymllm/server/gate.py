@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pymllm.asynchronous.places import Busy
 from pymllm.errors import PymllmError
+from pymllm.server.page_files import page_paths
 from pymllm.server.refusals import error_body, refusal_of
 
 logger = logging.getLogger("pymllm")
@@ -35,7 +36,7 @@ CLIENT_GONE = 499
 def add_gate(app: FastAPI, api_key: str | None) -> None:
     """Put the guard before all routes of `app`, and give every error its JSON.
 
-    api_key: every request but /health must bring it; None: none need it.
+    api_key: every request but /health and the page's files must bring it; None: none need it.
     """
     app.add_middleware(Guard, api_key=api_key)
     for error, handler in HANDLERS.items():
@@ -81,7 +82,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             return error_response(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
-        if self.key is None or scope["path"] == OPEN_PATH:
+        if self.key is None or scope["path"] == OPEN_PATH or scope["path"] in page_paths():
             return None
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         # Digests of equal length are compared in constant time, so that the answer's delay tells nothing of the key.
