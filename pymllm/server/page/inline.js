@@ -3,7 +3,7 @@
 const MARKS = [["***", "both"], ["**", "bold"], ["__", "bold"], ["~~", "struck"], ["*", "italic"], ["_", "italic"]];
 const MAX_DEPTH = 4;
 const ESCAPED = /[\\`*_{}[\]()#+\-.!|~<>]/;
-const LINK = /^\[([^[\]\n]{1,1000})\]\((https?:\/\/[^\s()<>]{1,2000}(?:\([^\s()<>]{0,200}\)[^\s()<>]{0,1000})?)\)/;
+const TARGET = /^(https?:\/\/\w[^\s()<>]{0,2000}(?:\([^\s()<>]{0,200}\)[^\s()<>]{0,1000})?)\)/;
 const BARE = /^https?:\/\/\w[^\s<>"'`]{1,2000}/;
 
 /** Return the spans of a text: texts, and objects with a `kind` (code, bold, italic, struck, link), and `text` or `spans`. */
@@ -75,8 +75,13 @@ function codeAt(text, at, without) {
 // Only addresses of the web: no other scheme becomes a link.
 function linkAt(text, at) {
   if (text[at] === "[") {
-    const link = LINK.exec(text.slice(at, at + 4300));
-    return link && { span: { kind: "link", text: link[1], url: link[2] }, end: at + link[0].length };
+    // A label has no other bracket, so that each character belongs to one label at most.
+    const next = text.indexOf("[", at + 1);
+    const label = text.slice(at + 1, next < 0 ? text.length : next);
+    const end = label.indexOf("](http");
+    if (end < 1 || label.slice(0, end).includes("]")) return null;
+    const url = TARGET.exec(text.slice(at + end + 3, at + end + 3300));
+    return url && { span: { kind: "link", text: label.slice(0, end), url: url[1] }, end: at + end + 3 + url[0].length };
   }
   if (at > 0 && /\w/.test(text[at - 1])) return null;
   const bare = BARE.exec(text.slice(at, at + 2010));
