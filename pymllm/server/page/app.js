@@ -6,7 +6,7 @@ import { byId, h } from "./dom.js";
 import { bytes } from "./format.js";
 import { askForKey } from "./key_dialog.js";
 import { showAnswer, startLive } from "./live.js";
-import { fetchPlan, showPlan, summaryOf } from "./plan.js";
+import { fetchPlan, showPlan, startPlan, summaryOf } from "./plan.js";
 import { keep, recall } from "./storage.js";
 
 const VIEWS = ["chat", "plan", "live"];
@@ -96,6 +96,7 @@ startTheme();
 startKey();
 startSettingsPanel();
 startChat(showAnswer);
+startPlan();
 addEventListener("hashchange", showView);
 showView();
 byId("model").addEventListener("change", () => keep("model", byId("model").value));

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { byId, h } from "./dom.js";
 import { bytes, whole } from "./format.js";
 import { refusals } from "./layer_details.js";
-import { showPicture } from "./plan_picture.js";
+import { showPicture, startPicture } from "./plan_picture.js";
 import { openRow, showTable } from "./plan_table.js";
 
 let shown = null;
@@ -12,6 +12,11 @@ let shown = null;
 /** Fetch the plan and return it. */
 export function fetchPlan(options) {
   return get("plan", options);
+}
+
+/** Listen to the reader. */
+export function startPlan() {
+  startPicture(openRow);
 }
 
 /** Fetch the plan anew, as a swap changes it, and show it where it differs from the one that is shown. */
@@ -30,7 +35,7 @@ export async function showPlan() {
   if (text === shown) return;
   shown = text;
   showHead(plan);
-  showPicture(plan, openRow);
+  showPicture(plan);
   showTable(plan);
   showNotes(plan);
 }

@@ -8,25 +8,36 @@ import { ASPECTS, blocksOfPlan, groupsOf } from "./plan_groups.js";
 
 let plan = null;
 let aspect = "method";
+let choose = () => {};
+let cells = []; // of each row
 
-/** Show the picture of this plan. choose: called with a layer that was clicked. */
-export function showPicture(shown, choose) {
-  plan = shown;
-  const buttons = Object.entries(ASPECTS).map(([name, { title }]) =>
-    h("button", { type: "button", "aria-pressed": String(name === aspect), onclick: () => colourBy(name, choose) }, title));
-  byId("colour-by").replaceChildren(...buttons);
-  draw(choose);
+/** Listen to mouse and keyboard. chosen: called with a layer that was clicked. */
+export function startPicture(chosen) {
+  choose = chosen;
+  const picture = byId("picture");
+  picture.addEventListener("keydown", move);
+  for (const kind of ["focusin", "pointerover"]) picture.addEventListener(kind, (event) => show(event.target));
+  picture.addEventListener("click", (event) => event.target.layer && choose(event.target.layer));
 }
 
-function colourBy(name, choose) {
+/** Show the picture of this plan. */
+export function showPicture(shown) {
+  plan = shown;
+  const buttons = Object.entries(ASPECTS).map(([name, { title }]) =>
+    h("button", { type: "button", "aria-pressed": String(name === aspect), onclick: () => colourBy(name) }, title));
+  byId("colour-by").replaceChildren(...buttons);
+  draw();
+}
+
+function colourBy(name) {
   aspect = name;
   for (const [index, key] of Object.keys(ASPECTS).entries()) {
     byId("colour-by").children[index].setAttribute("aria-pressed", String(key === name));
   }
-  draw(choose);
+  draw();
 }
 
-function draw(choose) {
+function draw() {
   const groups = groupsOf(plan.layers, aspect);
   const colours = new Map(groups.map(({ name, colour }) => [name, colour]));
   const colourOf = (layer) => colours.get(ASPECTS[aspect].of(layer));
@@ -35,13 +46,9 @@ function draw(choose) {
   const blocks = blocksOfPlan(plan.layers);
   const widest = Math.max(1, ...blocks.map((block) => block.bytes));
   const rows = blocks.map((block) => rowOf(block, widest, colourOf));
-  const picture = byId("picture");
-  picture.replaceChildren(...rows);
-  const cells = rows.map((row) => [...row.querySelectorAll(".layer")]);
+  byId("picture").replaceChildren(...rows);
+  cells = rows.map((row) => [...row.querySelectorAll(".layer")]);
   cells[0]?.[0]?.setAttribute("tabindex", "0");
-  picture.onkeydown = (event) => move(event, cells);
-  picture.onfocusin = picture.onpointerover = (event) => show(event.target);
-  picture.onclick = (event) => event.target.layer && choose(event.target.layer);
   if (plan.layers.length) byId("layer-details").replaceChildren(detailsOf(plan.layers[0]));
 }
 
@@ -81,10 +88,10 @@ function show(target) {
   target.classList.add("shown");
 }
 
-function move(event, cells) {
+function move(event) {
   if ((event.key === "Enter" || event.key === " ") && event.target.layer) {
     event.preventDefault();
-    event.target.click();
+    choose(event.target.layer);
     return;
   }
   const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
