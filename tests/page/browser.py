@@ -37,7 +37,15 @@ FLAGS = (
     "about:blank",
 )
 MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
-CODES = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+CODES = {
+    "Enter": 13,
+    "Escape": 27,
+    "Tab": 9,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+}
 
 
 def find_chromium() -> tuple[str | None, str]:
@@ -101,7 +109,12 @@ class Browser:
     def send(self, method: str, session: str | None = None, **params: Any) -> int:
         """Send a command and return its number, without waiting for the reply."""
         number = next(self._ids)
-        message = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        message = {
+            "id": number,
+            "method": method,
+            "params": params,
+            **({"sessionId": session} if session else {}),
+        }
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._to_browser, data) :]
@@ -111,14 +124,18 @@ class Browser:
         """Send a command and return its result."""
         number = self.send(method, session, **params)
         with self._news:
-            assert self._news.wait_for(lambda: number in self._replies or self._gone, SECONDS), f"{method} took too long"
+            assert self._news.wait_for(lambda: number in self._replies or self._gone, SECONDS), (
+                f"{method} took too long"
+            )
             assert number in self._replies, f"the browser ended before it answered {method}"
             reply = self._replies.pop(number)
         assert "error" not in reply, f"{method}: {reply['error']}"
         return reply["result"]
 
     @contextlib.contextmanager
-    def page(self, url: str, *, width: int = 1280, height: int = 800, dark: bool = False, phone: bool = False) -> Iterator[Page]:
+    def page(
+        self, url: str, *, width: int = 1280, height: int = 800, dark: bool = False, phone: bool = False
+    ) -> Iterator[Page]:
         """Open a page that shares nothing with the others: no storage, no cache."""
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
@@ -128,7 +145,11 @@ class Browser:
             for domain in ("Page", "Runtime", "Network", "Log"):
                 page.call(f"{domain}.enable")
             page.call(
-                "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=height,
+                deviceScaleFactor=1,
+                mobile=phone,
             )
             theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
             page.call("Emulation.setEmulatedMedia", features=theme)
@@ -218,7 +239,9 @@ class Page:
 
     def style(self, selector: str, name: str) -> str:
         """Return a computed property of the first element that fits."""
-        return self.run(f"getComputedStyle(document.querySelector({json.dumps(selector)})).getPropertyValue({json.dumps(name)})")
+        return self.run(
+            f"getComputedStyle(document.querySelector({json.dumps(selector)})).getPropertyValue({json.dumps(name)})"
+        )
 
     def click(self, selector: str) -> None:
         """Click with the mouse on the first element that fits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -19,11 +20,13 @@ from pymllm.server.endpoints import page
 from tests.processes import SECONDS
 
 
-def deltas(*pieces: dict[str, Any], reason: str = "stop") -> list[str]:
+def deltas(*pieces: dict[str, Any], reason: str = "stop", tokens: int = 7) -> list[str]:
     """Spell a stream of chat chunks, the usage and the end: the events' data."""
-    chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": piece, "finish_reason": None}]} for piece in pieces]
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": piece, "finish_reason": None}]} for piece in pieces
+    ]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-    usage = {"prompt_tokens": 40, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 32}}
+    usage = {"prompt_tokens": 40, "completion_tokens": tokens, "prompt_tokens_details": {"cached_tokens": 32}}
     chunks.append({"choices": [], "usage": usage})
     return [*(json.dumps(chunk) for chunk in chunks), "[DONE]"]
 
@@ -37,12 +40,13 @@ def said(text: str) -> list[str]:
 class Scripted:
     """What the server answers, in turn, and what it was asked.
 
-    answers: events' data, or a whole response.  metrics: the text of /metrics; None: there is none.
+    answers: events' data, or a whole response.  pause: seconds after each event.  metrics: the text of /metrics; None: there is none.
     """
 
     url: str = ""
     answers: list[list[str] | Response] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
+    pause: float = 0
     plan: dict[str, Any] = field(default_factory=dict)
     metrics: str | None = None
     read: int = 0  # how often /metrics was read
@@ -72,15 +76,16 @@ def make_app(script: Scripted) -> FastAPI:
         answer = script.answers.pop(0)
         if isinstance(answer, Response):
             return answer
-        return StreamingResponse(_events(answer), media_type="text/event-stream")
+        return StreamingResponse(_events(answer, script.pause), media_type="text/event-stream")
 
     return app
 
 
-async def _events(answer: list[str]) -> Any:
+async def _events(answer: list[str], pause: float) -> Any:
     yield ": a comment keeps the connection open\n\n"
     for data in answer:
         yield f"data: {data}\n\n"
+        await asyncio.sleep(pause)
 
 
 @contextlib.contextmanager

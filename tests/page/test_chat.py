@@ -74,7 +74,9 @@ def test_an_answer_of_the_shipped_model_is_streamed_counted_and_kept(browser, se
         ask(page, "Again.")
         turns = json.loads(page.run("localStorage.getItem('pymllm.conversation')"))["messages"]
         cached = turns[3]["usage"]["prompt_tokens_details"]["cached_tokens"]
-        assert cached >= 16 and f"{cached} from the cache" in page.text(".answer:last-child [data-fact=prompt]")
+        assert cached >= 16 and f"{cached} from the cache" in page.text(
+            ".answer:last-child [data-fact=prompt]"
+        )
         page.click("#live-link")
         assert page.text("[data-figure=cached] dd") == str(cached)
         page.click("#chat-link")
@@ -119,7 +121,9 @@ def test_stopping_gives_the_place_back(browser, llm, monkeypatch):
 def test_the_key_is_asked_for_kept_in_the_tab_and_sent(browser, llm):
     with serve(llm, api_key="secret") as served, browser.page(f"{served.url}/#plan") as page:
         page.wait("document.querySelector('#key-dialog').open")
-        assert "llama" not in page.run("document.documentElement.outerHTML"), "nothing is told of the model before"
+        assert "llama" not in page.run("document.documentElement.outerHTML"), (
+            "nothing is told of the model before"
+        )
         page.type("wrong")
         page.press("Enter")
         page.wait("document.querySelector('#key-refused').checkVisibility()")
@@ -173,7 +177,13 @@ def test_what_is_asked_for(browser, script):
     with opened(browser, script.url) as page:
         page.run("document.querySelector('#model').value = 'poems'")
         page.run("document.querySelector('#model').dispatchEvent(new Event('change'))")
-        for name, value in {"system": "Be brief.", "temperature": "0.5", "max_tokens": "64", "seed": "-3", "top_p": "1"}.items():
+        for name, value in {
+            "system": "Be brief.",
+            "temperature": "0.5",
+            "max_tokens": "64",
+            "seed": "-3",
+            "top_p": "1",
+        }.items():
             set_field(page, name, value)
         page.run("document.querySelector('#thinking').value = 'off'")
         ask(page, "a <b>")
@@ -225,7 +235,15 @@ def test_messages_are_edited_and_answers_asked_for_again(browser, script):
 
 
 def test_thinking_is_shown_apart(browser, script):
-    script.answers = [deltas({"reasoning_content": "Let me "}, {"reasoning_content": "see."}, {"content": "It is "}, {"content": "**4**."}), said("Yes.")]
+    script.answers = [
+        deltas(
+            {"reasoning_content": "Let me "},
+            {"reasoning_content": "see."},
+            {"content": "It is "},
+            {"content": "**4**."},
+        ),
+        said("Yes."),
+    ]
     with opened(browser, script.url) as page:
         ask(page, "2 + 2?")
         assert page.text(".answer > .markdown") == "It is 4."
@@ -297,7 +315,9 @@ def test_a_hostile_answer_is_text_wherever_it_comes(browser, script):
 
 
 def busy():
-    return JSONResponse(error_body(503, "too many requests are waiting", code="overloaded"), 503, {"Retry-After": "7"})
+    return JSONResponse(
+        error_body(503, "too many requests are waiting", code="overloaded"), 503, {"Retry-After": "7"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,7 +349,13 @@ def test_an_error_is_shown_in_full_and_asked_again(browser, script, answer, show
 
 def test_a_server_that_has_gone_is_said_to_be(browser, script):
     with opened(browser, script.url) as page:
-        page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        page.call(
+            "Network.emulateNetworkConditions",
+            offline=True,
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
+        )
         ask(page, "x", FAILED)
         assert "The server cannot be reached" in page.text(".problem")
 
@@ -341,7 +367,9 @@ def test_a_server_that_has_gone_is_said_to_be(browser, script):
 )  # fmt: skip
 def test_a_kept_conversation_that_cannot_be_read_is_none(browser, script, kept):
     with opened(browser, script.url) as page:
-        page.run(f"localStorage.setItem('pymllm.conversation', {json.dumps(kept)}); localStorage.setItem('pymllm.settings', '[3]')")
+        page.run(
+            f"localStorage.setItem('pymllm.conversation', {json.dumps(kept)}); localStorage.setItem('pymllm.settings', '[3]')"
+        )
         # What the page keeps as it goes must not replace it.
         page.run("Storage.prototype.setItem = () => {}; Storage.prototype.removeItem = () => {}")
         page.reload()
@@ -359,7 +387,15 @@ def test_everything_is_reached_by_keyboard(browser, script):
         for _ in range(12):
             page.press("Tab")
             reached.add(page.run("document.activeElement.id || document.activeElement.textContent"))
-        assert {"chat-link", "plan-link", "live-link", "theme", "settings-button", "input", "model"} <= reached
+        assert {
+            "chat-link",
+            "plan-link",
+            "live-link",
+            "theme",
+            "settings-button",
+            "input",
+            "model",
+        } <= reached
         page.run("document.querySelector('#input').focus()")
         page.type("one")
         page.press("Shift+Enter")
@@ -380,7 +416,9 @@ def luminance(colour):
 
 def test_dark_and_light(browser, script):
     with opened(browser, script.url, dark=True) as page:
-        assert luminance(page.style("body", "background-color")) < 120 < luminance(page.style("body", "color"))
+        assert (
+            luminance(page.style("body", "background-color")) < 120 < luminance(page.style("body", "color"))
+        )
         page.click("#theme")
         assert luminance(page.style("body", "background-color")) > 600
         page.reload()
@@ -391,7 +429,18 @@ def test_dark_and_light(browser, script):
 
 
 def test_nothing_is_wider_than_a_phone(browser, script, llm):
-    long = "A " + "very" * 60 + " long word, `" + "x" * 300 + "`\n\n```\n" + "y" * 300 + "\n```\n\n|" + "a|" * 30 + "\n|" + "-|" * 30
+    long = (
+        "A "
+        + "very" * 60
+        + " long word, `"
+        + "x" * 300
+        + "`\n\n```\n"
+        + "y" * 300
+        + "\n```\n\n|"
+        + "a|" * 30
+        + "\n|"
+        + "-|" * 30
+    )
     script.answers, script.plan = [said(long)], llm.plan.to_dict()
     with opened(browser, script.url, width=360, height=740, phone=True) as page:
         ask(page, "w" * 200)

@@ -35,7 +35,9 @@ def test_every_file_is_served_without_a_key_and_with_its_type(locked):
         assert response.headers["x-content-type-options"] == "nosniff"
         assert response.headers["referrer-policy"] == "no-referrer"
         policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
-        assert policy["default-src"] == "'self'" and policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert (
+            policy["default-src"] == "'self'" and policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        )
         assert not re.search("unsafe|https?:|\\*", response.headers["content-security-policy"])
 
 
@@ -63,7 +65,9 @@ def test_head_tells_what_get_would(locked):
      "/page/app.js/../../plan", "/page/app.js%00", "/page/..%2f..%2fservice.py", "/PAGE/app.js"],
 )  # fmt: skip
 def test_nothing_else_is_open(locked, path):
-    response = locked.get(httpx.URL(scheme="http", host="127.0.0.1", port=locked.base_url.port, raw_path=path.encode()))
+    response = locked.get(
+        httpx.URL(scheme="http", host="127.0.0.1", port=locked.base_url.port, raw_path=path.encode())
+    )
     assert response.status_code == 401, path
     assert "llama" not in response.text
 

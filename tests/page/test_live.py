@@ -21,7 +21,9 @@ PULSE = "document.querySelectorAll('#pulse span[data-live]').length"
 
 def test_the_text_format_is_read(browser, script):
     with browser.page(script.url) as page:
-        samples = page.run(f"import('/page/metrics.js').then(({{ parseMetrics }}) => parseMetrics({json.dumps(METRICS)}))")
+        samples = page.run(
+            f"import('/page/metrics.js').then(({{ parseMetrics }}) => parseMetrics({json.dumps(METRICS)}))"
+        )
     assert samples[0] == {
         "name": "vllm:num_requests_running",
         "labels": {"engine": "0", "model_name": 'a "b" {c}, \\ d'},
@@ -40,7 +42,10 @@ def test_queue_cache_and_speed_are_shown(browser, script):
         # Speed is known from the second reading on.
         script.metrics = METRICS.replace("1.2e+03", "1300")
         page.wait("document.querySelector('[data-live=speed]')")
-        assert float(page.text("[data-live=speed]").removeprefix("Speed ").removesuffix(" /s").replace(",", "")) >= 0
+        assert (
+            float(page.text("[data-live=speed]").removeprefix("Speed ").removesuffix(" /s").replace(",", ""))
+            >= 0
+        )
         assert page.text("[data-tile=running] .value") == "4"
         assert page.count("[data-tile] svg polyline") >= 3
         # A server that restarts counts from 0 again.

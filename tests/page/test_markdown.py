@@ -82,9 +82,13 @@ def test_hostile_text_is_text(page, text):
     before = len(page.complaints), len(page.requests)
     page.run(f"void (window.shown = show({json.dumps(text)}).element)")
     tags = page.run("[...shown.querySelectorAll('*')].map((e) => e.localName)")
-    known = set("p div pre code span button svg path strong em s a ul ol li blockquote hr table thead tbody tr th td h3".split())
+    known = set(
+        "p div pre code span button svg path strong em s a ul ol li blockquote hr table thead tbody tr th td h3".split()
+    )
     assert set(tags) <= known
-    attributes = page.run("[...shown.querySelectorAll('*')].flatMap((e) => [...e.attributes].map((a) => a.name))")
+    attributes = page.run(
+        "[...shown.querySelectorAll('*')].flatMap((e) => [...e.attributes].map((a) => a.name))"
+    )
     assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "style")]
     links = page.run("[...shown.querySelectorAll('a')].map((e) => [new URL(e.href).protocol, e.rel])")
     assert all(protocol in ("http:", "https:") and "noopener" in rel for protocol, rel in links)
@@ -99,7 +103,9 @@ def test_every_beginning_of_a_text_is_shown_and_ends_as_the_whole(page, text):
         "for (let end = 1; end <= text.length; end += 1) view.update(text.slice(0, end)); "
         "view.element.remove(); return view.element.innerText; })()"
     )
-    assert streamed == page.run(f"(() => {{ const {{ element }} = show({json.dumps(text)}); element.remove(); return element.innerText; }})()")
+    assert streamed == page.run(
+        f"(() => {{ const {{ element }} = show({json.dumps(text)}); element.remove(); return element.innerText; }})()"
+    )
 
 
 # What is counted instead of time: characters that searches and regular expressions were given, and what came of them.

@@ -37,7 +37,7 @@ class Served:
 @contextlib.contextmanager
 def serve(llm: Any, **settings: Any) -> Iterator[Served]:
     """Run the app until the block ends."""
-    app = create_app(llm, model_name=MODEL, **settings)
+    app = create_app(llm, **{"model_name": MODEL, **settings})
     config = uvicorn.Config(app, http=HeaderTimeoutProtocol, ws="none", lifespan="off", log_level="error")
     server = uvicorn.Server(config)
     with socket.socket() as listener:

@@ -31,6 +31,17 @@ export function blocksOfPlan(layers) {
 }
 
 /**
+ * Return how many bytes the width of the picture is. A block of several times the usual size (a large vocabulary, say) would
+ * leave nothing to see of the others: it is drawn cut off.
+ */
+export function widthOf(blocks) {
+  const sizes = blocks.map((block) => block.bytes).filter((size) => size > 0).sort((a, b) => a - b);
+  if (!sizes.length) return 1;
+  const usual = sizes[Math.floor(sizes.length / 2)];
+  return sizes.findLast((size) => size <= 2 * usual) ?? sizes.at(-1);
+}
+
+/**
  * Return what an aspect tells apart: `name`, `bytes`, `count` of layers and `colour`, the largest first.
  * Those beyond the colours share the last one.
  */

@@ -4,7 +4,7 @@
 import { byId, h } from "./dom.js";
 import { bytes, percent } from "./format.js";
 import { detailsOf } from "./layer_details.js";
-import { ASPECTS, blocksOfPlan, groupsOf } from "./plan_groups.js";
+import { ASPECTS, blocksOfPlan, groupsOf, widthOf } from "./plan_groups.js";
 
 let plan = null;
 let aspect = "method";
@@ -44,15 +44,15 @@ function draw() {
   drawMemory(groups);
   drawLegend(groups);
   const blocks = blocksOfPlan(plan.layers);
-  const widest = Math.max(1, ...blocks.map((block) => block.bytes));
-  const rows = blocks.map((block) => rowOf(block, widest, colourOf));
+  const width = widthOf(blocks);
+  const rows = blocks.map((block) => rowOf(block, width, colourOf));
   byId("picture").replaceChildren(...rows);
   cells = rows.map((row) => [...row.querySelectorAll(".layer")]);
   cells[0]?.[0]?.setAttribute("tabindex", "0");
   if (plan.layers.length) byId("layer-details").replaceChildren(detailsOf(plan.layers[0]));
 }
 
-function rowOf(block, widest, colourOf) {
+function rowOf(block, width, colourOf) {
   const weighted = block.layers.filter((layer) => layer.bytes);
   const others = block.layers.filter((layer) => !layer.bytes);
   const bar = h("div", { class: "bar", role: "presentation" }, ...weighted.map((layer) => {
@@ -60,7 +60,12 @@ function rowOf(block, widest, colourOf) {
     cell.style.flexGrow = layer.bytes;
     return cell;
   }));
-  bar.style.width = `${(block.bytes / widest) * 100}%`;
+  bar.style.width = `${Math.min(1, block.bytes / width) * 90}%`;
+  if (block.bytes > width) {
+    bar.classList.add("cut");
+    bar.style.width = "100%";
+    bar.title = "Drawn cut off: it is longer than this, as its size says";
+  }
   bar.hidden = weighted.length === 0;
   const name = h("span", { class: "block-name", role: "rowheader", title: block.name }, short(block.name));
   const size = h("span", { class: "block-bytes", role: "gridcell" }, block.bytes ? bytes(block.bytes) : "");
