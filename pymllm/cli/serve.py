@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         metavar="KEY",
         default=os.environ.get("PYMLLM_API_KEY"),
-        help="the key that every request but /health and the page must bring; better given as PYMLLM_API_KEY, which other users of "
-        "this machine cannot see",
+        help="the key that every request but /health and the page must bring; better given as PYMLLM_API_KEY, which "
+        "other users of this machine cannot see",
     )
     group.add_argument(
         "--model-name", metavar="NAME", help="what clients call the model; default: MODEL's last part"
@@ -189,7 +189,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
     address = f"http://{shown}:{port}"
-    greeting = f"Serving {name} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {llm.plan.describe_cache()}."
+    cache = llm.plan.describe_cache()
+    greeting = f"Serving {name} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
     make_server(config, greeting).run(sockets=[listener])
     return 0
 

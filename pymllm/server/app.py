@@ -25,8 +25,8 @@ def create_app(
     """Make the application for one loaded model.
 
     model_name: what clients call the model; adapters are called by their own names.  api_key: every request but
-    /health and the page's files must bring it; None: none need it.  max_running: how many prompts are answered together.
-    max_waiting: how many more may wait; a request beyond these gets 503.
+    /health and the page's files must bring it; None: none need it.  max_running: how many prompts are answered
+    together.  max_waiting: how many more may wait; a request beyond these gets 503.
     """
     # No schema pages: the bodies are read by `protocol/`, and FastAPI does not know their shape.
     app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)

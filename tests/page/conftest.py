@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pymllm
 import pytest
 
+import pymllm
 from tests.page.browser import Browser, find_chromium, started_browser
 from tests.page.scripted import Scripted, scripted_server
 from tests.server.conftest import Served, serve

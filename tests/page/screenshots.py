@@ -1,7 +1,7 @@
 """Make the pictures of the page in docs/images/: python -m tests.page.screenshots MODEL [NAME]
 
-MODEL: a checkpoint that chats; NAME: what it is called in the pictures.  The picture of thinking and tools shows scripted
-answers, as a small model gives none.
+MODEL: a checkpoint that chats; NAME: what it is called in the pictures.  The picture of thinking and tools shows
+scripted answers, as a small model gives none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "images"
 DONE = "document.querySelector('.answer:last-child')?.dataset.state === 'done'"
 RULES = {"**.layers.0.**": "none", "**.mlp.down_proj": "int8", "**.layers.1.**": "nvfp4"}
 QUESTION = "List three uses of a paper clip, in a few words each."
-THOUGHT = "The user asks for the weather in Bern. There is a tool for that, which needs the name of a city. Bern is one."
+THOUGHT = "The user asks for the weather in Bern. There is a tool for that, which needs the name of a city."
 CALL = {
     "index": 0,
     "id": "call_1",
@@ -68,7 +68,7 @@ def main(model: str, name: str) -> None:
         with browser.page(served.url) as page:
             page.wait("document.querySelector('#model').value")
             page.run(
-                "for (const [name, value] of [['temperature', '0'], ['max_tokens', '160']]) document.querySelector(`#${name}`).value = value"
+                "document.querySelector('#temperature').value = 0; document.querySelector('#max_tokens').value = 160"
             )
             ask(page, "Hello! What can you do?")
             ask(page, QUESTION)

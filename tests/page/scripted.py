@@ -40,7 +40,8 @@ def said(text: str) -> list[str]:
 class Scripted:
     """What the server answers, in turn, and what it was asked.
 
-    answers: events' data, or a whole response.  pause: seconds after each event.  metrics: the text of /metrics; None: there is none.
+    answers: events' data, or a whole response.  pause: seconds after each event.  metrics: the text of /metrics;
+    None: there is none.
     """
 
     url: str = ""

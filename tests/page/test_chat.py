@@ -258,10 +258,10 @@ def test_thinking_is_shown_apart(browser, script):
 
 def test_calls_of_tools_are_shown_and_their_results_sent_back(browser, script):
     pieces = [
-        {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "id": "call_1", "function": {"name": "weather", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "<b>'}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": 'Bern"}'}}]},
-        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "time", "arguments": "{}"}}]},
+        {"tool_calls": [{"index": 1, "id": "call_2", "function": {"name": "time", "arguments": "{}"}}]},
     ]  # fmt: skip
     script.answers = [deltas(*pieces, reason="tool_calls"), said("Rain.")]
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -294,7 +294,8 @@ def test_a_hostile_answer_is_text_wherever_it_comes(browser, script):
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     call = {"index": 0, "id": evil, "type": "function", "function": {"name": evil, "arguments": evil}}
     script.answers = [
-        deltas({"reasoning_content": evil}, {"content": f"{evil}\n\n[x](javascript:alert(3))\n\n# {evil}\n\n```{evil}\n{evil}\n```"},
+        deltas({"reasoning_content": evil},
+               {"content": f"{evil}\n\n[x](javascript:alert(3))\n\n# {evil}\n\n```{evil}\n{evil}\n```"},
                {"tool_calls": [call]}),
         JSONResponse({"error": {"message": evil, "param": evil, "code": evil}}, 400),
         PlainTextResponse(evil, 502),
@@ -327,7 +328,8 @@ def busy():
         (JSONResponse(error_body(400, "temperature is out of range", param="temperature", code="parameter"), 400),
          ["400 · The request was refused", "temperature is out of range", "param\ntemperature", "code\nparameter"]),
         (PlainTextResponse("bad gateway", 502), ["502 · The server failed", "bad gateway"]),
-        ([*said("Half")[:2], json.dumps(error_body(500, "the kernel failed"))], ["500 · The server failed", "the kernel failed"]),
+        ([*said("Half")[:2], json.dumps(error_body(500, "a kernel failed"))],
+         ["500 · The server failed", "a kernel failed"]),
         (said("Half")[:2], ["No answer", "The connection ended before the answer did."]),
         (["{broken"], ["No answer", "not JSON"]),
     ],
@@ -362,13 +364,15 @@ def test_a_server_that_has_gone_is_said_to_be(browser, script):
 
 @pytest.mark.parametrize(
     "kept",
-    ["{", "null", "[]", '{"version": 1}', '{"version": 1, "messages": [null, 3, {"role": "assistant"}, {"role": "user", "content": {}}]}',
+    ["{", "null", "[]", '{"version": 1}',
+     '{"version": 1, "messages": [null, 3, {"role": "assistant"}, {"role": "user", "content": {}}]}',
      '{"version": 9, "messages": [{"role": "user", "content": "x"}]}'],
 )  # fmt: skip
 def test_a_kept_conversation_that_cannot_be_read_is_none(browser, script, kept):
     with opened(browser, script.url) as page:
         page.run(
-            f"localStorage.setItem('pymllm.conversation', {json.dumps(kept)}); localStorage.setItem('pymllm.settings', '[3]')"
+            f"localStorage.setItem('pymllm.conversation', {json.dumps(kept)}); "
+            "localStorage.setItem('pymllm.settings', '[3]')"
         )
         # What the page keeps as it goes must not replace it.
         page.run("Storage.prototype.setItem = () => {}; Storage.prototype.removeItem = () => {}")

@@ -61,8 +61,8 @@ def test_head_tells_what_get_would(locked):
 
 @pytest.mark.parametrize(
     "path",
-    ["/plan", "/v1/models", "/page", "/page/", "/page/../plan", "/page/%2e%2e/plan", "/page/..%2fplan", "/page/app.js/", "//",
-     "/page/app.js/../../plan", "/page/app.js%00", "/page/..%2f..%2fservice.py", "/PAGE/app.js"],
+    ["/plan", "/v1/models", "/page", "/page/", "/page/../plan", "/page/%2e%2e/plan", "/page/..%2fplan", "//",
+     "/page/app.js/", "/page/app.js/../../plan", "/page/app.js%00", "/page/..%2f..%2fservice.py", "/PAGE/app.js"],
 )  # fmt: skip
 def test_nothing_else_is_open(locked, path):
     response = locked.get(
@@ -82,7 +82,7 @@ def test_the_page_asks_nobody_else_and_makes_no_html():
         text = file.read_text(encoding="utf-8")
         urls = set(re.findall(r"https?://[\w.]+[^\s\"'`<>)]*", text))
         assert urls <= {"http://www.w3.org/2000/svg"}, file.name
-        made = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|srcdoc|DOMParser|createContextualFragment"
+        made = r"(inner|outer|insertAdjacent)HTML|document\.write|eval\(|new Function|srcdoc|DOMParser|Fragment\("
         assert not re.search(made, text), file.name
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", html)

@@ -30,7 +30,8 @@ def shown_layers(page):
 def test_the_numbers_are_the_plan_s(page, plan):
     rows = page.run(
         "[...document.querySelectorAll('#table-body tr[data-prefix]')].map((row) => [row.dataset.prefix, "
-        "...['Kind', 'Method', 'Kernel', 'Shape'].map((title) => row.querySelector(`[data-title=${title}]`).innerText), "
+        "...['Kind', 'Method', 'Kernel', 'Shape'].map((title) => row.querySelector(`[data-title=${title}]`)"
+        ".innerText), "
         "Number(row.querySelector('[data-bytes]').dataset.bytes)])"
     )
     expected = [
@@ -58,7 +59,8 @@ def test_the_numbers_are_the_plan_s(page, plan):
 
 def test_the_picture_has_each_layer_as_wide_as_its_bytes(page, plan):
     drawn = page.run(
-        "[...document.querySelectorAll('#picture .layer')].map((e) => [e.dataset.prefix, e.getBoundingClientRect().width, "
+        "[...document.querySelectorAll('#picture .layer')].map((e) => [e.dataset.prefix, "
+        "e.getBoundingClientRect().width, "
         "getComputedStyle(e).backgroundColor, e.parentElement.classList[0], e.parentElement.classList.contains('cut')])"
     )
     assert {prefix for prefix, *_ in drawn} == {layer["prefix"] for layer in plan["layers"]}
@@ -137,8 +139,10 @@ def test_a_plan_with_everything_in_it(browser, script, plan):
     ]
     other = [
         {**base, "prefix": "lm_head", "kind": "lm_head", "bytes": 0, "tied_to": "model.embed_tokens"},
-        {**base, "prefix": "model.layers.0.mixer.ssm", "kind": "recurrence", "bytes": 0, "state_bytes": 4096, "shape": [2, 8, 8]},
-        {**base, "prefix": "model.layers.0.q", "rule": "**.q=int8", "source": "rule", "method": "int8", "source_method": "awq", "fused_with": ["model.layers.0.k"],
+        {**base, "prefix": "model.layers.0.ssm", "kind": "recurrence", "bytes": 0, "state_bytes": 4096,
+         "shape": [2, 8, 8]},
+        {**base, "prefix": "model.layers.0.q", "rule": "**.q=int8", "source": "rule", "method": "int8",
+         "method_detail": "int8 (from awq)", "source_method": "awq", "fused_with": ["model.layers.0.k"],
          "refused": [{"kernel": "triton", "why": "needs bf16", "cause": "setting", "fix": "dtype=bfloat16"}]},
     ]  # fmt: skip
     script.plan = {
@@ -157,10 +161,10 @@ def test_a_plan_with_everything_in_it(browser, script, plan):
     with browser.page(f"{script.url}/#plan") as page:
         page.wait(LAYERS)
         assert shown_layers(page) == [layer["prefix"] for layer in script.plan["layers"]]
-        assert page.count("#legend li") == 15
+        assert page.count("#legend li") == 16
         text = page.run("document.querySelector('#plan').innerText")
-        for part in ("SmolLM3ForCausalLM", "matches 3 layers and decides 1", "lm_head=none", "Routing of 2 routers", "a hook",
-                     "prompt_lookup", "tokens 4 (default)", "4.10 kB", "shared"):  # fmt: skip
+        for part in ("SmolLM3ForCausalLM", "matches 3 layers and decides 1", "lm_head=none", "Routing of 2 routers",
+                     "a hook", "prompt_lookup", "tokens 4 (default)", "4.10 kB", "shared"):  # fmt: skip
             assert part in text, part
         page.hover("[data-prefix='model.layers.0.q'].layer")
         page.wait("document.querySelector('#layer-details h3').innerText === 'model.layers.0.q'")

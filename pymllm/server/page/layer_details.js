@@ -15,7 +15,7 @@ export function detailsOf(layer) {
   ].filter(Boolean);
   const rows = [
     ["Kind", layer.kind],
-    ["Method", layer.method_detail + (layer.source_method === layer.method ? "" : `, from ${layer.source_method}`)],
+    ["Method", layer.method_detail],
     ["Kernel", layer.kernel],
     ["Numerics", layer.numerics],
     ["Size", size.join("; ") || "0 bytes"],
