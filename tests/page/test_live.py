@@ -61,7 +61,6 @@ def test_queue_cache_and_speed_are_shown(browser, script):
 def test_without_figures_there_is_nothing(browser, script):
     script.answers = [said("Hello.")]
     with browser.page(f"{script.url}/#live") as page:
-        page.wait("document.querySelector('#model').value")
         page.wait("document.querySelector('#no-metrics').checkVisibility()")
         assert page.text("#pulse") == "" and page.count("#tiles > *") == 0
         read = script.read

@@ -150,10 +150,11 @@ COUNT = """
 
 @pytest.mark.parametrize(
     "piece",
-    ["*a ", "**a ", "_a ", "*a*", "**a*", "*", "_", "a_", "__a_", "*a **b ", "`", "`a``", "`` ` ", "[", "[a](",
+    ["*a ", "**a ", "_a ", "*a*", "**a*", "*", "_",
+     "a_", "__a_", "*a **b ", "`", "`a``", "`` ` ", "[", "[a](",
      "[a](https://", "[a](https://x(", "[[a]", "> ", "> - ", "- ", "- a\n\n", "  - a\n    - b\n", " " * 50 + "- a\n",
-     "# ", "# a#\n", "|", "|-", "|a\n", "-", "- -", "\\", "h", "https://", "https://a.....", "~~", "***", "1. ", "\n", " ",
-     "```\n", "a\n|-|\n", "<", "# #  "],
+     "# ", "# a#\n", "|", "|-", "|a\n", "-", "- -", "\\", "h", "https://", "https://a.....", "~~", "***", "1. ", "\n",
+     " ", "```\n", "a\n|-|\n", "<", "# #  "],
 )  # fmt: skip
 def test_no_text_costs_more_than_its_length(page, piece):
     """Four times the text is about four times the work: what is hostile cannot stop the page."""

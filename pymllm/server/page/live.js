@@ -111,7 +111,10 @@ export function showAnswer(answer) {
     ["prompt", "Tokens read", prompt === null ? null : whole(prompt)],
     ["cached", "Of these from the cache", cached === null ? null : whole(cached)],
   ];
+  const known = rows.filter(([, , value]) => value !== null);
+  // One that failed before it began says nothing.
+  if (!known.length) return;
   byId("no-answer").hidden = true;
-  byId("answer-figures").replaceChildren(...rows.filter(([, , value]) => value !== null).map(([name, title, value]) =>
+  byId("answer-figures").replaceChildren(...known.map(([name, title, value]) =>
     h("div", { "data-figure": name }, h("dt", {}, title), h("dd", {}, value))));
 }
