@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         metavar="KEY",
         default=os.environ.get("PYMLLM_API_KEY"),
-        help="the key that every request but /health must bring; better given as PYMLLM_API_KEY, which other users of "
-        "this machine cannot see",
+        help="the key that every request but /health and the page must bring; better given as PYMLLM_API_KEY, which "
+        "other users of this machine cannot see",
     )
     group.add_argument(
         "--model-name",
@@ -199,7 +199,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
-    greeting = f"Serving {names[0]} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
+    greeting = f"Serving {names[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
     if args.chat_template is not None:
         greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
     try:
