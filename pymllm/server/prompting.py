@@ -18,8 +18,10 @@ def _encode(llm: LLM, request: CompletionRequest, prompt: str | list[int]) -> li
         return llm.encode(prompt)
     if request.suffix:
         prompt = infill(llm.tokenizer, prompt, request.suffix)
-    ids = llm.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
     kept = room(llm, request)
+    if kept is None:
+        llm.tokenizer.check_length(prompt)
+    ids = llm.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
     if kept is not None and kept < len(ids):
         # What the tokenizer puts before a text stays there when the text is cut, as transformers has it.
         bare = llm.tokenizer.encode(prompt, add_special_tokens=False)

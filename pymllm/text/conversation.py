@@ -12,15 +12,15 @@ from pymllm.text.tool_calls.plain_json import PlainJson
 
 
 def for_template(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], dialect: Dialect, *, parts: bool = False
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], dialect: Dialect
 ) -> list[dict[str, Any]]:
     """Make the messages that a template reads.
 
     Arguments of earlier calls, which are text, become what the template writes: an object, or text. Text that is no
     JSON object stays text. Thoughts get the names that the template reads. The result of a tool gets its name.
-    What has no content gets "". Parts of content are joined by line breaks.
+    What has no content gets "".
     A template that does not know tools gets these, their calls and their results as texts.
-    tools: that the model is told of.  parts: whether the template reads content that is a list of parts.
+    tools: that the model is told of.
     """
     names = {
         call["id"]: call["function"]["name"]
@@ -28,21 +28,18 @@ def for_template(
         for call in message.get("tool_calls") or ()
         if isinstance(call.get("id"), str)
     }
-    made = [_message(message, names, dialect, parts) for message in messages]
+    made = [_message(message, names, dialect) for message in messages]
     return made if dialect.knows_tools else _in_words(made, tools, dialect)
 
 
-def _message(
-    message: Mapping[str, Any], names: Mapping[str, str], dialect: Dialect, parts: bool
-) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], names: Mapping[str, str], dialect: Dialect) -> dict[str, Any]:
     made = dict(message)
-    content = made.get("content")
-    if content is None:
+    if made.get("content") is None:
         made["content"] = ""
-    elif isinstance(content, list) and not parts:
-        made["content"] = "\n".join(part["text"] for part in content)
     thought = made.pop("reasoning_content", None)
-    if thought is not None:
+    # The templates of families that write messages refuse an answer that thinks, speaks and calls.
+    says_and_calls = bool(made.get("content") and made.get("tool_calls"))
+    if thought is not None and not (dialect.writes_messages and says_and_calls):
         made |= dict.fromkeys(dialect.thought_names, thought)
     given = made.get("tool_call_id")
     if isinstance(given, str):
@@ -57,10 +54,11 @@ def _message(
 def _call(call: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     function = dict(call["function"])
     arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str) and not dialect.arguments_as_text:
+    as_text = dialect.arguments_as_text and dialect.knows_tools
+    if isinstance(arguments, str) and not as_text:
         read = parse_object(arguments)
         arguments = arguments if read is None else read
-    elif isinstance(arguments, Mapping) and dialect.arguments_as_text:
+    elif isinstance(arguments, Mapping) and as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
     made = {"type": "function", **call, "function": function | {"arguments": arguments}}
     if isinstance(made.get("id"), str):
@@ -71,7 +69,10 @@ def _call(call: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
 def _in_words(
     messages: list[dict[str, Any]], tools: Sequence[Tool], dialect: Dialect
 ) -> list[dict[str, Any]]:
-    """Tell of tools, calls and results in the words of the plain family."""
+    """Tell of tools, calls and results in the words of the plain family.
+
+    Results come from the user, and together with what the user says next, as some templates want roles in turn.
+    """
     made: list[dict[str, Any]] = []
     after_result = False
     for message in messages:
@@ -82,19 +83,20 @@ def _in_words(
             message["content"] = "\n".join([*([said] if said else []), *lines])
         is_result = message["role"] == "tool"
         if is_result:
-            result = (
-                f"The result of {message.get('name', message['tool_call_id'])}:\n{_text(message['content'])}"
-            )
-            if after_result:
-                made[-1]["content"] += f"\n\n{result}"
-                continue
-            message = {"role": "user", "content": result}
+            name = message.get("name", message["tool_call_id"])
+            message = {"role": "user", "content": f"The result of {name}:\n{_text(message['content'])}"}
+        if after_result and message["role"] == "user":
+            made[-1]["content"] += f"\n\n{_text(message['content'])}"
+        else:
+            made.append(message)
         after_result = is_result
-        made.append(message)
     if tools:
         told = (dialect.calls if isinstance(dialect.calls, PlainJson) else PlainJson()).instructions(tools)
-        if made and made[0]["role"] == "system":
-            made[0]["content"] = f"{_text(made[0]['content'])}\n\n{told}"
+        first = made[0] if made else {}
+        if first.get("role") == "system":
+            first["content"] = f"{_text(first['content'])}\n\n{told}"
+        elif first.get("role") == "user" and not dialect.takes_system:
+            first["content"] = f"{told}\n\n{_text(first['content'])}"
         else:
             made.insert(0, {"role": "system", "content": told})
     return made

@@ -96,6 +96,14 @@ class ToolFamily:
         """
         raise NotImplementedError
 
+    def optional(self, most: int, spell: Callable[[str], str]) -> list[str] | None:
+        """Write the rule `perhaps`: any text, in which calls follow the rules that `rules` yields.
+
+        None: this family has no such rule, where its marks are no special tokens.
+        """
+        marked = bool(self.markers) and spell(self.markers[0]).startswith("<")
+        return ["perhaps: ANY | ANY? calls", "ANY: /(?s:.+)/"] if marked else None
+
     def before_answer(self, spell: Callable[[str], str]) -> str:
         """Write what a grammar has before what is said, thoughts among it (`thought_rule`); "": nothing."""
         return ""
@@ -139,6 +147,7 @@ def object_rules(tools: Sequence[Tool], arguments: str) -> Iterator[str]:
         yield json_rule(f"args_{index}", tool.schema)
 
 
+SPACES = re.compile(r"\s*")
 # What a JSON object or array consists of, as far as its end is concerned.
 SIGNS = re.compile(r'["{}\[\]]')
 QUOTED_SIGNS = re.compile(r'["\\]')
@@ -247,6 +256,7 @@ class AnswerText:
                 return False
             held = beginning_at_the_end(self.buffer, self.at, marker)
             self.say(len(self.buffer) - held)
+            self.buffer, self.at = self.buffer[self.at :], 0
             yield
         self.say(found)
         return True
@@ -331,10 +341,7 @@ class AnswerText:
 
 def end_of_space(text: str, start: int) -> int:
     """Return where the white space that begins at `start` ends."""
-    end = start
-    while end < len(text) and text[end].isspace():
-        end += 1
-    return end
+    return SPACES.match(text, start).end()  # type: ignore[union-attr]
 
 
 def beginning_at_the_end(text: str, start: int, marker: str) -> int:
