@@ -148,6 +148,20 @@ def test_a_prompt_is_cut_from_its_beginning(client, llm):
     assert chat(client, truncate_prompt_tokens=4)["usage"]["prompt_tokens"] == 4
 
 
+def test_what_the_client_has_parsed_may_go_back(client):
+    """The message of `client.chat.completions.parse` goes back as it is: its prompt is that of the message alone."""
+
+    def tokens(**parsed):
+        function = {"name": "f", "arguments": '{"x": 1}'}
+        calls = [{"id": "call_1", "type": "function", "function": function | parsed}]
+        said = {"role": "assistant", "content": '{"y": 2}', "tool_calls": calls}
+        said |= {"parsed": {"y": 2}} if parsed else {}
+        history = [*MESSAGES, said, {"role": "tool", "tool_call_id": "call_1", "content": "3"}]
+        return chat(client, messages=history)["usage"]["prompt_tokens"]
+
+    assert tokens(parsed_arguments={"x": 1}) == tokens()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_token_ids_come_with_an_answer(client, llm, stream):
     body = {"prompt": [PROMPT, "x = "], "return_token_ids": True}

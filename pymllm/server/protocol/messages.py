@@ -22,10 +22,14 @@ class RefusalPart(StrictModel):
 
 
 class CalledFunction(StrictModel):
-    """A call of an earlier answer.  arguments: a JSON object, as text."""
+    """A call of an earlier answer.
+
+    arguments: a JSON object, as text.  parsed_arguments: accepted; OpenAI's client keeps them beside their text.
+    """
 
     name: str
     arguments: str = ""
+    parsed_arguments: Any = None
 
 
 class Call(StrictModel):
@@ -40,7 +44,7 @@ class Call(StrictModel):
 class Message(StrictModel):
     """A message; most of its fields are those of an assistant's answer that is sent back.
 
-    reasoning: another name of reasoning_content.  annotations: accepted; the model does not see them.
+    reasoning: another name of reasoning_content.  annotations, parsed: accepted; the model does not see them.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -52,11 +56,12 @@ class Message(StrictModel):
     reasoning: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+    parsed: Any = None  # what OpenAI's client has read from the content
 
     def check(self, place: int) -> None:
         """Refuse fields that do not go with the role."""
         if self.role != "assistant":
-            fields = ("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
+            fields = ("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations", "parsed")
             for field in fields:
                 if getattr(self, field):
                     refuse(
@@ -80,7 +85,10 @@ class Message(StrictModel):
             "content": self._content(),
         }
         thought = self.reasoning_content if self.reasoning_content is not None else self.reasoning
-        calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()]
+        calls = [
+            call.model_dump(exclude={"index": True, "function": {"parsed_arguments"}})
+            for call in self.tool_calls or ()
+        ]
         further = {
             "name": self.name,
             "tool_call_id": self.tool_call_id,
