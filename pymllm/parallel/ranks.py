@@ -11,7 +11,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Ranks:
-    """How the ranks that follow rank 0 come to it.
+    """The way by which the ranks that follow rank 0 come to it.
 
     host: the address that rank 0 listens on, which the others reach it by.  port: 0: a free one.
     key: what a rank must know to be let in; None: rank 0 makes one for those that it starts itself.
