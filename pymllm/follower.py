@@ -21,6 +21,7 @@ each was last heard of. What is lost stays lost: start all ranks again. `llm.clo
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -124,14 +125,17 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format=f"rank {args.rank}: %(levelname)s %(message)s")
     key = os.environ.pop("PYMLLM_RANK_KEY", "")
+    told = json.loads(os.environ.pop("PYMLLM_RANK_SETTINGS", '{"model": null, "options": {}}'))
     try:
         follow(
+            told["model"],
             rank=args.rank,
             size=args.size,
             host=args.host,
             port=args.port,
             key=key,
             local_rank=args.local_rank,
+            **told["options"],
         )
     except PymllmError as error:
         print(f"error (rank {args.rank}): {error}", file=sys.stderr)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
 from pymllm.errors import RankError
-from pymllm.parallel.leader import Leader
+from pymllm.parallel.leader import FAREWELL, Leader
 from pymllm.parallel.place import Parallel
 
 
@@ -14,6 +15,7 @@ class Ranked:
     """The base of what owns ranks.  parallel: this rank's place."""
 
     parallel: Parallel
+    _lock: threading.RLock  # held while the model runs
     _leader: Leader | None = None
 
     def _own_ranks(self) -> None:
@@ -49,8 +51,15 @@ class Ranked:
 
     def close(self) -> None:
         """End the ranks that follow this one; the model cannot run any more then.  Without such ranks do nothing."""
-        if self.parallel.leader is not None:
+        if self.parallel.leader is None:
+            return
+        # A step that runs is run to its end, if it has one.
+        turn = self._lock.acquire(timeout=FAREWELL)
+        try:
             self.parallel.leader.close()
+        finally:
+            if turn:
+                self._lock.release()
 
     def __enter__(self) -> Any:
         return self
