@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,14 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
+    _check_ranks(args)
+    from pymllm.server.supervisor import Served, Supervisor
+
+    served, ranks = Served.from_environment(), None
+    if served is not None:
+        served.start()
+        # The other ranks load torch while this one does.
+        ranks = _start_ranks(args)
     from pymllm.errors import MissingExtraError
 
     for package in ("fastapi", "uvicorn"):
@@ -130,15 +139,10 @@ def execute(args: argparse.Namespace) -> int:
             importlib.import_module(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "server", "pymllm serve") from None
-    _check_ranks(args)
     if args.node_rank:
         return _follow(args)
-    from pymllm.server.supervisor import Served, Supervisor
-
-    served = Served.from_environment()
     if served is not None:
-        served.start()
-        return _serve(args, served.listener, served)
+        return _serve(args, served.listener, served, ranks)
     # Before the model is loaded, so that a taken port is known at once.
     with bind(args.host, args.port) as listener:
         if args.tensor_parallel_size > 1:
@@ -163,14 +167,16 @@ def _check_ranks(args: argparse.Namespace) -> None:
         args.parser.error("--nnodes needs --master-addr and --master-port, the same on all machines")
 
 
-def _ranks(args: argparse.Namespace) -> Ranks:
-    """Make what says where the ranks meet."""
+def _start_ranks(args: argparse.Namespace) -> Ranks:
+    """Start the ranks of this machine that follow this process.  Returns where they meet it."""
+    from pymllm.parallel.leader import Leader
     from pymllm.parallel.ranks import Ranks, ranks_of_node
 
-    if args.nnodes == 1:
-        return Ranks()
-    own = len(ranks_of_node(args.tensor_parallel_size, args.nnodes, 0)) - 1
-    return Ranks(args.master_addr, args.master_port, os.environ.get("PYMLLM_RANK_KEY", ""), own)
+    ranks = Ranks()
+    if args.nnodes > 1:
+        own = len(ranks_of_node(args.tensor_parallel_size, args.nnodes, 0)) - 1
+        ranks = Ranks(args.master_addr, args.master_port, os.environ.get("PYMLLM_RANK_KEY", ""), own)
+    return replace(ranks, begun=Leader.start(args.tensor_parallel_size, ranks))
 
 
 def _follow(args: argparse.Namespace) -> int:
@@ -228,7 +234,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket, served: Served | None = None) -> int:
+def _serve(
+    args: argparse.Namespace,
+    listener: socket.socket,
+    served: Served | None = None,
+    ranks: Ranks | None = None,
+) -> int:
     import uvicorn
 
     from pymllm.api import LLM
@@ -241,7 +252,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket, served: Served | N
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         pooling=args.pooling,
         tensor_parallel_size=args.tensor_parallel_size,
-        ranks=None if served is None else _ranks(args),
+        ranks=ranks,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(

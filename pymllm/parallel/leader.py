@@ -16,12 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from pymllm.errors import ConfigError, RankError
 from pymllm.parallel.children import Child
 from pymllm.parallel.link import Link, encode
-from pymllm.parallel.process_group import choose_backend, join, leave_process_group, open_store
 from pymllm.parallel.ranks import Ranks
 
 logger = logging.getLogger("pymllm")
@@ -43,13 +41,13 @@ FOLLOWER = ("-m", "pymllm.follower")
 class Leader:
     """The followers of one rank 0.
 
-    size: how many ranks there are.  settings: {"model": ..., "options": {...}}, which the ranks load that it starts.
+    size: how many ranks there are.
     address: where it listens, (host, port).  failure: why the ranks can do no more; None: they can.
     on_lost: what is called once, in a thread of its own, when a rank is lost.
     """
 
-    def __init__(self, size: int, ranks: Ranks, settings: Mapping[str, Any]) -> None:
-        self.size, self.settings = size, settings
+    def __init__(self, size: int, ranks: Ranks) -> None:
+        self.size = size
         self.key = secrets.token_hex(16) if ranks.key is None else ranks.key
         self.host, self.started = ranks.host, size - 1 if ranks.started is None else ranks.started
         self.failure: RankError | None = None
@@ -60,7 +58,7 @@ class Leader:
         self._said: dict[int, RankError] = {}  # why a rank has failed, by its own words
         self._answers: dict[int, list[dict[str, Any]]] = {}
         self._later: tuple[float, RankError] | None = None
-        self._ended = False
+        self._ended = self._joined = False
         self._changed = threading.Condition()
         self._asking = threading.Lock()
         self._listener = _open_listener(ranks.host, ranks.port)
@@ -71,33 +69,41 @@ class Leader:
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     @classmethod
-    def start(cls, size: int, ranks: Ranks, settings: Mapping[str, Any]) -> Leader:
-        """Start the other ranks, wait until all have come, and join torch.distributed's group with them.
-
-        Raises RankError for a rank that does not come, or ends; ConfigError where this process has a group already.
-        """
-        if torch.distributed.is_initialized():
-            raise ConfigError(
-                "this process has ranks already",
-                code="parallel-group",
-                expected="one model on several ranks in a process",
-                fix="Close the other model first (llm.close()).",
-            )
-        leader = cls(size, ranks, settings)
+    def start(cls, size: int, ranks: Ranks) -> Leader:
+        """Start the other ranks, which then load what they need, as this process does; `join` waits for them."""
+        leader = cls(size, ranks)
         atexit.register(leader.close)
         leader._watcher.start()
-        try:
-            leader._wait(lambda: len(leader.links) == size - 1, JOIN_SECONDS, "come")
-            leader._join()
-        except BaseException:
-            leader.close()
-            raise
         return leader
 
-    def _join(self) -> None:
+    def join(self, settings: Mapping[str, Any]) -> None:
+        """Wait until all ranks have come, and join torch.distributed's group with them.
+
+        settings: {"model": ..., "options": {...}}, which the ranks load that were started here.
+        Raises RankError for a rank that does not come, or ends; ConfigError where this process has a group already.
+        """
+        import torch
+
+        try:
+            if torch.distributed.is_initialized():
+                raise ConfigError(
+                    "this process has ranks already",
+                    code="parallel-group",
+                    expected="one model on several ranks in a process",
+                    fix="Close the other model first (llm.close()).",
+                )
+            self._wait(lambda: len(self.links) == self.size - 1, JOIN_SECONDS, "come")
+            self._join(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(self, settings: Mapping[str, Any]) -> None:
+        from pymllm.parallel.process_group import choose_backend, join, open_store
+
         backend = choose_backend()
         store, port = open_store(self.host)
-        self.send({"is": "welcome", "store": port, "backend": backend, "settings": self.settings})
+        self.send({"is": "welcome", "store": port, "backend": backend, "settings": settings})
         done: list[BaseException | None] = []
 
         def work() -> None:
@@ -112,6 +118,7 @@ class Leader:
         # In a thread of its own: torch does not notice a rank that dies meanwhile.
         threading.Thread(target=work, name="join", daemon=True).start()
         self._wait(lambda: bool(done), JOIN_SECONDS, "join the group")
+        self._joined = True
         if done[0] is not None:
             raise self.explain(RankError(f"the ranks could not join: {done[0]}", code="rank-join"))
 
@@ -195,7 +202,9 @@ class Leader:
         self._drop()
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join(FAREWELL)
-        if healthy:
+        if healthy and self._joined:
+            from pymllm.parallel.process_group import leave_process_group
+
             leave_process_group(alone=True)
 
     def _drop(self) -> None:

@@ -196,13 +196,15 @@ def choose_parallel(
 
     size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
     expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
-    ranks: where the ranks meet that follow this one.  settings: what they load (`Leader`); None: nobody is started.
+    ranks: where the ranks meet that follow this one.  settings: what they load (`Leader.join`); None: nobody is started.
     """
     parallel = current_parallel()
     if parallel.size == 1:
         parallel = Parallel.from_environment()
     if parallel.size == 1 and size > 1 and settings is not None:
-        leader = Leader.start(size, ranks or Ranks(), settings)
+        ranks = ranks or Ranks()
+        leader = ranks.begun or Leader.start(size, ranks)
+        leader.join(settings)
         return Parallel(0, size, ProcessGroup(size), expert_parallel, led=True, leader=leader)
     if size not in (1, parallel.size):
         raise ConfigError(

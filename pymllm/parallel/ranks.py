@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pymllm.errors import ConfigError
 
@@ -16,12 +17,14 @@ class Ranks:
     host: the address that rank 0 listens on, which the others reach it by.  port: 0: a free one.
     key: what a rank must know to be let in; None: rank 0 makes one for those that it starts itself.
     started: how many of the others rank 0 starts itself; None: all of them.
+    begun: a `Leader` that has started them already.
     """
 
     host: str = LOOPBACK
     port: int = 0
     key: str | None = None
     started: int | None = None
+    begun: Any = None
 
 
 def ranks_of_node(size: int, nodes: int, node: int) -> range:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pymllm.parallel.children import end_with_parent
 from pymllm.server.stand_in import StandIn
 
 # How the child finds what it has from its parent: the numbers of its two sockets, and the parent's process id.
@@ -179,7 +180,8 @@ class Served:
         return None if told is None else cls(told)
 
     def start(self) -> None:
-        """Say a word every second from now on, take signals, and end with the parent."""
+        """Say a word every second from now on, take signals, and end with the parent.  Call it in the main thread."""
+        end_with_parent(self.parent)
         for work in (self._live, self._obey):
             threading.Thread(target=work, name="parent", daemon=True).start()
 
