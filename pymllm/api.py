@@ -197,14 +197,15 @@ class LLM(Ranked):
         name: what requests choose it by.  path: a folder as PEFT writes it, or a hub id.
         """
         with self._lock:
+            loaded = load_lora_weights(self.model, path, name=name, activate=False)
             self._tell_ranks("load_adapter", name, str(path))
-            return load_lora_weights(self.model, path, name=name, activate=False)
+            return loaded
 
     def unload_adapter(self, name: str) -> None:
         """Drop an adapter.  ConfigError if there is none of that name, or if it is merged."""
         with self._lock:
-            self._tell_ranks("unload_adapter", name)
             unload_lora_weights(self.model, name)
+            self._tell_ranks("unload_adapter", name)
 
     def merge_adapter(self, name: str) -> LoadedAdapter:
         """Give every request this adapter from now on, merged into the weights where these are plain floats.
@@ -213,14 +214,15 @@ class LLM(Ranked):
         another adapter.
         """
         with self._lock:
+            merged = merge_lora_weights(self.model, name)
             self._tell_ranks("merge_adapter", name)
-            return merge_lora_weights(self.model, name)
+            return merged
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`.  Where nothing is merged, do nothing."""
         with self._lock:
-            self._tell_ranks("unmerge_adapter")
             unmerge_lora_weights(self.model)
+            self._tell_ranks("unmerge_adapter")
 
     def check_adapter(self, name: str | None) -> str | None:
         """Return the name of an adapter that a request may have now.  RequestError, with the nearest names, if none."""

@@ -143,6 +143,12 @@ class Leader:
     def send(self, message: Mapping[str, Any], integers: Sequence[int] | np.ndarray[Any, Any] = ()) -> None:
         """Tell all ranks something.  RankError where one is lost."""
         self.check()
+        if self._ended:
+            raise RankError(
+                "the other ranks have been ended",
+                code="ranks-ended",
+                fix="Load the model again after close().",
+            )
         data = encode(message, integers)
         for rank, link in list(self.links.items()):
             try:
@@ -202,10 +208,13 @@ class Leader:
         self._drop()
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join(FAREWELL)
-        if healthy and self._joined:
+        if self._joined:
             from pymllm.parallel.process_group import leave_process_group
 
-            leave_process_group(alone=True)
+            # Where a rank was lost, torch may wait for it.
+            leaving = threading.Thread(target=leave_process_group, args=(True,), name="leave", daemon=True)
+            leaving.start()
+            leaving.join(None if healthy else FAREWELL)
 
     def _drop(self) -> None:
         for child in list(self.children.values()):

@@ -196,7 +196,7 @@ def choose_parallel(
 
     size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
     expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
-    ranks: where the ranks meet that follow this one.  settings: what they load (`Leader.join`); None: nobody is started.
+    ranks: where the ranks meet that follow this one.  settings: what they load (`Leader.join`); None: nobody is.
     """
     parallel = current_parallel()
     if parallel.size == 1:
