@@ -26,6 +26,8 @@ from pymllm.server.stand_in import StandIn
 # How the child finds what it has from its parent: the numbers of its two sockets, and the parent's process id.
 VARIABLE = "PYMLLM_SERVED"
 
+COMMAND = (sys.executable, "-m", "pymllm")
+
 # The exit code of a server that wants to be started anew.
 RESTART = 75
 
@@ -121,7 +123,7 @@ class _Server:
         with theirs:
             fds = (listener.fileno(), theirs.fileno())
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pymllm", *arguments],
+                [*COMMAND, *arguments],
                 env={**os.environ, VARIABLE: f"{fds[0]}:{fds[1]}:{os.getpid()}"},
                 pass_fds=fds,
                 # A terminal's Ctrl+C comes to it through its parent.

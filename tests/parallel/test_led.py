@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import socket
 import sys
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 import pymllm
 from pymllm import LLM, SamplingParams
 from pymllm.errors import ConfigError, RankError
+from pymllm.parallel.link import decode, encode
 
 from ..adapters.handwritten import random_adapter
 from ..block_checkpoints import write_blocks
@@ -144,8 +147,22 @@ def test_the_shipped_model_answers_tasks_of_an_event_loop_and_follows_a_grammar(
     assert found[0] == found[1]
 
 
-def test_what_cannot_be_done_is_refused(pair):
+def test_strangers_and_what_cannot_be_done_are_refused(pair):
     _, several = pair(None, 2)
+    own = several.parallel.leader
+    hello = {"is": "hello", "rank": 1, "size": 2}
+    for said in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        encode({**hello, "key": "guessed"}),
+        encode({**hello, "key": own.key}),
+    ):
+        with socket.create_connection(own.address) as stranger:
+            stranger.sendall(said)
+            answer = bytearray()
+            with contextlib.suppress(ConnectionError):
+                while data := stranger.recv(4096):
+                    answer += data
+        assert said.startswith(b"GET") or decode(answer)[0]["is"] == "refused"
     with pytest.raises(ConfigError, match="cannot be told"):
         pymllm.swap(several, "**.mlp.**", "int8")
     with pytest.raises(ConfigError, match="ranks already"):
