@@ -217,7 +217,7 @@ def test_everything_but_health_and_the_page_needs_the_key(llm):
         for key in ("wrong", "secret2", "secre"):
             with pytest.raises(openai.AuthenticationError):
                 served.client(key).completions.create(model=MODEL, prompt="x", max_tokens=1)
-        for path in ("/v1/completions", "//health", "/health/../v1/models", "/health/", "/%68ealth2", "/page"):
+        for path in ("/v1/completions", "//health", "/health/../v1/models", "/health/", "/%68ealth2"):
             assert post(served, {}, path)[0] == 401
         connection = http.client.HTTPConnection("127.0.0.1", served.port)
         connection.request("GET", "/health")
