@@ -7,9 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +90,7 @@ class LLM:
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
+    chat_template: a file of Jinja text, or such text, in place of the checkpoint's chat template.
     `plan` says what runs, and why. Several threads may use one LLM; they take turns. An encoder only embeds.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
@@ -119,6 +118,7 @@ class LLM:
         prefix_reuse: bool = True,
         step_ms: float = STEP_MS,
         pooling: str | Sequence[str] | None = None,
+        chat_template: str | Path | None = None,
     ) -> None:
         check_step_ms(step_ms)
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
@@ -135,6 +135,7 @@ class LLM:
                 definition=definition,
                 strategy=strategy,
             )
+            self.tokenizer = open_tokenizer(prepared.checkpoint, chat_template)
             self.plan: Plan = make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
             if check_memory:
                 check_fits(prepared, self.plan)
@@ -142,7 +143,6 @@ class LLM:
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path
-        self.tokenizer = open_tokenizer(prepared.checkpoint)
         self._lock = threading.RLock()
         where = torch.device(prepared.execution.device)
         self._engine: Engine | None = None
@@ -161,6 +161,7 @@ class LLM:
                 prefix_reuse=prefix_reuse,
                 step_ms=step_ms,
             )
+            self.tokenizer.longest_prompt = self._engine.longest
         runner = Runner(self.model, where) if self._engine is None else self._engine.runner
         self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
         self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)
@@ -280,6 +281,12 @@ class LLM:
             )
         return ids
 
+    def encode_to_answer(self, prompt: Prompt) -> list[int]:
+        """Turn a prompt into token ids; a text that is far too long to be answered is refused unread (RequestError)."""
+        if isinstance(prompt, str):
+            self.tokenizer.check_length(prompt)
+        return self.encode(prompt)
+
     def embed(
         self,
         texts: Prompt | Sequence[Prompt],
@@ -336,7 +343,7 @@ class LLM:
         """
         self.model.check_generates()
         params = self.default_params() if params is None else params
-        asked = ask(as_prompts(prompts), params, adapter, self.encode)
+        asked = ask(as_prompts(prompts), params, adapter, self.encode_to_answer)
         check_record(outputs, asked)
         pieces = ((place, piece.index, piece.output) for place, piece in self._run(asked, outputs))
         return gather({(place, index): output for place, index, output in pieces if output is not None})
@@ -369,7 +376,7 @@ class LLM:
         self.model.check_generates()
         # Here, so that a bad one fails at once, not at the first piece.
         params = self.default_params() if params is None else params
-        asked = ask(as_prompts(prompts), params, self.check_adapter(adapter), self.encode)
+        asked = ask(as_prompts(prompts), params, self.check_adapter(adapter), self.encode_to_answer)
         check_record(outputs, asked)
         return self._run(asked, outputs)
 
@@ -423,20 +430,9 @@ class LLM:
     ) -> Generator[tuple[int, StreamPiece], None, None]:
         """Run requests to their end, one piece a token, with the place of its prompt."""
         with self.session() as session:
-            for number, one in enumerate(asked):
+            for one in asked:
                 self.check_adapter(one.adapter)
-                session.add(one.ids, one.params, one.adapter, number)
-            while session.unfinished:
-                started = time.perf_counter()
-                stepped = session.step()
-                if outputs is not None:
-                    outputs.record_step([request for request, _ in stepped], time.perf_counter() - started)
-                for request, piece in stepped:
-                    if request.error is not None:
-                        raise request.error
-                    one = asked[request.req_id]
-                    if piece is not None:
-                        yield one.place, replace(piece, index=one.index) if one.index else piece
+            yield from session.run(asked, outputs)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:

@@ -204,7 +204,7 @@ class AsyncLLM:
         """Read a call's arguments, off the event loop, and have its grammars compiled."""
         self.llm.model.check_generates()
         params = self.llm.default_params() if params is None else params
-        asked = await asyncio.to_thread(ask, prompts, params, adapter, self.llm.encode)
+        asked = await asyncio.to_thread(ask, prompts, params, adapter, self.llm.encode_to_answer)
         for one in asked:
             self.llm.check_adapter(one.adapter)
             await self._worker.compile(one.params)

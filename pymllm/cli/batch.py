@@ -15,6 +15,7 @@ from pymllm.cli.options import (
     adapter,
     add_engine_options,
     add_model_options,
+    add_template_option,
     engine_arguments,
     model_arguments,
     positive,
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help="how /v1/embeddings makes a vector of a text: mean, cls or lasttoken, say; default: as the folder says",
     )
+    add_template_option(parser)
     add_engine_options(parser)
     add_model_options(parser, positional=False)
 
@@ -145,6 +147,7 @@ def _load(args: argparse.Namespace, show: bool | None) -> Service:
         check_memory=args.check_memory,
         progress=show,
         pooling=args.pooling,
+        chat_template=args.chat_template,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     return Service(llm, name, args.max_running, max(args.max_running, LEAST_WAITING))

@@ -102,6 +102,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """Add --chat-template, a keyword of `LLM`."""
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a file of Jinja text, or such text, in place of the checkpoint's chat template",
+    )
+
+
 def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options for the size of the KV cache; `cache_arguments` reads them back.  Returns their group."""
     group = parser.add_argument_group("requests")

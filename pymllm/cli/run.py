@@ -16,6 +16,7 @@ from pymllm.cli.options import (
     adapter,
     add_engine_options,
     add_model_options,
+    add_template_option,
     engine_arguments,
     model_arguments,
 )
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--json", action="store_true", help="print one JSON object at the end in place of the text"
     )
+    add_template_option(parser)
     add_engine_options(parser)
     add_model_options(parser, positional=False)
 
@@ -123,13 +125,18 @@ def execute(args: argparse.Namespace) -> int:
         **model_arguments(args),
         **engine_arguments(args),
         check_memory=args.check_memory,
+        chat_template=args.chat_template,
     )
     llm.model.check_generates()
     startup_seconds = time.perf_counter() - started
     params = llm.default_params(**chosen)
     # torchrun gives stdin to one rank only.
     prompt = llm.parallel.broadcast_object(prompt) if llm.parallel.size > 1 else prompt
-    ids = llm.encode(prompt) if not args.chat else llm.tokenizer.apply_chat_template([message(prompt)])
+    ids = (
+        llm.encode_to_answer(prompt)
+        if not args.chat
+        else llm.tokenizer.apply_chat_template([message(prompt)])
+    )
     if args.stats and not args.json:
         print_plan_summary(llm.plan)
         for loaded in llm.adapters.values():

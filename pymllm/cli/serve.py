@@ -15,6 +15,7 @@ from pymllm.cli.options import (
     adapter,
     add_engine_options,
     add_model_options,
+    add_template_option,
     engine_arguments,
     model_arguments,
 )
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "pymllm serve [MODEL] [options]", EXAMPLES
     add_model_options(parser)
     add_engine_options(parser)
+    add_template_option(parser)
     group = parser.add_argument_group("the server")
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: this machine alone"
@@ -161,6 +163,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         check_memory=args.check_memory,
         pooling=args.pooling,
+        chat_template=args.chat_template,
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     app = create_app(

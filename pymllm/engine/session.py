@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from pymllm.engine.asking import Asked
 from pymllm.engine.engine import Engine
+from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import Request, RequestOutput, TokenLogprobs
 from pymllm.engine.sampling import SamplingParams
 from pymllm.text.grammars import GrammarCompiler
@@ -110,6 +114,27 @@ class Session:
         A piece is None if its request has no new tokens that are final, or failed (`Request.error`).
         """
         return [(request, self._piece(request)) for request in self.engine.step()]
+
+    def run(
+        self, asked: Sequence[Asked], outputs: GenerationOutputs | None = None
+    ) -> Iterator[tuple[int, StreamPiece]]:
+        """Run requests to their end, one piece a token, each with the place of its prompt.
+
+        outputs: where the steps are recorded; None: nowhere.
+        """
+        for number, one in enumerate(asked):
+            self.add(one.ids, one.params, one.adapter, number)
+        while self.unfinished:
+            started = time.perf_counter()
+            stepped = self.step()
+            if outputs is not None:
+                outputs.record_step([request for request, _ in stepped], time.perf_counter() - started)
+            for request, piece in stepped:
+                if request.error is not None:
+                    raise request.error
+                one = asked[request.req_id]
+                if piece is not None:
+                    yield one.place, replace(piece, index=one.index) if one.index else piece
 
     def abort(self, request: Request) -> None:
         """End a request that has not finished; its pages are free at once."""

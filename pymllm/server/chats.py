@@ -43,7 +43,7 @@ def prepare_chat(
     """
     calls, template = request.calls, tokenizer.chat_template
     given = [message.for_template() for message in request.messages]
-    messages = for_template(given, calls.tools, dialect, parts=bool(getattr(template, "wants_parts", False)))
+    messages = for_template(given, calls.tools, dialect)
     variables = _variables(request, "" if template is None else template.source, dialect)
     prompt = tokenizer.apply_chat_template(
         messages,
@@ -101,6 +101,11 @@ def _follow(
                     f"of this kind ({name}) leaves no room for calls of tools: send tool_choice none, or a JSON schema",
                 )
             return False
+    if schema is None and any(tool.strict for tool in calls.callable):
+        strict = dialect.strict_grammar(calls.callable, most=calls.most, opened=opened)
+        if strict is not None:
+            settings["grammar"] = strict
+        return True
     thinks = dialect.thoughts is not None or dialect.writes_messages
     if schema is None or not (calls.callable or thinks):
         return True

@@ -241,7 +241,7 @@ class Service:
         try:
             if chat is None:
                 assert isinstance(request, CompletionRequest)
-                prompts = [self.llm.encode(prompt) for prompt in request.prompts]
+                prompts = [self.llm.encode_to_answer(prompt) for prompt in request.prompts]
                 new_reader: Callable[[], PartReader] = ContentReader
             else:
                 asked = prepare_chat(chat, settings, self.llm.tokenizer, self.dialect)

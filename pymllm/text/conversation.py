@@ -12,15 +12,15 @@ from pymllm.text.tool_calls.plain_json import PlainJson
 
 
 def for_template(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], dialect: Dialect, *, parts: bool = False
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], dialect: Dialect
 ) -> list[dict[str, Any]]:
     """Make the messages that a template reads.
 
     Arguments of earlier calls, which are text, become what the template writes: an object, or text. Text that is no
     JSON object stays text. Thoughts get the names that the template reads. The result of a tool gets its name.
-    What has no content gets "". Parts of content are joined by line breaks.
+    What has no content gets "".
     A template that does not know tools gets these, their calls and their results as texts.
-    tools: that the model is told of.  parts: whether the template reads content that is a list of parts.
+    tools: that the model is told of.
     """
     names = {
         call["id"]: call["function"]["name"]
@@ -28,19 +28,14 @@ def for_template(
         for call in message.get("tool_calls") or ()
         if isinstance(call.get("id"), str)
     }
-    made = [_message(message, names, dialect, parts) for message in messages]
+    made = [_message(message, names, dialect) for message in messages]
     return made if dialect.knows_tools else _in_words(made, tools, dialect)
 
 
-def _message(
-    message: Mapping[str, Any], names: Mapping[str, str], dialect: Dialect, parts: bool
-) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], names: Mapping[str, str], dialect: Dialect) -> dict[str, Any]:
     made = dict(message)
-    content = made.get("content")
-    if content is None:
+    if made.get("content") is None:
         made["content"] = ""
-    elif isinstance(content, list) and not parts:
-        made["content"] = "\n".join(part["text"] for part in content)
     thought = made.pop("reasoning_content", None)
     if thought is not None:
         made |= dict.fromkeys(dialect.thought_names, thought)

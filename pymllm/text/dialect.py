@@ -5,6 +5,7 @@ All of it is known from the template's text and the vocabulary, never from a mod
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -98,6 +99,24 @@ class Dialect:
             rules += self._thought_rules()
             before = "thought space" if opened else "(begin thought space)?"
             start = answer if self.thoughts.closed_by(prompt) and not opened else f"{before} ({answer})"
+        return "\n".join([f"start: {start}", *rules])
+
+    def strict_grammar(self, tools: Sequence[Tool], *, most: int | None, opened: bool) -> str | None:
+        """Write a grammar of any answer, in which the arguments of strict tools follow their schemas.
+
+        None: where the family has none; the arguments are then as the model writes them.
+        """
+        most = MAX_CALLS if most is None else most
+        rules = self.calls.optional(most, self._spell)
+        if rules is None:
+            return None
+        loose = [tool if tool.strict else dataclasses.replace(tool, parameters={}) for tool in tools]
+        rules += self.calls.rules(loose, most, self._spell)
+        start = "perhaps"
+        # Thoughts whose marks are text are a part of it.
+        if self.thoughts is not None and self.thoughts.ends[0] in self.kept_tokens:
+            rules += self._thought_rules()
+            start = "thought space perhaps" if opened else "(begin thought space)? perhaps"
         return "\n".join([f"start: {start}", *rules])
 
     def _thought_rules(self) -> list[str]:

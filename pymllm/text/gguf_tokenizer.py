@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.errors import CheckpointError
-from pymllm.text.chat_template import ChatTemplate
-from pymllm.text.tokenizer import Encoder, FastEncoder, Tokenizer
+from pymllm.text.chat_template import ChatTemplate, chat_template_of
+from pymllm.text.encoders import Encoder, FastEncoder, panics_told
+from pymllm.text.template_files import named_templates
+from pymllm.text.tokenizer import Tokenizer
+from pymllm.text.tokenizer_files import check_text
 from pymllm.weights.checkpoint import Checkpoint
 
 # Regular expressions that split text into words; BPE runs within each word.
@@ -75,11 +78,16 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "\u2581"
 
 
-def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Open the tokenizer of a checkpoint, which is a folder or a GGUF file."""
-    if checkpoint.metadata:
-        return GGUFTokenizer(checkpoint.path, checkpoint.metadata)
-    return Tokenizer(checkpoint.path)
+def open_tokenizer(checkpoint: Checkpoint, chat_template: str | Path | None = None) -> Tokenizer:
+    """Open the tokenizer of a checkpoint, which is a folder or a GGUF file.
+
+    chat_template: a file of Jinja text, or such text, in place of the checkpoint's own template; None: its own.
+    """
+    path, metadata = checkpoint.path, checkpoint.metadata
+    tokenizer = GGUFTokenizer(path, metadata) if metadata else Tokenizer(path)
+    if chat_template is not None:
+        tokenizer.use_chat_template(chat_template_of(chat_template))
+    return tokenizer
 
 
 class GGUFTokenizer(Tokenizer):
@@ -107,6 +115,7 @@ class GGUFTokenizer(Tokenizer):
         return isinstance(self._get("tokens"), list) and isinstance(kind, str) and kind in ("gpt2", "llama")
 
     @functools.cached_property
+    @panics_told
     def encoder(self) -> Encoder:
         tokens, kind = self._get("tokens"), self._get("model")
         if not isinstance(tokens, list):
@@ -116,6 +125,7 @@ class GGUFTokenizer(Tokenizer):
         try:
             embedded = self.metadata.get("tokenizer.huggingface.json")
             if isinstance(embedded, str):
+                check_text(embedded, str(self.folder))
                 return FastEncoder(tokenizers.Tokenizer.from_str(embedded))
             if kind == "gpt2":
                 built = self._byte_level(tokens)
@@ -214,9 +224,18 @@ class GGUFTokenizer(Tokenizer):
             )
 
     @functools.cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        template = self.metadata.get("tokenizer.chat_template")
-        return ChatTemplate(template, str(self.folder)) if isinstance(template, str) and template else None
+    def chat_templates(self) -> dict[str, ChatTemplate]:
+        key = "tokenizer.chat_template"
+        named = self.metadata.get(f"{key}s")
+        # Further ones have their names in a list, and each a key of its own.
+        keys = {
+            name: f"{key}.{name}"
+            for name in (named if isinstance(named, list) else ())
+            if isinstance(name, str)
+        }
+        found = {name: self.metadata.get(at) for name, at in {"default": key, **keys}.items()}
+        texts = [{"name": name, "template": text} for name, text in found.items() if text]
+        return named_templates(texts, str(self.folder))
 
 
 def merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> Iterator[tuple[str, str]]:

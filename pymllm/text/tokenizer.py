@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from pymllm.errors import CheckpointError, ConfigError, RequestError
+from pymllm.errors import CheckpointError, RequestError
 from pymllm.text.chat_template import ChatTemplate
+from pymllm.text.encoders import AutoEncoder as AutoEncoder
+from pymllm.text.encoders import Encoder, FastEncoder
+from pymllm.text.encoders import auto_tokenizer_from_pretrained as auto_tokenizer_from_pretrained
+from pymllm.text.json_files import read_json as read_json
+from pymllm.text.template_files import choose_template, read_templates
 
 # Files that transformers makes a tokenizer of, where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
@@ -27,130 +31,6 @@ def _letters_of_bytes() -> dict[str, int]:
 
 
 BYTES = _letters_of_bytes()
-
-
-class Encoder(Protocol):
-    """The two directions of a tokenizer: text to ids, ids to text."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
-
-    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
-        """Encode a text with its special tokens to `length` ids at most: what is too much of the text is left out.
-
-        from_left: whether it is left out at the beginning, not at the end.
-        """
-
-    def in_lower_case(self) -> Encoder:
-        """Copy the tokenizer: the copy puts a text in lower case first, but for special tokens that stand in it."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
-
-    def piece(self, token: int) -> str | None:
-        """Return a token as the vocabulary spells it; None: there is none."""
-
-
-class FastEncoder:
-    """A tokenizer of the `tokenizers` library, which reads tokenizer.json."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_file(cls, file: Path) -> FastEncoder:
-        import tokenizers
-
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            # Files of encoders cut and pad every text to the length that they were trained with.
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return cls(tokenizer)
-        except Exception as error:
-            # tokenizers raises bare Exception for a damaged file.
-            raise CheckpointError(
-                f"the tokenizer cannot be read: {error}", code="tokenizer", file=str(file)
-            ) from None
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        room = max(length - self.tokenizer.num_special_tokens_to_add(False), 0)
-        if len(found.ids) > room:
-            found.truncate(room, direction="left" if from_left else "right")
-        return self.tokenizer.post_process(found, None, True).ids
-
-    def in_lower_case(self) -> FastEncoder:
-        return FastEncoder(in_lower_case(copy.deepcopy(self.tokenizer)))
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    def piece(self, token: int) -> str | None:
-        return self.tokenizer.id_to_token(token)
-
-
-class AutoEncoder:
-    """Any tokenizer that transformers can read without running a checkpoint's code."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = auto_tokenizer_from_pretrained(folder, trust_remote_code=False)
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def encode_cut(self, text: str, length: int, from_left: bool) -> list[int]:
-        self.tokenizer.truncation_side = "left" if from_left else "right"
-        return self.tokenizer.encode(text, truncation=True, max_length=length)
-
-    def in_lower_case(self) -> AutoEncoder:
-        made = copy.copy(self)
-        made.tokenizer = copy.deepcopy(self.tokenizer)
-        if made.tokenizer.is_fast:
-            in_lower_case(made.tokenizer.backend_tokenizer)
-        else:
-            made.tokenizer.do_lower_case = True
-        return made
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
-
-    def piece(self, token: int) -> str | None:
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        return piece if isinstance(piece, str) else None
-
-
-def in_lower_case(tokenizer: Any) -> Any:
-    """Let a tokenizer of the `tokenizers` library, which is returned, put texts in lower case before all else."""
-    from tokenizers.normalizers import Lowercase
-    from tokenizers.normalizers import Sequence as InOrder
-
-    own = tokenizer.normalizer
-    tokenizer.normalizer = InOrder([Lowercase()] if own is None else [Lowercase(), own])
-    return tokenizer
-
-
-# The message of transformers' error for a list.
-LIST_ERROR = "'list' object has no attribute"
-
-
-def auto_tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """Call transformers' AutoTokenizer.from_pretrained, also where `extra_special_tokens` is a list.
-
-    Versions of transformers that expect an object there fail on a list (an AttributeError that says so); they then get
-    the tokens under the names extra_special_token_0, 1, ... Any other failure is raised as it is.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    except AttributeError as error:
-        tokens = read_json(Path(path) / "tokenizer_config.json").get("extra_special_tokens")
-        if LIST_ERROR not in str(error) or not isinstance(tokens, list) or "extra_special_tokens" in options:
-            raise
-    named = {f"extra_special_token_{index}": token for index, token in enumerate(tokens)}
-    return AutoTokenizer.from_pretrained(path, extra_special_tokens=named, **options)
 
 
 def _checked(text: str) -> str:
@@ -172,6 +52,9 @@ class Tokenizer:
 
     A checkpoint without one still runs on token ids; to encode text is then an error that says what is missing.
     """
+
+    # The most tokens that a prompt may have; None: any number.
+    longest_prompt: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -198,6 +81,23 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode a text to token ids, with the special tokens that the tokenizer itself adds."""
         return self.encoder.encode(_checked(text), add_special_tokens)
+
+    def check_length(self, text: str, tensor: str = "prompt") -> None:
+        """Refuse a prompt that is too long with a RequestError, where its length alone shows it; else do nothing."""
+        longest = self.longest_prompt
+        # No token stands for less than a character; the vocabulary is looked at for long texts only.
+        if longest is None or len(text) <= longest or self.encoder.bound is None:
+            return
+        fewest = self.encoder.bound.fewest_tokens(text)
+        if fewest > longest:
+            raise RequestError(
+                "the prompt is too long",
+                code="prompt-too-long",
+                tensor=tensor,
+                expected=f"at most {longest} tokens",
+                found=f"{len(text)} characters, which are at least {fewest} tokens",
+                fix="Shorten the prompt.",
+            )
 
     def encode_cut(self, text: str, length: int) -> list[int]:
         """Encode a text with its special tokens to `length` ids at most, as transformers cuts texts."""
@@ -260,16 +160,22 @@ class Tokenizer:
         return tuple(dict.fromkeys(ids for ids in spelled if ids))
 
     @functools.cached_property
+    def chat_templates(self) -> dict[str, ChatTemplate]:
+        """The chat templates by name, `default` and `tool_use` say; {} if the checkpoint has none."""
+        return read_templates(self.folder, self.settings)
+
+    @property
     def chat_template(self) -> ChatTemplate | None:
-        """The template in chat_template.jinja or tokenizer_config.json; None if the checkpoint has none."""
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
-        template = self.settings.get("chat_template")
-        # transformers writes several templates as a list of named ones.
-        if isinstance(template, list):
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-        return ChatTemplate(template, str(self.folder / "tokenizer_config.json")) if template else None
+        """The template for chats without tools; None if the checkpoint has none."""
+        return self.chat_templates.get("default")
+
+    def use_chat_template(self, template: ChatTemplate) -> None:
+        """Render all chats by a template in place of the checkpoint's own."""
+        self.chat_templates = {"default": template}
+
+    def template_for(self, tools: Any) -> ChatTemplate:
+        """Choose the template for a chat, with tools or None.  ConfigError if there is none."""
+        return choose_template(self.chat_templates, tools is not None, self.folder)
 
     def apply_chat_template(
         self,
@@ -291,6 +197,8 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             variables=variables,
         )
+        self.template_for(tools).check_reads_users()
+        self.check_length(text, "messages")
         return self.encode(text, add_special_tokens=False)
 
     def render_chat(
@@ -306,18 +214,11 @@ class Tokenizer:
 
         tools: what the model may call, each an object with `function`, as OpenAI's API has it.
         add_generation_prompt: whether the text ends with what begins the assistant's answer.
-        continue_final_message: whether the last message is not closed: the model goes on with it.
+        continue_final_message: whether the last message is not closed: the model goes on with it. It excludes
+        add_generation_prompt.
         variables: others that the template reads, as `enable_thinking`.
         """
-        if self.chat_template is None:
-            raise ConfigError(
-                "the checkpoint has no chat template",
-                code="chat-template-missing",
-                file=str(self.folder),
-                expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-                fix="Use plain completions.",
-            )
-        return self.chat_template.render(
+        return self.template_for(tools).render(
             messages,
             self.special_tokens,
             tools=tools,
@@ -326,14 +227,17 @@ class Tokenizer:
             variables=variables,
         )
 
-    @property
+    @functools.cached_property
     def special_tokens(self) -> dict[str, str]:
         """The tokens that templates call by name, `eos_token` say."""
-        return {
-            name: token["content"] if isinstance(token, Mapping) else token
-            for name, token in self.settings.items()
-            if name.endswith("_token") and token is not None and not isinstance(token, bool)
-        }
+        named = {}
+        # Older folders name them in a file of their own.
+        for settings in (read_json(self.folder / "special_tokens_map.json"), self.settings):
+            for name, token in settings.items():
+                text = token.get("content") if isinstance(token, Mapping) else token
+                if name.endswith("_token") and isinstance(text, str):
+                    named[name] = text
+        return named
 
 
 # A character has at most four bytes, so that a token that comes later completes none of an earlier one. After so many
@@ -433,14 +337,3 @@ class TextStream:
         end = max(self.sent, len(self.text) - held)
         piece, self.sent = self.text[self.sent : end], end
         return piece
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; {} if there is none.  CheckpointError if the file cannot be read."""
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the file cannot be read: {error}", code="tokenizer", file=str(file)) from None
-    return settings if isinstance(settings, dict) else {}

@@ -10,6 +10,7 @@ from pymllm.engine.sampling import GRAMMARS, MAX_LOGPROBS
 from pymllm.errors import RequestError
 from pymllm.server.protocol.base import refuse
 from pymllm.server.protocol.messages import Message, prepare_messages
+from pymllm.server.protocol.sampled import GRAMMARS as GIVEN_GRAMMARS
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.protocol.tools import Calls, Choice, FunctionTool, check_choice, choose
 from pymllm.text.tool_calls.base import check_tools
@@ -78,8 +79,9 @@ class ChatRequest(SampledRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def blame(self, error: RequestError) -> RequestError:
-        # The grammar of a forced call is made of the tools' schemas.
-        if error.code == "grammar" and error.tensor in GRAMMARS and self.calls.forced:
+        # The grammar is made of the tools' schemas, unless one was given.
+        given = any(getattr(self, name) is not None for name in GIVEN_GRAMMARS)
+        if error.code == "grammar" and error.tensor in GRAMMARS and (self.calls.forced or not given):
             error.message = "tools" + error.message.removeprefix(error.tensor)
             error.tensor = "tools"
         return super().blame(error)

@@ -96,6 +96,14 @@ class ToolFamily:
         """
         raise NotImplementedError
 
+    def optional(self, most: int, spell: Callable[[str], str]) -> list[str] | None:
+        """Write the rule `perhaps`: any text, in which calls follow the rules that `rules` yields.
+
+        None: this family has no such rule, where its marks are no special tokens.
+        """
+        marked = bool(self.markers) and spell(self.markers[0]).startswith("<")
+        return ["perhaps: ANY | ANY? calls", "ANY: /(?s:.+)/"] if marked else None
+
     def before_answer(self, spell: Callable[[str], str]) -> str:
         """Write what a grammar has before what is said, thoughts among it (`thought_rule`); "": nothing."""
         return ""

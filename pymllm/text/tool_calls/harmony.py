@@ -46,6 +46,9 @@ class Harmony(ToolFamily):
             )
             yield json_rule(f"args_{index}", tool.schema)
 
+    def optional(self, most: int, spell: Callable[[str], str]) -> list[str] | None:
+        return None
+
     def before_answer(self, spell: Callable[[str], str]) -> str:
         return f'thinks? {spell(CHANNEL)} "final" {spell(MESSAGE)}'
 

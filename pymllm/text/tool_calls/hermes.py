@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from pymllm.text.parts import PartReader
-from pymllm.text.tool_calls.base import Steps, Tool, ToolFamily, object_rules, repeated
+from pymllm.text.tool_calls.base import Steps, Tool, ToolFamily, literal, object_rules, repeated
 from pymllm.text.tool_calls.json_object import ObjectCalls
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -24,6 +24,14 @@ class Hermes(ToolFamily):
         yield "calls: " + repeated("one_call", '"\\n"', most)
         yield f'one_call: {spell(OPEN)} "\\n" call "\\n" {spell(CLOSE)}'
         yield from object_rules(tools, "arguments")
+
+    def optional(self, most: int, spell: Callable[[str], str]) -> list[str] | None:
+        further = f' ("\\n" one_call){{0,{most - 1}}}' if most > 1 else ""
+        return super().optional(most, spell) or [
+            f'perhaps: PLAIN | begin_call "\\n" call "\\n" {spell(CLOSE)}{further}',
+            f"PLAIN: /(?s:.*)/ & ~/(?s:.*{OPEN}.*)/",
+            f"begin_call[suffix={literal(OPEN)}]: /(?s:.*)/",
+        ]
 
 
 class HermesText(ObjectCalls):

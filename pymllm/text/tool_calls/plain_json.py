@@ -34,6 +34,10 @@ class PlainJson(ToolFamily):
         yield "calls: " + repeated("call", '"\\n"', most)
         yield from object_rules(tools, self.arguments_key)
 
+    def optional(self, most: int, spell: Callable[[str], str]) -> list[str] | None:
+        tag = f"({spell(self.markers[0])})? " if self.markers else ""
+        return [f"perhaps: PLAIN | {tag}calls", r'PLAIN: /(?s:.*)/ & ~/(?s:\s*\{\s*"name".*)/']
+
     def instructions(self, tools: Sequence[Tool]) -> str:
         """Tell a model of its tools."""
         described = (json.dumps(tool.for_template()["function"], ensure_ascii=False) for tool in tools)
