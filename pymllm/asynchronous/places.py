@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+
+# How many places that were given back tell of the line's speed, and for how long.
+REMEMBERED, REMEMBERED_SECONDS = 64, 120.0
 
 
 class Busy(Exception):
@@ -24,10 +29,15 @@ class _Waiting:
 
 
 class Places:
-    """So many places in all, given to whoever came first; any thread may give them back."""
+    """So many places in all, given to whoever came first; any thread may give them back.
 
-    def __init__(self, capacity: int) -> None:
+    clock: tells the time, in seconds.
+    """
+
+    def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.capacity = self.free = capacity
+        self._clock = clock
+        self._given_back: deque[float] = deque(maxlen=REMEMBERED)
         self._waiting: deque[_Waiting] = deque()
         self._lock = threading.Lock()
 
@@ -66,7 +76,18 @@ class Places:
     def give_back(self, count: int = 1) -> None:
         with self._lock:
             self.free += count
+            self._given_back.extend([self._clock()] * min(count, REMEMBERED))
             self._hand_out()
+
+    def seconds_of_line(self) -> float | None:
+        """Return how long the places that are taken now will take at the speed of late; None: that is not known."""
+        with self._lock:
+            now, taken = self._clock(), self.capacity - self.free
+            late = [when for when in self._given_back if now - when <= REMEMBERED_SECONDS]
+        # From the first on, others followed.
+        if len(late) < 2 or now <= late[0]:
+            return None
+        return taken * (now - late[0]) / (len(late) - 1)
 
     def refuse_waiting(self, error: Exception) -> None:
         """Have everybody who waits raise this error."""

@@ -9,20 +9,23 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from torch import Tensor
 
 from pymllm.api import LLM
 from pymllm.asynchronous.places import Busy, Places
+from pymllm.asynchronous.pulse import Pulse, device_fault
+from pymllm.asynchronous.tally import Tally
 from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
 from pymllm.engine.request import Request, RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
+from pymllm.errors import RequestError
 
-__all__ = ["Busy", "Generation", "Worker"]
+__all__ = ["REMINDER", "Busy", "Generation", "Worker"]
 
 logger = logging.getLogger("pymllm")
 
@@ -32,12 +35,17 @@ COMPILERS = 2
 Made = TypeVar("Made")
 Item = tuple[int, StreamPiece] | Exception | None
 
+# What `Generation.remind_every` has a generation yield.
+REMINDER = (-1, StreamPiece("", ()))
+
 
 class Worker:
     """The thread that runs one model.
 
     max_running: how many prompts are answered together.  max_waiting: how many more may wait.
     places: the line.  live: the generations that have not ended.  refusal: what new work raises; None: it is taken.
+    pulse: whether the thread is alive.  tally: what it has done.  fault: why the device runs nothing more, or None.
+    checks: each says why the model cannot answer now, or None; whoever runs a part of it elsewhere adds one.
     """
 
     def __init__(self, llm: LLM, max_running: int, max_waiting: int) -> None:
@@ -47,10 +55,14 @@ class Worker:
         self.places = Places(max_running + max_waiting)
         self.live: set[Generation] = set()
         self.refusal: Exception | None = None
+        self.pulse, self.tally = Pulse(), Tally()
+        self.fault: str | None = None
+        self.checks: list[Callable[[], str | None]] = [self.pulse.why_not, lambda: self.fault]
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, "generation")
         self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
+        self._last: Future[None] = Future()  # the last work of the thread
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -74,8 +86,19 @@ class Worker:
         generation = Generation(self, asked)
         self.live.add(generation)
         self._arrived.put(generation)
-        self._thread.submit(self._work)
+        self._start_work()
         return generation
+
+    def why_not_healthy(self) -> str | None:
+        """Return why the model cannot answer now, or None."""
+        if self.refusal is not None:
+            return str(self.refusal)
+        return next((reason for check in self.checks if (reason := check()) is not None), None)
+
+    @property
+    def waiting(self) -> int:
+        """The number of generations that the thread has not taken in yet."""
+        return self._arrived.qsize()
 
     async def call(self, function: Callable[[], Made]) -> Made:
         """Call a function that uses the model, in its thread, between two steps.  Returns what it returns."""
@@ -83,13 +106,16 @@ class Worker:
 
         def run() -> None:
             if done.set_running_or_notify_cancel():
+                started = self.pulse.beat()
                 try:
                     done.set_result(function())
-                except Exception as error:
+                except BaseException as error:
+                    self.note_failure()
                     done.set_exception(error)
+                self.pulse.note_step(started)
 
         self._calls.put(run)
-        self._thread.submit(self._work)
+        self._start_work()
         return await asyncio.wrap_future(done)
 
     async def embed(self, inputs: Sequence[EmbeddingInput], options: EmbeddingOptions) -> list[Tensor]:
@@ -120,10 +146,24 @@ class Worker:
         if self.refusal is not None:
             raise self.refusal
 
-    def shut_down(self) -> None:
-        """Let the threads end once they have nothing left to do."""
+    def shut_down(self, seconds: float = 0.0) -> bool:
+        """Let the threads end once they have nothing left to do.
+
+        seconds: how long to wait for that.  Returns whether the one that runs the model has nothing left.
+        """
+        with contextlib.suppress(RuntimeError):  # it has been told so before
+            self._last = self._thread.submit(lambda: None)
         self._thread.shutdown(wait=False)
         self._compilers.shutdown(wait=False)
+        return bool(wait([self._last], timeout=seconds).done)
+
+    def note_failure(self) -> None:
+        """See whether the device still works, after something has failed; the thread calls this."""
+        self.fault = self.fault or device_fault(self.llm.embedder.runner.device)
+
+    def _start_work(self) -> None:
+        self.pulse.expect()
+        self._thread.submit(self._work)
 
     def _run_calls(self) -> None:
         while not self._calls.empty():
@@ -131,18 +171,30 @@ class Worker:
 
     def _work(self) -> None:
         """Answer, in the thread, until no request is left; then release the model, which others may use as well."""
-        self._run_calls()
-        # They may have been answered in an earlier round.
-        if self._arrived.empty():
-            return
-        with self.llm.session() as session:
-            _Round(session, self._arrived, self._run_calls).run()
+        self.pulse.beat()
+        try:
+            self._run_calls()
+            # They may have been answered in an earlier round.
+            if not self._arrived.empty():
+                with self.llm.session() as session:
+                    _Round(self, session, self._arrived, self._run_calls).run()
+        except Exception as error:
+            # The model could not be taken: nobody else would tell those who wait.
+            logger.exception("no request can be answered")
+            while not self._arrived.empty():
+                self._arrived.get().leave(error)
+        finally:
+            if self._arrived.empty() and self._calls.empty():
+                self.pulse.rest()
 
 
 class Generation:
     """The pieces of some answers, as an async iterator of (number of the answer, piece).
 
     `close` aborts the answers before the next step, however far they are.
+
+    most_behind: how many pieces may wait to be taken; with more, the answers are aborted; None: any number.
+    answered: how many tokens have come.
     """
 
     def __init__(self, worker: Worker, asked: Sequence[Asked]) -> None:
@@ -150,19 +202,39 @@ class Generation:
         self.closed = False
         self.reason: Exception | None = None
         self.arrived_at = time.perf_counter()
+        self.most_behind: int | None = None
+        self.answered = 0
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Item] = asyncio.Queue()
+        # The thread counts the former, the loop the latter.
+        self._delivered = self._taken = 0
+        self._over, self._last_taken = False, 0.0
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> tuple[int, StreamPiece]:
         item = await self._items.get()
+        self._last_taken = self._loop.time()
         if item is None:
             raise StopAsyncIteration
         if isinstance(item, Exception):
             raise item
+        self._taken += item is not REMINDER
         return item
+
+    def remind_every(self, seconds: float) -> None:
+        """Have whoever iterates get REMINDER, too, whenever no piece has come for so long, until the end."""
+        if self._over or self.closed:
+            return
+        now = self._loop.time()
+        left = (self._last_taken or now) + seconds - now
+        if left <= 0.0:
+            if self._items.empty():
+                self._items.put_nowait(REMINDER)
+            left = seconds
+        self._last_taken = self._last_taken or now
+        self._loop.call_later(left, self.remind_every, seconds)
 
     async def outputs(self) -> list[RequestOutput]:
         """Wait until all answers are there.  Returns their outputs, in the order in which they were asked for."""
@@ -176,13 +248,18 @@ class Generation:
         """Close it, and have whoever waits for a piece get this error."""
         self.closed, self.reason = True, error
 
-    def deliver(self, item: Item) -> None:
-        """Hand a piece over; the generating thread calls this."""
-        try:
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-        except RuntimeError:
-            # The loop has gone, and so has whoever asked.
-            self.closed = True
+    def hand_over(self, number: int, piece: StreamPiece) -> None:
+        """Hand a piece over; the generating thread calls this, and never waits for whoever takes it."""
+        if self.closed:
+            return
+        self._delivered += 1
+        self.answered += len(piece.token_ids)
+        behind = self._delivered - self._taken
+        if self.most_behind is not None and behind > self.most_behind * len(self.asked):
+            message = f"the client is {behind} pieces of its answer behind, so the answer was ended"
+            self.abort(RequestError(message, code="client-behind"))
+        else:
+            self._deliver((number, piece))
 
     def leave(self, error: Exception | None = None) -> None:
         """End the pieces and free the places; the generating thread calls this once.
@@ -191,7 +268,15 @@ class Generation:
         """
         self.worker.live.discard(self)
         self.worker.places.give_back(len(self.asked))
-        self.deliver(error)
+        self._over = True
+        self._deliver(error)
+
+    def _deliver(self, item: Item) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+        except RuntimeError:
+            # The loop has gone, and so has whoever asked.
+            self.closed = True
 
 
 class _Round:
@@ -202,9 +287,14 @@ class _Round:
     """
 
     def __init__(
-        self, session: Session, arrived: queue.SimpleQueue[Generation], between: Callable[[], None]
+        self,
+        worker: Worker,
+        session: Session,
+        arrived: queue.SimpleQueue[Generation],
+        between: Callable[[], None],
     ) -> None:
-        self.session, self.arrived, self.between = session, arrived, between
+        self.worker, self.session, self.arrived, self.between = worker, session, arrived, between
+        self.pulse, self.tally = worker.pulse, worker.tally
         self.requests: dict[Generation, list[Request]] = {}
         self.owners: dict[Request, Generation] = {}
 
@@ -218,12 +308,18 @@ class _Round:
                 if not self.requests:
                     return
                 self.between()
-                for request, piece in self.session.step():
+                started = self.pulse.beat()
+                stepped = self.session.step()
+                ran = sum(len(request.running_sequence) for request, _ in stepped)
+                self.tally.note_step(self.pulse.note_step(started, ran), ran)
+                for request, piece in stepped:
                     self._hand_out(request, piece)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("all requests under way have failed")
+            self.worker.note_failure()
+            told = error if isinstance(error, Exception) else RuntimeError(repr(error))
             for generation in list(self.requests):
-                self._end(generation, error)
+                self._end(generation, told)
 
     def _take(self, generation: Generation) -> None:
         self.requests[generation] = []
@@ -247,17 +343,24 @@ class _Round:
         if generation is None:
             return
         if piece is not None:
-            generation.deliver((request.req_id, piece))
+            if piece.token_ids:
+                self.tally.note_piece(request, len(piece.token_ids))
+            generation.hand_over(request.req_id, piece)
         if request.finish_reason is None:
             return
+        if request.error is not None:
+            self.worker.note_failure()
+        metrics = None if piece is None or piece.output is None else piece.output.metrics
+        self.tally.note_end(request, metrics)
         self.requests[generation].remove(request)
         del self.owners[request]
         if request.error is not None or not self.requests[generation]:
-            self._end(generation, request.error)
+            self._end(generation, request.error or generation.reason)
 
     def _end(self, generation: Generation, error: Exception | None = None) -> None:
         for request in self.requests.pop(generation):
             del self.owners[request]
             if request in self.session.unfinished:
                 self.session.abort(request)
+            self.tally.note_end(request, None)
         generation.leave(error)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pymllm.cli.options import (
     adapter,
@@ -20,14 +20,14 @@ from pymllm.cli.options import (
     model_arguments,
 )
 from pymllm.cli.output import say
+from pymllm.cli.serve_options import add_operation_options, limits_of
 
 if TYPE_CHECKING:
     import uvicorn
 
 SHIPPED_NAME = "pymllm-shipped"
-
-# Connections beyond those that run or wait: idle ones, and clients that are still sending; each may hold 4 MiB.
-SPARE_CONNECTIONS = 256
+# How long the process waits for its last step after the server has ended.
+LAST_STEP_SECONDS = 5.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -55,11 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         metavar="KEY",
         default=os.environ.get("PYMLLM_API_KEY"),
-        help="the key that every request but /health must bring; better given as PYMLLM_API_KEY, which other users of "
-        "this machine cannot see",
+        help="the key that every request but /health and the page must bring; better given as PYMLLM_API_KEY, which "
+        "other users of this machine cannot see",
     )
     group.add_argument(
-        "--model-name", metavar="NAME", help="what clients call the model; default: MODEL's last part"
+        "--model-name",
+        action="append",
+        metavar="NAME",
+        help="what clients call the model; repeatable, and answers bear the first name; default: MODEL's last part",
+    )
+    group.add_argument(
+        "--served-model-name",
+        dest="model_name",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="the same, as vLLM spells it: one name or several",
     )
     group.add_argument(
         "--adapter",
@@ -86,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
+    add_operation_options(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -100,7 +112,7 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
     from pymllm.errors import ConfigError, MissingExtraError
 
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError:
@@ -149,11 +161,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
-    import uvicorn
-
     from pymllm.api import LLM
+    from pymllm.server.access_log import AccessLog
     from pymllm.server.app import create_app
-    from pymllm.server.header_timeout import HeaderTimeoutProtocol
+    from pymllm.server.listening import configure
 
     llm = LLM(
         args.model,
@@ -165,25 +176,22 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         pooling=args.pooling,
         chat_template=args.chat_template,
     )
-    name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
+    names = args.model_name or [SHIPPED_NAME if args.model is None else served_name(args.model)]
+    access_log = args.access_log or ("text" if args.verbose else None)
     app = create_app(
         llm,
-        model_name=name,
+        model_name=names[0],
+        other_names=names[1:],
         api_key=args.api_key,
         max_running=args.max_running,
         max_waiting=args.max_waiting,
+        limits=limits_of(args),
+        cors=args.cors,
+        allowed_hosts=[*args.allowed_host, args.host],
+        access_log=None if access_log is None else AccessLog(sys.stderr, access_log),
+        open_metrics=args.open_metrics,
     )
-    config = uvicorn.Config(
-        app,
-        # It is h11's, which bounds the size of headers, as httptools does not.
-        http=HeaderTimeoutProtocol,
-        ws="none",
-        lifespan="off",
-        limit_concurrency=SPARE_CONNECTIONS + args.max_running + args.max_waiting,
-        log_level=logging.INFO if args.verbose else logging.WARNING,
-        access_log=args.verbose,
-        server_header=False,
-    )
+    config = configure(app, verbose=args.verbose)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     if args.host not in LOOPBACK and args.api_key is None:
@@ -191,8 +199,16 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
-    greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
-    make_server(config, greeting).run(sockets=[listener])
+    address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
+    greeting = f"Serving {names[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+    if args.chat_template is not None:
+        greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
+    try:
+        make_server(config, greeting).run(sockets=[listener])
+    finally:
+        if not app.state.service.worker.shut_down(LAST_STEP_SECONDS):
+            # A step that never ends would keep the process.
+            os._exit(0 if sys.exc_info()[0] is None else 128 + signal.SIGINT)
     return 0
 
 
@@ -203,22 +219,10 @@ def served_name(model: str) -> str:
 
 def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
     """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one."""
-    import asyncio
+    from pymllm.server.listening import DrainingServer
 
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            say(greeting)
-
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            if self.should_exit:
-                # A plain exit would wait for the generating thread.
-                os._exit(128 + sig)
-            super().handle_exit(sig, frame)
-            # Not here: the signal may have come while a line was written, and a stream cannot be written within itself.
-            said = "Finishing the requests under way; Ctrl+C once more stops at once."
-            asyncio.get_running_loop().call_soon_threadsafe(say, said)
-
-    return Server(config)
+    return DrainingServer(
+        config,
+        on_listening=lambda: say(greeting),
+        on_stopping=lambda: say("Finishing the requests under way; Ctrl+C once more stops at once."),
+    )

@@ -27,7 +27,7 @@ OVERLOADED = 529
 
 
 class AnthropicWords:
-    """The outermost layer of the application.
+    """The layer around all that refuses requests.
 
     A key may come as `x-api-key`. The errors of /v1/messages, and of every request with Anthropic's version header,
     are of Anthropic's shape.
@@ -43,7 +43,8 @@ class AnthropicWords:
         headers = Headers(scope=scope)
         if "x-api-key" in headers and "authorization" not in headers:
             key = headers["x-api-key"].encode("latin-1")
-            scope = {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer " + key)]}
+            # Not in a copy: what lies outside finds the route in this scope.
+            scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + key)]
         if not speaks_anthropic(scope["path"]) and VERSION not in headers:
             await self.app(scope, receive, send)
             return

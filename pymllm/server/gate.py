@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -20,24 +20,21 @@ from pymllm.server.refusals import error_body, refusal_of
 
 logger = logging.getLogger("pymllm")
 
-MAX_BODY_BYTES = 4 << 20
-MAX_HEADER_BYTES = 16 << 10
-RETRY_AFTER_SECONDS = 5
 OPEN_PATH = "/health"
-
-# How long a client may take to send its whole body.
-BODY_SECONDS = 30.0
 
 # nginx's status for a client that has left; nobody receives it.
 CLIENT_GONE = 499
 
 
-def add_gate(app: FastAPI, api_key: str | None) -> None:
+def add_gate(
+    app: FastAPI, api_key: str | None, *, header_bytes: int, open_paths: Collection[str] = (OPEN_PATH,)
+) -> None:
     """Put the guard before all routes of `app`, and give every error its JSON.
 
-    api_key: every request but /health must bring it; None: none need it.
+    api_key: every request must bring it, but for those of open paths; None: none need it.
+    header_bytes: how large the headers may be.
     """
-    app.add_middleware(Guard, api_key=api_key)
+    app.add_middleware(Guard, api_key=api_key, header_bytes=header_bytes, open_paths=open_paths)
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
 
@@ -45,33 +42,46 @@ def add_gate(app: FastAPI, api_key: str | None) -> None:
 async def read_body(http: Request) -> bytes:
     """Read the body, within bounds of size and time.
 
-    Raises HTTPException: 400 for a bad Content-Length, 413 for too large a body, 408 for too slow a client.
+    Raises HTTPException: 400 for a bad Content-Length, 413 for too large a body, 408 for too slow a client, 503 when
+    too much is being received already.
     """
+    traffic = http.app.state.traffic
+    limits = traffic.limits
     declared = http.headers.get("content-length", "0")
     if not (declared.isascii() and declared.isdecimal()):
         raise HTTPException(400, "Content-Length is not a number")
-    if len(declared) > 15 or int(declared) > MAX_BODY_BYTES:
-        raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    if len(declared) > 15 or int(declared) > limits.body_bytes:
+        raise HTTPException(413, f"the body is larger than {limits.body_bytes} bytes")
     try:
-        return await asyncio.wait_for(_read_at_most(http, MAX_BODY_BYTES), BODY_SECONDS)
+        return await asyncio.wait_for(_read_at_most(http, limits.body_bytes), limits.body_seconds)
     except asyncio.TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+        raise HTTPException(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
 
 
 async def _read_at_most(http: Request, limit: int) -> bytes:
-    body = bytearray()
-    async for piece in http.stream():
-        body += piece
-        if len(body) > limit:
-            raise HTTPException(413, f"the body is larger than {limit} bytes")
-    return bytes(body)
+    body, traffic = bytearray(), http.app.state.traffic
+    try:
+        async for piece in http.stream():
+            body += piece
+            traffic.arriving += len(piece)
+            if len(body) > limit:
+                raise HTTPException(413, f"the body is larger than {limit} bytes")
+            if traffic.arriving > traffic.limits.arriving_bytes:
+                http.state.refusal = "bodies"
+                headers = {"Retry-After": traffic.retry_after()}
+                raise HTTPException(503, "too many bytes of requests are arriving", headers)
+        return bytes(body)
+    finally:
+        traffic.arriving -= len(body)
 
 
 class Guard:
     """The check before everything else: the size of the headers, and the API key."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self.app = app
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, header_bytes: int, open_paths: Collection[str]
+    ) -> None:
+        self.app, self.header_bytes, self.open_paths = app, header_bytes, frozenset(open_paths)
         self.key = None if api_key is None else _digest(b"Bearer " + api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,9 +89,9 @@ class Guard:
         await (self.app if refusal is None else refusal)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            return error_response(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
-        if self.key is None or scope["path"] == OPEN_PATH:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.header_bytes:
+            return error_response(431, f"the headers are larger than {self.header_bytes} bytes")
+        if self.key is None or scope["path"] in self.open_paths:
             return None
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         # Digests of equal length are compared in constant time, so that the answer's delay tells nothing of the key.
@@ -111,11 +121,15 @@ async def _on_pymllm_error(http: Request, error: Exception) -> Response:
     status, body = refusal_of(error)
     if status >= 500:
         logger.error("a request failed: %s", error)
-    return JSONResponse(body, status)
+    if status != 503:
+        return JSONResponse(body, status)
+    http.state.refusal = "stopping" if error.code == "shutting-down" else "unhealthy"
+    return JSONResponse(body, status, {"Retry-After": http.app.state.traffic.retry_after()})
 
 
 async def _on_busy(http: Request, error: Exception) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    http.state.refusal = "line_full"
+    headers = {"Retry-After": http.app.state.traffic.retry_after()}
     return error_response(503, "too many requests are waiting", code="overloaded", headers=headers)
 
 
@@ -130,7 +144,10 @@ async def _on_gone(http: Request, error: Exception) -> Response:
 
 async def _on_defect(http: Request, error: Exception) -> Response:
     # The traceback is in the log.
-    return error_response(500, "internal error")
+    headers = (
+        {"X-Request-Id": request_id} if (request_id := getattr(http.state, "request_id", None)) else None
+    )
+    return error_response(500, "internal error", headers=headers)
 
 
 HANDLERS = {

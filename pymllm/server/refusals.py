@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pymllm.errors import PymllmError, RequestError
+from pymllm.errors import PymllmError, RankError, RequestError
 
 # Errors that are not RequestErrors, and yet no fault of the server's: this model cannot take such a request.
 CLIENT_CODES = (
@@ -14,6 +14,9 @@ CLIENT_CODES = (
     "embedding-module",
     "grammar",
 )
+
+# Errors that say that the server cannot answer now, whatever the request.
+UNAVAILABLE_CODES = ("shutting-down",)
 
 
 class NoSuchModel(RequestError):
@@ -36,6 +39,8 @@ def error_body(
 
 def refusal_of(error: PymllmError) -> tuple[int, dict[str, Any]]:
     """Return the status and the body that tell a client of an error."""
+    if isinstance(error, RankError) or error.code in UNAVAILABLE_CODES:
+        return 503, error_body(503, str(error), code=error.code)
     if isinstance(error, RequestError):
         status = 404 if isinstance(error, NoSuchModel) else 400
         return status, error_body(status, str(error), param=error.param, code=error.code)

@@ -92,13 +92,18 @@ class EmbeddingQuestion:
 class Service:
     """One model's answers to bodies of requests.
 
-    model_name: what clients call the model.  worker: the thread that runs it.
+    model_name: what clients call the model.  other_names: what they may call it as well.
+    worker: the thread that runs it.
     """
 
-    def __init__(self, llm: LLM, model_name: str, max_running: int, max_waiting: int) -> None:
-        if model_name in llm.adapters:
+    def __init__(
+        self, llm: LLM, model_name: str, max_running: int, max_waiting: int, other_names: Sequence[str] = ()
+    ) -> None:
+        self.names = tuple(dict.fromkeys((model_name, *other_names)))
+        taken = next((name for name in self.names if name in llm.adapters), None)
+        if taken is not None:
             raise ConfigError(
-                f"an adapter is called {model_name!r}, as the model itself",
+                f"an adapter is called {taken!r}, as the model itself",
                 code="adapter-name",
                 fix="Choose another name for the adapter or for the model.",
             )
@@ -116,14 +121,14 @@ class Service:
 
         Raises NoSuchModel for any other name.
         """
-        if name is None or name == self.model_name:
+        if name is None or name in self.names:
             return None
         if name not in self.llm.adapters:
             raise NoSuchModel(
                 f"there is no model {name!r} here",
                 code="model_not_found",
                 tensor="model",
-                expected=" or ".join(map(repr, (self.model_name, *self.llm.adapters))),
+                expected=" or ".join(map(repr, (*self.names, *self.llm.adapters))),
             )
         return self.llm.check_adapter(name)
 

@@ -12,18 +12,22 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from pymllm.asynchronous.worker import Generation
+from pymllm.asynchronous.worker import REMINDER, Generation
 from pymllm.engine.session import StreamPiece
 from pymllm.errors import PymllmError, RequestError
 from pymllm.server.answers.base import Answer
 from pymllm.server.gate import read_body
 from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.sampled import SampledRequest
+from pymllm.server.refusals import refusal_of
 from pymllm.server.service import Service
 
 logger = logging.getLogger("pymllm")
 
 T = TypeVar("T")
+
+# A comment of server-sent events, which clients skip: neither they nor proxies take a silent connection for a dead one.
+PING = ": ping\n\n"
 
 
 async def answer(
@@ -34,11 +38,16 @@ async def answer(
     service.check_generates()
     service.worker.places.check()
     question = await service.read(kind, await read_body(http))
-    generation = service.worker.start(question.asked)
+    generation = http.state.generation = service.worker.start(question.asked)
+    limits = http.app.state.traffic.limits
     try:
         if not question.stream:
             return JSONResponse(await unless_gone(http, service.answer(question, generation)))
-        # The first token comes before the headers, so that an error until then still gets its own status.
+        generation.most_behind = limits.pieces
+        if limits.ping_seconds:
+            generation.remind_every(limits.ping_seconds)
+        # The first token comes before the headers, so that an error until then still gets its own status; a reminder
+        # comes, too, as clients do not wait for headers for ever.
         first = await unless_gone(http, anext(generation))
     except BaseException as error:
         generation.close()
@@ -89,14 +98,20 @@ async def stream_events(
         yield event.encode()
     try:
         async for index, piece in _chain(first, generation):
+            if piece is REMINDER[1]:
+                yield PING
+                continue
             if piece.output is not None:
                 outputs[index] = piece.output
             for event in answer.add(index, piece):
                 yield event.encode()
     except Exception as error:
-        logger.error("a stream ended early: %s", error, exc_info=not isinstance(error, PymllmError))
-        message = str(error) if isinstance(error, PymllmError) else "internal error"
-        for event in answer.fail(500, message):
+        status, message = 500, "internal error"
+        if isinstance(error, PymllmError):
+            status, message = refusal_of(error)[0], str(error)
+        if status == 500:
+            logger.error("a stream ended early: %s", error, exc_info=not isinstance(error, PymllmError))
+        for event in answer.fail(status, message):
             yield event.encode()
         return
     for event in answer.end([outputs[index] for index in sorted(outputs)]):

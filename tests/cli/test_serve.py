@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import openai
 import pytest
 import uvicorn
 
 from pymllm.cli import main, serve
+from pymllm.cli.serve_options import add_operation_options, limits_of
+from pymllm.server.limits import Limits
 
 from ..processes import SECONDS, environment
 
@@ -23,15 +29,21 @@ LONG = {**REQUEST, "prompt": ["import os\n"] * 16, "max_tokens": 900}
 
 
 @contextlib.contextmanager
-def started(*arguments, **env):
-    """The process and its address."""
+def started(*arguments, files=None, **env):
+    """The process and its address.  files: how many it may open."""
+
+    def prepare():
+        # As from a terminal: what runs in a shell's background is born deaf to Ctrl+C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
     process = subprocess.Popen(
         [sys.executable, "-m", "pymllm", "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(OMP_NUM_THREADS="1", **env),
-        # As from a terminal: what runs in a shell's background is born deaf to Ctrl+C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=prepare,
     )
     try:
         assert process.stderr is not None
@@ -39,6 +51,7 @@ def started(*arguments, **env):
         address = re.search(r"http://[\d.]+:\d+/v1", line)
         assert address, line + process.stderr.read()
         assert "KV cache of 16384 tokens" in line
+        assert f"{address[0].removesuffix('v1')})" in line, "the page"
         yield process, address[0]
     finally:
         process.kill()
@@ -65,6 +78,41 @@ def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new():
         assert "Traceback" not in process.stderr.read()
 
 
+def test_sigterm_ends_although_a_client_does_not_read_and_tells_those_who_wait():
+    with started("--drain-seconds", "1", "--write-timeout", "600") as (process, address):
+        port = int(address.rsplit(":", 1)[1].removesuffix("/v1"))
+        silent = socket.socket()
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", port))
+        body = json.dumps({**LONG, "logprobs": 20, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        silent.sendall(head.encode() + body)
+        stream = client(address).completions.create(model="pymllm-shipped", stream=True, **LONG)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert "once more" in process.stderr.readline()
+        with pytest.raises(openai.APIStatusError, match="stopping"):
+            client(address).models.list()
+        with pytest.raises(openai.APIError, match="the server has stopped before the answer was there"):
+            list(stream)
+        assert process.wait(SECONDS) == 0
+        assert "Traceback" not in process.stderr.read()
+        silent.close()
+
+
+def test_a_process_that_may_open_few_files_answers_health_beside_more_idle_connections():
+    with started(files=200) as (_, address):
+        port = int(address.rsplit(":", 1)[1].removesuffix("/v1"))
+        idle = [socket.create_connection(("127.0.0.1", port), SECONDS) for _ in range(300)]
+        health = address.removesuffix("/v1") + "/health"
+        with urllib.request.urlopen(health, timeout=SECONDS) as answer:
+            assert answer.status == 200
+        answer = client(address).completions.create(model="pymllm-shipped", prompt="x", max_tokens=1)
+        assert answer.choices
+        for connection in idle:
+            connection.close()
+
+
 def test_a_second_signal_stops_at_once():
     with started(PYMLLM_API_KEY="secret") as (process, address):
         with pytest.raises(openai.AuthenticationError):
@@ -82,6 +130,72 @@ def test_ctrl_c_is_130():
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 130
         assert "Traceback" not in process.stderr.read()
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_operation_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_every_limit_has_a_flag_and_help_that_states_its_default():
+    assert limits_of(parse()) == Limits()
+    given = [
+        "--max-connections",
+        "7",
+        "--max-body-mb",
+        "0.5",
+        "--header-timeout",
+        "1",
+        "--body-timeout",
+        "2",
+        "--keep-alive",
+        "3",
+    ]
+    given += [
+        "--write-timeout",
+        "4",
+        "--ping-seconds",
+        "0",
+        "--drain-seconds",
+        "0",
+        "--step-timeout",
+        "5",
+        "--retry-after",
+        "6",
+    ]
+    assert limits_of(parse(*given)) == Limits(
+        connections=7,
+        body_bytes=1 << 19,
+        header_seconds=1,
+        body_seconds=2,
+        idle_seconds=3,
+        write_seconds=4,
+        ping_seconds=0,
+        drain_seconds=0,
+        step_seconds=5,
+        retry_after=6,
+    )
+    shown = argparse.ArgumentParser()
+    add_operation_options(shown)
+    text, defaults = " ".join(shown.format_help().split()), Limits()
+    for name in ("connections", "header_seconds", "idle_seconds", "write_seconds", "ping_seconds"):
+        assert f"default: {getattr(defaults, name):g}" in text, name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--max-connections", bad) for bad in ("0", "-1", "x", "1.5", "99999999")),
+        *(("--write-timeout", bad) for bad in ("0", "-1", "nan", "inf", "soon")),
+        *(("--ping-seconds", bad) for bad in ("-1", "nan", "inf")),
+        ("--access-log", "xml"),
+    ],
+)
+def test_a_limit_out_of_range_is_refused(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"{flag}={value}")
+    assert flag in capsys.readouterr().err
 
 
 def test_a_taken_port_is_known_before_the_model_is_loaded(capsys):

@@ -12,11 +12,10 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
 import pymllm
 from pymllm.server.app import create_app
-from pymllm.server.header_timeout import HeaderTimeoutProtocol
+from pymllm.server.listening import DrainingServer, configure
 from tests.processes import SECONDS
 
 MODEL = "shipped"
@@ -24,9 +23,10 @@ MODEL = "shipped"
 
 @dataclass
 class Served:
-    """app's model, and where it answers."""
+    """app's model, the app, and where it answers."""
 
     llm: Any
+    app: Any
     url: str
     port: int
 
@@ -37,9 +37,8 @@ class Served:
 @contextlib.contextmanager
 def serve(llm: Any, **settings: Any) -> Iterator[Served]:
     """Run the app until the block ends."""
-    app = create_app(llm, model_name=MODEL, **settings)
-    config = uvicorn.Config(app, http=HeaderTimeoutProtocol, ws="none", lifespan="off", log_level="error")
-    server = uvicorn.Server(config)
+    app = create_app(llm, **{"model_name": MODEL, **settings})
+    server = DrainingServer(configure(app))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -50,7 +49,7 @@ def serve(llm: Any, **settings: Any) -> Iterator[Served]:
             assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
         try:
-            yield Served(llm, f"http://127.0.0.1:{port}", port)
+            yield Served(llm, app, f"http://127.0.0.1:{port}", port)
         finally:
             server.should_exit = server.force_exit = True
             thread.join(SECONDS)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import math
-import socket
-import threading
 import time
 
 import openai
@@ -15,29 +12,19 @@ import pytest
 
 from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.errors import KernelError
-from pymllm.server import header_timeout
-from pymllm.server.gate import MAX_BODY_BYTES
-from tests.processes import SECONDS
+from pymllm.server.limits import Limits
+from tests.server.by_hand import (
+    LONG,
+    all_at_once,
+    assert_alive,
+    calls_of,
+    connect,
+    held_steps,
+    post,
+    send,
+    wait_until,
+)
 from tests.server.conftest import MODEL, serve
-
-LONG = {"prompt": "import os\n", "max_tokens": 900, "logit_bias": {"0": -100, "2": -100}}
-
-
-def post(served, body, path="/v1/completions", headers=None):
-    """Post a body, and return (status, JSON, headers)."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=SECONDS)
-    try:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read()), response.headers
-    finally:
-        connection.close()
-
-
-def assert_alive(served):
-    status, answer, _ = post(served, {"prompt": "x", "max_tokens": 1})
-    assert status == 200 and answer["choices"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +101,7 @@ def test_a_value_out_of_range_names_its_parameter(served, parameter, value):
         [{"role": "user"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         [{"role": "user", "content": "x", "colour": "red"}],
-        [{"role": "user", "content": "x", "tool_calls": []}],
+        [{"role": "user", "content": "x", "reasoning_content": "y"}],
         [{"role": "user", "content": "x", "tool_call_id": "a"}],
         [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
         [{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": ""}}],
@@ -136,7 +123,7 @@ def test_a_part_of_a_message_that_is_no_text_is_refused_by_its_kind_and_place(se
 
 
 def test_a_body_that_is_too_large_is_refused(served):
-    status, answer, _ = post(served, b" " * (MAX_BODY_BYTES + 1))
+    status, answer, _ = post(served, b" " * (Limits().body_bytes + 1))
     assert status == 413 and answer["error"]["message"]
     assert_alive(served)
 
@@ -145,28 +132,24 @@ def test_a_body_that_is_too_large_is_refused(served):
 def test_a_false_content_length_is_refused(served, length, status):
     with connect(served) as connection:
         connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
         )
         assert connection.recv(100).startswith(f"HTTP/1.1 {status}".encode())
     assert_alive(served)
 
 
 @pytest.mark.parametrize("requests_before", [0, 1])
-@pytest.mark.parametrize("started", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, requests_before, started):
+@pytest.mark.parametrize("started", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+def test_headers_that_do_not_come_are_not_waited_for(llm, requests_before, started):
     if requests_before and not started:
-        pytest.skip("an idle connection is kept for a while, by uvicorn's own rule")
-    if (
-        not requests_before
-    ):  # the time runs from the connection on, and else from the first byte of the late headers
-        monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
-    with connect(served) as connection:
+        pytest.skip("an idle connection is kept for a while, by its own limit")
+    with serve(llm, limits=Limits(header_seconds=0.5)) as served, connect(served) as connection:
+        # The time runs from the connection on, and else from the first byte of the late headers.
         for _ in range(requests_before):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             received = b""
             while not received.endswith(b"}"):
                 received += connection.recv(1000)
-        monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.5)
         connection.sendall(started)
         received = b""
         while more := connection.recv(1000):
@@ -174,10 +157,14 @@ def test_headers_that_do_not_come_are_not_waited_for(served, monkeypatch, reques
         assert received.startswith(b"HTTP/1.1 408") and b"headers" in received
 
 
-def test_an_answer_may_take_longer_than_headers_may(served, monkeypatch, llm):
-    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 1.0)
+def test_an_answer_may_take_longer_than_headers_may(llm, monkeypatch):
     arrived = calls_of(monkeypatch, Worker, "start")
-    with held_steps(llm) as gate, send(served, {**LONG, "max_tokens": 5}) as connection:
+    body = {**LONG, "max_tokens": 5}
+    with (
+        serve(llm, limits=Limits(header_seconds=1.0)) as served,
+        held_steps(llm) as gate,
+        send(served, body) as connection,
+    ):
         wait_until(lambda: arrived)
         time.sleep(1.5)
         gate.let(math.inf)
@@ -226,73 +213,6 @@ def test_everything_but_health_needs_the_key(llm):
         connection = http.client.HTTPConnection("127.0.0.1", served.port)
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it has not happened"
-        time.sleep(0.005)
-
-
-def connect(served):
-    """Open a connection."""
-    return socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS)
-
-
-def send(served, body):
-    """Open a connection with a request on its way."""
-    data = json.dumps(body).encode()
-    connection = connect(served)
-    connection.sendall(
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
-    )
-    return connection
-
-
-class Gate:
-    """A gate before every step of an engine: a step that has begun waits until `let` lets it through."""
-
-    def __init__(self, step):
-        self._step, self._changed = step, threading.Condition()
-        self.begun = self._allowed = 0
-
-    def step(self):
-        with self._changed:
-            self.begun += 1
-            assert self._changed.wait_for(lambda: self.begun <= self._allowed, SECONDS)
-        return self._step()
-
-    def let(self, steps=1):
-        """Let this many more steps through."""
-        with self._changed:
-            self._allowed += steps
-            self._changed.notify_all()
-
-
-@contextlib.contextmanager
-def held_steps(llm):
-    """Hold the engine's steps, so that nothing depends on how fast they are."""
-    gate = Gate(llm.engine.step)
-    llm.engine.step = gate.step
-    try:
-        yield gate
-    finally:
-        gate.let(math.inf)
-        del llm.engine.step
-
-
-def calls_of(monkeypatch, owner, name):
-    """Watch a method, and return the list of its calls so far."""
-    method, calls = getattr(owner, name), []
-
-    def watched(*arguments):
-        result = method(*arguments)
-        calls.append(arguments)
-        return result
-
-    monkeypatch.setattr(owner, name, watched)
-    return calls
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -347,14 +267,6 @@ def test_the_line_is_bounded_and_says_when_to_come_back(llm):
         stream.close()
         gate.let(math.inf)
         wait_until(lambda: post(served, {"prompt": "x", "max_tokens": 1})[0] == 200)
-
-
-def all_at_once(ask, *arguments):
-    """Call `ask` with each argument, in threads of their own, and return them."""
-    threads = [threading.Thread(target=ask, args=(argument,)) for argument in arguments]
-    for thread in threads:
-        thread.start()
-    return threads
 
 
 @pytest.mark.parametrize("running", [1, 64])

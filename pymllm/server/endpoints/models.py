@@ -1,4 +1,4 @@
-"""/v1/models: the model's name, and its adapters', as OpenAI's and Anthropic's clients know models."""
+"""/v1/models: the model's names, and its adapters', as OpenAI's and Anthropic's clients know models."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "created": created,
             "owned_by": "pymllm",
             "root": service.llm.plan.model,
-            "parent": None if name == service.model_name else service.model_name,
+            "parent": None if name in service.names else service.model_name,
             "max_model_len": service.llm.plan.kv_cache.get("max_model_len"),
         }
 
     @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models(request: Request) -> dict[str, Any]:
-        names = (service.model_name, *service.llm.adapters)
+        names = (*service.names, *service.llm.adapters)
         cards = [card(name, request) for name in names]
         if VERSION in request.headers:
             return {"data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]}
