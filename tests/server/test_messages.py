@@ -231,6 +231,9 @@ def test_errors_are_of_anthropic_s_shape(anthropic):
     assert kind(anthropic.post("/v1/messages", json={**ASKED, "model": "claude"})) == (404, "not_found_error")
     assert kind(anthropic.post("/v1/messages", content=b"{")) == (400, "invalid_request_error")
     thread = anthropic.post("/v1/messages", json={**ASKED, "thread": {"type": "create"}})
+    assert thread.json()["request_id"] == thread.headers["request-id"] == thread.headers["x-request-id"]
+    answer = anthropic.post("/v1/messages", json=ASKED)
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
     assert thread.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
     assert kind(anthropic.get("/v1/messages")) == (405, "invalid_request_error")
     assert kind(anthropic.post("/v1/messages/batches", json={})) == (404, "not_found_error")
