@@ -65,6 +65,7 @@ def test_a_conversation_becomes_its_tokens(http, llm):
         ("/tokenize", "messages", {"messages": []}),
         ("/tokenize", "messages", {"messages": [{"role": "robot", "content": "Hi"}]}),
         ("/tokenize", "chat_template", {"messages": MESSAGES, "chat_template": "{{ x }}"}),
+        ("/tokenize", "prompt", {"prompt": "x" * ((1 << 20) + 1)}),
         ("/detokenize", "tokens", {}),
         ("/detokenize", "tokens", {"tokens": "1 2"}),
         ("/detokenize", "tokens", {"tokens": [-1]}),
@@ -72,6 +73,7 @@ def test_a_conversation_becomes_its_tokens(http, llm):
         ("/detokenize", "tokens", {"tokens": [1 << 70]}),
         ("/detokenize", "skip_special_tokens", {"tokens": [1], "skip_special_tokens": False}),
     ],
+    ids=lambda one: None,
 )
 def test_what_cannot_be_read_is_refused_by_name(http, path, param, asked):
     answer = http.post(path, json=asked)

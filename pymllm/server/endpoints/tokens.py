@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from pymllm.errors import RequestError
 from pymllm.server.gate import read_body
 from pymllm.server.protocol.base import read_request
 from pymllm.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from pymllm.server.service import Service
+from pymllm.server.streaming import unless_gone
 
 # Of what tokenizers take for an id.
 MAX_TOKEN = (1 << 31) - 1
@@ -20,16 +24,22 @@ MAX_TOKEN = (1 << 31) - 1
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add /tokenize and /detokenize."""
+    # One thread: others' prompts do not wait for long texts.
+    thread = ThreadPoolExecutor(1, "tokens")
+
+    async def answer(request: Request, make: Callable[[Service, bytes], dict[str, Any]]) -> Response:
+        with service.worker.place():
+            body, loop = await read_body(request), asyncio.get_running_loop()
+            made = loop.run_in_executor(thread, lambda: json.dumps(make(service, body), ensure_ascii=False))
+            return Response(await unless_gone(request, made), media_type="application/json")
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        with service.worker.place():
-            return JSONResponse(await asyncio.to_thread(_tokenize, service, await read_body(request)))
+        return await answer(request, _tokenize)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        with service.worker.place():
-            return JSONResponse(await asyncio.to_thread(_detokenize, service, await read_body(request)))
+        return await answer(request, _detokenize)
 
 
 def _tokenize(service: Service, body: bytes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
 
+from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.errors import RequestError
 from pymllm.server.protocol.base import BodyRequest, StrictModel, read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
@@ -42,6 +43,7 @@ PASSED_ON = (
     "include_stop_str_in_output",
     "cache_prompt",
     "priority",
+    *BLOCK_SETTINGS,
 )
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from pymllm.server.protocol.base import BodyRequest, read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.sampled import TokenId
+
+# As long as a text that a chat template writes may be: to encode more takes seconds.
+MAX_CHARACTERS = MAX_TOKENS = 1 << 20
 
 # What belongs to a conversation alone.
 OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
@@ -32,6 +37,9 @@ class TokenizeRequest(BodyRequest):
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(raw.get("prompt", ""), str):
             refuse("prompt", "must be a text")
+        if len(raw.get("prompt", "")) > MAX_CHARACTERS:
+            found = len(raw["prompt"])
+            refuse("prompt", f"is too long: expected at most {MAX_CHARACTERS} characters, found {found}")
         if ("prompt" in raw) == ("messages" in raw):
             refuse("prompt", "or messages is needed, and not both")
         for name in OF_MESSAGES:
@@ -51,4 +59,4 @@ class DetokenizeRequest(BodyRequest):
     """Token ids whose text is wanted."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
