@@ -24,10 +24,11 @@ THINKING = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 OPENED = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content.split('</think>')[-1] }}"
     "{% for call in message.tool_calls or [] %}"
     "{{ '<|call|>' + call.function.name + '\n' + call.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}{# tools #}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 LLAMA = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
@@ -73,6 +74,13 @@ GRANITE = (
     "{% if thinking %}Write your thoughts after 'Here is my thought process:'.\n{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As some are: no system message, and roles in turn.
+STRICT = (
+    "{% for message in messages %}{% if message.role == 'system' or "
+    "(message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{# tools #}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PLAIN = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -87,6 +95,10 @@ FAMILIES = {
     "harmony": (HARMONY, ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")),
     "granite": (GRANITE, ("<|tool_call|>",)),
     "plain": (PLAIN, ()),
+    "strict": (STRICT, ()),
+    "xml_tools": (THINKING.replace("tools", "xml_tools"), ()),
+    # It speaks of tools, and writes none.
+    "silent": (PLAIN + "{% if tools %}{% endif %}{% if false %}<tool_call>{% endif %}", ()),
 }
 
 

@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymllm.cli.options import (
     adapter,
@@ -18,6 +20,7 @@ from pymllm.cli.options import (
     add_template_option,
     engine_arguments,
     model_arguments,
+    positive,
 )
 from pymllm.cli.output import say
 from pymllm.cli.serve_options import add_operation_options, limits_of
@@ -25,9 +28,14 @@ from pymllm.cli.serve_options import add_operation_options, limits_of
 if TYPE_CHECKING:
     import uvicorn
 
+    from pymllm.parallel.ranks import Ranks
+    from pymllm.server.supervisor import Served
+
 SHIPPED_NAME = "pymllm-shipped"
 # How long the process waits for its last step after the server has ended.
 LAST_STEP_SECONDS = 5.0
+# Within so many seconds two signals are one, which a service manager has sent to every process.
+SAME_SIGNAL_SECONDS = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -55,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         metavar="KEY",
         default=os.environ.get("PYMLLM_API_KEY"),
-        help="the key that every request but /health must bring; better given as PYMLLM_API_KEY, which other users of "
-        "this machine cannot see",
+        help="the key that every request but /health and the page must bring; better given as PYMLLM_API_KEY, which "
+        "other users of this machine cannot see",
     )
     group.add_argument(
         "--model-name",
@@ -98,6 +106,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
     add_operation_options(parser)
+    add_rank_options(parser)
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of several machines."""
+    group = parser.add_argument_group(
+        "several machines", "All run the same command, each with its own --node-rank; node 0 serves."
+    )
+    group.add_argument("--nnodes", type=positive, default=1, metavar="N", help="machines; default: 1")
+    group.add_argument("--node-rank", type=int, default=0, metavar="K", help="which of them this one is")
+    group.add_argument(
+        "--master-addr",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address of node 0 that the others reach",
+    )
+    group.add_argument(
+        "--master-port", type=_port, default=0, metavar="PORT", help="where node 0 waits for them"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -110,23 +137,83 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
-    from pymllm.errors import ConfigError, MissingExtraError
+    _check_ranks(args)
+    from pymllm.server.supervisor import Served, Supervisor
+
+    served, ranks = Served.from_environment(), None
+    if served is not None:
+        served.start()
+        # The other ranks load torch while this one does.
+        ranks = _start_ranks(args)
+    from pymllm.errors import MissingExtraError
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "server", "pymllm serve") from None
-    if args.tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "pymllm serve runs on one rank only",
-            code="serve-parallel",
-            expected="--tensor-parallel-size 1, without torchrun",
-            found=f"{max(args.tensor_parallel_size, int(os.environ.get('WORLD_SIZE', '1')))} ranks",
-        )
+    if args.node_rank:
+        return _follow(args)
+    if served is not None:
+        return _serve(args, served.listener, served, ranks)
     # Before the model is loaded, so that a taken port is known at once.
     with bind(args.host, args.port) as listener:
+        if args.tensor_parallel_size > 1:
+            return Supervisor(listener, args.argv).run()
         return _serve(args, listener)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Refuse ranks that are not started by this verb, and machines that do not fit them.  ConfigError."""
+    from pymllm.errors import ConfigError
+    from pymllm.parallel.ranks import ranks_of_node
+
+    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            "pymllm serve starts its ranks itself",
+            code="serve-parallel",
+            expected="--tensor-parallel-size N, without torchrun",
+            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+        )
+    ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    if args.nnodes > 1 and not args.master_port:
+        args.parser.error("--nnodes needs --master-addr and --master-port, the same on all machines")
+
+
+def _start_ranks(args: argparse.Namespace) -> Ranks:
+    """Start the ranks of this machine that follow this process.  Returns where they meet it."""
+    from pymllm.parallel.leader import Leader
+    from pymllm.parallel.ranks import Ranks, ranks_of_node
+
+    ranks = Ranks()
+    if args.nnodes > 1:
+        own = len(ranks_of_node(args.tensor_parallel_size, args.nnodes, 0)) - 1
+        ranks = Ranks(args.master_addr, args.master_port, os.environ.get("PYMLLM_RANK_KEY", ""), own)
+    return replace(ranks, begun=Leader.start(args.tensor_parallel_size, ranks))
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """Keep the ranks of a machine that does not serve."""
+    from pymllm.loading.agreement import settings_for_ranks
+    from pymllm.parallel.ranks import ranks_of_node
+    from pymllm.server.nodes import follow_on_node
+
+    ranks = ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    settings = settings_for_ranks(args.model, {**_model_options(args), "progress": False})
+    key = os.environ.get("PYMLLM_RANK_KEY", "")
+    say(f"Ranks {ranks.start} to {ranks.stop - 1} follow {args.master_addr} port {args.master_port}.")
+    return follow_on_node(ranks, args.tensor_parallel_size, args.master_addr, args.master_port, key, settings)
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that every rank gets."""
+    return {
+        "adapters": dict(args.adapter),
+        **model_arguments(args),
+        **engine_arguments(args),
+        "check_memory": args.check_memory,
+        "expert_parallel": args.expert_parallel,
+    }
 
 
 def _port(text: str) -> int:
@@ -160,7 +247,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
+def _serve(
+    args: argparse.Namespace,
+    listener: socket.socket,
+    served: Served | None = None,
+    ranks: Ranks | None = None,
+) -> int:
     from pymllm.api import LLM
     from pymllm.server.access_log import AccessLog
     from pymllm.server.app import create_app
@@ -168,13 +260,12 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
 
     llm = LLM(
         args.model,
-        adapters=dict(args.adapter),
-        **model_arguments(args),
-        **engine_arguments(args),
+        **_model_options(args),
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
-        check_memory=args.check_memory,
         pooling=args.pooling,
         chat_template=args.chat_template,
+        tensor_parallel_size=args.tensor_parallel_size,
+        ranks=ranks,
     )
     names = args.model_name or [SHIPPED_NAME if args.model is None else served_name(args.model)]
     access_log = args.access_log or ("text" if args.verbose else None)
@@ -199,11 +290,24 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
-    greeting = f"Serving {names[0]} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
+    greeting = f"Serving {names[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+    if args.chat_template is not None:
+        greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
+    server, worker = make_server(config, greeting, served), app.state.service.worker
+    if served is not None and llm.parallel.leader is not None:
+        llm.parallel.leader.on_lost = lambda error: served.replace(str(error), lambda: worker.lose(error))
+        # It may have been lost in the meantime.
+        llm.parallel.leader.check()
     try:
-        make_server(config, greeting).run(sockets=[listener])
+        server.run(sockets=[listener])
+        if served is not None and served.lost:
+            # The thread that has begun to replace this server ends it.
+            threading.Event().wait()
     finally:
-        if not app.state.service.worker.shut_down(LAST_STEP_SECONDS):
+        ended = worker.shut_down(LAST_STEP_SECONDS)
+        llm.close()
+        if not ended:
             # A step that never ends would keep the process.
             os._exit(0 if sys.exc_info()[0] is None else 128 + signal.SIGINT)
     return 0
@@ -214,12 +318,21 @@ def served_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
-    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one."""
+def make_server(config: uvicorn.Config, greeting: str, served: Served | None = None) -> uvicorn.Server:
+    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one.
+
+    served: the parent that is told, too; one signal may then come twice, from it and from whoever has sent it.
+    """
     from pymllm.server.listening import DrainingServer
+
+    def tell() -> None:
+        say(greeting)
+        if served is not None:
+            served.say(serving=True)
 
     return DrainingServer(
         config,
-        on_listening=lambda: say(greeting),
+        on_listening=tell,
         on_stopping=lambda: say("Finishing the requests under way; Ctrl+C once more stops at once."),
+        same_signal_seconds=0.0 if served is None else SAME_SIGNAL_SECONDS,
     )

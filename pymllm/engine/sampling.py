@@ -104,7 +104,8 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop_token_ids", "kept_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if isinstance(self.logit_bias, dict):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         _integer("max_tokens", self.max_tokens, 1, 2**31, optional=True)

@@ -20,6 +20,7 @@ from pymllm.server.endpoints import (
     health,
     metrics,
     models,
+    page,
     plan,
     responses,
     tokens,
@@ -28,13 +29,27 @@ from pymllm.server.endpoints import (
 from pymllm.server.gate import OPEN_PATH, add_gate
 from pymllm.server.limits import Limits
 from pymllm.server.origin import OriginCheck
+from pymllm.server.page_files import page_paths
 from pymllm.server.records import Records
 from pymllm.server.service import Service
 from pymllm.server.traffic import Traffic
 
 MAX_WAITING = 64
 ENDPOINTS = (
-    *(health, metrics, models, completions, chat, embeddings, responses, anthropic, tokens, version, plan),
+    *(
+        health,
+        metrics,
+        models,
+        completions,
+        chat,
+        embeddings,
+        responses,
+        anthropic,
+        tokens,
+        version,
+        plan,
+        page,
+    ),
 )
 
 
@@ -55,7 +70,8 @@ def create_app(
     """Make the application for one loaded model.
 
     model_name: what clients call the model, and answers too; other_names: what they may call it as well; adapters are
-    called by their own names.  api_key: every request but /health must bring it; None: none need it.
+    called by their own names.
+    api_key: every request but /health and the page's files must bring it; None: none need it.
     max_running: how many prompts are answered together.  max_waiting: how many more may wait; a request beyond these
     gets 503.  limits: of all else that clients may take.
     cors: origins whose pages may ask.  allowed_hosts: see `OriginCheck`.  access_log: where requests are logged.
@@ -70,7 +86,7 @@ def create_app(
     traffic = Traffic(limits, service.worker)
     app.state.service, app.state.traffic = service, traffic
     # From the inside out.
-    open_paths = (OPEN_PATH, metrics.PATH) if open_metrics else (OPEN_PATH,)
+    open_paths = {OPEN_PATH, *page_paths(), *((metrics.PATH,) if open_metrics else ())}
     add_gate(app, api_key, header_bytes=limits.header_bytes, open_paths=open_paths)
     if api_key is None:
         app.add_middleware(OriginCheck, allowed_hosts=allowed_hosts, origins=cors)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pymllm.errors import RequestError
 from pymllm.server.protocol.base import refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.text.conversation import for_template
@@ -16,7 +17,7 @@ from pymllm.text.parts import PartReader
 from pymllm.text.tokenizer import Tokenizer
 
 # Variables that the request has in other places.
-TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+TAKEN = ("messages", "tools", "xml_tools", "add_generation_prompt", "continue_final_message")
 # Variables by which templates turn thoughts on and off.
 SWITCHES = ("enable_thinking", "thinking")
 TAIL = 16  # tokens of a prompt, in which a mark that it ends with is
@@ -41,13 +42,16 @@ def prepare_chat(
 
     settings: the keywords of SamplingParams that the request sets.
     """
-    calls, template = request.calls, tokenizer.chat_template
+    calls = request.calls
     given = [message.for_template() for message in request.messages]
     messages = for_template(given, calls.tools, dialect)
-    variables = _variables(request, "" if template is None else template.source, dialect)
+    variables = _variables(request, dialect)
+    tools = [tool.for_template() for tool in calls.tools] or None
+    if tools is not None and dialect.tools_variable not in (None, "tools"):
+        variables[dialect.tools_variable] = tools
     prompt = tokenizer.apply_chat_template(
         messages,
-        tools=[tool.for_template() for tool in calls.tools] if calls.tools and dialect.knows_tools else None,
+        tools=tools if dialect.tools_variable == "tools" else None,
         add_generation_prompt=request.begins_answer,
         continue_final_message=request.continue_final_message,
         variables=variables,
@@ -96,9 +100,11 @@ def _follow(
     for name in ("regex", "grammar"):
         if name in settings:
             if calls.callable:
-                refuse(
-                    "response_format",
-                    f"of this kind ({name}) leaves no room for calls of tools: send tool_choice none, or a JSON schema",
+                raise RequestError(
+                    f"{name} leaves no room for calls of tools",
+                    code="grammar",
+                    tensor=name,
+                    fix="Send tool_choice none, or a JSON schema.",
                 )
             return False
     if schema is None and any(tool.strict for tool in calls.callable):
@@ -127,11 +133,11 @@ def _read_schema(schema: Any) -> dict[str, Any] | None:
     return {} if read is True else read if isinstance(read, dict) else None
 
 
-def _variables(request: ChatRequest, source: str, dialect: Dialect) -> dict[str, Any]:
+def _variables(request: ChatRequest, dialect: Dialect) -> dict[str, Any]:
     """Return the variables of the chat template.  RequestError for those that it does not read."""
 
     def reads(name: str) -> bool:
-        return _reads(source, name)
+        return _reads(dialect.source, name)
 
     variables = dict(request.chat_template_kwargs or {})
     for name, value in variables.items():

@@ -22,6 +22,9 @@ from pymllm.errors import ConfigError
 
 PROGRAM = Path(__file__).parent / "children" / "program.py"
 
+# Characters of an error text that is not ours.
+MOST_SHOWN = 1000
+
 # Waited for an interpreter to start, on a machine that may be very busy.
 START_SECONDS = 60.0
 
@@ -54,6 +57,14 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return list(value)
     return f"<{type(value).__name__}>"
+
+
+def readable(text: str) -> str:
+    """Write what a process says for a terminal: escape what does not print, and cut what is long."""
+    shown = text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + " ..."
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown
+    )
 
 
 class Stopped(Exception):
@@ -172,7 +183,7 @@ class Program:
             process.end()
             raise
         with self._lock:
-            keep = len(self._idle) < self.kept
+            keep = len(self._idle) < self.kept and not process.late
             if keep:
                 self._idle.append(process)
         if not keep:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pymllm.errors import CheckpointError, ConfigError, RequestError
-from pymllm.text.bounded import Program, Stopped, encoded
+from pymllm.text.bounded import Program, Stopped, encoded, readable
 
 MAX_SECONDS = 1.0
 MAX_CHARACTERS = 1 << 20
@@ -50,7 +50,7 @@ def chat_template_of(given: str | Path) -> ChatTemplate:
             template = ChatTemplate(Path(given).read_text(encoding="utf-8"), text)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the chat template cannot be read: {error}",
+                f"the chat template cannot be read: {getattr(error, 'strerror', None) or error}",
                 code="chat-template",
                 file=text,
                 expected="a file of Jinja text in UTF-8, or such text",
@@ -190,37 +190,41 @@ class ChatTemplate:
     def _render(self, variables: dict[str, Any]) -> str:
         """Render the template with its variables, whatever they are."""
         asked = {"seconds": MAX_SECONDS, "key": self._key, "variables": variables, "most": MAX_CHARACTERS}
-        try:
-            request = encoded(asked)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"the messages cannot be written as JSON: {error}", code="messages", tensor="messages"
-            ) from None
-        with self._stopped(len(request) > LARGE_REQUEST), self._turn(), RENDERER.process() as process:
-            reply = process.ask(request, CLOCK_SECONDS)
-            if "unknown" in reply:
-                self._compile(process)
+        # Large ones are written in turn, too: that stops all other threads for some milliseconds.
+        with self._turn():
+            try:
+                request = encoded(asked)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(
+                    f"the messages cannot be written as JSON: {error}", code="messages", tensor="messages"
+                ) from None
+            with self._stopped(len(request) > LARGE_REQUEST), RENDERER.process() as process:
                 reply = process.ask(request, CLOCK_SECONDS)
-            if "limit" in reply:
-                # What a process has taken of memory it may never give back.
-                raise Stopped(reply["limit"], always=True)
+                if "unknown" in reply:
+                    self._compile(process)
+                    reply = process.ask(request, CLOCK_SECONDS)
+                if "limit" in reply:
+                    # What a process has taken of memory it may never give back.
+                    raise Stopped(readable(reply["limit"]), always=True)
         if "text" in reply:
             return reply["text"]
         refused = "refused" in reply
         verb, why = ("rejects", reply["refused"]) if refused else ("fails on", reply["failed"])
         raise RequestError(
-            f"the chat template {verb} these messages: {why}", code="messages", tensor="messages"
+            f"the chat template {verb} these messages: {readable(why)}", code="messages", tensor="messages"
         )
 
     def _compile(self, process: Any) -> None:
         asked = {"seconds": MAX_SECONDS, "key": self._key, "source": self.source}
         reply = process.ask(encoded(asked), CLOCK_SECONDS)
         if "limit" in reply:
-            raise Stopped(reply["limit"], always=True)
+            raise Stopped(readable(reply["limit"]), always=True)
         for problem in ("invalid", "failed"):
             if problem in reply:
                 raise CheckpointError(
-                    f"the chat template is not valid: {reply[problem]}", code="chat-template", file=self.file
+                    f"the chat template is not valid: {readable(reply[problem])}",
+                    code="chat-template",
+                    file=self.file,
                 )
         self._syntax = reply
 

@@ -37,7 +37,9 @@ def _message(message: Mapping[str, Any], names: Mapping[str, str], dialect: Dial
     if made.get("content") is None:
         made["content"] = ""
     thought = made.pop("reasoning_content", None)
-    if thought is not None:
+    # The templates of families that write messages refuse an answer that thinks, speaks and calls.
+    says_and_calls = bool(made.get("content") and made.get("tool_calls"))
+    if thought is not None and not (dialect.writes_messages and says_and_calls):
         made |= dict.fromkeys(dialect.thought_names, thought)
     given = made.get("tool_call_id")
     if isinstance(given, str):
@@ -52,10 +54,11 @@ def _message(message: Mapping[str, Any], names: Mapping[str, str], dialect: Dial
 def _call(call: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     function = dict(call["function"])
     arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str) and not dialect.arguments_as_text:
+    as_text = dialect.arguments_as_text and dialect.knows_tools
+    if isinstance(arguments, str) and not as_text:
         read = parse_object(arguments)
         arguments = arguments if read is None else read
-    elif isinstance(arguments, Mapping) and dialect.arguments_as_text:
+    elif isinstance(arguments, Mapping) and as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
     made = {"type": "function", **call, "function": function | {"arguments": arguments}}
     if isinstance(made.get("id"), str):
@@ -66,7 +69,10 @@ def _call(call: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
 def _in_words(
     messages: list[dict[str, Any]], tools: Sequence[Tool], dialect: Dialect
 ) -> list[dict[str, Any]]:
-    """Tell of tools, calls and results in the words of the plain family."""
+    """Tell of tools, calls and results in the words of the plain family.
+
+    Results come from the user, and together with what the user says next, as some templates want roles in turn.
+    """
     made: list[dict[str, Any]] = []
     after_result = False
     for message in messages:
@@ -77,19 +83,20 @@ def _in_words(
             message["content"] = "\n".join([*([said] if said else []), *lines])
         is_result = message["role"] == "tool"
         if is_result:
-            result = (
-                f"The result of {message.get('name', message['tool_call_id'])}:\n{_text(message['content'])}"
-            )
-            if after_result:
-                made[-1]["content"] += f"\n\n{result}"
-                continue
-            message = {"role": "user", "content": result}
+            name = message.get("name", message["tool_call_id"])
+            message = {"role": "user", "content": f"The result of {name}:\n{_text(message['content'])}"}
+        if after_result and message["role"] == "user":
+            made[-1]["content"] += f"\n\n{_text(message['content'])}"
+        else:
+            made.append(message)
         after_result = is_result
-        made.append(message)
     if tools:
         told = (dialect.calls if isinstance(dialect.calls, PlainJson) else PlainJson()).instructions(tools)
-        if made and made[0]["role"] == "system":
-            made[0]["content"] = f"{_text(made[0]['content'])}\n\n{told}"
+        first = made[0] if made else {}
+        if first.get("role") == "system":
+            first["content"] = f"{_text(first['content'])}\n\n{told}"
+        elif first.get("role") == "user" and not dialect.takes_system:
+            first["content"] = f"{told}\n\n{_text(first['content'])}"
         else:
             made.insert(0, {"role": "system", "content": told})
     return made

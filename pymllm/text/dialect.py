@@ -23,7 +23,8 @@ from pymllm.text.tool_calls.base import MAX_CALLS, Tool, ToolFamily, json_rule, 
 from pymllm.text.tool_calls.plain_json import PlainJson
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-TOOLS = re.compile(r"\btools\b")
+# The variables in which templates take tools.
+TOOLS = ("tools", "xml_tools")
 # Where a template has the names under which thoughts of earlier turns may come.
 THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
 
@@ -32,19 +33,28 @@ THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
 class Dialect:
     """The way in which a template's models write.
 
+    source: the text of the template, and of the one for chats with tools, without comments.
     calls: the family of tool calls.  thoughts: the family of what is thought; None: nothing is told apart.
-    knows_tools: whether the template writes tools into the prompt.
+    tools_variable: the variable whose tools the template writes into the prompt; None: it writes none.
     thought_names: the fields under which the template reads an earlier turn's thoughts.
+    takes_system: whether it writes a message of the role system.
     arguments_as_text: whether it takes the arguments of earlier calls as text; else as objects.
     kept_tokens: the special tokens among the families' marks.
     """
 
+    source: str
     calls: ToolFamily
     thoughts: Thoughts | None
-    knows_tools: bool
+    tools_variable: str | None
     thought_names: tuple[str, ...]
+    takes_system: bool
     arguments_as_text: bool
     kept_tokens: Mapping[str, int]
+
+    @property
+    def knows_tools(self) -> bool:
+        """Tell whether the template writes tools into the prompt."""
+        return self.tools_variable is not None
 
     @property
     def writes_messages(self) -> bool:
@@ -135,19 +145,35 @@ class Dialect:
 
 def dialect_of(tokenizer: Tokenizer) -> Dialect:
     """Find the dialect of a tokenizer's chat template; without one, nothing is told apart."""
-    template = tokenizer.chat_template
-    source = "" if template is None else COMMENT.sub("", template.source)
+    source = _source(tokenizer)
+    variable = _find_tools_variable(tokenizer, source) if source else None
     calls, thoughts = _tool_family(source), _thoughts(source, functools.partial(_is_token, tokenizer))
+    if variable is None and not isinstance(calls, harmony.Harmony):
+        calls = PlainJson()  # the model is told so in words
     marks = (*calls.markers, *(thoughts.markers if thoughts is not None else ()))
     kept = {mark: token for mark in marks if (token := _special(tokenizer, mark)) is not None}
     return Dialect(
+        source,
         calls,
         thoughts,
-        TOOLS.search(source) is not None,
+        variable,
         tuple(name for name in THOUGHT_NAMES if re.search(rf"\b{name}\b", source)),
-        template is not None and _takes_arguments_as_text(tokenizer),
+        bool(source) and _takes_system(tokenizer),
+        bool(source) and _takes_arguments_as_text(tokenizer),
         kept,
     )
+
+
+def _source(tokenizer: Tokenizer) -> str:
+    templates = [tokenizer.chat_template]
+    # Some checkpoints have a template of its own for chats with tools.
+    choose = getattr(tokenizer, "template_for", None)
+    if choose is not None and templates[0] is not None:
+        templates.append(choose([]))
+    sources = dict.fromkeys(
+        COMMENT.sub("", template.source) for template in templates if template is not None
+    )
+    return "\n".join(sources)
 
 
 def _tool_family(source: str) -> ToolFamily:
@@ -190,6 +216,31 @@ def _special(tokenizer: Tokenizer, text: str) -> int | None:
         return None
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
+
+
+def _find_tools_variable(tokenizer: Tokenizer, source: str) -> str | None:
+    """Try in which variable a template takes tools that it writes."""
+    tools = [Tool("probe_tool", "x").for_template()]
+    user = {"role": "user", "content": "x"}
+    for name in TOOLS:
+        given: dict[str, Any] = {"tools": tools} if name == "tools" else {"variables": {name: tools}}
+        for messages in ([user], [{"role": "system", "content": "x"}, user]):
+            try:
+                if re.search(rf"\b{name}\b", source) and "probe_tool" in tokenizer.render_chat(
+                    messages, **given
+                ):
+                    return name
+            except PymllmError:
+                continue
+    return None
+
+
+def _takes_system(tokenizer: Tokenizer) -> bool:
+    messages = [{"role": "system", "content": "probe words"}, {"role": "user", "content": "x"}]
+    try:
+        return "probe words" in tokenizer.render_chat(messages)
+    except PymllmError:
+        return False
 
 
 def _takes_arguments_as_text(tokenizer: Tokenizer) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from pymllm.errors import CheckpointError
+from pymllm.text.bounded import readable
 from pymllm.text.json_files import read_json
 from pymllm.text.text_bounds import TextBound, bound_of
 from pymllm.text.tokenizer_files import check_file
@@ -38,16 +39,16 @@ def _ids(found: Any) -> list[int]:
 
 
 def panics_told(call: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Make a CheckpointError of a panic in the library's Rust, which is no Exception."""
+    """Make a CheckpointError of what the library raises: a bare Exception, or a panic of its Rust, which is none."""
 
     @functools.wraps(call)
     def told(*given: Given.args, **named: Given.kwargs) -> Made:
         try:
             return call(*given, **named)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            raise CheckpointError(f"the tokenizer failed: {error}", code="tokenizer") from None
+            raise CheckpointError(f"the tokenizer failed: {readable(str(error))}", code="tokenizer") from None
 
     return told
 

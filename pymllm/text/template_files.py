@@ -74,5 +74,7 @@ def _read(file: Path) -> ChatTemplate:
         return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the chat template cannot be read: {error}", code="chat-template", file=str(file)
+            f"the chat template cannot be read: {getattr(error, 'strerror', None) or error}",
+            code="chat-template",
+            file=str(file),
         ) from None

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from pymllm.errors import CheckpointError
-from pymllm.text.bounded import Program, Stopped, encoded
+from pymllm.text.bounded import Program, Stopped, encoded, readable
 
 MAX_SECONDS = 30.0
 CLOCK_SECONDS = 120.0
@@ -58,7 +58,7 @@ def _check(asked: dict[str, str], file: str) -> None:
         problem = next((reply[name] for name in ("invalid", "failed", "limit") if name in reply), "")
     if problem:
         raise CheckpointError(
-            f"the tokenizer cannot be read: {problem}",
+            f"the tokenizer cannot be read: {readable(problem)}",
             code="tokenizer",
             file=file,
             fix="Pass token ids, or copy a whole tokenizer.json beside the weights.",

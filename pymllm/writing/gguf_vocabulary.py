@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,9 +83,9 @@ def write_vocabulary(tokenizer: Tokenizer, size: int, config: Mapping[str, Any])
     written |= _special(tokenizer, tokens, config)
     written |= _added_by_itself(tokenizer, written)
     entries = {f"tokenizer.ggml.{key}": value for key, value in written.items()}
-    template = _chat_template(tokenizer.folder)
+    template = tokenizer.chat_template
     if template is not None:
-        entries["tokenizer.chat_template"] = template
+        entries["tokenizer.chat_template"] = template.source
     _check(tokenizer, entries, [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL])
     return entries
 
@@ -225,17 +224,6 @@ def _added_by_itself(tokenizer: Tokenizer, written: Mapping[str, Any]) -> dict[s
             tokenizer, f"it makes {whole} of a text that is {plain}", "bos before a text, eos after it"
         )
     return {"add_bos_token": bool(before), "add_eos_token": bool(after)}
-
-
-def _chat_template(folder: Path) -> str | None:
-    """Return the text of the chat template; of several the default one."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) and template else None
 
 
 def _check(tokenizer: Tokenizer, entries: Mapping[str, Any], special: Sequence[str]) -> None:

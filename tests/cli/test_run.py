@@ -80,6 +80,17 @@ def test_run_chats_through_the_template(llm, capsys):
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(ids)
 
 
+def test_run_chats_through_a_template_of_the_users_own(llm, tmp_path, capsys):
+    (tmp_path / "my.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    run = ["run", "--chat", "Hello", "--max-tokens", "3", "--json", "--chat-template"]
+    for given in (str(tmp_path / "my.jinja"), "<{{ messages[0].content }}>"):
+        assert main([*run, given]) == 0
+        ids = llm.tokenizer.encode("<Hello>", add_special_tokens=False)
+        assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(ids)
+    assert main([*run, str(tmp_path / "missing.jinja")]) == 1
+    assert "missing.jinja: the chat template cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "is_model"),
     [

@@ -51,6 +51,7 @@ def started(*arguments, files=None, **env):
         address = re.search(r"http://[\d.]+:\d+/v1", line)
         assert address, line + process.stderr.read()
         assert "KV cache of 16384 tokens" in line
+        assert f"{address[0].removesuffix('v1')})" in line, "the page"
         yield process, address[0]
     finally:
         process.kill()

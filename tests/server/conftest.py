@@ -37,7 +37,7 @@ class Served:
 @contextlib.contextmanager
 def serve(llm: Any, **settings: Any) -> Iterator[Served]:
     """Run the app until the block ends."""
-    app = create_app(llm, model_name=MODEL, **settings)
+    app = create_app(llm, **{"model_name": MODEL, **settings})
     server = DrainingServer(configure(app))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -101,7 +101,7 @@ def test_a_value_out_of_range_names_its_parameter(served, parameter, value):
         [{"role": "user"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         [{"role": "user", "content": "x", "colour": "red"}],
-        [{"role": "user", "content": "x", "tool_calls": []}],
+        [{"role": "user", "content": "x", "reasoning_content": "y"}],
         [{"role": "user", "content": "x", "tool_call_id": "a"}],
         [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
         [{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": ""}}],

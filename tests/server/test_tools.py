@@ -196,8 +196,8 @@ def test_an_assistant_s_message_goes_back_as_it_came(request, server, script):
             "tool_call_id": message.tool_calls[0].id,
             "content": [{"type": "text", "text": "Sun."}],
         },
-        {"role": "assistant", "content": None, "refusal": "I will not.", "reasoning": "No."},
-        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": None, "refusal": "I will not.", "reasoning": "No.", "images": []},
+        {"role": "user", "content": "Why?", "tool_calls": [], "provider_fields": {"refusal": None}},
     ]
     seen = script('"x"')
     ask(client, messages=history, tools=TOOLS)
@@ -222,6 +222,14 @@ def test_template_variables_reach_the_template(thinking, script):
     assert without.usage.prompt_tokens == len(
         tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False)
     )
+
+
+def test_tools_come_in_the_variable_that_the_template_reads(llm, tmp_path, script):
+    with serve(with_template(llm, tmp_path, "xml_tools")) as running:
+        seen = script('"x"')
+        ask(running.client(), tools=TOOLS)
+        prompt = running.llm.tokenizer.decode(seen[-1].prompt, skip_special_tokens=False)
+    assert prompt.count(json.dumps(WEATHER)) == 1
 
 
 def test_a_message_is_continued(thinking, script, monkeypatch):
@@ -339,6 +347,7 @@ MANY = [{"type": "function", "function": {"name": f"f{index}"}} for index in ran
             "tool_choice none",
             {"tools": TOOLS, "response_format": {"type": "regex", "regex": "a"}},
         ),
+        ("guided_regex", "tool_choice none", {"tools": TOOLS, "guided_regex": "a"}),
         ("structured_outputs", "one of", {"structured_outputs": {}}),
         ("structured_outputs", "one of", {"structured_outputs": {"regex": "a", "choice": ["b"]}}),
         ("structured_outputs", "structural_tag", {"structured_outputs": {"structural_tag": "{}"}}),

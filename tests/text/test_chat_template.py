@@ -291,6 +291,12 @@ def test_a_templates_own_refusal_is_passed_on():
         ChatTemplate(source, "x").render(HI, {})
 
 
+def test_a_refusal_is_shown_escaped_and_not_at_any_length():
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate("{{ raise_exception('\x1b[31m' + 'a' * 99999) }}", "x").render(HI, {})
+    assert "\\x1b[31maaa" in str(caught.value) and len(str(caught.value)) < 2000
+
+
 def test_a_conversation_that_is_itself_too_large_is_an_error_of_the_request():
     source = (
         "{% for m in messages %}{{ m.content }}{% for c in m.content %}{{ c * 9 }}{% endfor %}{% endfor %}"

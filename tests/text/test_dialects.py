@@ -29,7 +29,10 @@ def tokenizers(tmp_path_factory):
     ("name", "calls", "thoughts", "knows_tools", "names", "as_text"),
     [
         ("thinking", "hermes", "think", True, ("reasoning_content",), False),
-        ("opened", "plain_json", "think", False, (), True),
+        ("xml_tools", "hermes", "think", True, ("reasoning_content",), False),
+        ("silent", "plain_json", None, False, (), False),
+        ("opened", "plain_json", "think", True, (), True),
+        ("strict", "plain_json", None, False, (), False),
         ("llama", "llama3_json", None, True, (), False),
         ("mistral", "mistral", None, True, (), False),
         ("mistral_named", "mistral", "mistral", True, ("reasoning",), False),
@@ -45,6 +48,9 @@ def test_a_family_is_known_by_its_template(tokenizers, name, calls, thoughts, kn
     assert dialect.knows_tools == knows_tools
     assert dialect.thought_names == names
     assert dialect.arguments_as_text == as_text
+    assert dialect.tools_variable == (
+        None if not knows_tools else "xml_tools" if name == "xml_tools" else "tools"
+    )
     special = FAMILIES[name][1]
     assert dialect.kept_tokens == {mark: 4096 + index for index, mark in enumerate(special)}
 
@@ -86,7 +92,7 @@ def test_a_conversation_is_written_as_transformers_writes_it(tokenizers, name):
 
 def test_arguments_stay_text_where_the_template_or_they_want_it(tokenizers):
     opened = for_template(GIVEN, [], dialect_of(tokenizers["opened"]))
-    assert opened[1]["content"].count('{\\"a\\": \\"é\\"}') == 1
+    assert opened[1]["tool_calls"][0]["function"]["arguments"] == '{"a": "é"}'
     broken = copy.deepcopy(GIVEN)
     broken[1]["tool_calls"][0]["function"]["arguments"] = '{"a": '
     made = for_template(broken, [], dialect_of(tokenizers["thinking"]))
@@ -105,6 +111,13 @@ def test_a_template_without_tools_gets_them_in_words(tokenizers):
     assert user == GIVEN[0]
     assert assistant == {"role": "assistant", "content": '{"name": "add", "arguments": {"a": "é"}}'}
     assert results == {"role": "user", "content": "The result of add:\n3\n\nThe result of add:\n4"}
+    strict = dialect_of(tokenizers["strict"])
+    user = {"role": "user", "content": "And now?"}
+    made = for_template([*GIVEN, second, user], TOOLS, strict)
+    assert [message["role"] for message in made] == ["user", "assistant", "user"]
+    assert made[0]["content"] == f"{system['content']}\n\n1 + 2?"
+    assert made[2]["content"] == results["content"] + "\n\nAnd now?"
+    tokenizers["strict"].render_chat(made)
     (own, *_) = for_template([{"role": "system", "content": "Be brief."}, *GIVEN], TOOLS, dialect)
     assert own["content"] == "Be brief.\n\n" + system["content"]
 

@@ -101,6 +101,20 @@ def test_a_panic_while_encoding_is_our_error():
         FastEncoder(Panicking()).encode("a", True)
 
 
+def test_a_text_outside_of_a_vocabulary_without_bytes_is_our_error(tmp_path):
+    Backend(models.WordLevel({"a": 0}, unk_token="none")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(CheckpointError, match="the tokenizer failed"):
+        tokenizer.encode("b")
+
+
+def test_what_does_not_print_is_escaped_in_an_error(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        write(tmp_path, with_prefix("\x1b[31m")).encode("abc")
+    assert str(caught.value).isprintable()
+
+
 # --- How few tokens a text can become ---
 
 

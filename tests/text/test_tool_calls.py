@@ -99,6 +99,12 @@ WELL_FORMED = [
     (NAMED, '[TOOL_CALLS]f{"a": 1}', "", [("f", '{"a": 1}')]),
     (GRANITE, '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]', "", [("f", '{"a": 1}')]),
     (
+        GRANITE,
+        '<|tool_call|>{"name": "f", "arguments": {"a": 1}}<|/tool_call|>\n<|tool_call|>[{"name": "f"}]<|/tool_call|>',
+        "",
+        [("f", '{"a": 1}'), ("f", "{}")],
+    ),
+    (
         HARMONY,
         "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
         f"to=functions.f <|constrain|>json<|message|>{ARGUMENTS}<|call|>",

@@ -58,7 +58,7 @@ class Message(StrictModel):
         if self.role != "assistant":
             fields = ("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
             for field in fields:
-                if getattr(self, field) is not None:
+                if getattr(self, field):
                     refuse(
                         "messages",
                         f"may have {field} where the role is assistant (at messages.{place}.{field})",
@@ -100,13 +100,24 @@ def prepare_messages(messages: Any) -> Any:
     if not isinstance(messages, list):
         return messages
     _refuse_other_parts(messages)
-    # Clients send back the messages that they were given, with null for what an answer did not have.
+    # Clients send back the messages that they were given, with null for what an answer did not have, and add fields
+    # of their own with nothing in them.
     return [
-        {key: value for key, value in message.items() if value is not None}
+        {
+            key: value
+            for key, value in message.items()
+            if value is not None and (key in Message.model_fields or not _is_nothing(value))
+        }
         if isinstance(message, dict)
         else message
         for message in messages
     ]
+
+
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_nothing, value.values()))
+    return value is None or value == []
 
 
 def _refuse_other_parts(messages: list[Any]) -> None:

@@ -5,6 +5,7 @@ Runs in a process of its own (program.py).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         made.no_truncation()
         made.no_padding()
         for text in TEXTS:
-            made.decode(made.encode(text).ids)
+            # A text may have no ids in a vocabulary without bytes: that is no harm.
+            with contextlib.suppress(Exception):
+                made.decode(made.encode(text).ids)
         del made
     except MemoryError:
         raise

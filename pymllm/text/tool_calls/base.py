@@ -147,6 +147,7 @@ def object_rules(tools: Sequence[Tool], arguments: str) -> Iterator[str]:
         yield json_rule(f"args_{index}", tool.schema)
 
 
+SPACES = re.compile(r"\s*")
 # What a JSON object or array consists of, as far as its end is concerned.
 SIGNS = re.compile(r'["{}\[\]]')
 QUOTED_SIGNS = re.compile(r'["\\]')
@@ -255,6 +256,7 @@ class AnswerText:
                 return False
             held = beginning_at_the_end(self.buffer, self.at, marker)
             self.say(len(self.buffer) - held)
+            self.buffer, self.at = self.buffer[self.at :], 0
             yield
         self.say(found)
         return True
@@ -339,10 +341,7 @@ class AnswerText:
 
 def end_of_space(text: str, start: int) -> int:
     """Return where the white space that begins at `start` ends."""
-    end = start
-    while end < len(text) and text[end].isspace():
-        end += 1
-    return end
+    return SPACES.match(text, start).end()  # type: ignore[union-attr]
 
 
 def beginning_at_the_end(text: str, start: int, marker: str) -> int:

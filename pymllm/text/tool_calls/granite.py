@@ -1,4 +1,4 @@
-"""<|tool_call|>[{"name": ..., "arguments": {...}}, ...]: Granite 3."""
+"""<|tool_call|>[{"name": ..., "arguments": {...}}, ...]: Granite 3; and with one object and an end mark, Phi-4-mini."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pymllm.text.parts import PartReader
 from pymllm.text.tool_calls.base import Steps, Tool, ToolFamily, object_rules, repeated
 from pymllm.text.tool_calls.json_object import ObjectCalls
 
-OPEN = "<|tool_call|>"
+OPEN, CLOSE = "<|tool_call|>", "<|/tool_call|>"
 
 
 class Granite(ToolFamily):
     """Calls in one array after a marker."""
 
     name = "granite"
-    markers = (OPEN,)
+    markers = (OPEN, CLOSE)
 
     def reader(self, names: Collection[str], most: int | None) -> PartReader:
-        return ArrayText(self, names, most)
+        return GraniteText(self, names, most)
 
     def rules(self, tools: Sequence[Tool], most: int, spell: Callable[[str], str]) -> Iterator[str]:
         yield f'calls: {spell(OPEN)} "[" {repeated("call", chr(34) + ", " + chr(34), most)} "]"'
@@ -41,3 +41,14 @@ class ArrayText(ObjectCalls):
     def after_marker(self) -> Steps:
         """Read the calls that a marker begins.  Returns whether there are any."""
         return (yield from self.array_of_calls())
+
+
+class GraniteText(ArrayText):
+    """The text of an answer in this family."""
+
+    def after_marker(self) -> Steps:
+        array = self.buffer.startswith("[", self.at)
+        read = yield from (self.array_of_calls() if array else self.object_call())
+        if read:
+            yield from self.take_after_space(CLOSE)
+        return read

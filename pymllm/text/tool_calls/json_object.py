@@ -65,7 +65,8 @@ class ObjectCalls(AnswerText):
                 return True
             if self.final or not self._may_be_call(start):
                 return False
-            head = HEAD.match(self.buffer, start)
+            named = '"' in self.buffer[start : start + 1024]
+            head = HEAD.match(self.buffer, start, start + 2048) if named else None
             name = None if head is None else unquoted(head.group(1))
             if head is not None and name is not None and self._knows(name):
                 break
@@ -111,6 +112,8 @@ class ObjectCalls(AnswerText):
         inside = head[1:].lstrip()
         if not head.startswith("{") or (inside and not inside.startswith('"')):
             return False
+        if not inside:
+            return True
         first, named = FIRST_KEY.match(head), NAMED.match(head)
         if first is not None and unquoted(first.group(1)) not in KEYS:
             return False

@@ -82,6 +82,7 @@ class PlainText(ObjectCalls):
         """Read what comes after the calls with which an answer begins."""
         while not self.final:
             self.say(len(self.buffer))
+            self.buffer, self.at = "", 0
             yield
         self.say(len(self.buffer))
         return True
