@@ -26,6 +26,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,6 +126,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format=f"rank {args.rank}: %(levelname)s %(message)s")
     key = os.environ.pop("PYMLLM_RANK_KEY", "")
+    alone = "PYMLLM_RANK_SETTINGS" in os.environ
     told = json.loads(os.environ.pop("PYMLLM_RANK_SETTINGS", '{"model": null, "options": {}}'))
     try:
         follow(
@@ -138,7 +140,12 @@ def main() -> int:
             **told["options"],
         )
     except PymllmError as error:
-        print(f"error (rank {args.rank}): {error}", file=sys.stderr)
+        # Rank 0 tells what it has been told; on another machine somebody else reads this.
+        if alone or error.code in ("rank-refused", "rank-timeout"):
+            print(f"error (rank {args.rank}): {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
         return 1
     return 0
 

@@ -101,7 +101,7 @@ class Leader:
     def _join(self, settings: Mapping[str, Any]) -> None:
         from pymllm.parallel.process_group import choose_backend, join, open_store
 
-        backend = choose_backend()
+        backend = choose_backend(str(settings["options"].get("device", "auto")), self.started + 1)
         store, port = open_store(self.host)
         self.send({"is": "welcome", "store": port, "backend": backend, "settings": settings})
         done: list[BaseException | None] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import RankError
+from pymllm.errors import ConfigError, RankError
 from pymllm.parallel.ranks import LOOPBACK
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others in a collective
@@ -98,9 +98,22 @@ def _together(rank: int, size: int) -> Iterator[None]:
         ) from None
 
 
-def choose_backend() -> str:
-    """Return nccl where torch sees a GPU, else gloo."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+def choose_backend(device: str = "auto", here: int = 1) -> str:
+    """Return nccl where torch sees a GPU, else gloo, as a model on the CPU needs it.
+
+    device: that the model is loaded to.  here: how many ranks this machine has; ConfigError for fewer GPUs.
+    """
+    if device.partition(":")[0] == "cpu" or not torch.cuda.is_available():
+        return "gloo"
+    if torch.cuda.device_count() < here:
+        raise ConfigError(
+            "there are fewer GPUs than ranks",
+            code="rank-devices",
+            expected=f"a GPU for each of the {here} ranks of this machine",
+            found=str(torch.cuda.device_count()),
+            fix="Lower --tensor-parallel-size, or run on the CPU with --device cpu.",
+        )
+    return "nccl"
 
 
 def open_store(host: str) -> tuple[torch.distributed.Store, int]:

@@ -14,6 +14,7 @@ from pymllm.engine.runs import Run
 from pymllm.errors import ConfigError, RankError
 from pymllm.parallel.children import Child
 from pymllm.parallel.link import PING, Link, decode, encode
+from pymllm.parallel.process_group import choose_backend
 from pymllm.parallel.ranks import ranks_of_node
 
 from ..processes import SECONDS
@@ -103,3 +104,12 @@ def test_machines_share_ranks_evenly_or_not_at_all():
     for size, nodes, node in ((3, 2, 0), (4, 2, 2), (2, 1, -1)):
         with pytest.raises(ConfigError, match="shared evenly"):
             ranks_of_node(size, nodes, node)
+
+
+def test_ranks_on_gpus_have_one_each_and_models_on_the_cpu_none(monkeypatch):
+    assert choose_backend("cpu", 9) == "gloo"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert (choose_backend("auto", 2), choose_backend("cpu", 3)) == ("nccl", "gloo")
+    with pytest.raises(ConfigError, match="fewer GPUs"):
+        choose_backend("cuda", 3)
