@@ -153,23 +153,8 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     from pymllm.server.app import create_app
     from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
-    llm = LLM(
-        args.model,
-        adapters=dict(args.adapter),
-        **model_arguments(args),
-        **engine_arguments(args),
-        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
-        check_memory=args.check_memory,
-        pooling=args.pooling,
-    )
-    name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
-    app = create_app(
-        llm,
-        model_name=name,
-        api_key=args.api_key,
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-    )
+    llm = LLM(**model_options(args))
+    app = create_app(llm, **app_options(args))
     config = uvicorn.Config(
         app,
         # It is h11's, which bounds the size of headers, as httptools does not.
@@ -188,9 +173,37 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
-    greeting = f"Serving {name} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    greeting = f"Serving {model_name(args)} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
     make_server(config, greeting).run(sockets=[listener])
     return 0
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of the `LLM` that is served."""
+    return {
+        "model": args.model,
+        "adapters": dict(args.adapter),
+        **model_arguments(args),
+        **engine_arguments(args),
+        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
+        "check_memory": args.check_memory,
+        "pooling": args.pooling,
+    }
+
+
+def app_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `create_app`."""
+    return {
+        "model_name": model_name(args),
+        "api_key": args.api_key,
+        "max_running": args.max_running,
+        "max_waiting": args.max_waiting,
+    }
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """Return what clients call the model."""
+    return args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
 
 
 def served_name(model: str) -> str:
