@@ -19,9 +19,13 @@ from pymllm.cli.options import (
     model_arguments,
 )
 from pymllm.cli.output import say
+from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
+
+    from pymllm.api import LLM
 
 SHIPPED_NAME = "pymllm-shipped"
 
@@ -84,9 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
+    add_ray_options(parser)
 
 
-def execute(args: argparse.Namespace) -> int:
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what no server can have, as an error of usage."""
     if args.max_running < 1:
         args.parser.error("--max-running must be at least 1")
     if args.max_waiting < 0:
@@ -96,6 +102,11 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
+    check_ray_options(args)
+
+
+def execute(args: argparse.Namespace) -> int:
+    check_arguments(args)
     from pymllm.errors import ConfigError, MissingExtraError
 
     for package in ("fastapi", "uvicorn"):
@@ -110,6 +121,14 @@ def execute(args: argparse.Namespace) -> int:
             expected="--tensor-parallel-size 1, without torchrun",
             found=f"{max(args.tensor_parallel_size, int(os.environ.get('WORLD_SIZE', '1')))} ranks",
         )
+    if args.ray:
+        check_ray()
+        if args.ray_address is None:
+            # Ray's proxies bind the port themselves; like this, a taken one is known at once.
+            with bind(args.host, args.port) as listener:
+                args.port = listener.getsockname()[1]
+        _warn_if_open(args)
+        return serve_on_ray(args, make_app, model_name(args))
     # Before the model is loaded, so that a taken port is known at once.
     with bind(args.host, args.port) as listener:
         return _serve(args, listener)
@@ -149,12 +168,9 @@ def bind(host: str, port: int) -> socket.socket:
 def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     import uvicorn
 
-    from pymllm.api import LLM
-    from pymllm.server.app import create_app
     from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
-    llm = LLM(**model_options(args))
-    app = create_app(llm, **app_options(args))
+    llm, app = make_app(args)
     config = uvicorn.Config(
         app,
         # It is h11's, which bounds the size of headers, as httptools does not.
@@ -168,14 +184,36 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    if args.host not in LOOPBACK and args.api_key is None:
-        say("warning: other machines can reach this server, and it has no API key.")
+    _warn_if_open(args)
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
-    greeting = f"Serving {model_name(args)} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    greeting = (
+        f"Serving {model_name(args)} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
+    )
     make_server(config, greeting).run(sockets=[listener])
     return 0
+
+
+def _warn_if_open(args: argparse.Namespace) -> None:
+    if args.host not in LOOPBACK and args.api_key is None:
+        say("warning: other machines can reach this server, and it has no API key.")
+
+
+def make_app(args: argparse.Namespace) -> tuple[LLM, FastAPI]:
+    """Load the model, and make its application; a replica of Ray's calls this in its own process."""
+    from pymllm.api import LLM
+    from pymllm.server.app import create_app
+
+    llm = LLM(**model_options(args))
+    app = create_app(
+        llm,
+        model_name=model_name(args),
+        api_key=args.api_key,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+    )
+    return llm, app
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,16 +226,6 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         "check_memory": args.check_memory,
         "pooling": args.pooling,
-    }
-
-
-def app_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect the keywords of `create_app`."""
-    return {
-        "model_name": model_name(args),
-        "api_key": args.api_key,
-        "max_running": args.max_running,
-        "max_waiting": args.max_waiting,
     }
 
 
