@@ -33,10 +33,11 @@ HEALTH_PERIOD_SECONDS = 2
 # A step of the model may hold Python's lock for a while.
 HEALTH_TIMEOUT_SECONDS = 10
 # A replica that is to go takes no new requests, and has this long for those under way.
-DRAIN_SECONDS = 60
+DRAIN_SECONDS = 30
 # A start that fails is tried again on whichever machine has room. A model that cannot be loaded fails anywhere.
 START_TRIES = 3
 
+# Ray averages the load over twice the time for which it must last.
 UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10, 300
 
 # Ray's own default sends a request to the less loaded of two replicas.
@@ -172,7 +173,7 @@ def _count(scale: Scale, running: int) -> dict[str, Any]:
             "max_replicas": scale.most,
             "target_ongoing_requests": running,
             "upscale_delay_s": UPSCALE_SECONDS,
-            "look_back_period_s": UPSCALE_SECONDS,
+            "look_back_period_s": 2 * UPSCALE_SECONDS,
             "downscale_delay_s": DOWNSCALE_SECONDS,
         }
     }
