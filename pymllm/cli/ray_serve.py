@@ -63,6 +63,8 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
 def check_ray_options(args: argparse.Namespace) -> None:
     """Refuse options of Ray without --ray, and those that Ray's replicas cannot have."""
     given = {"--replicas": args.replicas, "--cpus-per-rank": args.cpus_per_rank, "--routing": args.routing}
+    if args.ray_address != os.environ.get("RAY_ADDRESS"):
+        given["--ray-address"] = args.ray_address
     for option, value in given.items():
         if value is not None and not args.ray:
             args.parser.error(f"{option} needs --ray")
@@ -275,7 +277,7 @@ def _watch(stop: threading.Event, scale: Scale) -> int:
 def _replicas(text: str) -> tuple[int, int]:
     """Read N or MIN:MAX."""
     fewest, colon, most = text.partition(":")
-    if not fewest.isdecimal() or (colon and not most.isdecimal()):
+    if not all(part.isascii() and part.isdecimal() for part in ([fewest, most] if colon else [fewest])):
         raise argparse.ArgumentTypeError(f"expected N or MIN:MAX, e.g. 2 or 1:4, not {text!r}")
     numbers = int(fewest), int(most) if colon else int(fewest)
     if numbers[1] < 1 or numbers[0] > numbers[1]:
