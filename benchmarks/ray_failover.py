@@ -1,11 +1,11 @@
 """Kill the machine of one of two replicas under load, and count what its clients, and those of the other, lose.
 
-    python benchmarks/ray_failover.py [MODEL] [--clients 8] [--tokens 200] [--rounds 3]
+    python benchmarks/ray_failover.py [MODEL] [--clients 8] [--tokens 200] [--rounds 3] [--results DIR]
 
 Needs pymllm[ray]. Three nodes of Ray run on this machine: one with Ray's proxy alone, and one for each replica. Clients
 stream completions one after another; then every process of a replica's node gets SIGKILL. Ray starts another replica on
 the node that is left, which has room for two. A request is lost if it ends in an error, and hung if nothing comes for
-30 seconds. The script writes results/ray_failover.json and .md.
+30 seconds. The script writes DIR/ray_failover.json and .md.
 """
 
 from __future__ import annotations
@@ -268,14 +268,14 @@ def write(tables: list[dict[str, Any]], args: argparse.Namespace) -> str:
         ]
         lines.append(f"| {key} | " + " | ".join(shown) + " |")
     text = "\n".join(lines) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ray_failover.md").write_text(text)
+    args.results.mkdir(exist_ok=True)
+    (args.results / "ray_failover.md").write_text(text)
     settings = {"clients": args.clients, "tokens": args.tokens, "ray": ray.__version__}
     document = {
         "settings": settings,
         "rounds": tables,
     }
-    (RESULTS / "ray_failover.json").write_text(json.dumps(document, indent=2) + "\n")
+    (args.results / "ray_failover.json").write_text(json.dumps(document, indent=2) + "\n")
     return text
 
 
@@ -286,6 +286,7 @@ def main() -> int:
     parser.add_argument("model", nargs="?")
     for name, default in (("clients", 8), ("tokens", 200), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     tables = []
     for _ in range(args.rounds):

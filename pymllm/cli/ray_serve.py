@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -77,17 +76,17 @@ def serve_on_ray(args: argparse.Namespace, make_app: Callable[..., Any], name: s
 
     make_app: makes a replica's application of `args`, in its process.  name: what clients call the model.
     """
-    stop = threading.Event()
+    stop = _Stop()
     with _cluster(args), _deployed(args, make_app) as scale:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stopper(stop))
+            signal.signal(number, stop.handle)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{args.port}/v1"
         say(f"Serving {name} at {url} on Ray: {scale.describe()}. Ctrl+C stops.")
-        code = _watch(stop, scale)
-        if code == 0:
-            say("Finishing the requests under way; Ctrl+C once more stops at once.")
-        return code
+        _watch(stop, scale)
+        say("Finishing the requests under way; Ctrl+C once more stops at once.")
+    # As a program that Ctrl+C ends without a word.
+    return 128 + signal.SIGINT if stop.signal == signal.SIGINT else 0
 
 
 def check_ray() -> None:
@@ -240,13 +239,16 @@ def reason_in(message: str) -> str:
     return (ours or [message.strip()])[-1]
 
 
-def _stopper(stop: threading.Event) -> Any:
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
+class _Stop(threading.Event):
+    """A signal to stop; a second one ends the process at once.  signal: which one it was, 0 until then."""
 
-    return handle
+    signal = 0
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.is_set():
+            os._exit(128 + number)
+        self.signal = number
+        self.set()
 
 
 def running_replicas() -> int:
@@ -259,19 +261,24 @@ def running_replicas() -> int:
     return found.replica_states.get("RUNNING", 0)
 
 
-def _watch(stop: threading.Event, scale: Scale) -> int:
-    """Say how many replicas answer whenever that changes, until a signal comes."""
+def _watch(stop: threading.Event, scale: Scale) -> None:
+    """Say how many replicas answer whenever that changes, until a signal comes.
+
+    Raises ConfigError where the cluster is gone.
+    """
+    from pymllm.errors import ConfigError
+
     last = running_replicas()
     while not stop.wait(COUNT_SECONDS):
         try:
             now = running_replicas()
         except Exception as error:
-            print(f"error: the Ray cluster does not answer: {error}", file=sys.stderr)
-            return 1
+            raise ConfigError(
+                f"the Ray cluster does not answer, or the server was removed from it: {error}", code="ray-gone"
+            ) from None
         if now != last:
             say(f"{now} replica{'' if now == 1 else 's'} running, {last} before; {scale.describe()} wanted.")
         last = now
-    return 0
 
 
 def _replicas(text: str) -> tuple[int, int]:

@@ -81,6 +81,28 @@ def pods(name: str) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+PAGE = (ROOT / "docs" / "scale-out.md").read_text()
+COMMANDS = re.findall(r"^pymllm serve .+?(?=  +#|$)|(?<=`)pymllm serve [^`]+(?=`)", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_s_commands_are_those_of_our_command_line(command):
+    args = parsed(shlex.split(command))
+    assert args.ray is ("--ray" in command)
+
+
+def test_the_page_has_the_commands_the_config_and_the_table():
+    assert len(COMMANDS) >= 8
+    config = yaml.safe_load(PAGE.split("```yaml")[1].split("```")[0])
+    (app,) = config["applications"]
+    (service,) = documents("kuberay.yaml")
+    there = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]
+    assert app["import_path"] == there["import_path"]
+    assert parse_command(app["args"]["command"]).replicas == parse_command(there["args"]["command"]).replicas
+    table = (ROOT / "benchmarks" / "results" / "sizing.md").read_text().split("\n\n", 1)[1]
+    assert table in PAGE
+
+
 MANIFESTS = ("kubernetes.yaml", "kuberay.yaml", "leaderworkerset.yaml")
 PODS = [pytest.param(name, pod, id=f"{name}:{where}") for name in MANIFESTS for where, pod in pods(name)]
 # KubeRay runs `ray start` in its containers; ours run the image's command.
