@@ -274,7 +274,8 @@ def _watch(stop: threading.Event, scale: Scale) -> None:
             now = running_replicas()
         except Exception as error:
             raise ConfigError(
-                f"the Ray cluster does not answer, or the server was removed from it: {error}", code="ray-gone"
+                f"the Ray cluster does not answer, or the server was removed from it: {error}",
+                code="ray-gone",
             ) from None
         if now != last:
             say(f"{now} replica{'' if now == 1 else 's'} running, {last} before; {scale.describe()} wanted.")

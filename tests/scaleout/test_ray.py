@@ -56,7 +56,7 @@ def client(address: str, key: str = "k") -> openai.OpenAI:
 
 
 def free(address: str) -> None:
-    """Ask until each of two replicas of one place has taken a request: that a client has left is known a moment later."""
+    """Ask until each of two replicas of one place has taken a request: a leaving client is seen a moment later."""
     with contextlib.ExitStack() as streams:
         for _ in range(2):
             while True:
