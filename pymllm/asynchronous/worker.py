@@ -9,8 +9,8 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from pymllm.engine.asking import Asked
 from pymllm.engine.request import Request, RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
+from pymllm.errors import PymllmError
 
 __all__ = ["Busy", "Generation", "Worker"]
 
@@ -49,6 +50,7 @@ class Worker:
         self.refusal: Exception | None = None
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._asked: set[Future[Any]] = set()
         self._thread = ThreadPoolExecutor(1, "generation")
         self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
 
@@ -82,15 +84,23 @@ class Worker:
         done: Future[Made] = Future()
 
         def run() -> None:
-            if done.set_running_or_notify_cancel():
-                try:
-                    done.set_result(function())
-                except Exception as error:
-                    done.set_exception(error)
+            if done.cancelled():
+                return
+            try:
+                result = function()
+            except Exception as error:
+                fail_once(done, error)
+            else:
+                with contextlib.suppress(InvalidStateError):
+                    done.set_result(result)
 
+        self._asked.add(done)
         self._calls.put(run)
         self._thread.submit(self._work)
-        return await asyncio.wrap_future(done)
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            self._asked.discard(done)
 
     async def embed(self, inputs: Sequence[EmbeddingInput], options: EmbeddingOptions) -> list[Tensor]:
         """Make the vectors of texts, [N, D] a batch; the batches take turns with the steps of others' answers."""
@@ -115,6 +125,18 @@ class Worker:
         for generation in list(self.live):
             generation.abort(error)
 
+    def lose(self, error: Exception) -> None:
+        """Have all clients get this error at once, though the thread of the steps may never come back."""
+        self.refuse(error)
+        for generation in list(self.live):
+            generation.deliver(error)
+        for done in list(self._asked):
+            fail_once(done, error)
+
+    def why_not_healthy(self) -> str | None:
+        """Return why this worker can answer no more, or None."""
+        return self.llm.why_not_healthy()
+
     def check_open(self) -> None:
         """Raise what new work raises, if anything."""
         if self.refusal is not None:
@@ -137,6 +159,12 @@ class Worker:
             return
         with self.llm.session() as session:
             _Round(session, self._arrived, self._run_calls).run()
+
+
+def fail_once(done: Future[Any], error: Exception) -> None:
+    """Have a future raise an error, unless it is done already."""
+    with contextlib.suppress(InvalidStateError):
+        done.set_exception(error)
 
 
 class Generation:
@@ -221,7 +249,8 @@ class _Round:
                 for request, piece in self.session.step():
                     self._hand_out(request, piece)
         except Exception as error:
-            logger.exception("all requests under way have failed")
+            told = isinstance(error, PymllmError)
+            logger.error("all requests under way have failed: %s", error, exc_info=not told)
             for generation in list(self.requests):
                 self._end(generation, error)
 

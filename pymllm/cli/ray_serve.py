@@ -67,6 +67,8 @@ def check_ray_options(args: argparse.Namespace) -> None:
     for option, value in given.items():
         if value is not None and not args.ray:
             args.parser.error(f"{option} needs --ray")
+    if args.ray and args.nnodes > 1:
+        args.parser.error("--nnodes is for ranks without Ray; the ranks of a replica on Ray share a machine")
     if args.ray and args.port == 0 and args.ray_address is not None:
         args.parser.error("--port 0 takes a free port of this machine alone: choose one for the cluster")
 

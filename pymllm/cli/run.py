@@ -128,7 +128,7 @@ def execute(args: argparse.Namespace) -> int:
     startup_seconds = time.perf_counter() - started
     params = llm.default_params(**chosen)
     # torchrun gives stdin to one rank only.
-    prompt = llm.parallel.broadcast_object(prompt) if llm.parallel.size > 1 else prompt
+    prompt = llm.parallel.broadcast(prompt)
     ids = llm.encode(prompt) if not args.chat else llm.tokenizer.apply_chat_template([message(prompt)])
     if args.stats and not args.json:
         print_plan_summary(llm.plan)

@@ -8,6 +8,9 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from pymllm.cli.options import (
     add_model_options,
     engine_arguments,
     model_arguments,
+    positive,
 )
 from pymllm.cli.output import say
 from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
@@ -26,11 +30,15 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from pymllm.api import LLM
+    from pymllm.parallel.ranks import Ranks
+    from pymllm.server.supervisor import Served
 
 SHIPPED_NAME = "pymllm-shipped"
 
 # Connections beyond those that run or wait: idle ones, and clients that are still sending; each may hold 4 MiB.
 SPARE_CONNECTIONS = 256
+# Within so many seconds two signals are one, which a service manager has sent to every process.
+SAME_SIGNAL_SECONDS = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -89,6 +97,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
     add_ray_options(parser)
+    add_rank_options(parser)
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of several machines."""
+    group = parser.add_argument_group(
+        "several machines", "All run the same command, each with its own --node-rank; node 0 serves."
+    )
+    group.add_argument("--nnodes", type=positive, default=1, metavar="N", help="machines; default: 1")
+    group.add_argument("--node-rank", type=int, default=0, metavar="K", help="which of them this one is")
+    group.add_argument(
+        "--master-addr",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address of node 0 that the others reach",
+    )
+    group.add_argument(
+        "--master-port", type=_port, default=0, metavar="PORT", help="where node 0 waits for them"
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -102,25 +129,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
+    _check_ranks(args)
     check_ray_options(args)
 
 
 def execute(args: argparse.Namespace) -> int:
     check_arguments(args)
-    from pymllm.errors import ConfigError, MissingExtraError
+    from pymllm.server.supervisor import Served, Supervisor
+
+    served, ranks = Served.from_environment(), None
+    if served is not None:
+        served.start()
+        # The other ranks load torch while this one does.
+        ranks = _start_ranks(args)
+    from pymllm.errors import MissingExtraError
 
     for package in ("fastapi", "uvicorn"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "server", "pymllm serve") from None
-    if args.tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "pymllm serve runs on one rank only",
-            code="serve-parallel",
-            expected="--tensor-parallel-size 1, without torchrun",
-            found=f"{max(args.tensor_parallel_size, int(os.environ.get('WORLD_SIZE', '1')))} ranks",
-        )
     if args.ray:
         check_ray()
         if args.ray_address is None:
@@ -129,9 +157,68 @@ def execute(args: argparse.Namespace) -> int:
                 args.port = listener.getsockname()[1]
         _warn_if_open(args)
         return serve_on_ray(args, make_app, model_name(args))
+    if args.node_rank:
+        return _follow(args)
+    if served is not None:
+        return _serve(args, served.listener, served, ranks)
     # Before the model is loaded, so that a taken port is known at once.
     with bind(args.host, args.port) as listener:
+        if args.tensor_parallel_size > 1:
+            return Supervisor(listener, args.argv).run()
         return _serve(args, listener)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Refuse ranks that are not started by this verb, and machines that do not fit them.  ConfigError."""
+    from pymllm.errors import ConfigError
+    from pymllm.parallel.ranks import ranks_of_node
+
+    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            "pymllm serve starts its ranks itself",
+            code="serve-parallel",
+            expected="--tensor-parallel-size N, without torchrun",
+            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+        )
+    ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    if args.nnodes > 1 and not args.master_port:
+        args.parser.error("--nnodes needs --master-addr and --master-port, the same on all machines")
+
+
+def _start_ranks(args: argparse.Namespace) -> Ranks:
+    """Start the ranks of this machine that follow this process.  Returns where they meet it."""
+    from pymllm.parallel.leader import Leader
+    from pymllm.parallel.ranks import Ranks, ranks_of_node
+
+    ranks = Ranks()
+    if args.nnodes > 1:
+        own = len(ranks_of_node(args.tensor_parallel_size, args.nnodes, 0)) - 1
+        ranks = Ranks(args.master_addr, args.master_port, os.environ.get("PYMLLM_RANK_KEY", ""), own)
+    return replace(ranks, begun=Leader.start(args.tensor_parallel_size, ranks))
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """Keep the ranks of a machine that does not serve."""
+    from pymllm.loading.agreement import settings_for_ranks
+    from pymllm.parallel.ranks import ranks_of_node
+    from pymllm.server.nodes import follow_on_node
+
+    ranks = ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    settings = settings_for_ranks(args.model, {**_model_options(args), "progress": False})
+    key = os.environ.get("PYMLLM_RANK_KEY", "")
+    say(f"Ranks {ranks.start} to {ranks.stop - 1} follow {args.master_addr} port {args.master_port}.")
+    return follow_on_node(ranks, args.tensor_parallel_size, args.master_addr, args.master_port, key, settings)
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that every rank gets."""
+    return {
+        "adapters": dict(args.adapter),
+        **model_arguments(args),
+        **engine_arguments(args),
+        "check_memory": args.check_memory,
+        "expert_parallel": args.expert_parallel,
+    }
 
 
 def _port(text: str) -> int:
@@ -165,12 +252,17 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
+def _serve(
+    args: argparse.Namespace,
+    listener: socket.socket,
+    served: Served | None = None,
+    ranks: Ranks | None = None,
+) -> int:
     import uvicorn
 
     from pymllm.server.header_timeout import HeaderTimeoutProtocol
 
-    llm, app = make_app(args)
+    llm, app = make_app(args, ranks)
     config = uvicorn.Config(
         app,
         # It is h11's, which bounds the size of headers, as httptools does not.
@@ -191,7 +283,17 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
     greeting = (
         f"Serving {model_name(args)} at http://{shown}:{port}/v1. Ctrl+C stops. {llm.plan.describe_cache()}."
     )
-    make_server(config, greeting).run(sockets=[listener])
+    server = make_server(config, greeting, served)
+    if served is not None and llm.parallel.leader is not None:
+        worker = app.state.service.worker
+        llm.parallel.leader.on_lost = lambda error: served.replace(str(error), lambda: worker.lose(error))
+        # It may have been lost in the meantime.
+        llm.parallel.leader.check()
+    server.run(sockets=[listener])
+    if served is not None and served.lost:
+        # The thread that has begun to replace this server ends it.
+        threading.Event().wait()
+    llm.close()
     return 0
 
 
@@ -200,12 +302,15 @@ def _warn_if_open(args: argparse.Namespace) -> None:
         say("warning: other machines can reach this server, and it has no API key.")
 
 
-def make_app(args: argparse.Namespace) -> tuple[LLM, FastAPI]:
-    """Load the model, and make its application; a replica of Ray's calls this in its own process."""
+def make_app(args: argparse.Namespace, ranks: Ranks | None = None) -> tuple[LLM, FastAPI]:
+    """Load the model, and make its application; a replica of Ray's calls this in its own process.
+
+    ranks: where several ranks meet; None: they are started here.
+    """
     from pymllm.api import LLM
     from pymllm.server.app import create_app
 
-    llm = LLM(**model_options(args))
+    llm = LLM(**model_options(args), ranks=ranks)
     app = create_app(
         llm,
         model_name=model_name(args),
@@ -220,12 +325,10 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the keywords of the `LLM` that is served."""
     return {
         "model": args.model,
-        "adapters": dict(args.adapter),
-        **model_arguments(args),
-        **engine_arguments(args),
+        **_model_options(args),
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
-        "check_memory": args.check_memory,
         "pooling": args.pooling,
+        "tensor_parallel_size": args.tensor_parallel_size,
     }
 
 
@@ -239,22 +342,32 @@ def served_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
-    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one."""
+def make_server(config: uvicorn.Config, greeting: str, served: Served | None = None) -> uvicorn.Server:
+    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one.
+
+    served: the parent that is told, too; one signal may then come twice, from it and from whoever has sent it.
+    """
     import asyncio
 
     import uvicorn
 
     class Server(uvicorn.Server):
+        told = 0.0
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             say(greeting)
+            if served is not None:
+                served.say(serving=True)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self.should_exit:
+                if served is not None and time.monotonic() - self.told < SAME_SIGNAL_SECONDS:
+                    return
                 # A plain exit would wait for the generating thread.
                 os._exit(128 + sig)
             super().handle_exit(sig, frame)
+            self.told = time.monotonic()
             # Not here: the signal may have come while a line was written, and a stream cannot be written within itself.
             said = "Finishing the requests under way; Ctrl+C once more stops at once."
             asyncio.get_running_loop().call_soon_threadsafe(say, said)

@@ -31,7 +31,7 @@ def create_app(
     # No schema pages: the bodies are read by `protocol/`, and FastAPI does not know their shape.
     app = FastAPI(title="pymllm", docs_url=None, redoc_url=None, openapi_url=None)
     add_gate(app, api_key)
-    service = Service(llm, model_name, max_running, max_waiting)
+    service = app.state.service = Service(llm, model_name, max_running, max_waiting)
     for endpoint in ENDPOINTS:
         endpoint.add_routes(app, service)
     return app

@@ -2,7 +2,7 @@
 
 Ray does the cluster's work: it places the replicas, sends each request to one, watches them, starts others in place of
 those that are gone, and adds and removes them by their load. A replica is one actor with the model and the whole
-application; it has a placement group of its own, with a bundle for each rank.  docs/scale-out.md describes it.
+application, and starts the model's other ranks; it has a placement group of its own, for all its ranks.  docs/scale-out.md describes it.
 """
 
 from __future__ import annotations
@@ -64,8 +64,11 @@ class Scale:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """Return what a rank takes of a machine, in Ray's names."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        """Return what a replica takes of a machine, in Ray's names: all its ranks, which are processes of its own."""
+        cpus = self.cpus * self.ranks
+        # Ray has no fractions above one.
+        whole = cpus if cpus <= 1 else math.ceil(cpus - 1e-9)
+        return {"CPU": whole, **({"GPU": self.gpus * self.ranks} if self.gpus else {})}
 
     def describe(self) -> str:
         """Say how many replicas there are, and on what."""
@@ -143,9 +146,14 @@ def application(
     deployment = serve.deployment(
         serve.ingress()(ModelReplica),
         name=DEPLOYMENT_NAME,
-        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
-        placement_group_bundles=[scale.bundle] * scale.ranks,
-        # The ranks of a replica exchange tensors in every layer: they share a machine.
+        ray_actor_options={
+            "num_cpus": scale.bundle["CPU"],
+            "num_gpus": scale.bundle.get("GPU", 0),
+            # Ray would give each rank as many threads as all of them have CPUs.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(scale.cpus)))}},
+        },
+        # One bundle: the ranks of a replica exchange tensors in every layer, and share a machine.
+        placement_group_bundles=[scale.bundle],
         placement_group_strategy="STRICT_PACK",
         max_ongoing_requests=most,
         max_queued_requests=most,
@@ -205,14 +213,14 @@ def check_room(machines: Sequence[Mapping[str, float]], scale: Scale) -> None:
     machines: what each has, in Ray's names.
     """
     fitting = sum(
-        min(room([machine.get(name, 0)], size * scale.ranks) for name, size in scale.bundle.items() if size)
+        min(room([machine.get(name, 0)], size) for name, size in scale.bundle.items() if size)
         for machine in machines
     )
     if fitting < scale.fewest:
         raise ConfigError(
             "the replicas do not fit on the machines of the cluster",
             code="ray-room",
-            expected=f"room for {scale.fewest} replicas of {json.dumps(scale.bundle)} x {scale.ranks}",
+            expected=f"room for {scale.fewest} replicas of {json.dumps(scale.bundle)}",
             found=f"room for {fitting}",
             fix="Choose fewer --replicas, a smaller --cpus-per-rank, or add machines.",
         )

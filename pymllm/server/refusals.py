@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pymllm.errors import PymllmError, RequestError
+from pymllm.errors import PymllmError, RankError, RequestError
 
 # Errors that are not RequestErrors, and yet no fault of the server's: this model cannot take such a request.
 CLIENT_CODES = (
@@ -39,5 +39,6 @@ def refusal_of(error: PymllmError) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestError):
         status = 404 if isinstance(error, NoSuchModel) else 400
         return status, error_body(status, str(error), param=error.param, code=error.code)
-    status = 400 if error.code in CLIENT_CODES else 500
+    # Ranks that are lost come back: the client may try again.
+    status = 503 if isinstance(error, RankError) else 400 if error.code in CLIENT_CODES else 500
     return status, error_body(status, str(error), code=error.code)
