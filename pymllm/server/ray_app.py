@@ -1,8 +1,8 @@
 """The application of `app.py` as a Ray Serve deployment: replicas of one model, on one machine or several.
 
 Ray does the cluster's work: it places the replicas, sends each request to one, watches them, starts others in place of
-those that are gone, and adds and removes them by their load. A replica is one actor with the model and the whole
-application, and starts the model's other ranks; it has a placement group of its own, for all its ranks.  docs/scale-out.md describes it.
+those that are gone, and adds and removes them by their load. A replica is one actor, with the model and the whole
+application, and a placement group for all its ranks, which are processes that it starts.  docs/scale-out.md describes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ DEPLOYMENT_NAME = "model"
 # with JSON that clients know. Where every replica has that many, requests wait in Ray's proxy, and as many again.
 SPARE_REQUESTS = 64
 
-HEALTH_PERIOD_SECONDS = 2
+# Ray replaces a replica that was not healthy three times.
+HEALTH_PERIOD_SECONDS = 1
 # A step of the model may hold Python's lock for a while.
 HEALTH_TIMEOUT_SECONDS = 10
 # A replica that is to go takes no new requests, and has this long for those under way.

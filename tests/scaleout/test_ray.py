@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -119,6 +121,51 @@ def test_replicas_answer_as_one_server_does():
         process.send_signal(signal.SIGTERM)
         assert list(stream)[-1].choices[0].finish_reason == "length"
         assert process.wait(SECONDS) == 0
+
+
+def followers(top: int) -> list[int]:
+    """List the processes below `top` that follow a rank 0."""
+    parents, found = {}, [top]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    ranks = []
+    for process in found:
+        # It may have ended in the meantime.
+        with contextlib.suppress(OSError):
+            if b"pymllm.follower" in Path(f"/proc/{process}/cmdline").read_bytes():
+                ranks.append(process)
+    return ranks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_replica_that_has_lost_a_rank_is_replaced():
+    with started("--tensor-parallel-size", "2", "--cpus-per-rank", "0.5", "--api-key", "k") as (
+        process,
+        address,
+    ):
+        stream = client(address).completions.create(
+            model="pymllm-shipped", stream=True, max_tokens=900, **ENDLESS
+        )
+        next(stream)
+        (rank,) = followers(process.pid)
+        os.kill(rank, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="rank 1 of 2 is lost"):
+            list(stream)
+        deadline = time.monotonic() + SECONDS
+        while True:
+            assert time.monotonic() < deadline
+            with contextlib.suppress(openai.APIStatusError):
+                answer = client(address).completions.create(model="pymllm-shipped", max_tokens=4, **ENDLESS)
+                break
+            time.sleep(0.5)
+        assert answer.choices[0].finish_reason == "length"
+        assert followers(process.pid) not in ([], [rank])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+        assert followers(os.getpid()) == []
 
 
 def test_an_error_of_the_model_is_the_server_s_own():

@@ -59,6 +59,12 @@ def test_a_free_port_of_this_machine_is_none_of_the_cluster(capsys):
     assert "choose one for the cluster" in capsys.readouterr().err
 
 
+def test_machines_of_ranks_are_none_of_ray_s(capsys):
+    words = ["--tensor-parallel-size", "2", "--nnodes", "2", "--master-port", "1"]
+    assert main(["serve", "--ray", *words]) == 2
+    assert "--nnodes is for ranks without Ray" in capsys.readouterr().err
+
+
 def test_a_missing_ray_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
@@ -164,6 +170,21 @@ def test_replicas_that_do_not_fit_are_refused(scale, fits):
     else:
         with pytest.raises(ConfigError, match="do not fit"):
             ray_app.check_room(MACHINES, scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bundle"),
+    [
+        (Scale(cpus=0.5), {"CPU": 0.5}),
+        (Scale(cpus=2, ranks=4), {"CPU": 8}),
+        (Scale(cpus=0.5, ranks=2), {"CPU": 1}),
+        (Scale(cpus=0.3, ranks=4), {"CPU": 2}),  # 1.2, and Ray has no fractions above one
+        (Scale(cpus=0.1, ranks=10), {"CPU": 1}),
+        (Scale(cpus=1, gpus=1, ranks=8), {"CPU": 8, "GPU": 8}),
+    ],
+)
+def test_a_replica_takes_what_all_its_ranks_need(scale, bundle):
+    assert scale.bundle == bundle
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (500, False)])
