@@ -2,7 +2,7 @@
 
 Ray does the cluster's work: it places the replicas, sends each request to one, watches them, starts others in place of
 those that are gone, and adds and removes them by their load. A replica is one actor, with the model and the whole
-application, and a placement group for all its ranks, which are processes that it starts.  docs/scale-out.md describes it.
+application, and a placement group for all its ranks, which are processes that it starts.  The page: docs/scale-out.md.
 """
 
 from __future__ import annotations
