@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -176,6 +177,8 @@ def _cluster(args: argparse.Namespace) -> Iterator[None]:
             code="ray-address",
             fix="`ray status` tells whether one runs; docs/scale-out.md starts one.",
         ) from None
+    # Ray has put a handler of its own there, whose exit code says nothing.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:

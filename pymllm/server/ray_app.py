@@ -33,7 +33,7 @@ SPARE_REQUESTS = 64
 HEALTH_PERIOD_SECONDS = 1
 # A step of the model may hold Python's lock for a while.
 HEALTH_TIMEOUT_SECONDS = 10
-# A replica that is to go takes no new requests, and has this long for those under way.
+# A replica that is to go takes no new requests.
 DRAIN_SECONDS = 30
 # A start that fails is tried again on whichever machine has room. A model that cannot be loaded fails anywhere.
 START_TRIES = 3
@@ -133,12 +133,18 @@ async def get(app: ASGIApp, path: str) -> tuple[int, bytes]:
 
 
 def application(
-    load: Callable[[], tuple[LLM, ASGIApp]], scale: Scale, *, max_running: int, max_waiting: int
+    load: Callable[[], tuple[LLM, ASGIApp]],
+    scale: Scale,
+    *,
+    max_running: int,
+    max_waiting: int,
+    drain_seconds: float = DRAIN_SECONDS,
 ) -> Application:
     """Describe the deployment to Ray, which makes the replicas from it.
 
     load: loads the model and makes its application, in each replica's process; paths that it knows must lead to the
-    same files on every machine.  max_running, max_waiting: of each replica.
+    same files on every machine.  max_running, max_waiting: of each replica.  drain_seconds: how long requests may go on
+    in a replica that is to go.
     """
     from ray import serve
 
@@ -161,7 +167,7 @@ def application(
         backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_SECONDS},
         health_check_period_s=HEALTH_PERIOD_SECONDS,
         health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=drain_seconds,
         max_constructor_retry_count=START_TRIES,
         **({} if router is None else {"request_router_config": {"request_router_class": router}}),
         **_count(scale, max_running),
