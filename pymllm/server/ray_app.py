@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pymllm.errors import ConfigError
-from pymllm.server.gate import OPEN_PATH, RETRY_AFTER_SECONDS
+from pymllm.server.gate import OPEN_PATH
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -28,6 +28,8 @@ DEPLOYMENT_NAME = "model"
 # What a replica gets beyond the prompts that run or wait in it: calls of /health, and requests that it refuses itself,
 # with JSON that clients know. Where every replica has that many, requests wait in Ray's proxy, and as many again.
 SPARE_REQUESTS = 64
+# What the proxy tells whoever finds no room there either.
+RETRY_AFTER_SECONDS = 5
 
 # Ray replaces a replica that was not healthy three times.
 HEALTH_PERIOD_SECONDS = 1
