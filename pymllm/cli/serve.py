@@ -23,11 +23,14 @@ from pymllm.cli.options import (
     positive,
 )
 from pymllm.cli.output import say
+from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
 from pymllm.cli.serve_options import add_operation_options, limits_of
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
+    from pymllm.api import LLM
     from pymllm.parallel.ranks import Ranks
     from pymllm.server.supervisor import Served
 
@@ -106,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
     add_operation_options(parser)
+    add_ray_options(parser)
     add_rank_options(parser)
 
 
@@ -127,7 +131,8 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def execute(args: argparse.Namespace) -> int:
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what no server can have, as an error of usage."""
     if args.max_running < 1:
         args.parser.error("--max-running must be at least 1")
     if args.max_waiting < 0:
@@ -138,6 +143,11 @@ def execute(args: argparse.Namespace) -> int:
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
     _check_ranks(args)
+    check_ray_options(args)
+
+
+def execute(args: argparse.Namespace) -> int:
+    check_arguments(args)
     from pymllm.server.supervisor import Served, Supervisor
 
     served, ranks = Served.from_environment(), None
@@ -152,6 +162,14 @@ def execute(args: argparse.Namespace) -> int:
             importlib.import_module(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "server", "pymllm serve") from None
+    if args.ray:
+        check_ray()
+        if args.ray_address is None:
+            # Ray's proxies bind the port themselves; like this, a taken one is known at once.
+            with bind(args.host, args.port) as listener:
+                args.port = listener.getsockname()[1]
+        _warn_if_open(args)
+        return serve_on_ray(args, make_app, model_names(args)[0])
     if args.node_rank:
         return _follow(args)
     if served is not None:
@@ -253,45 +271,20 @@ def _serve(
     served: Served | None = None,
     ranks: Ranks | None = None,
 ) -> int:
-    from pymllm.api import LLM
-    from pymllm.server.access_log import AccessLog
-    from pymllm.server.app import create_app
     from pymllm.server.listening import configure
 
-    llm = LLM(
-        args.model,
-        **_model_options(args),
-        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
-        pooling=args.pooling,
-        chat_template=args.chat_template,
-        tensor_parallel_size=args.tensor_parallel_size,
-        ranks=ranks,
-    )
-    names = args.model_name or [SHIPPED_NAME if args.model is None else served_name(args.model)]
-    access_log = args.access_log or ("text" if args.verbose else None)
-    app = create_app(
-        llm,
-        model_name=names[0],
-        other_names=names[1:],
-        api_key=args.api_key,
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-        limits=limits_of(args),
-        cors=args.cors,
-        allowed_hosts=[*args.allowed_host, args.host],
-        access_log=None if access_log is None else AccessLog(sys.stderr, access_log),
-        open_metrics=args.open_metrics,
-    )
+    llm, app = make_app(args, ranks)
     config = configure(app, verbose=args.verbose)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    if args.host not in LOOPBACK and args.api_key is None:
-        say("warning: other machines can reach this server, and it has no API key.")
+    _warn_if_open(args)
     # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
     address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
-    greeting = f"Serving {names[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+    greeting = (
+        f"Serving {model_names(args)[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+    )
     if args.chat_template is not None:
         greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
     server, worker = make_server(config, greeting, served), app.state.service.worker
@@ -311,6 +304,56 @@ def _serve(
             # A step that never ends would keep the process.
             os._exit(0 if sys.exc_info()[0] is None else 128 + signal.SIGINT)
     return 0
+
+
+def _warn_if_open(args: argparse.Namespace) -> None:
+    if args.host not in LOOPBACK and args.api_key is None:
+        say("warning: other machines can reach this server, and it has no API key.")
+
+
+def make_app(args: argparse.Namespace, ranks: Ranks | None = None) -> tuple[LLM, FastAPI]:
+    """Load the model, and make its application; a replica of Ray's calls this in its own process.
+
+    ranks: where several ranks meet; None: they are started here.
+    """
+    from pymllm.api import LLM
+    from pymllm.server.access_log import AccessLog
+    from pymllm.server.app import create_app
+
+    llm = LLM(**model_options(args), ranks=ranks)
+    name, *others = model_names(args)
+    access_log = args.access_log or ("text" if args.verbose else None)
+    app = create_app(
+        llm,
+        model_name=name,
+        other_names=others,
+        api_key=args.api_key,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+        limits=limits_of(args),
+        cors=args.cors,
+        allowed_hosts=[*args.allowed_host, args.host],
+        access_log=None if access_log is None else AccessLog(sys.stderr, access_log),
+        open_metrics=args.open_metrics,
+    )
+    return llm, app
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of the `LLM` that is served."""
+    return {
+        "model": args.model,
+        **_model_options(args),
+        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
+        "pooling": args.pooling,
+        "chat_template": args.chat_template,
+        "tensor_parallel_size": args.tensor_parallel_size,
+    }
+
+
+def model_names(args: argparse.Namespace) -> list[str]:
+    """Return what clients may call the model; answers bear the first name."""
+    return args.model_name or [SHIPPED_NAME if args.model is None else served_name(args.model)]
 
 
 def served_name(model: str) -> str:
