@@ -35,13 +35,13 @@ from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import RequestError, nearest
 from pymllm.kernels.attention import PAGE_SIZE
+from pymllm.loading.agreement import settings_for_ranks
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
-from pymllm.loading.prepare import prepare
 from pymllm.models.language_model import LanguageModel
-from pymllm.parallel import choose_parallel
-from pymllm.planning.make_plan import check_fits, make_plan
-from pymllm.planning.plan import Plan
+from pymllm.parallel import Ranks, choose_parallel, current_parallel
+from pymllm.parallel.ranked import Ranked
+from pymllm.planning.deciding import decide
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
@@ -58,7 +58,7 @@ def shipped_model() -> Path:
     return Path(__file__).parent / "shipped_model"
 
 
-class LLM:
+class LLM(Ranked):
     """A checkpoint, loaded for generation.
 
     llm = LLM("path/to/model", quant={"**.mlp.**": "fp8"})
@@ -69,7 +69,8 @@ class LLM:
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
-    tensor_parallel_size: how many ranks share the model; above 1, this process must be one of them (torchrun).
+    tensor_parallel_size: how many ranks share the model: those of torchrun, or processes that are started here and end
+    with this one.  ranks: where they meet; None: on this machine.
     expert_parallel: whether ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
     compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
     demands what the checkpoint asks for.
@@ -83,8 +84,7 @@ class LLM:
     progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
-    max_model_len: the most tokens that a request may have, its answer included; None: as many as the model knows
-    positions for, if the KV cache holds them.
+    max_model_len: the most tokens of a request and its answer; None: as many as the model, and the KV cache, can have.
     kv_memory: what the KV cache may take, "2GB" or "512MiB" say, or a number of bytes; None: a quarter of what is free
     beside the weights, but no more than 16384 tokens, or one request of that length, need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
@@ -119,26 +119,31 @@ class LLM:
         step_ms: float = STEP_MS,
         pooling: str | Sequence[str] | None = None,
         chat_template: str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         check_step_ms(step_ms)
-        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel)
+        options: dict[str, Any] = dict(
+            device=device,
+            dtype=dtype,
+            compute=compute,
+            kernels=kernels,
+            revision=revision,
+            quant=quant,
+            kv_cache=kv_cache,
+            definition=definition,
+            strategy=strategy,
+        )
+        beside: dict[str, Any] = dict(
+            adapters=adapters, check_memory=check_memory, max_model_len=max_model_len, kv_memory=kv_memory
+        )
+        told = {**options, **beside, "expert_parallel": expert_parallel, "progress": False}
+        settings = settings_for_ranks(model, told) if tensor_parallel_size > 1 else None
+        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
+        self._own_ranks()
         with self.parallel:
-            prepared = prepare(
-                shipped_model() if model is None else model,
-                quant,
-                device=device,
-                dtype=dtype,
-                compute=compute,
-                kernels=kernels,
-                kv_cache=kv_cache,
-                revision=revision,
-                definition=definition,
-                strategy=strategy,
-            )
+            path = shipped_model() if model is None else model
+            prepared, self.plan = decide(self.parallel, path, options, **beside)
             self.tokenizer = open_tokenizer(prepared.checkpoint, chat_template)
-            self.plan: Plan = make_plan(prepared, max_model_len=max_model_len, kv_memory=kv_memory)
-            if check_memory:
-                check_fits(prepared, self.plan)
             self.model = load_prepared(prepared, progress=progress)
         self.prepared = prepared
         self.config = prepared.config
@@ -167,6 +172,7 @@ class LLM:
         self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
+        self._lead()
 
     @property
     def generates(self) -> bool:
@@ -191,12 +197,15 @@ class LLM:
         name: what requests choose it by.  path: a folder as PEFT writes it, or a hub id.
         """
         with self._lock:
-            return load_lora_weights(self.model, path, name=name, activate=False)
+            loaded = load_lora_weights(self.model, path, name=name, activate=False)
+            self._tell_ranks("load_adapter", name, str(path))
+            return loaded
 
     def unload_adapter(self, name: str) -> None:
         """Drop an adapter.  ConfigError if there is none of that name, or if it is merged."""
         with self._lock:
             unload_lora_weights(self.model, name)
+            self._tell_ranks("unload_adapter", name)
 
     def merge_adapter(self, name: str) -> LoadedAdapter:
         """Give every request this adapter from now on, merged into the weights where these are plain floats.
@@ -205,12 +214,15 @@ class LLM:
         another adapter.
         """
         with self._lock:
-            return merge_lora_weights(self.model, name)
+            merged = merge_lora_weights(self.model, name)
+            self._tell_ranks("merge_adapter", name)
+            return merged
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`.  Where nothing is merged, do nothing."""
         with self._lock:
             unmerge_lora_weights(self.model)
+            self._tell_ranks("unmerge_adapter")
 
     def check_adapter(self, name: str | None) -> str | None:
         """Return the name of an adapter that a request may have now.  RequestError, with the nearest names, if none."""
@@ -484,7 +496,5 @@ def load_model(
     Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,
     RuleError, ShardingError or KernelError for what cannot be honoured.
     """
-    prepared = prepare(path, quant, **options)
-    if check_memory:
-        check_fits(prepared, make_plan(prepared))
-    return load_prepared(prepared, progress=progress)
+    decided = decide(current_parallel(), path, {"quant": quant, **options}, check_memory=check_memory)
+    return load_prepared(decided[0], progress=progress)

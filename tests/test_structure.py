@@ -27,7 +27,7 @@ def test_the_page_has_every_part_of_the_package_once():
 
 
 def test_the_page_has_the_folders_of_the_repository():
-    folders = {"kernels/", "quantization/", "tests/", "benchmarks/", "examples/"}
+    folders = {"kernels/", "quantization/", "tests/", "benchmarks/", "deploy/", "examples/"}
     assert set(re.findall(r"^([a-z]+/) ", TREE, re.MULTILINE)) == folders
     assert all((ROOT / folder).is_dir() for folder in folders)
 
@@ -36,7 +36,7 @@ def test_every_file_that_the_page_names_is_there():
     files = {
         path.relative_to(ROOT).as_posix()
         for path in ROOT.glob("*/**/*")
-        if path.suffix in (".py", ".md", ".h")
+        if path.suffix in (".py", ".md", ".h", ".yaml")
     }
     places = {f"/{file}" for file in files} | {f"/{Path(file).parent.as_posix()}/" for file in files}
     named = {name.removeprefix("../") for name in PATH.findall(PAGE) if "<" not in name}

@@ -58,12 +58,12 @@ class AsyncLLM:
                 fix="Pass these to LLM.",
             )
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
-        if self.llm.parallel.size > 1:
+        if self.llm.parallel.size > 1 and not self.llm.parallel.led:
             raise ConfigError(
-                "AsyncLLM runs on one rank only",
+                "AsyncLLM cannot run on ranks that all have its requests, as those of torchrun would",
                 code="async-parallel",
-                expected="tensor_parallel_size 1",
-                found=str(self.llm.parallel.size),
+                expected="AsyncLLM(..., tensor_parallel_size=N), which starts the other ranks itself",
+                found=f"{self.llm.parallel.size} ranks of torchrun",
             )
         self._worker = Worker(self.llm, max_running, max_running)
         self._open = 0

@@ -9,8 +9,8 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from pymllm.engine.asking import Asked
 from pymllm.engine.request import Request, RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session, StreamPiece
-from pymllm.errors import RequestError
+from pymllm.errors import PymllmError, RequestError
 
 __all__ = ["REMINDER", "Busy", "Generation", "Worker"]
 
@@ -57,9 +57,14 @@ class Worker:
         self.refusal: Exception | None = None
         self.pulse, self.tally = Pulse(), Tally()
         self.fault: str | None = None
-        self.checks: list[Callable[[], str | None]] = [self.pulse.why_not, lambda: self.fault]
+        self.checks: list[Callable[[], str | None]] = [
+            llm.why_not_healthy,
+            self.pulse.why_not,
+            lambda: self.fault,
+        ]
         self._arrived: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._asked: set[Future[Any]] = set()
         self._thread = ThreadPoolExecutor(1, "generation")
         self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
         self._last: Future[None] = Future()  # the last work of the thread
@@ -105,18 +110,26 @@ class Worker:
         done: Future[Made] = Future()
 
         def run() -> None:
-            if done.set_running_or_notify_cancel():
-                started = self.pulse.beat()
-                try:
-                    done.set_result(function())
-                except BaseException as error:
-                    self.note_failure()
-                    done.set_exception(error)
-                self.pulse.note_step(started)
+            if done.cancelled():
+                return
+            started = self.pulse.beat()
+            try:
+                result = function()
+            except BaseException as error:
+                self.note_failure()
+                fail_once(done, error)
+            else:
+                with contextlib.suppress(InvalidStateError):
+                    done.set_result(result)
+            self.pulse.note_step(started)
 
+        self._asked.add(done)
         self._calls.put(run)
         self._start_work()
-        return await asyncio.wrap_future(done)
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            self._asked.discard(done)
 
     async def embed(self, inputs: Sequence[EmbeddingInput], options: EmbeddingOptions) -> list[Tensor]:
         """Make the vectors of texts, [N, D] a batch; the batches take turns with the steps of others' answers."""
@@ -140,6 +153,14 @@ class Worker:
         self.places.refuse_waiting(error)
         for generation in list(self.live):
             generation.abort(error)
+
+    def lose(self, error: Exception) -> None:
+        """Have all clients get this error at once, though the thread of the steps may never come back."""
+        self.refuse(error)
+        for generation in list(self.live):
+            generation.tell(error)
+        for done in list(self._asked):
+            fail_once(done, error)
 
     def check_open(self) -> None:
         """Raise what new work raises, if anything."""
@@ -186,6 +207,12 @@ class Worker:
         finally:
             if self._arrived.empty() and self._calls.empty():
                 self.pulse.rest()
+
+
+def fail_once(done: Future[Any], error: BaseException) -> None:
+    """Have a future raise an error, unless it is done already."""
+    with contextlib.suppress(InvalidStateError):
+        done.set_exception(error)
 
 
 class Generation:
@@ -247,6 +274,10 @@ class Generation:
     def abort(self, error: Exception) -> None:
         """Close it, and have whoever waits for a piece get this error."""
         self.closed, self.reason = True, error
+
+    def tell(self, error: Exception) -> None:
+        """Hand whoever waits an error at once, whatever the generating thread does."""
+        self._deliver(error)
 
     def hand_over(self, number: int, piece: StreamPiece) -> None:
         """Hand a piece over; the generating thread calls this, and never waits for whoever takes it."""
@@ -315,7 +346,8 @@ class _Round:
                 for request, piece in stepped:
                     self._hand_out(request, piece)
         except BaseException as error:
-            logger.exception("all requests under way have failed")
+            foreign = not isinstance(error, PymllmError)
+            logger.error("all requests under way have failed: %s", error, exc_info=foreign)
             self.worker.note_failure()
             told = error if isinstance(error, Exception) else RuntimeError(repr(error))
             for generation in list(self.requests):

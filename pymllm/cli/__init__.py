@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv:
             parser.print_help(sys.stderr)
             return 2
-        return _execute(_parse(parser, argv))
+        args = _parse(parser, argv)
+        args.argv = argv
+        return _execute(args)
     except SystemExit as stop:
         # argparse exits with 2 after a usage error, with 0 after --help.
         return stop.code if isinstance(stop.code, int) else 0

@@ -81,7 +81,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         type=positive,
         default=1,
         metavar="N",
-        help="divide the model over N ranks; start N processes with torchrun",
+        help="divide the model over N ranks: those of torchrun, or else N processes that are started here",
     )
     group.add_argument(
         "--expert-parallel",

@@ -131,7 +131,7 @@ def execute(args: argparse.Namespace) -> int:
     startup_seconds = time.perf_counter() - started
     params = llm.default_params(**chosen)
     # torchrun gives stdin to one rank only.
-    prompt = llm.parallel.broadcast_object(prompt) if llm.parallel.size > 1 else prompt
+    prompt = llm.parallel.broadcast(prompt)
     ids = (
         llm.encode_to_answer(prompt)
         if not args.chat

@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymllm.cli.options import (
     adapter,
@@ -18,16 +20,25 @@ from pymllm.cli.options import (
     add_template_option,
     engine_arguments,
     model_arguments,
+    positive,
 )
 from pymllm.cli.output import say
+from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
 from pymllm.cli.serve_options import add_operation_options, limits_of
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
+
+    from pymllm.api import LLM
+    from pymllm.parallel.ranks import Ranks
+    from pymllm.server.supervisor import Served
 
 SHIPPED_NAME = "pymllm-shipped"
 # How long the process waits for its last step after the server has ended.
 LAST_STEP_SECONDS = 5.0
+# Within so many seconds two signals are one, which a service manager has sent to every process.
+SAME_SIGNAL_SECONDS = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -98,9 +109,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=64, metavar="N", help="prompts that may wait; default: 64"
     )
     add_operation_options(parser)
+    add_ray_options(parser)
+    add_rank_options(parser)
 
 
-def execute(args: argparse.Namespace) -> int:
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of several machines."""
+    group = parser.add_argument_group(
+        "several machines", "All run the same command, each with its own --node-rank; node 0 serves."
+    )
+    group.add_argument("--nnodes", type=positive, default=1, metavar="N", help="machines; default: 1")
+    group.add_argument("--node-rank", type=int, default=0, metavar="K", help="which of them this one is")
+    group.add_argument(
+        "--master-addr",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address of node 0 that the others reach",
+    )
+    group.add_argument(
+        "--master-port", type=_port, default=0, metavar="PORT", help="where node 0 waits for them"
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what no server can have, as an error of usage."""
     if args.max_running < 1:
         args.parser.error("--max-running must be at least 1")
     if args.max_waiting < 0:
@@ -110,23 +142,96 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
-    from pymllm.errors import ConfigError, MissingExtraError
+    _check_ranks(args)
+    check_ray_options(args)
+
+
+def execute(args: argparse.Namespace) -> int:
+    check_arguments(args)
+    from pymllm.server.supervisor import Served, Supervisor
+
+    served, ranks = Served.from_environment(), None
+    if served is not None:
+        served.start()
+        # The other ranks load torch while this one does.
+        ranks = _start_ranks(args)
+    from pymllm.errors import MissingExtraError
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError:
             raise MissingExtraError(package, "server", "pymllm serve") from None
-    if args.tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "pymllm serve runs on one rank only",
-            code="serve-parallel",
-            expected="--tensor-parallel-size 1, without torchrun",
-            found=f"{max(args.tensor_parallel_size, int(os.environ.get('WORLD_SIZE', '1')))} ranks",
-        )
+    if args.ray:
+        check_ray()
+        if args.ray_address is None:
+            # Ray's proxies bind the port themselves; like this, a taken one is known at once.
+            with bind(args.host, args.port) as listener:
+                args.port = listener.getsockname()[1]
+        _warn_if_open(args)
+        return serve_on_ray(args, make_app, model_names(args)[0])
+    if args.node_rank:
+        return _follow(args)
+    if served is not None:
+        return _serve(args, served.listener, served, ranks)
     # Before the model is loaded, so that a taken port is known at once.
     with bind(args.host, args.port) as listener:
+        if args.tensor_parallel_size > 1:
+            return Supervisor(listener, args.argv).run()
         return _serve(args, listener)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Refuse ranks that are not started by this verb, and machines that do not fit them.  ConfigError."""
+    from pymllm.errors import ConfigError
+    from pymllm.parallel.ranks import ranks_of_node
+
+    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            "pymllm serve starts its ranks itself",
+            code="serve-parallel",
+            expected="--tensor-parallel-size N, without torchrun",
+            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+        )
+    ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    if args.nnodes > 1 and not args.master_port:
+        args.parser.error("--nnodes needs --master-addr and --master-port, the same on all machines")
+
+
+def _start_ranks(args: argparse.Namespace) -> Ranks:
+    """Start the ranks of this machine that follow this process.  Returns where they meet it."""
+    from pymllm.parallel.leader import Leader
+    from pymllm.parallel.ranks import Ranks, ranks_of_node
+
+    ranks = Ranks()
+    if args.nnodes > 1:
+        own = len(ranks_of_node(args.tensor_parallel_size, args.nnodes, 0)) - 1
+        ranks = Ranks(args.master_addr, args.master_port, os.environ.get("PYMLLM_RANK_KEY", ""), own)
+    return replace(ranks, begun=Leader.start(args.tensor_parallel_size, ranks))
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """Keep the ranks of a machine that does not serve."""
+    from pymllm.loading.agreement import settings_for_ranks
+    from pymllm.parallel.ranks import ranks_of_node
+    from pymllm.server.nodes import follow_on_node
+
+    ranks = ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    settings = settings_for_ranks(args.model, {**_model_options(args), "progress": False})
+    key = os.environ.get("PYMLLM_RANK_KEY", "")
+    say(f"Ranks {ranks.start} to {ranks.stop - 1} follow {args.master_addr} port {args.master_port}.")
+    return follow_on_node(ranks, args.tensor_parallel_size, args.master_addr, args.master_port, key, settings)
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that every rank gets."""
+    return {
+        "adapters": dict(args.adapter),
+        **model_arguments(args),
+        **engine_arguments(args),
+        "check_memory": args.check_memory,
+        "expert_parallel": args.expert_parallel,
+    }
 
 
 def _port(text: str) -> int:
@@ -160,28 +265,68 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
+def _serve(
+    args: argparse.Namespace,
+    listener: socket.socket,
+    served: Served | None = None,
+    ranks: Ranks | None = None,
+) -> int:
+    from pymllm.server.listening import configure
+
+    llm, app = make_app(args, ranks)
+    config = configure(app, verbose=args.verbose)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    _warn_if_open(args)
+    # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    # One line: whoever starts the server waits for it.
+    address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
+    greeting = (
+        f"Serving {model_names(args)[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+    )
+    if args.chat_template is not None:
+        greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
+    server, worker = make_server(config, greeting, served), app.state.service.worker
+    if served is not None and llm.parallel.leader is not None:
+        llm.parallel.leader.on_lost = lambda error: served.replace(str(error), lambda: worker.lose(error))
+        # It may have been lost in the meantime.
+        llm.parallel.leader.check()
+    try:
+        server.run(sockets=[listener])
+        if served is not None and served.lost:
+            # The thread that has begun to replace this server ends it.
+            threading.Event().wait()
+    finally:
+        ended = worker.shut_down(LAST_STEP_SECONDS)
+        llm.close()
+        if not ended:
+            # A step that never ends would keep the process.
+            os._exit(0 if sys.exc_info()[0] is None else 128 + signal.SIGINT)
+    return 0
+
+
+def _warn_if_open(args: argparse.Namespace) -> None:
+    if args.host not in LOOPBACK and args.api_key is None:
+        say("warning: other machines can reach this server, and it has no API key.")
+
+
+def make_app(args: argparse.Namespace, ranks: Ranks | None = None) -> tuple[LLM, FastAPI]:
+    """Load the model, and make its application; a replica of Ray's calls this in its own process.
+
+    ranks: where several ranks meet; None: they are started here.
+    """
     from pymllm.api import LLM
     from pymllm.server.access_log import AccessLog
     from pymllm.server.app import create_app
-    from pymllm.server.listening import configure
 
-    llm = LLM(
-        args.model,
-        adapters=dict(args.adapter),
-        **model_arguments(args),
-        **engine_arguments(args),
-        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
-        check_memory=args.check_memory,
-        pooling=args.pooling,
-        chat_template=args.chat_template,
-    )
-    names = args.model_name or [SHIPPED_NAME if args.model is None else served_name(args.model)]
+    llm = LLM(**model_options(args), ranks=ranks)
+    name, *others = model_names(args)
     access_log = args.access_log or ("text" if args.verbose else None)
     app = create_app(
         llm,
-        model_name=names[0],
-        other_names=names[1:],
+        model_name=name,
+        other_names=others,
         api_key=args.api_key,
         max_running=args.max_running,
         max_waiting=args.max_waiting,
@@ -191,25 +336,24 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         access_log=None if access_log is None else AccessLog(sys.stderr, access_log),
         open_metrics=args.open_metrics,
     )
-    config = configure(app, verbose=args.verbose)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    if args.host not in LOOPBACK and args.api_key is None:
-        say("warning: other machines can reach this server, and it has no API key.")
-    # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    # One line: whoever starts the server waits for it.
-    address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
-    greeting = f"Serving {names[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
-    if args.chat_template is not None:
-        greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
-    try:
-        make_server(config, greeting).run(sockets=[listener])
-    finally:
-        if not app.state.service.worker.shut_down(LAST_STEP_SECONDS):
-            # A step that never ends would keep the process.
-            os._exit(0 if sys.exc_info()[0] is None else 128 + signal.SIGINT)
-    return 0
+    return llm, app
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of the `LLM` that is served."""
+    return {
+        "model": args.model,
+        **_model_options(args),
+        **({} if args.step_ms is None else {"step_ms": args.step_ms}),
+        "pooling": args.pooling,
+        "chat_template": args.chat_template,
+        "tensor_parallel_size": args.tensor_parallel_size,
+    }
+
+
+def model_names(args: argparse.Namespace) -> list[str]:
+    """Return what clients may call the model; answers bear the first name."""
+    return args.model_name or [SHIPPED_NAME if args.model is None else served_name(args.model)]
 
 
 def served_name(model: str) -> str:
@@ -217,12 +361,21 @@ def served_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def make_server(config: uvicorn.Config, greeting: str) -> uvicorn.Server:
-    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one."""
+def make_server(config: uvicorn.Config, greeting: str, served: Served | None = None) -> uvicorn.Server:
+    """Make a server that says when it listens, finishes its requests on a signal, and stops at once on a second one.
+
+    served: the parent that is told, too; one signal may then come twice, from it and from whoever has sent it.
+    """
     from pymllm.server.listening import DrainingServer
+
+    def tell() -> None:
+        say(greeting)
+        if served is not None:
+            served.say(serving=True)
 
     return DrainingServer(
         config,
-        on_listening=lambda: say(greeting),
+        on_listening=tell,
         on_stopping=lambda: say("Finishing the requests under way; Ctrl+C once more stops at once."),
+        same_signal_seconds=0.0 if served is None else SAME_SIGNAL_SECONDS,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from pymllm.engine.choosing import cut, describe
+from pymllm.engine.choosing import TokenLogprobs, cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
 from pymllm.engine.prefixes import current_state
@@ -83,10 +83,13 @@ class Engine:
         self.end_tokens, self.prefix_reuse = end_tokens, prefix_reuse
         self.pace, self.clock = Pace(step_ms), clock
         self.making = RLock()
+        # What steps models, its own first, and the cache of each.
+        self.runners: list[tuple[Runner, PagedKVCache]] = []
         self.strategy = strategy or make_strategy(model.strategy)
         # What lies beyond a request's end is run with its last block.
         block = self.strategy.block_length
-        self.runner = Runner(model, device, -(-max_length // block) * block, self.strategy)
+        longest = -(-max_length // block) * block
+        self.runner = Runner(model, device, longest, self.strategy, parallel.leader)
         self.runner.score_prompts = self._score_prompts
         problem = SamplingProblem(probe_device(device.type))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
@@ -94,32 +97,49 @@ class Engine:
     @made_once
     def cache(self) -> PagedKVCache:
         """Make the KV cache; only on first use, so that logits alone need none."""
-        return PagedKVCache(self.model, self.parallel.broadcast_object(self.cache_pages), self.device)
+        pages = self.parallel.broadcast(self.cache_pages)
+        self._tell({"do": "cache", "pages": pages})
+        return PagedKVCache(self.model, pages, self.device)
 
     @made_once
     def states(self) -> StatePool | None:
         """Make room for the states of requests; None where no layer keeps one."""
-        room = self.parallel.broadcast_object((self.state_slots, self.remembered_states))
-        return StatePool.of(self.model, room[0], self.device, room[1] if self.prefix_reuse else 0)
+        slots, most = self.parallel.broadcast((self.state_slots, self.remembered_states))
+        most = most if self.prefix_reuse else 0
+        self._tell({"do": "states", "slots": slots, "remembered": most})
+        return StatePool.of(self.model, slots, self.device, most, self.parallel.leader)
 
     @made_once
     def scheduler(self) -> Scheduler:
         self.runner.states = self.states
-        self.strategy.open(self.model, self.cache, self.parallel, self._run_beside)
+        self._tell({"do": "open"})
+        self.open_strategy()
         return Scheduler(
             self.cache,
             whole=self.model.keys_depend_on_length,
             reuse=self.prefix_reuse,
-            piece=lambda: self.parallel.broadcast_object(self.pace.piece()),
-            state=lambda: self.parallel.broadcast_object(current_state()),
+            piece=lambda: self.parallel.broadcast(self.pace.piece()),
+            state=lambda: tuple(self.parallel.broadcast(current_state())),
             states=self.states,
             strategy=self.strategy,
         )
 
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        """Have the ranks that follow this one, if any, make what it makes."""
+        if self.parallel.leader is not None:
+            self.parallel.leader.send(message)
+
+    def open_strategy(self) -> None:
+        """Make what the decoding strategy needs beside the model and the cache."""
+        self.runners = [(self.runner, self.cache)]
+        self.strategy.open(self.model, self.cache, self.parallel, self._run_beside)
+
     def _run_beside(self, model: LanguageModel) -> Callable[[list[Request]], torch.Tensor]:
         """Make what runs another model on this device, with as many pages as the engine's own cache."""
         cache = PagedKVCache(model, self.cache.num_pages, self.device)
-        runner = Runner(model, self.device, self.max_length, Autoregressive())
+        number, leader = len(self.runners), self.parallel.leader
+        runner = Runner(model, self.device, self.max_length, Autoregressive(), leader, number)
+        self.runners.append((runner, cache))
         return lambda requests: runner.step(requests, cache)
 
     @property
@@ -281,14 +301,17 @@ class Engine:
         try:
             chosen = self.strategy.choose(requests, logits, self.sampling_kernel)
         except Exception as error:
-            if self.parallel.size > 1:
+            if self.parallel.size > 1 and not self.parallel.led:
+                # Other ranks may not have failed.
                 raise
             if len(requests) == 1:
                 requests[0].fail(error)
                 return [None]
             rows = zip(requests, logits.split([len(request.rows) for request in requests]), strict=True)
             return [entry for request, row in rows for entry in self._choose([request], row)]
-        return self.parallel.broadcast_object(chosen)
+        if self.parallel.size == 1 or self.parallel.led:
+            return chosen
+        return _read_choices(self.parallel.broadcast(_write_choices(chosen)))
 
     def _score_prompts(self, owners: Sequence[Request], logits: torch.Tensor) -> None:
         """Note the log-probabilities of the next tokens of prompts.
@@ -301,3 +324,18 @@ class Engine:
         entries = describe(logits, tokens, max(counts), self.sampling_kernel)
         for request, entry, count in zip(owners, entries, counts, strict=True):
             request.prompt_logprobs.append(cut(entry, count))
+
+
+def _write_choices(chosen: Any) -> Any:
+    """Write what a strategy has chosen as JSON has it."""
+    if isinstance(chosen, TokenLogprobs):
+        return {"token_id": chosen.token_id, "logprob": chosen.logprob, "top": chosen.top}
+    return [_write_choices(each) for each in chosen] if isinstance(chosen, (list, tuple)) else chosen
+
+
+def _read_choices(written: Any) -> Any:
+    """Read what `_write_choices` has written; tuples have become lists."""
+    if isinstance(written, dict):
+        top = tuple((token, logprob) for token, logprob in written["top"])
+        return TokenLogprobs(written["token_id"], written["logprob"], top)
+    return [_read_choices(each) for each in written] if isinstance(written, list) else written

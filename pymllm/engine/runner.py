@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any
@@ -18,12 +19,15 @@ from pymllm.engine.decoding import DecodingBatch
 from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not_captured
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
+from pymllm.engine.runs import Run
 from pymllm.engine.states import MAX_COPIED_BYTES, StatePool
 from pymllm.engine.strategies import DecodingStrategy, make_strategy
 from pymllm.engine.tape import NotRepeatable, why_not_recorded
+from pymllm.errors import RankError
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.language_model import LanguageModel
+from pymllm.parallel import Leader
 
 # The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
@@ -39,7 +43,10 @@ SCORED_ROWS = 64
 
 
 class Runner:
-    """One model on one device."""
+    """One model on one device.
+
+    leader: tells the ranks that follow this one what it runs; None: there are none.  number: which of an engine's.
+    """
 
     def __init__(
         self,
@@ -47,8 +54,11 @@ class Runner:
         device: torch.device,
         max_length: int = 0,
         strategy: DecodingStrategy | None = None,
+        leader: Leader | None = None,
+        number: int = 0,
     ) -> None:
         self.model, self.device, self.max_length = model, device, max_length
+        self.leader, self.number = leader, number
         self.strategy = strategy or make_strategy(model.strategy)
         # On a CPU decoding steps are recorded on tapes, on a GPU captured as graphs; eager_reason: why they are not.
         self.capture: Capture | None = None if device.type == "cpu" else capture_cuda_graph
@@ -68,6 +78,8 @@ class Runner:
 
         adapter: the LoRA adapter to use; None: the active one.
         """
+        if self.leader is not None:
+            self.leader.send({"do": "logits", "adapter": adapter}, token_ids)
         count = len(token_ids)
         bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
         metadata = self.strategy.metadata(
@@ -81,7 +93,8 @@ class Runner:
             lengths=(count,),
             **self.strategy.step_settings,
         )
-        return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
+        with self._led():
+            return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
     @torch.no_grad()
     def hidden_states(self, texts: Sequence[Sequence[int]], adapter: str | None = None) -> Tensor:
@@ -91,6 +104,9 @@ class Runner:
         Returns the hidden states of all tokens in order, [T, H].
         """
         counts = [len(text) for text in texts]
+        if self.leader is not None:
+            told = {"do": "texts", "counts": counts, "adapter": adapter}
+            self.leader.send(told, [token for text in texts for token in text])
         bounds = [0, *accumulate(counts)]
         metadata = self.strategy.metadata(
             is_prefill=True,
@@ -108,7 +124,7 @@ class Runner:
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(metadata)
         try:
-            with use_adapters(AdapterBatch.of([adapter] * bounds[-1], self.device)):
+            with self._led(), use_adapters(AdapterBatch.of([adapter] * bounds[-1], self.device)):
                 return self.model(ids, positions)
         finally:
             _metadata.reset(token)
@@ -124,48 +140,73 @@ class Runner:
                 return logits
         return self._read(requests, cache)
 
-    @torch.no_grad()
     def _read(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
         """Run a step eagerly: one that reads prompts, has adapters, or cannot be replayed."""
-        new = [request.running_sequence for request in requests]
-        starts = [request.computed for request in requests]
+        run = Run.of(requests, None if self.states is None else self._slots(requests))
+        if self.leader is not None:
+            integers, names = run.to_integers()
+            self.leader.send({"do": "step", "model": self.number, "adapters": names}, integers)
+        with self._led():
+            return self.run(run, cache, requests)
+
+    @contextlib.contextmanager
+    def _led(self) -> Iterator[None]:
+        """Note that the ranks can do no more where this one fails: the others may not have."""
+        try:
+            yield
+        except Exception as error:
+            if self.leader is None:
+                raise
+            if not isinstance(error, RankError):
+                error = RankError(f"rank 0 has failed: {error}", code="rank-failed")
+                raise self.leader.explain(error) from error
+            raise self.leader.explain(error) from None
+
+    @torch.no_grad()
+    def run(self, run: Run, cache: PagedKVCache, requests: Sequence[Request] = ()) -> Tensor:
+        """Run a step that is given in numbers.
+
+        requests: whose the logits are that are scored; without them these are computed all the same.
+        Returns the logits [N, V] of the rows that are wanted.
+        """
         positions = [
-            p for start, tokens in zip(starts, new, strict=True) for p in range(start, start + len(tokens))
+            p
+            for start, tokens in zip(run.starts, run.tokens, strict=True)
+            for p in range(start, start + len(tokens))
         ]
-        owners = [request for request, tokens in zip(requests, new, strict=True) for _ in tokens]
+        held = [pages for pages, tokens in zip(run.pages, run.tokens, strict=True) for _ in tokens]
         size = cache.page_size
-        slots = [o.pages[p // size] * size + p % size for o, p in zip(owners, positions, strict=True)]
-        lengths = [start + len(tokens) for start, tokens in zip(starts, new, strict=True)]
-        bounds_q, bounds_k = ([0, *accumulate(counts)] for counts in (map(len, new), lengths))
-        most = max(len(request.pages) for request in requests)
-        pages = [request.pages + [0] * (most - len(request.pages)) for request in requests]
+        slots = [pages[p // size] * size + p % size for pages, p in zip(held, positions, strict=True)]
+        counts = [len(tokens) for tokens in run.tokens]
+        lengths = [start + count for start, count in zip(run.starts, counts, strict=True)]
+        bounds_q, bounds_k = ([0, *accumulate(each)] for each in (counts, lengths))
+        most = max(map(len, run.pages))
+        tables = [[*pages, *[0] * (most - len(pages))] for pages in run.pages]
         metadata = self.strategy.metadata(
-            is_prefill=[request.is_prefilling for request in requests],
+            is_prefill=run.prefilling,
             cu_seqlens_q=self._int32(bounds_q),
             cu_seqlens_k=self._int32(bounds_k),
-            max_seqlen_q=max(map(len, new)),
+            max_seqlen_q=max(counts),
             max_seqlen_k=max(lengths),
             slot_mapping=torch.tensor(slots, device=self.device),
             context_lens=self._int32(lengths),
-            page_tables=self._int32(pages),
+            page_tables=self._int32(tables),
             page_size=size,
             query_starts=bounds_q,
             lengths=lengths,
-            state_slots=None
-            if self.states is None
-            else torch.tensor(self._slots(requests), device=self.device),
+            state_slots=None if run.slots is None else torch.tensor(run.slots, device=self.device),
             **self.strategy.step_settings,
         )
-        rows = torch.tensor(_wanted(requests, bounds_q), dtype=torch.int64)
-        flat = [token for tokens in new for token in tokens]
-        adapters = [request.adapter for request in requests]
-        first = [bound - start for bound, start in zip(bounds_q, starts, strict=False)]
+        wanted = [begin + row for begin, rows in zip(bounds_q, run.rows, strict=False) for row in rows]
+        flat = [token for tokens in run.tokens for token in tokens]
+        first = [bound - start for bound, start in zip(bounds_q, run.starts, strict=False)]
         scored = [
-            (request, range(before + wanted.start, before + wanted.stop))
-            for request, before in zip(requests, first, strict=True)
-            if (wanted := request.unscored)
+            (number, range(before + places.start, before + places.stop))
+            for number, (places, before) in enumerate(zip(run.scored, first, strict=True))
+            if places
         ]
-        return self._forward(flat, positions, metadata, rows, adapters, list(map(len, new)), scored)
+        rows = torch.tensor(wanted, dtype=torch.int64)
+        return self._forward(flat, positions, metadata, rows, run.adapters, counts, scored, requests)
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
         """Run as many tokens of each request by replaying a recorded step, and return the rows that are wanted.
@@ -262,15 +303,16 @@ class Runner:
         positions: list[int],
         metadata: AttnMetaDataBase,
         rows: Tensor | None,
-        adapters: list[str | None],
+        adapters: Sequence[str | None],
         counts: list[int],
-        scored: Sequence[tuple[Request, range]] = (),
+        scored: Sequence[tuple[int, range]] = (),
+        requests: Sequence[Request] = (),
     ) -> Tensor:
         """Run `tokens` at `positions` and compute logits.
 
         rows: the tokens whose logits are wanted; None: all.  adapters, counts: each request's adapter, and how many of
-        the tokens are its own.  scored: requests whose logits `score_prompts` gets, and after
-        which of the tokens.
+        the tokens are its own.  scored: the numbers of requests whose logits `score_prompts` gets, and after which of
+        the tokens; nobody gets them without the requests.
         """
         names = [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)]
         wide = AdapterBatch.of(names, self.device)
@@ -283,7 +325,7 @@ class Runner:
                 hidden = self.model(
                     torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
                 )
-            self._score(scored, hidden)
+            self._score(scored, hidden, adapters, requests)
             if rows is not None and not len(rows):
                 return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
             if rows is not None:
@@ -295,16 +337,23 @@ class Runner:
         assert logits is not None
         return logits
 
-    def _score(self, scored: Sequence[tuple[Request, range]], hidden: Tensor) -> None:
+    def _score(
+        self,
+        scored: Sequence[tuple[int, range]],
+        hidden: Tensor,
+        adapters: Sequence[str | None],
+        requests: Sequence[Request],
+    ) -> None:
         """Hand the logits after tokens of prompts over, a few at a time, whosever they are.  hidden: [T, H]."""
-        owners = [request for request, places in scored for _ in places]
+        owners = [number for number, places in scored for _ in places]
         rows = torch.tensor([place for _, places in scored for place in places], device=self.device)
         for start in range(0, len(owners), SCORED_ROWS):
             part = owners[start : start + SCORED_ROWS]
-            with use_adapters(AdapterBatch.of([request.adapter for request in part], self.device)):
+            with use_adapters(AdapterBatch.of([adapters[number] for number in part], self.device)):
                 logits = self.model.compute_logits(hidden[rows[start : start + SCORED_ROWS]], gather_all=True)
-            assert logits is not None and self.score_prompts is not None
-            self.score_prompts(part, logits)
+            assert logits is not None
+            if requests and self.score_prompts is not None:
+                self.score_prompts([requests[number] for number in part], logits)
 
 
 def _wanted(requests: Sequence[Request], starts: Sequence[int]) -> list[int]:

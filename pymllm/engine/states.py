@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from pymllm.layers.held import WeightHolder, weight_holders
+from pymllm.parallel import Leader
 
 # The slot of rows that no request has: kernels keep nothing there.
 NOBODY = -1
@@ -33,11 +34,18 @@ class StatePool:
 
     The layers have one slot more, the last: that is where a layer of plain operations writes for the slot `NOBODY`.
     most_remembered: how many states may be remembered; 0 where a layer cannot copy its own.
+    leader: tells the ranks that follow this one what becomes of their states; None: there are none.
     """
 
     def __init__(
-        self, layers: Sequence[WeightHolder], count: int, device: torch.device, most_remembered: int = 0
+        self,
+        layers: Sequence[WeightHolder],
+        count: int,
+        device: torch.device,
+        most_remembered: int = 0,
+        leader: Leader | None = None,
     ) -> None:
+        self._leader = leader
         self.layers, self.count, self.device = list(layers), count, device
         self.bytes_each = sum(layer.state_bytes() for layer in layers)
         self.most_remembered = most_remembered if all(layer.copies_states for layer in layers) else 0
@@ -49,11 +57,34 @@ class StatePool:
 
     @classmethod
     def of(
-        cls, model: nn.Module, count: int, device: torch.device, most_remembered: int = 0
+        cls,
+        model: nn.Module,
+        count: int,
+        device: torch.device,
+        most_remembered: int = 0,
+        leader: Leader | None = None,
     ) -> StatePool | None:
         """Make the pool of a model, or return None if none of its layers keeps a state."""
         layers = [holder for _, holder in weight_holders(model) if holder.state_bytes()]
-        return cls(layers, count, device, most_remembered) if layers else None
+        return cls(layers, count, device, most_remembered, leader) if layers else None
+
+    def _tell(self, how: str, key: bytes | None, slot: int | None) -> None:
+        if self._leader is not None:
+            name = None if key is None else key.hex()
+            self._leader.send({"do": "state", "how": how, "key": name, "slot": slot})
+
+    def repeat(self, how: str, key: str | None, slot: int | None) -> None:
+        """Do what rank 0's pool has done, on a rank that follows it."""
+        name, place = bytes.fromhex(key or ""), -1 if slot is None else slot
+        if how == "release":
+            for layer in self.layers:
+                layer.free_state(place)
+        elif how == "forget":
+            self.forget(name)
+        elif how == "recall":
+            self.recall(name, place)
+        else:
+            self.remember(name, place)
 
     @property
     def available(self) -> int:
@@ -72,6 +103,7 @@ class StatePool:
     def release(self, slot: int) -> None:
         """Give a slot back, and have the layers drop what they hold there."""
         heapq.heappush(self._free, slot)
+        self._tell("release", None, slot)
         for layer in self.layers:
             layer.free_state(slot)
 
@@ -88,6 +120,7 @@ class StatePool:
 
     def remember(self, key: bytes, slot: int) -> None:
         """Remember the state in a slot under the key of the page whose end it has reached."""
+        self._tell("remember", key, slot)
         if key not in self._remembered and self.most_remembered:
             while len(self._remembered) >= self.most_remembered:
                 self._remembered.popitem(last=False)
@@ -101,11 +134,13 @@ class StatePool:
 
     def recall(self, key: bytes, slot: int) -> None:
         """Put the state that is remembered under a key into a slot."""
+        self._tell("recall", key, slot)
         self._remembered.move_to_end(key)
         self.restore([slot], self._remembered[key])
 
     def forget(self, key: bytes) -> None:
         """Forget the state under a key, if there is one."""
+        self._tell("forget", key, None)
         self._remembered.pop(key, None)
 
     def close(self) -> None:

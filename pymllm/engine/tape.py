@@ -193,6 +193,9 @@ def why_not_recorded(model: nn.Module) -> str | None:
     for _, holder in weight_holders(model):
         if holder.state_bytes() and not holder.copies_states:
             return "a layer keeps states that cannot be copied"
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "parallel", None), "size", 1) > 1:
+            return f"{name} is divided over ranks"
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return "modules of the model have hooks" if hooked else None
 

@@ -54,6 +54,8 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
         try:
             check_skipped(prepared.skipped)
             for unit in prepared.units:
+                # Another rank may have failed meanwhile.
+                prepared.parallel.check()
                 _load_unit(unit, prepared, report)
                 return_freed_memory()
                 advance(sum(placement.tensor.nbytes for placement in unit.placements))

@@ -48,7 +48,7 @@ class AnthropicWords:
         if not speaks_anthropic(scope["path"]) and VERSION not in headers:
             await self.app(scope, receive, send)
             return
-        translator = _Translator(send)
+        translator = _Translator(send, scope.get("state", {}).get("request_id"))
         try:
             await self.app(scope, receive, translator.send)
         except Exception:
@@ -59,10 +59,13 @@ class AnthropicWords:
 
 
 class _Translator:
-    """A response on its way to the client.  started: whether its status is known."""
+    """A response on its way to the client.
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    request_id: of the request; None: it has none.  started: whether the status is known.
+    """
+
+    def __init__(self, send: Send, request_id: str | None) -> None:
+        self._send, self.request_id = send, request_id
         self.started = False
         self._held: Message | None = None
         self._body = bytearray()
@@ -72,8 +75,9 @@ class _Translator:
         if message["type"] == "http.response.start":
             self.started = True
             headers = MutableHeaders(raw=list(message["headers"]))
-            if "x-request-id" in headers:
-                headers["request-id"] = headers["x-request-id"]
+            if self.request_id is not None:
+                # As Anthropic's clients call it.
+                headers["request-id"] = self.request_id
             message = {**message, "headers": headers.raw}
             if message["status"] >= 400 and headers.get("content-type", "").startswith("application/json"):
                 self._held = message
@@ -97,7 +101,7 @@ class _Translator:
     async def _translate(self, start: Message) -> None:
         status = start["status"]
         headers = MutableHeaders(raw=start["headers"])
-        told = anthropic_error(status, json.loads(bytes(self._body)), headers.get("request-id"))
+        told = anthropic_error(status, json.loads(bytes(self._body)), self.request_id)
         body = json.dumps(told, ensure_ascii=False).encode()
         headers["content-length"] = str(len(body))
         await self._send({**start, "status": OVERLOADED if status == 503 else status, "headers": headers.raw})

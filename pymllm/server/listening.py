@@ -78,6 +78,7 @@ class DrainingServer(uvicorn.Server):
     """A server that finishes its requests on a signal, for so long, and stops at once on a second one.
 
     Until then it still listens, so that new requests get 503, and not a closed port.
+    same_signal_seconds: within which two signals are one, that came twice.
     """
 
     def __init__(
@@ -85,8 +86,11 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn.Config,
         on_listening: Callable[[], None] = lambda: None,
         on_stopping: Callable[[], None] = lambda: None,
+        *,
+        same_signal_seconds: float = 0.0,
     ) -> None:
         super().__init__(config)
+        self.same_signal_seconds, self._told_at = same_signal_seconds, 0.0
         self.on_listening, self.on_stopping = on_listening, on_stopping
         self.traffic: Traffic | None = getattr(getattr(config.app, "state", None), "traffic", None)
         self._stops_at: float | None = None
@@ -109,10 +113,12 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._stops_at is not None:
+            if time.monotonic() - self._told_at < self.same_signal_seconds:
+                return
             # A plain exit would wait for the generating thread.
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
-        self.should_exit = False
+        self.should_exit, self._told_at = False, time.monotonic()
         seconds = 0.0
         if self.traffic is not None:
             self.traffic.stopping = True

@@ -49,5 +49,6 @@ def refusal_of(error: PymllmError) -> tuple[int, dict[str, Any]]:
         status = 404 if isinstance(error, NoSuchModel) else 400
         code = OPENAI_CODES.get(error.code, error.code)
         return status, error_body(status, str(error), param=error.param, code=code)
-    status = 400 if error.code in CLIENT_CODES else 500
+    # Ranks that are lost come back: the client may try again.
+    status = 503 if isinstance(error, RankError) else 400 if error.code in CLIENT_CODES else 500
     return status, error_body(status, str(error), code=error.code)

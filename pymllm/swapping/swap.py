@@ -55,6 +55,7 @@ def swap(model: Any, pattern: RuleSource, method: str | None = None) -> Swap:
     with _lock(model):
         root, prepared = _running(model)
         _check_unmerged(root)
+        _check_not_led(prepared.parallel)
         return _swap(model, root, prepared, _read(pattern, method))
 
 
@@ -222,6 +223,16 @@ def _check_unmerged(root: nn.Module) -> None:
                 tensor=layer.prefix,
                 fix="Unmerge it first.",
             )
+
+
+def _check_not_led(parallel: Parallel) -> None:
+    """Refuse a swap where other ranks follow this one, which does not tell them of it."""
+    if parallel.led:
+        raise ConfigError(
+            "a swap cannot be told to the ranks that follow this one",
+            code="swap-rank",
+            fix="Load the model with these rules, or start all ranks with torchrun, where each calls swap.",
+        )
 
 
 def _install(states: Sequence[HolderState]) -> None:

@@ -17,25 +17,34 @@ from typing import Any
 COMPOSED_OF = 4
 CHUNK = 1 << 16
 
-BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+# The bytes of UTF-8; each character of several has one that continues it.
+CONTINUING = range(0x80, 0xC0)
+IN_TEXTS = [*range(0xC0), *range(0xC2, 0xF5)]
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in IN_TEXTS]
 KEEPS = ("ByteLevel", "Digits", "Metaspace", "UnicodeScripts", "FixedLength")
 DROPS_SPACES = ("Whitespace", "WhitespaceSplit")
 
 
 @dataclass(frozen=True)
 class TextBound:
-    """The most characters of a text that one token stands for.  spaces_vanish: white space may be part of none."""
+    """The most characters of a text that one token stands for.
+
+    spaces_vanish: whether white space may be part of none.  vanishing: other characters that are part of none.
+    """
 
     characters: int
     spaces_vanish: bool
+    vanishing: str = ""
 
     def fewest_tokens(self, text: str) -> int:
         """Return how many tokens a text has at least."""
-        size = len(text)
-        if self.spaces_vanish:
-            # By chunks, so that other threads have their turn.
-            chunks = (text[start : start + CHUNK] for start in range(0, size, CHUNK))
-            size = sum(len("".join(chunk.split())) for chunk in chunks)
+        size = 0
+        # By chunks, so that other threads have their turn.
+        for start in range(0, len(text), CHUNK):
+            chunk = text[start : start + CHUNK]
+            if self.spaces_vanish:
+                chunk = "".join(chunk.split())
+            size += len(chunk) - sum(map(chunk.count, self.vanishing))
         return math.ceil(size / self.characters)
 
 
@@ -55,11 +64,14 @@ def bound_of(tokenizer: Any) -> TextBound | None:
         shrinks, strips = _normalizer(_state(tokenizer.normalizer))
         bytes_before, drops = _pre_tokenizer(_state(tokenizer.pre_tokenizer))
         bytes_first = bytes_before or "ByteLevel" in _kinds(_state(tokenizer.normalizer), "normalizers")
-        _check_model(tokenizer, vocabulary, bytes_first)
+        vanishing = _vanishing(tokenizer, vocabulary, bytes_first)
+        if vanishing and _state(tokenizer.normalizer)["type"] not in (None, "ByteLevel", "Prepend"):
+            # Others may become characters that vanish.
+            raise _Unbounded
     except _Unbounded:
         return None
     longest = max(map(len, vocabulary), default=0)
-    return TextBound(longest * shrinks, spaces_vanish or strips or drops) if longest else None
+    return TextBound(longest * shrinks, spaces_vanish or strips or drops, vanishing) if longest else None
 
 
 def _state(step: Any) -> Mapping[str, Any]:
@@ -83,7 +95,10 @@ def _normalizer(state: Mapping[str, Any]) -> tuple[int, bool]:
     if kind == "Strip":
         return 1, True
     if kind == "Replace" and "String" in state["pattern"] and state["content"]:
-        return math.ceil(len(state["pattern"]["String"]) / len(state["content"])) or 1, False
+        pattern, content = state["pattern"]["String"], state["content"]
+        # What becomes white space may vanish with it.
+        if content.strip() or not pattern.strip():
+            return math.ceil(len(pattern) / len(content)) or 1, False
     raise _Unbounded
 
 
@@ -102,20 +117,26 @@ def _pre_tokenizer(state: Mapping[str, Any]) -> tuple[bool, bool]:
     raise _Unbounded
 
 
-def _check_model(tokenizer: Any, vocabulary: Mapping[str, int], bytes_first: bool) -> None:
-    """Raise _Unbounded if the model may leave characters out, or make one token of any number of them."""
+def _vanishing(tokenizer: Any, vocabulary: Mapping[str, int], bytes_first: bool) -> str:
+    """Return the characters that the model leaves out.
+
+    Raises _Unbounded if these may be any, or if it makes one token of any number of characters.
+    """
     model = tokenizer.model
-    kind = type(model).__name__
-    letters = bytes_first and all(letter in vocabulary for letter in _letters())
-    if kind == "BPE":
-        each_byte = model.byte_fallback and all(token in vocabulary for token in BYTE_TOKENS)
-        one_by_one = model.unk_token in vocabulary and not model.fuse_unk
-        if letters or each_byte or one_by_one:
-            return
+    if type(model).__name__ != "BPE":
+        raise _Unbounded
+    letters = _letters()
+    if bytes_first and all(letters[byte] in vocabulary for byte in CONTINUING):
+        # Of a character of several bytes one is left at least; control characters have no token in some vocabularies.
+        return "".join(chr(byte) for byte in range(0x80) if letters[byte] not in vocabulary)
+    each_byte = model.byte_fallback and all(token in vocabulary for token in BYTE_TOKENS)
+    if each_byte or (model.unk_token in vocabulary and not model.fuse_unk):
+        return ""
     raise _Unbounded
 
 
-def _letters() -> str:
-    """Return the letters by which byte-level vocabularies spell the 256 bytes."""
+def _letters() -> dict[int, str]:
+    """Map the 256 bytes to the letters by which byte-level vocabularies spell them."""
     prints = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    return "".join(map(chr, [*prints, *range(256, 256 + 256 - len(prints))]))
+    others = (byte for byte in range(256) if byte not in prints)
+    return {byte: chr(byte) for byte in prints} | {byte: chr(256 + at) for at, byte in enumerate(others)}

@@ -103,10 +103,10 @@ def test_wrong_usage_is_2_and_names_the_verb(arguments, capsys):
         (["verify", "/no/such/folder"], "/no/such/folder"),
         (["run", "/no/such/folder", "prompt"], "/no/such/folder"),
         (["run", "x", "--temperature", "-1"], "temperature"),
-        (["run", "x", "--tensor-parallel-size", "2"], "torchrun"),
+        (["verify", "--tensor-parallel-size", "2"], "torchrun"),
         (["run", "word " * 2000], "prompt"),
         (["serve", "/no/such/folder", "--port", "0"], "/no/such/folder"),
-        (["serve", "--tensor-parallel-size", "2"], "one rank"),
+        (["serve", "--tensor-parallel-size", "3", "--nnodes", "2"], "shared evenly"),
         (["serve", "--host", "256.256.256.256"], "256.256.256.256"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import pymllm
+from pymllm.parallel import leave_process_group
 
 torch.set_num_threads(1)
 
@@ -19,6 +20,7 @@ def main() -> None:
             llm = pymllm.LLM(folder, device="cpu", dtype="float32", expert_parallel=expert_parallel)
             results[Path(folder).name, expert_parallel] = llm.logits(json.loads(ids))
     torch.save(results, Path(output) / f"rank{llm.parallel.rank}.pt")
+    leave_process_group()
 
 
 if __name__ == "__main__":

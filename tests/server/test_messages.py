@@ -115,6 +115,13 @@ def test_blocks_and_a_system_prompt_are_a_chat(anthropic, llm):
     assert again["input_tokens"] + again["cache_read_input_tokens"] == len(expected.prompt_token_ids)
 
 
+def test_a_system_s_message_may_come_among_the_others(anthropic, llm):
+    texts = [{"role": "system", "content": "Be brief."}, USER]
+    in_blocks = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, USER]
+    said = [ask(anthropic, messages=messages)["content"][0]["text"] for messages in (texts, in_blocks)]
+    assert said == [greedy(llm, texts).text] * 2
+
+
 def test_a_schema_binds_the_answer(anthropic):
     schema = {
         "type": "object",
@@ -159,7 +166,11 @@ REFUSED = [
     ("max_tokens", {"max_tokens": None}),
     ("max_tokens", {"max_tokens": 0}),
     ("messages", {"messages": []}),
-    ("messages.0.role", {"messages": [{"role": "system", "content": "Be brief."}]}),
+    ("messages.0.role", {"messages": [{"role": "developer", "content": "Be brief."}]}),
+    (
+        "'tool_use' (at messages.0.content.0)",
+        {"messages": [{"role": "system", "content": [{"type": "tool_use"}]}]},
+    ),
     ("messages.0.content", {"messages": [{"role": "user"}]}),
     ("'image' (at messages.0.content.0)", said({"type": "image", "source": {"type": "url", "url": "x"}})),
     ("'document' (at messages.0.content.0)", said({"type": "document", "source": {}})),
@@ -169,6 +180,16 @@ REFUSED = [
         "'image' (at messages.0.content.0.content.0)",
         said({"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}),
     ),
+    (
+        "results of the tools",
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]},
+            ]
+        },
+    ),
+    ("messages", {"messages": [{"role": "assistant", "content": ""}]}),
     ("system", {"system": [{"type": "image"}]}),
     (
         "'web_search_20250305' (at tools.0)",
@@ -210,6 +231,9 @@ def test_errors_are_of_anthropic_s_shape(anthropic):
     assert kind(anthropic.post("/v1/messages", json={**ASKED, "model": "claude"})) == (404, "not_found_error")
     assert kind(anthropic.post("/v1/messages", content=b"{")) == (400, "invalid_request_error")
     thread = anthropic.post("/v1/messages", json={**ASKED, "thread": {"type": "create"}})
+    assert thread.json()["request_id"] == thread.headers["request-id"] == thread.headers["x-request-id"]
+    answer = anthropic.post("/v1/messages", json=ASKED)
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
     assert thread.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
     assert kind(anthropic.get("/v1/messages")) == (405, "invalid_request_error")
     assert kind(anthropic.post("/v1/messages/batches", json={})) == (404, "not_found_error")
@@ -301,7 +325,7 @@ def test_results_calls_and_thoughts_become_a_chat_s_messages():
             {"role": "user", "content": "Weather?"},
             {"role": "assistant", "content": assistant},
             {"role": "user", "content": results},
-            {"role": "assistant", "content": [assistant[3]]},
+            {"role": "assistant", "content": [assistant[2], assistant[2]]},
         ],
         "tools": [{**WEATHER, "type": "custom", "cache_control": {"type": "ephemeral"}}],
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
@@ -328,7 +352,7 @@ def test_results_calls_and_thoughts_become_a_chat_s_messages():
         {"role": "tool", "tool_call_id": "t3", "content": ""},
         {"role": "user", "content": "And now?"},
     ]
-    assert rest[-1]["content"] is None
+    assert rest[-1] == {"role": "assistant", "content": "I look.I look."}
     parameters = request.parameters_of_chat()
     function = {"name": "weather", "description": "Tell the weather.", "parameters": WEATHER["input_schema"]}
     assert parameters["tools"] == [{"type": "function", "function": function}]
@@ -337,6 +361,14 @@ def test_results_calls_and_thoughts_become_a_chat_s_messages():
     assert (parameters["stop"], parameters["top_k"], parameters["max_tokens"]) == (["END"], 7, 5)
     # The last message is the assistant's: the answer goes on with it.
     assert (parameters["continue_final_message"], parameters["add_generation_prompt"]) == (True, False)
+
+
+@pytest.mark.parametrize("content", ["", []])
+def test_an_empty_answer_at_the_end_asks_for_nothing(content):
+    asked = {**ASKED, "messages": [USER, {"role": "assistant", "content": content}]}
+    request = read_request(MessagesRequest, asked)
+    assert request.messages_of_chat() == [USER]
+    assert "continue_final_message" not in request.parameters_of_chat()
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_head_is_get_without_a_body_and_other_methods_are_named(served):
         ("/health", "POST", "GET"),
     ):
         status, body, headers = get(served, path, method)
-        assert (status, headers["Allow"]) == (405, allowed)
+        assert status == 405 and allowed in headers["Allow"].split(", ")
         assert method == "HEAD" or json.loads(body)["error"]["type"] == "invalid_request_error"
 
 

@@ -132,6 +132,15 @@ def byte_level(normalizer=None, added=(), merges=(), split=True):
     return backend
 
 
+def without(letters, normalizer=None):
+    words = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(letters))
+    backend = Backend(models.BPE({word: index for index, word in enumerate([*words, "bbbb"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return backend
+
+
 def sentencepiece(fuse, letters="ab"):
     words = ["<unk>", *BYTE_TOKENS, "\u2581", *letters, "ab", "\u2581ab"]
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -157,6 +166,8 @@ BOUNDED = {
         True,
     ),
     "bytes": (sentencepiece(True), 6, False),
+    # Of the first byte of an emoji, and of the letter a.
+    "left out": (without("\u00f0a"), 4, False),
 }
 
 
@@ -178,6 +189,13 @@ def test_no_text_becomes_fewer_tokens_than_the_bound(backend, characters, vanish
         assert bound.fewest_tokens(text) <= len(backend.encode(text, add_special_tokens=False).ids), text
 
 
+def test_characters_that_a_vocabulary_leaves_out_count_as_nothing():
+    bound = bound_of(without("a!"))
+    assert bound.vanishing == "!a"
+    assert bound.fewest_tokens("a!" * 99_999) == 0 == len(without("a!").encode("a!" * 99).ids)
+    assert bound.fewest_tokens("xa!" * 4) == 1
+
+
 def test_the_bound_is_reached_by_the_longest_token():
     backend = byte_level(merges=SPACES)
     assert bound_of(backend).fewest_tokens(" " * 400) == 100 == len(backend.encode(" " * 400).ids)
@@ -192,13 +210,6 @@ def words(**settings):
     return Backend(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]", **settings))
 
 
-def without(backend, letter):
-    vocabulary = {word: index for index, word in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[1:])}
-    made = Backend(models.BPE(vocabulary, []))
-    made.pre_tokenizer = backend.pre_tokenizer
-    return made
-
-
 @pytest.mark.parametrize(
     "backend",
     [
@@ -206,11 +217,23 @@ def without(backend, letter):
         byte_level(normalizers.StripAccents()),
         byte_level(normalizers.Replace(Regex(" +"), " ")),
         byte_level(normalizers.Replace("a", "")),
-        without(byte_level(), "!"),
+        byte_level(normalizers.Replace("a", " "), added=[AddedToken("<|x|>", rstrip=True)]),
+        without("k", normalizers.NFC()),
+        without([byte_level().pre_tokenizer.pre_tokenize_str("\u00c0")[0][0][1]]),
         Backend(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", fuse_unk=True)),
         Backend(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, False)),
     ],
-    ids=["words", "accents", "runs", "removed", "a byte is missing", "fused", "unigram"],
+    ids=[
+        "words",
+        "accents",
+        "runs",
+        "removed",
+        "made spaces",
+        "made another",
+        "a byte is missing",
+        "fused",
+        "unigram",
+    ],
 )
 def test_where_characters_can_vanish_there_is_no_bound(backend):
     assert bound_of(backend) is None

@@ -91,7 +91,7 @@ class DraftModel(Speculation):
                 found.append(token)
                 own.computed += len(own.running_sequence)
                 self._plan(request, [token], [0])
-        made: list[list[int]] = self.parallel.broadcast_object(drafts)
+        made: list[list[int]] = self.parallel.broadcast(drafts)
         return made
 
     def accept(self, request: Request, chosen: Any, end_tokens: frozenset[int]) -> None:

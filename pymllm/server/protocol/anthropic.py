@@ -75,7 +75,7 @@ OF_ASSISTANT: Mapping[str, type[_Block]] = {
 
 
 class _Message(StrictModel):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[Any]
 
 
@@ -213,8 +213,8 @@ class MessagesCount(ConversationRequest):
 
     def _is_begun(self) -> bool:
         """Tell whether the last message is the assistant's: the answer goes on with it."""
-        last = self.messages[-1]
-        return isinstance(last, Mapping) and last.get("role") == "assistant"
+        messages = self.messages_of_chat()
+        return bool(messages) and messages[-1]["role"] == "assistant"
 
     def messages_of_chat(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
@@ -227,10 +227,21 @@ class MessagesCount(ConversationRequest):
             where = f"messages.{place}.content"
             if isinstance(message.content, str):
                 messages.append({"role": message.role, "content": message.content})
+            elif message.role == "system":
+                messages.append(
+                    {"role": "system", "content": join_parts(_texts(message.content, "messages", where))}
+                )
             elif message.role == "user":
                 messages += _of_user(message.content, where)
             else:
                 messages.append(_of_assistant(message.content, where))
+        last = messages[-1]
+        if last["role"] == "assistant":
+            if "tool_calls" in last:
+                refuse("messages", "must go on with the results of the tools that the last one calls")
+            if not last["content"] and "reasoning_content" not in last:
+                # There is nothing to go on with.
+                messages.pop()
         return messages
 
 

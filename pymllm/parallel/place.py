@@ -10,120 +10,23 @@ A `Parallel` is current for a `with` block while a model is built; every layer k
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, RankError, ShardingError
-
-TIMEOUT = 600.0  # seconds that a rank waits for the others in a collective
-FAREWELL_SECONDS = 5.0  # that a rank waits for the others before it leaves the group
+from pymllm.errors import ConfigError, ShardingError
+from pymllm.parallel.groups import Group, ThreadGroup
+from pymllm.parallel.leader import Leader
+from pymllm.parallel.process_group import TIMEOUT, ProcessGroup, join_environment
+from pymllm.parallel.ranks import Ranks
 
 R = TypeVar("R")
-
-
-class Group(Protocol):
-    """The collectives of a set of ranks.  Every rank must make every call, in the same order."""
-
-    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
-        """Collect the tensors of all ranks, which have one shape, in rank order."""
-
-    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
-        """Sum the tensors of all ranks."""
-
-    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send `send[r]` rows of `value`, which lie in rank order, to each rank r.
-
-        receive: how many rows each rank sends here.  Returns the rows of all ranks, in rank order.
-        """
-
-    def broadcast_object(self, rank: int, value: Any) -> Any:
-        """Return rank 0's Python value, on every rank."""
-
-
-class ProcessGroup:
-    """torch.distributed's default group (Gloo on a CPU, NCCL on a GPU)."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(value) for _ in range(self.size)]
-        with _together(rank, self.size):
-            torch.distributed.all_gather(parts, value.contiguous())
-        return parts
-
-    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
-        total = value.clone(memory_format=torch.contiguous_format)
-        with _together(rank, self.size):
-            torch.distributed.all_reduce(total)
-        return total
-
-    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        received = value.new_empty((sum(receive), *value.shape[1:]))
-        with _together(rank, self.size):
-            torch.distributed.all_to_all_single(received, value.contiguous(), receive, send)
-        return received
-
-    def broadcast_object(self, rank: int, value: Any) -> Any:
-        box = [value]
-        with _together(rank, self.size):
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-
-@contextlib.contextmanager
-def _together(rank: int, size: int) -> Iterator[None]:
-    """Run a collective; torch's errors over a rank that is gone, or does not come, become one RankError."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = str(error).strip().splitlines()
-        late = any("timed out" in line.lower() for line in said)
-        raise RankError(
-            f"rank {rank} of {size} {'waited in vain for' if late else 'has lost'} another rank",
-            code="rank-timeout" if late else "rank-lost",
-            expected="every rank in the same collective",
-            found=said[-1] if said else type(error).__name__,
-            fix="Read the output of the rank that ended first, then start all ranks again.",
-        ) from None
-
-
-class ThreadGroup:
-    """A group of ranks that are threads of one process: each posts its value, all wait, all read."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.posted: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size)
-
-    def _share(self, rank: int, value: Any) -> list[Any]:
-        self.posted[rank] = value
-        self.barrier.wait()
-        everyone = list(self.posted)
-        self.barrier.wait()
-        return everyone
-
-    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
-        return self._share(rank, value)
-
-    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
-        return torch.stack(self._share(rank, value)).sum(0)
-
-    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return torch.cat([rows[rank] for rows in self._share(rank, value.split(send))])
-
-    def broadcast_object(self, rank: int, value: Any) -> Any:
-        return self._share(rank, value)[0]
 
 
 @dataclass(frozen=True)
@@ -132,12 +35,15 @@ class Parallel:
 
     group: None: weights can be sharded and loaded, but the model cannot run.
     expert_parallel: every rank holds some of a layer's experts whole, instead of a share of each.
+    led: rank 0 alone decides, and the others run what it says.  leader: rank 0's hold of the others, where it is led.
     """
 
     rank: int = 0
     size: int = 1
     group: Group | None = field(default=None, compare=False)
     expert_parallel: bool = False
+    led: bool = False
+    leader: Leader | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
@@ -157,15 +63,11 @@ class Parallel:
         backend: torch.distributed's; None: nccl where torch sees a GPU, else gloo.
         timeout: seconds after which a rank that waits for another one gives up, with a RankError.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = world_size()
         if size == 1:
             return cls(expert_parallel=expert_parallel)
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(
-                backend or ("nccl" if torch.cuda.is_available() else "gloo"),
-                timeout=timedelta(seconds=timeout),
-            )
-            atexit.register(leave_process_group)  # a process that exits inside its group may abort
+            join_environment(backend, timeout)
         return cls(torch.distributed.get_rank(), size, ProcessGroup(size), expert_parallel)
 
     def _group(self) -> Group:
@@ -207,9 +109,23 @@ class Parallel:
         gathered = self.all_gather(x, dim)
         return gathered if self.rank == 0 else None
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's value, on every rank."""
-        return value if self.size == 1 else self._group().broadcast_object(self.rank, value)
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value, on every rank: what JSON has, in which tuples become lists.
+
+        Where rank 0 leads, it alone asks, and has its own value.
+        """
+        if self.size == 1 or self.led:
+            return value
+        return self._group().broadcast_json(self.rank, value)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Collect the values of all ranks, in rank order: what JSON has."""
+        return [value] if self.size == 1 else self._group().exchange_json(self.rank, value)
+
+    def check(self) -> None:
+        """Raise the RankError of a rank that is known to be lost, if rank 0 leads and this is it."""
+        if self.leader is not None:
+            self.leader.check()
 
     def __enter__(self) -> Parallel:
         _stack.set((*_stack.get(), self))
@@ -217,21 +133,6 @@ class Parallel:
 
     def __exit__(self, *exception: object) -> None:
         _stack.set(_stack.get()[:-1])
-
-
-def leave_process_group() -> None:
-    """End torch.distributed's default group, together with the other ranks; without a group do nothing.
-
-    A rank that closes its connections while another rank still uses them makes that rank fail; so all meet first.
-    Ranks that failed do not come: nobody waits longer than FAREWELL_SECONDS for them.
-    """
-    if not torch.distributed.is_initialized():
-        return
-    if torch.distributed.get_backend() == "gloo":
-        # Nothing is lost if the ranks do not meet: this one leaves either way.
-        with contextlib.suppress(RuntimeError):
-            torch.distributed.monitored_barrier(timeout=timedelta(seconds=FAREWELL_SECONDS))
-    torch.distributed.destroy_process_group()
 
 
 _stack: ContextVar[tuple[Parallel, ...]] = ContextVar("parallel", default=())
@@ -272,15 +173,39 @@ def simulate(size: int, work: Callable[[Parallel], R], *, expert_parallel: bool 
     return results
 
 
-def choose_parallel(size: int, expert_parallel: bool = False) -> Parallel:
-    """Choose the current `Parallel`, or the one that torchrun started.
+def world_size() -> int:
+    """Return how many ranks torchrun has started; 1 without it.  ConfigError where WORLD_SIZE is no number of ranks."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise ConfigError(
+            "WORLD_SIZE does not say how many ranks there are",
+            code="world-size",
+            expected="an integer of at least 1, as torchrun sets it",
+            found=repr(text),
+        )
+    return int(text)
+
+
+def choose_parallel(
+    size: int,
+    expert_parallel: bool = False,
+    ranks: Ranks | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Parallel:
+    """Choose the current `Parallel`, or the one that torchrun started, or else start the other ranks.
 
     size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
     expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
+    ranks: where the ranks meet that follow this one.  settings: what they load (`Leader.join`); None: nobody is.
     """
     parallel = current_parallel()
     if parallel.size == 1:
         parallel = Parallel.from_environment()
+    if parallel.size == 1 and size > 1 and settings is not None:
+        ranks = ranks or Ranks()
+        leader = ranks.begun or Leader.start(size, ranks)
+        leader.join(settings)
+        return Parallel(0, size, ProcessGroup(size), expert_parallel, led=True, leader=leader)
     if size not in (1, parallel.size):
         raise ConfigError(
             f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",

@@ -1,0 +1,188 @@
+"""torch.distributed's default group: joining it, its collectives, and leaving it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymllm.errors import ConfigError, RankError
+from pymllm.parallel.ranks import LOOPBACK
+
+TIMEOUT = 600.0  # seconds that a rank waits for the others in a collective
+FAREWELL_SECONDS = 60.0  # that a rank waits for the others before it leaves the group
+
+# The loopback interface, by the names that Gloo is told.
+INTERFACES = {"linux": "lo", "darwin": "lo0"}
+
+
+class ProcessGroup:
+    """torch.distributed's default group (Gloo on a CPU, NCCL on a GPU)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        with _together(rank, self.size):
+            torch.distributed.all_gather(parts, value.contiguous())
+        return parts
+
+    def all_reduce(self, rank: int, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        with _together(rank, self.size):
+            torch.distributed.all_reduce(total)
+        return total
+
+    def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        received = value.new_empty((sum(receive), *value.shape[1:]))
+        with _together(rank, self.size):
+            torch.distributed.all_to_all_single(received, value.contiguous(), receive, send)
+        return received
+
+    def exchange_json(self, rank: int, value: Any) -> list[Any]:
+        text = _bytes_of(value)
+        sizes = [int(size) for size in self.exchange(rank, torch.tensor([len(text)], device=_device()))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=_device())
+        padded[: len(text)] = text
+        texts = self.exchange(rank, padded)
+        return [_value_of(each[:size]) for each, size in zip(texts, sizes, strict=True)]
+
+    def broadcast_json(self, rank: int, value: Any) -> Any:
+        text = _bytes_of(value) if rank == 0 else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(text)], device=_device())
+        with _together(rank, self.size):
+            torch.distributed.broadcast(size, 0)
+            if rank:
+                text = torch.empty(int(size), dtype=torch.uint8, device=_device())
+            torch.distributed.broadcast(text, 0)
+        return value if rank == 0 else _value_of(text)
+
+
+def _bytes_of(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+
+
+def _value_of(text: Tensor) -> Any:
+    return json.loads(text.cpu().numpy().tobytes())
+
+
+def _device() -> torch.device:
+    """Return where the group's tensors have to be."""
+    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+
+
+@contextlib.contextmanager
+def _together(rank: int, size: int) -> Iterator[None]:
+    """Run a collective; torch's errors over a rank that is gone, or does not come, become one RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()
+        late = any("timed out" in line.lower() for line in said)
+        raise RankError(
+            f"rank {rank} of {size} {'waited in vain for' if late else 'has lost'} another rank",
+            code="rank-timeout" if late else "rank-lost",
+            expected="every rank in the same collective",
+            found=said[-1] if said else type(error).__name__,
+            fix="Read the output of the rank that ended first, then start all ranks again.",
+        ) from None
+
+
+def choose_backend(device: str = "auto", here: int = 1) -> str:
+    """Return nccl where torch sees a GPU, else gloo, as a model on the CPU needs it.
+
+    device: that the model is loaded to.  here: how many ranks this machine has; ConfigError for fewer GPUs.
+    """
+    if device.partition(":")[0] == "cpu" or not torch.cuda.is_available():
+        return "gloo"
+    if torch.cuda.device_count() < here:
+        raise ConfigError(
+            "there are fewer GPUs than ranks",
+            code="rank-devices",
+            expected=f"a GPU for each of the {here} ranks of this machine",
+            found=str(torch.cuda.device_count()),
+            fix="Lower --tensor-parallel-size, or run on the CPU with --device cpu.",
+        )
+    return "nccl"
+
+
+def open_store(host: str) -> tuple[torch.distributed.Store, int]:
+    """Open the store through which ranks find one another, on this address alone.  Returns it and its port."""
+    with socket.create_server(
+        (host, 0), family=socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    ) as listener:
+        port = int(listener.getsockname()[1])
+        store = torch.distributed.TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=TIMEOUT),
+            master_listen_fd=os.dup(listener.fileno()),
+        )
+    return store, port
+
+
+def join(
+    rank: int, size: int, host: str, store: torch.distributed.Store | int, backend: str, local_rank: int = 0
+) -> ProcessGroup:
+    """Join the default group through a store, or the one behind a port of `host`.
+
+    local_rank: which of this machine's GPUs the rank has.
+    """
+    if backend == "nccl":
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    if isinstance(store, int):
+        store = torch.distributed.TCPStore(
+            host, store, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT)
+        )
+    with _on_interface(INTERFACES.get(sys.platform) if host == LOOPBACK else None):
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
+        )
+    return ProcessGroup(size)
+
+
+def join_environment(backend: str | None, timeout: float) -> None:
+    """Join the default group that torchrun's variables describe, and leave it when the process exits."""
+    torch.distributed.init_process_group(backend or choose_backend(), timeout=timedelta(seconds=timeout))
+    atexit.register(leave_process_group)  # a process that exits inside its group may abort
+
+
+@contextlib.contextmanager
+def _on_interface(name: str | None) -> Iterator[None]:
+    """Have Gloo listen on one interface alone, unless the user has said on which."""
+    if name is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    try:
+        yield
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def leave_process_group(alone: bool = False) -> None:
+    """End torch.distributed's default group, together with the other ranks; without a group do nothing.
+
+    alone: whether the others are known to be done with it, so that nobody has to be waited for.
+    A rank that closes its connections while another rank still uses them makes that rank fail; so all meet first.
+    Ranks that failed do not come: nobody waits longer than FAREWELL_SECONDS for them.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if not alone and torch.distributed.get_backend() == "gloo":
+        # Nothing is lost if the ranks do not meet: this one leaves either way.
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.monitored_barrier(timeout=timedelta(seconds=FAREWELL_SECONDS))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,37 @@
+"""The decisions of a load, with their plan, taken by every rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pymllm.loading.agreement import prepare_alike
+from pymllm.loading.prepare import Prepared, prepare
+from pymllm.parallel import Parallel
+from pymllm.planning.make_plan import check_fits, make_plan
+from pymllm.planning.plan import Plan
+
+
+def decide(
+    parallel: Parallel,
+    model: str | Path,
+    options: Mapping[str, Any],
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    check_memory: bool = True,
+    **room: Any,
+) -> tuple[Prepared, Plan]:
+    """Decide how a model is loaded, and whether it fits; on several ranks, fail on all of them if one does.
+
+    options: of `prepare`.  adapters: those that are loaded afterwards.  room: of `make_plan`.
+    """
+
+    def make() -> tuple[Prepared, Plan]:
+        prepared = prepare(model, **options)
+        plan = make_plan(prepared, **room)
+        if check_memory:
+            check_fits(prepared, plan)
+        return prepared, plan
+
+    return prepare_alike(parallel, make, lambda made: made[0], adapters)
