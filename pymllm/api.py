@@ -40,7 +40,7 @@ from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Ranks, choose_parallel, current_parallel
-from pymllm.parallel.ranked import Ranked
+from pymllm.parallel.ranked import Ranked, ends_ranks
 from pymllm.planning.deciding import decide
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.gguf_tokenizer import open_tokenizer
@@ -78,8 +78,7 @@ class LLM(Ranked):
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
     attention layers; None: as the checkpoint says.
     revision: a branch, tag or commit of a hub id; None: its main branch.
-    definition: "auto" runs the page of the model type (pymllm/models), and transformers' class where there is none;
-    "transformers" runs its class in any case.
+    definition: "auto" runs the page of the model's type, or transformers' class if there is none; "transformers" that.
     strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
     progress: whether to show a bar while loading; None: on a terminal.
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
@@ -95,6 +94,7 @@ class LLM(Ranked):
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
 
+    @ends_ranks
     def __init__(
         self,
         model: str | Path | None = None,

@@ -34,7 +34,15 @@ class Extra:
 EXTRAS = {
     "triton": Extra("GPU kernels, and compiling them for other machines", (("triton", "triton"),)),
     "flashinfer": Extra("attention over prompts on NVIDIA GPUs", (("flashinfer", "flashinfer-python"),)),
-    "server": Extra("pymllm serve", (("fastapi", "fastapi"), ("uvicorn", "uvicorn"))),
+    "server": Extra(
+        "pymllm serve",
+        (
+            ("fastapi", "fastapi"),
+            ("uvicorn", "uvicorn"),
+            ("prometheus_client", "prometheus-client"),
+            ("llguidance", "llguidance"),
+        ),
+    ),
     "plot": Extra("pymllm verify --compare --plot", (("matplotlib", "matplotlib"),)),
     "writers": Extra(
         "other programs' writers, to test against",

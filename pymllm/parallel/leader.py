@@ -109,6 +109,7 @@ class Leader:
         def work() -> None:
             try:
                 join(0, self.size, self.host, store, backend)
+                self._joined = True
                 done.append(None)
             except Exception as error:
                 done.append(error)
@@ -118,7 +119,6 @@ class Leader:
         # In a thread of its own: torch does not notice a rank that dies meanwhile.
         threading.Thread(target=work, name="join", daemon=True).start()
         self._wait(lambda: bool(done), JOIN_SECONDS, "join the group")
-        self._joined = True
         if done[0] is not None:
             raise self.explain(RankError(f"the ranks could not join: {done[0]}", code="rank-join"))
 

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pymllm.errors import RankError
 from pymllm.parallel.leader import FAREWELL, Leader
 from pymllm.parallel.place import Parallel
+
+C = TypeVar("C", bound=Callable[..., None])
+
+
+def ends_ranks(constructor: C) -> C:
+    """Have a constructor of something `Ranked` that fails end the ranks that it has started."""
+
+    @functools.wraps(constructor)
+    def construct(self: Ranked, *given: Any, **named: Any) -> None:
+        try:
+            constructor(self, *given, **named)
+        except BaseException:
+            parallel = getattr(self, "parallel", None)
+            if parallel is not None and parallel.leader is not None:
+                parallel.leader.close()
+            raise
+
+    return construct  # type: ignore[return-value]
 
 
 class Ranked:

@@ -74,7 +74,7 @@ class StandIn:
     def _response(self, head_only: bool) -> bytes:
         message = f"the server is started anew: {self.why or 'it is there again'}"
         error = {"message": message, "type": "server_error", "param": None, "code": "restarting"}
-        body = json.dumps({"status": "unhealthy", "error": error}).encode()
+        body = json.dumps({"status": "unavailable", "reason": message, "error": error}).encode()
         lines = (
             "HTTP/1.1 503 Service Unavailable",
             "Content-Type: application/json",
