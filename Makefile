@@ -207,7 +207,8 @@ $(CLIENTS)/.stamp: $(VENV)/.stamp-core
 	@echo '*** setting up $(CLIENTS) with clients of the server'
 	@$(PYTHON) -m venv $(CLIENTS)
 	@mkdir -p build; $(BIN)/python -c "$$CLIENT_PACKAGES" > build/clients.txt
-	@$(CLIENTS)/bin/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) -r build/clients.txt
+	@$(CLIENTS)/bin/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) -r build/clients.txt \
+	  -c tests/clients/constraints.txt
 	@touch $@
 
 clients-check: $(VENV)/.stamp-test $(NATIVE_STAMP) $(CLIENTS)/.stamp
