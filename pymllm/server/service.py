@@ -156,7 +156,7 @@ class Service:
     @functools.cached_property
     def variables(self) -> tuple[str, ...]:
         """The variables about thinking that the chat template reads."""
-        return find_variables(self.llm.tokenizer)
+        return find_variables(self.dialect)
 
     def prompt_of(self, chat: ChatRequest) -> list[int]:
         """Return the token ids of the prompt that a chat becomes.  RequestError if its template cannot honour it."""

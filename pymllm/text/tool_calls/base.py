@@ -116,6 +116,10 @@ class ToolFamily:
         """Make the id of a call, to which its result refers."""
         return f"call_{uuid.uuid4().hex[:24]}"
 
+    def in_words(self, calls: Sequence[str]) -> str:
+        """Write calls of an earlier turn, JSON objects, where the template does not."""
+        return "\n".join(calls)
+
     def history_id(self, given: str) -> str:
         """Return a call's id from an earlier turn as the family's templates accept it."""
         return given
