@@ -22,10 +22,11 @@ class RefusalPart(StrictModel):
 
 
 class CalledFunction(StrictModel):
-    """A call of an earlier answer.  arguments: a JSON object, as text."""
+    """A call of an earlier answer.  arguments: a JSON object, as text.  parsed_arguments: as a client has read them."""
 
     name: str
     arguments: str = ""
+    parsed_arguments: Any = None
 
 
 class Call(StrictModel):
@@ -40,7 +41,8 @@ class Call(StrictModel):
 class Message(StrictModel):
     """A message; most of its fields are those of an assistant's answer that is sent back.
 
-    reasoning: another name of reasoning_content.  annotations: accepted; the model does not see them.
+    reasoning: another name of reasoning_content.  annotations, parsed (the content as a client has read it): accepted;
+    the model does not see them.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -52,11 +54,12 @@ class Message(StrictModel):
     reasoning: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+    parsed: Any = None
 
     def check(self, place: int) -> None:
         """Refuse fields that do not go with the role."""
         if self.role != "assistant":
-            fields = ("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
+            fields = ("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations", "parsed")
             for field in fields:
                 if getattr(self, field):
                     refuse(
@@ -80,7 +83,10 @@ class Message(StrictModel):
             "content": self._content(),
         }
         thought = self.reasoning_content if self.reasoning_content is not None else self.reasoning
-        calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()]
+        calls = [
+            call.model_dump(exclude={"index": True, "function": {"parsed_arguments"}})
+            for call in self.tool_calls or ()
+        ]
         further = {
             "name": self.name,
             "tool_call_id": self.tool_call_id,
