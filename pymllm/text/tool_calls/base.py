@@ -291,8 +291,10 @@ class AnswerText:
         before = self.at
         if (yield from self.skip_space()) and (yield from self.take(text)):
             return True
-        self.at = before
-        return False
+        # An answer may be cut off within it.
+        cut_off = self.final and text.startswith(self.buffer[before:].lstrip())
+        self.at = len(self.buffer) if cut_off else before
+        return cut_off
 
     def begin_call(self, name: str) -> int | None:
         """Give out the beginning of a call.  Returns its index; None: there are as many calls as may be."""
