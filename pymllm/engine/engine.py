@@ -195,6 +195,15 @@ class Engine:
                 fix="Shorten the prompt.",
             )
         vocabulary = self.model.config.size("vocab_size")
+        if max(prompt) >= vocabulary:
+            # A tokenizer may have more tokens than the model, and a text any of them.
+            raise RequestError(
+                "the prompt has a token outside the vocabulary",
+                code="token-id",
+                tensor="prompt",
+                expected=f"0 to {vocabulary - 1}",
+                found=str(max(prompt)),
+            )
         bad = next((token for token, _ in params.logit_bias if token >= vocabulary), None)
         if bad is not None:
             raise RequestError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,14 +70,9 @@ def prepare_chat(
     return Chat(prompt, settings, lambda: dialect.reader(calls.callable, most=calls.most, opened=opened))
 
 
-def find_variables(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return which variables about thinking a tokenizer's chat template reads, those that turn it on and off first."""
-    source = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
-    return tuple(name for name in (*SWITCHES, "reasoning_effort") if _reads(source, name))
-
-
-def _reads(source: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+def find_variables(dialect: Dialect) -> tuple[str, ...]:
+    """Return which variables about thinking the chat template reads, those that turn it on and off first."""
+    return tuple(name for name in (*SWITCHES, "reasoning_effort") if name in dialect.variables)
 
 
 def _follow(
@@ -136,26 +130,23 @@ def _read_schema(schema: Any) -> dict[str, Any] | None:
 def _variables(request: ChatRequest, dialect: Dialect) -> dict[str, Any]:
     """Return the variables of the chat template.  RequestError for those that it does not read."""
 
-    def reads(name: str) -> bool:
-        return _reads(dialect.source, name)
-
     variables = dict(request.chat_template_kwargs or {})
     for name, value in variables.items():
         if name in TAKEN:
             refuse("chat_template_kwargs", f"may not have {name}, which the request itself has")
         nothing = value is None or (name in SWITCHES and value is False and dialect.thoughts is None)
-        if not nothing and not reads(name):
+        if not nothing and name not in dialect.variables:
             refuse(
                 "chat_template_kwargs", f"has {name[:140]!r}, which this model's chat template does not read"
             )
     if request.documents:
-        if not reads("documents"):
+        if "documents" not in dialect.variables:
             refuse("documents", "is not read by this model's chat template", code="unsupported_parameter")
         variables["documents"] = request.documents
     effort = request.reasoning_effort
     if effort is not None and "reasoning_effort" not in variables:
-        switch = next((name for name in SWITCHES if reads(name)), None)
-        if reads("reasoning_effort"):
+        switch = next((name for name in SWITCHES if name in dialect.variables), None)
+        if "reasoning_effort" in dialect.variables:
             variables["reasoning_effort"] = effort
         elif effort == "none" and switch is not None:
             variables.setdefault(switch, False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -34,8 +35,14 @@ from pymllm.server.protocol.embeddings import EmbeddingRequest
 from pymllm.server.protocol.responses import ResponsesRequest
 from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
+from pymllm.text.chat_template import LARGE_REQUEST
 from pymllm.text.dialect import Dialect, dialect_of
 from pymllm.text.parts import ContentReader, PartReader
+
+T = TypeVar("T")
+
+# How many conversations are read at a time, which may be slow: other prompts have threads of their own.
+CHAT_READERS = 8
 
 # The answers to conversations of other APIs than chat's.
 CONVERSATIONS: Mapping[type[ConversationRequest], Callable[..., Answer]] = {
@@ -111,6 +118,9 @@ class Service:
         self.llm, self.model_name = llm, model_name
         # The worker makes the KV cache too: a machine without room for it fails before it serves.
         self.worker = Worker(llm, max_running, max_waiting)
+        self._chats = ThreadPoolExecutor(CHAT_READERS, "chats")
+        # One at a time, so that there are always threads for others.
+        self._large_chats = ThreadPoolExecutor(1, "large-chats")
 
     @functools.cached_property
     def dialect(self) -> Dialect:
@@ -147,7 +157,7 @@ class Service:
         self, kind: type[SampledRequest] | type[ConversationRequest], body: bytes | Mapping[str, Any]
     ) -> Question:
         """Read and check a body, off the event loop, as a long text takes a while to encode; compile its grammar."""
-        question = await asyncio.to_thread(self._read, kind, body)
+        question = await self._off_the_loop(kind, body, functools.partial(self._read, kind, body))
         try:
             await self.worker.compile(question.params)
         except RequestError as error:
@@ -157,7 +167,7 @@ class Service:
     @functools.cached_property
     def variables(self) -> tuple[str, ...]:
         """The variables about thinking that the chat template reads."""
-        return find_variables(self.llm.tokenizer)
+        return find_variables(self.dialect)
 
     def prompt_of(self, chat: ChatRequest) -> list[int]:
         """Return the token ids of the prompt that a chat becomes.  RequestError if its template cannot honour it."""
@@ -174,7 +184,12 @@ class Service:
             except RequestError as error:
                 raise request.blame(error) from None
 
-        return await asyncio.to_thread(count)
+        return await self._off_the_loop(kind, body, count)
+
+    async def _off_the_loop(self, kind: type, body: bytes | Mapping[str, Any], read: Callable[[], T]) -> T:
+        chats = self._large_chats if len(body) > LARGE_REQUEST else self._chats
+        threads = None if kind is CompletionRequest else chats
+        return await asyncio.get_running_loop().run_in_executor(threads, read)
 
     def answer_to(self, question: Question) -> Answer:
         """Begin the objects that answer a question."""

@@ -69,10 +69,17 @@ class ChatTemplate:
         self._forms: dict[str, str] | None = None
         self._loses_text = False
         self._unusable, self._tried = "", False
-        self._syntax = {"loops": False, "tests": False}
+        self._syntax: dict[str, Any] = {"loops": False, "tests": False}
 
     def __deepcopy__(self, memo: Any) -> ChatTemplate:
         return self
+
+    @property
+    def variables(self) -> Sequence[str]:
+        """The names that the template reads, and neither it nor Jinja defines.  CheckpointError as `check` says."""
+        if "variables" not in self._syntax:
+            self.check()
+        return self._syntax["variables"]
 
     @property
     def wants_parts(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymllm.text.dialect import Dialect
-from pymllm.text.tool_calls.base import Tool, parse_object
+from pymllm.text.tool_calls.base import Tool, ToolFamily, parse_object
 from pymllm.text.tool_calls.plain_json import PlainJson
 
 
@@ -19,6 +19,8 @@ def for_template(
     Arguments of earlier calls, which are text, become what the template writes: an object, or text. Text that is no
     JSON object stays text. Thoughts get the names that the template reads. The result of a tool gets its name.
     What has no content gets "".
+    Several calls of one message become messages of one call each, with its result, where the template writes one; and
+    all become text of the message, where it writes none.
     A template that does not know tools gets these, their calls and their results as texts.
     tools: that the model is told of.
     """
@@ -29,7 +31,11 @@ def for_template(
         if isinstance(call.get("id"), str)
     }
     made = [_message(message, names, dialect) for message in messages]
-    return made if dialect.knows_tools else _in_words(made, tools, dialect)
+    if not dialect.knows_tools:
+        return _in_words(made, tools, dialect)
+    if dialect.earlier_calls == "none":
+        return [_with_calls_in_words(message, dialect.calls) for message in made]
+    return _one_call_each(made) if dialect.earlier_calls == "one" else made
 
 
 def _message(message: Mapping[str, Any], names: Mapping[str, str], dialect: Dialect) -> dict[str, Any]:
@@ -57,12 +63,52 @@ def _call(call: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     as_text = dialect.arguments_as_text and dialect.knows_tools
     if isinstance(arguments, str) and not as_text:
         read = parse_object(arguments)
-        arguments = arguments if read is None else read
+        arguments = read if read is not None and _is_writable(read) else arguments
     elif isinstance(arguments, Mapping) and as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
     made = {"type": "function", **call, "function": function | {"arguments": arguments}}
     if isinstance(made.get("id"), str):
         made["id"] = dialect.calls.history_id(made["id"])
+    return made
+
+
+def _is_writable(value: Any) -> bool:
+    """Tell whether a template can write a value as JSON again: half a surrogate pair is no text, 1e999 no number."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+        return False
+    return True
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make of a message of several calls one for each, which its result follows."""
+    made: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []  # the calls of the last message, if they are several
+    results: list[dict[str, Any]] = []
+
+    def end_turn() -> None:
+        for place, call in enumerate(waiting):
+            if place:
+                made.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            own = next((result for result in results if result["tool_call_id"] == call.get("id")), None)
+            if own is not None:
+                made.append(own)
+                results.remove(own)
+        made.extend(results)
+        waiting.clear()
+        results.clear()
+
+    for message in messages:
+        if waiting and message["role"] == "tool":
+            results.append(message)
+            continue
+        end_turn()
+        if len(message.get("tool_calls") or ()) > 1:
+            waiting += message["tool_calls"]
+            message = {**message, "tool_calls": waiting[:1]}
+        made.append(message)
+    end_turn()
     return made
 
 
@@ -76,11 +122,7 @@ def _in_words(
     made: list[dict[str, Any]] = []
     after_result = False
     for message in messages:
-        calls = message.pop("tool_calls", None)
-        if calls:
-            lines = [_line(call["function"]) for call in calls]
-            said = _text(message["content"])
-            message["content"] = "\n".join([*([said] if said else []), *lines])
+        message = _with_calls_in_words(message, PlainJson())
         is_result = message["role"] == "tool"
         if is_result:
             name = message.get("name", message["tool_call_id"])
@@ -100,6 +142,16 @@ def _in_words(
         else:
             made.insert(0, {"role": "system", "content": told})
     return made
+
+
+def _with_calls_in_words(message: dict[str, Any], family: ToolFamily) -> dict[str, Any]:
+    """Write a message's calls behind its text."""
+    calls = message.pop("tool_calls", None)
+    if calls:
+        said = _text(message["content"])
+        called = family.in_words([_line(call["function"]) for call in calls])
+        message["content"] = f"{said}\n{called}" if said else called
+    return message
 
 
 def _line(function: Mapping[str, Any]) -> str:

@@ -11,10 +11,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pymllm.errors import PymllmError
 from pymllm.text import reasoning
+from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.parts import ContentReader, PartReader
 from pymllm.text.reasoning import ThoughtReader, Thoughts
 from pymllm.text.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class Dialect:
     thought_names: the fields under which the template reads an earlier turn's thoughts.
     takes_system: whether it writes a message of the role system.
     arguments_as_text: whether it takes the arguments of earlier calls as text; else as objects.
+    earlier_calls: how many calls of an earlier message it writes: "one" where it leaves out others, or refuses them.
+    variables: what it reads that neither it nor Jinja defines.
     kept_tokens: the special tokens among the families' marks.
     """
 
@@ -49,6 +52,8 @@ class Dialect:
     thought_names: tuple[str, ...]
     takes_system: bool
     arguments_as_text: bool
+    earlier_calls: Literal["all", "one", "none"]
+    variables: frozenset[str]
     kept_tokens: Mapping[str, int]
 
     @property
@@ -152,6 +157,7 @@ def dialect_of(tokenizer: Tokenizer) -> Dialect:
         calls = PlainJson()  # the model is told so in words
     marks = (*calls.markers, *(thoughts.markers if thoughts is not None else ()))
     kept = {mark: token for mark in marks if (token := _special(tokenizer, mark)) is not None}
+    as_text = bool(source) and _takes_arguments_as_text(tokenizer)
     return Dialect(
         source,
         calls,
@@ -159,21 +165,31 @@ def dialect_of(tokenizer: Tokenizer) -> Dialect:
         variable,
         tuple(name for name in THOUGHT_NAMES if re.search(rf"\b{name}\b", source)),
         bool(source) and _takes_system(tokenizer),
-        bool(source) and _takes_arguments_as_text(tokenizer),
+        as_text,
+        _try_earlier_calls(tokenizer, as_text) if source else "none",
+        _variables(tokenizer),
         kept,
     )
 
 
-def _source(tokenizer: Tokenizer) -> str:
+def _templates(tokenizer: Tokenizer) -> list[ChatTemplate]:
     templates = [tokenizer.chat_template]
     # Some checkpoints have a template of its own for chats with tools.
     choose = getattr(tokenizer, "template_for", None)
     if choose is not None and templates[0] is not None:
         templates.append(choose([]))
-    sources = dict.fromkeys(
-        COMMENT.sub("", template.source) for template in templates if template is not None
-    )
-    return "\n".join(sources)
+    return [template for template in templates if template is not None]
+
+
+def _source(tokenizer: Tokenizer) -> str:
+    return "\n".join(dict.fromkeys(COMMENT.sub("", one.source) for one in _templates(tokenizer)))
+
+
+def _variables(tokenizer: Tokenizer) -> frozenset[str]:
+    try:
+        return frozenset(name for template in _templates(tokenizer) for name in template.variables)
+    except PymllmError:
+        return frozenset()  # rendering says why
 
 
 def _tool_family(source: str) -> ToolFamily:
@@ -246,25 +262,35 @@ def _takes_system(tokenizer: Tokenizer) -> bool:
 def _takes_arguments_as_text(tokenizer: Tokenizer) -> bool:
     """Try how a template writes an earlier call: some write its arguments as they are, others as JSON."""
     value = {"probe": "value"}
-
-    def write(arguments: Any) -> str | None:
-        call = {
-            "id": "abcdefghi",
-            "type": "function",
-            "function": {"name": "probe_tool", "arguments": arguments},
-        }
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "abcdefghi", "name": "probe_tool", "content": "y"},
-        ]
-        try:
-            return tokenizer.render_chat(messages)
-        except PymllmError:
-            return None
-
     text = json.dumps(value)
-    from_object, from_text = write(value), write(text)
+    from_object, from_text = (_write_calls(tokenizer, {"probe_tool": given}) for given in (value, text))
     if from_object is None or str(value) in from_object:
         return from_text is not None and text in from_text
     return False
+
+
+def _try_earlier_calls(tokenizer: Tokenizer, as_text: bool) -> Literal["all", "one", "none"]:
+    """Try how many calls of an earlier message a template writes."""
+    arguments: Any = "{}" if as_text else {}
+    one = _write_calls(tokenizer, {"probe_tool": arguments})
+    two = _write_calls(tokenizer, {"probe_tool": arguments, "other_probe": arguments}) or ""
+    if one is not None and "probe_tool" not in one:
+        return "none"
+    return "all" if one is None or ("probe_tool" in two and "other_probe" in two) else "one"
+
+
+def _write_calls(tokenizer: Tokenizer, calls: Mapping[str, Any]) -> str | None:
+    """Render a conversation with these calls, arguments by name; None: the template does not take it."""
+    made = [
+        {"id": f"abcdefgh{place}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for place, (name, arguments) in enumerate(calls.items())
+    ]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": made},
+        *({"role": "tool", "tool_call_id": call["id"], "name": "x", "content": "y"} for call in made),
+    ]
+    try:
+        return tokenizer.render_chat(messages)
+    except PymllmError:
+        return None

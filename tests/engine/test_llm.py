@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 
@@ -147,6 +148,15 @@ def test_a_prompt_that_cannot_run_is_refused_and_the_next_one_answered(llm, prom
         llm.generate([prompt], greedy(4))
     assert error.value.code == code
     assert len(llm.generate(PROMPT, greedy(2))[0].token_ids) == 2
+
+
+def test_a_conversation_with_a_token_that_the_model_has_not_is_refused(llm, monkeypatch):
+    tokenizer = copy.copy(llm.tokenizer)
+    tokenizer.apply_chat_template = lambda messages, **settings: [5, llm.config.size("vocab_size")]
+    monkeypatch.setattr(llm, "tokenizer", tokenizer)
+    with pytest.raises(RequestError) as error:
+        llm.chat([{"role": "user", "content": "x"}], greedy(2))
+    assert error.value.code == "token-id"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import openai
@@ -9,7 +10,8 @@ import pytest
 
 from pymllm.errors import CheckpointError
 from pymllm.text import chat_template as rendering
-from pymllm.text.chat_template import ChatTemplate
+from pymllm.text.chat_template import LARGE_REQUEST, ChatTemplate
+from tests.processes import SECONDS
 from tests.server.conftest import MODEL
 
 HI = [{"role": "user", "content": "hi"}]
@@ -38,6 +40,34 @@ def test_what_a_template_rejects_is_the_clients_to_mend(client, use):
     with pytest.raises(openai.BadRequestError, match="roles must alternate") as caught:
         chat(client)
     assert (caught.value.param, "/some/folder" in str(caught.value)) == ("messages", False)
+
+
+@pytest.mark.parametrize(("text", "many"), [("hi", 40), ("hi" * LARGE_REQUEST, 12)], ids=["small", "large"])
+def test_many_slow_conversations_hold_up_no_prompt_and_large_ones_no_small_one(
+    llm, client, monkeypatch, text, many
+):
+    done, begun, write = threading.Event(), threading.Event(), llm.tokenizer.apply_chat_template
+
+    def slow(messages, **settings):
+        if messages[0]["content"] == text:
+            begun.set()
+            assert done.wait(SECONDS)
+        return write([{"role": "user", "content": "x"}], **settings)
+
+    monkeypatch.setattr(llm.tokenizer, "apply_chat_template", slow)
+    ask = functools.partial(chat, client, [{"role": "user", "content": text}])
+    threads = [threading.Thread(target=ask) for _ in range(many)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(SECONDS)
+    try:
+        assert client.completions.create(model=MODEL, prompt="def", max_tokens=1).choices
+        assert text == "hi" or chat(client).choices
+        assert all(thread.is_alive() for thread in threads)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(SECONDS)
 
 
 def test_a_template_that_takes_too_long_holds_up_nobody(client, use, monkeypatch):

@@ -207,6 +207,19 @@ def test_an_assistant_s_message_goes_back_as_it_came(request, server, script):
     assert ("<think>\nNo.\n</think>" in prompt) == (server == "thinking")
 
 
+def test_what_a_client_has_read_of_a_message_goes_back_with_it(client, script):
+    settings = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "temperature": 0}
+    with client.chat.completions.stream(**settings, tool_choice=NAMED) as stream:
+        message = stream.get_final_completion().choices[0].message.model_dump()
+    assert "parsed_arguments" in message["tool_calls"][0]["function"]
+    seen = script('"x"')
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "Sun."}
+    for read in ({"a": True}, None):
+        message["parsed"] = message["tool_calls"][0]["function"]["parsed_arguments"] = read
+        ask(client, messages=[*MESSAGES, message, result], tools=TOOLS)
+    assert seen[0].prompt == seen[1].prompt
+
+
 def test_template_variables_reach_the_template(thinking, script):
     seen = script('"x"')
     tokenizer = thinking.llm.tokenizer

@@ -117,6 +117,13 @@ WELL_FORMED = [
         "",
         [("f", '{"a": 1}')],
     ),
+    (
+        HARMONY,  # after a prompt that ends with <|start|>assistant
+        ' to=functions.f<|channel|>commentary <|constrain|>json<|message|>{"a": 1}<|call|>',
+        "",
+        [("f", '{"a": 1}')],
+    ),
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_c', "", [("f", "{}")]),  # cut off
 ]
 NO_CALLS = [
     (HERMES, " plain <tool text < with { braces }\n\n"),
@@ -139,6 +146,7 @@ NO_CALLS = [
     (NAMED, "[TOOL_CALLS]f[ARGS]none"),
     (GRANITE, "<|tool_call|>nothing"),
     (HARMONY, "no channel <|chan"),
+    (HARMONY, " to=functions.f and so on"),
     (HARMONY, "<|channel|>commentary to=functions.f<|message|> none"),
 ]
 # What breaks after the arguments have begun.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -123,7 +123,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _compile(key: str, source: str) -> dict[str, Any]:
     try:
         tree = ENVIRONMENT.parse(source)
-        facts = content_forms(tree)
+        read = meta.find_undeclared_variables(tree) - ENVIRONMENT.globals.keys()
+        facts = {**content_forms(tree), "variables": sorted(read)}
         _compiled[key] = ENVIRONMENT.from_string(tree)
     except jinja2.TemplateSyntaxError as error:
         return {"invalid": f"line {error.lineno}: {error.message}"}

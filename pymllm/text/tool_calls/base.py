@@ -116,6 +116,10 @@ class ToolFamily:
         """Make the id of a call, to which its result refers."""
         return f"call_{uuid.uuid4().hex[:24]}"
 
+    def in_words(self, calls: Sequence[str]) -> str:
+        """Write calls of an earlier turn, JSON objects, where the template does not."""
+        return "\n".join(calls)
+
     def history_id(self, given: str) -> str:
         """Return a call's id from an earlier turn as the family's templates accept it."""
         return given
@@ -287,8 +291,10 @@ class AnswerText:
         before = self.at
         if (yield from self.skip_space()) and (yield from self.take(text)):
             return True
-        self.at = before
-        return False
+        # An answer may be cut off within it.
+        cut_off = self.final and text.startswith(self.buffer[before:].lstrip())
+        self.at = len(self.buffer) if cut_off else before
+        return cut_off
 
     def begin_call(self, name: str) -> int | None:
         """Give out the beginning of a call.  Returns its index; None: there are as many calls as may be."""

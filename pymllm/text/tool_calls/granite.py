@@ -24,6 +24,9 @@ class Granite(ToolFamily):
         yield f'calls: {spell(OPEN)} "[" {repeated("call", chr(34) + ", " + chr(34), most)} "]"'
         yield from object_rules(tools, "arguments")
 
+    def in_words(self, calls: Sequence[str]) -> str:
+        return f"{OPEN}[{', '.join(calls)}]"
+
 
 class ArrayText(ObjectCalls):
     """The text of an answer whose calls are an array after the first of the family's markers."""

@@ -24,6 +24,8 @@ from pymllm.text.tool_calls.base import (
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 RECIPIENT = re.compile(r"\bto=functions\.([A-Za-z0-9_.-]{1,128})")
+# How an answer may begin that goes on with the prompt's header.
+FIRST = (" to=functions.", "to=functions.")
 NAMED = re.compile(r"\s*(\w+)")
 
 
@@ -77,7 +79,7 @@ class HarmonyText(AnswerText):
         """Read one message.  Returns False, and reads nothing, where there is none."""
         start = self.at
         if not self._begins_message():
-            if self.final or not any(mark.startswith(self.buffer[start:]) for mark in (START, CHANNEL)):
+            if self.final or not any(mark.startswith(self.buffer[start:]) for mark in self._begins()):
                 return False
             yield
             return True
@@ -118,4 +120,7 @@ class HarmonyText(AnswerText):
             yield
 
     def _begins_message(self) -> bool:
-        return self.buffer.startswith((START, CHANNEL), self.at)
+        return self.buffer.startswith(self._begins(), self.at)
+
+    def _begins(self) -> tuple[str, ...]:
+        return (START, CHANNEL, *(FIRST if self.at == 0 else ()))
