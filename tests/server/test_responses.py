@@ -149,6 +149,8 @@ def test_what_asks_for_nothing_is_accepted_and_stated(client):
             "prompt": None,
             "seed": 3,
             "top_k": 5,
+            "skip_special_tokens": False,
+            "include_stop_str_in_output": True,
         },
         **SETTINGS,
     )
@@ -184,6 +186,7 @@ REFUSED = [
     ("input", {"input": [{"type": "function_call_output", "output": "7"}]}, "input.0.call_id"),
     ("text", {"text": {"format": {"type": "json_schema", "name": "x"}}}, "needs a schema"),
     ("text", {"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+    ("text", {"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema"),
     ("text", {"text": {"verbosity": "low"}}, "text.verbosity"),
     ("text", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nope"}}}}, ""),
     ("reasoning", {"reasoning": {"budget": 3}}, "reasoning.budget"),

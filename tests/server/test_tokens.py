@@ -71,13 +71,19 @@ def test_a_conversation_becomes_its_tokens(http, llm):
         ("/detokenize", "tokens", {"tokens": [-1]}),
         ("/detokenize", "tokens", {"tokens": [1, 1 << 20]}),
         ("/detokenize", "tokens", {"tokens": [1 << 70]}),
-        ("/detokenize", "skip_special_tokens", {"tokens": [1], "skip_special_tokens": False}),
+        ("/detokenize", "skip_special_tokens", {"tokens": [1], "skip_special_tokens": True}),
     ],
     ids=lambda one: None,
 )
 def test_what_cannot_be_read_is_refused_by_name(http, path, param, asked):
     answer = http.post(path, json=asked)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_special_tokens_may_be_asked_for_as_they_come(http, llm):
+    special = next(token for token in range(100) if not llm.tokenizer.decode([token]))
+    asked = {"tokens": [special], "skip_special_tokens": False}
+    assert http.post("/detokenize", json=asked).json()["prompt"] == llm.tokenizer.token_text(special) != ""
 
 
 def test_another_model_is_not_here(http):

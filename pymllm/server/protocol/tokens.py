@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from pymllm.server.protocol.base import BodyRequest, read_request, refuse
+from pymllm.server.protocol.base import BodyRequest, Many, read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
+from pymllm.server.protocol.neutral import COMMON, Neutral
 from pymllm.server.protocol.sampled import TokenId
 
 # As long as a text that a chat template writes may be: to encode more takes seconds.
@@ -58,5 +59,7 @@ class TokenizeRequest(BodyRequest):
 class DetokenizeRequest(BodyRequest):
     """Token ids whose text is wanted."""
 
+    NEUTRAL: ClassVar[Neutral] = {**COMMON, "skip_special_tokens": (False,)}
+
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+    tokens: Many[TokenId] = Field(max_length=MAX_TOKENS)
