@@ -246,7 +246,7 @@ def test_calls_results_and_reasoning_become_a_chat_s_messages():
             "status": "completed",
             "parsed_arguments": None,
         },
-        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain", "name": "weather"},
         {
             "type": "function_call_output",
             "call_id": "c2",
@@ -272,7 +272,7 @@ def test_calls_results_and_reasoning_become_a_chat_s_messages():
             "content": "I look.",
             "tool_calls": [call("c1", "{}"), call("c2", '{"city": "Oslo"}')],
         },
-        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain", "name": "weather"},
         {"role": "tool", "tool_call_id": "c2", "content": texts},
         {"role": "assistant", "reasoning_content": "Done.", "content": "No."},
         {"role": "assistant", "content": "Yes."},

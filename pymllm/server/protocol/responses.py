@@ -331,7 +331,8 @@ def _begins_anew(kind: str, turn: dict[str, Any]) -> bool:
 def _message_of_chat(item: _Item, place: str) -> dict[str, Any]:
     if isinstance(item, _FunctionCallOutput):
         content = join_parts(_texts(item.output, f"{place}.output"))
-        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
+        named = {} if item.name is None else {"name": item.name}
+        return {"role": "tool", "tool_call_id": item.call_id, "content": content, **named}
     assert isinstance(item, _Message)
     return {"role": item.role, "content": join_parts(_texts(item.content, f"{place}.content"))}
 
