@@ -78,7 +78,7 @@ def find_variables(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _reads(source: str, name: str) -> bool:
-    return name.isidentifier() and re.search(rf"\b{re.escape(name)}\b", source) is not None
+    return name.isidentifier() and name in source and re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _follow(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import re
 import time
 
 import openai
@@ -27,6 +28,7 @@ from tests.server.by_hand import (
 from tests.server.conftest import MODEL, serve
 
 CHATS = "/v1/chat/completions"
+LONG_NAME = "y" * 100_000
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,27 @@ def test_of_many_faults_the_first_is_read(served, monkeypatch):
         status, *_ = post(served, {"messages": [{"role": "user", "content": "x"}], name: [7] * 1000}, CHATS)
         assert status == 400
     assert 8 <= len(errors) < 20
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {LONG_NAME: 1},
+        {"model": LONG_NAME},
+        {"stop": {LONG_NAME: 1}},
+        {"messages": [{"role": "user", "content": "x", LONG_NAME: 1}]},
+        {"chat_template_kwargs": {LONG_NAME: 1}},
+        {"tool_choice": LONG_NAME},
+    ],
+    ids=lambda asked: next(iter(asked))[:20],
+)
+def test_a_long_name_is_shown_in_part(served, asked, monkeypatch):
+    """Nor is it made an expression to search by, which takes seconds."""
+    escaped, escape = [], re.escape
+    monkeypatch.setattr(re, "escape", lambda text: escaped.append(len(text)) or escape(text))
+    status, answer, _ = post(served, {"messages": [{"role": "user", "content": "x"}], **asked}, CHATS)
+    assert status in (400, 404) and len(json.dumps(answer)) < 2000
+    assert max(escaped, default=0) < 2000
 
 
 def test_braces_in_a_text_are_no_objects(served):

@@ -28,6 +28,9 @@ MAX_DEPTH = 256
 # How many objects and lists a parameter may have, and a body: nobody else is answered while they are made and read.
 MAX_OBJECTS, MAX_OF_BODY = 1 << 15, 1 << 17
 
+# How much of a name that a client has chosen an error shows.
+MAX_SHOWN = 140
+
 # The names by which pydantic calls the forms that a value may have.
 FORMS = ("str", "int", "float", "bool", "dict", "none")
 
@@ -73,6 +76,8 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
     for name, value in raw.items():
+        if len(name) > MAX_SHOWN:
+            refuse(name[:MAX_SHOWN], "... is not supported by this server", code="unsupported_parameter")
         _check_size(name, value)
     for name, neutral in kind.NEUTRAL.items():
         if name in kind.model_fields:
@@ -92,7 +97,7 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
         if name in ("prompt", "input") and name in raw:
             refuse(name, f"must be text, token ids, or a list of such {name}s", code="invalid_type")
         detail = first["msg"][0].lower() + first["msg"][1:]
-        refuse(name, detail if where == name else f"{detail} (at {where})", code=code)
+        refuse(name, detail if where == name else f"{detail} (at {where[:MAX_SHOWN]})", code=code)
     request.check()
     return request
 

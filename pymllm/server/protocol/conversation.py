@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.errors import RequestError
-from pymllm.server.protocol.base import BodyRequest, StrictModel, read_request, refuse
+from pymllm.server.protocol.base import MAX_SHOWN, BodyRequest, StrictModel, read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.neutral import GENERATING, Neutral
 
@@ -152,6 +152,7 @@ def read_object(kind: type[P], value: Any, param: str, place: str) -> P:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join((place, *map(str, first["loc"]))) if place else ".".join(map(str, first["loc"]))
+        where = where[:MAX_SHOWN]
         if first["type"] == "extra_forbidden":
             refuse(param, f"has {where}, which is not supported by this server", code="unsupported_parameter")
         refuse(param, f"is not understood: {first['msg'][0].lower()}{first['msg'][1:]} (at {where})")
