@@ -38,6 +38,7 @@ EXTRAS = {
         "pymllm serve",
         (
             ("fastapi", "fastapi"),
+            ("pydantic", "pydantic"),
             ("uvicorn", "uvicorn"),
             ("prometheus_client", "prometheus-client"),
             ("llguidance", "llguidance"),

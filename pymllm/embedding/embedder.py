@@ -262,12 +262,12 @@ class Embedder:
             return ""
         if name not in prompts:
             raise RequestError(
-                f"the model has no prompt {name!r}",
+                f"the model has no prompt {name[:140]!r}",
                 code="prompt-name",
                 tensor="prompt_name",
                 expected=" or ".join(prompts) or "none, as the checkpoint has no prompts",
-                found=repr(name),
-                fix=nearest(name, prompts),
+                found=repr(name[:140]),
+                fix=nearest(name[:140], prompts),
             )
         return prompts[name]
 

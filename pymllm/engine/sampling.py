@@ -117,7 +117,8 @@ class SamplingParams:
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         _number("min_p", self.min_p, 0, 1)
         _number("typical_p", self.typical_p, 0, 1, above=True)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        # Logits that were divided by less would be no numbers.
+        _number("repetition_penalty", self.repetition_penalty, 1e-6, 100)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _integer("seed", self.seed, -(2**63), 2**64 - 1, optional=True)

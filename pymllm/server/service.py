@@ -136,7 +136,7 @@ class Service:
             return None
         if name not in self.llm.adapters:
             raise NoSuchModel(
-                f"there is no model {name!r} here",
+                f"there is no model {name[:140]!r} here",
                 code="model_not_found",
                 tensor="model",
                 expected=" or ".join(map(repr, (*self.names, *self.llm.adapters))),

@@ -81,7 +81,10 @@ class Grammar:
     def _intersected(self) -> int:
         """Count the expressions that the same text must match, where they are most."""
         if self.kind == "json_schema":
-            return intersected(json.loads(self.text))
+            try:
+                return intersected(json.loads(self.text))
+            except RecursionError:
+                raise self.error(self.kind, "is nested too deeply") from None
         count = SPELT.sub("", self.text).count("&")
         for place in INLINE_SCHEMA.finditer(self.text):
             try:
@@ -134,8 +137,8 @@ def intersected(schema: Any) -> int:
                 return everything
         return found if reference[:2] in ("#", "#/") else everything
 
-    everything = {"allOf": [{"pattern": ""}] * json.dumps(schema).count('"pattern"')}
     try:
+        everything = {"allOf": [{"pattern": ""}] * json.dumps(schema).count('"pattern"')}
         return count(schema)
     except RecursionError:
         raise Grammar.error("json_schema", "is nested too deeply") from None

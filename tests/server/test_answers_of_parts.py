@@ -183,6 +183,17 @@ def test_a_text_of_a_response_has_the_log_probabilities_of_its_own_tokens(llm):
     assert silent.whole([bare])["output"][0]["content"][0]["logprobs"] == []
 
 
+@pytest.mark.parametrize("text", ["Hm. Well|Hello.", '<a>{"n": 1}</a>Hello.'])
+def test_the_tokens_of_a_mark_are_not_those_of_the_message_behind_it(llm, text):
+    begin = answers(llm, ResponsesRequest, ResponsesAnswer, text, input="Hi", top_logprobs=1)
+    output = output_of(llm, text)
+    for answer in (begin().whole([output]), stream(begin(), pieces_of(llm, output))[-1]["response"]):
+        content = answer["output"][-1]["content"][0]
+        assert content["text"] == "Hello."
+        first, *others = [entry["token"] for entry in content["logprobs"]]
+        assert (first + "".join(others)).endswith("Hello.") and len("".join(others)) < len("Hello.")
+
+
 def test_a_response_that_fails_says_what_was_there_so_far(llm):
     text = TEXTS["thought and said"]
     answer = answers(llm, ResponsesRequest, ResponsesAnswer, text, input="Hi")()

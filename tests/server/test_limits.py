@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import re
 import time
 
 import openai
@@ -26,6 +27,9 @@ from tests.server.by_hand import (
 )
 from tests.server.conftest import MODEL, serve
 
+CHATS = "/v1/chat/completions"
+LONG_NAME = "y" * 100_000
+
 
 @pytest.mark.parametrize(
     "body",
@@ -42,6 +46,9 @@ from tests.server.conftest import MODEL, serve
         b'{"prompt": "x", "temperature": 1e999}',
         b'{"prompt": "x", "seed": ' + b"1" * 5000 + b"}",
         b"[" * 100_000,
+        b'{"prompt": "x", "prompt": "y"}',
+        b'{"prompt": "x", "metadata": {"a": 1, "a": 1}}',
+        b'{"prompt": "x", "metadata": [' + b"[]," * 200_000 + b"[]]}",
     ],
 )
 def test_what_is_not_a_json_object_is_refused(served, body):
@@ -62,6 +69,7 @@ def test_what_is_not_a_json_object_is_refused(served, body):
         ("top_k", -2),
         ("min_p", 2),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-38),
         ("presence_penalty", 3),
         ("max_tokens", 0),
         ("max_tokens", 10**18),
@@ -77,6 +85,11 @@ def test_what_is_not_a_json_object_is_refused(served, body):
         ("logit_bias", {"-5": 1}),
         ("logit_bias", {"4000000000": 1}),
         ("logit_bias", {"word": 1}),
+        ("logit_bias", {"5": 1, "05": 2}),
+        ("response_format", {"type": "text", "regex": "a"}),
+        ("response_format", {"type": "json_object", "json_schema": {"schema": {}}}),
+        ("guided_json", '{"a":' * 980 + "{}" + "}" * 980),
+        ("metadata", {"a": [{}] * 40_000}),
         ("prompt", [1, 10**9]),
         ("prompt", [-1]),
         ("prompt", []),
@@ -90,6 +103,61 @@ def test_what_is_not_a_json_object_is_refused(served, body):
 def test_a_value_out_of_range_names_its_parameter(served, parameter, value):
     status, answer, _ = post(served, {"prompt": "x", "max_tokens": 1, parameter: value})
     assert (status, answer["error"]["param"]) == (400, parameter)
+
+
+@pytest.mark.parametrize("depth", [300, 900, 980])
+def test_what_is_nested_deeply_is_refused_by_its_name(served, depth):
+    nested = '{"a": ' * depth + "1" + "}" * depth
+    for body in (
+        '{"messages": [{"role": "user", "content": "a", "b": %s}]}',
+        '{"messages": [], "guided_json": %s}',
+    ):
+        status, answer, _ = post(served, (body % nested).encode(), "/v1/chat/completions")
+        assert status == 400 and "is nested too deeply" in answer["error"]["message"]
+        assert answer["error"]["param"] in ("messages", "guided_json")
+
+
+def test_of_many_faults_the_first_is_read(served, monkeypatch):
+    """A list is not read on behind what is wrong, which would take seconds in which nobody is answered."""
+    errors = []
+    monkeypatch.setattr(
+        "pymllm.server.protocol.base._most_telling",
+        lambda error: errors.extend(error.errors()) or error.errors()[0],
+    )
+    for name in ("prompt", "stop", "stop_token_ids", "bad_words", "guided_choice"):
+        status, *_ = post(served, {"prompt": "x", name: [1.5] * 1000})
+        assert status == 400
+    for name in ("tools", "messages", "documents"):
+        status, *_ = post(served, {"messages": [{"role": "user", "content": "x"}], name: [7] * 1000}, CHATS)
+        assert status == 400
+    assert 8 <= len(errors) < 20
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {LONG_NAME: 1},
+        {"model": LONG_NAME},
+        {"stop": {LONG_NAME: 1}},
+        {"messages": [{"role": "user", "content": "x", LONG_NAME: 1}]},
+        {"chat_template_kwargs": {LONG_NAME: 1}},
+        {"tool_choice": LONG_NAME},
+    ],
+    ids=lambda asked: next(iter(asked))[:20],
+)
+def test_a_long_name_is_shown_in_part(served, asked, monkeypatch):
+    """Nor is it made an expression to search by, which takes seconds."""
+    escaped, escape = [], re.escape
+    monkeypatch.setattr(re, "escape", lambda text: escaped.append(len(text)) or escape(text))
+    status, answer, _ = post(served, {"messages": [{"role": "user", "content": "x"}], **asked}, CHATS)
+    assert status in (400, 404) and len(json.dumps(answer)) < 2000
+    assert max(escaped, default=0) < 2000
+
+
+def test_braces_in_a_text_are_no_objects(served):
+    code = '[{"\\"]' * 100_000
+    status, answer, _ = post(served, {"prompt": code})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ WEATHER = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 
+BOOLEAN = {"type": "json_schema", "schema": {"type": "boolean"}}
+
 
 @pytest.fixture
 def anthropic(served):
@@ -209,6 +211,12 @@ REFUSED = [
     ("mcp_servers", {"mcp_servers": [{"type": "url"}]}),
     ("n", {"n": 2}),
     ("temperature", {"temperature": -1}),
+    ("thinking", {"thinking": {"budget": 1}, "stream": True}),
+    ("stop and stop_sequences", {"stop": ["a"], "stop_sequences": ["b"]}),
+    ("stop is", {"stop": ["x" * 300]}),
+    ("output_format and", {"output_format": BOOLEAN, "output_config": {"format": BOOLEAN}}),
+    ("output_format (or", {"output_format": BOOLEAN, "guided_regex": "a"}),
+    ("tool_choice", {"tools": [WEATHER], "tool_choice": {"type": "auto", "name": "weather"}}),
 ]
 
 
@@ -219,6 +227,21 @@ def test_what_cannot_be_honoured_is_refused_by_name(anthropic, named, asked):
     body = answer.json()
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
     assert named in body["error"]["message"]
+
+
+def test_a_request_that_is_refused_leaves_nothing_that_runs(anthropic, served):
+    asked = {"stream": True, "ignore_eos": True, "max_tokens": 900, "thinking": {"type": "perhaps"}}
+    assert anthropic.post("/v1/messages", json={**ASKED, **asked}).status_code == 400
+    places = served.app.state.service.worker.places
+    assert places.free == places.capacity
+    counted = anthropic.post("/v1/messages/count_tokens", json={"messages": [USER], "thinking": {"a": 1}})
+    assert counted.status_code == 400
+
+
+def test_a_chat_s_own_parameters_may_come_along(anthropic):
+    asked = {"stop_sequences": ["e"], "max_tokens": 60, "include_stop_str_in_output": True}
+    answer = ask(anthropic, **asked, skip_special_tokens=False)
+    assert answer["stop_sequence"] == "e" and answer["content"][0]["text"].endswith("e")
 
 
 def test_errors_are_of_anthropic_s_shape(anthropic):

@@ -59,6 +59,7 @@ def test_a_conversation_becomes_its_tokens(http, llm):
         ("/tokenize", "prompt", {}),
         ("/tokenize", "prompt", {"prompt": "x", "messages": MESSAGES}),
         ("/tokenize", "prompt", {"prompt": [1, 2]}),
+        ("/tokenize", "tool_choice", {"prompt": "x", "tool_choice": "required"}),
         ("/tokenize", "chat_template_kwargs", {"prompt": "x", "chat_template_kwargs": {"y": 1}}),
         ("/tokenize", "continue_final_message", {"messages": MESSAGES, "continue_final_message": True}),
         ("/tokenize", "add_special_tokens", {"messages": MESSAGES, "add_special_tokens": True}),
@@ -71,13 +72,29 @@ def test_a_conversation_becomes_its_tokens(http, llm):
         ("/detokenize", "tokens", {"tokens": [-1]}),
         ("/detokenize", "tokens", {"tokens": [1, 1 << 20]}),
         ("/detokenize", "tokens", {"tokens": [1 << 70]}),
-        ("/detokenize", "skip_special_tokens", {"tokens": [1], "skip_special_tokens": False}),
+        ("/detokenize", "skip_special_tokens", {"tokens": [1], "skip_special_tokens": True}),
     ],
     ids=lambda one: None,
 )
 def test_what_cannot_be_read_is_refused_by_name(http, path, param, asked):
     answer = http.post(path, json=asked)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_tools_that_may_not_be_called_are_not_in_the_prompt(http):
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    bare, told, none = (
+        post(http, "/tokenize", messages=MESSAGES, **asked)["count"]
+        for asked in ({}, {"tools": tools}, {"tools": tools, "tool_choice": "none"})
+    )
+    assert bare == none < told
+    assert post(http, "/tokenize", prompt="x", tool_choice="none")["count"] == 1
+
+
+def test_special_tokens_may_be_asked_for_as_they_come(http, llm):
+    special = next(token for token in range(100) if not llm.tokenizer.decode([token]))
+    asked = {"tokens": [special], "skip_special_tokens": False}
+    assert http.post("/detokenize", json=asked).json()["prompt"] == llm.tokenizer.token_text(special) != ""
 
 
 def test_another_model_is_not_here(http):

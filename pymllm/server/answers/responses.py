@@ -48,6 +48,21 @@ class _Item:
         return {**self.shown, **grown, "status": status}
 
 
+def _from_text(entries: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Leave out the tokens that come before the one in which a text begins; none, where that cannot be told."""
+    spelled = [bytes(entry["bytes"]) for entry in entries]
+    told, whole, begins, offset = text.encode(), b"".join(spelled), [], 0
+    for part in spelled:
+        begins.append(offset)
+        offset += len(part)
+    for place, begin in enumerate(begins):
+        if whole.startswith(told, begin):
+            return entries[place:]
+    # The token has the end of the mark, too.
+    inside = whole.rfind(told)
+    return entries[max((place for place, begin in enumerate(begins) if begin <= inside), default=0) :]
+
+
 class ResponsesAnswer(Answer):
     """An answer as OpenAI's newer API has it: what is thought, what is said and each call are items of their own.
 
@@ -129,6 +144,8 @@ class ResponsesAnswer(Answer):
         events = []
         if self._item is None or self._item.shown["type"] != kind:
             events = [*self._close("completed"), *self._open(kind)]
+            # A mark before it, which ends thoughts or a call, has tokens of its own.
+            self._waiting = _from_text(self._waiting, text)
         assert self._item is not None
         self._item.texts.append(text)
         extra: dict[str, Any] = {}

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pymllm.server.protocol.base import BodyRequest, StrictModel, refuse
+from pymllm.errors import RequestError
+from pymllm.server.protocol.base import Many, StrictModel, refuse
 from pymllm.server.protocol.conversation import (
     ConversationRequest,
     drop_nulls,
@@ -92,7 +93,7 @@ class _Tool(_Block):
     strict: bool | None = None
     defer_loading: Literal[False] | None = None
     eager_input_streaming: bool | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    allowed_callers: Many[Literal["direct"]] | None = None
 
 
 class _Choice(StrictModel):
@@ -130,7 +131,7 @@ class MessagesCount(ConversationRequest):
     """A conversation whose tokens are to be counted."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **BodyRequest.NEUTRAL,
+        **ConversationRequest.NEUTRAL,
         "service_tier": ("auto", "standard_only"),
         "speed": ("standard",),
         "mcp_servers": ([],),
@@ -159,6 +160,9 @@ class MessagesCount(ConversationRequest):
     output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 
+    def check(self) -> None:
+        _ = self.thinks  # what the template does not read is to be right, too
+
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
         if "thread" in raw:
@@ -177,6 +181,12 @@ class MessagesCount(ConversationRequest):
             return None
         return read_object(_ThinkingConfig, self.thinking, "thinking", "thinking")
 
+    def blame(self, error: RequestError) -> RequestError:
+        if error.tensor == "response_format" and self.output_format is not None:
+            error.message = "output_format" + error.message.removeprefix(error.tensor)
+            error.tensor = "output_format"
+        return super().blame(error)
+
     @property
     def wants_thoughts(self) -> bool | None:
         thinks = self.thinks
@@ -187,6 +197,8 @@ class MessagesCount(ConversationRequest):
         given, name = self.output_format, "output_format"
         if given is None:
             given, name = output.format, "output_config"
+        elif output.format is not None:
+            refuse("output_format", "and the format of output_config ask for the same: send one of them")
         asked: dict[str, Any] = {"reasoning_effort": output.effort}
         if given is not None:
             schema = read_object(_Format, given, name, name).schema_
@@ -204,6 +216,8 @@ class MessagesCount(ConversationRequest):
             if choice.name is None:
                 refuse("tool_choice", "of the type tool needs a name")
             chosen: Any = {"type": "function", "function": {"name": choice.name}}
+        elif choice.name is not None:
+            refuse("tool_choice", "has a name where its type is tool")
         else:
             chosen = CHOICES[choice.type]
         if not tools:
@@ -249,11 +263,12 @@ class MessagesRequest(MessagesCount):
     """Anthropic's request.  metadata: whose it is, which changes nothing."""
 
     max_tokens: int = Field(ge=1)
-    stop_sequences: list[str] | None = None
+    stop_sequences: Many[str] | None = None
     top_k: Any = None
     metadata: dict[str, Any] | None = None
 
     def check(self) -> None:
+        super().check()
         read_object(_Metadata, self.metadata or {}, "metadata", "metadata")
 
     def parameters_of_chat(self) -> dict[str, Any]:

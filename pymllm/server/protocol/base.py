@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pymllm.errors import RequestError
 from pymllm.server.protocol.neutral import GENERATING, Neutral
@@ -21,8 +22,23 @@ CODES = {
 }
 
 
+# How deeply objects and lists of a parameter may lie in each other: what reads them calls itself for each.
+MAX_DEPTH = 256
+
+# How many objects and lists a parameter may have, and a body: nobody else is answered while they are made and read.
+MAX_OBJECTS, MAX_OF_BODY = 1 << 15, 1 << 17
+
+# How much of a name that a client has chosen an error shows.
+MAX_SHOWN = 140
+
 # The names by which pydantic calls the forms that a value may have.
 FORMS = ("str", "int", "float", "bool", "dict", "none")
+
+
+T = TypeVar("T")
+
+# A list that is read up to what is wrong: there may be a million of it, and one is told of.
+Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 class StrictModel(BaseModel):
@@ -59,6 +75,10 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
     raw = dict(body) if isinstance(body, Mapping) else parse_json(body)
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
+    for name, value in raw.items():
+        if len(name) > MAX_SHOWN:
+            refuse(name[:MAX_SHOWN], "... is not supported by this server", code="unsupported_parameter")
+        _check_size(name, value)
     for name, neutral in kind.NEUTRAL.items():
         if name in kind.model_fields:
             continue
@@ -77,9 +97,22 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
         if name in ("prompt", "input") and name in raw:
             refuse(name, f"must be text, token ids, or a list of such {name}s", code="invalid_type")
         detail = first["msg"][0].lower() + first["msg"][1:]
-        refuse(name, detail if where == name else f"{detail} (at {where})", code=code)
+        refuse(name, detail if where == name else f"{detail} (at {where[:MAX_SHOWN]})", code=code)
     request.check()
     return request
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Refuse a parameter that is nested too deeply, or has too many objects and lists."""
+    level, found = [value] if isinstance(value, (dict, list)) else [], 0
+    for _ in range(MAX_DEPTH):
+        found += len(level)
+        if found > MAX_OBJECTS:
+            refuse(name, f"has too many objects and lists: expected at most {MAX_OBJECTS}")
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for ones in inner for one in ones if isinstance(one, (dict, list))]
+    if level:
+        refuse(name, f"is nested too deeply: expected at most {MAX_DEPTH} levels")
 
 
 def _most_telling(error: ValidationError) -> Any:
@@ -99,8 +132,17 @@ def _is_place(step: str | int) -> bool:
 
 def parse_json(body: bytes) -> Any:
     """Parse a JSON text strictly: UTF-8, finite numbers, whole characters.  RequestError if it is none."""
+    if _brackets(body) > MAX_OF_BODY and _brackets(_without_texts(body)) > MAX_OF_BODY:
+        raise RequestError(
+            "the body has too many objects and lists", code="json", expected=f"at most {MAX_OF_BODY}"
+        )
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
         # Half a surrogate pair is no text: it cannot be encoded again.
         if b"\\ud" in body.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -108,6 +150,24 @@ def parse_json(body: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         # UnicodeDecodeError is a ValueError.
         raise RequestError(f"the body is not valid JSON: {error}", code="json") from None
+
+
+def _brackets(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
+
+
+def _without_texts(body: bytes) -> bytes:
+    """Leave the strings of a JSON text out."""
+    return b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, none of whose fields may come twice: one of them would be ignored."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"an object has the key {twice[:80]!r} twice")
+    return made
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pymllm.engine.sampling import GRAMMARS, MAX_LOGPROBS
 from pymllm.errors import RequestError
-from pymllm.server.protocol.base import refuse
+from pymllm.server.protocol.base import Many, refuse
 from pymllm.server.protocol.messages import Message, prepare_messages
 from pymllm.server.protocol.neutral import CHAT, Neutral
 from pymllm.server.protocol.sampled import GRAMMARS as GIVEN_GRAMMARS
@@ -26,16 +26,16 @@ class ChatRequest(SampledRequest):
 
     NEUTRAL: ClassVar[Neutral] = CHAT
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     prediction: dict[str, Any] | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Many[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False

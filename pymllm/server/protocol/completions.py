@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from pymllm.engine.sampling import MAX_LOGPROBS
-from pymllm.server.protocol.base import refuse
+from pymllm.server.protocol.base import Many, refuse
 from pymllm.server.protocol.neutral import COMPLETIONS, Neutral
 from pymllm.server.protocol.sampled import SampledRequest, TokenId
 
@@ -27,7 +27,7 @@ class CompletionRequest(SampledRequest):
 
     NEUTRAL: ClassVar[Neutral] = COMPLETIONS
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Many[str] | Many[TokenId] | Many[Many[TokenId]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     suffix: str | None = None

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.errors import RequestError
-from pymllm.server.protocol.base import BodyRequest, StrictModel, read_request, refuse
+from pymllm.server.protocol.base import MAX_SHOWN, BodyRequest, StrictModel, read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
+from pymllm.server.protocol.neutral import GENERATING, Neutral
 
 P = TypeVar("P", bound=StrictModel)
 
@@ -55,6 +56,9 @@ class ConversationRequest(BodyRequest):
     further: a chat's parameters that are passed on as they are.
     """
 
+    NEUTRAL: ClassVar[Neutral] = {
+        name: values for name, values in GENERATING.items() if name not in PASSED_ON
+    }
     SPELLED: ClassVar[Mapping[str, str]] = {}
     USUAL_EFFORT: ClassVar[str] = "medium"
 
@@ -92,24 +96,26 @@ class ConversationRequest(BodyRequest):
         variables: those about thinking that the chat template reads, one that turns it on and off first.
         """
         shared = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p}
-        own = {**shared, **self.parameters_of_chat(), "messages": self.messages_of_chat()}
+        own = drop_nulls({**shared, **self.parameters_of_chat(), "messages": self.messages_of_chat()})
+        for name in self.further.keys() & own.keys():
+            refuse(name, f"and {self.SPELLED.get(name, name)} ask for the same: send one of them")
         switch = next((name for name in variables if name != EFFORT), None)
         if EFFORT not in variables and own.get(EFFORT) == self.USUAL_EFFORT:
-            own[EFFORT] = None
+            del own[EFFORT]
         if switch is not None and self.wants_thoughts is not None:
             own["chat_template_kwargs"] = {
                 switch: self.wants_thoughts,
                 **(self.further.get("chat_template_kwargs") or {}),
             }
         try:
-            return read_request(ChatRequest, {**self.further, **drop_nulls(own)})
+            return read_request(ChatRequest, {**self.further, **own})
         except RequestError as error:
             raise self.blame(error) from None
 
     def blame(self, error: RequestError) -> RequestError:
         """Name the parameter in an error as this API spells it.  Returns the error."""
         own = self.SPELLED.get(error.tensor or "")
-        if own is not None and error.tensor is not None:
+        if own is not None and error.tensor is not None and error.tensor not in self.further:
             if error.message.startswith(error.tensor):
                 error.message = own + error.message.removeprefix(error.tensor)
             error.tensor = own
@@ -146,6 +152,7 @@ def read_object(kind: type[P], value: Any, param: str, place: str) -> P:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join((place, *map(str, first["loc"]))) if place else ".".join(map(str, first["loc"]))
+        where = where[:MAX_SHOWN]
         if first["type"] == "extra_forbidden":
             refuse(param, f"has {where}, which is not supported by this server", code="unsupported_parameter")
         refuse(param, f"is not understood: {first['msg'][0].lower()}{first['msg'][1:]} (at {where})")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pymllm.server.protocol.base import BodyRequest, refuse
+from pymllm.server.protocol.base import BodyRequest, Many, refuse
 from pymllm.server.protocol.neutral import EMBEDDINGS, Neutral
 from pymllm.server.protocol.sampled import TokenId
 
@@ -27,7 +27,7 @@ class EmbeddingRequest(BodyRequest):
     request_id: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, Any] | None = None
-    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    input: str | Many[str] | Many[TokenId] | Many[Many[TokenId]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
     prompt_name: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pymllm.server.protocol.base import StrictModel, refuse
+from pymllm.server.protocol.base import Many, StrictModel, refuse
 
 
 class TextPart(StrictModel):
@@ -48,9 +48,9 @@ class Message(StrictModel):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart] | None = None
+    content: str | Many[TextPart | RefusalPart] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from pymllm.engine.sampling import MAX_LOGPROBS
-from pymllm.server.protocol.base import BodyRequest, StrictModel, refuse
+from pymllm.server.protocol.base import StrictModel, refuse
 from pymllm.server.protocol.conversation import ConversationRequest, join_parts, read_object, read_part
 
 # What names things that OpenAI's servers have stored.
@@ -153,7 +153,7 @@ class ResponsesCount(ConversationRequest):
     """A conversation whose tokens are to be counted."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **BodyRequest.NEUTRAL,
+        **ConversationRequest.NEUTRAL,
         "background": (False,),
         "truncation": ("disabled",),
         "service_tier": ("auto", "default"),
@@ -222,6 +222,8 @@ class ResponsesCount(ConversationRequest):
         form = read_object(_Format, text.format or {"type": "text"}, "text", "text.format")
         if form.type == "json_schema" and form.schema_ is None:
             refuse("text", "of the format json_schema needs a schema (at text.format.schema)")
+        if form.type != "json_schema" and form.schema_ is not None:
+            refuse("text", "has a schema where its type is json_schema (at text.format.schema)")
         return form
 
     @property
@@ -329,7 +331,8 @@ def _begins_anew(kind: str, turn: dict[str, Any]) -> bool:
 def _message_of_chat(item: _Item, place: str) -> dict[str, Any]:
     if isinstance(item, _FunctionCallOutput):
         content = join_parts(_texts(item.output, f"{place}.output"))
-        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
+        named = {} if item.name is None else {"name": item.name}
+        return {"role": "tool", "tool_call_id": item.call_id, "content": content, **named}
     assert isinstance(item, _Message)
     return {"role": item.role, "content": join_parts(_texts(item.content, f"{place}.content"))}
 

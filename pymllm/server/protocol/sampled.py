@@ -10,7 +10,7 @@ from pydantic import Field
 from pymllm.engine.sampling import BLOCK_SETTINGS
 from pymllm.engine.sampling import GRAMMARS as SETTINGS
 from pymllm.errors import RequestError
-from pymllm.server.protocol.base import BodyRequest, StrictModel, refuse
+from pymllm.server.protocol.base import BodyRequest, Many, StrictModel, refuse
 from pymllm.server.protocol.neutral import GENERATING, Neutral
 
 if TYPE_CHECKING:
@@ -56,9 +56,12 @@ class ResponseFormat(StrictModel):
 
     def grammar(self) -> dict[str, Any]:
         """Return the keyword of SamplingParams that says so; {} for any text."""
+        given = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar_}
+        for name, value in given.items():
+            if value is not None and name != self.type:
+                refuse("response_format", f"has {name} where its type is {name}, and it is {self.type}")
         if self.type == "json_object":
             return {"json_schema": {"type": "object"}}
-        given = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar_}
         if self.type == "text":
             return {}
         value = given[self.type]
@@ -75,7 +78,7 @@ class StructuredOutputs(StrictModel):
 
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar_: str | None = Field(default=None, alias="grammar")
     json_object: bool | None = None
     structural_tag: None = None
@@ -134,10 +137,10 @@ class SampledRequest(BodyRequest):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
-    bad_words: list[str] | None = None
+    bad_words: Many[str] | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
@@ -155,7 +158,7 @@ class SampledRequest(BodyRequest):
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Many[str] | None = None
 
     COPIED: ClassVar[tuple[str, ...]] = (
         "n",
@@ -271,6 +274,6 @@ def _one_of(param: str, choices: list[str]) -> str:
 
 
 def _token_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 12):
+    if not (text.isascii() and text.isdecimal() and len(text) < 12 and str(int(text)) == text):
         refuse("logit_bias", f"expected token ids as keys, found {text[:40]!r}")
     return int(text)

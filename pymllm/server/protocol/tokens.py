@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from pymllm.server.protocol.base import BodyRequest, read_request, refuse
+from pymllm.server.protocol.base import BodyRequest, Many, read_request, refuse
 from pymllm.server.protocol.chat import ChatRequest
+from pymllm.server.protocol.neutral import COMMON, Neutral
 from pymllm.server.protocol.sampled import TokenId
 
 # As long as a text that a chat template writes may be: to encode more takes seconds.
 MAX_CHARACTERS = MAX_TOKENS = 1 << 20
 
 # What belongs to a conversation alone.
-OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+OF_MESSAGES = (
+    "tools",
+    "tool_choice",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+
+# The values of these that a text has as well.
+ASKS_NOTHING = {"add_generation_prompt": (True,), "tool_choice": ("none", "auto")}
 
 
 class TokenizeRequest(BodyRequest):
@@ -27,6 +37,7 @@ class TokenizeRequest(BodyRequest):
     prompt: str | None = None
     messages: list[Any] | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool | None = None
@@ -43,7 +54,7 @@ class TokenizeRequest(BodyRequest):
         if ("prompt" in raw) == ("messages" in raw):
             refuse("prompt", "or messages is needed, and not both")
         for name in OF_MESSAGES:
-            if raw.get(name) and "prompt" in raw and name != "add_generation_prompt":
+            if "prompt" in raw and raw.get(name) and raw[name] not in ASKS_NOTHING.get(name, ()):
                 refuse(name, "needs messages")
         if "messages" in raw and raw.get("add_special_tokens"):
             refuse("add_special_tokens", "needs a prompt: a conversation has those of its template")
@@ -58,5 +69,7 @@ class TokenizeRequest(BodyRequest):
 class DetokenizeRequest(BodyRequest):
     """Token ids whose text is wanted."""
 
+    NEUTRAL: ClassVar[Neutral] = {**COMMON, "skip_special_tokens": (False,)}
+
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+    tokens: Many[TokenId] = Field(max_length=MAX_TOKENS)

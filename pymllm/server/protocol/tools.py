@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pymllm.errors import nearest
-from pymllm.server.protocol.base import StrictModel, refuse
+from pymllm.server.protocol.base import Many, StrictModel, refuse
 from pymllm.text.tool_calls.base import Tool
 
 
@@ -43,7 +43,7 @@ class NamedTool(StrictModel):
 
 class AllowedTools(StrictModel):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: Many[NamedTool]
 
 
 class AllowedChoice(StrictModel):
