@@ -7,9 +7,8 @@ our methods. Rules come as `hf_overrides={"quantization_config": {"quant_method"
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,27 +26,22 @@ from pymllm.errors import ConfigError, RuleError, nearest
 from pymllm.hosts.vllm_layers import HostedLinearMethod, refuse_tied
 from pymllm.loading.prepare import hoist_settings, read_quantization_config
 from pymllm.loading.side_settings import method_name
+from pymllm.loading.stored import check_skipped
 from pymllm.models.generic.layers import ROUTERS
 from pymllm.quantization.base import QuantizationConfig as OurConfig
 from pymllm.quantization.base import get_quantization_config
 from pymllm.quantization.formats.none import UnquantizedLinearMethod as PlainMethod
 from pymllm.quantization.method import LinearMethodBase as OurMethod
+from pymllm.quantization.method import StoredTensor
 from pymllm.quantization.rules import RuledConfig, read_rules
 from pymllm.quantization.storage.settings import ROOT, Settings
 from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
+from pymllm.weights.report import Skip
 
 NAME = "pymllm"
 OPTIONS = ("quant", "compute", "kernels")
 ADDED = ("total_num_heads", "total_num_kv_heads")  # by vLLM, to the settings of compressed-tensors
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is known of a stored tensor: processes of vLLM's get configs pickled, without open files."""
-
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
 
 
 class Asked(nn.Module):
@@ -82,14 +76,20 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
         self.rules = read_rules(options.get("quant"))
         self.compute = options.get("compute", "auto")
         self.kernels = tuple(dict(options.get("kernels") or {}).items())
-        self.headers: dict[str, Header] = {}
+        self.headers: Mapping[str, StoredTensor] = {}
         self.tied = False
+        self._source: tuple[Any, ...] | None = None
         self.format: OurConfig
         if ours or not given:
             self.format = get_quantization_config("none").from_config({})
         else:
             name = method_name(given.get("quant_method"))
             self.format = get_quantization_config(name).from_config(Settings(given))
+        # The parts that have our methods, and the names of all tensors that these read.
+        self.hosted: set[str] = set()
+        self.used: set[str] = set()
+        self.renamed: dict[str, str] = {}  # ends of tensors' names that no parameter can have
+        self._stored_names: dict[str, str] = {}
         self._ruled: RuledConfig | None = None
         self._mapper: Any = None
 
@@ -121,23 +121,48 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
         """Take a checkpoint of any format where the user asks for pymllm, and no other."""
         return NAME if user_quant == NAME else None
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Keep every tensor: the order of GPTQ's inputs (g_idx) is read here."""
-        return WeightsMapper()
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Drop the tensors of our layers that no kernel needs, once their content has proved it, and no others.
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        vLLM asks as it begins to load, when all layers are built.
+        """
+        ruled, unneeded = self.ruled, {}
+        for name, tensor in ruled.stored.items():
+            if name not in self.used and name.startswith(tuple(f"{part}." for part in self.hosted)):
+                said = ruled.skip_reason(name)
+                if said is not None:
+                    unneeded[self._stored_names[name]] = (
+                        tensor,
+                        Skip(said) if isinstance(said, str) else said,
+                    )
+        check_skipped(tuple(unneeded.values()))  # type: ignore[arg-type]
+        names = "|".join(map(re.escape, unneeded))
+        dropped = {re.compile(f"^(?:{names})$"): None} if unneeded else {}
+        return WeightsMapper(orig_to_new_regex=dropped, orig_to_new_suffix=self.renamed)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """Read the checkpoint's headers and settings, from which a format knows what its config leaves open.
 
         RuleError for a rule that names no module of the checkpoint.
         """
-        with open_checkpoint(resolve_model_path(Path(model_name) if Path(model_name).is_dir() else model_name, revision)) as found:
-            hoist_settings(found)
-            self.format = read_quantization_config(found)
-            self.headers = {n: Header(t.dtype, tuple(t.shape)) for n, t in found.tensors.items()}
+        found = open_checkpoint(resolve_model_path(model_name, revision))
+        hoist_settings(found)
+        self.format, self.headers = read_quantization_config(found), found.tensors
         self.tied = bool(getattr(hf_config, "tie_word_embeddings", False))
-        self._ruled = None
+        self._source, self._ruled = (model_name, hf_config, revision), None
         self._check_rules()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files out: vLLM sends its config to its processes, and each of them reads the headers again."""
+        left_out = {"headers": {}, "_ruled": None}
+        return vars(self) | (left_out if self._source is None else left_out | {"format": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._source is not None:
+            self.maybe_update_config(*self._source)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Learn vLLM's names of the checkpoint's tensors."""
@@ -172,6 +197,7 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
             if self._mapper is not None:
                 mapped = ((self._mapper.map_name(name), name) for name in self.headers)
                 pairs = {new: name for new, name in mapped if new is not None}
+            self._stored_names = pairs
             self.format.see_names(ModuleNames(pairs.items()))
             if pairs:
                 self.format.see_checkpoint({new: self.headers[name] for new, name in pairs.items()})
@@ -194,7 +220,7 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
         ]
         if all(isinstance(method, PlainMethod) for method in methods):
             return None
-        return HostedLinearMethod(parts, methods, ruled.stored, self.compute, self.kernels)
+        return HostedLinearMethod(parts, methods, self)
 
     def _refuse_experts(self, prefix: str) -> None:
         """Refuse experts that the checkpoint or a rule quantises: vLLM fuses them in kernels of its own."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from pymllm.errors import CheckpointError, ConfigError
 from pymllm.quantization.method import LinearMethodBase as OurMethod
 from pymllm.weights.loader import copy_full_tensor, slots_of, written_of
 from pymllm.weights.spec import LinearShape, Span, side_by_side
+
+if TYPE_CHECKING:
+    from pymllm.hosts.vllm import PymllmConfig
 
 # The layers whose division over ranks is known here: their subclasses may divide in ways of their own.
 DIVIDED = (
@@ -70,21 +73,12 @@ class HostedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """The method of one layer of vLLM's, which holds ours.
 
     parts: the checkpoint names of what the layer fuses; one for several outputs: the files have them in one tensor.
-    methods: ours, one for each of `parts`.  stored: the names of the checkpoint's tensors; empty: they are not known.
+    methods: ours, one for each of `parts`.  config: what made it, which is told what is read.
     """
 
-    # vLLM's loader of second kind knows its own parameters alone: it is chosen by this class's name.
-    def __init__(
-        self,
-        parts: Sequence[str],
-        methods: Sequence[OurMethod],
-        stored: Mapping[str, Any],
-        compute: str,
-        kernels: tuple[tuple[str, str], ...],
-    ) -> None:
+    def __init__(self, parts: Sequence[str], methods: Sequence[OurMethod], config: PymllmConfig) -> None:
         super().__init__()
-        self.parts, self.methods, self.stored = tuple(parts), tuple(methods), stored
-        self.compute, self.kernels = compute, kernels
+        self.parts, self.methods, self.config = tuple(parts), tuple(methods), config
 
     def create_weights(
         self,
@@ -114,8 +108,14 @@ class HostedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             weight.quant_method.create_weights(weight, *local, one.in_features, one.out_features, one.dtype)
             for spec in weight.quant_method.weight_specs(one):
                 names = (spec.name, *spec.aliases)
-                known = (name for name in names if f"{one.parts[0]}.{name}" in self.stored)
-                params.setdefault(next(known, spec.name), {})[index] = getattr(weight, spec.name)
+                known = (name for name in names if f"{one.parts[0]}.{name}" in self.config.ruled.stored)
+                chosen = next(known, spec.name)
+                self.config.used.update(f"{part}.{chosen}" for part in one.parts)
+                if "." in chosen:  # no parameter is called so
+                    self.config.renamed[f".{chosen}"] = f".{spec.name}"
+                    chosen = spec.name
+                params.setdefault(chosen, {})[index] = getattr(weight, spec.name)
+        self.config.hosted.update(self.parts)
         for name, found in params.items():
             param: Any = next(iter(found.values()))
             layer.register_parameter(name, param)
@@ -134,7 +134,7 @@ class HostedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 _check_written(weight, param)
             device = next(weight.parameters()).device
             dtype = weight.shape.dtype
-            weight.execution = Execution(str(device), dtype, self.compute, self.kernels)
+            weight.execution = Execution(str(device), dtype, self.config.compute, self.config.kernels)
             weight.quant_method.process_weights_after_loading(weight)
         for name in names:
             delattr(layer, name)
@@ -212,9 +212,7 @@ def layer_share(
     elif known is QKVParallelLinear:
         q, k, v = out_local
         head = rank // layer.num_kv_head_replicas
-        keys, values = (
-            layer.total_num_kv_heads * size for size in (layer.head_size, layer.v_head_size)
-        )
+        keys, values = (layer.total_num_kv_heads * size for size in (layer.head_size, layer.v_head_size))
         queries = layer.total_num_heads * layer.head_size
         outputs = (
             Span(rank * q, (rank + 1) * q, queries),
