@@ -135,12 +135,12 @@ class PymllmQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = self._ignored
         for name, layer in self._aside:
             replace_module(model, name, layer)
-        report = load_prepared(prepared, progress=False).load_report
+        report: Any = load_prepared(prepared, progress=False).load_report
         hosted.restore_buffers()
         self._prepared, self._aside = None, []
         config, stored = self.quantization_config, prepared.checkpoint.config.get("quantization_config")
         config.checkpoint = None if stored is None else dict(stored)
-        config.methods = dict(report.methods)  # type: ignore[union-attr]
+        config.methods = dict(report.methods)
         model.load_report = report
         model._apply = functools.partial(_apply_in_place, model)
         return model
@@ -159,7 +159,7 @@ class PymllmQuantizer(HfQuantizer):
 
 
 def _folder_of(checkpoint_files: Any) -> Path:
-    """Return the folder of the checkpoint's files.  ConfigError where there are none, or where they are no safetensors."""
+    """Return the folder of the checkpoint's files.  ConfigError where they are not safetensors files of one folder."""
     files = [Path(file) for file in checkpoint_files or ()]
     folders = {file.parent for file in files}
     if len(folders) != 1 or any(file.suffix != ".safetensors" for file in files):

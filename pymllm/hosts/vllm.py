@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -156,11 +156,11 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files out: vLLM sends its config to its processes, and each of them reads the headers again."""
-        left_out = {"headers": {}, "_ruled": None}
+        left_out: dict[str, Any] = {"headers": {}, "_ruled": None}
         return vars(self) | (left_out if self._source is None else left_out | {"format": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.__dict__.update(state)
         if self._source is not None:
             self.maybe_update_config(*self._source)
 
