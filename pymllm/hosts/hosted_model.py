@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pymllm.errors import ConfigError
-from pymllm.layers.weighted import WeightedLayer
+from pymllm.layers.held import WeightHolder
 from pymllm.models.generic.classes import GenericConfig, class_called
 from pymllm.models.generic.experts import RoutedExperts, find_experts
 from pymllm.models.generic.layers import make_embedding, make_head, make_linear, replace_module
@@ -101,7 +101,7 @@ class HostedModel(LanguageModel):
         inner: Any = self.__dict__["inner"]
         outer: tuple[str, ...] = ()
         for name, module in list(inner.named_modules()):
-            if isinstance(module, (WeightedLayer, RoutedExperts)) and not name.startswith(outer or "\0"):
+            if isinstance(module, (WeightHolder, RoutedExperts)) and not name.startswith(outer or "\0"):
                 outer = (*outer, f"{name}.")
                 replace_module(inner, name, nn.Module())
                 yield name, module

@@ -10,8 +10,9 @@ builds the model; every tensor of the checkpoint is then placed, read and packed
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ NAME = "pymllm"
 
 
 class PymllmConfig(QuantizationConfigMixin):
-    """What `from_pretrained` is to do by our methods.
+    """The settings with which `from_pretrained` loads a checkpoint by our methods.
 
     quant: rules over the checkpoint's own format, as for `load_model`; None: as stored.
     compute: "auto", "exact" or "checkpoint", as for `load_model`.
@@ -102,20 +103,21 @@ class PymllmQuantizer(HfQuantizer):
         return {"": self._device}
 
     def _process_model_before_weight_loading(
-        self, model: Any, dtype: Any = None, checkpoint_files: Any = None, **options: Any
+        self, model: Any, checkpoint_files: Any = None, **options: Any
     ) -> Any:
         config = self.quantization_config
-        self._prepared = prepare(
-            _folder_of(checkpoint_files),
-            config.quant or None,
-            device=str(self._device),
-            dtype=dtype or torch.get_default_dtype(),
-            compute=config.compute,
-            kernels=config.kernels,
-            definition="transformers",
-            strategy="autoregressive",
-            build=lambda read, rules: HostedModel(read, model, rules),  # type: ignore[arg-type]
-        )
+        with _as_outside():
+            self._prepared = prepare(
+                _folder_of(checkpoint_files),
+                config.quant or None,
+                device=str(self._device),
+                dtype=model.config.dtype,
+                compute=config.compute,
+                kernels=config.kernels,
+                definition="transformers",
+                strategy="autoregressive",
+                build=lambda read, rules: HostedModel(read, model, rules),  # type: ignore[arg-type]
+            )
         hosted: Any = self._prepared.model
         # transformers' loader finds modules without parameters where ours will be, reads what is plain, and leaves the
         # rest; what is missing, left over or misshapen is an error of `prepare` already.
@@ -156,6 +158,18 @@ class PymllmQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+@contextlib.contextmanager
+def _as_outside() -> Iterator[None]:
+    """Leave the default device (meta) and dtype under which transformers builds a model: ours do not go by them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _folder_of(checkpoint_files: Any) -> Path:

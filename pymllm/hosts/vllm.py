@@ -35,6 +35,7 @@ from pymllm.quantization.method import LinearMethodBase as OurMethod
 from pymllm.quantization.method import StoredTensor
 from pymllm.quantization.rules import RuledConfig, read_rules
 from pymllm.quantization.storage.settings import ROOT, Settings
+from pymllm.weights.loader import with_stack_members
 from pymllm.weights.module_names import ModuleNames
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
 from pymllm.weights.report import Skip
@@ -75,6 +76,13 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
                 )
         self.rules = read_rules(options.get("quant"))
         self.compute = options.get("compute", "auto")
+        if self.compute not in ("auto", "exact", "checkpoint"):
+            raise ConfigError(
+                "unknown compute mode",
+                code="compute",
+                expected="auto, exact or checkpoint",
+                found=str(self.compute),
+            )
         self.kernels = tuple(dict(options.get("kernels") or {}).items())
         self.headers: Mapping[str, StoredTensor] = {}
         self.tied = False
@@ -127,14 +135,12 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
         vLLM asks as it begins to load, when all layers are built.
         """
         ruled, unneeded = self.ruled, {}
-        for name, tensor in ruled.stored.items():
+        for name, stored in self._stored_names.items():
             if name not in self.used and name.startswith(tuple(f"{part}." for part in self.hosted)):
                 said = ruled.skip_reason(name)
                 if said is not None:
-                    unneeded[self._stored_names[name]] = (
-                        tensor,
-                        Skip(said) if isinstance(said, str) else said,
-                    )
+                    skip = Skip(said) if isinstance(said, str) else said
+                    unneeded[stored] = (self.headers[stored], skip)
         check_skipped(tuple(unneeded.values()))  # type: ignore[arg-type]
         names = "|".join(map(re.escape, unneeded))
         dropped = {re.compile(f"^(?:{names})$"): None} if unneeded else {}
@@ -200,7 +206,8 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
             self._stored_names = pairs
             self.format.see_names(ModuleNames(pairs.items()))
             if pairs:
-                self.format.see_checkpoint({new: self.headers[name] for new, name in pairs.items()})
+                stored = {new: self.headers[name] for new, name in pairs.items()}
+                self.format.see_checkpoint(with_stack_members(stored))
             self._ruled = RuledConfig(self.format, self.rules)
         return self._ruled
 
@@ -231,7 +238,7 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
                     "quantised experts are not run inside vLLM",
                     code="not-hosted",
                     tensor=name,
-                    fix="Serve the checkpoint with pymllm, or leave the experts out by a rule NAME=none.",
+                    fix="Serve the checkpoint with pymllm, or leave the experts out of your rules.",
                 )
 
     def _check_rules(self) -> None:

@@ -162,7 +162,7 @@ def refuse_tied(name: str) -> ConfigError:
         "the embedding and the head share one table, which vLLM keeps as plain floats",
         code="not-hosted",
         tensor=name,
-        fix="Give both the method none, or run the checkpoint with pymllm.",
+        fix="Run the checkpoint with pymllm, or leave both out of your rules.",
     )
 
 
@@ -188,7 +188,7 @@ def layer_share(
             code="not-hosted",
             tensor=layer.prefix,
             expected=" or ".join(kind.__name__ for kind in DIVIDED),
-            fix="Give the layer the method none by a rule, or run the checkpoint with pymllm.",
+            fix="Run the checkpoint with pymllm, or leave the layer out of your rules.",
         )
     rank, inputs = layer.tp_rank, Span.full(layer.input_size)
     outputs: tuple[Span, ...]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import pymllm
 from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.layers.weighted import WeightedLayer
+from pymllm.models.generic.experts import RoutedExperts
 
 from ..checkpoints import TinyCheckpoint, edit_config, load_tensors, relative_error, write_checkpoint
 from ..mlx_checkpoints import MLX, write_mlx
@@ -91,8 +92,10 @@ def test_rules_quantise_a_plain_checkpoint_as_they_do_in_pymllm(tmp_path: Path) 
 
 def test_experts_and_settings_without_a_name_are_read_too(tmp_path: Path) -> None:
     moe = write_moe(tmp_path / "moe", "qwen3_moe", WRITERS["fp8-tensor"])
-    model = load(moe.folder, PymllmConfig(compute="exact"))
-    assert relative_error(logits(model, moe.ids), moe.logits()) < EXACT
+    for dtype, limit in ((torch.float32, EXACT), (torch.bfloat16, 5e-2)):
+        model = load(moe.folder, PymllmConfig(compute="exact"), dtype=dtype)
+        assert sum(isinstance(module, RoutedExperts) for module in model.modules()) == 1
+        assert relative_error(logits(model, moe.ids).float(), moe.logits()) < limit
     settings = MLX(4, 32).settings()
     mlx = write_mlx(
         tmp_path / "mlx",
@@ -137,6 +140,19 @@ def test_nothing_is_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptur
         load(checkpoint.folder)
     for name in (missing, "mlp.extra.weight: unexpected", "model.norm.weight"):
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_head_that_is_tied_and_stored_is_what_the_files_say(own: bool, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "qwen3", WRITERS["awq"], tie_word_embeddings=True)
+    tensors = load_tensors(checkpoint.folder)
+    table = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = table.flip(0).contiguous() if own else table.clone()
+    save_file(tensors, checkpoint.folder / "model.safetensors", {"format": "pt"})
+    model = load(checkpoint.folder, dtype=torch.bfloat16)  # built under another default dtype
+    expected = checkpoint.logits().flip(1) if own else checkpoint.logits()
+    assert relative_error(logits(model, checkpoint.ids).float(), expected) < 3e-2
+    assert (model.lm_head.bound.packed is model.model.embed_tokens.bound.packed) is not own
 
 
 def test_what_cannot_be_hosted_is_one_error(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ pytest.importorskip("vllm", reason="vllm is not installed: its layers are tested
 from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers import linear as layers
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -28,7 +30,8 @@ from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.hosts.vllm import PymllmConfig, register
 
 from ..checkpoints import AWQ, FP8, SIZES, TinyCheckpoint, load_tensors, relative_error, write_checkpoint
-from ..quantized import WRITERS
+from ..moe_checkpoints import write_moe
+from ..quantized import GPTQ, WRITERS, pack
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # As vLLM's LlamaForCausalLM names the parts of what it fuses.
@@ -270,12 +273,63 @@ def test_odd_shapes_and_a_bias(method: str, out: int, features: int, tmp_path: P
     assert torch.equal(compiled(x), layer(x))
 
 
+class ActOrder(GPTQ):
+    """GPTQ whose groups are not of neighbours: `g_idx` has the group of each input."""
+
+    def config(self, ignored: tuple[str, ...]) -> dict[str, Any]:
+        return super().config(ignored) | {"desc_act": True}
+
+    def encode(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(len(weight)))
+        back = order.argsort()
+        stored, means = super().encode(weight[:, order])
+        words = stored["qweight"].t().long()
+        codes = (words[..., None] >> (4 * torch.arange(8)) & 15).flatten(1)
+        stored["qweight"] = pack(codes[:, back]).t().contiguous()
+        stored["g_idx"] = (torch.arange(len(order)) // self.group_size)[back].to(torch.int32)
+        return stored, means[:, back]
+
+
+def test_the_order_of_gptqs_inputs_is_read_and_each_part_has_its_own(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "llama", ActOrder())
+    hosted = Layers(config_of(checkpoint.folder, compute="exact")).load(checkpoint.folder)
+    for name, layer in hosted.linears.items():
+        weight = meant(checkpoint, name)
+        x = inputs(weight.shape[1])
+        assert relative_error(layer(x).double(), x.double() @ weight.t()) < EXACT
+
+
+def unbuilt(kind: Any) -> Any:
+    """A module of vLLM's as configs see its class, without what its making needs."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    return made
+
+
+def test_experts_and_attention_stay_vllms_or_are_refused(tmp_path: Path) -> None:
+    place, experts = "model.layers.0.mlp.experts", unbuilt(RoutedExperts)
+    quantised = write_moe(tmp_path / "fp8", "qwen3_moe", WRITERS["fp8-tensor"])
+    with pytest.raises(ConfigError, match="experts are not run inside vLLM"):
+        config_of(quantised.folder).get_quant_method(experts, place)
+    plain = write_moe(tmp_path / "plain", "qwen3_moe", "none")
+    assert config_of(plain.folder).get_quant_method(experts, place) is None
+    with pytest.raises(ConfigError, match=r"experts\.0\.down_proj"):
+        config_of(plain.folder, quant={"**.experts.**": "int4"}).get_quant_method(experts, place)
+    left = config_of(quantised.folder, quant={"**.experts.**": "none"})
+    with pytest.raises(ConfigError, match="experts are not run"):
+        left.get_quant_method(experts, place)
+    attention = unbuilt(Attention)
+    assert config_of(plain.folder).get_quant_method(attention, "model.layers.0.self_attn.attn") is None
+
+
 def test_what_cannot_be_hosted_is_one_error(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", "llama", WRITERS["gptq"])
     with pytest.raises(RuleError, match="matches no module"):
         config_of(checkpoint.folder, quant={"**.mpl.**": "int4"})
     with pytest.raises(ConfigError, match="no setting 'rules'"):
         PymllmConfig.from_config({"quant_method": "pymllm", "rules": {}})
+    with pytest.raises(ConfigError, match="unknown compute mode"):
+        PymllmConfig.from_config({"quant_method": "pymllm", "compute": "fast"})
     with pytest.raises(ConfigError, match="unknown quantisation method"):
         PymllmConfig.from_config({"quant_method": "nothing-known"})
     hosted = Layers(config_of(checkpoint.folder))
