@@ -210,6 +210,8 @@ def _read_by_us(get_hf_quantizer: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_hf_quantizer)
     def get(config: Any, quantization_config: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(quantization_config, Mapping) and quantization_config.get("quant_method") == NAME:
+            quantization_config = PymllmConfig(**quantization_config)
         if isinstance(quantization_config, PymllmConfig):
             if options.get("gguf_file") is not None:
                 _folder_of([options["gguf_file"]])

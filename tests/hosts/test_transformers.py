@@ -178,6 +178,15 @@ def test_what_cannot_be_hosted_is_one_error(tmp_path: Path) -> None:
         load(checkpoint.folder)
 
 
+def test_the_settings_may_be_a_plain_mapping(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "llama", WRITERS["awq"])
+    settings: Any = {"quant_method": "pymllm", "compute": "exact", "quant": {"**.down_proj": "fp8"}}
+    model = load(checkpoint.folder, settings)
+    said = model.config.quantization_config
+    assert said.compute == "exact" and said.checkpoint["quant_method"] == "awq"
+    assert sorted(method.split()[0] for method in said.methods) == ["awq", "fp8", "none"]
+
+
 def test_other_loads_stay_as_they_are(tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "model", "llama", "none")
     model = transformers.AutoModelForCausalLM.from_pretrained(plain.folder, attn_implementation="eager")

@@ -17,15 +17,19 @@ pytest.importorskip("vllm", reason="vllm is not installed: its layers are tested
 
 from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers import linear as layers
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models import llama
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.plugins import load_plugins_by_group
 
+import pymllm
 from pymllm.errors import CheckpointError, ConfigError, RuleError
 from pymllm.hosts.vllm import PymllmConfig, register
 
@@ -390,3 +394,48 @@ def test_a_checkpoint_of_another_format_is_taken_only_where_the_user_asks(tmp_pa
     made = VllmConfig.get_quantization_config(asked, LoadConfig())
     assert isinstance(made, PymllmConfig) and made.headers
     assert ModelConfig(**options).quantization != "pymllm"
+
+
+class TorchAttention(nn.Module):
+    """Attention over one text, in the place of vLLM's, which needs its compiled parts."""
+
+    def __init__(self, heads: int, head_size: int, scale: float, **options: Any) -> None:
+        super().__init__()
+        self.head_size, self.scale = head_size, scale
+
+    def forward(self, *states: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (-1, self.head_size)).transpose(0, 1)[None] for x in states)
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+        )
+        return y[0].transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("quant", [{}, {"**.mlp.gate_proj": "fp8", "**.o_proj": "none", "lm_head": "fp8"}])
+def test_vllms_llama_with_its_own_loader_gives_our_logits(
+    quant: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    monkeypatch.setattr(llama, "Attention", TorchAttention)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is no accelerator
+    checkpoint = write_checkpoint(tmp_path / "model", "llama", WRITERS["awq"], shards=2)
+    settings = {"quant_method": "pymllm", "quant": quant, "compute": "exact"}
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32"}
+    model_config = ModelConfig(
+        str(checkpoint.folder),
+        quantization="pymllm",
+        hf_overrides={"quantization_config": settings},
+        **options,
+    )
+    load_config = LoadConfig()
+    config = VllmConfig(model_config=model_config, load_config=load_config, device_config=DeviceConfig("cpu"))
+    with set_current_vllm_config(config), torch.no_grad():
+        model = DefaultModelLoader(load_config).load_model(config, model_config)
+        for module in model.modules():
+            if isinstance(module, CustomOp):  # no compiled operations either
+                module._forward_method = module.forward_native
+        hidden = model(checkpoint.ids, torch.arange(len(checkpoint.ids)), None)
+        found = model.lm_head.quant_method.apply(model.lm_head, hidden)[:, : SIZES["vocab_size"]]
+    ours = pymllm.LLM(checkpoint.folder, quant=quant, dtype="float32", progress=False)
+    assert relative_error(found, ours.logits(checkpoint.ids)) < EXACT
+    assert (relative_error(found, checkpoint.logits()) < EXACT) is not bool(quant)
