@@ -126,11 +126,11 @@ def between_rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 def kind_questions(modules: dict[str, ast.Module]) -> list[str]:
     """List the isinstance calls on kinds of layers, outside the rooms of the layers themselves.
 
-    `models/generic` looks at torch's kinds, in whose places it puts ours.
+    `models/generic` looks at torch's kinds, in whose places it puts ours, and `hosts/vllm` at vLLM's.
     """
     found = []
     for name, tree in modules.items():
-        if room(name) in KIND_ROOMS or name.startswith("pymllm.models.generic."):
+        if room(name) in KIND_ROOMS or name.startswith(("pymllm.models.generic.", "pymllm.hosts.vllm")):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":

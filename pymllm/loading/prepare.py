@@ -6,7 +6,7 @@ place. A plan shows just that (`pymllm.planning.make_plan`); loading executes ju
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +47,8 @@ from pymllm.weights.loader import with_stack_members
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
 from pymllm.weights.report import TensorRecord
 
+Builder = Callable[[ModelConfig, RuledConfig], LanguageModel]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -82,11 +84,13 @@ def prepare(
     revision: str | None = None,
     definition: str = "auto",
     strategy: str | None = None,
+    build: Builder | None = None,
 ) -> Prepared:
     """Decide how a checkpoint would be loaded under the current `Parallel`, from its config and headers alone.
 
     path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
-    quant: rules over the checkpoint's own config; None: as stored.  The others: see `LoadOptions`.
+    quant: rules over the checkpoint's own config; None: as stored.  build: makes the model in place of `build_model`,
+    for one that stands in another program.  The others: see `LoadOptions`.
     Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError.
     """
     checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
@@ -130,7 +134,7 @@ def prepare(
         rules.sources[config.head_names[0]] = "stored so, although the config ties it to the embedding"
     parallel = current_parallel()
     try:
-        model = build_on_meta(config, rules, execution, parallel)
+        model = build_on_meta(config, rules, execution, parallel, build)
     except ShardingError as error:
         if parallel.size == 1:
             raise
@@ -196,11 +200,15 @@ def hoist_settings(checkpoint: Checkpoint) -> None:
 
 
 def build_on_meta(
-    config: ModelConfig, rules: RuledConfig, execution: Execution, parallel: Parallel
+    config: ModelConfig,
+    rules: RuledConfig,
+    execution: Execution,
+    parallel: Parallel,
+    build: Builder | None = None,
 ) -> LanguageModel:
     """Build the model without data, every layer with its method."""
     with execution, parallel, torch.device("meta"):
-        return build_model(config, rules)
+        return (build or build_model)(config, rules)
 
 
 def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:

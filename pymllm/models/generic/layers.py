@@ -183,6 +183,30 @@ def make_linear(module: Any, name: str, quant_config: QuantizationConfig | None)
     return kind(module.in_features, module.out_features, bias=bias, **options)
 
 
+def make_head(
+    module: Any,
+    name: str,
+    table: Any,
+    quant_config: QuantizationConfig | None,
+    fp32_logits: bool = True,
+) -> Head | None:
+    """Make our head for a linear layer of torch's.  None: the module is none.
+
+    table: the embedding of ours that it is tied to, or None.
+    """
+    if not isinstance(module, nn.Linear):
+        return None
+    return Head(
+        module.out_features,
+        module.in_features,
+        module.bias is not None,
+        tied_to=table,
+        fp32_logits=fp32_logits,
+        prefix=name,
+        quant_config=quant_config,
+    )
+
+
 def make_embedding(
     module: Any, name: str, quant_config: QuantizationConfig | None
 ) -> VocabParallelEmbedding | None:

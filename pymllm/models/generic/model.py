@@ -21,7 +21,7 @@ from pymllm.models.generic.classes import GenericConfig, build_on_meta, takes
 from pymllm.models.generic.division import Division
 from pymllm.models.generic.experts import RoutedExperts, find_experts, is_stored_so
 from pymllm.models.generic.fast import put_fast
-from pymllm.models.generic.layers import Head, make_embedding, make_linear, replace_module
+from pymllm.models.generic.layers import make_embedding, make_head, make_linear, replace_module
 from pymllm.models.generic.probe import FUTURE, Probe, probe, run_arguments
 from pymllm.models.generic.recurrences import Recurrences, put_recurrences, take_recurrences
 from pymllm.models.generic.request_cache import RequestCaches, find_restart
@@ -65,7 +65,7 @@ class GenericModel(LanguageModel):
         head = inner.get_output_embeddings()
         self._head_name = next((name for name, module in inner.named_modules() if module is head), "")
         experts = find_experts(config.skeleton)
-        _put_experts(inner, experts, quant_config)
+        put_experts(inner, experts, quant_config)
         put_recurrences(inner)
         found = probe(inner, config.size("max_position_embeddings"))
         reason = (
@@ -140,17 +140,10 @@ class GenericModel(LanguageModel):
             if made is not None:
                 replace_module(inner, name, made)
         head = modules.get(self._head_name)
-        if isinstance(head, nn.Linear):
-            source = self._tied.get(f"{self._head_name}.weight", "").rpartition(".")[0]
-            embedding: Any = inner.get_submodule(source) if source else None
-            made = Head(
-                head.out_features,
-                head.in_features,
-                head.bias is not None,
-                tied_to=embedding,
-                prefix=self._head_name,
-                quant_config=quant_config,
-            )
+        source = self._tied.get(f"{self._head_name}.weight", "").rpartition(".")[0]
+        table: Any = inner.get_submodule(source) if source else None
+        made = make_head(head, self._head_name, table, quant_config)
+        if made is not None:
             replace_module(inner, self._head_name, made)
 
     @property
@@ -313,7 +306,8 @@ def _own_buffers(inner: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(buffer, requires_grad=False)
 
 
-def _put_experts(inner: Any, facts: Mapping[str, Any], quant_config: QuantizationConfig | None) -> None:
+def put_experts(inner: Any, facts: Mapping[str, Any], quant_config: QuantizationConfig | None) -> None:
+    """Put our experts in the places of modules that stack them, where the checkpoint stores what ours read."""
     for name, found in facts.items():
         if isinstance(found, ForeignExperts) and is_stored_so(name, found, quant_config):
             replace_module(inner, name, RoutedExperts(found, name, quant_config))
