@@ -27,6 +27,7 @@ logger = logging.getLogger("pymllm")
 JOIN_SECONDS = 600.0  # that rank 0 waits for the others to come, and they for it
 HELLO_SECONDS = 10.0  # that whoever connects has to say who it is
 MAX_HELLO_BYTES = 4096
+MOST_STRANGERS = 64  # that may be connected before they have said who they are; of more, the first is let go
 PING_SECONDS = 1.0
 SILENCE = 8.0  # seconds without a word after which a rank counts as lost
 TICK = 0.25  # seconds between two looks at the ranks
@@ -293,6 +294,8 @@ class Leader:
             self.lose(self._later[1])
 
     def _admit(self, connection: socket.socket) -> None:
+        while len(self._strangers) >= MOST_STRANGERS:
+            self._forget(next(iter(self._strangers)))
         link = Link(connection)
         self._strangers[link] = time.monotonic()
         self._selector.register(connection, selectors.EVENT_READ, link)
@@ -305,7 +308,7 @@ class Leader:
     def _hear(self, link: Link) -> None:
         rank = next((rank for rank, one in self.links.items() if one is link), None)
         try:
-            for message, _ in link.receive(*(() if rank is not None else (MAX_HELLO_BYTES,))):
+            for message, _ in link.receive(*(() if rank is not None else (MAX_HELLO_BYTES, 0))):
                 if rank is None:
                     rank = self._greet(link, message)
                     if rank is None:
@@ -327,7 +330,7 @@ class Leader:
     def _greet(self, link: Link, message: dict[str, Any]) -> int | None:
         """Let a rank in that says who it is.  Returns its rank; None: it is not let in."""
         rank, size, key = message.get("rank"), message.get("size"), message.get("key")
-        if not isinstance(key, str) or not hmac.compare_digest(key.encode(), self.key.encode()):
+        if not isinstance(key, str) or not hmac.compare_digest(*map(_bytes_of, (key, self.key))):
             refused = "the key is not rank 0's (PYMLLM_RANK_KEY)"
         elif size != self.size:
             refused = (
@@ -372,6 +375,11 @@ class Leader:
             self.links[rank].heard = time.monotonic() + 3600
         else:
             self.lose(error)
+
+
+def _bytes_of(key: str) -> bytes:
+    # JSON can have what UTF-8 cannot.
+    return key.encode(errors="surrogatepass")
 
 
 def _lost(rank: int, size: int, found: str, code: str = "rank-lost") -> RankError:

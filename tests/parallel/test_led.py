@@ -15,6 +15,7 @@ import torch
 import pymllm
 from pymllm import LLM, SamplingParams
 from pymllm.errors import ConfigError, RankError
+from pymllm.parallel.leader import MOST_STRANGERS
 from pymllm.parallel.link import decode, encode
 
 from ..adapters.handwritten import random_adapter
@@ -154,6 +155,7 @@ def test_strangers_and_what_cannot_be_done_are_refused(pair):
     for said in (
         b"GET / HTTP/1.1\r\n\r\n",
         encode({**hello, "key": "guessed"}),
+        encode({**hello, "key": "\ud800"}),
         encode({**hello, "key": own.key}),
     ):
         with socket.create_connection(own.address) as stranger:
@@ -163,6 +165,12 @@ def test_strangers_and_what_cannot_be_done_are_refused(pair):
                 while data := stranger.recv(4096):
                     answer += data
         assert said.startswith(b"GET") or decode(answer)[0]["is"] == "refused"
+    with contextlib.ExitStack() as silent:
+        for _ in range(2 * MOST_STRANGERS):
+            last = silent.enter_context(socket.create_connection(own.address))
+        last.sendall(encode({**hello, "key": "guessed"}))
+        assert decode(bytearray(last.recv(4096)))[0]["is"] == "refused"
+        assert len(own._strangers) <= MOST_STRANGERS
     with pytest.raises(ConfigError, match="cannot be told"):
         pymllm.swap(several, "**.mlp.**", "int8")
     with pytest.raises(ConfigError, match="ranks already"):
