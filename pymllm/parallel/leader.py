@@ -255,6 +255,9 @@ class Leader:
             self._listener.close()
             for stranger in self._strangers:
                 stranger.close()
+            # With this thread, which has started them, the system ends them.
+            for child in self.children.values():
+                child.wait(2 * FAREWELL)
 
     def _start_child(self, rank: int) -> Child:
         told = {"PYMLLM_RANK_KEY": self.key, "PYMLLM_RANK_PARENT": str(os.getpid())}

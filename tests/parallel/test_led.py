@@ -148,6 +148,23 @@ def test_the_shipped_model_answers_tasks_of_an_event_loop_and_follows_a_grammar(
     assert found[0] == found[1]
 
 
+SLOW_TO_END = """
+import os, sys, time
+from pymllm import follower
+leave = follower.leave_process_group
+follower.leave_process_group = lambda alone: (time.sleep(1), leave(alone=alone))
+os._exit(follower.main())
+"""
+
+
+def test_a_rank_that_takes_its_time_ends_by_itself(monkeypatch):
+    monkeypatch.setattr("pymllm.parallel.leader.FOLLOWER", ("-c", SLOW_TO_END))
+    llm = LLM(tensor_parallel_size=2, device="cpu")
+    (child,) = llm.parallel.leader.children.values()
+    llm.close()
+    assert child.process.poll() == 0
+
+
 def test_strangers_and_what_cannot_be_done_are_refused(pair):
     _, several = pair(None, 2)
     own = several.parallel.leader
