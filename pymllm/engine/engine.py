@@ -316,6 +316,20 @@ class Engine:
         owners: the request of each row; its rows are side by side.  logits: [R, V], after one token each.
         """
         parts = [(request, len(list(rows))) for request, rows in groupby(owners)]
+        try:
+            self._note_scores(parts, logits)
+        except Exception:
+            if not self.parallel.led:
+                raise
+            # The forward goes on here as on the other ranks; whoever is to blame fails.
+            for part, rows in zip(parts, logits.split([count for _, count in parts]), strict=True):
+                try:
+                    self._note_scores([part], rows)
+                except Exception as error:
+                    part[0].fail(error)
+
+    def _note_scores(self, parts: Sequence[tuple[Request, int]], logits: torch.Tensor) -> None:
+        owners = [request for request, count in parts for _ in range(count)]
         tokens = [token for request, count in parts for token in request.unscored_tokens(count)]
         counts = [request.params.prompt_logprobs or 0 for request in owners]
         entries = describe(logits, tokens, max(counts), self.sampling_kernel)

@@ -85,11 +85,10 @@ class Supervisor:
             silent = time.monotonic() - server.heard
             if silent > (SILENCE if server.serving else START_SILENCE):
                 server.kill()
-                self._stand_in_for(server, f"the server was silent for {silent:.0f} seconds")
-                return self._after(server, RESTART)
+                return self._after(server, RESTART, f"the server was silent for {silent:.0f} seconds")
 
-    def _after(self, server: _Server, code: int) -> int | None:
-        """Decide what follows the end of a server."""
+    def _after(self, server: _Server, code: int, why: str = "") -> int | None:
+        """Decide what follows the end of a server.  why: it has ended; by default what its exit code says."""
         if self.stopping or code == 0:
             return code if code >= 0 else 128 - code
         if not server.serving:
@@ -97,9 +96,8 @@ class Supervisor:
             if not self.has_served or self.failures >= MOST_FAILURES:
                 return code if code > 0 else 1
             time.sleep(min(2.0 ** (self.failures - 1), 5.0))
-        self._stand_in_for(
-            server, f"the server has ended with {'code' if code > 0 else 'signal'} {abs(code)}"
-        )
+        how = f"the server has ended with {'code' if code > 0 else 'signal'} {abs(code)}"
+        self._stand_in_for(server, why or how)
         return None
 
     def _stand_in_for(self, server: _Server, why: str) -> None:

@@ -14,7 +14,8 @@ import torch
 
 import pymllm
 from pymllm import LLM, SamplingParams
-from pymllm.errors import ConfigError, RankError
+from pymllm.engine.choosing import describe
+from pymllm.errors import ConfigError, KernelError, RankError
 from pymllm.parallel.leader import MOST_STRANGERS
 from pymllm.parallel.link import decode, encode
 
@@ -83,8 +84,8 @@ def test_several_ranks_answer_token_for_token_as_one(tmp_path, pair, name):
     assert [process.poll() for process in children] == [0] * (size - 1)
 
 
-def test_what_requests_can_ask_for(tmp_path, pair):
-    """Scores, adapters, seeds and n, grammars, an abort in the middle, drafts from the text, vectors."""
+def test_what_requests_can_ask_for(tmp_path, pair, monkeypatch):
+    """Scores, also one that fails, adapters, seeds and n, grammars, an abort in the middle, drafts from the text, vectors."""
     checkpoint = write_checkpoint(tmp_path / "m", "llama", "awq-g32")
     targets = ("q_proj", "v_proj", "o_proj", "down_proj")
     for seed, name in enumerate(("first", "second")):
@@ -105,6 +106,12 @@ def test_what_requests_can_ask_for(tmp_path, pair):
     stream = several.stream(PROMPTS[0], SamplingParams(max_tokens=100, temperature=0, ignore_eos=True))
     next(stream)
     stream.close()
+    with monkeypatch.context() as patched, several.session() as session:
+        patched.setattr("pymllm.engine.engine.describe", _describe_all_but(89))
+        scored = [session.add(ids, SamplingParams(max_tokens=1, prompt_logprobs=0)) for ids in ([1, 2], [1, 89])]
+        while not all(request.finish_reason for request in scored):
+            session.step()
+        assert [request.error is None for request in scored] == [True, False]
     vectors = [llm.embed(PROMPTS, adapter="second") for llm in (one, several)]
     assert relative_error(vectors[1], vectors[0].double()) <= 1e-5
     with pytest.raises(ConfigError):
@@ -119,6 +126,15 @@ def test_what_requests_can_ask_for(tmp_path, pair):
     several.close()
     with pytest.raises(RankError, match="have been ended"):
         several.logits([1])
+
+
+def _describe_all_but(bad):
+    def describe_or_fail(logits, tokens, *rest):
+        if bad in tokens:
+            raise KernelError("no numbers", code="logits-nan")
+        return describe(logits, tokens, *rest)
+
+    return describe_or_fail
 
 
 def test_a_draft_model_follows_too(tmp_path, pair):
