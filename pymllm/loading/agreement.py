@@ -104,7 +104,7 @@ def facts(prepared: Prepared, adapters: Mapping[str, str | Path] | None = None) 
         "the config": _digest(json.dumps(prepared.config.raw, sort_keys=True, default=str)),
     }
     for name, folder in sorted((adapters or {}).items()):
-        found[f"the adapter {name}"] = _adapter(folder)
+        found[f"the adapter {name}"] = describe_adapter(folder)
     for file in prepared.checkpoint.files:
         found[f"the file {file.path.name}"] = _file(file)
     if prepared.draft is not None:
@@ -143,7 +143,7 @@ def _file(file: TensorFile) -> str:
     return f"{size} bytes, sha256 {found.hexdigest()[:16]} of its header and samples"
 
 
-def _adapter(folder: str | Path) -> str:
+def describe_adapter(folder: str | Path) -> str:
     """Describe an adapter's files: their sizes, and a digest of both ends of each."""
     found = hashlib.sha256()
     for path in sorted(load_lora_config(folder).path.glob("adapter_*")):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import pymllm
-from pymllm.errors import PymllmError
-from pymllm.loading.agreement import compare
+from pymllm.errors import PymllmError, RankError
+from pymllm.follower import _change_adapter
+from pymllm.loading.agreement import compare, describe_adapter
 from pymllm.loading.load import load_prepared
 from pymllm.parallel import simulate
 
@@ -109,3 +110,19 @@ def test_versions_and_what_one_side_lacks_are_named_with_the_rank():
         PymllmError, match=r"torch's version: rank 0 has .*, and rank 2 has 2.0; the file a: "
     ):
         compare([same, same, {"torch's version": "2.0"}])
+
+
+def test_adapters_that_are_loaded_at_run_time(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "m", "llama", num_hidden_layers=1)
+    for rank in range(2):
+        random_adapter(tmp_path / f"{rank}", checkpoint, ("q_proj",), seed=rank)
+
+    def work(parallel):
+        llm = pymllm.LLM(checkpoint.folder, device="cpu", dtype="float32")
+        llm.load_adapter("same", tmp_path / "0")
+        with pytest.raises(RankError, match=r"the adapter differs: rank 0 has sha256 .*, and rank 1 has"):
+            llm.load_adapter("other", tmp_path / f"{parallel.rank}")
+        message = {"how": "load_adapter", "arguments": ["other", str(tmp_path / "1")]}
+        assert "this rank" in _change_adapter(llm, {**message, "files": describe_adapter(tmp_path / "0")})
+
+    simulate(2, work)
