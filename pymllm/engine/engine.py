@@ -97,15 +97,18 @@ class Engine:
     @made_once
     def cache(self) -> PagedKVCache:
         """Make the KV cache; only on first use, so that logits alone need none."""
-        pages = self.parallel.broadcast(self.cache_pages)
+        # What a request may have is rank 0's to say, as ranks that differ would run other steps.
+        pages, self.max_length, self.prefix_reuse = self.parallel.broadcast(
+            (self.cache_pages, self.max_length, self.prefix_reuse)
+        )
         self._tell({"do": "cache", "pages": pages})
         return PagedKVCache(self.model, pages, self.device)
 
     @made_once
     def states(self) -> StatePool | None:
         """Make room for the states of requests; None where no layer keeps one."""
-        slots, most = self.parallel.broadcast((self.state_slots, self.remembered_states))
-        most = most if self.prefix_reuse else 0
+        most = self.remembered_states if self.prefix_reuse else 0
+        slots, most = self.parallel.broadcast((self.state_slots, most))
         self._tell({"do": "states", "slots": slots, "remembered": most})
         return StatePool.of(self.model, slots, self.device, most, self.parallel.leader)
 

@@ -27,6 +27,20 @@ from pymllm.weights.tensor_file import TensorFile
 # checkpoints of one shape have the same headers.
 SAMPLED_TENSORS, SAMPLED_BYTES = 256, 64
 
+# What decides, beside the model, what a rank asks for where every rank has the requests.
+OF_REQUESTS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
 Made = TypeVar("Made")
 
 
@@ -107,6 +121,10 @@ def facts(prepared: Prepared, adapters: Mapping[str, str | Path] | None = None) 
         found[f"the adapter {name}"] = describe_adapter(folder)
     for file in prepared.checkpoint.files:
         found[f"the file {file.path.name}"] = _file(file)
+    if not prepared.parallel.led:
+        for path in (prepared.checkpoint.path / name for name in OF_REQUESTS):
+            if path.is_file():
+                found[f"the file {path.name}"] = _digest(path.read_bytes())
     if prepared.draft is not None:
         drafting = facts(prepared.draft)
         found.update({f"{name} of the draft model": value for name, value in drafting.items()})

@@ -39,6 +39,9 @@ LEAVE_SECONDS = 5.0  # that it has to end by itself then
 MOST_FAILURES = 3  # starts in a row that fail before the parent gives up
 TICK = 0.2
 
+# What the parent sends in place of a signal's number when it answers nobody any more.
+ALONE = 0
+
 
 class Supervisor:
     """The parent.  listener: bound, and listening once a server does.  arguments: of `pymllm`, that start the child."""
@@ -72,8 +75,10 @@ class Supervisor:
             server.stop(number)
         while True:
             for word in server.listen():
-                if "serving" in word:
+                if "ready" in word:
                     self.stand_in.stop()
+                    server.stop(ALONE)
+                if "serving" in word:
                     self.failures, self.has_served, server.serving = 0, True, True
                 if "lost" in word:
                     # The next one starts while this one tells its clients.
@@ -171,7 +176,7 @@ class Served:
         listener, channel, parent = map(int, told.split(":"))
         self.listener, self.channel = socket.socket(fileno=listener), socket.socket(fileno=channel)
         self.parent, self.lost = parent, False
-        self._saying = threading.Lock()
+        self._saying, self._alone = threading.Lock(), threading.Event()
 
     @classmethod
     def from_environment(cls) -> Served | None:
@@ -193,6 +198,11 @@ class Served:
         except OSError:
             os._exit(1)
 
+    def take_over(self) -> None:
+        """Have the parent answer nobody any more; who connects from now on waits for this server."""
+        self.say(ready=True)
+        self._alone.wait(SILENCE)
+
     def replace(self, why: str, tell_clients: Callable[[], None]) -> None:
         """End this server and have another one started.  tell_clients: has all clients be told."""
         self.lost = True
@@ -210,6 +220,9 @@ class Served:
         came = b""
         while data := self.channel.recv(64):
             *numbers, came = (came + data).split(b"\n")
-            for number in numbers:
-                os.kill(os.getpid(), int(number))
+            for number in map(int, numbers):
+                if number == ALONE:
+                    self._alone.set()
+                else:
+                    os.kill(os.getpid(), number)
         os._exit(1)
