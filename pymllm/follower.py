@@ -99,7 +99,10 @@ def _obey(led: Led, llm: LLM) -> None:
 def _change_adapter(llm: LLM, message: Mapping[str, Any]) -> str | None:
     """Load, unload, merge or unmerge an adapter.  Returns the error, or None."""
     try:
-        if message["files"] is not None and (mine := describe_adapter(message["arguments"][1])) != message["files"]:
+        if (
+            message["files"] is not None
+            and (mine := describe_adapter(message["arguments"][1])) != message["files"]
+        ):
             return f"rank 0 has {message['files']} of it, and this rank {mine}"
         getattr(llm, message["how"])(*message["arguments"])
     except PymllmError as error:

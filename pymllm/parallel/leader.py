@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pymllm.errors import ConfigError, RankError
-from pymllm.parallel.children import Child
+from pymllm.parallel.children import Child, is_stopped
 from pymllm.parallel.link import Link, encode
 from pymllm.parallel.ranks import Ranks
 
@@ -56,6 +56,7 @@ class Leader:
         self.links: dict[int, Link] = {}
         self.children: dict[int, Child] = {}
         self._strangers: dict[Link, float] = {}
+        self._moved: dict[int, float] = {}  # when a rank that has not come yet was not stopped
         self._said: dict[int, RankError] = {}  # why a rank has failed, by its own words
         self._answers: dict[int, list[dict[str, Any]]] = {}
         self._later: tuple[float, RankError] | None = None
@@ -278,8 +279,15 @@ class Leader:
             if now - since > HELLO_SECONDS:
                 self._forget(link)
         for rank, child in self.children.items():
-            if rank not in self.links and child.ended:
+            if rank in self.links:
+                continue
+            if child.ended:
                 self.lose(_lost(rank, self.size, child.describe_end()))
+                return
+            if not is_stopped(child.process):
+                self._moved[rank] = now
+            elif now - self._moved.setdefault(rank, now) > SILENCE:
+                self.lose(_lost(rank, self.size, "it is stopped, and has not come yet", code="rank-silent"))
                 return
         for rank, link in self.links.items():
             if now - link.heard > SILENCE:

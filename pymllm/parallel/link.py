@@ -90,9 +90,7 @@ def encode(message: Mapping[str, Any], integers: Sequence[int] | np.ndarray[Any,
     return HEAD.pack(len(text), words.size) + text + words.tobytes()
 
 
-def decode(
-    came: bytearray, most: int = MAX_JSON_BYTES, most_integers: int = MAX_INTEGERS
-) -> Message | None:
+def decode(came: bytearray, most: int = MAX_JSON_BYTES, most_integers: int = MAX_INTEGERS) -> Message | None:
     """Take the first message off what came.  None: it is not whole yet.  RankError for what is no message."""
     if len(came) < HEAD.size:
         return None

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pymllm.parallel.children import end_with_parent
+from pymllm.parallel.children import end_with_parent, is_stopped
 from pymllm.server.stand_in import StandIn
 
 # How the child finds what it has from its parent: the numbers of its two sockets, and the parent's process id.
@@ -88,7 +88,7 @@ class Supervisor:
             if code is not None:
                 return self._after(server, code)
             silent = time.monotonic() - server.heard
-            if silent > (SILENCE if server.serving else START_SILENCE):
+            if silent > (SILENCE if server.serving or is_stopped(server.process) else START_SILENCE):
                 server.kill()
                 return self._after(server, RESTART, f"the server was silent for {silent:.0f} seconds")
 

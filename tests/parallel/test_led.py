@@ -85,7 +85,7 @@ def test_several_ranks_answer_token_for_token_as_one(tmp_path, pair, name):
 
 
 def test_what_requests_can_ask_for(tmp_path, pair, monkeypatch):
-    """Scores, also one that fails, adapters, seeds and n, grammars, an abort in the middle, drafts from the text, vectors."""
+    """Scores, also one that fails, adapters, seeds and n, an abort in the middle, drafts from the text, vectors."""
     checkpoint = write_checkpoint(tmp_path / "m", "llama", "awq-g32")
     targets = ("q_proj", "v_proj", "o_proj", "down_proj")
     for seed, name in enumerate(("first", "second")):
@@ -108,7 +108,9 @@ def test_what_requests_can_ask_for(tmp_path, pair, monkeypatch):
     stream.close()
     with monkeypatch.context() as patched, several.session() as session:
         patched.setattr("pymllm.engine.engine.describe", _describe_all_but(89))
-        scored = [session.add(ids, SamplingParams(max_tokens=1, prompt_logprobs=0)) for ids in ([1, 2], [1, 89])]
+        scored = [
+            session.add(ids, SamplingParams(max_tokens=1, prompt_logprobs=0)) for ids in ([1, 2], [1, 89])
+        ]
         while not all(request.finish_reason for request in scored):
             session.step()
         assert [request.error is None for request in scored] == [True, False]
@@ -179,6 +181,14 @@ def test_a_rank_that_takes_its_time_ends_by_itself(monkeypatch):
     (child,) = llm.parallel.leader.children.values()
     llm.close()
     assert child.process.poll() == 0
+
+
+def test_a_rank_that_is_stopped_before_it_comes_is_lost(monkeypatch):
+    monkeypatch.setattr("pymllm.parallel.leader.SILENCE", 0.5)
+    stops = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+    monkeypatch.setattr("pymllm.parallel.leader.FOLLOWER", ("-c", stops))
+    with pytest.raises(RankError, match="rank 1 of 2 is lost; found it is stopped"):
+        LLM(tensor_parallel_size=2, device="cpu")
 
 
 def test_strangers_and_what_cannot_be_done_are_refused(pair):
