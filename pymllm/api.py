@@ -35,7 +35,7 @@ from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import RequestError, nearest
 from pymllm.kernels.attention import PAGE_SIZE
-from pymllm.loading.agreement import settings_for_ranks
+from pymllm.loading.agreement import describe_adapter, settings_for_ranks
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.models.language_model import LanguageModel
@@ -198,7 +198,7 @@ class LLM(Ranked):
         """
         with self._lock:
             loaded = load_lora_weights(self.model, path, name=name, activate=False)
-            self._tell_ranks("load_adapter", name, str(path))
+            self._tell_ranks("load_adapter", name, str(path), files=lambda: describe_adapter(path))
             return loaded
 
     def unload_adapter(self, name: str) -> None:

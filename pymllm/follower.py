@@ -33,6 +33,7 @@ from typing import Any
 from pymllm.api import LLM
 from pymllm.engine.following import Follower
 from pymllm.errors import PymllmError
+from pymllm.loading.agreement import describe_adapter
 from pymllm.parallel.children import end_with_parent
 from pymllm.parallel.leader import SILENCE
 from pymllm.parallel.led import LOST, Led
@@ -98,6 +99,11 @@ def _obey(led: Led, llm: LLM) -> None:
 def _change_adapter(llm: LLM, message: Mapping[str, Any]) -> str | None:
     """Load, unload, merge or unmerge an adapter.  Returns the error, or None."""
     try:
+        if (
+            message["files"] is not None
+            and (mine := describe_adapter(message["arguments"][1])) != message["files"]
+        ):
+            return f"rank 0 has {message['files']} of it, and this rank {mine}"
         getattr(llm, message["how"])(*message["arguments"])
     except PymllmError as error:
         return str(error)

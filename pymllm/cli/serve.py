@@ -278,8 +278,6 @@ def _serve(
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     _warn_if_open(args)
-    # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     # One line: whoever starts the server waits for it.
     address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
     greeting = (
@@ -288,10 +286,19 @@ def _serve(
     if args.chat_template is not None:
         greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
     server, worker = make_server(config, greeting, served), app.state.service.worker
+
+    def after_the_end(number: int, frame: object) -> None:
+        if not server.started:
+            os._exit(128 + number)
+
+    # On a signal uvicorn finishes its requests, then raises the signal again for the handler that was there before.
+    signal.signal(signal.SIGTERM, after_the_end)
     if served is not None and llm.parallel.leader is not None:
         llm.parallel.leader.on_lost = lambda error: served.replace(str(error), lambda: worker.lose(error))
         # It may have been lost in the meantime.
         llm.parallel.leader.check()
+    if served is not None:
+        served.take_over()
     try:
         server.run(sockets=[listener])
         if served is not None and served.lost:

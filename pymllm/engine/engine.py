@@ -97,15 +97,18 @@ class Engine:
     @made_once
     def cache(self) -> PagedKVCache:
         """Make the KV cache; only on first use, so that logits alone need none."""
-        pages = self.parallel.broadcast(self.cache_pages)
+        # What a request may have is rank 0's to say, as ranks that differ would run other steps.
+        pages, self.max_length, self.prefix_reuse = self.parallel.broadcast(
+            (self.cache_pages, self.max_length, self.prefix_reuse)
+        )
         self._tell({"do": "cache", "pages": pages})
         return PagedKVCache(self.model, pages, self.device)
 
     @made_once
     def states(self) -> StatePool | None:
         """Make room for the states of requests; None where no layer keeps one."""
-        slots, most = self.parallel.broadcast((self.state_slots, self.remembered_states))
-        most = most if self.prefix_reuse else 0
+        most = self.remembered_states if self.prefix_reuse else 0
+        slots, most = self.parallel.broadcast((self.state_slots, most))
         self._tell({"do": "states", "slots": slots, "remembered": most})
         return StatePool.of(self.model, slots, self.device, most, self.parallel.leader)
 
@@ -328,6 +331,20 @@ class Engine:
         owners: the request of each row; its rows are side by side.  logits: [R, V], after one token each.
         """
         parts = [(request, len(list(rows))) for request, rows in groupby(owners)]
+        try:
+            self._note_scores(parts, logits)
+        except Exception:
+            if not self.parallel.led:
+                raise
+            # The forward goes on here as on the other ranks; whoever is to blame fails.
+            for part, rows in zip(parts, logits.split([count for _, count in parts]), strict=True):
+                try:
+                    self._note_scores([part], rows)
+                except Exception as error:
+                    part[0].fail(error)
+
+    def _note_scores(self, parts: Sequence[tuple[Request, int]], logits: torch.Tensor) -> None:
+        owners = [request for request, count in parts for _ in range(count)]
         tokens = [token for request, count in parts for token in request.unscored_tokens(count)]
         counts = [request.params.prompt_logprobs or 0 for request in owners]
         entries = describe(logits, tokens, max(counts), self.sampling_kernel)

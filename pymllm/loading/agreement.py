@@ -27,6 +27,20 @@ from pymllm.weights.tensor_file import TensorFile
 # checkpoints of one shape have the same headers.
 SAMPLED_TENSORS, SAMPLED_BYTES = 256, 64
 
+# What decides, beside the model, what a rank asks for where every rank has the requests.
+OF_REQUESTS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
 Made = TypeVar("Made")
 
 
@@ -104,9 +118,13 @@ def facts(prepared: Prepared, adapters: Mapping[str, str | Path] | None = None) 
         "the config": _digest(json.dumps(prepared.config.raw, sort_keys=True, default=str)),
     }
     for name, folder in sorted((adapters or {}).items()):
-        found[f"the adapter {name}"] = _adapter(folder)
+        found[f"the adapter {name}"] = describe_adapter(folder)
     for file in prepared.checkpoint.files:
         found[f"the file {file.path.name}"] = _file(file)
+    if not prepared.parallel.led:
+        for path in (prepared.checkpoint.path / name for name in OF_REQUESTS):
+            if path.is_file():
+                found[f"the file {path.name}"] = _digest(path.read_bytes())
     if prepared.draft is not None:
         drafting = facts(prepared.draft)
         found.update({f"{name} of the draft model": value for name, value in drafting.items()})
@@ -143,7 +161,7 @@ def _file(file: TensorFile) -> str:
     return f"{size} bytes, sha256 {found.hexdigest()[:16]} of its header and samples"
 
 
-def _adapter(folder: str | Path) -> str:
+def describe_adapter(folder: str | Path) -> str:
     """Describe an adapter's files: their sizes, and a digest of both ends of each."""
     found = hashlib.sha256()
     for path in sorted(load_lora_config(folder).path.glob("adapter_*")):

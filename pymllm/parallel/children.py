@@ -78,6 +78,17 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a child has been stopped (SIGSTOP), so that it can neither say anything nor notice anything."""
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return found is not None and found.si_code == os.CLD_STOPPED
+
+
 def end_with_parent(parent: int) -> None:
     """Have the system end this process when its parent ends, also while it is stopped; where it cannot, do nothing.
 

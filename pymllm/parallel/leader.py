@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pymllm.errors import ConfigError, RankError
-from pymllm.parallel.children import Child
+from pymllm.parallel.children import Child, is_stopped
 from pymllm.parallel.link import Link, encode
 from pymllm.parallel.ranks import Ranks
 
@@ -27,6 +27,7 @@ logger = logging.getLogger("pymllm")
 JOIN_SECONDS = 600.0  # that rank 0 waits for the others to come, and they for it
 HELLO_SECONDS = 10.0  # that whoever connects has to say who it is
 MAX_HELLO_BYTES = 4096
+MOST_STRANGERS = 64  # that may be connected before they have said who they are; of more, the first is let go
 PING_SECONDS = 1.0
 SILENCE = 8.0  # seconds without a word after which a rank counts as lost
 TICK = 0.25  # seconds between two looks at the ranks
@@ -55,6 +56,7 @@ class Leader:
         self.links: dict[int, Link] = {}
         self.children: dict[int, Child] = {}
         self._strangers: dict[Link, float] = {}
+        self._moved: dict[int, float] = {}  # when a rank that has not come yet was not stopped
         self._said: dict[int, RankError] = {}  # why a rank has failed, by its own words
         self._answers: dict[int, list[dict[str, Any]]] = {}
         self._later: tuple[float, RankError] | None = None
@@ -254,6 +256,9 @@ class Leader:
             self._listener.close()
             for stranger in self._strangers:
                 stranger.close()
+            # With this thread, which has started them, the system ends them.
+            for child in self.children.values():
+                child.wait(2 * FAREWELL)
 
     def _start_child(self, rank: int) -> Child:
         told = {"PYMLLM_RANK_KEY": self.key, "PYMLLM_RANK_PARENT": str(os.getpid())}
@@ -274,8 +279,15 @@ class Leader:
             if now - since > HELLO_SECONDS:
                 self._forget(link)
         for rank, child in self.children.items():
-            if rank not in self.links and child.ended:
+            if rank in self.links:
+                continue
+            if child.ended:
                 self.lose(_lost(rank, self.size, child.describe_end()))
+                return
+            if not is_stopped(child.process):
+                self._moved[rank] = now
+            elif now - self._moved.setdefault(rank, now) > SILENCE:
+                self.lose(_lost(rank, self.size, "it is stopped, and has not come yet", code="rank-silent"))
                 return
         for rank, link in self.links.items():
             if now - link.heard > SILENCE:
@@ -293,6 +305,8 @@ class Leader:
             self.lose(self._later[1])
 
     def _admit(self, connection: socket.socket) -> None:
+        while len(self._strangers) >= MOST_STRANGERS:
+            self._forget(next(iter(self._strangers)))
         link = Link(connection)
         self._strangers[link] = time.monotonic()
         self._selector.register(connection, selectors.EVENT_READ, link)
@@ -305,7 +319,7 @@ class Leader:
     def _hear(self, link: Link) -> None:
         rank = next((rank for rank, one in self.links.items() if one is link), None)
         try:
-            for message, _ in link.receive(*(() if rank is not None else (MAX_HELLO_BYTES,))):
+            for message, _ in link.receive(*(() if rank is not None else (MAX_HELLO_BYTES, 0))):
                 if rank is None:
                     rank = self._greet(link, message)
                     if rank is None:
@@ -327,7 +341,7 @@ class Leader:
     def _greet(self, link: Link, message: dict[str, Any]) -> int | None:
         """Let a rank in that says who it is.  Returns its rank; None: it is not let in."""
         rank, size, key = message.get("rank"), message.get("size"), message.get("key")
-        if not isinstance(key, str) or not hmac.compare_digest(key.encode(), self.key.encode()):
+        if not isinstance(key, str) or not hmac.compare_digest(*map(_bytes_of, (key, self.key))):
             refused = "the key is not rank 0's (PYMLLM_RANK_KEY)"
         elif size != self.size:
             refused = (
@@ -372,6 +386,11 @@ class Leader:
             self.links[rank].heard = time.monotonic() + 3600
         else:
             self.lose(error)
+
+
+def _bytes_of(key: str) -> bytes:
+    # JSON can have what UTF-8 cannot.
+    return key.encode(errors="surrogatepass")
 
 
 def _lost(rank: int, size: int, found: str, code: str = "rank-lost") -> RankError:

@@ -59,10 +59,11 @@ class Link:
             finally:
                 self._sending.release()
 
-    def receive(self, most: int = MAX_JSON_BYTES) -> Iterator[Message]:
+    def receive(self, most: int = MAX_JSON_BYTES, most_integers: int = MAX_INTEGERS) -> Iterator[Message]:
         """Wait until something comes.  Yields the messages that are whole; pings are left out.
 
-        most: bytes of JSON.  Raises EOFError if the other end has gone, RankError for what is no message.
+        most: bytes of JSON.  most_integers: how many may follow it.
+        Raises EOFError if the other end has gone, RankError for what is no message.
         """
         try:
             data = self.connection.recv(1 << 20)
@@ -72,7 +73,7 @@ class Link:
             raise EOFError
         self.heard = time.monotonic()
         self._came += data
-        while (found := decode(self._came, most)) is not None:
+        while (found := decode(self._came, most, most_integers)) is not None:
             if found[0] != PING:
                 yield found
 
@@ -89,12 +90,12 @@ def encode(message: Mapping[str, Any], integers: Sequence[int] | np.ndarray[Any,
     return HEAD.pack(len(text), words.size) + text + words.tobytes()
 
 
-def decode(came: bytearray, most: int = MAX_JSON_BYTES) -> Message | None:
+def decode(came: bytearray, most: int = MAX_JSON_BYTES, most_integers: int = MAX_INTEGERS) -> Message | None:
     """Take the first message off what came.  None: it is not whole yet.  RankError for what is no message."""
     if len(came) < HEAD.size:
         return None
     text, words = HEAD.unpack_from(came)
-    if text > most or words > MAX_INTEGERS:
+    if text > most or words > most_integers:
         raise _no_message(f"a head that announces {text} bytes and {words} integers")
     end = HEAD.size + text + 8 * words
     if len(came) < end:

@@ -22,11 +22,15 @@ from torch import Tensor
 
 from pymllm.errors import ConfigError, ShardingError
 from pymllm.parallel.groups import Group, ThreadGroup
+from pymllm.parallel.heartbeat import Heartbeat
 from pymllm.parallel.leader import Leader
 from pymllm.parallel.process_group import TIMEOUT, ProcessGroup, join_environment
 from pymllm.parallel.ranks import Ranks
 
 R = TypeVar("R")
+
+# Of the group that this process has joined under torchrun.
+_heartbeats: list[Heartbeat] = []
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ class Parallel:
         if size == 1:
             return cls(expert_parallel=expert_parallel)
         if not torch.distributed.is_initialized():
-            join_environment(backend, timeout)
-        return cls(torch.distributed.get_rank(), size, ProcessGroup(size), expert_parallel)
+            _heartbeats[:] = [join_environment(backend, timeout)]
+        check = _heartbeats[0].check if _heartbeats else None
+        return cls(torch.distributed.get_rank(), size, ProcessGroup(size, check), expert_parallel)
 
     def _group(self) -> Group:
         if self.group is None:
@@ -205,7 +210,9 @@ def choose_parallel(
         ranks = ranks or Ranks()
         leader = ranks.begun or Leader.start(size, ranks)
         leader.join(settings)
-        return Parallel(0, size, ProcessGroup(size), expert_parallel, led=True, leader=leader)
+        # Ranks that are lost are killed where this process has started them, and collectives end then.
+        check = None if leader.started == size - 1 else leader.check
+        return Parallel(0, size, ProcessGroup(size, check), expert_parallel, led=True, leader=leader)
     if size not in (1, parallel.size):
         raise ConfigError(
             f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,37 +17,66 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError, RankError
+from pymllm.parallel.heartbeat import Heartbeat
 from pymllm.parallel.ranks import LOOPBACK
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others in a collective
+PATIENCE = 1.0  # seconds between two looks at the other ranks while a collective waits
 FAREWELL_SECONDS = 60.0  # that a rank waits for the others before it leaves the group
+
+# Whether the group has a collective that never ends: it cannot be left then.
+_abandoned: list[bool] = []
 
 # The loopback interface, by the names that Gloo is told.
 INTERFACES = {"linux": "lo", "darwin": "lo0"}
 
 
 class ProcessGroup:
-    """torch.distributed's default group (Gloo on a CPU, NCCL on a GPU)."""
+    """torch.distributed's default group (Gloo on a CPU, NCCL on a GPU).
 
-    def __init__(self, size: int) -> None:
+    check: raises the RankError of a rank that is known to be lost; it is called while a collective of Gloo's waits.
+    """
+
+    def __init__(self, size: int, check: Callable[[], None] | None = None) -> None:
         self.size = size
+        self.check = check
+        self._waits = check is not None and torch.distributed.get_backend() == "gloo"
+
+    def _finish(self, work: torch.distributed.Work | None) -> None:
+        """Wait until a collective is done, or cannot be any more.  work: None: it is done."""
+        while work is not None and self.check is not None:
+            try:
+                work.wait(timedelta(seconds=PATIENCE))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # which raises the collective's own error, if it has one
+                    return
+            try:
+                self.check()
+            except RankError:
+                _abandon(work)
+                raise
 
     def exchange(self, rank: int, value: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(value) for _ in range(self.size)]
         with _together(rank, self.size):
-            torch.distributed.all_gather(parts, value.contiguous())
+            self._finish(torch.distributed.all_gather(parts, value.contiguous(), async_op=self._waits))
         return parts
 
     def all_reduce(self, rank: int, value: Tensor) -> Tensor:
         total = value.clone(memory_format=torch.contiguous_format)
         with _together(rank, self.size):
-            torch.distributed.all_reduce(total)
+            self._finish(torch.distributed.all_reduce(total, async_op=self._waits))
         return total
 
     def all_to_all(self, rank: int, value: Tensor, send: list[int], receive: list[int]) -> Tensor:
         received = value.new_empty((sum(receive), *value.shape[1:]))
         with _together(rank, self.size):
-            torch.distributed.all_to_all_single(received, value.contiguous(), receive, send)
+            sent = value.contiguous()
+            self._finish(
+                torch.distributed.all_to_all_single(received, sent, receive, send, async_op=self._waits)
+            )
         return received
 
     def exchange_json(self, rank: int, value: Any) -> list[Any]:
@@ -61,11 +91,22 @@ class ProcessGroup:
         text = _bytes_of(value) if rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(text)], device=_device())
         with _together(rank, self.size):
-            torch.distributed.broadcast(size, 0)
+            self._finish(torch.distributed.broadcast(size, 0, async_op=self._waits))
             if rank:
                 text = torch.empty(int(size), dtype=torch.uint8, device=_device())
-            torch.distributed.broadcast(text, 0)
+            self._finish(torch.distributed.broadcast(text, 0, async_op=self._waits))
         return value if rank == 0 else _value_of(text)
+
+
+def _abandon(work: torch.distributed.Work) -> None:
+    """Leave a collective that waits for a silent rank.
+
+    Gloo's threads hang in it. Where the last reference to the group goes, at the exit of the process, torch waits for
+    them; so that one is kept for ever.
+    """
+    _abandoned.append(True)
+    for kept in (work, torch.distributed.group.WORLD):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def _bytes_of(value: Any) -> Tensor:
@@ -86,6 +127,8 @@ def _together(rank: int, size: int) -> Iterator[None]:
     """Run a collective; torch's errors over a rank that is gone, or does not come, become one RankError."""
     try:
         yield
+    except RankError:
+        raise
     except RuntimeError as error:
         said = str(error).strip().splitlines()
         late = any("timed out" in line.lower() for line in said)
@@ -153,10 +196,13 @@ def join(
     return ProcessGroup(size)
 
 
-def join_environment(backend: str | None, timeout: float) -> None:
+def join_environment(backend: str | None, timeout: float) -> Heartbeat:
     """Join the default group that torchrun's variables describe, and leave it when the process exits."""
     torch.distributed.init_process_group(backend or choose_backend(), timeout=timedelta(seconds=timeout))
     atexit.register(leave_process_group)  # a process that exits inside its group may abort
+    heartbeat = Heartbeat(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    atexit.register(heartbeat.stop)
+    return heartbeat
 
 
 @contextlib.contextmanager
@@ -179,7 +225,7 @@ def leave_process_group(alone: bool = False) -> None:
     A rank that closes its connections while another rank still uses them makes that rank fail; so all meet first.
     Ranks that failed do not come: nobody waits longer than FAREWELL_SECONDS for them.
     """
-    if not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or _abandoned:
         return
     if not alone and torch.distributed.get_backend() == "gloo":
         # Nothing is lost if the ranks do not meet: this one leaves either way.

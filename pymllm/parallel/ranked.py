@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pymllm.errors import RankError
@@ -31,6 +31,17 @@ def ends_ranks(constructor: C) -> C:
     return construct  # type: ignore[return-value]
 
 
+def check_same_files(found: Sequence[str]) -> None:
+    """Raise RankError where ranks have different files of an adapter.  found: what each has."""
+    rank = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if rank is not None:
+        raise RankError(
+            f"the adapter differs: rank 0 has {found[0]}, and rank {rank} has {found[rank]}",
+            code="ranks-disagree",
+            fix="Copy the adapter to all machines.",
+        )
+
+
 class Ranked:
     """The base of what owns ranks.  parallel: this rank's place."""
 
@@ -49,11 +60,18 @@ class Ranked:
             self.parallel.leader.await_ready()
             self._leader = self.parallel.leader
 
-    def _tell_ranks(self, how: str, *arguments: str) -> None:
-        """Have the ranks that follow this one do the same with an adapter.  RankError where they cannot."""
+    def _tell_ranks(self, how: str, *arguments: str, files: Callable[[], str] | None = None) -> None:
+        """Have the ranks that follow this one do the same with an adapter.  RankError where they cannot.
+
+        files: describes the adapter's files; every rank must have the same.
+        """
         if self._leader is None:
+            if files is not None and self.parallel.group is not None and not self.parallel.led:
+                # Under torchrun every rank does this.
+                check_same_files(self.parallel.exchange(files()))
             return
-        errors = self._leader.ask({"do": "adapter", "how": how, "arguments": arguments})
+        found = None if files is None else files()
+        errors = self._leader.ask({"do": "adapter", "how": how, "arguments": arguments, "files": found})
         for rank, error in enumerate(errors, 1):
             if error is not None:
                 failed = RankError(f"rank {rank} could not change an adapter: {error}", code="rank-adapter")

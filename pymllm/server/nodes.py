@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymllm.errors import RankError
-from pymllm.parallel.children import Child
+from pymllm.parallel.children import Child, is_stopped
 
 # The exit code of a follower whose rank 0 has gone.
 LOST = 3
@@ -39,7 +39,7 @@ def follow_on_node(
             while not stopping and not any(child.ended for child in running):
                 time.sleep(TICK)
                 for child in running:
-                    if not is_stopped(child):
+                    if not is_stopped(child.process):
                         running[child] = time.monotonic()
                     elif time.monotonic() - running[child] > MOST_STOPPED:
                         child.kill()
@@ -72,14 +72,3 @@ def _start(
         "PYMLLM_RANK_SETTINGS": json.dumps(settings),
     }
     return Child(["-m", "pymllm.follower", *where, "--host", host, "--port", str(port)], told)
-
-
-def is_stopped(child: Child) -> bool:
-    """Tell whether a child has been stopped (SIGSTOP), so that it will not notice that rank 0 has gone."""
-    if not hasattr(os, "waitid"):
-        return False
-    try:
-        found = os.waitid(os.P_PID, child.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return found is not None and found.si_code == os.CLD_STOPPED

@@ -72,9 +72,10 @@ class StandIn:
             self._free.release()
 
     def _response(self, head_only: bool) -> bytes:
-        message = f"the server is started anew: {self.why or 'it is there again'}"
+        reason = self.why or "it is there again"
+        message = f"the server is started anew: {reason}"
         error = {"message": message, "type": "server_error", "param": None, "code": "restarting"}
-        body = json.dumps({"status": "unavailable", "reason": message, "error": error}).encode()
+        body = json.dumps({"status": "unavailable", "reason": reason, "error": error}).encode()
         lines = (
             "HTTP/1.1 503 Service Unavailable",
             "Content-Type: application/json",

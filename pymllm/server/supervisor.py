@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pymllm.parallel.children import end_with_parent
+from pymllm.parallel.children import end_with_parent, is_stopped
 from pymllm.server.stand_in import StandIn
 
 # How the child finds what it has from its parent: the numbers of its two sockets, and the parent's process id.
@@ -38,6 +38,9 @@ FLUSH_SECONDS = 1.0  # that a server which is lost has to tell its clients
 LEAVE_SECONDS = 5.0  # that it has to end by itself then
 MOST_FAILURES = 3  # starts in a row that fail before the parent gives up
 TICK = 0.2
+
+# What the parent sends in place of a signal's number when it answers nobody any more.
+ALONE = 0
 
 
 class Supervisor:
@@ -72,8 +75,10 @@ class Supervisor:
             server.stop(number)
         while True:
             for word in server.listen():
-                if "serving" in word:
+                if "ready" in word:
                     self.stand_in.stop()
+                    server.stop(ALONE)
+                if "serving" in word:
                     self.failures, self.has_served, server.serving = 0, True, True
                 if "lost" in word:
                     # The next one starts while this one tells its clients.
@@ -83,13 +88,12 @@ class Supervisor:
             if code is not None:
                 return self._after(server, code)
             silent = time.monotonic() - server.heard
-            if silent > (SILENCE if server.serving else START_SILENCE):
+            if silent > (SILENCE if server.serving or is_stopped(server.process) else START_SILENCE):
                 server.kill()
-                self._stand_in_for(server, f"the server was silent for {silent:.0f} seconds")
-                return self._after(server, RESTART)
+                return self._after(server, RESTART, f"the server was silent for {silent:.0f} seconds")
 
-    def _after(self, server: _Server, code: int) -> int | None:
-        """Decide what follows the end of a server."""
+    def _after(self, server: _Server, code: int, why: str = "") -> int | None:
+        """Decide what follows the end of a server.  why: it has ended; by default what its exit code says."""
         if self.stopping or code == 0:
             return code if code >= 0 else 128 - code
         if not server.serving:
@@ -97,9 +101,8 @@ class Supervisor:
             if not self.has_served or self.failures >= MOST_FAILURES:
                 return code if code > 0 else 1
             time.sleep(min(2.0 ** (self.failures - 1), 5.0))
-        self._stand_in_for(
-            server, f"the server has ended with {'code' if code > 0 else 'signal'} {abs(code)}"
-        )
+        how = f"the server has ended with {'code' if code > 0 else 'signal'} {abs(code)}"
+        self._stand_in_for(server, why or how)
         return None
 
     def _stand_in_for(self, server: _Server, why: str) -> None:
@@ -173,7 +176,7 @@ class Served:
         listener, channel, parent = map(int, told.split(":"))
         self.listener, self.channel = socket.socket(fileno=listener), socket.socket(fileno=channel)
         self.parent, self.lost = parent, False
-        self._saying = threading.Lock()
+        self._saying, self._alone = threading.Lock(), threading.Event()
 
     @classmethod
     def from_environment(cls) -> Served | None:
@@ -195,6 +198,11 @@ class Served:
         except OSError:
             os._exit(1)
 
+    def take_over(self) -> None:
+        """Have the parent answer nobody any more; who connects from now on waits for this server."""
+        self.say(ready=True)
+        self._alone.wait(SILENCE)
+
     def replace(self, why: str, tell_clients: Callable[[], None]) -> None:
         """End this server and have another one started.  tell_clients: has all clients be told."""
         self.lost = True
@@ -212,6 +220,9 @@ class Served:
         came = b""
         while data := self.channel.recv(64):
             *numbers, came = (came + data).split(b"\n")
-            for number in numbers:
-                os.kill(os.getpid(), int(number))
+            for number in map(int, numbers):
+                if number == ALONE:
+                    self._alone.set()
+                else:
+                    os.kill(os.getpid(), number)
         os._exit(1)

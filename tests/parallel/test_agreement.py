@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import pymllm
-from pymllm.errors import PymllmError
-from pymllm.loading.agreement import compare
+from pymllm.errors import PymllmError, RankError
+from pymllm.follower import _change_adapter
+from pymllm.loading.agreement import compare, describe_adapter
 from pymllm.loading.load import load_prepared
 from pymllm.parallel import simulate
 
@@ -54,6 +55,10 @@ def other_config(folder, _):
     edit_config(folder, rms_norm_eps=0.5)
 
 
+def other_ends(folder, _):
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+
+
 OPTIONS = {
     "the rules (--quant)": {"quant": {"**.mlp.**": "int8"}},
     "the dtype (--dtype)": {"dtype": "bfloat16"},
@@ -75,7 +80,12 @@ def test_options(monkeypatch, folders, what):
 
 
 @pytest.mark.parametrize(
-    "change, what", ((other_values, "the file model.safetensors"), (other_config, "the config"))
+    "change, what",
+    (
+        (other_values, "the file model.safetensors"),
+        (other_config, "the config"),
+        (other_ends, "the file generation_config.json"),
+    ),
 )
 def test_files(monkeypatch, folders, change, what):
     change(folders[1], None)
@@ -109,3 +119,33 @@ def test_versions_and_what_one_side_lacks_are_named_with_the_rank():
         PymllmError, match=r"torch's version: rank 0 has .*, and rank 2 has 2.0; the file a: "
     ):
         compare([same, same, {"torch's version": "2.0"}])
+
+
+def test_adapters_that_are_loaded_at_run_time(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "m", "llama", num_hidden_layers=1)
+    for rank in range(2):
+        random_adapter(tmp_path / f"{rank}", checkpoint, ("q_proj",), seed=rank)
+
+    def work(parallel):
+        llm = pymllm.LLM(checkpoint.folder, device="cpu", dtype="float32")
+        llm.load_adapter("same", tmp_path / "0")
+        with pytest.raises(RankError, match=r"the adapter differs: rank 0 has sha256 .*, and rank 1 has"):
+            llm.load_adapter("other", tmp_path / f"{parallel.rank}")
+        message = {"how": "load_adapter", "arguments": ["other", str(tmp_path / "1")]}
+        assert "this rank" in _change_adapter(llm, {**message, "files": describe_adapter(tmp_path / "0")})
+
+    simulate(2, work)
+
+
+def test_what_requests_may_have_is_said_by_rank_0(folders):
+    options = {"max_model_len": 48, "prefix_reuse": True}, {"max_model_len": 16, "prefix_reuse": False}
+
+    def work(parallel):
+        llm = pymllm.LLM(folders[0], device="cpu", dtype="float32", **options[parallel.rank])
+        params = pymllm.SamplingParams(temperature=0, max_tokens=99, ignore_eos=True)
+        return [
+            [output.token_ids for output in llm.generate([[1, 2, 3, 4, 5] * 4] * 2, params)] for _ in range(2)
+        ]
+
+    first, second = simulate(2, work)
+    assert first == second and {len(each) for answers in first for each in answers} == {28}

@@ -14,7 +14,9 @@ import torch
 
 import pymllm
 from pymllm import LLM, SamplingParams
-from pymllm.errors import ConfigError, RankError
+from pymllm.engine.choosing import describe
+from pymllm.errors import ConfigError, KernelError, RankError
+from pymllm.parallel.leader import MOST_STRANGERS
 from pymllm.parallel.link import decode, encode
 
 from ..adapters.handwritten import random_adapter
@@ -82,8 +84,8 @@ def test_several_ranks_answer_token_for_token_as_one(tmp_path, pair, name):
     assert [process.poll() for process in children] == [0] * (size - 1)
 
 
-def test_what_requests_can_ask_for(tmp_path, pair):
-    """Scores, adapters, seeds and n, grammars, an abort in the middle, drafts from the text, vectors."""
+def test_what_requests_can_ask_for(tmp_path, pair, monkeypatch):
+    """Scores, also one that fails, adapters, seeds and n, an abort in the middle, drafts from the text, vectors."""
     checkpoint = write_checkpoint(tmp_path / "m", "llama", "awq-g32")
     targets = ("q_proj", "v_proj", "o_proj", "down_proj")
     for seed, name in enumerate(("first", "second")):
@@ -104,6 +106,14 @@ def test_what_requests_can_ask_for(tmp_path, pair):
     stream = several.stream(PROMPTS[0], SamplingParams(max_tokens=100, temperature=0, ignore_eos=True))
     next(stream)
     stream.close()
+    with monkeypatch.context() as patched, several.session() as session:
+        patched.setattr("pymllm.engine.engine.describe", _describe_all_but(89))
+        scored = [
+            session.add(ids, SamplingParams(max_tokens=1, prompt_logprobs=0)) for ids in ([1, 2], [1, 89])
+        ]
+        while not all(request.finish_reason for request in scored):
+            session.step()
+        assert [request.error is None for request in scored] == [True, False]
     vectors = [llm.embed(PROMPTS, adapter="second") for llm in (one, several)]
     assert relative_error(vectors[1], vectors[0].double()) <= 1e-5
     with pytest.raises(ConfigError):
@@ -118,6 +128,15 @@ def test_what_requests_can_ask_for(tmp_path, pair):
     several.close()
     with pytest.raises(RankError, match="have been ended"):
         several.logits([1])
+
+
+def _describe_all_but(bad):
+    def describe_or_fail(logits, tokens, *rest):
+        if bad in tokens:
+            raise KernelError("no numbers", code="logits-nan")
+        return describe(logits, tokens, *rest)
+
+    return describe_or_fail
 
 
 def test_a_draft_model_follows_too(tmp_path, pair):
@@ -147,6 +166,31 @@ def test_the_shipped_model_answers_tasks_of_an_event_loop_and_follows_a_grammar(
     assert found[0] == found[1]
 
 
+SLOW_TO_END = """
+import os, sys, time
+from pymllm import follower
+leave = follower.leave_process_group
+follower.leave_process_group = lambda alone: (time.sleep(1), leave(alone=alone))
+os._exit(follower.main())
+"""
+
+
+def test_a_rank_that_takes_its_time_ends_by_itself(monkeypatch):
+    monkeypatch.setattr("pymllm.parallel.leader.FOLLOWER", ("-c", SLOW_TO_END))
+    llm = LLM(tensor_parallel_size=2, device="cpu")
+    (child,) = llm.parallel.leader.children.values()
+    llm.close()
+    assert child.process.poll() == 0
+
+
+def test_a_rank_that_is_stopped_before_it_comes_is_lost(monkeypatch):
+    monkeypatch.setattr("pymllm.parallel.leader.SILENCE", 0.5)
+    stops = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+    monkeypatch.setattr("pymllm.parallel.leader.FOLLOWER", ("-c", stops))
+    with pytest.raises(RankError, match="rank 1 of 2 is lost; found it is stopped"):
+        LLM(tensor_parallel_size=2, device="cpu")
+
+
 def test_strangers_and_what_cannot_be_done_are_refused(pair):
     _, several = pair(None, 2)
     own = several.parallel.leader
@@ -154,6 +198,7 @@ def test_strangers_and_what_cannot_be_done_are_refused(pair):
     for said in (
         b"GET / HTTP/1.1\r\n\r\n",
         encode({**hello, "key": "guessed"}),
+        encode({**hello, "key": "\ud800"}),
         encode({**hello, "key": own.key}),
     ):
         with socket.create_connection(own.address) as stranger:
@@ -163,6 +208,12 @@ def test_strangers_and_what_cannot_be_done_are_refused(pair):
                 while data := stranger.recv(4096):
                     answer += data
         assert said.startswith(b"GET") or decode(answer)[0]["is"] == "refused"
+    with contextlib.ExitStack() as silent:
+        for _ in range(2 * MOST_STRANGERS):
+            last = silent.enter_context(socket.create_connection(own.address))
+        last.sendall(encode({**hello, "key": "guessed"}))
+        assert decode(bytearray(last.recv(4096)))[0]["is"] == "refused"
+        assert len(own._strangers) <= MOST_STRANGERS
     with pytest.raises(ConfigError, match="cannot be told"):
         pymllm.swap(several, "**.mlp.**", "int8")
     with pytest.raises(ConfigError, match="ranks already"):

@@ -66,6 +66,15 @@ def test_what_is_no_message_is_refused_before_it_is_awaited(data):
         decode(bytearray(data))
 
 
+def test_a_stranger_cannot_announce_integers():
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, theirs:
+        link = _link(ours)
+        theirs.sendall(encode({}, [1, 2])[:20])
+        with pytest.raises(RankError, match="2 integers"):
+            list(link.receive(4096, 0))
+
+
 def test_a_step_is_the_same_after_its_way_as_numbers():
     run = Run(
         tokens=[[1, 2, 3], [7], [5, 6]],

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from ..adapters.handwritten import random_adapter, with_deltas
 from ..checkpoints import relative_error, write_checkpoint
-from ..processes import python
+from ..processes import SECONDS, environment, python
 
 FORMATS = ("none", "awq-g32", "fp8-block")
 
@@ -55,3 +56,21 @@ def test_a_bad_checkpoint_ends_every_process_with_its_error(tmp_path):
     script = Path(__file__).with_name("rank_logits.py")
     done = torchrun(script, tmp_path, "[1]", checkpoint.folder)
     assert done.returncode != 0 and "CheckpointError" in done.stderr and "model.safetensors" in done.stderr
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo here")
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface is named as Linux does")
+def test_a_stopped_rank_is_told_to_the_others_which_end(tmp_path):
+    ranks, script = [], Path(__file__).with_name("rank_that_stops.py")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    for rank in range(2):
+        variables = environment(**place, RANK=str(rank), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+        ranks.append(subprocess.Popen([sys.executable, script, tmp_path], env=variables))
+    try:
+        assert ranks[0].wait(SECONDS / 2) == 1
+        assert "rank 1 of 2 is lost; expected a sign of life" in (tmp_path / "told").read_text()
+        assert ranks[1].poll() is None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
