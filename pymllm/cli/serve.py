@@ -140,6 +140,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     names = [name for name, _ in args.adapter]
     if len(set(names)) < len(names):
         args.parser.error("two adapters have the same name; give each --adapter a NAME of its own")
+    if "" in (args.model_name or ()):
+        args.parser.error("--model-name is empty")
     if args.api_key == "":
         args.parser.error("--api-key (or PYMLLM_API_KEY) is empty")
     _check_ranks(args)

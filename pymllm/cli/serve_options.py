@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +64,7 @@ def add_operation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cors",
         action="append",
+        type=_origin,
         default=[],
         metavar="ORIGIN",
         help="an origin whose pages may ask, https://chat.example.org say, or * for all; repeatable",
@@ -69,6 +72,7 @@ def add_operation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allowed-host",
         action="append",
+        type=_host,
         default=[],
         metavar="HOST",
         help="another name that this machine's own clients may call the server by, if it needs no key; * for any; "
@@ -112,6 +116,24 @@ def _number(least: float, words: str) -> Callable[[str], float]:
 
 _seconds = _number(1e-3, "a number of at least 0.001, at most 1000000")
 _seconds_or_none = _number(0.0, "a number of at least 0, at most 1000000")
+
+
+def _origin(text: str) -> str:
+    # What browsers send: no path, and "null" for pages that are files.
+    if text not in ("*", "null") and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+/?", text):
+        raise argparse.ArgumentTypeError(f"expected SCHEME://HOST[:PORT], null or *, not {text!r}")
+    return text
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[^\s/:@\[\]]+", text):
+        try:
+            ipaddress.IPv6Address(text[1:-1] if text[:1] + text[-1:] == "[]" else text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected a name or an address, without a port, or *, not {text!r}"
+            ) from None
+    return text
 
 
 def _count(text: str) -> int:

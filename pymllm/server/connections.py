@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import sys
+import uuid
 from http import HTTPStatus
 from typing import Any
 
@@ -23,6 +24,9 @@ PROGRESS_BYTES = 16 << 10
 
 # A connection that has just come, or just had an answer, is not closed to make room for others while there is some.
 QUIET_SECONDS = 1.0
+
+# The states of a client whose request is there.
+AFTER_BODY = (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL)
 
 
 class Connection(H11Protocol):
@@ -66,6 +70,9 @@ class Connection(H11Protocol):
         if state is h11.SEND_BODY and self.is_idle and self._discard_deadline is None:
             # The answer is there already, and what still comes is thrown away, but not for ever.
             self._discard_deadline = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
+        if state in AFTER_BODY and len(self.conn.trailing_data[0]) < self.limits.header_bytes:
+            # uvicorn stops to read when a next request comes early, and would not see that the client leaves.
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         self.quiet_since = self.loop.time()
@@ -146,7 +153,7 @@ class Connection(H11Protocol):
         retry = f"Retry-After: {self.traffic.retry_after()}\r\n" if status == 503 else ""
         self.transport.write(
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-            f"Content-Type: application/json\r\nConnection: close\r\n{retry}"
+            f"Content-Type: application/json\r\nConnection: close\r\nX-Request-Id: {uuid.uuid4().hex}\r\n{retry}"
             f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         self.transport.close()

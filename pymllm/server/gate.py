@@ -82,7 +82,7 @@ class Guard:
         self, app: ASGIApp, api_key: str | None, header_bytes: int, open_paths: Collection[str]
     ) -> None:
         self.app, self.header_bytes, self.open_paths = app, header_bytes, frozenset(open_paths)
-        self.key = None if api_key is None else _digest(b"Bearer " + api_key.encode())
+        self.key = None if api_key is None else _digest(b"bearer " + api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -95,7 +95,8 @@ class Guard:
             return None
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         # Digests of equal length are compared in constant time, so that the answer's delay tells nothing of the key.
-        if hmac.compare_digest(_digest(sent), self.key):
+        scheme, space, key = sent.partition(b" ")
+        if hmac.compare_digest(_digest(scheme.lower() + space + key), self.key):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
         # Clients tell by these words that it is the key, not the request.

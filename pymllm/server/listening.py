@@ -142,7 +142,8 @@ class DrainingServer(uvicorn.Server):
             self._last_resort.start()
         if self._under_way() and self.traffic is not None:
             message = "the server has stopped before the answer was there"
-            self.traffic.worker.refuse(RequestError(message, code="shutting-down"))
+            # At once: a step may take longer than the process has.
+            self.traffic.worker.lose(RequestError(message, code="shutting-down"))
         ending = asyncio.ensure_future(super().shutdown(sockets))
         await asyncio.wait({ending}, timeout=max(left, LAST_SECONDS))
         for connection in list(self.server_state.connections):

@@ -237,14 +237,15 @@ class Service:
     def _read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
         request = read_request(EmbeddingRequest, body)
         adapter, embedder = self.adapter_of(request.model), self.llm.embedder
+        # Before the texts are encoded, which takes a while.
+        options = embedder.options(
+            dimensions=request.dimensions, normalize=request.normalize, adapter=adapter
+        )
         try:
             inputs = embedder.encode(request.inputs, request.prompt_name)
         except RequestError as error:
             error.tensor = "input" if error.tensor != "prompt_name" else error.tensor
             raise
-        options = embedder.options(
-            dimensions=request.dimensions, normalize=request.normalize, adapter=adapter
-        )
         return EmbeddingQuestion(request, inputs, options, adapter)
 
     def _read(

@@ -183,6 +183,15 @@ def test_every_limit_has_a_flag_and_help_that_states_its_default():
         assert f"default: {getattr(defaults, name):g}" in text, name
 
 
+def test_names_that_a_request_can_have_are_taken():
+    origins, hosts = (
+        ["https://example.org", "http://[::1]:3000", "null", "*"],
+        ["box", "[::1]", "fe80::1", "10.0.0.1", "*"],
+    )
+    args = parse(*(f"--cors={one}" for one in origins), *(f"--allowed-host={one}" for one in hosts))
+    assert (args.cors, args.allowed_host) == (origins, hosts)
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
@@ -190,6 +199,11 @@ def test_every_limit_has_a_flag_and_help_that_states_its_default():
         *(("--write-timeout", bad) for bad in ("0", "-1", "nan", "inf", "soon")),
         *(("--ping-seconds", bad) for bad in ("-1", "nan", "inf")),
         ("--access-log", "xml"),
+        *(("--cors", bad) for bad in ("", "example.org", "https://", "https://example.org/chat")),
+        *(
+            ("--allowed-host", bad)
+            for bad in ("", "http://box", "box:8000", "10.0.0.1:80", "[::1]:80", "a b")
+        ),
     ],
 )
 def test_a_limit_out_of_range_is_refused(flag, value, capsys):

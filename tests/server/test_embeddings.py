@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import pymllm
+from pymllm.server.protocol.embeddings import MAX_CHARACTERS
 from tests.embedding.encoders import TEXTS, ids_of, make_model, write
+from tests.server.by_hand import post
 
 from .conftest import MODEL, serve
 
@@ -83,6 +85,17 @@ def test_what_is_wrong_is_a_400_that_names_it(encoder, body, param, code):
     with pytest.raises(openai.BadRequestError) as raised:
         encoder.client().post("/embeddings", body=body, cast_to=object)
     assert (raised.value.param, raised.value.code) == (param, code)
+
+
+def test_what_cannot_be_answered_is_refused_unencoded(encoder, monkeypatch):
+    def encode(*_):
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(encoder.llm.embedder, "encode", encode)
+    long = "a" * (MAX_CHARACTERS + 1)
+    for body in ({"input": long}, {"input": ["a", long]}, {"input": "a", "dimensions": 10**6}):
+        status, answer, _ = post(encoder, body, "/v1/embeddings")
+        assert (status, answer["error"]["param"]) == (400, list(body)[-1])
 
 
 def test_an_encoder_refuses_to_generate(encoder):

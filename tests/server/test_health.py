@@ -11,7 +11,10 @@ from pymllm.asynchronous import worker
 from pymllm.asynchronous.pulse import FIRST_STEP_SECONDS, LEAST_SECONDS, Pulse
 from pymllm.engine.scheduler import STEP_TOKENS
 from pymllm.errors import RankError
+from pymllm.server import listening
 from pymllm.server.limits import Limits
+from tests.processes import SECONDS
+from tests.server import conftest
 from tests.server.by_hand import LONG, get, held_steps, post, send, wait_until
 from tests.server.conftest import serve
 
@@ -68,6 +71,23 @@ def test_a_server_that_stops_is_not_healthy(llm):
         assert health(served)[0] == 503
         status, answer, headers = post(served, {"prompt": "x", "max_tokens": 1})
         assert (status, answer["error"]["code"]) == (503, "shutting_down") and headers["Retry-After"]
+
+
+def test_clients_are_told_of_the_end_although_a_step_still_runs(llm, monkeypatch):
+    servers = []
+
+    def make(config):
+        servers.append(listening.DrainingServer(config))
+        return servers[0]
+
+    monkeypatch.setattr(conftest, "DrainingServer", make)
+    monkeypatch.setattr(listening, "LAST_SECONDS", SECONDS)
+    with serve(llm) as served, held_steps(llm) as gate, send(served, LONG) as connection:
+        wait_until(lambda: gate.begun)
+        servers[0].should_exit = True
+        told = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert told.startswith(b"HTTP/1.1 503") and b"the server has stopped before the answer" in told
+        assert gate.begun == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

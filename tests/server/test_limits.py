@@ -13,6 +13,7 @@ import pytest
 
 from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.errors import KernelError
+from pymllm.server.connections import Connection
 from pymllm.server.limits import Limits
 from tests.server.by_hand import (
     LONG,
@@ -20,6 +21,7 @@ from tests.server.by_hand import (
     assert_alive,
     calls_of,
     connect,
+    get,
     held_steps,
     post,
     send,
@@ -261,6 +263,7 @@ def test_what_is_no_request_gets_an_error_object_too(served, sent, status):
     head, _, body = answer.partition("\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ")
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert "\r\nX-Request-Id: " in head
     assert_alive(served)
 
 
@@ -273,6 +276,8 @@ def test_unknown_paths_and_methods_are_json_errors(served):
 def test_everything_but_health_and_the_page_needs_the_key(llm):
     with serve(llm, api_key="secret") as served:
         assert served.client("secret").models.list().data
+        # The scheme's case is free.
+        assert get(served, "/v1/models", headers={"Authorization": "bearer secret"})[0] == 200
         for key in ("wrong", "secret2", "secre"):
             with pytest.raises(openai.AuthenticationError):
                 served.client(key).completions.create(model=MODEL, prompt="x", max_tokens=1)
@@ -283,14 +288,21 @@ def test_everything_but_health_and_the_page_needs_the_key(llm):
         assert connection.getresponse().status == 200
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_is_aborted_within_a_step_or_two(llm, monkeypatch, stream):
+@pytest.mark.parametrize(
+    ("stream", "early"),
+    [(False, b""), (True, b""), (False, b"\r\n"), (True, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")],
+)
+def test_a_client_that_leaves_is_aborted_within_a_step_or_two(llm, monkeypatch, stream, early):
     with serve(llm) as served, held_steps(llm) as gate:
         free = len(llm.engine.cache.free)
         left = calls_of(monkeypatch, Generation, "close")
         connection = send(served, {**LONG, "stream": stream})
         gate.let(2)
         wait_until(lambda: gate.begun == 3)
+        if early:  # the next request, before the answer to this one
+            received = calls_of(monkeypatch, Connection, "data_received")
+            connection.sendall(early)
+            wait_until(lambda: received)
         connection.close()
         wait_until(lambda: left)
         gate.let(math.inf)
