@@ -23,7 +23,7 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize thread-check arm-check clients-check clean distclean
+.PHONY: help demo test gpu lint format native sanitize thread-check arm-check serve-check clients-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
 	@echo 'make thread-check  run the kernels'"'"' pool of threads under ThreadSanitizer (sanitize does, too)'
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
+	@echo 'make serve-check    kill and stop ranks of a server, and drive its page in a Chromium, where there is one'
 	@echo 'make clients-check  let openai, anthropic, litellm, langchain and others talk to a real `pymllm serve`'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
@@ -43,10 +44,17 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@$(BIN)/pymllm run --demo
 
+# Servers of several processes that are killed and come back, and the page in a browser: apart, for the sake of time.
+SERVED = tests/page tests/cli/test_serve_ranks.py
+
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -q $(SERVED:%=--ignore=%) $(PYTEST_ARGS)
+
+serve-check: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	@$(BIN)/python -c "$$THIS_FOLDER"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -q $(SERVED) $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy lint-imports; do \

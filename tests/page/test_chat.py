@@ -144,7 +144,7 @@ def test_the_key_is_asked_for_kept_in_the_tab_and_sent(browser, llm):
         page.wait("document.querySelector('#key-dialog').open")
         page.press("Escape")
         page.wait("document.querySelector('#start-error').checkVisibility()")
-        assert "API key is missing or wrong" in page.text("#start-error")
+        assert "Incorrect API key" in page.text("#start-error")
 
 
 def test_a_refusal_names_its_parameter_and_can_be_asked_again(browser, served):
