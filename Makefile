@@ -36,7 +36,7 @@ help:
 	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
 	@echo 'make thread-check  run the kernels'"'"' pool of threads under ThreadSanitizer (sanitize does, too)'
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
-	@echo 'make serve-check    kill and stop ranks of a server, and drive its page in a Chromium, where there is one'
+	@echo 'make serve-check    servers and ranks that are killed, crowds of clients, the page in a Chromium, where there is one'
 	@echo 'make clients-check  let openai, anthropic, litellm, langchain and others talk to a real `pymllm serve`'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
@@ -44,8 +44,9 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@$(BIN)/pymllm run --demo
 
-# Servers of several processes that are killed and come back, and the page in a browser: apart, for the sake of time.
-SERVED = tests/page tests/cli/test_serve_ranks.py
+# Servers and ranks that are killed and come back, crowds of clients, the page in a browser: apart, for the sake of time.
+SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
+  tests/parallel/test_follower.py tests/server/test_crowds.py tests/server/test_slow_clients.py
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
