@@ -3,6 +3,7 @@
 #   PYTHON        the Python to build .venv with (3.10 or newer)
 #   PIP_ARGS      more arguments for pip install; see constraints.txt for torch without CUDA
 #   PYTEST_ARGS   more arguments for pytest: make test PYTEST_ARGS="-x tests/kernels"
+#   FUZZ_ARGS     arguments of python -m tests.fuzz: make fuzz FUZZ_ARGS="gguf --seconds 600 --seed 7"
 #   NATIVE        the C++ kernels: auto (build them if a compiler is there), required, off
 #   NATIVE_PYTHON build them for another Python, which has nanobind: make native NATIVE_PYTHON=/path/to/python
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 NATIVE ?= auto
 NATIVE_PYTHON ?= $(VENV)/bin/python
 
@@ -23,7 +25,7 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize thread-check arm-check serve-check clients-check clean distclean
+.PHONY: help demo test gpu lint format native sanitize thread-check arm-check serve-check clients-check fuzz clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +40,7 @@ help:
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
 	@echo 'make serve-check    servers and ranks that are killed, crowds of clients, the page in a Chromium, where there is one'
 	@echo 'make clients-check  let openai, anthropic, litellm, langchain and others talk to a real `pymllm serve`'
+	@echo 'make fuzz    change good files, requests and native calls for a minute, and see how each ends'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
@@ -56,6 +59,11 @@ test: $(VENV)/.stamp-test $(NATIVE_STAMP)
 serve-check: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 -q $(SERVED) $(PYTEST_ARGS)
+
+# What it finds is written to build/fuzz; what was mended is kept in tests/attacks.
+fuzz: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	@$(BIN)/python -c "$$THIS_FOLDER"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy lint-imports; do \
