@@ -164,6 +164,8 @@ endef
 # Leaks are not looked for: Python itself keeps memory to its end.
 SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,int4 integer experts float elementwise attention) \
   tests/kernels/test_sampling.py tests/kernels/test_recurrence.py
+# Seconds of wrong native calls under the sanitizers.
+SANITIZE_FUZZ ?= 30
 DROP_EDITABLE = import sys; sys.meta_path[:] = [f for f in sys.meta_path if "_editable_" not in type(f).__module__]
 sanitize: thread-check $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV)/.stamp-test)
 	@rm -rf build/sanitize/site && mkdir -p build/sanitize/site && cp -R pymllm build/sanitize/site/ && \
@@ -180,7 +182,8 @@ sanitize: thread-check $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
 	"$$python" -c "$$SANITIZED" && \
 	"$$python" -m pytest -n 2 -q --capture=sys -p no:cacheprovider --rootdir ../../.. -c ../../../pyproject.toml \
-	$(addprefix ../../../,$(SANITIZE_TESTS))
+	$(addprefix ../../../,$(SANITIZE_TESTS)) && \
+	ln -sfn ../../../tests tests && "$$python" -m tests.fuzz bindings --seconds $(SANITIZE_FUZZ) --workers 1 --keep ../../fuzz
 
 # Fails unless the extension that the tests will load is the one just built, with AddressSanitizer in it.
 define SANITIZED

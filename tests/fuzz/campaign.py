@@ -79,7 +79,7 @@ def run(
             tally.codes[verdict.detail] += 1
         if not verdict.bad(one):
             return
-        signature = _signature(verdict)
+        signature = _signature(one, verdict)
         if signature in tally.found:
             return
         known = smallest.get(signature)
@@ -124,9 +124,10 @@ def run(
     return tally
 
 
-def _signature(verdict: Verdict) -> str:
-    """Return what makes two findings one: how it ended, and where."""
-    return f"{verdict.name} {verdict.detail.partition(': ')[0]}"
+def _signature(one: Input, verdict: Verdict) -> str:
+    """Return what makes two findings one: how it ended, and where; of what left no place, from which good thing."""
+    place = verdict.detail.partition(": ")[0]
+    return f"{verdict.name} {place if verdict.name in ('foreign', 'memory') else one.subject}"
 
 
 def _size(one: Input) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .bindings import Bindings
 from .headers import Headers
 from .inputs import Kind
 
-KINDS: dict[str, Callable[[], Kind]] = {"headers": Headers}
+KINDS: dict[str, Callable[[], Kind]] = {
+    "headers": Headers,
+    "bindings": Bindings,
+}
