@@ -327,8 +327,10 @@ class LoRAMixin:
         before = tuple((holder, _weight_of(holder)) for holder, _ in parts)
         with torch.no_grad():
             deltas = self._deltas(self.adapters[name])
-            for holder, rows in parts:
-                _replace(holder, _with_delta(holder, deltas[rows]))
+            # All before the first is put in place: memory may run out.
+            merged = [(holder, _with_delta(holder, deltas[rows])) for holder, rows in parts]
+        for holder, weight in merged:
+            _replace(holder, weight)
         self.merged = Merged(name, before if keep_base else None)
         return None
 
@@ -403,5 +405,5 @@ def _replace(holder: Any, weight: BoundWeight | Tensor) -> None:
 
 
 def _module_name(name: str) -> str:
-    """Return the name of the child module that is the adapter of this name."""
-    return "lora_" + re.sub(r"\W", lambda found: f"_{ord(found.group()):x}_", name)
+    """Return the name of the child module that is the adapter of this name: one of its own for each name."""
+    return "lora_adapter_" + re.sub(r"[\W_]", lambda found: f"_{ord(found.group()):x}_", name)
