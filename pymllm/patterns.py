@@ -143,7 +143,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class _Program:
-    """What is known of a pattern.
+    """A pattern that was read.
 
     back: None: the answer depends on the order of its choices, by what is in `ordered`.  size: its parts.
     choices: how many.  open_ended: whether it ends in a repeat that may be empty.  simple: what `re` makes of it; None:
