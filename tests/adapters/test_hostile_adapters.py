@@ -330,6 +330,21 @@ def test_a_merge_that_fails_is_undone(monkeypatch):
     assert torch.equal(llm.logits(ids), plain)
 
 
+@pytest.mark.parametrize(
+    ("rank", "alpha", "code"),
+    (
+        *((rank, 8.0, "lora-rank") for rank in (-1, True, 1.5, "4")),
+        *((4, alpha, "lora-scaling") for alpha in (float("nan"), float("inf"), -1e40, 1e308)),
+        (2**45, 8.0, "lora-memory"),
+    ),
+)
+def test_a_layer_refuses_what_no_adapter_has(model, rank, alpha, code):
+    layer = model.model.layers[0].mlp.down_proj
+    with pytest.raises(ConfigError) as caught:
+        layer.init_lora(rank, alpha)
+    assert caught.value.code == code and not layer.adapters
+
+
 # --- gone in mid-stream
 
 
