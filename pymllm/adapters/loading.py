@@ -16,6 +16,7 @@ from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
 from pymllm.layers.weighted import WeightedLayer, weighted_layers
+from pymllm.patterns import bounded_steps
 from pymllm.quantization.binding import bound_weight
 from pymllm.weights.loader import Slot, slots_of, write, written_of
 from pymllm.weights.loader import place as place_tensor
@@ -26,6 +27,7 @@ from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec
 logger = logging.getLogger("pymllm")
 
 PREFIX = "base_model.model."  # before every name in a PEFT file
+MAX_PRODUCT = 1e9  # of weights: beyond, 10,000 inputs of 10,000 each give what has no square in float32
 
 
 @dataclass
@@ -60,8 +62,8 @@ class _Place:
     def shape(self) -> LinearShape:
         return replace(self.layer.shape.part(self.part), parts=(self.name,))
 
-    def make(self, config: LoRAConfig) -> LoRAPart:
-        """Make the matrices of the adapter on this weight, all zeros."""
+    def make(self, config: LoRAConfig, device: torch.device | None = None) -> LoRAPart:
+        """Make the matrices of the adapter on this weight, all zeros.  device: None: the weight's."""
         before = sum(span.size for span in self.layer.shape.outputs[: self.part])
         shape = self.shape
         rows = slice(before, before + shape.out_features_local)
@@ -71,7 +73,7 @@ class _Place:
             rows,
             config.rank_of(self.name),
             config.scaling_of(self.name),
-            self.layer.weight_device,
+            device or self.layer.weight_device,
         )
 
 
@@ -85,11 +87,13 @@ def enable_lora_for_model(model: nn.Module, config: LoRAConfig, *, name: str = D
 
     Returns the checkpoint names of the targeted weights.  CheckpointError for a target that names none.
     """
+    _check_name(name)
     _check_unmerged(model, name)
     problems: list[Problem] = []
-    places = _targeted(model, config, problems)
-    raise_problems(str(config.path), problems)
-    staged = _stage(places, config)
+    with bounded_steps():
+        places = _targeted(model, config, problems)
+        raise_problems(str(config.path), problems)
+        staged = _stage(places, config)
     for place, part in staged:
         if place.layer.kind != "embedding":
             part.start(place.layer.shape, f"{name} {place.name}")
@@ -116,17 +120,23 @@ def load_lora_weights(
     every tensor that no layer takes, and every tensor that is missing or misshapen.  The model is then as it was.
     """
     config = load_lora_config(path)
+    _check_name(name)
     _check_unmerged(model, name)
-    with SafetensorsFile.open(_weights_file(config.path)) as file:
+    with bounded_steps(), SafetensorsFile.open(_weights_file(config.path)) as file:
         problems: list[Problem] = []
         places = _targeted(model, config, problems)
-        staged = _stage(places, config)
-        matched, copies = _match(model, staged, file.tensors, problems)
+        # Without memory, until the file is known to have matrices of these shapes: a rank is any number.
+        drafts = _stage(places, config, torch.device("meta"))
+        matched, copies = _match(model, drafts, file.tensors, problems)
         raise_problems(str(file.path), problems)
         for place, slot, tensor in copies:
             _check_copy(place, slot, tensor)
-        for part, attribute, slot, tensor in matched:
-            _read(part, attribute, slot, tensor)
+        staged = _stage(places, config)
+        made = {draft: part for (_, draft), (_, part) in zip(drafts, staged, strict=True)}
+        for draft, attribute, slot, tensor in matched:
+            _read(made[draft], attribute, slot, tensor)
+        for place, part in staged:
+            _check_product(place, part, file.path)
     adapter = _attach(model, name, config, staged)
     if activate:
         _activate(model, name)
@@ -163,11 +173,25 @@ def merge_lora_weights(
         )
     if adapter.merged:
         return adapter
-    for layer in weighted_layers(model):
-        if name in layer.adapters:
-            reason = layer.merge_lora(name, keep_base=keep_base)
-            if reason is not None:
-                adapter.unmerged[layer.prefix] = reason
+    active = {layer: layer.active_adapter for layer in weighted_layers(model)}
+    try:
+        for layer in active:
+            if name in layer.adapters:
+                reason = layer.merge_lora(name, keep_base=keep_base)
+                if reason is not None:
+                    adapter.unmerged[layer.prefix] = reason
+    except BaseException:
+        if not keep_base:
+            # Some weights are gone: beside the others the adapter goes on as it is.
+            _activate(model, name)
+            adapter.merged = True
+            raise
+        for layer, before in active.items():
+            if name in layer.adapters:
+                layer.unmerge_lora()
+            layer.active_adapter = before
+        adapter.unmerged = {}
+        raise
     _activate(model, name)
     adapter.merged = True
     return adapter
@@ -186,6 +210,17 @@ def unmerge_lora_weights(model: nn.Module) -> None:
     adapter = _adapter(model, name)
     adapter.merged, adapter.unmerged = False, {}
     _activate(model, None)
+
+
+def why_adapter_is_gone(model: nn.Module, adapter: LoadedAdapter) -> str | None:
+    """Return why what began with an adapter cannot go on with it, or None if it can."""
+    now = loaded_adapters(model).get(adapter.name)
+    if now is None:
+        return "was unloaded"
+    if now is not adapter:
+        return "was replaced by another of its name"
+    merged = merged_adapter(model)
+    return None if merged in (None, adapter.name) else f"is hidden by {merged!r}, which was merged"
 
 
 def merged_adapter(model: nn.Module) -> str | None:
@@ -250,8 +285,10 @@ def _targeted(model: nn.Module, config: LoRAConfig, problems: list[Problem]) -> 
     return [place for place in places if config.targets(place.name, kinds[place.name])]
 
 
-def _stage(places: list[_Place], config: LoRAConfig) -> list[tuple[_Place, LoRAPart]]:
-    return [(place, place.make(config)) for place in places]
+def _stage(
+    places: list[_Place], config: LoRAConfig, device: torch.device | None = None
+) -> list[tuple[_Place, LoRAPart]]:
+    return [(place, place.make(config, device)) for place in places]
 
 
 # A targeted embedding's or head's own weight, which PEFT saves beside the matrices.
@@ -362,23 +399,45 @@ def _read(part: LoRAPart, attribute: str, slot: Slot, tensor: TensorInfo) -> Non
         )
 
 
+def _check_product(place: _Place, part: LoRAPart, file: Path) -> None:
+    """Refuse matrices whose product is so large that the model's numbers would leave float32."""
+    largest = abs(part.scaling) * part.rank
+    for matrix in (part.A, part.B):
+        largest *= float(matrix.detach().abs().max()) if matrix.numel() else 0.0
+    if not largest < MAX_PRODUCT:
+        raise CheckpointError(
+            "the adapter's numbers are out of range",
+            code="bad-content",
+            file=str(file),
+            tensor=place.name,
+            expected=f"scaling · B @ A within {MAX_PRODUCT:.0e}; weights are near 1",
+            found=f"up to {largest:.3g}, with a scaling of {part.scaling:.3g}",
+        )
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ConfigError(
+            f"an adapter cannot be called {name!r}", code="lora-name", expected="a printable name"
+        )
+
+
 def _attach(
     model: nn.Module, name: str, config: LoRAConfig, staged: list[tuple[_Place, LoRAPart]]
 ) -> LoadedAdapter:
     """Put the matrices on their layers, under the adapter's name, in place of the adapter that had the name."""
-    if not name or not name.isprintable():
-        raise ConfigError(
-            f"an adapter cannot be called {name!r}", code="lora-name", expected="a printable name"
-        )
     by_layer: dict[WeightedLayer, list[LoRAPart]] = {}
     for place, part in staged:
         by_layer.setdefault(place.layer, []).append(part)
+    adapters = {layer: LayerAdapter(parts) for layer, parts in by_layer.items()}
+    for adapter in adapters.values():
+        adapter.stack()  # what takes memory comes first: no layer has the adapter if that fails
     for layer in weighted_layers(model):
-        if layer in by_layer:
-            layer.attach_adapter(name, LayerAdapter(by_layer[layer]))
+        if layer in adapters:
+            layer.attach_adapter(name, adapters[layer])
         elif name in layer.adapters:
             layer.detach_adapter(name)
     nbytes = sum(matrix.nbytes for _, part in staged for matrix in (part.A, part.B))
-    adapter = LoadedAdapter(name, config, tuple(place.name for place, _ in staged), nbytes)
-    loaded_adapters(model)[name] = adapter
-    return adapter
+    loaded = LoadedAdapter(name, config, tuple(place.name for place, _ in staged), nbytes)
+    loaded_adapters(model)[name] = loaded
+    return loaded

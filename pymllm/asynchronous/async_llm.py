@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pymllm.adapters import LoadedAdapter
 from pymllm.api import LLM
 from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.engine.asking import Asked, ask, gather
@@ -156,6 +157,19 @@ class AsyncLLM:
             texts = texts.tolist() if isinstance(texts, Tensor) else texts
             inputs = await asyncio.to_thread(embedder.encode, as_prompts(texts), prompt_name, prompt)
             return embedder.joined(texts, await self._worker.embed(inputs, options), options)
+
+    async def load_adapter(self, name: str, path: str | Path) -> LoadedAdapter:
+        """Load a LoRA adapter between two steps, as `LLM.load_adapter` does.
+
+        Answers under way that use another adapter of that name end with a RequestError.
+        """
+        with self._call():
+            return await self._worker.call(lambda: self.llm.load_adapter(name, path))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Drop a LoRA adapter between two steps.  Answers under way that use it end with a RequestError."""
+        with self._call():
+            await self._worker.call(lambda: self.llm.unload_adapter(name))
 
     async def close(self, *, abort: bool = False) -> None:
         """Take no more calls, and wait until those that are open have ended.

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from pymllm.adapters.loading import loaded_adapters, why_adapter_is_gone
 from pymllm.engine.choosing import TokenLogprobs, cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
@@ -160,6 +161,8 @@ class Engine:
         vocabulary, sampler = self.model.config.size("vocab_size"), request.sampler
         sampler.ends = tuple(token for token in ends if token < vocabulary)
         sampler.bad_words = tuple(word for word in sampler.bad_words if max(word) < vocabulary)
+        if request.adapter is not None:
+            request.held_adapter = loaded_adapters(self.model).get(request.adapter)
         self.strategy.begin(request)
         self.scheduler.waiting.append(request)
 
@@ -222,11 +225,15 @@ class Engine:
         """Run the model once and sample.  Returns the requests that took part.
 
         A request that read only a part of its prompt has no new token. A request whose own step failed has its `error`
-        set, and has left the engine.
+        set, and has left the engine, as has one whose adapter is no longer what it was when the request was queued.
         """
+        failed = self._fail_without_adapter((*self.scheduler.running, *self.scheduler.waiting))
+        for request in failed:
+            request.running_sequence = []
+            self.scheduler.remove(request)
         batch = self.scheduler.schedule()
         if not batch:
-            return []
+            return failed
         started = self.clock()
         pieces = [len(request.running_sequence) for request in batch if request.is_reading]
         ran, logits = self._run(batch)
@@ -245,13 +252,33 @@ class Engine:
         # A step that failed ran several times.
         if len(ran) == len(batch):
             self.pace.note(self.clock() - started, sum(pieces), len(batch) - len(pieces))
+        # Another thread may have changed it while the step ran, in some layers.
+        self._fail_without_adapter(batch)
         for request, choice in zip(ready, chosen, strict=True):
             if request.error is None:
                 self.strategy.accept(request, choice, self.end_tokens)
         for request in batch:
             if request.finish_reason is not None:
                 self.scheduler.remove(request)
-        return batch
+        return [*failed, *batch]
+
+    def _fail_without_adapter(self, requests: Sequence[Request]) -> list[Request]:
+        """Fail those whose adapter is gone: their tokens would come from other weights than the ones before."""
+        failed = []
+        for request in requests:
+            held = request.held_adapter
+            why = None if held is None else why_adapter_is_gone(self.model, held)
+            if why is not None and request.error is None:
+                request.fail(
+                    RequestError(
+                        f"the adapter {request.adapter!r} {why} before the answer was complete",
+                        code="adapter-gone",
+                        tensor="adapter",
+                        fix="Ask again.",
+                    )
+                )
+                failed.append(request)
+        return failed
 
     def abort(self, request: Request) -> None:
         """End a request wherever it is; its pages and its state are free at once."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pymllm.adapters.loading import LoadedAdapter
 from pymllm.engine.choosing import SamplerState, TokenLogprobs
 from pymllm.engine.metrics import RequestMetrics, measure
 from pymllm.engine.prefixes import PageKeys
@@ -64,7 +65,7 @@ class Request:
     """A request in the engine.
 
     limit: how many tokens it may have in all, prompt included.  adapter: the LoRA adapter it wants; None: the active
-    one.  req_id: which of the caller's prompts it is.
+    one.  req_id: which of the caller's prompts it is.  held_adapter: what had the adapter's name when it was queued.
     decoding: what its decoding strategy keeps of it.
     running_sequence: the tokens that its latest step ran, from position `computed` on.  rows: after which of them
     logits are wanted.  is_reading, is_prefilling: whether the step read text, and text of the prompt.  new_tokens: how
@@ -94,6 +95,7 @@ class Request:
     limit: int
     adapter: str | None = None
     req_id: int = 0
+    held_adapter: LoadedAdapter | None = None
     answer: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     computed: int = 0

@@ -102,10 +102,26 @@ class LoRAPart(nn.Module):
         self, kind: str, shape: LinearShape, rows: slice, rank: int, scaling: float, device: torch.device
     ) -> None:
         super().__init__()
+        if not abs(scaling) <= torch.finfo(torch.float32).max:
+            raise ConfigError(
+                "the scaling of an adapter is out of range",
+                code="lora-scaling",
+                expected="alpha / r, or alpha / √r, within float32",
+                found=str(scaling),
+            )
         self.rows, self.rank, self.scaling = rows, rank, scaling
         for attribute, spec in zip("AB", lora_specs(kind, rank, shape.dtype), strict=True):
             local, slots = place(spec, shape)
-            param = nn.Parameter(torch.zeros(local, dtype=spec.dtype, device=device), requires_grad=False)
+            try:
+                zeros = torch.zeros(local, dtype=spec.dtype, device=device)
+            except (RuntimeError, MemoryError):
+                raise ConfigError(
+                    f"there is no memory for an adapter of rank {rank}",
+                    code="lora-memory",
+                    found=f"{attribute} of shape {list(local)}",
+                    fix="Choose a smaller rank.",
+                ) from None
+            param = nn.Parameter(zeros, requires_grad=False)
             track(param, slots)
             setattr(self, attribute, param)
 
@@ -192,8 +208,8 @@ class LoRAMixin:
         A [r, I_local] is Kaiming-uniform, the same whatever the ranks; B [O_local, r] is zero, so that nothing changes
         until it is trained or loaded.  scaling = alpha / r, or alpha / √r if rank_stabilised.  r = 0 adds nothing.
         """
-        if r < 0:
-            raise ConfigError("a LoRA rank cannot be negative", code="lora-rank", found=str(r))
+        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+            raise ConfigError("a LoRA rank must be an integer, and cannot be negative", code="lora-rank", found=repr(r))
         if r == 0:
             return
         shape, rows = self.shape, slice(0, self.shape.out_features_local)
@@ -327,8 +343,10 @@ class LoRAMixin:
         before = tuple((holder, _weight_of(holder)) for holder, _ in parts)
         with torch.no_grad():
             deltas = self._deltas(self.adapters[name])
-            for holder, rows in parts:
-                _replace(holder, _with_delta(holder, deltas[rows]))
+            # All before the first is put in place: memory may run out.
+            merged = [(holder, _with_delta(holder, deltas[rows])) for holder, rows in parts]
+        for holder, weight in merged:
+            _replace(holder, weight)
         self.merged = Merged(name, before if keep_base else None)
         return None
 
@@ -403,5 +421,5 @@ def _replace(holder: Any, weight: BoundWeight | Tensor) -> None:
 
 
 def _module_name(name: str) -> str:
-    """Return the name of the child module that is the adapter of this name."""
-    return "lora_" + re.sub(r"\W", lambda found: f"_{ord(found.group()):x}_", name)
+    """Return the name of the child module that is the adapter of this name: one of its own for each name."""
+    return "lora_adapter_" + re.sub(r"[\W_]", lambda found: f"_{ord(found.group()):x}_", name)

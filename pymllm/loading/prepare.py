@@ -37,6 +37,7 @@ from pymllm.models.generic.wrappers import TEXT_CONFIGS
 from pymllm.models.language_model import LanguageModel
 from pymllm.models.strategy import choose_strategy
 from pymllm.parallel import Parallel, current_parallel
+from pymllm.patterns import bounded_steps
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
 from pymllm.quantization.storage.settings import ROOT, Settings
@@ -72,6 +73,7 @@ class Prepared:
     draft: Prepared | None = None
 
 
+@bounded_steps()
 def prepare(
     path: str | Path,
     quant: RuleSource = None,

@@ -23,6 +23,7 @@ from torch import nn
 
 from pymllm.config import current_execution
 from pymllm.errors import ConfigError, RuleError, first_few, nearest
+from pymllm.patterns import EXPECTED, Pattern
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -84,7 +85,7 @@ class Rule:
 
     def matches(self, *names: str) -> bool:
         """Tell whether the pattern stands for one of a layer's names."""
-        return any(_compile(self.pattern).fullmatch(name) is not None for name in names)
+        return any(_means(self.pattern, name) for name in names)
 
     @property
     def sweeping(self) -> bool:
@@ -105,25 +106,38 @@ class Rule:
         return get_quantization_config(self.method).from_options(dict(self.options))
 
 
+@functools.lru_cache(maxsize=65536)
+def _means(pattern: str, name: str) -> bool:
+    return _compile(pattern).fullmatch(name) is not None
+
+
 @functools.lru_cache(maxsize=1024)
-def _compile(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern to a regular expression over the whole name.  RuleError if `re:` precedes what is none."""
+def _compile(pattern: str) -> Pattern:
+    """Compile a pattern to a regular expression over the whole name.
+
+    RuleError if `re:` precedes what is none, or when it is matched if that would take forever.
+    """
     if pattern.startswith("re:"):
-        try:
-            return re.compile(pattern[3:])
-        except re.error as error:
-            raise RuleError(
-                f"the pattern {pattern!r} is not a regular expression: {error}",
-                code="rule-syntax",
-                found=pattern,
-            ) from None
+        return Pattern(pattern[3:], functools.partial(_pattern_error, pattern))
     any_segments = r"(?:[^.]+\.)*"
     *heads, last = pattern.split(".")
     expression = "".join(any_segments if head == "**" else _segment(head) + r"\." for head in heads)
     if last != "**":
-        return re.compile(expression + _segment(last))
-    # A closing "**" also takes nothing: "a.**" names "a" itself.
-    return re.compile(expression.removesuffix(r"\.") + r"(?:\.[^.]+)*" if heads else ".*")
+        expression += _segment(last)
+    else:  # A closing "**" also takes nothing: "a.**" names "a" itself.
+        expression = expression.removesuffix(r"\.") + r"(?:\.[^.]+)*" if heads else ".*"
+    return Pattern(expression, functools.partial(_pattern_error, pattern))
+
+
+def _pattern_error(pattern: str, problem: str) -> RuleError:
+    return RuleError(
+        f"the pattern {pattern[:200]!r} of a rule is {problem}",
+        code="rule-syntax",
+        expected=EXPECTED
+        if pattern.startswith("re:")
+        else "a name, or a glob of at most a few hundred characters",
+        found=repr(pattern[:200]),
+    )
 
 
 def _segment(glob: str) -> str:

@@ -30,7 +30,10 @@ DEFINITION = re.compile(r"[^\"\s]\s*:")
 MAX_DEFINITIONS = 1024
 # Expressions that a text must match at the same time: each further one doubles the work.
 MAX_INTERSECTED = 10
-SPELT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
+# Strings and expressions; the closing sign may be missing, so that no part of a line is read more than twice.
+STRING, EXPRESSION = r'"(?:\\.|[^"\\\n])*("?)', r"/(?:\\.|[^/\\\n])+(/?)"
+SPELT = re.compile(f"{STRING}|{EXPRESSION}")
+WITHIN = {'"': re.compile(EXPRESSION), "/": re.compile(STRING)}
 INLINE_SCHEMA = re.compile(r"%json\s*")
 KEPT_GRAMMARS = 64
 # What llguidance may spend: on the tokens after one token (50,000 take some milliseconds where states are simple, and a
@@ -85,7 +88,7 @@ class Grammar:
                 return intersected(json.loads(self.text))
             except RecursionError:
                 raise self.error(self.kind, "is nested too deeply") from None
-        count = SPELT.sub("", self.text).count("&")
+        count = SPELT.sub(_leave_out, self.text).count("&")
         for place in INLINE_SCHEMA.finditer(self.text):
             try:
                 schema, _ = json.JSONDecoder().raw_decode(self.text, place.end())
@@ -99,6 +102,13 @@ class Grammar:
         """Make the error for a grammar; `problem` goes on from the name of its parameter."""
         name = "grammar" if kind == "lark" else kind
         return RequestError(f"{name} {problem}", code="grammar", tensor=name)
+
+
+def _leave_out(found: re.Match[str]) -> str:
+    """Return what remains of a string or an expression: nothing; or, if it is not closed, all but what is in it."""
+    if found[1] or found[2]:
+        return ""
+    return found[0][0] + WITHIN[found[0][0]].sub(lambda inner: "" if inner[1] else inner[0], found[0][1:])
 
 
 def intersected(schema: Any) -> int:

@@ -438,7 +438,7 @@ def test_a_pickled_adapter_is_never_opened(tmp_path):
         ("target_modules", []),
         ("target_modules", 3),
         ("rank_pattern", {"(": 3}),
-        ("target_modules", r"(\w+\.?)+_proj"),
+        ("target_modules", r"(\w+)(\.\w+)+\1\2_proj"),
         ("rank_pattern", {"q_proj": -1}),
     ),
 )

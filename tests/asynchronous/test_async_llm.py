@@ -13,6 +13,7 @@ from pymllm import AsyncLLM, SamplingParams
 from pymllm.asynchronous.places import Busy, Places
 from pymllm.errors import ConfigError, KernelError, RequestError
 
+from ..adapters.handwritten import adapter_for_shipped
 from ..processes import SECONDS
 
 PROMPTS = [f"x = {number}\n" for number in range(12)]
@@ -322,3 +323,27 @@ def test_places_go_to_whoever_waits_longest_and_come_back_from_whoever_left():
         assert places.free == 3
 
     run(work)
+
+
+def test_adapters_come_and_go_between_two_steps(llm, tmp_path):
+    adapter_for_shipped(tmp_path, llm)
+
+    async def work():
+        async with AsyncLLM(llm) as engine:
+            await engine.load_adapter("odd", tmp_path)
+            with pytest.raises(ConfigError, match="no adapter 'even'"):
+                await engine.unload_adapter("even")
+            other = asyncio.create_task(engine.generate(PROMPTS[0], short(max_tokens=40, ignore_eos=True)))
+            pieces = engine.stream(PROMPTS[0], LONG, adapter="odd")
+            await anext(pieces)
+            await engine.unload_adapter("odd")
+            with pytest.raises(RequestError, match="'odd' was unloaded") as caught:
+                async for _ in pieces:
+                    pass
+            assert caught.value.code == "adapter-gone"
+            with pytest.raises(RequestError, match="no adapter 'odd'"):
+                await engine.generate(PROMPTS[0], short(), adapter="odd")
+            return (await other)[0].token_ids
+
+    answer = run(work)
+    assert answer == llm.generate(PROMPTS[0], short(max_tokens=40, ignore_eos=True))[0].token_ids

@@ -77,3 +77,41 @@ def test_a_wrong_adapter_is_said_in_one_line(arguments, code, needle, capsys):
 
     assert main(arguments) == code
     assert needle in capsys.readouterr().err
+
+
+def test_a_stream_whose_adapter_is_unloaded_ends_with_an_error_and_others_go_on(adapted):
+    llm, folder = adapted
+    params = llm.default_params(temperature=0.0, max_tokens=12, ignore_eos=True)
+    alone = {name: llm.generate(PROMPT, params, adapter=name)[0].text for name in (None, "odd")}
+    asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    steps = 0
+
+    def unload_in_the_fifth_step(*_):
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            llm.unload_adapter("odd")
+
+    with serve(llm) as running:
+        client = running.client()
+        hook = llm.model.model.layers[0].register_forward_pre_hook(unload_in_the_fifth_step)
+        try:
+            stream = client.completions.create(model="odd", stream=True, **asked)
+            text = ""
+            with pytest.raises(openai.APIError, match="'odd' was unloaded"):
+                for chunk in stream:
+                    text += chunk.choices[0].text
+            assert alone["odd"].startswith(text) and text != alone["odd"]
+            assert client.completions.create(model=MODEL, **asked).choices[0].text == alone[None]
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model="odd", **asked)
+            # Not streamed, it has a status of its own.
+            llm.load_adapter("odd", folder)
+            steps = 0
+            with pytest.raises(openai.InternalServerError, match="'odd' was unloaded") as caught:
+                client.with_options(max_retries=0).completions.create(model="odd", **asked)
+            assert caught.value.status_code == 503 and caught.value.code == "adapter-gone"
+        finally:
+            hook.remove()
+        llm.load_adapter("odd", folder)
+        assert client.completions.create(model="odd", **asked).choices[0].text == alone["odd"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 
 import pytest
 import tokenizers
@@ -196,3 +198,33 @@ def test_without_the_package_the_error_names_the_extra(llm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ConfigError, match="pymllm\\[grammar\\]"):
         llm.grammars.start(Grammar("regex", "never seen before"))
+
+
+@pytest.mark.parametrize("line", ['"' + '\\"' * 32_000, "/" + "\\/" * 32_000, '/a"' * 20_000, '"/' * 30_000])
+def test_a_grammar_whose_strings_do_not_end_is_read_in_one_go(line):
+    def too_long(*_):
+        raise AssertionError("20 s of this process's own time")
+
+    before = signal.signal(signal.SIGVTALRM, too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 20)
+    try:
+        grammars.Grammar("lark", line)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('"&&&&&&&&&&&&"', True),
+        ("/&&&&&&&&&&&&/", True),
+        ("a & b" * 11, False),
+        ('"a" & ' * 11 + '"', False),
+        ('// "&&&&&&&&&&&&" unclosed', True),
+        ('"\\"&&&&&&&&&&&&', False),
+    ],
+)
+def test_expressions_that_hold_together_are_counted_outside_of_strings(text, fits):
+    with contextlib.nullcontext() if fits else pytest.raises(RequestError, match="hold for the same text"):
+        grammars.Grammar("lark", text)

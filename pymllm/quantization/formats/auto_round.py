@@ -15,7 +15,6 @@ The page: quantization/gptq/README.md, "auto-round".
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,7 +25,14 @@ from pymllm.kernels.canonical import CHANNEL, TENSOR, Activations
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.storage.auto_round_linear import AutoRoundFp8LinearMethod
-from pymllm.quantization.storage.fields import compile_pattern, is_block, read_choice, read_names, unsupported
+from pymllm.quantization.storage.fields import (
+    compile_pattern,
+    is_block,
+    is_regular_expression,
+    read_choice,
+    read_names,
+    unsupported,
+)
 from pymllm.quantization.storage.settings import HarmlessSettings, below, harmless
 from pymllm.quantization.storage.writer_settings import AUTOROUND, REFUSED, STORED_DTYPE, STORED_LAYER, SWITCH
 from pymllm.weights.module_names import ModuleNames
@@ -285,11 +291,7 @@ def _float8_method(settings: Mapping[str, Any], at: str) -> LinearMethodBase:
 
 def _is_pattern(key: str) -> bool:
     """Tell whether AutoRound takes a key of extra_config, which is no layer's name, for a regular expression."""
-    try:
-        re.compile(key)
-    except re.error:
-        return False
-    return any(sign in key for sign in "*+?[](){}|^$\\")
+    return is_regular_expression(key) and any(sign in key for sign in "*+?[](){}|^$\\")
 
 
 def _read_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -26,7 +26,6 @@ The page with the layouts: quantization/modelopt/README.md.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ from pymllm.quantization.kv_cache import (
 )
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import parse_options
-from pymllm.quantization.storage.fields import is_group_size, read_names, unsupported
+from pymllm.quantization.storage.fields import compile_wildcards, is_group_size, read_names, unsupported
 from pymllm.quantization.storage.fp4_linear import e2m1_weight, exact_reciprocal
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.groups import check_groups, check_share, rows_of_parts
@@ -316,7 +315,9 @@ class ModelOptConfig(QuantizationConfig):
 
 def _means(pattern: str, prefix: str) -> bool:
     """Tell whether a name, perhaps with shell wildcards, is the layer's, or that of a module around it."""
-    return fnmatch.fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}.")
+    return compile_wildcards(pattern, "exclude_modules").fullmatch(prefix) is not None or prefix.startswith(
+        f"{pattern}."
+    )
 
 
 def _read_algorithm(settings: Any, within: str, group_size: Any = None) -> Algorithm:

@@ -61,7 +61,7 @@ class MXFP8Config(QuantizationConfig):
         return MXFP8LinearMethod()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        excluded = is_skipped(prefix, self.modules_to_not_convert)
+        excluded = is_skipped(self.spellings(prefix), self.modules_to_not_convert)
         if not self.covers(layer, prefix, *SCALES, excluded=excluded):
             return None
         return stored_mxfp8(self.stored, prefix, "MXFP8", "group mx")

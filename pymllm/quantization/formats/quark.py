@@ -14,7 +14,6 @@ the layouts: quantization/quark/README.md.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +29,13 @@ from pymllm.quantization.kv_cache import (
     unsupported_kv_cache,
 )
 from pymllm.quantization.method import LinearMethodBase
-from pymllm.quantization.storage.fields import compile_pattern, is_block, read_names, unsupported
+from pymllm.quantization.storage.fields import (
+    compile_pattern,
+    compile_wildcards,
+    is_block,
+    read_names,
+    unsupported,
+)
 from pymllm.quantization.storage.fp8_linear import NamedFp8LinearMethod
 from pymllm.quantization.storage.mxfp4_linear import MXFP4LinearMethod, stored_mxfp4
 from pymllm.quantization.storage.mxfp8_linear import MXFP8LinearMethod, stored_mxfp8
@@ -213,7 +218,7 @@ def _names(pattern: str, prefix: str) -> bool:
     """Tell whether a pattern names the layer: `re:` and a regular expression, or a name with shell wildcards."""
     if pattern.startswith("re:"):
         return compile_pattern(pattern[3:], "exclude").search(prefix) is not None
-    return fnmatch.fnmatchcase(prefix, pattern)
+    return compile_wildcards(pattern, "layer_quant_config or exclude").fullmatch(prefix) is not None
 
 
 def _read_scheme(scheme: Any, at: str) -> LinearMethodBase | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    from re import _parser as sre_parse  # type: ignore[attr-defined]
-else:
-    import sre_parse
+from pymllm.patterns import EXPECTED, Pattern
 
 
 def unsupported(
@@ -83,64 +79,64 @@ def is_skipped(names: Iterable[str], patterns: Iterable[str]) -> bool:
     )
 
 
-MAX_PATTERN = 1000  # characters
-MAX_REPEATS = 5  # long ones; matching takes about as many steps as the name's length to this power
-LONG = 16  # a repeat of more times than this is long
-
-
-@functools.lru_cache(maxsize=4096)
-def compile_pattern(pattern: str, field: str, prefix: str = "") -> re.Pattern[str]:
+@functools.lru_cache(maxsize=65536)
+def compile_pattern(pattern: str, field: str, prefix: str = "") -> Pattern:
     """Compile a regular expression of a checkpoint's config, which may be hostile.
 
     field: what holds it.  prefix: what stands before it there, such as "re:".  ConfigError for what is no regular
-    expression, or could take forever to match: it is too long, has too many repeats, or repeats what repeats itself or
-    has alternatives.
+    expression, here, or when it is matched for what would take forever.
     """
-    problem = None
-    if len(pattern) > MAX_PATTERN:
-        problem = f"longer than {MAX_PATTERN} characters"
-    else:
-        try:
-            compiled = re.compile(pattern)
-            problem = _too_slow(sre_parse.parse(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
-            problem = f"no regular expression ({error})"
-    if problem is None:
-        return compiled
-    raise ConfigError(
-        f"a pattern in {field} of the quantisation is {problem}",
+    found = repr((prefix + pattern)[:200])
+    return Pattern(pattern, functools.partial(_pattern_error, f"{field} of the quantisation", field, found))
+
+
+@functools.lru_cache(maxsize=65536)
+def compile_wildcards(pattern: str, field: str) -> Pattern:
+    """Compile a name with shell wildcards, as fnmatch has them; `fullmatch` then matches as `fnmatchcase` does."""
+    refuse = functools.partial(_pattern_error, f"{field} of the quantisation", field, repr(pattern[:200]))
+    return Pattern(translate_wildcards(pattern), refuse)
+
+
+def is_regular_expression(text: str) -> bool:
+    """Tell whether a text is a regular expression that can be matched."""
+    try:
+        compile_pattern(text, "")
+    except ConfigError:
+        return False
+    return True
+
+
+def _pattern_error(where: str, field: str, found: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"a pattern in {where} is {problem}",
         code="quantization-config",
         file="config.json",
         tensor=f"quantization_config.{field}",
-        expected=f"a regular expression of at most {MAX_PATTERN} characters and {MAX_REPEATS} repeats, not nested",
-        found=repr((prefix + pattern)[:200]),
+        expected=EXPECTED,
+        found=found,
     )
 
 
-def _too_slow(tree: Any) -> str | None:
-    """Return why matching could take time without bound, or None if it cannot.  tree: the parsed expression."""
-    repeats = 0
-    pending: list[tuple[Any, bool]] = [(tree, False)]  # nodes, and whether a repeat is around them
-    while pending:
-        node, repeated = pending.pop()
-        if isinstance(node, sre_parse.SubPattern):
-            pending += [(item, repeated) for item in node.data]
-        elif isinstance(node, tuple) and node and str(node[0]) in REPEATS:
-            _, (_, most, body) = node
-            if repeated:
-                return "a repeat within a repeat"
-            repeats += most > LONG
-            pending.append((body, most > 1))
-        elif isinstance(node, tuple) and node and str(node[0]) == "BRANCH" and repeated:
-            return "a repeat of alternatives"
-        elif isinstance(node, (tuple, list)):
-            pending += [
-                (item, repeated) for item in node if isinstance(item, (tuple, list, sre_parse.SubPattern))
-            ]
-    return f"one of {repeats} repeats" if repeats > MAX_REPEATS else None
-
-
-REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+def translate_wildcards(pattern: str) -> str:
+    """Return the regular expression for the names that `fnmatch` takes: with `*`, `?`, `[...]`, `[!...]`."""
+    parts: list[str] = []
+    start = 0
+    while start < len(pattern):
+        sign, end = pattern[start], start + 1
+        if sign == "[":  # what closes it is not its first character, nor the one after a "!"
+            first = end + pattern.startswith("!", end)
+            closed = pattern.find("]", first + 1)
+            end = end if closed < 0 else closed + 1
+        if sign == "*":
+            parts += [] if parts and parts[-1] == ".*" else [".*"]
+        elif sign == "?":
+            parts.append(".")
+        elif end == start + 1:
+            parts.append(re.escape(sign))
+        else:  # fnmatch's own reading of it, without the (?s: and )\Z around it
+            parts.append(fnmatch.translate(pattern[start:end])[4:].rpartition(")")[0])
+        start = end
+    return f"(?s:{''.join(parts)})"
 
 
 def read_stored(tensor: Any) -> Tensor:
