@@ -8,14 +8,17 @@ namespace {
 
 std::string number(std::int64_t value) { return std::to_string(value); }
 
-std::string between(std::int64_t least, std::int64_t end) {
-  return end > least ? number(least) + " to " + number(end - 1) : "none";
+std::string between(std::int64_t least, std::int64_t most) {
+  if (most < least) return "none";
+  if (most >= kLargestSide) return number(least) + " or more";
+  // Where negative numbers stand for nothing, all of them do.
+  return (least == INT64_MIN ? "any up to " : number(least) + " to ") + number(most);
 }
 
 } // namespace
 
 void refuse_number(const char *name, std::int64_t least, std::int64_t most, std::int64_t found) {
-  throw Refusal(std::string(name) + " is out of range", number(least) + " to " + number(most), number(found));
+  throw Refusal(std::string(name) + " is out of range", between(least, most), number(found));
 }
 
 void refuse_address(const char *name) {
@@ -24,7 +27,7 @@ void refuse_address(const char *name) {
 }
 
 void refuse_index(const char *name, std::int64_t least, std::int64_t end, std::int64_t found, std::int64_t place) {
-  throw Refusal(name, between(least, end), number(found) + " at " + number(place), true);
+  throw Refusal(name, between(least, end - 1), number(found) + " at " + number(place), true);
 }
 
 void check_requests(const std::int32_t *starts, const std::int32_t *lengths, std::int64_t requests,

@@ -122,10 +122,18 @@ def floats(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Ten
     """Bring floats of any dtype to the CPU, contiguous, in this one."""
     if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout is not torch.strided:
+    if tensor.is_meta:
         raise unfit(name, tensor, ("*",), "floats")
-    check_memory(name, tensor)
-    return tensor.to("cpu", dtype).resolve_neg().contiguous()
+    return floats_in(name, tensor, dtype).to("cpu").resolve_neg().contiguous()
+
+
+def floats_in(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert floats to another dtype.  Raises ConfigError for other numbers, and where there is too little memory."""
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise unfit(name, tensor, ("*",), "floats")
+    if tensor.is_cpu:
+        check_memory(name, tensor)
+    return tensor.to(dtype)
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
