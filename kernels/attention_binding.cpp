@@ -55,7 +55,7 @@ void attention_(std::uintptr_t q, std::uintptr_t y, int type, std::int64_t q_str
   problem.q_stride = q_stride;
   problem.k = rows_at(k, element, k_size, k_stride, k_scales, scale_stride);
   problem.v = rows_at(v, element, v_size, v_stride, v_scales, scale_stride);
-  problem.pages = at<std::int32_t>(pages);
+  problem.pages = page_count < 0 ? nullptr : at<std::int32_t>(pages);
   problem.page_columns = page_columns;
   problem.page_size = page_size;
   problem.query_starts = at<std::int32_t>(query_starts);

@@ -53,7 +53,7 @@ void check_all_new(const std::int32_t *starts, const std::int32_t *lengths, std:
   for (std::int64_t i = 0; i < requests; ++i)
     if (lengths[i] != starts[i + 1] - starts[i])
       throw Refusal("without a cache, context_lens must be the numbers of new tokens (cu_seqlens_q), as there are no others",
-                    number(starts[i + 1] - starts[i]) + " for request " + number(i), number(lengths[i]));
+                    number(starts[i + 1] - starts[i]) + " for request " + number(i), number(lengths[i]), true);
 }
 
 void check_pages(const std::int32_t *pages, std::int64_t columns, std::int64_t page_size, std::int64_t count,

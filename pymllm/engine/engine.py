@@ -173,7 +173,7 @@ class Engine:
         return min(self.max_length, self.strategy.usable_length(room))
 
     def check_text(self, tokens: int) -> None:
-        """Raise RequestError where the logits of a text cannot be had: it is too long for the model or for the memory."""
+        """Raise RequestError where a text is too long for the model, or its logits for the memory."""
         longest, vocabulary = self.model.max_length, self.model.config.size("vocab_size")
         if tokens > longest:
             raise RequestError(

@@ -262,6 +262,7 @@ def check_state_form(state: Tensor | None, shape: tuple[int, ...], step: Attenti
             raise _wrong("the step has state_slots, but the layer has no state: attach states first")
         return
     fits = state.dtype is torch.float32 and state.shape[1:] == shape and state.is_contiguous()
+    fits = fits and not state.is_neg()
     if not fits:
         raise _wrong(
             f"the state must be [slots, {', '.join(map(str, shape))}] float32, contiguous, "

@@ -29,14 +29,13 @@ def address(name: str, tensor: Tensor, size: int) -> int:
     """
     # A call costs 0.2 us: benchmarks/cpu_dispatch.py.
     try:
-        offset = tensor.storage_offset()
-        if not offset and tensor.untyped_storage().nbytes() >= size:
-            return tensor.data_ptr()
-        offset *= tensor.element_size()
-        found = tensor.data_ptr()
+        offset: int = tensor.storage_offset()
+        if offset:
+            offset *= tensor.element_size()
+        found: int = tensor.data_ptr()
         # Of a view into no memory at all, torch gives the offset alone.
-        if tensor.untyped_storage().nbytes() >= offset + size and found >= offset:
-            return found if found > offset else 0
+        if tensor.untyped_storage().nbytes() >= offset + size and (found > offset or not size):
+            return found
     except RuntimeError:  # torch's answer for a tensor without memory of its own
         pass
     raise unfit(name, tensor)
@@ -57,7 +56,7 @@ def places_of(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, int, int]]
 def lie_as(places: list[tuple[Tensor, int, int]]) -> bool:
     """Tell whether tensors still lie as `places_of` found them: a storage that was resized lies elsewhere."""
     # A generator would cost as much as the looks.
-    for tensor, at, size in places:  # noqa: SIM110
+    for tensor, at, size in places:
         if tensor.data_ptr() != at or tensor.untyped_storage().nbytes() != size:
             return False
     return True
@@ -100,12 +99,12 @@ def strided_rows(name: str, tensor: Tensor) -> tuple[Tensor, int, int]:
 
 def integers(name: str, tensor: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """Bring integers of any dtype to the CPU, contiguous, in this one.  Raises IndicesError where one does not fit."""
-    if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
+    if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     if tensor.dtype not in INTEGERS or tensor.is_meta or tensor.layout is not torch.strided:
         raise unfit(name, tensor, ("*",), "integers")
     check_memory(name, tensor)
-    found = tensor.to("cpu")
+    found = tensor.to("cpu").resolve_neg()
     if dtype is torch.int32 and found.dtype is torch.int64 and found.numel():
         least, most = int(found.min()), int(found.max())
         if least < LEAST or most > MOST:

@@ -69,6 +69,8 @@ class NativeAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         # Every line counts: benchmarks/cpu_dispatch.py.
+        if q.ndim != 3:
+            raise unfit("q", q, ("T", problem.num_heads, problem.head_dim), problem.dtype)
         tokens, heads, head_dim = q.shape
         dtype, kv_heads, value_dim = problem.dtype, problem.num_kv_heads, problem.value_head_dim
         if q.dtype is not dtype or not q.is_cpu or (heads, head_dim) != (problem.num_heads, problem.head_dim):
@@ -244,6 +246,9 @@ def _look_at_pages(cache: PagedKV, problem: AttentionProblem) -> _Pages:
             found.append(checked_address(f"the scales of the cache's {name}", scale, shape, torch.float32))
     strides = (heads * sizes[0], heads * sizes[1], heads if kind.scaling == "token" else 0)
     tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    for tensor in tensors:
+        if tensor is not None and tensor.is_neg():
+            raise unfit("the cache's pages and scales", tensor)
     arguments = (*found, *strides, ELEMENTS[kind.dtype])
     return _Pages(tensors, places_of(tensors), (heads, *sizes), count, page_size, arguments)
 
@@ -333,7 +338,8 @@ def _look_at_tables(step: AttentionStep) -> tuple[int, ...]:
 def step_numbers(step: AttentionStep, name: str, dtype: torch.dtype = torch.int32) -> Tensor:
     """Return one of the step's tensors as contiguous integers on the CPU; what has to be converted is kept."""
     tensor = getattr(step, name)
-    if tensor is not None and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
+    whole = tensor is not None and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+    if whole and not tensor.is_neg():
         return tensor  # type: ignore[no-any-return]
     if not isinstance(tensor, Tensor):
         raise unfit(name, tensor, ("*",), dtype)

@@ -32,7 +32,8 @@ class NativeElementwise:
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute what `TorchElementwise.rms_norm` does, which runs a float32 weight over other activations itself."""
-        if weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32:
+        float32 = weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32
+        if float32 and x.is_floating_point():
             return TorchElementwise().rms_norm(x, weight, eps, residual)
         x = _taken("x", x, x)
         shape = x.shape
