@@ -437,8 +437,9 @@ void store_tokens(const void *x, FloatType type, std::int64_t x_stride, const KV
       }
     } else if (static_cast<int>(rows.element) == static_cast<int>(type)) {
       const std::int64_t bytes = bytes_of(type);
-      std::memcpy(static_cast<char *>(rows.data) + to * bytes, static_cast<const char *>(x) + from * bytes,
-                  static_cast<std::size_t>(width * bytes));
+      // What is stored may come out of the pages themselves.
+      std::memmove(static_cast<char *>(rows.data) + to * bytes, static_cast<const char *>(x) + from * bytes,
+                   static_cast<std::size_t>(width * bytes));
     } else {
       for (std::int64_t at = 0; at < width; at += kStrip) {
         const std::int64_t count = strip_at(at, width);

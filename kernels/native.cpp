@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 
+#include "checks.h"
 #include "cpu_probe.h"
 
 namespace nb = nanobind;
@@ -45,6 +46,23 @@ nb::dict probe() {
   return result;
 }
 
+// A refusal is an error of ours in Python. Where our errors cannot be had, what stands in the way is raised instead.
+void raise_refusal(const std::exception_ptr &thrown, void *) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const pymllm::Refusal &refusal) {
+    try {
+      const nb::object kind = nb::module_::import_("pymllm.errors").attr(refusal.index ? "IndicesError" : "ConfigError");
+      const nb::object error =
+          kind(refusal.message, nb::arg("code") = "native-call", nb::arg("expected") = refusal.expected,
+               nb::arg("found") = refusal.found);
+      PyErr_SetObject(kind.ptr(), error.ptr());
+    } catch (nb::python_error &error) {
+      error.restore();
+    }
+  }
+}
+
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -53,6 +71,7 @@ NB_MODULE(_native, m) {
   // What lives at the end of a process is no leak: a daemon thread never lets go of the tape that it plays.
   nb::set_leak_warnings(false);
 #endif
+  nb::register_exception_translator(raise_refusal);
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
   pymllm::register_attention(m);

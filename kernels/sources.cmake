@@ -14,7 +14,7 @@ macro(add_kernels flags)
   endforeach()
 endmacro()
 
-add_kernels("" attention cpu_probe elementwise float_linear integer integer_experts integer_portable isa
+add_kernels("" attention checks cpu_probe elementwise float_linear integer integer_experts integer_portable isa
   pointwise sampling threads)
 set(roofline_flags "")
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

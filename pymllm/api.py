@@ -330,13 +330,13 @@ class LLM(Ranked):
 
         adapter: the name of one in `adapters`, or None.  Returns [T, V] float32 on the CPU.
         """
-        runner = self.engine.runner
         self.check_adapter(adapter)
         ids = self.encode(token_ids)  # type: ignore[arg-type]
         if not ids:
             return torch.zeros((0, self.config.size("vocab_size")))
+        self.engine.check_text(len(ids))
         with self._lock:
-            return runner.logits(ids, adapter).float().cpu()
+            return self.engine.runner.logits(ids, adapter).float().cpu()
 
     def generate(
         self,

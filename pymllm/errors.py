@@ -68,6 +68,10 @@ class ConfigError(PymllmError, ValueError):
     """A setting, a model config or a quantisation config that we cannot honour."""
 
 
+class IndicesError(ConfigError, IndexError):
+    """Numbers of rows, experts, pages, slots or tokens outside of what they name."""
+
+
 class RuleError(ConfigError):
     """A quantisation rule that matches nothing, can never apply, or cannot be read."""
 

@@ -27,8 +27,11 @@ from pymllm.kernels.registry import select
 from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Parallel
+from pymllm.weights.memory import available_memory
 
 Made = TypeVar("Made")
+
+LOGIT_BYTES = 4  # of one logit of a whole text, at least
 
 
 class made_once(Generic[Made]):
@@ -171,6 +174,29 @@ class Engine:
         """The number of tokens that the model, and the whole cache, have room for."""
         room = min(self.model.max_length, self.cache.num_pages * self.cache.page_size)
         return min(self.max_length, self.strategy.usable_length(room))
+
+    def check_text(self, tokens: int) -> None:
+        """Raise RequestError where a text is too long for the model, or its logits for the memory."""
+        longest, vocabulary = self.model.max_length, self.model.config.size("vocab_size")
+        if tokens > longest:
+            raise RequestError(
+                f"the text is too long: this model's maximum context length is {longest} tokens",
+                code="prompt-too-long",
+                tensor="token_ids",
+                expected=f"up to {longest} tokens",
+                found=str(tokens),
+                fix="Take the text in pieces.",
+            )
+        needed, available = tokens * vocabulary * LOGIT_BYTES, available_memory(self.device.type)
+        if available is not None and needed > available:
+            raise RequestError(
+                f"the logits of the text take {needed / 1e9:.2f} GB, but only {available / 1e9:.2f} GB are free",
+                code="out-of-memory",
+                tensor="token_ids",
+                expected=f"up to {available // (vocabulary * LOGIT_BYTES)} tokens",
+                found=str(tokens),
+                fix="Take the text in pieces.",
+            )
 
     def check(self, prompt: Sequence[int], params: SamplingParams, answers: bool = True) -> int:
         """Return how many tokens a request may have in all.  RequestError if this model can never run it.

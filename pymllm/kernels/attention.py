@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError, IndicesError
 from pymllm.kernels.hardware import Device
 
 PAGE_SIZE = 16
@@ -94,6 +94,7 @@ class PagedKV:
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    checked: Any = field(default=None, init=False, repr=False)  # what a kernel found these tensors to be
 
     @property
     def page_size(self) -> int:
@@ -155,6 +156,9 @@ class AttentionStep:
     mask_prefix_hole: bool = False
     prefix_lens: Tensor | None = None
     padded_prefix_lens: Tensor | None = None
+    native: Any = field(
+        default=None, init=False, repr=False
+    )  # what a native kernel found these tensors to be
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _checked: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -172,13 +176,41 @@ class AttentionStep:
         """True where every query sees the positions up to its own, and all of them."""
         return self.block_size == 1 and not self.mask_prefix_hole
 
-    @cached_property
+    @property
     def spans(self) -> list[tuple[int, int, int]]:
         """For each request: its first new token, the end of its new tokens, and its length after this step."""
-        assert self.cu_seqlens_q is not None and self.context_lens is not None
-        starts = self.cu_seqlens_q.tolist() if self.query_starts is None else self.query_starts
-        lengths = self.context_lens.tolist() if self.lengths is None else self.lengths
-        return list(zip(starts[:-1], starts[1:], lengths, strict=True))
+        return self.checked("spans", self._spans, self.cu_seqlens_q, self.context_lens)
+
+    def _spans(self) -> list[tuple[int, int, int]]:
+        if self.cu_seqlens_q is None or self.context_lens is None:
+            raise _wrong_step("a step has no requests", "cu_seqlens_q and context_lens", "None")
+        starts = list(self.cu_seqlens_q.tolist() if self.query_starts is None else self.query_starts)
+        lengths = list(self.context_lens.tolist() if self.lengths is None else self.lengths)
+        if len(starts) != len(lengths) + 1 or starts[0] != 0:
+            raise _wrong_step(
+                "cu_seqlens_q must begin with 0 and have a number more than context_lens",
+                f"0 and {len(lengths)} numbers more",
+                f"{len(starts)} numbers, the first of them {starts[:1]}",
+            )
+        spans = list(zip(starts[:-1], starts[1:], lengths, strict=True))
+        for request, (start, stop, length) in enumerate(spans):
+            if not 0 <= stop - start <= length:
+                raise _wrong_step(
+                    f"request {request} must have from 0 to all of its tokens (context_lens) in a step",
+                    f"0 to {length}",
+                    f"{stop - start} (cu_seqlens_q)",
+                )
+        return spans
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raise ConfigError unless the step's requests have so many new tokens together."""
+        # Not `spans`: a step that runs again has none, but always as many tokens.
+        spans = self.checked("spans", self._spans, self.cu_seqlens_q, self.context_lens)
+        found = spans[-1][1] if spans else 0
+        if found != tokens:
+            raise _wrong_step(
+                f"cu_seqlens_q must go from 0 to {tokens}, the number of new tokens", str(tokens), str(found)
+            )
 
     @property
     def token_lengths(self) -> Tensor:
@@ -187,38 +219,57 @@ class AttentionStep:
         assert starts is not None and lengths is not None
         if self.max_seqlen_q == 1:
             return lengths
-        return self.once("token lengths", lambda: lengths.repeat_interleave(starts.diff()))
+        return self.once("token lengths", lambda: lengths.repeat_interleave(starts.diff()), starts, lengths)
 
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Call `make` once a step, and share what it returns among all layers under `key`."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def once(self, key: Hashable, make: Callable[[], Made], *sources: Tensor | None) -> Made:
+        """Call `make` once a step, and share what it returns among all layers under `key`.
 
-    def checked(self, key: Hashable, look: Callable[[], Made]) -> Made:
-        """Call `look` once, as `once` does, but keep its result when the step starts again.
-
-        For a result that keeps the addresses of the step's own tensors, and none of their numbers: a step that runs
-        again with other numbers in the same tensors (engine/tape.py) does not look again.
+        sources: the tensors that it reads; where one was replaced or written to by torch since, it is called again.
         """
-        if key not in self._checked:
-            self._checked[key] = look()
-        return self._checked[key]
+        return _kept(self._made, key, make, sources)
+
+    def checked(self, key: Hashable, look: Callable[[], Made], *sources: Tensor | None) -> Made:
+        """Call `look` as `once` does, but keep its result when the step starts again.
+
+        For what does not depend on numbers that a step which runs again has anew (engine/decoding.py writes them past
+        torch): those are looked at natively, at every call (kernels/checks.h).
+        """
+        return _kept(self._checked, key, look, sources)
 
     def restart(self) -> None:
         """Forget what `once` made."""
         self._made.clear()
 
-    def slots(self, request: int, first: int) -> Tensor:
-        """Find the positions from `first` of a request in the flattened pages.  Returns [length - first] int64."""
+    def slots(self, request: int, first: int, num_pages: int) -> Tensor:
+        """Find the positions from `first` of a request in the flattened pages, of which there are num_pages.
+
+        Returns [length - first] int64.  Raises IndicesError where page_tables has other pages, or too few.
+        """
 
         def make() -> Tensor:
-            assert self.page_tables is not None
-            position = torch.arange(first, self.spans[request][2], device=self.page_tables.device)
-            pages = self.page_tables[request, position // self.page_size].long()
+            table, length = self.page_tables, self.spans[request][2]
+            assert table is not None
+            if table.ndim != 2 or request >= len(table) or length > table.shape[1] * self.page_size:
+                raise _wrong_step(
+                    f"page_tables has too few pages for request {request}",
+                    f"pages of {self.page_size} tokens for {length} tokens",
+                    str(list(table.shape)),
+                    IndicesError,
+                )
+            position = torch.arange(first, length, device=table.device)
+            pages = table[request, position // self.page_size].long()
+            # Elsewhere a look would wait for the device.
+            if table.is_cpu and pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < num_pages:
+                raise _wrong_step(
+                    "page_tables names a page that the cache does not have",
+                    f"pages from 0 to {num_pages - 1}",
+                    f"{int(pages.min())} to {int(pages.max())}",
+                    IndicesError,
+                )
             return pages * self.page_size + position % self.page_size
 
-        return self.once(("slots", request, first), make)
+        sources = (self.page_tables, self.cu_seqlens_q, self.context_lens)
+        return self.once(("slots", request, first, num_pages), make, *sources)
 
     def visible(
         self, request: int, first: int, sliding_window: int | None, bidirectional: bool = False
@@ -237,7 +288,7 @@ class AttentionStep:
             query = torch.arange(cached, length, device=device)[:, None]
             key = torch.arange(first, length, device=device)[None, :]
             table = self.status_table
-            reading = table is None or self.once("states", table.tolist)[request] == 0
+            reading = table is None or self.once("states", table.tolist, table)[request] == 0
             if bidirectional:
                 seen = key < (length if sliding_window is None else query + sliding_window)
             elif self.block_size == 1 or (self.prefix_causal and reading):
@@ -252,7 +303,43 @@ class AttentionStep:
                 seen = seen & ~(hole & (key < cached))
             return seen
 
-        return self.once(("visible", request, first, sliding_window, bidirectional), make)
+        sources = (self.cu_seqlens_q, self.context_lens, self.status_table)
+        holes = (self.prefix_lens, self.padded_prefix_lens)
+        return self.once(("visible", request, first, sliding_window, bidirectional), make, *sources, *holes)
+
+
+def _kept(
+    kept: dict[Hashable, tuple[tuple[Tensor | None, ...], list[int], Any]],
+    key: Hashable,
+    make: Callable[[], Made],
+    sources: tuple[Tensor | None, ...],
+) -> Made:
+    """Return what `make` returned for this key, if it did with the same sources and what they held."""
+    found = kept.get(key)
+    if found is not None:
+        before, versions, made = found
+        for source, other in zip(sources, before, strict=True):
+            if source is not other:
+                break
+        else:
+            if not sources or versions == [_version(source) for source in sources]:
+                return made  # type: ignore[no-any-return]
+    versions = [_version(source) for source in sources]
+    made = make()
+    kept[key] = (sources, versions, made)
+    return made
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Count how often torch has written to a tensor; tensors of inference mode have no count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _wrong_step(
+    message: str, expected: str, found: str, error: type[ConfigError] = ConfigError
+) -> ConfigError:
+    fix = "Make the step anew for other requests, or keep its tensors as they are."
+    return error(message, code="attention-step", expected=expected, found=found, fix=fix)
 
 
 def seen_kv(
@@ -269,12 +356,18 @@ def seen_kv(
     where these are all there are, else from the pages.  Returns [N, Hkv, D], [N, Hkv, Dv] and the position.
     """
     start, stop, length = step.spans[request]
+    if cache is None and length != stop - start:
+        raise _wrong_step(
+            "without a cache, context_lens must be the numbers of new tokens (cu_seqlens_q)",
+            f"{stop - start} for request {request}",
+            str(length),
+        )
     if cache is None or (length == stop - start and cache.type.keeps(k.dtype)):
         return k[start:stop], v[start:stop], 0
     first = 0
     if problem.sliding_window is not None:
         first = max(0, length - (stop - start) - problem.sliding_window + 1)
-    keys, values = cache.read(step.slots(request, first), k.dtype)
+    keys, values = cache.read(step.slots(request, first, cache.k.shape[0]), k.dtype)
     return keys, values, first
 
 

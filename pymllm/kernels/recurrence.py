@@ -16,13 +16,13 @@ one gives what differs by no more than the rounding of the state between steps.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError, IndicesError
 from pymllm.kernels.attention import AttentionStep
 from pymllm.kernels.hardware import Device
 
@@ -191,7 +191,7 @@ class CausalConvKernel(Protocol):
 def check_gated_delta(
     problem: GatedDeltaProblem, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> int:
-    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
+    """Return the number of tokens.  Raises ConfigError where a tensor does not fit the problem."""
     tokens = q.shape[0]
     for name, tensor in (("q", q), ("k", k)):
         _check_tensor(name, tensor, (tokens, problem.num_key_heads, problem.key_dim), problem.dtype)
@@ -212,7 +212,7 @@ def check_mamba2_scan(
     D: Tensor,
     dt_bias: Tensor,
 ) -> int:
-    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
+    """Return the number of tokens.  Raises ConfigError where a tensor does not fit the problem."""
     tokens, heads = x.shape[0], problem.num_heads
     _check_tensor("x", x, (tokens, heads, problem.head_dim), problem.dtype)
     _check_tensor("dt", dt, (tokens, heads))
@@ -224,7 +224,7 @@ def check_mamba2_scan(
 
 
 def check_causal_conv(problem: CausalConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """Return the number of tokens.  Raises ValueError where a tensor does not fit the problem."""
+    """Return the number of tokens.  Raises ConfigError where a tensor does not fit the problem."""
     tokens = x.shape[0]
     _check_tensor("x", x, (tokens, problem.channels), problem.dtype)
     _check_tensor("weight", weight, (problem.channels, problem.kernel_size))
@@ -236,64 +236,61 @@ def check_causal_conv(problem: CausalConvProblem, x: Tensor, weight: Tensor, bia
 def _check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
 ) -> None:
-    """Raise ValueError unless the tensor has this shape, and this dtype; None: any float."""
+    """Raise ConfigError unless the tensor has this shape, and this dtype; None: any float."""
     if tensor.shape != shape or (tensor.dtype is not dtype if dtype else not tensor.is_floating_point()):
-        raise ValueError(
+        raise _wrong(
             f"{name} must be {list(shape)} {dtype or 'of a float dtype'}, not {list(tensor.shape)} {tensor.dtype}"
         )
 
 
 def check_state(state: Tensor | None, shape: tuple[int, ...], step: AttentionStep, tokens: int) -> None:
-    """Raise ValueError unless the state fits the problem, and the step names a slot of its own for each request.
+    """Raise ConfigError unless the state fits the problem, and the step names a slot of its own for each request.
 
-    shape: of one request's state.  Of a step that runs again with other numbers the slots are not looked at again.
+    shape: of one request's state.
     """
+    check_state_form(state, shape, step)
+    step.check_tokens(tokens)
+    if state is not None:
+        count = state.shape[0]
+        step.checked(("state slots", count), lambda: _check_slots(step, count), step.state_slots)
+
+
+def check_state_form(state: Tensor | None, shape: tuple[int, ...], step: AttentionStep) -> None:
+    """Raise ConfigError unless the state fits the problem.  What the step's tensors hold is for others to look at."""
     if state is None:
         if step.state_slots is not None:
-            raise ValueError("the step has state_slots, but the layer has no state: attach states first")
-        step.checked(("requests", tokens), lambda: _check_requests(step, tokens))
+            raise _wrong("the step has state_slots, but the layer has no state: attach states first")
         return
-    if state.dtype is not torch.float32 or state.shape[1:] != shape or not state.is_contiguous():
-        raise ValueError(
+    fits = state.dtype is torch.float32 and state.shape[1:] == shape and state.is_contiguous()
+    fits = fits and not state.is_neg()
+    if not fits:
+        raise _wrong(
             f"the state must be [slots, {', '.join(map(str, shape))}] float32, contiguous, "
-            f"not {list(state.shape)} {state.dtype}"
+            f"not {list(state.shape)} {state.dtype} on {state.device}"
         )
     if step.state_slots is None:
-        raise ValueError("the layer has a state, but the step has no state_slots: pass None as the state")
-    step.checked(("requests", tokens), lambda: _check_requests(step, tokens))
-    step.checked(("state slots", state.shape[0]), lambda: _check_slots(step, state.shape[0]))
-
-
-def _check_requests(step: AttentionStep, tokens: int) -> None:
-    assert step.cu_seqlens_q is not None and step.context_lens is not None
-    # Not `step.spans`: a step that runs again has none.
-    starts = list(step.query_starts or step.cu_seqlens_q.tolist())
-    lengths = list(step.lengths or step.context_lens.tolist())
-    if len(starts) != len(lengths) + 1 or starts[0] != 0 or starts[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens_q must go from 0 to {tokens} in {len(lengths) + 1} numbers, for {len(lengths)} requests, "
-            f"not {starts}"
-        )
-    counts = [end - begin for begin, end in itertools.pairwise(starts)]
-    if any(not 0 <= count <= length for count, length in zip(counts, lengths, strict=True)):
-        raise ValueError(
-            f"each request has from 0 to all of its tokens (context_lens, {lengths}) in a step, not {counts}"
-        )
+        raise _wrong("the layer has a state, but the step has no state_slots: pass None as the state")
 
 
 def _check_slots(step: AttentionStep, count: int) -> None:
     slots = step.state_slots
     assert slots is not None
     if slots.dtype is not torch.int64 or slots.shape != (step.num_reqs,):
-        raise ValueError(
+        raise _wrong(
             f"state_slots must be [{step.num_reqs}] int64, a slot for each request, "
             f"not {list(slots.shape)} {slots.dtype}"
         )
     kept = [slot for slot in slots.tolist() if slot >= 0]
     if kept and max(kept) >= count:
-        raise ValueError(f"state_slots must be below the {count} slots of the state, not {max(kept)}")
+        raise _wrong(
+            f"state_slots must be below the {count} slots of the state, not {max(kept)}", IndicesError
+        )
     if len(set(kept)) < len(kept):
-        raise ValueError(f"state_slots must name a slot for one request only, not {kept}")
+        raise _wrong(f"state_slots must name a slot for one request only, not {kept}", IndicesError)
+
+
+def _wrong(message: str, error: type[ConfigError] = ConfigError) -> ConfigError:
+    return error(message, code="recurrence")
 
 
 def _check_shared(many: str, count: int, few: str, shared: int) -> None:

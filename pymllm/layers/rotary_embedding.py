@@ -81,7 +81,7 @@ class RotaryEmbedding(nn.Module):
         if step is None:
             cos, sin = self.cos_sin(positions)
         else:
-            cos, sin = step.once((self, id(positions)), lambda: self.cos_sin(positions))
+            cos, sin = step.once((self, id(positions)), lambda: self.cos_sin(positions), positions)
         return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import Execution
+from pymllm.kernels.native.addresses import floats_in
 from pymllm.kernels.registry import Operation, kernels_for
 from pymllm.layers.weighted import WeightedLayer
 from pymllm.modules.foreign_matrices import ForeignMatrix
@@ -90,7 +91,8 @@ class QuantizedLinear(QuantizedLayer):
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         """Multiply the only argument, whatever its name: x [*, I] of any float dtype.  Returns [*, O] in that dtype."""
         (x,) = *args, *named.values()
-        inputs = x.to(self.bound.problem.dtype)
+        dtype = self.bound.problem.dtype
+        inputs = x if x.dtype is dtype else floats_in("x", x, dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         y = self.quant_method.apply(self, inputs, bias)
         return (self.add_lora(inputs, y) if self.adapters else y).to(x.dtype)

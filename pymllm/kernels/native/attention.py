@@ -8,12 +8,26 @@ it nor on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError, IndicesError
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
+from pymllm.kernels.native.addresses import (
+    CODE,
+    address,
+    checked_address,
+    floats,
+    integers,
+    lie_as,
+    places_of,
+    strided_rows,
+    unfit,
+)
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
 from pymllm.kernels.native.float_linear import FLOAT_TYPES, why_not_here
 
@@ -55,59 +69,51 @@ class NativeAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         # Every line counts: benchmarks/cpu_dispatch.py.
+        if q.ndim != 3:
+            raise unfit("q", q, ("T", problem.num_heads, problem.head_dim), problem.dtype)
         tokens, heads, head_dim = q.shape
-        value_dim = problem.value_head_dim
-        wanted = (problem.num_heads, problem.head_dim)
-        if q.dtype is not problem.dtype or not q.is_cpu or (heads, head_dim) != wanted:
-            raise ValueError(
-                f"q must be [T, {wanted[0]}, {wanted[1]}] {problem.dtype} on the CPU, "
-                f"not {list(q.shape)} {q.dtype} on {q.device}"
-            )
-        q = _heads_adjoining(q)
+        dtype, kv_heads, value_dim = problem.dtype, problem.num_kv_heads, problem.value_head_dim
+        if q.dtype is not dtype or not q.is_cpu or (heads, head_dim) != (problem.num_heads, problem.head_dim):
+            raise unfit("q", q, ("T", problem.num_heads, problem.head_dim), dtype)
+        q, query, q_stride = strided_rows("q", q)
         if cache is None:
-            if k.dtype is not problem.dtype or v.dtype is not problem.dtype:
-                raise ValueError(f"k and v must be {problem.dtype}, not {k.dtype} and {v.dtype}")
-            for new, size in ((k, head_dim), (v, value_dim)):
-                if new.shape != (tokens, problem.num_kv_heads, size) or not new.is_cpu:
-                    raise ValueError(
-                        f"without a cache, k and v must be [{tokens}, {problem.num_kv_heads}, {head_dim} and "
-                        f"{value_dim}] on the CPU, not {list(k.shape)} and {list(v.shape)} on {new.device}"
-                    )
-            keys, values = _heads_adjoining(k), _heads_adjoining(v)
-            k_stride, v_stride = keys.stride(0), values.stride(0)
-            k_scales, v_scales, scale_stride = 0, 0, 0
-            pages = step.checked("native lengths without pages", lambda: _no_pages(step))
+            for name, new, size in (("k", k, head_dim), ("v", v, value_dim)):
+                if new.dtype is not dtype or not new.is_cpu or new.shape != (tokens, kv_heads, size):
+                    raise unfit(f"without a cache, {name}", new, (tokens, kv_heads, size), dtype)
+            (k, keys, k_stride), (v, values, v_stride) = strided_rows("k", k), strided_rows("v", v)
+            element, k_scales, v_scales, scale_stride = FLOAT_TYPES[dtype], 0, 0, 0
+            page_count, page_size = -1, 1
         else:
-            keys, values = cache.k, cache.v
-            k_stride, v_stride = problem.num_kv_heads * head_dim, problem.num_kv_heads * value_dim
-            k_scales, v_scales, scale_stride = _scales(cache)
-            pages = step.checked(("native pages", cache.k.shape[:2]), lambda: _pages(step, cache))
-        requests = step.checked("native requests", lambda: _requests(step, tokens))
+            pages = _pages(cache, problem)
+            keys, values, k_scales, v_scales, k_stride, v_stride, scale_stride, element = pages.arguments
+            page_count, page_size = pages.count, pages.page_size
+        tables = _tables(step)
         if sinks is not None:
-            sinks = sinks.detach().to(torch.float32).contiguous()
-            if sinks.shape != (heads,):
-                raise ValueError(f"sinks must be [{heads}], not {list(sinks.shape)}")
-        y = q.new_empty((tokens, heads, value_dim))
+            sinks = floats("sinks", sinks.detach())
+        y = q.new_empty(tokens, heads, value_dim)  # a tuple would cost 0.3 us
         native().attention(
-            q.data_ptr(),
+            query,
             y.data_ptr(),
-            FLOAT_TYPES[q.dtype],
-            q.stride(0),
-            keys.data_ptr(),
+            FLOAT_TYPES[dtype],
+            q_stride,
+            keys,
             k_scales,
             head_dim,
             k_stride,
-            values.data_ptr(),
+            values,
             v_scales,
             value_dim,
             v_stride,
-            ELEMENTS[keys.dtype],
+            element,
             scale_stride,
-            *pages[:3],
-            *requests[:7],
-            0 if sinks is None else sinks.data_ptr(),
+            *tables[:2],
+            page_size,
+            page_count,
+            tokens,
+            *tables[2:],
+            0 if sinks is None else checked_address("sinks", sinks, (heads,), torch.float32),
             heads,
-            problem.num_kv_heads,
+            kv_heads,
             problem.scale,
             problem.soft_cap or 0.0,
             problem.sliding_window or 0,
@@ -144,27 +150,32 @@ class NativeKVStore:
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        slots = step.checked(("native slots", cache.k.shape[:2]), lambda: _slots(step, cache, k.shape[0]))
-        heads, threads = problem.num_kv_heads, torch.get_num_threads()
-        isa = isa_code(self.isa or problem.device.isa)
-        for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
-            new = _heads_adjoining(new)
-            tokens, given, size = new.shape
-            if new.dtype is not problem.dtype or not new.is_cpu or (given, size) != pages.shape[2:]:
-                raise ValueError(
-                    f"new keys and values must be [T, {heads}, {pages.shape[3]}] {problem.dtype} on the CPU, "
-                    f"not {list(new.shape)} {new.dtype} on {new.device}"
-                )
+        tokens, heads, dtype = k.shape[0], problem.num_kv_heads, problem.dtype
+        pages = _pages(cache, problem)
+        keys, values, k_scales, v_scales, k_stride, v_stride, _, element = pages.arguments
+        slots = step_numbers(step, "slot_mapping", torch.int64)
+        if slots.shape != (tokens,):
+            raise unfit("slot_mapping", slots, (tokens,), torch.int64, IndicesError)
+        where, slot_count = address("slot_mapping", slots, tokens * 8), pages.count * pages.page_size
+        isa, threads = isa_code(self.isa or problem.device.isa), torch.get_num_threads()
+        for name, new, size, to, scales, stride in (
+            ("k", k, problem.head_dim, keys, k_scales, k_stride),
+            ("v", v, problem.value_head_dim, values, v_scales, v_stride),
+        ):
+            if new.dtype is not dtype or not new.is_cpu or new.shape != (tokens, heads, size):
+                raise unfit(f"the new {name}", new, (tokens, heads, size), dtype)
+            new, at, between = strided_rows(name, new)
             native().store_kv(
-                new.data_ptr(),
-                FLOAT_TYPES[new.dtype],
-                new.stride(0),
-                pages.data_ptr(),
-                ELEMENTS[pages.dtype],
+                at,
+                FLOAT_TYPES[dtype],
+                between,
+                to,
+                element,
                 size,
-                heads * size,
-                0 if scales is None else scales.data_ptr(),
-                slots.data_ptr(),
+                stride,
+                scales,
+                where,
+                slot_count,
                 tokens,
                 heads,
                 isa,
@@ -176,89 +187,160 @@ MAX_CODED_HEAD = 256  # kStrip in kernels/strips.h
 LONGEST = 2**31  # no request has so many tokens: lengths are int32
 
 
-def _heads_adjoining(x: Tensor) -> Tensor:
-    """Bring the heads of each token of x, [T, heads, D], side by side; tokens may be further apart."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+# What a layer's pages and a step's tensors are is looked at once, and kept with them. Each call then asks whether they
+# are the same tensors, and lie where they lay. What numbers a step's tensors hold, the native code looks at itself, at
+# every call (kernels/checks.h).
 
 
-def _scales(cache: PagedKV) -> tuple[int, int, int]:
-    """Return the addresses of the scales of keys and of values, and the step between tokens; 0 where there are none."""
-    if cache.k_scale is None or cache.v_scale is None:
-        return 0, 0, 0
-    return (
-        cache.k_scale.data_ptr(),
-        cache.v_scale.data_ptr(),
-        cache.k.shape[2] if cache.type.scaling == "token" else 0,
-    )
+@dataclass(slots=True)
+class _Pages:
+    """What a cache's tensors were found to be.
+
+    tensors: keys, values, and the scales of both.  places: where each lies, and the bytes of its storage.
+    sizes: of a slot: key heads, a head of keys, a head of values.  count: of pages.
+    arguments: the addresses of keys, values and their scales, the elements between the slots of each, and their type.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    places: list[tuple[Tensor, int, int]]
+    sizes: tuple[int, int, int]
+    count: int
+    page_size: int
+    arguments: tuple[int, ...]
 
 
-# The native code reads what it finds at addresses, without looking: so a step's tensors are checked first, once a step.
-# Each result holds the addresses, and the tensors that keep them alive.
+def _pages(cache: PagedKV, problem: AttentionProblem) -> _Pages:
+    """Return what a cache's tensors are.  Raises ConfigError where they are not those of the problem."""
+    kept = cache.checked
+    if kept is not None:
+        k, v, k_scale, v_scale = kept.tensors
+        if (
+            cache.k is k
+            and cache.v is v
+            and cache.k_scale is k_scale
+            and cache.v_scale is v_scale
+            and kept.sizes == (problem.num_kv_heads, problem.head_dim, problem.value_head_dim)
+            and lie_as(kept.places)
+        ):
+            return kept  # type: ignore[no-any-return]
+    cache.checked = kept = _look_at_pages(cache, problem)
+    return kept
 
 
-def _no_pages(step: AttentionStep) -> tuple[int, int, int, Tensor | None]:
-    assert step.cu_seqlens_q is not None and step.context_lens is not None
-    counts, lengths = step.cu_seqlens_q.diff(), step.context_lens
-    if counts.shape != lengths.shape or bool((counts != lengths).any()):
-        raise ValueError(
-            "without a cache, context_lens must be the numbers of new tokens (cu_seqlens_q): "
-            f"{counts.tolist()}, not {lengths.tolist()}"
+def _look_at_pages(cache: PagedKV, problem: AttentionProblem) -> _Pages:
+    kind, heads, sizes = cache.type, problem.num_kv_heads, (problem.head_dim, problem.value_head_dim)
+    if cache.k.ndim != 4 or kind.dtype not in ELEMENTS:
+        raise unfit("the cache's keys", cache.k, ("pages", problem.page_size, heads, sizes[0]), kind.dtype)
+    count, page_size, *_ = cache.k.shape
+    found = [
+        checked_address(f"the cache's {name}", tensor, (count, page_size, heads, size), kind.dtype)
+        for name, tensor, size in zip(("keys", "values"), (cache.k, cache.v), sizes, strict=True)
+    ]
+    shape = {"none": None, "static": (heads,), "token": (count, page_size, heads)}[kind.scaling]
+    for name, scale in (("keys", cache.k_scale), ("values", cache.v_scale)):
+        if scale is None and shape is None:
+            found.append(0)
+        elif scale is None or shape is None:
+            raise unfit(f"the scales of the cache's {name}", scale, shape or ("none",), torch.float32)
+        else:
+            found.append(checked_address(f"the scales of the cache's {name}", scale, shape, torch.float32))
+    strides = (heads * sizes[0], heads * sizes[1], heads if kind.scaling == "token" else 0)
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    for tensor in tensors:
+        if tensor is not None and tensor.is_neg():
+            raise unfit("the cache's pages and scales", tensor)
+    arguments = (*found, *strides, ELEMENTS[kind.dtype])
+    return _Pages(tensors, places_of(tensors), (heads, *sizes), count, page_size, arguments)
+
+
+@dataclass(slots=True)
+class _Tables:
+    """What a step's tensors were found to be.
+
+    sources: those of the step, and what else the arguments follow from.  places: as of `_Pages`.
+    arguments: the address of the page tables, and how many pages each has; those of the requests' starts and lengths,
+    and their number; the size of a block; the addresses of their states, and of the beginnings and ends of their holes.
+    """
+
+    sources: tuple[Any, ...]
+    places: list[tuple[Tensor, int, int]]
+    arguments: tuple[int, ...]
+
+
+def _tables(step: AttentionStep) -> tuple[int, ...]:
+    """Return the arguments of `_Tables`."""
+    kept = step.native
+    if kept is not None:
+        starts, lengths, pages, states, holes, ends, block, causal, hidden = kept.sources
+        if (
+            step.cu_seqlens_q is starts
+            and step.context_lens is lengths
+            and step.page_tables is pages
+            and step.status_table is states
+            and step.prefix_lens is holes
+            and step.padded_prefix_lens is ends
+            and step.block_size == block
+            and step.prefix_causal is causal
+            and step.mask_prefix_hole is hidden
+            and lie_as(kept.places)
+        ):
+            return kept.arguments  # type: ignore[no-any-return]
+    return _look_at_tables(step)
+
+
+def _look_at_tables(step: AttentionStep) -> tuple[int, ...]:
+    used: list[Tensor] = []
+
+    def find(name: str, shape: Callable[[Tensor], tuple[int, ...]]) -> int:
+        numbers = step_numbers(step, name)
+        used.append(numbers)
+        wanted = shape(numbers)
+        if numbers.shape != wanted:
+            raise unfit(name, numbers, wanted, torch.int32, IndicesError)
+        return address(name, numbers, numbers.numel() * 4)
+
+    lengths = find("context_lens", lambda numbers: (numbers.numel(),))
+    count = used[0].numel()
+    starts = find("cu_seqlens_q", lambda _: (count + 1,))
+    pages, columns = 0, 0
+    if step.page_tables is not None:
+        # More rows than requests are none of theirs.
+        pages = find(
+            "page_tables", lambda t: (max(len(t), count), t.shape[1]) if t.ndim == 2 else (count, -1)
         )
-    return 0, 0, 1, None
-
-
-def _pages(step: AttentionStep, cache: PagedKV) -> tuple[int, int, int, Tensor | None]:
-    assert step.page_tables is not None and step.context_lens is not None
-    table = step.page_tables.to("cpu", torch.int32).contiguous()
-    pages, size = cache.k.shape[:2]
-    lengths = step.context_lens
-    if table.ndim != 2 or len(table) < lengths.numel():
-        raise ValueError(f"page_tables must be [{lengths.numel()}, pages], not {list(table.shape)}")
-    if table.numel() and (int(table.min()) < 0 or int(table.max()) >= pages):
-        raise ValueError(
-            f"page_tables must name pages from 0 to {pages - 1}, not {int(table.min())} to {int(table.max())}"
-        )
-    if lengths.numel() and int(lengths.max()) > table.shape[1] * size:
-        raise ValueError(
-            f"a request of {int(lengths.max())} tokens has only {table.shape[1]} pages of {size} tokens in page_tables"
-        )
-    return table.data_ptr(), table.shape[1], size, table
-
-
-def _requests(step: AttentionStep, tokens: int) -> tuple[Any, ...]:
-    assert step.cu_seqlens_q is not None and step.context_lens is not None
-    starts = step.cu_seqlens_q.to("cpu", torch.int32).contiguous()
-    lengths = step.context_lens.to("cpu", torch.int32).contiguous()
-    counts = starts[1:] - starts[:-1]
-    if starts.numel() != lengths.numel() + 1 or int(starts[0]) != 0 or int(starts[-1]) != tokens:
-        raise ValueError(f"cu_seqlens_q must be [R + 1] from 0 to {tokens}, for {lengths.numel()} requests")
-    if bool((counts < 0).any()) or bool((lengths < counts).any()):
-        raise ValueError("a request has more new tokens (cu_seqlens_q) than tokens in all (context_lens)")
+        columns = used[-1].shape[1]
     if step.block_size < 1:
-        raise ValueError(f"block_size must be 1 or more, not {step.block_size}")
+        raise ConfigError(f"block_size must be 1 or more, not {step.block_size}", code=CODE)
     # Without a table of states all requests count as in state 0.
     all_causal = step.prefix_causal and step.status_table is None
     block = 1 if all_causal else min(step.block_size, LONGEST)
-    states = _table(step, "status_table", lengths) if step.prefix_causal and block > 1 else None
-    holes = _table(step, "prefix_lens", lengths) if step.mask_prefix_hole else None
-    ends = _table(step, "padded_prefix_lens", lengths) if step.mask_prefix_hole else None
-    tables = (states, holes, ends)
-    found = (0 if table is None else table.data_ptr() for table in tables)
-    return starts.data_ptr(), lengths.data_ptr(), lengths.numel(), block, *found, (starts, lengths, *tables)
+    states = find("status_table", lambda _: (count,)) if step.prefix_causal and block > 1 else 0
+    holes = find("prefix_lens", lambda _: (count,)) if step.mask_prefix_hole else 0
+    ends = find("padded_prefix_lens", lambda _: (count,)) if step.mask_prefix_hole else 0
+    arguments = (pages, columns, starts, lengths, count, block, states, holes, ends)
+    sources = (
+        step.cu_seqlens_q,
+        step.context_lens,
+        step.page_tables,
+        step.status_table,
+        step.prefix_lens,
+        step.padded_prefix_lens,
+        step.block_size,
+        step.prefix_causal,
+        step.mask_prefix_hole,
+    )
+    # What had to be converted holds numbers of its own, and is looked for anew at every call.
+    if all(any(numbers is source for source in sources) for numbers in used):
+        step.native = _Tables(sources, places_of(used), arguments)
+    return arguments
 
 
-def _table(step: AttentionStep, name: str, lengths: Tensor) -> Tensor:
-    table = getattr(step, name)
-    if table is None or table.shape != lengths.shape:
-        found = "None" if table is None else str(list(table.shape))
-        raise ValueError(f"{name} must be [{lengths.numel()}], a number for each request, not {found}")
-    return table.to("cpu", torch.int32).contiguous()
-
-
-def _slots(step: AttentionStep, cache: PagedKV, tokens: int) -> Tensor:
-    assert step.slot_mapping is not None
-    slots = step.slot_mapping.to("cpu", torch.int64).contiguous()
-    total = cache.k.shape[0] * cache.k.shape[1]
-    if slots.shape != (tokens,) or (tokens and int(slots.max()) >= total):
-        raise ValueError(f"slot_mapping must be [{tokens}] with slots below {total}, not {list(slots.shape)}")
-    return slots
+def step_numbers(step: AttentionStep, name: str, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Return one of the step's tensors as contiguous integers on the CPU; what has to be converted is kept."""
+    tensor = getattr(step, name)
+    whole = tensor is not None and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+    if whole and not tensor.is_neg():
+        return tensor  # type: ignore[no-any-return]
+    if not isinstance(tensor, Tensor):
+        raise unfit(name, tensor, ("*",), dtype)
+    return step.checked(("native", name), lambda: integers(name, tensor, dtype), tensor)

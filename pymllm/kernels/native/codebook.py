@@ -11,14 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.addresses import CODE, checked_address
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import run_native, why_not_floats
 from pymllm.kernels.native.fp8 import BLOCK_INPUTS
 from pymllm.kernels.reference.linear import ReferenceLinear
 from pymllm.kernels.registry import Packed
 
+CODES = 16  # of 4 bits
 PACKING = ReferenceLinear()
 
 
@@ -51,9 +54,10 @@ class NativeCodebook:
         assert isinstance(weight, CodebookWeight)
         groups = -(-problem.in_features // weight.group_size)
         if weight.row_scales is not None or tuple(weight.scales.shape) != (problem.out_features, groups):
-            raise ValueError(
+            raise ConfigError(
                 f"the scales must be [{problem.out_features}, {groups}] without scales of rows, "
-                f"not {list(weight.scales.shape)}{'' if weight.row_scales is None else ' with scales of rows'}"
+                f"not {list(weight.scales.shape)}{'' if weight.row_scales is None else ' with scales of rows'}",
+                code=CODE,
             )
         return {name: tensor.contiguous() for name, tensor in PACKING.pack(weight, problem).items()}
 
@@ -61,7 +65,9 @@ class NativeCodebook:
         return PACKING.unpack(packed, problem)
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        outputs, inputs = problem.out_features, problem.in_features
         side = problem.weight.group_size  # type: ignore[union-attr]
-        block = (1, side if side < problem.in_features else 0)
-        scales, table = packed["scales"].data_ptr(), packed["table"].data_ptr()
+        block = (1, side if side < inputs else 0)
+        scales = checked_address("the scales", packed["scales"], (outputs, -(-inputs // side)), torch.float32)
+        table = checked_address("the codebook", packed["table"], (CODES,), torch.float32)
         return run_native(problem, x, bias, packed["codes"], scales, block, 0, table)

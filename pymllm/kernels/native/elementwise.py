@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError
 from pymllm.kernels.aten.elementwise import TorchElementwise
 from pymllm.kernels.elementwise import ElementwiseProblem
+from pymllm.kernels.native.addresses import CODE, address, contiguous, strided_rows, unfit
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
 from pymllm.kernels.native.float_linear import FLOAT_TYPES, why_not_here
 
@@ -30,24 +32,27 @@ class NativeElementwise:
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute what `TorchElementwise.rms_norm` does, which runs a float32 weight over other activations itself."""
-        if weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32:
+        float32 = weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32
+        if float32 and x.is_floating_point():
             return TorchElementwise().rms_norm(x, weight, eps, residual)
-        _check(x, *(t for t in (weight, residual) if t is not None))
-        size = x.shape[-1]
-        if weight is not None and weight.shape != (size,):
-            raise ValueError(f"the weight must be [{size}], not {list(weight.shape)}")
-        x = x.contiguous()
-        weight = None if weight is None else weight.contiguous()
+        x = _taken("x", x, x)
+        shape = x.shape
+        size, nbytes = shape[-1], x.nbytes
         y = torch.empty_like(x)
         summed = None
+        if weight is not None:
+            weight = _taken("the weight", weight, x)
+            if weight.shape != (size,):
+                raise unfit("the weight", weight, (size,), x.dtype)
         if residual is not None:
-            if residual.shape != x.shape:
-                raise ValueError(f"the residual must be {list(x.shape)}, not {list(residual.shape)}")
-            residual, summed = residual.contiguous(), torch.empty_like(x)
+            residual = _taken("the residual", residual, x)
+            if residual.shape != shape:
+                raise unfit("the residual", residual, shape, x.dtype)
+            summed = torch.empty_like(x)
         native().rms_norm(
-            x.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
+            address("x", x, nbytes),
+            0 if residual is None else address("the residual", residual, nbytes),
+            0 if weight is None else address("the weight", weight, size * x.itemsize),
             y.data_ptr(),
             0 if summed is None else summed.data_ptr(),
             FLOAT_TYPES[x.dtype],
@@ -61,14 +66,16 @@ class NativeElementwise:
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """Compute what `TorchElementwise.silu_and_mul` does."""
-        _check(x)
-        if x.shape[-1] % 2:
-            raise ValueError(f"the last dimension of x holds gate and up and must be even, not {x.shape[-1]}")
-        x = x.contiguous()
-        size = x.shape[-1] // 2
-        y = x.new_empty((*x.shape[:-1], size))
+        x = _taken("x", x, x)
+        shape = x.shape
+        if shape[-1] % 2:
+            raise ConfigError(
+                f"the last dimension of x holds gate and up and must be even, not {shape[-1]}", code=CODE
+            )
+        size = shape[-1] // 2
+        y = x.new_empty(*shape[:-1], size)
         native().silu_and_mul(
-            x.data_ptr(),
+            address("x", x, x.nbytes),
             y.data_ptr(),
             FLOAT_TYPES[x.dtype],
             y.numel() // size if size else 0,
@@ -84,42 +91,46 @@ class NativeElementwise:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Compute what `TorchElementwise.rotate` does; x may be a slice of a fused projection (strided tokens)."""
-        _check(x)
+        if x.ndim != 3 or x.dtype not in FLOAT_TYPES or not x.is_cpu or x.is_neg():
+            raise unfit("x", x, ("T", "heads", "size"), "floats")
         tokens, heads, head_size = x.shape
         rotary_size = 2 * cos.shape[-1]
-        if cos.shape != sin.shape or cos.shape[0] != tokens or rotary_size > head_size:
+        wanted = (tokens, rotary_size // 2)
+        if rotary_size > head_size or cos.shape != wanted or sin.shape != wanted:
             shapes = f"{list(cos.shape)} and {list(sin.shape)}"
-            raise ValueError(f"cos and sin must both be [{tokens}, up to {head_size // 2}], not {shapes}")
-        if {cos.dtype, sin.dtype} != {torch.float32} or not (cos.is_cpu and sin.is_cpu):
-            raise ValueError(
-                f"cos and sin must be float32 on the CPU, not {cos.dtype} on {cos.device} "
-                f"and {sin.dtype} on {sin.device}"
+            raise ConfigError(
+                f"cos and sin must both be [{tokens}, up to {head_size // 2}], not {shapes}", code=CODE
             )
-        cos, sin = cos.contiguous(), sin.contiguous()
-        if x.stride(2) != 1 or x.stride(1) != head_size or x.stride(0) < 0:
-            x = x.contiguous()
-        y = x.new_empty(x.shape)
+        angles = []
+        for name, tensor in (("cos", cos), ("sin", sin)):
+            if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+                raise unfit(name, tensor, wanted, torch.float32)
+            angles.append(contiguous(name, tensor))
+        cos, sin = angles
+        size = tokens * rotary_size // 2 * 4
+        x, at, stride = strided_rows("x", x)
+        y = x.new_empty(tokens, heads, head_size)
         native().rotate(
-            x.data_ptr(),
+            at,
             y.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
+            address("cos", cos, size),
+            address("sin", sin, size),
             FLOAT_TYPES[x.dtype],
             tokens,
             heads,
             head_size,
             rotary_size,
-            x.stride(0),
+            stride,
             isa_code(self.isa),
             torch.get_num_threads(),
         )
         return y
 
 
-def _check(x: Tensor, *others: Tensor) -> None:
-    """Raise ValueError unless all tensors are CPU floats of one dtype: the native code reads addresses, unchecked."""
-    for tensor in (x, *others):
-        if tensor.dtype is not x.dtype or tensor.dtype not in FLOAT_TYPES or not tensor.is_cpu:
-            raise ValueError(
-                f"x, weight and residual must be floats of one dtype on the CPU, not {tensor.dtype} on {tensor.device}"
-            )
+def _taken(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+    """Return a tensor contiguous.  Raises ConfigError unless it is floats of the dtype of x, on the CPU."""
+    dtype = tensor.dtype
+    if dtype is not x.dtype or dtype not in FLOAT_TYPES or not tensor.is_cpu or not tensor.ndim:
+        wanted = x.dtype if x.dtype in FLOAT_TYPES else "floats"
+        raise unfit(name, tensor, ("*", "size"), wanted)
+    return contiguous(name, tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.native.addresses import address, integers
 from pymllm.kernels.native.extension import native
 from pymllm.kernels.native.fp4 import NativeFp4
 from pymllm.kernels.native.int4 import NativeInt4
@@ -19,8 +20,9 @@ from pymllm.kernels.native.integer import (
     BLOCK_ROWS,
     DTYPES,
     NativeIntegerLinear,
+    blocks_address,
     blocks_of,
-    check_blocks,
+    factors_address,
 )
 from pymllm.kernels.native.integer_codebook import NativeIntegerCodebook
 from pymllm.kernels.registry import Packed
@@ -41,18 +43,16 @@ class NativeIntegerEmbedding(NativeIntegerLinear):
         return TOLERANCES[problem.dtype]
 
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
-        blocks, factors = packed["blocks"], packed.get("row_factors")
         plan = blocks_of(problem)
-        check_blocks(blocks, plan.shape)
-        ids = ids.to("cpu", torch.int64).contiguous()
+        ids = integers("ids", ids)
         rows = torch.empty((*ids.shape, problem.in_features), dtype=problem.dtype)
         native().integer_gather(
-            blocks.data_ptr(),
+            blocks_address(packed["blocks"], plan.shape, plan.size),
             problem.out_features,
             *plan.arguments,
-            0 if factors is None else factors.data_ptr(),
+            factors_address(packed.get("row_factors"), (problem.out_features,)),
             problem.in_features,
-            ids.data_ptr(),
+            address("ids", ids, ids.numel() * ids.itemsize),
             ids.numel(),
             DTYPES[problem.dtype],
             rows.data_ptr(),

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError
 from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import LinearExperts
+from pymllm.kernels.native.addresses import CODE, address, contiguous, floats, integers, unfit
 from pymllm.kernels.native.extension import isa_code, native
 from pymllm.kernels.native.float_linear import wrong_input
 from pymllm.kernels.native.integer import (
     DTYPES,
     EXACT_SLICES,
     NativeIntegerLinear,
+    blocks_address,
     blocks_of,
-    check_blocks,
+    factors_address,
 )
 from pymllm.kernels.registry import Packed
 
@@ -72,19 +75,24 @@ class NativeIntegerExperts(LinearExperts):
         dtype, gate_up, down = problem.dtype, problem.gate_up[0], problem.down
         if x.dtype is not dtype or not x.is_cpu or x.ndim != 2 or x.shape[1] != gate_up.in_features:
             raise wrong_input(x, gate_up, tokens="T")
+        if topk_ids.ndim != 2:
+            raise unfit("topk_ids", topk_ids, (x.shape[0], "K"))
         tokens, top_k = topk_ids.shape
         if tokens != x.shape[0] or topk_weights.shape != topk_ids.shape:
-            raise ValueError(
+            raise ConfigError(
                 f"{x.shape[0]} tokens have ids {tuple(topk_ids.shape)} and weights {tuple(topk_weights.shape)}, "
-                f"both must be [{x.shape[0]}, K]"
+                f"both must be [{x.shape[0]}, K]",
+                code=CODE,
             )
-        x = x.contiguous()
-        ids = topk_ids.to("cpu", torch.int64).contiguous()
-        weights = topk_weights.to("cpu", torch.float32).contiguous()
+        x, ids, weights = (
+            contiguous("x", x),
+            integers("topk_ids", topk_ids),
+            floats("topk_weights", topk_weights),
+        )
         # Both products' biases need one dtype: their own if they agree, else float32.
         kinds = {b.dtype for b in bias if b is not None} or {torch.float32}
         bias_dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-        first, second = (None if b is None else b.to("cpu", bias_dtype).contiguous() for b in bias)
+        first, second = (None if b is None else floats("the bias", b, bias_dtype) for b in bias)
         y = torch.empty_like(x)
         exact = self.linear_kernel(down).exact_tokens[dtype] if problem.compute == "auto" else ALL_TOKENS
         native().integer_experts(
@@ -95,9 +103,9 @@ class NativeIntegerExperts(LinearExperts):
             problem.activation.alpha,
             problem.activation.limit,
             DTYPES[bias_dtype],
-            x.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
+            address("x", x, tokens * gate_up.in_features * dtype.itemsize),
+            address("topk_ids", ids, tokens * top_k * ids.itemsize),
+            address("topk_weights", weights, tokens * top_k * weights.itemsize),
             y.data_ptr(),
             tokens,
             top_k,
@@ -114,16 +122,13 @@ def _product(
     packed: Packed, name: str, linear: LinearProblem, experts: int, bias: Tensor | None
 ) -> tuple[Any, ...]:
     """Make the arguments that the binding takes for one product."""
-    blocks, factors, plan = packed[f"{name}.blocks"], packed.get(f"{name}.row_factors"), blocks_of(linear)
-    check_blocks(blocks, (experts, *plan.shape))
-    if bias is not None and bias.shape != (experts, linear.out_features):
-        raise ValueError(
-            f"the bias of {name} must be [{experts}, {linear.out_features}], not {tuple(bias.shape)}"
-        )
+    plan, rows = blocks_of(linear), (experts, linear.out_features)
+    if bias is not None and bias.shape != rows:
+        raise unfit(f"the bias of {name}", bias, rows)
     return (
-        blocks.data_ptr(),
+        blocks_address(packed[f"{name}.blocks"], (experts, *plan.shape), experts * plan.size),
         linear.out_features,
         *plan.arguments,
-        0 if factors is None else factors.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        factors_address(packed.get(f"{name}.row_factors"), rows),
+        0 if bias is None else address(f"the bias of {name}", bias, bias.nbytes),
     )

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.addresses import checked_address, unfit
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import run_native, why_not_floats
 from pymllm.kernels.reference.linear import ReferenceEmbedding
 from pymllm.kernels.registry import Packed
 
+F32 = torch.float32
 BLOCK_INPUTS = 64  # a scale covers a multiple of so many inputs: one register of codes
 HALF_BLOCK = 32  # or these, as in MXFP8
 NAN_CODE = 0x7F  # without the sign: 0xFF is NaN too
@@ -47,16 +49,9 @@ class NativeFp8Linear:
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, Fp8Weight)
-        out_features, in_features = weight.shape
-        side_out, side_in = weight.block
-        blocks = (
-            -(-out_features // side_out) if side_out else 1,
-            -(-in_features // side_in) if side_in else 1,
-        )
+        blocks = _blocks(*weight.shape, weight.block)
         if tuple(weight.scales.shape) != blocks or weight.scales.dtype is not torch.float32:
-            raise ValueError(
-                f"the scales must be {list(blocks)} float32, not {list(weight.scales.shape)} {weight.scales.dtype}"
-            )
+            raise unfit("the scales", weight.scales, blocks, torch.float32)
         packed = {"weight": weight.weight.contiguous(), "scales": weight.scales.contiguous()}
         if weight.input_scales is not None:
             packed["input_scales"] = weight.input_scales  # for `unpack`
@@ -71,8 +66,11 @@ class NativeFp8Linear:
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         block = problem.weight.block  # type: ignore[union-attr]
-        scales, row_nan = packed["scales"], packed["row_nan"]
-        return run_native(problem, x, bias, packed["weight"], scales.data_ptr(), block, row_nan.data_ptr())
+        scales = checked_address(
+            "the scales", packed["scales"], _blocks(problem.out_features, problem.in_features, block), F32
+        )
+        row_nan = checked_address("row_nan", packed["row_nan"], (problem.out_features,), F32)
+        return run_native(problem, x, bias, packed["weight"], scales, block, row_nan)
 
 
 class NativeFp8Embedding(NativeFp8Linear):
@@ -83,6 +81,12 @@ class NativeFp8Embedding(NativeFp8Linear):
 
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:  # type: ignore[override]
         return ReferenceEmbedding().run(packed, problem, ids)
+
+
+def _blocks(out_features: int, in_features: int, block: tuple[int, int]) -> tuple[int, int]:
+    """Count the scales of a weight, along each axis."""
+    side_out, side_in = block
+    return -(-out_features // side_out) if side_out else 1, -(-in_features // side_in) if side_in else 1
 
 
 def _row_nan(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ time: up to `exact_tokens` tokens, reading the weights takes longer than multipl
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,10 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymllm.errors import ConfigError
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.native.addresses import (
+    CODE,
+    address,
+    check_memory,
+    checked_address,
+    contiguous,
+    fits,
+    unfit,
+)
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
 from pymllm.kernels.native.float_linear import bias_of, why_not_here, wrong_input
 from pymllm.kernels.native.packed_memory import empty_packed
@@ -51,9 +62,11 @@ class Blocks:
     shape: [ceil(O/16), ceil(I/group), bytes of a block].  in_features: those of the blocks, filled up.
     zeros: ZERO_SAME, ZERO_EACH or ZERO_OFFSETS.  stored_group: the checkpoint's group size.
     arguments: in_features, group, format and zero point, as every function of the extension takes them.
+    size: the bytes of all blocks.
     """
 
     shape: tuple[int, int, int]
+    size: int
     in_features: int
     zeros: int
     stored_group: int
@@ -109,8 +122,10 @@ def _blocks(
     if codes == CODE_BYTES or fused:
         header = -(-header // 64) * 64
     size = header + group * BLOCK_ROWS // (2 if codes == CODE_NIBBLES else 1)
+    shape = (-(-out_features // BLOCK_ROWS), filled // group, size)
     return Blocks(
-        shape=(-(-out_features // BLOCK_ROWS), filled // group, size),
+        shape=shape,
+        size=math.prod(shape),
         in_features=filled,
         zeros=zeros,
         stored_group=min(group_size, in_features),
@@ -143,14 +158,16 @@ def group_reason(kind: IntType | CodebookType, in_features: int, out_features: i
     return None
 
 
-def check_blocks(blocks: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for other blocks than `shape` says: the native code reads that many bytes, without looking."""
-    fits = blocks.shape == shape and blocks.dtype is torch.uint8 and blocks.is_contiguous() and blocks.is_cpu
-    if not fits:
-        raise ValueError(
-            f"packed blocks must be {shape} uint8, contiguous and on the CPU, "
-            f"not {tuple(blocks.shape)} {blocks.dtype} on {blocks.device}"
-        )
+def blocks_address(blocks: Tensor, shape: tuple[int, ...], size: int) -> int:
+    """Return where packed blocks lie, `size` bytes.  Raises ConfigError for others than `shape` says."""
+    if not fits(blocks, shape, torch.uint8):
+        raise unfit("packed blocks", blocks, shape, torch.uint8)
+    return address("packed blocks", blocks, size)
+
+
+def factors_address(factors: Tensor | None, shape: tuple[int, ...]) -> int:
+    """Return where the factors of a weight's rows lie; 0: there are none."""
+    return 0 if factors is None else checked_address("the factors of rows", factors, shape, torch.float32)
 
 
 def device_reason(problem: LinearProblem) -> str | None:
@@ -236,16 +253,18 @@ class NativeIntegerLinear:
         blocks, dtype, compute = packed["blocks"], problem.dtype, problem.compute
         in_features, out_features = problem.in_features, problem.out_features
         shape = x.shape
-        if x.dtype is not dtype or not x.is_cpu or shape[-1] != in_features:
+        if x.dtype is not dtype or not x.is_cpu or not shape or shape[-1] != in_features or x.is_neg():
             raise wrong_input(x, problem)
+        if not x.is_contiguous():
+            x = contiguous("x", x)
         plan = blocks_of(problem)
-        check_blocks(blocks, plan.shape)
         tokens = x.numel() // in_features
-        y = x.new_empty((*shape[:-1], out_features))
+        y = x.new_empty(*shape[:-1], out_features)  # a tuple would cost 0.3 us
         slices, demand, scale = 1, 0, 0.0
         if compute == "checkpoint":
             kind: Any = problem.weight
             demand = DEMANDS.get(kind.activations, 0)
+            check_memory("x", x)
             if demand == 0 and kind.activations != "float":
                 x = quantise_activations(x, kind, packed.get("input_scales"), packed.get("input_zeros"))
             elif demand == DEMANDS["static"]:  # the largest of the parts' scales, which overflows in no part
@@ -253,20 +272,22 @@ class NativeIntegerLinear:
         if demand == 0 and (compute != "auto" or tokens <= self.exact_tokens[dtype]):
             slices = EXACT_SLICES[dtype]
         filled, group, form, zero = plan.arguments  # by name: a starred call costs 0.1 us
-        x = F.pad(x, (0, filled - in_features)) if filled != in_features else x.contiguous()
+        if filled != in_features:
+            check_memory("x", x)
+            x = F.pad(x, (0, filled - in_features))
         if bias is not None:
             bias = bias_of(bias, problem)
         factors = packed.get("row_factors")
         native().integer_linear(
-            blocks.data_ptr(),
+            blocks_address(blocks, plan.shape, plan.size),
             out_features,
             filled,
             group,
             form,
             zero,
-            0 if factors is None else factors.data_ptr(),
-            x.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            0 if factors is None else factors_address(factors, (out_features,)),
+            address("x", x, tokens * filled * dtype.itemsize),
+            0 if bias is None else address("the bias", bias, out_features * dtype.itemsize),
             y.data_ptr(),
             tokens,
             DTYPES[dtype],
@@ -289,28 +310,29 @@ def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: Li
     if codes.is_meta:
         return torch.empty(plan.shape, dtype=torch.uint8, device="meta")
     zero_dtype = torch.float32 if plan.zeros == ZERO_OFFSETS else torch.uint8
-    if codes.dtype is not torch.uint8 or (zeros is not None and zeros.dtype is not zero_dtype):
-        found = f"codes are {codes.dtype}, zeros or offsets {None if zeros is None else zeros.dtype}"
-        raise TypeError(f"codes and zeros must be uint8, and offsets float32; {found}")
-    if not (codes.is_cpu and scales.is_cpu and (zeros is None or zeros.is_cpu)):
-        raise ValueError(f"the weight must be on the CPU, its codes are on {codes.device}")
     outputs, inputs = problem.out_features, problem.in_features
-    if codes.shape != (outputs, inputs):
-        raise ValueError(f"codes are {tuple(codes.shape)}, the layer is {outputs}×{inputs}")
     stored = (outputs, -(-inputs // plan.stored_group))
-    if scales.shape != stored or (zeros is not None and zeros.shape != stored):
-        found = f"{tuple(scales.shape)} and {None if zeros is None else tuple(zeros.shape)}"
-        raise ValueError(f"scales and zeros must be {stored}, not {found}")
+    kind: Any = problem.weight
+    wanted = [("codes", codes, (outputs, inputs), torch.uint8), ("scales", scales, stored, kind.scales)]
+    if zeros is not None:
+        wanted.append(("zeros or offsets", zeros, stored, zero_dtype))
+    elif plan.zeros == ZERO_OFFSETS:
+        raise unfit("offsets", zeros, stored, zero_dtype)
+    if codes.shape != (outputs, inputs):
+        raise ConfigError(f"codes are {tuple(codes.shape)}, the layer is {outputs}×{inputs}", code=CODE)
+    for name, tensor, shape, dtype in wanted:
+        if tensor.dtype is not dtype or not tensor.is_cpu or tensor.shape != shape:
+            raise unfit(name, tensor, shape, dtype)
+    codes, scales, *rest = (contiguous(name, tensor) for name, tensor, _, _ in wanted)
+    zeros = rest[0] if rest else None
     blocks = empty_packed(plan.shape)
-    codes, scales = codes.contiguous(), scales.contiguous()
-    zeros = None if zeros is None else zeros.contiguous()
     native().integer_pack(
-        blocks.data_ptr(),
+        blocks_address(blocks, plan.shape, plan.size),
         outputs,
         *plan.arguments,
-        codes.data_ptr(),
-        scales.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
+        checked_address("codes", codes, (outputs, inputs), torch.uint8),
+        checked_address("scales", scales, stored, kind.scales),
+        0 if zeros is None else checked_address("zeros or offsets", zeros, stored, zero_dtype),
         inputs,
         plan.stored_group,
         torch.get_num_threads(),
@@ -330,9 +352,8 @@ def unpack_blocks(
     if not symmetric:
         zeros = blocks.new_empty(stored, dtype=torch.float32 if plan.zeros == ZERO_OFFSETS else torch.uint8)
     if not blocks.is_meta:
-        check_blocks(blocks, plan.shape)
         native().integer_unpack(
-            blocks.data_ptr(),
+            blocks_address(blocks, plan.shape, plan.size),
             outputs,
             *plan.arguments,
             codes.data_ptr(),

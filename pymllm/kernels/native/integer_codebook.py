@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.addresses import CODE
 from pymllm.kernels.native.integer import (
     SCALES,
     NativeIntegerLinear,
@@ -48,11 +50,12 @@ class NativeIntegerCodebook(NativeIntegerLinear):
         assert isinstance(weight, CodebookWeight)
         codebook = INTEGER_CODEBOOKS[weight.codebook]
         if not weight.table.is_meta and not codebook.is_table(weight.table):
-            raise ValueError(
-                f"the weight's table must be that of {weight.codebook}, not {weight.table.tolist()}"
+            raise ConfigError(
+                f"the weight's table must be that of {weight.codebook}, not {weight.table.tolist()}",
+                code=CODE,
             )
         if weight.scales.element_size() == 1 and not weight.scales.is_meta and has_nan(weight.scales):
-            raise ValueError("some scales of the weight are NaN")
+            raise ConfigError("some scales of the weight are NaN", code=CODE)
         packed = {**super().pack(weight, problem), "table": weight.table}
         rows, unit = weight.row_scales, codebook.unit
         if rows is not None:

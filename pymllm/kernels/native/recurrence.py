@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymllm.errors import IndicesError
 from pymllm.kernels.attention import AttentionStep
+from pymllm.kernels.native.addresses import address, checked_address, contiguous, floats, strided_rows, unfit
+from pymllm.kernels.native.attention import step_numbers
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
 from pymllm.kernels.native.float_linear import FLOAT_TYPES, why_not_here
 from pymllm.kernels.recurrence import (
@@ -23,7 +26,7 @@ from pymllm.kernels.recurrence import (
     check_causal_conv,
     check_gated_delta,
     check_mamba2_scan,
-    check_state,
+    check_state_form,
 )
 
 
@@ -59,27 +62,28 @@ class NativeGatedDelta(_Native):
         step: AttentionStep,
     ) -> Tensor:
         tokens = check_gated_delta(problem, q, k, v, g, beta)
-        check_state(state, problem.state_shape, step, tokens)
+        check_state_form(state, problem.state_shape, step)
         y = q.new_empty(v.shape)
         if tokens == 0:
             return y
-        q, k, v, g, beta = (_rows(x) for x in (q, k, v, g, beta))
+        # The tensors, too, as some may be converted and live no longer than their names.
+        q, q_at, kind, q_stride = _rows("q", q)
+        k, k_at, _, k_stride = _rows("k", k)
+        v, v_at, _, v_stride = _rows("v", v)
+        g, *g_is = _rows("g", g)
+        beta, *beta_is = _rows("beta", beta)
         native().gated_delta(
-            q.data_ptr(),
-            q.stride(0),
-            k.data_ptr(),
-            k.stride(0),
-            v.data_ptr(),
-            v.stride(0),
-            FLOAT_TYPES[y.dtype],
-            g.data_ptr(),
-            FLOAT_TYPES[g.dtype],
-            g.stride(0),
-            beta.data_ptr(),
-            FLOAT_TYPES[beta.dtype],
-            beta.stride(0),
+            q_at,
+            q_stride,
+            k_at,
+            k_stride,
+            v_at,
+            v_stride,
+            kind,
+            *g_is,
+            *beta_is,
             y.data_ptr(),
-            *_addresses(state, step),
+            *_addresses(state, step, tokens),
             problem.num_key_heads,
             problem.num_value_heads,
             problem.key_dim,
@@ -109,30 +113,34 @@ class NativeMamba2Scan(_Native):
         step: AttentionStep,
     ) -> Tensor:
         tokens = check_mamba2_scan(problem, x, dt, A, B, C, D, dt_bias)
-        check_state(state, problem.state_shape, step, tokens)
+        check_state_form(state, problem.state_shape, step)
         y = x.new_empty(x.shape)
         if tokens == 0:
             return y
-        x, dt, A, B, C, D, dt_bias = (_rows(t) for t in (x, dt, A, B, C, D, dt_bias))
+        x, x_at, kind, x_stride = _rows("x", x)
+        B, B_at, _, B_stride = _rows("B", B)
+        C, C_at, _, C_stride = _rows("C", C)
+        dt, *dt_is = _rows("dt", dt)
+        A, A_at, A_type, _ = _rows("A", A)
+        D, D_at, D_type, _ = _rows("D", D)
+        dt_bias, dt_bias_at, dt_bias_type, _ = _rows("dt_bias", dt_bias)
         native().mamba2_scan(
-            x.data_ptr(),
-            x.stride(0),
-            B.data_ptr(),
-            B.stride(0),
-            C.data_ptr(),
-            C.stride(0),
-            FLOAT_TYPES[y.dtype],
-            dt.data_ptr(),
-            FLOAT_TYPES[dt.dtype],
-            dt.stride(0),
-            A.data_ptr(),
-            FLOAT_TYPES[A.dtype],
-            D.data_ptr(),
-            FLOAT_TYPES[D.dtype],
-            dt_bias.data_ptr(),
-            FLOAT_TYPES[dt_bias.dtype],
+            x_at,
+            x_stride,
+            B_at,
+            B_stride,
+            C_at,
+            C_stride,
+            kind,
+            *dt_is,
+            A_at,
+            A_type,
+            D_at,
+            D_type,
+            dt_bias_at,
+            dt_bias_type,
             y.data_ptr(),
-            *_addresses(state, step),
+            *_addresses(state, step, tokens),
             problem.num_heads,
             problem.num_groups,
             problem.head_dim,
@@ -157,22 +165,25 @@ class NativeCausalConv(_Native):
         step: AttentionStep,
     ) -> Tensor:
         tokens = check_causal_conv(problem, x, weight, bias)
-        check_state(state, problem.state_shape, step, tokens)
+        check_state_form(state, problem.state_shape, step)
         y = x.new_empty(x.shape)
         if tokens == 0:
             return y
-        x, weight = _rows(x), _rows(weight).contiguous()
-        bias = None if bias is None else _rows(bias)
+        x, x_at, kind, stride = _rows("x", x)
+        weight, weight_at, weight_type, _ = _rows("the weight", contiguous("the weight", weight))
+        bias_at = bias_type = 0
+        if bias is not None:
+            bias, bias_at, bias_type, _ = _rows("the bias", bias)
         native().causal_conv(
-            x.data_ptr(),
-            x.stride(0),
-            FLOAT_TYPES[y.dtype],
-            weight.data_ptr(),
-            FLOAT_TYPES[weight.dtype],
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else FLOAT_TYPES[bias.dtype],
+            x_at,
+            stride,
+            kind,
+            weight_at,
+            weight_type,
+            bias_at,
+            bias_type,
             y.data_ptr(),
-            *_addresses(state, step),
+            *_addresses(state, step, tokens),
             problem.channels,
             problem.kernel_size,
             problem.activation == "silu",
@@ -182,32 +193,45 @@ class NativeCausalConv(_Native):
         return y
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Bring what belongs to a token side by side, in a dtype that native code reads; tokens may be further apart."""
+def _rows(name: str, x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Bring what belongs to a token side by side, in a dtype that native code reads; tokens may be further apart.
+
+    x: [T, heads, size] or [T, channels], or [heads], which has no tokens.
+    Returns the tensor, where it lies, its type, and how many elements apart the tokens are.
+    """
     if not x.is_cpu:
-        raise ValueError(f"the native kernels read tensors on the CPU, not on {x.device}")
-    if x.dtype not in FLOAT_TYPES:
-        x = x.float()
-    if x.stride(-1) == 1 and (x.ndim < 3 or x.stride(1) == x.shape[2]):
-        return x
-    return x.contiguous()
+        raise unfit(name, x, x.shape)
+    if x.dtype not in FLOAT_TYPES or x.is_neg():
+        x = floats(name, x)
+    if x.ndim == 3:
+        x, at, stride = strided_rows(name, x)
+        return x, at, FLOAT_TYPES[x.dtype], stride
+    try:
+        strides = x.stride()
+    except RuntimeError:  # a layout without strides
+        raise unfit(name, x) from None
+    if strides[-1] != 1:
+        x = contiguous(name, x)
+        strides = (*x.shape[1:], 1)
+    size = (x.shape[0] - 1) * strides[0] + (x.shape[1] if x.ndim == 2 else 1)
+    return x, address(name, x, size * x.itemsize), FLOAT_TYPES[x.dtype], strides[0]
 
 
-# The native code reads what it finds at addresses, without looking: `check_state` has looked, once a step. The tensors
-# at the end of the tuple keep the addresses alive.
+def _addresses(state: Tensor | None, step: AttentionStep, tokens: int) -> tuple[int, ...]:
+    """Return what the bindings take of a step: the state, the requests' starts and lengths, their number, and slots.
 
-
-def _addresses(state: Tensor | None, step: AttentionStep) -> tuple[int, int, int, int, int]:
-    """Return the addresses of the state, of the requests' starts and lengths, their number, and that of their slots."""
-    where = step.checked("native states", lambda: _where(step))
-    return (0, *where[:3], 0) if state is None else (state.data_ptr(), *where[:4])
-
-
-def _where(step: AttentionStep) -> tuple[int, int, int, int, Tensor, Tensor, Tensor | None]:
-    assert step.cu_seqlens_q is not None and step.context_lens is not None
-    starts = step.cu_seqlens_q.to("cpu", torch.int32).contiguous()
-    lengths = step.context_lens.to("cpu", torch.int32).contiguous()
+    The native code looks at the numbers in these tensors itself, at every call.
+    """
+    starts, lengths = step_numbers(step, "cu_seqlens_q"), step_numbers(step, "context_lens")
+    count = lengths.numel()
+    if lengths.ndim != 1 or starts.shape != (count + 1,):
+        raise unfit("cu_seqlens_q", starts, (count + 1,), torch.int32, IndicesError)
+    found = address("cu_seqlens_q", starts, count * 4 + 4), address("context_lens", lengths, count * 4), count
+    if state is None:
+        return 0, *found, 0, 0, tokens
     slots = step.state_slots
-    slots = None if slots is None else slots.to("cpu").contiguous()
-    address = 0 if slots is None else slots.data_ptr()
-    return starts.data_ptr(), lengths.data_ptr(), step.num_reqs, address, starts, lengths, slots
+    if slots is None or slots.dtype is not torch.int64:
+        raise unfit("state_slots", slots, (count,), torch.int64, IndicesError)
+    slots = step_numbers(step, "state_slots", torch.int64)
+    where = checked_address("state_slots", slots, (count,), torch.int64)
+    return address("the state", state, state.numel() * 4), *found, where, state.shape[0], tokens

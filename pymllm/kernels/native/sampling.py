@@ -7,6 +7,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymllm.errors import ConfigError
+from pymllm.kernels.native.addresses import (
+    CODE,
+    address,
+    check_memory,
+    checked_address,
+    contiguous,
+    integers,
+    unfit,
+)
 from pymllm.kernels.native.extension import isa_code, native, native_missing_reason
 from pymllm.kernels.sampling import SETTINGS, SamplingBatch, SamplingProblem
 
@@ -34,24 +44,24 @@ class NativeSampling:
         return self._sample(logits, batch, chances), chances
 
     def _sample(self, logits: Tensor, batch: SamplingBatch, chances: Tensor | None) -> Tensor:
-        logits = _rows(logits)
+        logits, where = _rows(logits)
         rows, vocabulary = logits.shape
-        _check_batch(batch, rows)
+        biases, seen = batch.bias_tokens.numel(), batch.seen_tokens.numel()
         tokens = torch.empty(rows, dtype=torch.int64)
         native().sample_tokens(
-            logits.data_ptr(),
+            where,
             rows,
             vocabulary,
             logits.stride(0),
-            batch.settings.data_ptr(),
-            batch.bias_tokens.numel(),
-            batch.bias_starts.data_ptr(),
-            batch.bias_tokens.data_ptr(),
-            batch.bias_values.data_ptr(),
-            batch.seen_tokens.numel(),
-            batch.seen_starts.data_ptr(),
-            batch.seen_tokens.data_ptr(),
-            batch.seen_counts.data_ptr(),
+            checked_address("settings", batch.settings, (rows, len(SETTINGS)), torch.float64),
+            biases,
+            checked_address("bias_starts", batch.bias_starts, (rows + 1,), torch.int64),
+            checked_address("bias_tokens", batch.bias_tokens, (biases,), torch.int64),
+            checked_address("bias_values", batch.bias_values, (biases,), torch.float32),
+            seen,
+            checked_address("seen_starts", batch.seen_starts, (rows + 1,), torch.int64),
+            checked_address("seen_tokens", batch.seen_tokens, (seen,), torch.int64),
+            checked_address("seen_counts", batch.seen_counts, (seen,), torch.float32),
             tokens.data_ptr(),
             0 if chances is None else chances.data_ptr(),
             isa_code(self.isa),
@@ -60,19 +70,19 @@ class NativeSampling:
         return tokens
 
     def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        logits, tokens = _rows(logits), tokens.to("cpu", torch.int64).contiguous()
+        (logits, where), tokens = _rows(logits), integers("tokens", tokens)
         rows, vocabulary = logits.shape
-        if tokens.shape != (rows,):
-            raise ValueError(f"tokens must be [{rows}], not {list(tokens.shape)}")
+        if count < 0:
+            raise ConfigError(f"so many of the likeliest tokens cannot be had: {count}", code=CODE)
         count = min(count, vocabulary)
         chosen = torch.empty(rows)
         best, values = torch.empty((rows, count), dtype=torch.int64), torch.empty((rows, count))
         native().log_probabilities(
-            logits.data_ptr(),
+            where,
             rows,
             vocabulary,
             logits.stride(0),
-            tokens.data_ptr(),
+            checked_address("tokens", tokens, (rows,), torch.int64),
             count,
             chosen.data_ptr(),
             best.data_ptr(),
@@ -83,35 +93,23 @@ class NativeSampling:
         return chosen, best, values
 
 
-def _rows(logits: Tensor) -> Tensor:
-    """Return the logits as float32 rows on the CPU, each contiguous; ValueError unless they are [R, V]."""
-    if logits.ndim != 2 or not 0 < logits.shape[1] <= LARGEST_VOCABULARY:
-        raise ValueError(
-            f"logits must be [R, V] with 1 to {LARGEST_VOCABULARY} tokens, not {list(logits.shape)}"
-        )
-    logits = logits.detach().to("cpu", torch.float32)
-    return logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
+def _rows(logits: Tensor) -> tuple[Tensor, int]:
+    """Return the logits as float32 rows on the CPU, each contiguous, and where they lie.
 
-
-def _check_batch(batch: SamplingBatch, rows: int) -> None:
-    """Raise ValueError unless the native code may read the tensors; it gets addresses, and checks what is there."""
-    biases, seen = batch.bias_tokens.numel(), batch.seen_tokens.numel()
-    for tensor, dtype, shape in (
-        (batch.settings, torch.float64, (rows, len(SETTINGS))),
-        (batch.bias_starts, torch.int64, (rows + 1,)),
-        (batch.bias_tokens, torch.int64, (biases,)),
-        (batch.bias_values, torch.float32, (biases,)),
-        (batch.seen_starts, torch.int64, (rows + 1,)),
-        (batch.seen_tokens, torch.int64, (seen,)),
-        (batch.seen_counts, torch.float32, (seen,)),
+    Raises ConfigError unless they are [R, V].
+    """
+    if (
+        not logits.is_floating_point()
+        or logits.layout is not torch.strided
+        or logits.ndim != 2
+        or logits.is_meta
+        or not 0 < logits.shape[1] <= LARGEST_VOCABULARY
     ):
-        if (
-            tensor.dtype is not dtype
-            or tensor.shape != shape
-            or not tensor.is_cpu
-            or not tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"a batch's tensor must be {dtype} {list(shape)}, contiguous on the CPU, not {tensor.dtype} "
-                f"{list(tensor.shape)} on {tensor.device}"
-            )
+        raise unfit("logits", logits, ("R", f"1 to {LARGEST_VOCABULARY} tokens"), "floats")
+    check_memory("logits", logits)
+    logits = logits.detach().to("cpu", torch.float32)
+    if logits.stride(1) != 1 or logits.is_neg():
+        logits = contiguous("logits", logits)
+    rows, vocabulary = logits.shape
+    size = (rows - 1) * logits.stride(0) + vocabulary if rows else 0
+    return logits, address("logits", logits, size * 4)
