@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -106,6 +107,11 @@ public:
     return true;
   }
 
+  // Ends the additions, for now: what lies side by side is then looked at together, as caches and their pages have gone.
+  void settle() {
+    std::sort(dicts_.begin(), dicts_.end(), [](const Versioned &a, const Versioned &b) { return a.dict < b.dict; });
+  }
+
   bool changed() const {
     if (!kNumbered && seen_ != changes()) return true;
     for (const Versioned &held : dicts_)
@@ -175,6 +181,7 @@ void register_watch(nb::module_ &m) {
       .def("add_list", &Watch::add_list)
       .def("add_cell", &Watch::add_cell)
       .def("add_tensor", &Watch::add_tensor)
+      .def("settle", &Watch::settle)
       .def("changed", &Watch::changed, "Tell whether anything was set, replaced or moved since it was added.");
 }
 

@@ -285,20 +285,25 @@ class Runner:
         self._decoding.clear()
         self._watch = None
 
+    def notice(self) -> None:
+        """Count a change of the model that nobody has counted, so that no recorded step or cached page outlives it."""
+        if self._watch is not None and self._watch.changed():
+            RevisedModule.revision += 1
+            self._stale += 1
+            self._patience = min(1 << self._stale, MAX_PATIENCE)
+            self.forget()
+
     def _still_stands(self, cache: PagedKVCache) -> bool:
         """Drop what is recorded if it is stale.  Returns whether this step can be one that is recorded or replayed."""
         if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
             # Somebody watches torch's operations, or gives others in their place.
             return False
+        self.notice()
         made_for = (
             *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
             *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
         )
-        changed = self._watch is not None and self._watch.changed()
-        if changed:
-            self._stale += 1
-            self._patience = min(1 << self._stale, MAX_PATIENCE)
-        if changed or made_for != self._decoding_of:
+        if made_for != self._decoding_of:
             self._decoding_of = made_for
             self.forget()
             why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured

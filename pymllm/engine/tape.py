@@ -118,7 +118,7 @@ class _Notes(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = _tensors_in((result,))
         if torch.Tag.inplace_view in func.tags or _tells_of_shapes(func, result):
-            # Shapes are the same at each step.
+            # Shapes and types are the same at each step.
             return result
         before = {tensor.untyped_storage().data_ptr() for tensor in _tensors_in(given) if tensor.numel()}
         made = [tensor for tensor in outputs if tensor.untyped_storage().data_ptr() not in before]
@@ -176,7 +176,7 @@ def _depends_on_numbers(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _tells_of_shapes(func: Any, result: Any) -> bool:
-    """Tell whether a result is no tensor but follows from shapes.  NotRepeatable if it may follow from numbers."""
+    """Tell whether a result is no tensor but follows from shapes or types.  NotRepeatable if it may not."""
     if all(one is None or isinstance(one, Tensor) for one in _flat((result,))):
         return False
     if func.name().split("::")[1].split(".")[0] not in _OF_SHAPES:
@@ -198,7 +198,7 @@ _RESIZES = {"resize_", "resize_as_", "set_", "set_data", "_resize_output_"}
 _OF_SHAPES = {
     *("size", "stride", "numel", "dim", "storage_offset", "is_contiguous", "is_same_size", "is_pinned"),
     *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous", "is_strides_like_format"),
-    "is_non_overlapping_and_dense",
+    *("is_non_overlapping_and_dense", "promote_types", "result_type", "can_cast"),
 }
 
 

@@ -48,7 +48,8 @@ _FUNCTIONS = tuple(
 class Watch:
     """A look at everything that can be reached from `roots`: objects by the name that stands for them in reasons.
 
-    Modules are reached with their hooks, and objects of other classes with their attributes; the classes, too.
+    Objects are looked at with their attributes, their classes too. Two kinds of change are not looked for, as others
+    count them or nothing makes them: new hooks (`RemovableHandle.next_id`), and attributes of frozen values.
     """
 
     def __init__(self, **roots: Any) -> None:
@@ -61,6 +62,8 @@ class Watch:
         self._cells: list[tuple[types.CellType, Any]] = []
         self._types: dict[type, tuple[list[Any], list[Any]]] = {}
         self._walk(roots)
+        if self._native is not None:
+            self._native.settle()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Look at these tensors, too, and keep their memory."""
@@ -86,8 +89,6 @@ class Watch:
         )
 
     def _walk(self, roots: dict[str, Any]) -> None:
-        for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-            self._add_dict(getattr(torch_modules, name))
         seen: dict[int, Any] = {}  # objects, so that no number is given again
         left = list(roots.values())
         while left:
@@ -143,12 +144,14 @@ class Watch:
             return slots
         for base in kind.__mro__:
             self._add_type(base)
-        self._add_dict(attributes)
         values = list(attributes.items())
         if isinstance(found, nn.Module):
-            read = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-            # The other dictionaries of torch's are for training and for saving.
+            # The other dictionaries of torch's are for hooks, for training and for saving.
+            read = ("_parameters", "_buffers", "_modules")
             values = [(name, value) for name, value in values if name in read or name not in _OF_MODULES]
+        holds = any(isinstance(value, (Tensor, dict, list)) for value in attributes.values())
+        if holds or not getattr(getattr(kind, "__dataclass_params__", None), "frozen", False):
+            self._add_dict(attributes)
         return [value for _, value in values] + slots
 
     def _add_dict(self, found: dict[Any, Any]) -> None:
