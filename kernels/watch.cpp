@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -17,22 +20,38 @@ namespace {
 #if PY_VERSION_HEX < 0x030C0000
 // Every change gives a dictionary a number that none had before (PEP 509).
 std::uint64_t version_of(PyObject *dict) { return reinterpret_cast<PyDictObject *>(dict)->ma_version_tag; }
-void look_at(PyObject *) {}
+bool look_at(PyObject *) { return true; }
+void look_away(PyObject *) {}
 PyObject *attributes_of(PyTypeObject *type) { return type->tp_dict; }
-constexpr bool kNumbered = true;
+constexpr bool kCounted = false;
 std::uint64_t changes() { return 0; }
 #else
-// The interpreter calls back before a change. No dictionary is ever left alone again, as others may look at it too.
-std::uint64_t changed_so_far = 0;
-int note_change(PyDict_WatchEvent event, PyObject *, PyObject *, PyObject *) {
-  if (event != PyDict_EVENT_DEALLOCATED) ++changed_so_far;
+// The interpreter calls back before a change; what is counted stands here for the number that a dictionary had before.
+// No dictionary is ever left alone again, as others may look at it too.
+struct Counted {
+  std::uint64_t changes = 0;
+  std::unordered_map<PyObject *, std::uint64_t> last;
+  std::unordered_set<PyObject *> ignored;
+} counted;
+int note_change(PyDict_WatchEvent event, PyObject *dict, PyObject *, PyObject *) {
+  if (event == PyDict_EVENT_DEALLOCATED) {
+    counted.last.erase(dict);
+    counted.ignored.erase(dict);
+  } else if (!counted.ignored.count(dict)) {
+    counted.last[dict] = ++counted.changes;
+  }
   return 0;
 }
-void look_at(PyObject *dict) {
+bool look_at(PyObject *dict) {
   static const int watcher = PyDict_AddWatcher(note_change);
   if (watcher < 0 || PyDict_Watch(watcher, dict) != 0) throw nb::python_error();
+  return !counted.ignored.count(dict);
 }
-std::uint64_t version_of(PyObject *) { return 0; }
+void look_away(PyObject *dict) { counted.ignored.insert(dict); }
+std::uint64_t version_of(PyObject *dict) {
+  const auto found = counted.last.find(dict);
+  return found == counted.last.end() ? 0 : found->second;
+}
 PyObject *attributes_of(PyTypeObject *type) {
 #if PY_VERSION_HEX < 0x030D0000
   return type->tp_dict;
@@ -42,8 +61,8 @@ PyObject *attributes_of(PyTypeObject *type) {
   return dict;
 #endif
 }
-constexpr bool kNumbered = false;
-std::uint64_t changes() { return changed_so_far; }
+constexpr bool kCounted = true;
+std::uint64_t changes() { return counted.changes; }
 #endif
 
 // torch's stable C interface, by addresses: the extension is built without torch.
@@ -62,7 +81,6 @@ public:
   explicit Watch(const std::vector<std::uintptr_t> &functions) {
     if (functions.size() * sizeof(void *) != sizeof torch_) throw std::invalid_argument("six functions of torch's");
     std::memcpy(&torch_, functions.data(), sizeof torch_);
-    seen_ = changes();
   }
   Watch(const Watch &) = delete;
   Watch &operator=(const Watch &) = delete;
@@ -73,8 +91,28 @@ public:
   // Who calls keeps what is added, and what it holds, for as long as this watches.
   void add_dict(nb::handle dict) {
     if (!PyDict_Check(dict.ptr())) throw nb::type_error("a dict");
-    look_at(dict.ptr());
-    if (kNumbered) dicts_.push_back({dict.ptr(), version_of(dict.ptr())});
+    if (look_at(dict.ptr()))
+      dicts_.push_back({dict.ptr(), version_of(dict.ptr())});
+    else
+      compare(dict);
+  }
+  // Returns the dictionaries that were changed, be it back to what they held.
+  nb::list stirred() const {
+    nb::list found;
+    for (const Versioned &held : dicts_)
+      if (version_of(held.dict) != held.version) found.append(nb::borrow(held.dict));
+    return found;
+  }
+  // Compares a dictionary by what it holds from now on.
+  void compare(nb::handle dict) {
+    look_away(dict.ptr());
+    dicts_.erase(std::remove_if(dicts_.begin(), dicts_.end(),
+                                [dict](const Versioned &held) { return held.dict == dict.ptr(); }),
+                 dicts_.end());
+    Contents contents{dict.ptr(), {}};
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) contents.values.push_back(value);
+    compared_.push_back(std::move(contents));
   }
   void add_type(nb::handle type) {
     if (!PyType_Check(type.ptr())) throw nb::type_error("a type");
@@ -109,13 +147,22 @@ public:
 
   // Ends the additions, for now: what lies side by side is then looked at together, as caches and their pages have gone.
   void settle() {
+    seen_ = changes();
     std::sort(dicts_.begin(), dicts_.end(), [](const Versioned &a, const Versioned &b) { return a.dict < b.dict; });
   }
 
   bool changed() const {
-    if (!kNumbered && seen_ != changes()) return true;
-    for (const Versioned &held : dicts_)
-      if (version_of(held.dict) != held.version) return true;
+    if (!kCounted || seen_ != changes()) {
+      for (const Versioned &held : dicts_)
+        if (version_of(held.dict) != held.version) return true;
+    }
+    for (const Contents &held : compared_) {
+      if (PyDict_GET_SIZE(held.dict) != static_cast<Py_ssize_t>(held.values.size())) return true;
+      PyObject *key, *value;
+      std::size_t i = 0;
+      for (Py_ssize_t at = 0; PyDict_Next(held.dict, &at, &key, &value); ++i)
+        if (value != held.values[i]) return true;
+    }
     for (const Cell &held : cells_)
       if (PyCell_GET(held.cell) != held.value) return true;
     for (const Items &held : lists_) {
@@ -132,6 +179,10 @@ private:
   struct Versioned {
     PyObject *dict;
     std::uint64_t version;
+  };
+  struct Contents {
+    PyObject *dict;
+    std::vector<PyObject *> values;
   };
   struct Cell {
     PyObject *cell, *value;
@@ -163,8 +214,9 @@ private:
   }
 
   Torch torch_{};
-  std::uint64_t seen_ = 0;
+  std::uint64_t seen_ = 0; // how many changes of any dictionary left these as they were
   std::vector<Versioned> dicts_;
+  std::vector<Contents> compared_;
   std::vector<Cell> cells_;
   std::vector<Items> lists_;
   std::vector<Held> tensors_;
@@ -181,6 +233,8 @@ void register_watch(nb::module_ &m) {
       .def("add_list", &Watch::add_list)
       .def("add_cell", &Watch::add_cell)
       .def("add_tensor", &Watch::add_tensor)
+      .def("stirred", &Watch::stirred)
+      .def("compare", &Watch::compare)
       .def("settle", &Watch::settle)
       .def("changed", &Watch::changed, "Tell whether anything was set, replaced or moved since it was added.");
 }

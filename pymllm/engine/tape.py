@@ -14,7 +14,6 @@ same logits, bit for bit.
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -291,7 +290,6 @@ def record(
     calls, memory = native().Tape(), memory or StepMemory()
     if rewind is not None:
         rewind()
-    memory.begin()
     notes = _Notes(calls, memory)
     with _NoPeeking(notes), notes:
         calls.record()
@@ -301,11 +299,6 @@ def record(
             raise NotRepeatable(str(error)) from None
         finally:
             calls.stop()
-    own = logits.untyped_storage().data_ptr()
-    if any(address != own for address in memory.taken):
-        gc.collect()
-        if any(address != own for address in memory.taken):
-            raise NotRepeatable("tensors of the step outlive it")
     operations = [event for number, event in enumerate(notes.events) if number not in notes.spoilers]
     tape = Tape(
         memory.alias(logits) if logits in memory else logits,

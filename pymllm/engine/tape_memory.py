@@ -27,7 +27,11 @@ class NoRoom(Exception):
 
 
 class StepMemory:
-    """A region of `size` bytes, given out anew for each step that is recorded (`begin`)."""
+    """A region of `size` bytes, for the steps that are recorded one after the other.
+
+    A tensor that outlives its step (layers may keep one, to know it when they see it again) keeps its place, but finds
+    other numbers there once a step of another tape has played.
+    """
 
     def __init__(self, size: int | None = None) -> None:
         size = MAX_BYTES if size is None else size
@@ -38,15 +42,6 @@ class StepMemory:
         # (begin, end) of what is taken, in order, and who calls when an owner is gone.
         self._taken: list[tuple[int, int]] = []
         self._owners: dict[int, weakref.ref[np.ndarray]] = {}
-
-    def begin(self) -> None:
-        """Take all of the region back: whoever has a tensor of an earlier step will find other numbers in it."""
-        self._taken, self._owners = [], {}
-
-    @property
-    def taken(self) -> list[int]:
-        """Return the addresses of the tensors that are still there."""
-        return [self._base + begin for begin, _ in self._taken]
 
     def __contains__(self, tensor: Tensor) -> bool:
         return self._base <= tensor.data_ptr() < self._base + self._size

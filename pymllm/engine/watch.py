@@ -57,7 +57,7 @@ class Watch:
         self._native = None if functions is None else native().Watch(functions)
         # All that is looked at, each with what it held; the extension has the addresses alone.
         self._tensors: dict[int, tuple[Tensor, Tensor, tuple[Any, ...]]] = {}
-        self._dicts: list[tuple[dict[Any, Any], tuple[list[Any], list[Any]]]] = []
+        self._dicts: dict[int, tuple[dict[Any, Any], tuple[list[Any], list[Any]]]] = {}
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._types: dict[type, tuple[list[Any], list[Any]]] = {}
@@ -78,15 +78,29 @@ class Watch:
     def changed(self) -> bool:
         """Tell whether anything was set, replaced or moved."""
         if self._native is not None:
-            found: bool = self._native.changed()
-            return found
+            return self._native.changed() and self._differs()
         return (
             any(_place(tensor) != place for tensor, _, place in self._tensors.values())
             or any(not _same(now, then) for now, then in self._lists)
             or any(not _is_full(cell) or cell.cell_contents is not then for cell, then in self._cells)
-            or any(_differ(found, then) for found, then in self._dicts)
+            or any(_differ(found, then) for found, then in self._dicts.values())
             or any(_differ(vars(kind), then) for kind, then in self._types.items())
         )
+
+    def _differs(self) -> bool:
+        """Tell whether dictionaries that were changed hold anything else now.
+
+        Some layers count their calls within a step, or hand each other something: from now on these are compared by
+        what they hold.
+        """
+        for found in self._native.stirred():
+            kept = self._dicts.get(id(found))
+            if kept is None or _differ(*kept):
+                return True
+            self._native.compare(found)
+        self._native.settle()
+        differs: bool = self._native.changed()
+        return differs
 
     def _walk(self, roots: dict[str, Any]) -> None:
         seen: dict[int, Any] = {}  # objects, so that no number is given again
@@ -155,7 +169,9 @@ class Watch:
         return [value for _, value in values] + slots
 
     def _add_dict(self, found: dict[Any, Any]) -> None:
-        self._dicts.append((found, ([], []) if self._native is not None else _contents(found)))
+        if id(found) in self._dicts:
+            return
+        self._dicts[id(found)] = found, _contents(found)
         if self._native is not None:
             self._native.add_dict(found)
 

@@ -140,7 +140,8 @@ def hook(model):
 
 def rotary_table(model):
     rotary = model.model.layers[0].self_attn.rotary
-    rotary.inverse_frequencies = rotary.inverse_frequencies * 0.3
+    rotary.inverse_frequencies.mul_(0.3)
+    rotary._tables.clear()
 
 
 def adapter(model):
