@@ -17,6 +17,7 @@ void register_integer(nb::module_ &m);
 void register_recurrence(nb::module_ &m);
 void register_sampling(nb::module_ &m);
 void register_tape(nb::module_ &m);
+void register_watch(nb::module_ &m);
 } // namespace pymllm
 
 namespace {
@@ -80,4 +81,5 @@ NB_MODULE(_native, m) {
   pymllm::register_recurrence(m);
   pymllm::register_sampling(m);
   pymllm::register_tape(m);
+  pymllm::register_watch(m);
 }

@@ -38,6 +38,7 @@ void register_tape(nb::module_ &m) {
         if (recording() == &tape) record(nb::handle());
       })
       .def("__len__", &Tape::length)
+      .def("bytes", &Tape::bytes)
       .def("play", &Tape::play, nb::call_guard<Released>(), nb::arg("begin"), nb::arg("end"));
 }
 

@@ -29,6 +29,7 @@ public:
     new (at + 1) Arguments(arguments);
   }
   std::size_t length() const { return starts_.size(); }
+  std::size_t bytes() const { return words_.capacity() * sizeof(Word) + starts_.capacity() * sizeof starts_[0]; }
   void play(std::size_t begin, std::size_t end) const {
     for (std::size_t i = begin; i < end && i < starts_.size(); ++i) {
       const Word *at = words_.data() + starts_[i];

@@ -18,6 +18,7 @@ from pymllm.engine.request import Request
 from pymllm.engine.states import NOBODY
 from pymllm.engine.strategies import Autoregressive, DecodingStrategy
 from pymllm.engine.tape import NotRepeatable, record, repeated
+from pymllm.engine.tape_memory import StepMemory
 
 # Which step of a batch is recorded: a batch of the same size has then come twice before.
 RECORDED_STEP = 3
@@ -30,7 +31,8 @@ class DecodingBatch:
     has_states: whether layers keep states of requests.
     replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
     trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
-    bytes: what its tape takes.  refused: why its step cannot be replayed.
+    bytes: what its tensors and its tape take.  refused: why its step cannot be replayed.
+    memory: of all tapes; None: a tape has its own.  outside: the tensors that its tape uses and that are not its own.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class DecodingBatch:
         has_states: bool = False,
         width: int = 1,
         strategy: DecodingStrategy | None = None,
+        memory: StepMemory | None = None,
     ) -> None:
         strategy = strategy or Autoregressive()
         # `fill` writes through NumPy, whose assignments cost a tenth of torch's; on a CPU these are the step's tensors.
@@ -69,7 +72,9 @@ class DecodingBatch:
             **strategy.step_settings,
         )
         self.replay: Callable[[], Tensor] | None = None
-        self.trusted, self.steps, self.bytes = False, 0, 0
+        self.trusted, self.steps = False, 0
+        self.bytes = sum(tensor.nbytes for tensor in host)
+        self.memory, self.outside = memory, list[Tensor]()
         self.refused: str | None = None
         # Whose pages each row holds: the request, how often it had lost its pages, and how many they are. A request
         # that has ended is not kept for that, nor what the traceback of its error has.
@@ -139,6 +144,8 @@ class DecodingBatch:
             if not torch.equal(self.replay(), logits):
                 raise NotRepeatable("played back on another step, it gives other logits")
         elif self.steps == RECORDED_STEP:
-            tape = record(forward, logits, rewind) if rewind else record(forward, logits)
-            self.replay, self.bytes = tape.play, tape.bytes
+            tape = record(forward, logits, rewind, self.memory)
+            own = {there.untyped_storage().data_ptr() for there, _ in self._filled}
+            self.outside = [one for one in tape.outside if one.untyped_storage().data_ptr() not in own]
+            self.replay, self.bytes = tape.play, self.bytes + tape.bytes
         return logits

@@ -14,7 +14,7 @@ from pymllm.adapters.loading import loaded_adapters, why_adapter_is_gone
 from pymllm.engine.choosing import TokenLogprobs, cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
-from pymllm.engine.prefixes import current_state
+from pymllm.engine.prefixes import State, current_state
 from pymllm.engine.request import Request
 from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
@@ -126,10 +126,16 @@ class Engine:
             whole=self.model.keys_depend_on_length,
             reuse=self.prefix_reuse,
             piece=lambda: self.parallel.broadcast(self.pace.piece()),
-            state=lambda: tuple(self.parallel.broadcast(current_state())),
+            state=self._state,
             states=self.states,
             strategy=self.strategy,
         )
+
+    def _state(self) -> State:
+        """Return the state of the model that a request begins with."""
+        self.runner.notice()
+        state: State = tuple(self.parallel.broadcast(current_state()))
+        return state
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         """Have the ranks that follow this one, if any, make what it makes."""

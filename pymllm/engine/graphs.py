@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pymllm.engine.watch import is_hooked
 from pymllm.layers.held import Binder, weight_holders
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -66,6 +67,6 @@ def why_not_captured(model: nn.Module, binder: Binder | None = None) -> str | No
                 return f"{name} runs {kernel.name}, which looks at the host within a step"
         if getattr(getattr(module, "parallel", None), "size", 1) > 1:
             return f"{name} is divided over ranks"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if is_hooked(module):
             return f"{name} has hooks"
     return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
-from pymllm.engine.decoding import DecodingBatch
+from pymllm.engine.decoding import RECORDED_STEP, DecodingBatch
 from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not_captured
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
@@ -23,6 +23,8 @@ from pymllm.engine.runs import Run
 from pymllm.engine.states import MAX_COPIED_BYTES, StatePool
 from pymllm.engine.strategies import DecodingStrategy, make_strategy
 from pymllm.engine.tape import NotRepeatable, why_not_recorded
+from pymllm.engine.tape_memory import StepMemory
+from pymllm.engine.watch import Watch
 from pymllm.errors import RankError
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
@@ -35,8 +37,11 @@ _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
 # Numbers of requests whose tensors and tapes are kept.
 MAX_TAPES = 128
 
-# How much the intermediate tensors of all tapes together may take.
-MAX_TAPE_BYTES = 256 << 20
+# How much they may take together, without the one region that has the intermediate tensors of all tapes.
+MAX_TAPE_BYTES = 128 << 20
+
+# How many steps run eagerly, at most, after what was recorded has become stale again and again.
+MAX_PATIENCE = 4096
 
 # Of how many tokens of a prompt logits are held at a time, where its log-probabilities are wanted.
 SCORED_ROWS = 64
@@ -71,6 +76,11 @@ class Runner:
         # made.
         self._decoding: dict[tuple[int, int, int], DecodingBatch] = {}
         self._decoding_of: tuple[Any, ...] = ()
+        self._memory = StepMemory() if self.capture is None else None
+        # What all of it rests on, from the first recording on.  stale: how often it has changed since a step was last
+        # replayed.  patience: how many steps will run eagerly for that.
+        self._watch: Watch | None = None
+        self._stale = self._patience = 0
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
@@ -217,12 +227,8 @@ class Runner:
         width = len(requests[0].running_sequence)
         if any(len(request.running_sequence) != width for request in requests):
             return None
-        made_for = (cache, RevisedModule.revision, RemovableHandle.next_id)
-        if made_for != self._decoding_of:
-            self._decoding_of = made_for
-            self._decoding.clear()
-            why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
-            self.eager_reason = self.model.why_not_repeated or why_not(self.model)
+        if not self._still_stands(cache):
+            return None
         rows = len(requests) if self.capture is None else bucket_of(len(requests))
         if rows is None or self.eager_reason is not None:
             return None
@@ -240,28 +246,70 @@ class Runner:
                 has_states=self.states is not None,
                 width=width,
                 strategy=self.strategy,
+                memory=self._memory,
             )
             size = 0 if self.states is None else rows * self.states.bytes_each
             if self.capture is None and size > MAX_COPIED_BYTES:
                 batch.refused = f"the states of its requests take {size >> 20} MiB"
         self._decoding[key] = batch
-        while self.capture is None and len(self._decoding) > 1 and self._keeps_too_much():
-            del self._decoding[next(iter(self._decoding))]
         if batch.refused is not None:
             return None
         batch.fill(requests)
+        records = batch.replay is None and (self.capture is not None or batch.steps == RECORDED_STEP - 1)
+        if records and self._watch is None:
+            RevisedModule.recorders.add(self)
+            self._watch = Watch(model=self.model)
         rewind = self._rewind(requests) if self.capture is None and not batch.trusted else None
         try:
             logits = batch.run(lambda: self._forward_decoding(batch), self.capture, rewind)
+            if records and self._watch is not None:
+                self._watch.hold(batch.outside)
+                if self._watch.changed():
+                    raise NotRepeatable("the step changes attributes of the model")
+            elif batch.trusted:
+                self._stale = 0
         except NotRepeatable as reason:
             if rewind is not None:
                 rewind()
             batch.replay, batch.refused = None, str(reason)
             return None
+        while self.capture is None and len(self._decoding) > 1 and self._keeps_too_much():
+            del self._decoding[next(iter(self._decoding))]
         wanted = _wanted(requests, range(0, len(requests) * width, width))
         if len(wanted) == len(requests) * width:
             return logits[: len(wanted)]
         return logits[torch.tensor(wanted, device=self.device)]
+
+    def forget(self) -> None:
+        """Drop all that is recorded, and with it the memory of weights that it read."""
+        self._decoding.clear()
+        self._watch = None
+
+    def notice(self) -> None:
+        """Count a change of the model that nobody has counted, so that no recorded step or cached page outlives it."""
+        if self._watch is not None and self._watch.changed():
+            RevisedModule.revision += 1
+            self._stale += 1
+            self._patience = min(1 << self._stale, MAX_PATIENCE)
+            self.forget()
+
+    def _still_stands(self, cache: PagedKVCache) -> bool:
+        """Drop what is recorded if it is stale.  Returns whether this step can be one that is recorded or replayed."""
+        if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+            # Somebody watches torch's operations, or gives others in their place.
+            return False
+        self.notice()
+        made_for = (
+            *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
+            *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
+        )
+        if made_for != self._decoding_of:
+            self._decoding_of = made_for
+            self.forget()
+            why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
+            self.eager_reason = self.model.why_not_repeated or why_not(self.model)
+        self._patience = max(0, self._patience - 1)
+        return not self._patience
 
     def _keeps_too_much(self) -> bool:
         kept = self._decoding.values()
@@ -284,13 +332,13 @@ class Runner:
 
     @torch.no_grad()
     def _forward_decoding(self, batch: DecodingBatch) -> Tensor:
-        batch.step.restart()
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(batch.step)
         try:
             logits = self.model.compute_logits(self.model(batch.ids, batch.positions), gather_all=True)
         finally:
             _metadata.reset(token)
+            batch.step.restart()  # what its layers shared makes room
         assert logits is not None
         return logits
 

@@ -14,8 +14,7 @@ same logits, bit for bit.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymllm.attention import AttnMetaDataBase
 from pymllm.engine.tape_calls import call_natively
+from pymllm.engine.tape_memory import NoRoom, StepMemory
+from pymllm.engine.watch import is_hooked
 from pymllm.kernels.native.extension import native, native_available
 from pymllm.layers.held import weight_holders
 
-# How much a tape's intermediate tensors may take: all are kept, and none takes another's place.
-MAX_BYTES = 64 << 20
+# Operations of torch's, or what spoils a tensor, each with the number of native calls before it.
+Events = list[tuple[int, Callable[[], object]]]
+
+# Of an operation for Python, about: the closure, its arguments and their tensors.
+OPERATION_BYTES = 2048
 
 
 class NotRepeatable(Exception):
@@ -45,71 +49,119 @@ class _Repeated:
         raise NotRepeatable("a kernel reads the requests' lengths in Python")
 
 
+@functools.cache
 def repeated(metadata: type[AttnMetaDataBase]) -> type[AttnMetaDataBase]:
     """Make the class of a strategy's steps that are replayed."""
     return type(f"Repeated{metadata.__name__}", (_Repeated, metadata), {})
 
 
 class _NoPeeking(TorchFunctionMode):
-    """A guard against code that reads a tensor's numbers without an operation that `_Notes` would see."""
+    """A guard against code that reads a tensor's numbers without an operation that `_Notes` would see.
+
+    It also notes down whose addresses native calls are given.
+    """
+
+    def __init__(self, notes: _Notes) -> None:
+        super().__init__()
+        self.notes = notes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             raise NotRepeatable(f"{func.__name__} reads a tensor in Python")
+        if func is Tensor.data_ptr:
+            self.notes.use(args[:1])
         return func(*args, **(kwargs or {}))
 
 
 class _Notes(TorchDispatchMode):
-    """A watcher of torch's operations while a step runs, which keeps every tensor that they make.
+    """A watcher of torch's operations while a step runs, which puts every tensor that they make into `memory`.
 
-    operations: what to run again, each with the number of native calls before it.  kept: every result, views too.
-    made: the results that have memory of their own.
+    events: what to run again, and for the trial what spoils each tensor before it is written to, in order.
+    spoilers: the numbers of the latter.  outside: the tensors that the step uses and has not made.
     """
 
-    def __init__(self, tape: Any) -> None:
+    def __init__(self, tape: Any, memory: StepMemory) -> None:
         super().__init__()
-        self.tape = tape
-        self.operations: list[tuple[int, Callable[[], None]]] = []
-        self.kept: list[Tensor] = []
-        self.made: list[Tensor] = []
+        self.tape, self.memory = tape, memory
+        self.events: Events = []
+        self.spoilers: set[int] = set()
+        self.outside: dict[int, Tensor] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Answer torch: True would make it wrap the method below, and import all of its compiler at the first call."""
         return False
 
+    def use(self, args: Sequence[Any]) -> None:
+        """Note down tensors that the step has not made."""
+        for tensor in _tensors_in(args):
+            if tensor.numel() and tensor not in self.memory:
+                self.outside[id(tensor)] = tensor
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, schema = str(func), func._schema
+        name = str(func)
         if _depends_on_numbers(func, args):
             raise NotRepeatable(f"{name} depends on numbers in a tensor")
         # lift_fresh makes a tensor of Python numbers.
         if func.namespace != "aten" or name.startswith("aten.lift_fresh"):
             raise NotRepeatable(f"{name} cannot be noted down")
+        if name.split(".")[1] in _RESIZES:
+            raise NotRepeatable(f"{name} gives a tensor other memory")
+        given = (*args, *kwargs.values())
+        self.use(given)
         result = func(*args, **kwargs)
         outputs = _tensors_in((result,))
-        self.kept += outputs
-        if schema.is_mutable:
-            self._then(lambda: func(*args, **kwargs))
-        elif func in _VIEWS or any(returned.alias_info is not None for returned in schema.returns):
-            # A view: its memory is another tensor's.
-            pass
-        elif name.split(".")[1] in _ALLOCATIONS:
-            self.made += outputs
-        else:
-            self.made += outputs
-            if call_natively(func, args, kwargs, result):
-                self.kept += _tensors_in(args)
-            else:
-                self._then(_again(func, args, kwargs, outputs))
+        if torch.Tag.inplace_view in func.tags or _tells_of_shapes(func, result):
+            # Shapes and types are the same at each step.
+            return result
+        before = {tensor.untyped_storage().data_ptr() for tensor in _tensors_in(given) if tensor.numel()}
+        made = [tensor for tensor in outputs if tensor.untyped_storage().data_ptr() not in before]
+        if func._schema.is_mutable:
+            if any(tensor.numel() for tensor in made):
+                raise NotRepeatable(f"{name} writes into a tensor and makes another")
+            self._then(functools.partial(func, *self._kept(args), **self._kept(kwargs)))
+        elif made:
+            if len(made) < len(outputs) and not all(tensor.numel() for tensor in outputs):
+                made = outputs
+            if len(made) < len(outputs):
+                raise NotRepeatable(f"{name} returns tensors that it was given, and others")
+            placed = [self._placed(tensor) for tensor in outputs]
+            result = placed[0] if isinstance(result, Tensor) else type(result)(placed)
+            if name.split(".")[1] not in _ALLOCATIONS:
+                for tensor, computed in zip(placed, outputs, strict=True):
+                    tensor.copy_(computed)
+                if not call_natively(func, args, kwargs, result):
+                    self._then(_again(func, self._kept(args), self._kept(kwargs), self._kept(placed)))
         return result
 
-    def _then(self, operation: Callable[[], None]) -> None:
-        self.operations.append((len(self.tape), operation))
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in `memory` for one that an operation has made."""
+        if not tensor.numel():
+            return tensor
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or type(tensor) is not Tensor:
+            raise NotRepeatable(f"it makes a tensor that is no plain one: {tensor.layout} on {tensor.device}")
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise NotRepeatable("it makes a tensor whose rows lie upon each other")
+        placed, spoil = self.memory.take(tensor)
+        self.spoilers.add(len(self.events))
+        self._then(spoil)
+        return placed
+
+    def _kept(self, args: Any) -> Any:
+        """Return arguments with aliases for the step's own tensors, so that these make room for others."""
+        if isinstance(args, Tensor):
+            return self.memory.alias(args) if args.numel() and args in self.memory else args
+        if isinstance(args, dict):
+            return {name: self._kept(value) for name, value in args.items()}
+        return type(args)(map(self._kept, args)) if isinstance(args, (tuple, list)) else args
+
+    def _then(self, event: Callable[[], object]) -> None:
+        self.events.append((len(self.tape), event))
 
 
 def _depends_on_numbers(func: Any, args: tuple[Any, ...]) -> bool:
@@ -122,14 +174,31 @@ def _depends_on_numbers(func: Any, args: tuple[Any, ...]) -> bool:
     return torch.Tag.dynamic_output_shape in func.tags
 
 
-def _tensors_in(args: tuple[Any, ...]) -> list[Tensor]:
-    flat = [t for arg in args for t in (arg if isinstance(arg, (tuple, list)) else [arg])]
-    return [t for t in flat if isinstance(t, Tensor)]
+def _tells_of_shapes(func: Any, result: Any) -> bool:
+    """Tell whether a result is no tensor but follows from shapes or types.  NotRepeatable if it may not."""
+    if all(one is None or isinstance(one, Tensor) for one in _flat((result,))):
+        return False
+    if func.name().split("::")[1].split(".")[0] not in _OF_SHAPES:
+        raise NotRepeatable(f"{func} gives Python a number")
+    return True
 
 
-# Of its own schema it is none, so that autograd may forget the tensor below.
-_VIEWS = (torch.ops.aten._unsafe_view.default,)
+def _flat(args: Sequence[Any]) -> Iterator[Any]:
+    for arg in args:
+        yield from arg if isinstance(arg, (tuple, list)) else (arg,)
+
+
+def _tensors_in(args: Sequence[Any]) -> list[Tensor]:
+    return [one for one in _flat(args) if isinstance(one, Tensor)]
+
+
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+_RESIZES = {"resize_", "resize_as_", "set_", "set_data", "_resize_output_"}
+_OF_SHAPES = {
+    *("size", "stride", "numel", "dim", "storage_offset", "is_contiguous", "is_same_size", "is_pinned"),
+    *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous", "is_strides_like_format"),
+    *("is_non_overlapping_and_dense", "promote_types", "result_type", "can_cast"),
+}
 
 
 def _again(func: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -165,27 +234,32 @@ def _with_output(func: Any) -> Any:
 class Tape:
     """A recorded step.
 
-    logits: the tensor that `play` fills.  native: the native calls.  operations: torch's operations between them, each
-    with the number of native calls before it.  kept: tensors whose addresses the calls have.
-    bytes: what its intermediate tensors take.
+    logits: the tensor that `play` fills.  native: the native calls.  operations: torch's operations between them.
+    outside: the tensors that the step uses and has not made.  memory: where it makes its own.
+    bytes: what the tape itself takes.
     """
 
     logits: Tensor
     native: Any
-    operations: list[tuple[int, Callable[[], None]]]
-    kept: list[Tensor] = field(repr=False)
+    operations: Events
+    outside: list[Tensor] = field(repr=False)
+    memory: StepMemory = field(repr=False)
     bytes: int = 0
 
     def play(self) -> Tensor:
-        """Run the step again.  Returns the logits, which the next call overwrites."""
-        position = 0
-        for after, operation in self.operations:
-            if after > position:
-                self.native.play(position, after)
-                position = after
-            operation()
-        self.native.play(position, len(self.native))
+        """Run the step again.  Returns the logits, which the next step overwrites, of whichever tape."""
+        _play(self.native, self.operations)
         return self.logits
+
+
+def _play(calls: Any, events: Events) -> None:
+    position = 0
+    for after, event in events:
+        if after > position:
+            calls.play(position, after)
+            position = after
+        event()
+    calls.play(position, len(calls))
 
 
 def why_not_recorded(model: nn.Module) -> str | None:
@@ -196,36 +270,47 @@ def why_not_recorded(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if getattr(getattr(module, "parallel", None), "size", 1) > 1:
             return f"{name} is divided over ranks"
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return "modules of the model have hooks" if hooked else None
+    return "modules of the model have hooks" if any(map(is_hooked, model.modules())) else None
 
 
-def record(run: Callable[[], Tensor], expected: Tensor, rewind: Callable[[], None] | None = None) -> Tape:
+def record(
+    run: Callable[[], Tensor],
+    expected: Tensor,
+    rewind: Callable[[], None] | None = None,
+    memory: StepMemory | None = None,
+) -> Tape:
     """Record a tape of `run`, which has just returned `expected`.
 
     rewind: undoes what `run` changes besides its own tensors; None: it changes nothing that it reads.
+    memory: the region of all tapes, any two of which are never played at a time; None: one for this tape.
     Raises NotRepeatable if `run` has what a tape cannot have, or if the tape gives other logits.
     """
     if not native_available():
         raise NotRepeatable("the native kernels are not built")
-    calls = native().Tape()
+    calls, memory = native().Tape(), memory or StepMemory()
     if rewind is not None:
         rewind()
-    with _NoPeeking(), _Notes(calls) as notes:
+    notes = _Notes(calls, memory)
+    with _NoPeeking(notes), notes:
         calls.record()
         try:
             logits = run()
+        except NoRoom as error:
+            raise NotRepeatable(str(error)) from None
         finally:
             calls.stop()
-    size = sum(tensor.nbytes for tensor in notes.made)
-    if size > MAX_BYTES:
-        raise NotRepeatable(f"its intermediate results take {math.ceil(size / 2**20)} MiB")
-    tape = Tape(logits, calls, notes.operations, notes.kept, size)
-    for tensor in notes.made:
-        # All bits set are NaN in every float type.
-        tensor.untyped_storage().fill_(255)
+    operations = [event for number, event in enumerate(notes.events) if number not in notes.spoilers]
+    tape = Tape(
+        memory.alias(logits) if logits in memory else logits,
+        calls,
+        operations,
+        list(notes.outside.values()),
+        memory,
+        calls.bytes() + OPERATION_BYTES * len(operations),
+    )
     if rewind is not None:
         rewind()
-    if not torch.equal(tape.play(), expected):
+    _play(calls, notes.events)
+    if not torch.equal(tape.logits, expected):
         raise NotRepeatable("played back, it gives other logits")
     return tape

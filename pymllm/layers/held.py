@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -166,17 +167,28 @@ class Binder:
         return self.once(key, lambda: bind(method.planned(shape), self.execution, operation))
 
 
+class Recorder(Protocol):
+    """Who has recordings of steps."""
+
+    def forget(self) -> None:
+        """Drop them."""
+
+
 class RevisedModule(nn.Module):
     """A module whose changes are counted: what was recorded of a model (engine/tape.py) is stale after one.
 
     revision: how often an attribute (a packed weight, a method, an adapter) of any such module has been set.
+    recorders: who has recordings, and forgets them at once: they keep the memory of weights that are replaced.
     """
 
     revision: ClassVar[int] = 0
+    recorders: ClassVar[WeakSet[Recorder]] = WeakSet()
 
     def __setattr__(self, name: str, value: Any) -> None:
         RevisedModule.revision += 1
         super().__setattr__(name, value)
+        for recorder in tuple(RevisedModule.recorders):
+            recorder.forget()
 
 
 class WeightHolder(RevisedModule):

@@ -31,7 +31,7 @@ def refusals(llm: LLM) -> set[str | None]:
 def without_tapes(monkeypatch):
     """An LLM that runs every step in Python."""
 
-    def refuse(run, expected):
+    def refuse(*given):
         raise NotRepeatable("this test wants none")
 
     def make(**settings) -> LLM:

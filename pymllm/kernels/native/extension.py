@@ -35,6 +35,7 @@ _ARM_FEATURES = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": 
 # The names that Python calls in the extension: one that lacks a part was built from older sources.
 NATIVE_PARTS = (
     "Tape",
+    "Watch",
     "attention",
     "causal_conv",
     "copy_rows",

@@ -1,0 +1,242 @@
+// What a recorded step rests on (pymllm/engine/watch.py): the dictionaries that hold a model's attributes, its lists,
+// and the places of its tensors. One call tells whether all are as they were; it takes a few microseconds.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace nb = nanobind;
+
+namespace pymllm {
+namespace {
+
+#if PY_VERSION_HEX < 0x030C0000
+// Every change gives a dictionary a number that none had before (PEP 509).
+std::uint64_t version_of(PyObject *dict) { return reinterpret_cast<PyDictObject *>(dict)->ma_version_tag; }
+bool look_at(PyObject *) { return true; }
+void look_away(PyObject *) {}
+PyObject *attributes_of(PyTypeObject *type) { return type->tp_dict; }
+constexpr bool kCounted = false;
+std::uint64_t changes() { return 0; }
+#else
+// The interpreter calls back before a change; what is counted stands here for the number that a dictionary had before.
+// No dictionary is ever left alone again, as others may look at it too.
+struct Counted {
+  std::uint64_t changes = 0;
+  std::unordered_map<PyObject *, std::uint64_t> last;
+  std::unordered_set<PyObject *> ignored;
+} counted;
+int note_change(PyDict_WatchEvent event, PyObject *dict, PyObject *, PyObject *) {
+  if (event == PyDict_EVENT_DEALLOCATED) {
+    counted.last.erase(dict);
+    counted.ignored.erase(dict);
+  } else if (!counted.ignored.count(dict)) {
+    counted.last[dict] = ++counted.changes;
+  }
+  return 0;
+}
+bool look_at(PyObject *dict) {
+  static const int watcher = PyDict_AddWatcher(note_change);
+  if (watcher < 0 || PyDict_Watch(watcher, dict) != 0) throw nb::python_error();
+  return !counted.ignored.count(dict);
+}
+void look_away(PyObject *dict) { counted.ignored.insert(dict); }
+std::uint64_t version_of(PyObject *dict) {
+  const auto found = counted.last.find(dict);
+  return found == counted.last.end() ? 0 : found->second;
+}
+PyObject *attributes_of(PyTypeObject *type) {
+#if PY_VERSION_HEX < 0x030D0000
+  return type->tp_dict;
+#else
+  PyObject *dict = PyType_GetDict(type);
+  Py_XDECREF(dict); // the type keeps it
+  return dict;
+#endif
+}
+constexpr bool kCounted = true;
+std::uint64_t changes() { return counted.changes; }
+#endif
+
+// torch's stable C interface, by addresses: the extension is built without torch.
+struct Torch {
+  using Tensor = void *;
+  int (*data)(Tensor, void **);
+  int (*dim)(Tensor, std::int64_t *);
+  int (*sizes)(Tensor, std::int64_t **);
+  int (*strides)(Tensor, std::int64_t **);
+  int (*dtype)(Tensor, std::int32_t *);
+  int (*release)(Tensor);
+};
+
+class Watch {
+public:
+  explicit Watch(const std::vector<std::uintptr_t> &functions) {
+    if (functions.size() * sizeof(void *) != sizeof torch_) throw std::invalid_argument("six functions of torch's");
+    std::memcpy(&torch_, functions.data(), sizeof torch_);
+  }
+  Watch(const Watch &) = delete;
+  Watch &operator=(const Watch &) = delete;
+  ~Watch() {
+    for (const Held &held : tensors_) torch_.release(held.tensor);
+  }
+
+  // Who calls keeps what is added, and what it holds, for as long as this watches.
+  void add_dict(nb::handle dict) {
+    if (!PyDict_Check(dict.ptr())) throw nb::type_error("a dict");
+    if (look_at(dict.ptr()))
+      dicts_.push_back({dict.ptr(), version_of(dict.ptr())});
+    else
+      compare(dict);
+  }
+  // Returns the dictionaries that were changed, be it back to what they held.
+  nb::list stirred() const {
+    nb::list found;
+    for (const Versioned &held : dicts_)
+      if (version_of(held.dict) != held.version) found.append(nb::borrow(held.dict));
+    return found;
+  }
+  // Compares a dictionary by what it holds from now on.
+  void compare(nb::handle dict) {
+    look_away(dict.ptr());
+    dicts_.erase(std::remove_if(dicts_.begin(), dicts_.end(),
+                                [dict](const Versioned &held) { return held.dict == dict.ptr(); }),
+                 dicts_.end());
+    Contents contents{dict.ptr(), {}};
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) contents.values.push_back(value);
+    compared_.push_back(std::move(contents));
+  }
+  void add_type(nb::handle type) {
+    if (!PyType_Check(type.ptr())) throw nb::type_error("a type");
+    if (PyObject *dict = attributes_of(reinterpret_cast<PyTypeObject *>(type.ptr()))) add_dict(dict);
+  }
+  void add_list(nb::handle list) {
+    if (!PyList_Check(list.ptr())) throw nb::type_error("a list");
+    Items items{list.ptr(), {}};
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i) items.values.push_back(PyList_GET_ITEM(list.ptr(), i));
+    lists_.push_back(std::move(items));
+  }
+  void add_cell(nb::handle cell) {
+    if (!PyCell_Check(cell.ptr())) throw nb::type_error("a cell");
+    cells_.push_back({cell.ptr(), PyCell_GET(cell.ptr())});
+  }
+  // tensor: a capsule with an at::Tensor of its own, which this takes.  False: torch does not tell its place.
+  bool add_tensor(nb::handle capsule) {
+    Torch::Tensor tensor = PyCapsule_GetPointer(capsule.ptr(), nullptr);
+    if (tensor == nullptr) throw nb::python_error();
+    Held held{tensor, nullptr, 0, 0, numbers_.size()};
+    std::int64_t *sizes = nullptr, *strides = nullptr;
+    if (torch_.data(tensor, &held.data) || torch_.dim(tensor, &held.dim) || torch_.dtype(tensor, &held.dtype) ||
+        torch_.sizes(tensor, &sizes) || torch_.strides(tensor, &strides)) {
+      torch_.release(tensor);
+      return false;
+    }
+    numbers_.insert(numbers_.end(), sizes, sizes + held.dim);
+    numbers_.insert(numbers_.end(), strides, strides + held.dim);
+    tensors_.push_back(held);
+    return true;
+  }
+
+  // Ends the additions, for now: what lies side by side is then looked at together, as caches and their pages have gone.
+  void settle() {
+    seen_ = changes();
+    std::sort(dicts_.begin(), dicts_.end(), [](const Versioned &a, const Versioned &b) { return a.dict < b.dict; });
+  }
+
+  bool changed() const {
+    if (!kCounted || seen_ != changes()) {
+      for (const Versioned &held : dicts_)
+        if (version_of(held.dict) != held.version) return true;
+    }
+    for (const Contents &held : compared_) {
+      if (PyDict_GET_SIZE(held.dict) != static_cast<Py_ssize_t>(held.values.size())) return true;
+      PyObject *key, *value;
+      std::size_t i = 0;
+      for (Py_ssize_t at = 0; PyDict_Next(held.dict, &at, &key, &value); ++i)
+        if (value != held.values[i]) return true;
+    }
+    for (const Cell &held : cells_)
+      if (PyCell_GET(held.cell) != held.value) return true;
+    for (const Items &held : lists_) {
+      if (PyList_GET_SIZE(held.list) != static_cast<Py_ssize_t>(held.values.size())) return true;
+      for (std::size_t i = 0; i < held.values.size(); ++i)
+        if (PyList_GET_ITEM(held.list, i) != held.values[i]) return true;
+    }
+    for (const Held &held : tensors_)
+      if (moved(held)) return true;
+    return false;
+  }
+
+private:
+  struct Versioned {
+    PyObject *dict;
+    std::uint64_t version;
+  };
+  struct Contents {
+    PyObject *dict;
+    std::vector<PyObject *> values;
+  };
+  struct Cell {
+    PyObject *cell, *value;
+  };
+  struct Items {
+    PyObject *list;
+    std::vector<PyObject *> values;
+  };
+  // numbers: where its sizes and strides begin in `numbers_`.
+  struct Held {
+    Torch::Tensor tensor;
+    void *data;
+    std::int64_t dim;
+    std::int32_t dtype;
+    std::size_t numbers;
+  };
+
+  bool moved(const Held &held) const {
+    void *data = nullptr;
+    std::int64_t dim = -1, *sizes = nullptr, *strides = nullptr;
+    std::int32_t dtype = -1;
+    if (torch_.data(held.tensor, &data) || data != held.data) return true;
+    if (torch_.dim(held.tensor, &dim) || dim != held.dim) return true;
+    if (torch_.dtype(held.tensor, &dtype) || dtype != held.dtype) return true;
+    if (torch_.sizes(held.tensor, &sizes) || torch_.strides(held.tensor, &strides)) return true;
+    const std::size_t bytes = static_cast<std::size_t>(dim) * sizeof(std::int64_t);
+    const std::int64_t *numbers = numbers_.data() + held.numbers;
+    return dim && (std::memcmp(sizes, numbers, bytes) || std::memcmp(strides, numbers + dim, bytes));
+  }
+
+  Torch torch_{};
+  std::uint64_t seen_ = 0; // how many changes of any dictionary left these as they were
+  std::vector<Versioned> dicts_;
+  std::vector<Contents> compared_;
+  std::vector<Cell> cells_;
+  std::vector<Items> lists_;
+  std::vector<Held> tensors_;
+  std::vector<std::int64_t> numbers_;
+};
+
+} // namespace
+
+void register_watch(nb::module_ &m) {
+  nb::class_<Watch>(m, "Watch")
+      .def(nb::init<const std::vector<std::uintptr_t> &>(), nb::arg("functions"))
+      .def("add_dict", &Watch::add_dict)
+      .def("add_type", &Watch::add_type)
+      .def("add_list", &Watch::add_list)
+      .def("add_cell", &Watch::add_cell)
+      .def("add_tensor", &Watch::add_tensor)
+      .def("stirred", &Watch::stirred)
+      .def("compare", &Watch::compare)
+      .def("settle", &Watch::settle)
+      .def("changed", &Watch::changed, "Tell whether anything was set, replaced or moved since it was added.");
+}
+
+} // namespace pymllm
