@@ -132,8 +132,14 @@ class Bindings:
         if recipe["after a right call"]:
             kept = call.begin()
             call.run(_copied(tensors), kept)
+        unreadable = set()
         for name, way, number, at in recipe["changes"]:
             before = tensors[name]
+            # To change it once more would be a read outside of ours.
+            if name in unreadable:
+                return True
+            if way in UNREAD:
+                unreadable.add(name)
             try:
                 tensors[name] = _poked(before, number, at) if way == "poked" else (SAME | WRONG)[way](before)
             # No such tensor: nothing is asked.
