@@ -48,6 +48,13 @@ def checked_address(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: to
     raise unfit(name, tensor, shape, dtype)
 
 
+def floats_address(name: str, tensor: Tensor, count: int) -> int:
+    """Return where so many contiguous float32 numbers of a weight lie on the CPU.  Raises ConfigError for any other."""
+    if tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() == count:
+        return address(name, tensor, count * 4)
+    raise unfit(name, tensor, (count,), torch.float32)
+
+
 def places_of(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, int, int]]:
     """Note down where tensors lie, and the bytes of their storages, for `lie_as`."""
     return [(t, t.data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t is not None]
