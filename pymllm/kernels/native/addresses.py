@@ -29,7 +29,7 @@ def address(name: str, tensor: Tensor, size: int) -> int:
     """
     # A call costs 0.2 us: benchmarks/cpu_dispatch.py.
     try:
-        offset: int = tensor.storage_offset()
+        offset = int(tensor.storage_offset())
         if offset:
             offset *= tensor.element_size()
         found: int = tensor.data_ptr()
@@ -161,7 +161,7 @@ def _end(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     last = sum((side - 1) * stride for side, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() + last + 1
+    return int(tensor.storage_offset()) + last + 1
 
 
 def unfit(
