@@ -240,6 +240,28 @@ class AttentionStep:
         """Forget what `once` made."""
         self._made.clear()
 
+    def stored_slots(self, tokens: int, count: int) -> Tensor:
+        """Return slot_mapping.  Raises IndicesError unless it has a slot below `count` for each of the tokens."""
+
+        def look() -> Tensor:
+            slots = self.slot_mapping
+            if slots is None or slots.shape != (tokens,):
+                found = "None" if slots is None else str(list(slots.shape))
+                raise _wrong_step(
+                    "slot_mapping must have a slot for each new token", f"[{tokens}]", found, IndicesError
+                )
+            # Elsewhere a look would wait for the device.
+            if slots.is_cpu and tokens and int(slots.max()) >= count:
+                raise _wrong_step(
+                    "slot_mapping names a slot that the cache does not have",
+                    f"slots below {count}",
+                    str(int(slots.max())),
+                    IndicesError,
+                )
+            return slots
+
+        return self.once(("stored slots", tokens, count), look, self.slot_mapping)
+
     def slots(self, request: int, first: int, num_pages: int) -> Tensor:
         """Find the positions from `first` of a request in the flattened pages, of which there are num_pages.
 
@@ -362,6 +384,8 @@ def seen_kv(
             f"{stop - start} for request {request}",
             str(length),
         )
+    if cache is None and not len(k) == len(v) >= stop:
+        raise _wrong_step("a step has other tokens than k and v", str(stop), f"{len(k)} and {len(v)}")
     if cache is None or (length == stop - start and cache.type.keeps(k.dtype)):
         return k[start:stop], v[start:stop], 0
     first = 0

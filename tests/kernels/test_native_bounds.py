@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from pymllm.errors import ConfigError, IndicesError, PymllmError
+from pymllm.kernels.aten.attention import TorchAttention
+from pymllm.kernels.aten.kv_store import TorchKVStore
 from pymllm.kernels.attention import KVType
+from pymllm.kernels.native.attention import NativeAttention, NativeKVStore
 from pymllm.kernels.native.extension import native
+from pymllm.kernels.reference.attention import ReferenceAttention
 
+from ..attention.steps import make_case, make_problem
 from .integer_cases import needs_native
 from .native_calls import CALLS, NativeInt4Embedding, attention, embedding, integers, store
 
@@ -220,6 +225,50 @@ def test_a_tape_that_is_forgotten_while_it_records_stays_until_another_is_record
     call.run(call.tensors)
     other.stop()
     assert len(other) == 1
+
+
+@pytest.mark.parametrize(
+    "kernel", [NativeAttention(), TorchAttention(), ReferenceAttention()], ids=lambda k: k.name
+)
+def test_every_kernel_refuses_a_step_whose_tensors_were_written_to(kernel):
+    problem = make_problem(page_size=4)
+    case = make_case(problem, [(9, 3), (0, 6)])
+    step, case.step.page_size = case.step, 4
+
+    def run(tokens=9):
+        return kernel.run(problem, case.q[:tokens], case.k, case.v, step, case.cache)
+
+    expected = run()
+    for tensor, number in ((step.page_tables, 10**6), (step.page_tables, -1), (step.context_lens, 100)):
+        before = tensor.clone()
+        tensor.view(-1)[0] = number
+        with pytest.raises(IndicesError, match="page_tables"):
+            run()
+        tensor.copy_(before)
+        assert torch.equal(run(), expected)
+    with pytest.raises(ConfigError, match="cu_seqlens_q must go from 0 to 4"):
+        run(4)
+    step.page_tables = torch.full_like(step.page_tables, case.cache.k.shape[0])
+    with pytest.raises(IndicesError, match="page_tables"):
+        run()
+
+
+@pytest.mark.parametrize("kernel", [NativeKVStore(), TorchKVStore()], ids=lambda k: k.name)
+def test_every_store_refuses_slots_that_were_written_to(kernel):
+    problem = make_problem(page_size=4)
+    case = make_case(problem, [(9, 3), (0, 6)])
+    case.step.slot_mapping = torch.arange(9)
+
+    def run():
+        kernel.run(problem, case.k, case.v, case.cache, case.step)
+
+    run()
+    case.step.slot_mapping[3] = case.cache.k.shape[0] * 4
+    with pytest.raises(IndicesError, match="slot_mapping names"):
+        run()
+    case.step.slot_mapping = torch.arange(4)
+    with pytest.raises(IndicesError, match="slot_mapping must"):
+        run()
 
 
 def test_new_keys_may_come_out_of_the_pages_that_they_go_to():

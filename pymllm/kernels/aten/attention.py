@@ -33,6 +33,7 @@ class TorchAttention:
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
+        step.check_tokens(q.shape[0])
         outputs = []
         for request, (start, stop, _) in enumerate(step.spans):
             if start == stop:

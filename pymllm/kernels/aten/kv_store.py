@@ -24,7 +24,8 @@ class TorchKVStore:
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        tokens, slots = step.once("stored tokens", lambda: _stored(step))
+        mapping = step.stored_slots(k.shape[0], cache.k.shape[0] * cache.k.shape[1])
+        tokens, slots = step.once("stored tokens", lambda: _stored(mapping), mapping)
         for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
             codes, scale = encode_kv(new if tokens is None else new[tokens], cache.type, scales)
             # Not every device scatters fp8; every one scatters its bytes.
@@ -34,10 +35,8 @@ class TorchKVStore:
                 scales.flatten(0, 1)[slots] = scale
 
 
-def _stored(step: AttentionStep) -> tuple[Tensor | None, Tensor]:
-    """Select the tokens that have a slot (None: all have) and their slots.  A step looks at its slots only here."""
-    slots = step.slot_mapping
-    assert slots is not None
+def _stored(slots: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Select the tokens that have a slot (None: all have) and their slots."""
     kept = slots >= 0
     if bool(kept.all()):
         return None, slots

@@ -29,7 +29,7 @@ def address(name: str, tensor: Tensor, size: int) -> int:
     """
     # A call costs 0.2 us: benchmarks/cpu_dispatch.py.
     try:
-        offset: int = tensor.storage_offset()
+        offset = int(tensor.storage_offset())
         if offset:
             offset *= tensor.element_size()
         found: int = tensor.data_ptr()
@@ -46,6 +46,13 @@ def checked_address(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: to
     if tensor.dtype is dtype and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous():
         return address(name, tensor, tensor.nbytes)
     raise unfit(name, tensor, shape, dtype)
+
+
+def floats_address(name: str, tensor: Tensor, count: int) -> int:
+    """Return where so many contiguous float32 numbers of a weight lie on the CPU.  Raises ConfigError for any other."""
+    if tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() == count:
+        return address(name, tensor, count * 4)
+    raise unfit(name, tensor, (count,), torch.float32)
 
 
 def places_of(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, int, int]]:
@@ -154,7 +161,7 @@ def _end(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     last = sum((side - 1) * stride for side, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() + last + 1
+    return int(tensor.storage_offset()) + last + 1
 
 
 def unfit(

@@ -14,7 +14,7 @@ from torch import Tensor
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.native.addresses import CODE, checked_address
+from pymllm.kernels.native.addresses import CODE, floats_address
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import run_native, why_not_floats
 from pymllm.kernels.native.fp8 import BLOCK_INPUTS
@@ -68,6 +68,6 @@ class NativeCodebook:
         outputs, inputs = problem.out_features, problem.in_features
         side = problem.weight.group_size  # type: ignore[union-attr]
         block = (1, side if side < inputs else 0)
-        scales = checked_address("the scales", packed["scales"], (outputs, -(-inputs // side)), torch.float32)
-        table = checked_address("the codebook", packed["table"], (CODES,), torch.float32)
+        scales = floats_address("the scales", packed["scales"], outputs * -(-inputs // side))
+        table = floats_address("the codebook", packed["table"], CODES)
         return run_native(problem, x, bias, packed["codes"], scales, block, 0, table)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.native.addresses import checked_address, unfit
+from pymllm.kernels.native.addresses import floats_address, unfit
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import run_native, why_not_floats
 from pymllm.kernels.reference.linear import ReferenceEmbedding
 from pymllm.kernels.registry import Packed
 
-F32 = torch.float32
 BLOCK_INPUTS = 64  # a scale covers a multiple of so many inputs: one register of codes
 HALF_BLOCK = 32  # or these, as in MXFP8
 NAN_CODE = 0x7F  # without the sign: 0xFF is NaN too
@@ -65,11 +64,10 @@ class NativeFp8Linear:
         )
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
-        block = problem.weight.block  # type: ignore[union-attr]
-        scales = checked_address(
-            "the scales", packed["scales"], _blocks(problem.out_features, problem.in_features, block), F32
-        )
-        row_nan = checked_address("row_nan", packed["row_nan"], (problem.out_features,), F32)
+        block, outputs = problem.weight.block, problem.out_features  # type: ignore[union-attr]
+        rows, columns = _blocks(outputs, problem.in_features, block)
+        scales = floats_address("the scales", packed["scales"], rows * columns)
+        row_nan = floats_address("row_nan", packed["row_nan"], outputs)
         return run_native(problem, x, bias, packed["weight"], scales, block, row_nan)
 
 

@@ -30,6 +30,7 @@ class ReferenceAttention:
         cache: PagedKV | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
+        step.check_tokens(q.shape[0])
         result = q.new_empty((q.shape[0], problem.num_heads, problem.value_head_dim))
         repeats = problem.num_heads // problem.num_kv_heads
         for request, (start, stop, _) in enumerate(step.spans):

@@ -41,7 +41,8 @@ class Alike:
 
 def alike_requests(step: AttentionStep) -> list[Alike]:
     """Sort the requests of a step by their number of new tokens, once a step; those without any are left out."""
-    return step.once("requests alike", lambda: _sort(step))
+    sources = (step.cu_seqlens_q, step.context_lens, step.state_slots)
+    return step.once("requests alike", lambda: _sort(step), *sources)
 
 
 def _sort(step: AttentionStep) -> list[Alike]:

@@ -71,6 +71,10 @@ class TritonGroupedAttention:
     ) -> Tensor:
         requests, tokens, heads = step.num_reqs, q.shape[0], problem.num_heads
         group, dv = self.group(problem), problem.value_head_dim
+        if q.is_cpu:  # the interpreter reads what it finds at addresses
+            step.check_tokens(tokens)
+            for request in range(0 if cache is None else requests):
+                step.slots(request, 0, cache.k.shape[0])  # type: ignore[union-attr]
         y = q.new_empty((tokens, heads, dv))
         starts, lengths, pages, status, holes, hole_ends = step.once(
             ("on device", q.device), lambda: _on_device(step, q.device)
@@ -234,7 +238,10 @@ class TritonKVStore:
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        assert step.slot_mapping is not None
+        slots = step.slot_mapping
+        if k.is_cpu:  # as for attention
+            slots = step.stored_slots(k.shape[0], cache.k.shape[0] * cache.k.shape[1])
+        assert slots is not None
         kind, architecture = cache.type, architecture_of(problem.device)
         hardware = architecture.fp8 and not interpreting()
         for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
@@ -247,7 +254,7 @@ class TritonKVStore:
                 new,
                 pages.view(torch.uint8) if as_bytes and not hardware else pages,
                 scales,
-                step.slot_mapping,
+                slots,
                 new.stride(0),
                 new.stride(1),
                 new.shape[1],
