@@ -196,7 +196,14 @@ _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_
 _RESIZES = {"resize_", "resize_as_", "set_", "set_data", "_resize_output_"}
 _OF_SHAPES = {
     *("size", "stride", "numel", "dim", "storage_offset", "is_contiguous", "is_same_size", "is_pinned"),
-    *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous", "is_strides_like_format"),
+    *(
+        "sym_size",
+        "sym_stride",
+        "sym_numel",
+        "sym_storage_offset",
+        "sym_is_contiguous",
+        "is_strides_like_format",
+    ),
     *("is_non_overlapping_and_dense", "promote_types", "result_type", "can_cast"),
 }
 
