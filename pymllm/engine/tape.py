@@ -7,8 +7,8 @@ one. A tape is to a CPU what a captured graph is to a GPU.
 
 A step that cannot be repeated is never recorded: one whose work depends on numbers that Python reads from a tensor, on
 lengths that it has as Python integers, or on operations other than torch's own. A new tape is tried twice: on the step
-that it was recorded from, with each of its tensors full of NaN before it is written to, and on the next step. Both times
-it must give the same logits, bit for bit. `watch.py` sees to it that the model still is what was recorded.
+that it was recorded from, with each of its tensors full of NaN until it is written to, and on the next step. Both times
+it must give the same logits, bit for bit. `watch.py` tells whether the model still is what was recorded.
 """
 
 from __future__ import annotations
