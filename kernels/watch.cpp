@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
-#include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -17,41 +15,16 @@ namespace nb = nanobind;
 namespace pymllm {
 namespace {
 
+// Up to Python 3.11 every change gives a dictionary a number that none had before (PEP 509). Later ones call back
+// instead, but not at every change: 3.13 forgets those of an object's attributes.
 #if PY_VERSION_HEX < 0x030C0000
-// Every change gives a dictionary a number that none had before (PEP 509).
+constexpr bool kNumbered = true;
 std::uint64_t version_of(PyObject *dict) { return reinterpret_cast<PyDictObject *>(dict)->ma_version_tag; }
-bool look_at(PyObject *) { return true; }
-void look_away(PyObject *) {}
-PyObject *attributes_of(PyTypeObject *type) { return type->tp_dict; }
-constexpr bool kCounted = false;
-std::uint64_t changes() { return 0; }
 #else
-// The interpreter calls back before a change; what is counted stands here for the number that a dictionary had before.
-// No dictionary is ever left alone again, as others may look at it too.
-struct Counted {
-  std::uint64_t changes = 0;
-  std::unordered_map<PyObject *, std::uint64_t> last;
-  std::unordered_set<PyObject *> ignored;
-} counted;
-int note_change(PyDict_WatchEvent event, PyObject *dict, PyObject *, PyObject *) {
-  if (event == PyDict_EVENT_DEALLOCATED) {
-    counted.last.erase(dict);
-    counted.ignored.erase(dict);
-  } else if (!counted.ignored.count(dict)) {
-    counted.last[dict] = ++counted.changes;
-  }
-  return 0;
-}
-bool look_at(PyObject *dict) {
-  static const int watcher = PyDict_AddWatcher(note_change);
-  if (watcher < 0 || PyDict_Watch(watcher, dict) != 0) throw nb::python_error();
-  return !counted.ignored.count(dict);
-}
-void look_away(PyObject *dict) { counted.ignored.insert(dict); }
-std::uint64_t version_of(PyObject *dict) {
-  const auto found = counted.last.find(dict);
-  return found == counted.last.end() ? 0 : found->second;
-}
+constexpr bool kNumbered = false;
+std::uint64_t version_of(PyObject *) { return 0; }
+#endif
+
 PyObject *attributes_of(PyTypeObject *type) {
 #if PY_VERSION_HEX < 0x030D0000
   return type->tp_dict;
@@ -61,9 +34,6 @@ PyObject *attributes_of(PyTypeObject *type) {
   return dict;
 #endif
 }
-constexpr bool kCounted = true;
-std::uint64_t changes() { return counted.changes; }
-#endif
 
 // torch's stable C interface, by addresses: the extension is built without torch.
 struct Torch {
@@ -91,7 +61,7 @@ public:
   // Who calls keeps what is added, and what it holds, for as long as this watches.
   void add_dict(nb::handle dict) {
     if (!PyDict_Check(dict.ptr())) throw nb::type_error("a dict");
-    if (look_at(dict.ptr()))
+    if (kNumbered)
       dicts_.push_back({dict.ptr(), version_of(dict.ptr())});
     else
       compare(dict);
@@ -105,13 +75,12 @@ public:
   }
   // Compares a dictionary by what it holds from now on.
   void compare(nb::handle dict) {
-    look_away(dict.ptr());
     dicts_.erase(std::remove_if(dicts_.begin(), dicts_.end(),
                                 [dict](const Versioned &held) { return held.dict == dict.ptr(); }),
                  dicts_.end());
     Contents contents{dict.ptr(), {}};
     PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) contents.values.push_back(value);
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) contents.values.emplace_back(key, value);
     compared_.push_back(std::move(contents));
   }
   void add_type(nb::handle type) {
@@ -147,21 +116,18 @@ public:
 
   // Ends the additions, for now: what lies side by side is then looked at together, as caches and their pages have gone.
   void settle() {
-    seen_ = changes();
     std::sort(dicts_.begin(), dicts_.end(), [](const Versioned &a, const Versioned &b) { return a.dict < b.dict; });
   }
 
   bool changed() const {
-    if (!kCounted || seen_ != changes()) {
-      for (const Versioned &held : dicts_)
-        if (version_of(held.dict) != held.version) return true;
-    }
+    for (const Versioned &held : dicts_)
+      if (version_of(held.dict) != held.version) return true;
     for (const Contents &held : compared_) {
       if (PyDict_GET_SIZE(held.dict) != static_cast<Py_ssize_t>(held.values.size())) return true;
       PyObject *key, *value;
       std::size_t i = 0;
       for (Py_ssize_t at = 0; PyDict_Next(held.dict, &at, &key, &value); ++i)
-        if (value != held.values[i]) return true;
+        if (key != held.values[i].first || value != held.values[i].second) return true;
     }
     for (const Cell &held : cells_)
       if (PyCell_GET(held.cell) != held.value) return true;
@@ -182,7 +148,7 @@ private:
   };
   struct Contents {
     PyObject *dict;
-    std::vector<PyObject *> values;
+    std::vector<std::pair<PyObject *, PyObject *>> values;
   };
   struct Cell {
     PyObject *cell, *value;
@@ -214,7 +180,6 @@ private:
   }
 
   Torch torch_{};
-  std::uint64_t seen_ = 0; // how many changes of any dictionary left these as they were
   std::vector<Versioned> dicts_;
   std::vector<Contents> compared_;
   std::vector<Cell> cells_;

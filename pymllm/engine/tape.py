@@ -7,8 +7,8 @@ one. A tape is to a CPU what a captured graph is to a GPU.
 
 A step that cannot be repeated is never recorded: one whose work depends on numbers that Python reads from a tensor, on
 lengths that it has as Python integers, or on operations other than torch's own. A new tape is tried twice: on the step
-that it was recorded from, with its intermediate tensors full of NaN, and on the next step. Both times it must give the
-same logits, bit for bit.
+that it was recorded from, with each of its tensors full of NaN until it is written to, and on the next step. Both times
+it must give the same logits, bit for bit. `watch.py` tells whether the model still is what was recorded.
 """
 
 from __future__ import annotations
@@ -196,7 +196,14 @@ _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_
 _RESIZES = {"resize_", "resize_as_", "set_", "set_data", "_resize_output_"}
 _OF_SHAPES = {
     *("size", "stride", "numel", "dim", "storage_offset", "is_contiguous", "is_same_size", "is_pinned"),
-    *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous", "is_strides_like_format"),
+    *(
+        "sym_size",
+        "sym_stride",
+        "sym_numel",
+        "sym_storage_offset",
+        "sym_is_contiguous",
+        "is_strides_like_format",
+    ),
     *("is_non_overlapping_and_dense", "promote_types", "result_type", "can_cast"),
 }
 

@@ -107,7 +107,7 @@ class Watch:
         left = list(roots.values())
         while left:
             found = left.pop()
-            if isinstance(found, _LEAVES) or isinstance(found, type) or id(found) in seen:
+            if isinstance(found, (*_LEAVES, type)) or id(found) in seen:
                 continue
             seen[id(found)] = found
             left += self._within(found)
@@ -128,7 +128,11 @@ class Watch:
         if isinstance(found, (tuple, set, frozenset)):
             return list(found)
         if isinstance(found, types.FunctionType):
-            return [*self._variables(found), *(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()]
+            return [
+                *self._variables(found),
+                *(found.__defaults__ or ()),
+                *(found.__kwdefaults__ or {}).values(),
+            ]
         if isinstance(found, types.MethodType):
             return (found.__self__, found.__func__)
         if isinstance(found, functools.partial):

@@ -81,11 +81,15 @@ def packed_in_place(model):
 
 def packed_data(model):
     tensor = packed(model)["blocks"]
-    tensor.data = tensor ^ 7 if tensor.dtype is torch.uint8 else (tensor.view(torch.uint8) ^ 7).view(tensor.dtype)
+    tensor.data = (
+        tensor ^ 7 if tensor.dtype is torch.uint8 else (tensor.view(torch.uint8) ^ 7).view(tensor.dtype)
+    )
 
 
 def packed_item(model):
-    packed(model)["blocks"] = (packed(model)["blocks"].view(torch.uint8) ^ 7).view(packed(model)["blocks"].dtype)
+    packed(model)["blocks"] = (packed(model)["blocks"].view(torch.uint8) ^ 7).view(
+        packed(model)["blocks"].dtype
+    )
 
 
 def packed_weight_behind_a_frozen_value(model):
@@ -95,13 +99,17 @@ def packed_weight_behind_a_frozen_value(model):
 
 
 def assigned_state(model):
-    weights = {name: other(value) for name, value in model.state_dict().items() if name.endswith("norm.weight")}
+    weights = {
+        name: other(value) for name, value in model.state_dict().items() if name.endswith("norm.weight")
+    }
     assert weights
     model.load_state_dict(weights, strict=False, assign=True)
 
 
 def copied_state(model):
-    weights = {name: other(value) for name, value in model.state_dict().items() if name.endswith("norm.weight")}
+    weights = {
+        name: other(value) for name, value in model.state_dict().items() if name.endswith("norm.weight")
+    }
     model.load_state_dict(weights, strict=False)
 
 
@@ -140,7 +148,7 @@ def hook(model):
 
 def rotary_table(model):
     rotary = model.model.layers[0].self_attn.rotary
-    rotary.inverse_frequencies.mul_(0.3)
+    rotary.inverse_frequencies = rotary.inverse_frequencies * 0.3
     rotary._tables.clear()
 
 
@@ -155,7 +163,12 @@ def swapped(model):
 
 
 EDITS = [
-    *(new_data, new_data_everywhere_in_memory_that_is_freed, new_parameter, new_parameter_behind_the_modules_back),
+    *(
+        new_data,
+        new_data_everywhere_in_memory_that_is_freed,
+        new_parameter,
+        new_parameter_behind_the_modules_back,
+    ),
     *(same_memory_other_strides, other_memory_by_set, in_place, packed_in_place, packed_data, packed_item),
     *(packed_weight_behind_a_frozen_value, assigned_state, copied_state, other_layers),
     *(layer_behind_the_lists_back, epsilon, attention_scale, forward_of_one_module, class_of_one_module),
@@ -218,7 +231,14 @@ def test_a_captured_step_is_not_replayed_after_an_edit(edit):
 def test_a_watch_without_the_extension_finds_the_same(monkeypatch):
     model = LLM(dtype="float32").model
     functions = watch_module._functions()
-    for edit in (new_data, new_parameter, packed_item, other_layers, layer_behind_the_lists_back, attention_scale):
+    for edit in (
+        new_data,
+        new_parameter,
+        packed_item,
+        other_layers,
+        layer_behind_the_lists_back,
+        attention_scale,
+    ):
         watches = [Watch(model=model)]
         with monkeypatch.context() as patch:
             patch.setattr(watch_module, "_functions", lambda: None)
@@ -235,7 +255,9 @@ def test_pages_of_the_cache_that_were_filled_before_an_edit_are_not_reused():
     new_data_everywhere_in_memory_that_is_freed(llm.model)
     fresh = LLM(dtype="float32")
     new_data_everywhere_in_memory_that_is_freed(fresh.model)
-    assert llm.generate([prompt], greedy(12))[0].token_ids == fresh.generate([prompt], greedy(12))[0].token_ids
+    assert (
+        llm.generate([prompt], greedy(12))[0].token_ids == fresh.generate([prompt], greedy(12))[0].token_ids
+    )
     assert llm.generate([prompt], greedy(12))[0].token_ids != before
 
 
