@@ -258,6 +258,22 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_encoded(tmp_path):
     tokenizer.check_length("x" * 100_000)
 
 
+def test_where_no_bound_is_known_a_prompt_of_far_too_many_characters_is_refused_unencoded():
+    """WordPiece: a word of any length is one token, and to say so takes as long as the word is."""
+    tokenizer = Tokenizer(SHIPPED)
+    words = Backend(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.encoder = FastEncoder(words)
+    tokenizer.longest_prompt = 1000
+    tokenizer.check_length("a" * 64_000)
+    tokenizer.encoder.encode = lambda *given: pytest.fail("it was encoded")
+    with pytest.raises(RequestError, match="64000 that are encoded") as caught:
+        tokenizer.check_length("a" * 64_001)
+    assert (caught.value.code, caught.value.param) == ("prompt-too-long", "prompt")
+    # Of a few tokens any text of some pages may be tried.
+    tokenizer.longest_prompt = 4
+    tokenizer.check_length("a" * 16_000)
+
+
 def test_a_long_text_becomes_the_ids_that_it_becomes_alone():
     """It goes another way through the library, on which other threads go on."""
     tokenizer = Tokenizer(SHIPPED)
