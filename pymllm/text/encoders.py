@@ -141,7 +141,9 @@ class AutoEncoder:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.tokenizer = auto_tokenizer_from_pretrained(folder, trust_remote_code=False)
+            # A panic of the library is told as what it is, before it can end anything.
+            read = panics_told(auto_tokenizer_from_pretrained)
+            self.tokenizer = read(folder, trust_remote_code=False)
         except CheckpointError:
             raise
         except Exception as error:
