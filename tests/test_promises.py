@@ -114,8 +114,8 @@ def test_the_table_of_limits_is_the_codes():
 
 UNSAFE = re.compile(
     r"^\s*(?:import|from)\s+(?:pickle|marshal|shelve|dill|cloudpickle)\b"
-    r"|(?<![.\w])(?:eval|exec)\(|os\.system\(|torch\.hub\.load\(|torch\.load\((?!\w+, weights_only=True)|shell=(?!False)"
-    r"|trust_remote_code=(?!False)|(?:gather|broadcast|send|recv|scatter)_object",
+    r"|(?<![.\w])(?:eval|exec)\(|os\.system\(|torch\.hub\.load\(|torch\.load\((?!\w+, weights_only=True)"
+    r"|shell=(?!False)|trust_remote_code=(?!False)|(?:gather|broadcast|send|recv|scatter)_object",
     re.MULTILINE,
 )
 

@@ -144,7 +144,8 @@ class AutoEncoder:
             # A panic of the library is told as what it is, before it can end anything.
             read = panics_told(auto_tokenizer_from_pretrained)
             self.tokenizer = read(folder, trust_remote_code=False)
-        except CheckpointError:
+        except CheckpointError as error:
+            error.file = error.file or str(folder)
             raise
         except Exception as error:
             # Whatever its files make transformers raise.

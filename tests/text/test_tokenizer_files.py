@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from pymllm.errors import CheckpointError, RequestError
 from pymllm.text import tokenizer_files
-from pymllm.text.encoders import LONG_TEXT, PART, FastEncoder
+from pymllm.text.encoders import LONG_TEXT, PART, AutoEncoder, FastEncoder
 from pymllm.text.gguf_tokenizer import GGUFTokenizer
 from pymllm.text.text_bounds import BYTE_TOKENS, COMPOSED_OF, bound_of
 from pymllm.text.tokenizer import Tokenizer
@@ -99,6 +99,16 @@ def test_a_panic_while_encoding_is_our_error():
 
     with pytest.raises(CheckpointError, match="the tokenizer failed: index out of range"):
         FastEncoder(Panicking()).encode("a", True)
+
+
+def test_a_panic_while_transformers_reads_a_folder_is_our_error(tmp_path, monkeypatch):
+    def panic(*given, **named):
+        raise type("PanicException", (BaseException,), {})("index out of range")
+
+    monkeypatch.setattr("pymllm.text.encoders.auto_tokenizer_from_pretrained", panic)
+    with pytest.raises(CheckpointError, match="the tokenizer failed: index out of range") as caught:
+        AutoEncoder(tmp_path)
+    assert caught.value.file == str(tmp_path)
 
 
 def test_a_text_outside_of_a_vocabulary_without_bytes_is_our_error(tmp_path):
