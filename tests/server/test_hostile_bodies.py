@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import h11
 import pytest
@@ -15,7 +16,8 @@ from pymllm.server.protocol.base import MAX_ALL_KEYS, MAX_PARAMETERS, MAX_VALUES
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.server.protocol.completions import CompletionRequest
 from pymllm.server.protocol.responses import ResponsesRequest
-from tests.server.by_hand import assert_alive, connect, post
+from tests.processes import SECONDS
+from tests.server.by_hand import all_at_once, assert_alive, connect, post
 from tests.server.conftest import serve
 
 START = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -123,6 +125,28 @@ def test_keys_and_values_have_a_measure(served, fields, what):
 def test_signs_in_a_text_are_no_keys_or_values(served):
     status, answer, _ = post(served, {"prompt": ',:"\\' * (MAX_VALUES + 1)})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_long_texts_hold_up_no_short_one(llm, served, monkeypatch):
+    """More of them than there are threads for others' prompts."""
+    held, began, own = threading.Event(), threading.Event(), llm.tokenizer.encoder.encode
+
+    def encode(text, *settings):
+        if len(text) > 60_000:
+            began.set()
+            assert held.wait(SECONDS)
+        return own(text[:100], *settings)
+
+    monkeypatch.setattr(llm.tokenizer.encoder, "encode", encode)
+    long = {"prompt": "a " * 35_000, "max_tokens": 1, "truncate_prompt_tokens": 5}
+    threads = all_at_once(lambda body: post(served, body), *[long] * 36)
+    try:
+        assert began.wait(SECONDS)
+        assert post(served, {"prompt": "a", "max_tokens": 1})[0] == 200
+    finally:
+        held.set()
+        for thread in threads:
+            thread.join()
 
 
 MESSAGES = [{"role": "user", "content": "a"}]
