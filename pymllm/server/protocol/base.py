@@ -196,7 +196,7 @@ def _without_texts(body: bytes) -> bytes:
     bare, inside = [], 0
     for begin in range(0, len(body), LARGE_BODY):
         parts = body[begin : begin + LARGE_BODY].split(b'"')
-        bare += parts[inside::2]
+        bare.append(b"".join(parts[inside::2]))
         inside = (inside + len(parts) - 1) % 2
     return b"".join(bare)
 
