@@ -25,7 +25,8 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize thread-check arm-check serve-check clients-check fuzz clean distclean
+.PHONY: help demo test gpu lint format native sanitize thread-check arm-check serve-check faults-check clients-check fuzz \
+  clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +40,7 @@ help:
 	@echo 'make thread-check  run the kernels'"'"' pool of threads under ThreadSanitizer (sanitize does, too)'
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
 	@echo 'make serve-check    servers and ranks that are killed, crowds of clients, the page in a Chromium, where there is one'
+	@echo 'make faults-check   run the tests that docs/faults.md names, as they are and under python -O'
 	@echo 'make clients-check  let openai, anthropic, litellm, langchain and others talk to a real `pymllm serve`'
 	@echo 'make fuzz    change good files, requests and native calls for a minute, and see how each ends'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
@@ -64,6 +66,14 @@ serve-check: $(VENV)/.stamp-test $(NATIVE_STAMP)
 fuzz: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+# Under -O the asserts of pymllm are out; those of the tests stay (tests/test_without_asserts.py).
+faults-check: $(VENV)/.stamp-test $(NATIVE_STAMP)
+	@$(BIN)/python -c "$$THIS_FOLDER"
+	@tests=$$(grep -oE 'tests/[a-z_/0-9]+\.py::[a-z_0-9]+(\[[^]`]*\])?' docs/faults.md | sort -u) && \
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	$(BIN)/python -m pytest -n 2 -q $$tests tests/test_without_asserts.py $(PYTEST_ARGS) && \
+	PYTHONOPTIMIZE=1 $(BIN)/python -m pytest -n 2 -q $$tests tests/test_without_asserts.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy lint-imports; do \

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import pymllm
+
+# `python -O` leaves out pymllm's asserts; those of tests stay, and those of the modules that they import stay by this.
+pytest.register_assert_rewrite(
+    *(f"tests.{path.stem}" for path in Path(__file__).parent.iterdir() if path.suffix in ("", ".py"))
+)
 
 # Tiny matrices: more threads only wait for each other, the more so with several test workers on few cores.
 torch.set_num_threads(1)

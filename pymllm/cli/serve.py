@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -301,6 +302,8 @@ def _serve(
         llm.parallel.leader.check()
     if served is not None:
         served.take_over()
+    # What is there now stays: to look through it for garbage would take some hundred milliseconds, again and again.
+    gc.freeze()
     try:
         server.run(sockets=[listener])
         if served is not None and served.lost:

@@ -242,15 +242,17 @@ class Engine:
                 expected=f"0 to {vocabulary - 1}",
                 found=str(max(prompt)),
             )
-        bad = next((token for token, _ in params.logit_bias if token >= vocabulary), None)
-        if bad is not None:
-            raise RequestError(
-                "logit_bias names a token outside the vocabulary",
-                code="token-id",
-                tensor="logit_bias",
-                expected=f"0 to {vocabulary - 1}",
-                found=str(bad),
-            )
+        biased = [token for token, _ in params.logit_bias]
+        for name, tokens in (("logit_bias", biased), ("stop_token_ids", params.stop_token_ids)):
+            bad = next((token for token in tokens if token >= vocabulary), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{name} names a token outside the vocabulary",
+                    code="token-id",
+                    tensor=name,
+                    expected=f"0 to {vocabulary - 1}",
+                    found=str(bad),
+                )
         return longest
 
     def step(self) -> list[Request]:

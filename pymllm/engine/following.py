@@ -10,6 +10,7 @@ import numpy as np
 from pymllm.engine.engine import Engine
 from pymllm.engine.runner import Runner
 from pymllm.engine.runs import Run
+from pymllm.errors import RankError
 
 
 class Follower:
@@ -29,7 +30,14 @@ class Follower:
         """Make the KV cache, as large as rank 0's."""
         assert self.engine is not None
         self.engine.cache_pages = message["pages"]
-        assert self.engine.cache.num_pages == message["pages"]
+        if self.engine.cache.num_pages != message["pages"]:
+            raise RankError(
+                "this rank's KV cache is not as large as rank 0's",
+                code="ranks-disagree",
+                expected=f"{message['pages']} pages",
+                found=str(self.engine.cache.num_pages),
+                fix="Run the same version with the same options on every rank.",
+            )
 
     def _states(self, message: Mapping[str, Any], integers: np.ndarray[Any, Any]) -> None:
         """Make room for the states of requests."""

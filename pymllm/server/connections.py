@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -19,14 +20,57 @@ from pymllm.server.traffic import CONNECTIONS, REASONS_BY_STATUS, WRITE, Traffic
 # How many unsent bytes the kernel holds for a client; what it holds beyond that, a client that reads slowly costs us.
 UNSENT_BYTES = 128 << 10
 
+# Of headers at most, uvicorn's own bound; `header_bytes` of the limits is lower.
+HEADER_BYTES = 1 << 16
+
 # A client that takes at least so much in the time of the write timeout is slow, but there.
 PROGRESS_BYTES = 16 << 10
 
 # A connection that has just come, or just had an answer, is not closed to make room for others while there is some.
 QUIET_SECONDS = 1.0
 
+# Of a body that was refused, so many times of what one may have is still read: a client that sends all of its body
+# before it looks for an answer gets one, unless the body is endless.
+DISCARDED_BODIES = 4
+
 # The states of a client whose request is there.
 AFTER_BODY = (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL)
+
+# How many chunks a body may come in, and how many parts of requests are read before others have their turn: a chunk of
+# a byte costs as much to read as one of thousands.
+MOST_CHUNKS, EVENTS_A_TURN = 1 << 14, 64
+
+
+class RequestReader(h11.Connection):
+    """h11's reader of requests, which takes a rest after so many events, and refuses a body of too many chunks.
+
+    rest: called when it takes one; until `go_on` it has no further event.
+    """
+
+    def __init__(self, most_bytes: int, rest: Callable[[], None]) -> None:
+        super().__init__(h11.SERVER, most_bytes)
+        self._rest = rest
+        self._left, self._chunks, self.rests = EVENTS_A_TURN, 0, False
+
+    def go_on(self) -> None:
+        """End the rest."""
+        self._left, self.rests = EVENTS_A_TURN, False
+
+    def next_event(self) -> Any:
+        if self._left <= 0:
+            if not self.rests:
+                self.rests = True
+                self._rest()
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = 0
+        elif isinstance(event, h11.Data):
+            self._left -= 1
+            self._chunks += event.chunk_start
+            if self._chunks > MOST_CHUNKS:
+                raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
+        return event
 
 
 class Connection(H11Protocol):
@@ -46,6 +90,8 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **named)
         self.traffic, self.limits = traffic, traffic.limits
         self.quiet_since = 0.0
+        self._discarded = 0
+        self.conn: RequestReader = RequestReader(HEADER_BYTES, self._rest)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -58,8 +104,19 @@ class Connection(H11Protocol):
         if len(self.connections) > self.traffic.most_connections:
             self._make_room()
 
+    def _rest(self) -> None:
+        self.flow.pause_reading()
+        self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self.conn.go_on()
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.data_received(b"")
+
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        # Without data, h11 takes it for the end of all of them.
+        super().data_received(data) if data else self.handle_events()
         state = self.conn.their_state
         if state is not h11.IDLE:
             # The headers are there, or what came are none.
@@ -67,9 +124,13 @@ class Connection(H11Protocol):
         elif self.conn.trailing_data[0] and self._deadline is None:
             # The next request's headers have begun.
             self._wait_for_headers()
-        if state is h11.SEND_BODY and self.is_idle and self._discard_deadline is None:
+        if state is h11.SEND_BODY and self.is_idle:
             # The answer is there already, and what still comes is thrown away, but not for ever.
-            self._discard_deadline = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
+            self._discarded += len(data)
+            if self._discard_deadline is None:
+                self._discard_deadline = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
+            if self._discarded > DISCARDED_BODIES * self.limits.body_bytes:
+                self.transport.abort()
         if state in AFTER_BODY and len(self.conn.trailing_data[0]) < self.limits.header_bytes:
             # uvicorn stops to read when a next request comes early, and would not see that the client leaves.
             self.flow.resume_reading()
@@ -141,8 +202,11 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse a request that cannot be read; uvicorn calls this while it handles h11's error."""
-        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+        status = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        if status == 431:
             self._refuse(431, "the headers are too large")
+        elif status == 413:
+            self._refuse(413, f"the body comes in more than {MOST_CHUNKS} chunks")
         else:
             self._refuse(400, "this is no HTTP/1.1 request")
 

@@ -76,7 +76,7 @@ async def _read_at_most(http: Request, limit: int) -> bytes:
 
 
 class Guard:
-    """The check before everything else: the size of the headers, and the API key."""
+    """The check before everything else: the size of the headers, the length of the body said once, and the API key."""
 
     def __init__(
         self, app: ASGIApp, api_key: str | None, header_bytes: int, open_paths: Collection[str]
@@ -91,6 +91,11 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self.header_bytes:
             return error_response(431, f"the headers are larger than {self.header_bytes} bytes")
+        names = {name for name, _ in scope["headers"]}
+        if b"transfer-encoding" in names and b"content-length" in names:
+            # Whatever is before this server may go by the other one, and take the rest for a request of its own.
+            message = "Content-Length and Transfer-Encoding exclude each other"
+            return error_response(400, message, headers={"Connection": "close"})
         if self.key is None or scope["path"] in self.open_paths:
             return None
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")

@@ -43,7 +43,11 @@ class OriginCheck:
         server = scope.get("server")
         if scope["path"] == OPEN_PATH or server is None or not is_loopback(server[0]):
             return None
-        headers = {name: value.decode("latin-1").strip().lower() for name, value in scope["headers"]}
+        headers: dict[bytes, str] = {}
+        for name, value in scope["headers"]:
+            said = value.decode("latin-1").strip().lower()
+            if name in (b"host", b"origin") and headers.setdefault(name, said) != said:
+                return f"the request has two different headers {name.decode()}"
         host, origin = headers.get(b"host"), headers.get(b"origin")
         # A browser always sends a Host.
         if host is not None and ANY not in self.allowed_hosts and not self._is_own(name_of(host)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pymllm.api import LLM
+from pymllm.server.protocol.base import refuse
 from pymllm.server.protocol.completions import CompletionRequest
 from pymllm.server.protocol.sampled import SampledRequest
+from pymllm.server.protocol.tokens import MAX_CHARACTERS
 from pymllm.text.infill import infill
 
 
@@ -21,6 +23,9 @@ def _encode(llm: LLM, request: CompletionRequest, prompt: str | list[int]) -> li
     kept = room(llm, request)
     if kept is None:
         llm.tokenizer.check_length(prompt)
+    elif len(prompt) > MAX_CHARACTERS:
+        found = f"expected at most {MAX_CHARACTERS} characters, found {len(prompt)}"
+        refuse("prompt", f"is too long to be encoded and cut: {found}")
     ids = llm.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
     if kept is not None and kept < len(ids):
         # What the tokenizer puts before a text stays there when the text is cut, as transformers has it.

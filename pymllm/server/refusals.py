@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from pymllm.errors import PymllmError, RankError, RequestError
@@ -41,14 +42,23 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def words_of(error: PymllmError) -> str:
+    """Return an error's text without the folders of this machine, which are no business of a client."""
+    text, file = str(error), error.file
+    if not file:
+        return text
+    text = text.removeprefix(f"{file}: ").removeprefix(f"{file}, ")
+    return text.replace(file, PurePath(file).name)
+
+
 def refusal_of(error: PymllmError) -> tuple[int, dict[str, Any]]:
     """Return the status and the body that tell a client of an error."""
     if isinstance(error, RankError) or error.code in UNAVAILABLE_CODES:
-        return 503, error_body(503, str(error), code=error.code)
+        return 503, error_body(503, words_of(error), code=error.code)
     if isinstance(error, RequestError):
         status = 404 if isinstance(error, NoSuchModel) else 400
         code = OPENAI_CODES.get(error.code, error.code)
-        return status, error_body(status, str(error), param=error.param, code=code)
+        return status, error_body(status, words_of(error), param=error.param, code=code)
     # Ranks that are lost come back: the client may try again.
     status = 503 if isinstance(error, RankError) else 400 if error.code in CLIENT_CODES else 500
-    return status, error_body(status, str(error), code=error.code)
+    return status, error_body(status, words_of(error), code=error.code)

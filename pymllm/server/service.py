@@ -37,6 +37,7 @@ from pymllm.server.protocol.sampled import SampledRequest
 from pymllm.server.refusals import NoSuchModel
 from pymllm.text.chat_template import LARGE_REQUEST
 from pymllm.text.dialect import Dialect, dialect_of
+from pymllm.text.encoders import LONG_TEXTS
 from pymllm.text.parts import ContentReader, PartReader
 
 T = TypeVar("T")
@@ -121,6 +122,8 @@ class Service:
         self._chats = ThreadPoolExecutor(CHAT_READERS, "chats")
         # One at a time, so that there are always threads for others.
         self._large_chats = ThreadPoolExecutor(1, "large-chats")
+        # As many as long texts are encoded together.
+        self._large_texts = ThreadPoolExecutor(LONG_TEXTS, "large-texts")
 
     @functools.cached_property
     def dialect(self) -> Dialect:
@@ -187,8 +190,11 @@ class Service:
         return await self._off_the_loop(kind, body, count)
 
     async def _off_the_loop(self, kind: type, body: bytes | Mapping[str, Any], read: Callable[[], T]) -> T:
-        chats = self._large_chats if len(body) > LARGE_REQUEST else self._chats
-        threads = None if kind is CompletionRequest else chats
+        large = len(body) > LARGE_REQUEST
+        if kind in (CompletionRequest, EmbeddingRequest):
+            threads = self._large_texts if large else None
+        else:
+            threads = self._large_chats if large else self._chats
         return await asyncio.get_running_loop().run_in_executor(threads, read)
 
     def answer_to(self, question: Question) -> Answer:
@@ -215,7 +221,8 @@ class Service:
 
     async def read_embedding(self, body: bytes | Mapping[str, Any]) -> EmbeddingQuestion:
         """Read and check a request for embeddings, off the event loop."""
-        return await asyncio.to_thread(self._read_embedding, body)
+        read = functools.partial(self._read_embedding, body)
+        return await self._off_the_loop(EmbeddingRequest, body, read)
 
     async def embed(self, question: EmbeddingQuestion) -> dict[str, Any]:
         """Answer a request for embeddings; its batches take turns with the steps of others' answers."""

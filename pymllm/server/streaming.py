@@ -19,7 +19,7 @@ from pymllm.server.answers.base import Answer
 from pymllm.server.gate import read_body
 from pymllm.server.protocol.conversation import ConversationRequest
 from pymllm.server.protocol.sampled import SampledRequest
-from pymllm.server.refusals import refusal_of
+from pymllm.server.refusals import refusal_of, words_of
 from pymllm.server.service import Service
 
 logger = logging.getLogger("pymllm")
@@ -108,7 +108,7 @@ async def stream_events(
     except Exception as error:
         status, message = 500, "internal error"
         if isinstance(error, PymllmError):
-            status, message = refusal_of(error)[0], str(error)
+            status, message = refusal_of(error)[0], words_of(error)
         if status == 500:
             logger.error("a stream ended early: %s", error, exc_info=not isinstance(error, PymllmError))
         for event in answer.fail(status, message):

@@ -21,7 +21,9 @@ Made = TypeVar("Made")
 # From so many characters on, texts are encoded as a batch of one: that lets other threads of Python go on meanwhile. It
 # is no way for short texts, as the library then complains about processes that are forked later.
 LONG_TEXT = 1 << 14
-_long_texts = threading.BoundedSemaphore(2)
+# How many of them at a time: a text of megabytes takes a hundred times its size.
+LONG_TEXTS = 2
+_long_texts = threading.BoundedSemaphore(LONG_TEXTS)
 
 # A list of more ids than these is made in parts, between which other threads have their turn.
 PART = 1 << 17
@@ -105,7 +107,6 @@ class FastEncoder:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        # Two at a time: a text of megabytes takes a hundred times its size.
         with _long_texts:
             return _ids(self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0])
 
@@ -141,8 +142,11 @@ class AutoEncoder:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.tokenizer = auto_tokenizer_from_pretrained(folder, trust_remote_code=False)
-        except CheckpointError:
+            # A panic of the library is told as what it is, before it can end anything.
+            read = panics_told(auto_tokenizer_from_pretrained)
+            self.tokenizer = read(folder, trust_remote_code=False)
+        except CheckpointError as error:
+            error.file = error.file or str(folder)
             raise
         except Exception as error:
             # Whatever its files make transformers raise.

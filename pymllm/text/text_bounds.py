@@ -2,7 +2,8 @@
 
 Every token stands for so many characters at most, if no character can vanish on the way: that is so for byte-level BPE,
 and for BPE with a token for each byte. For other tokenizers (WordPiece, unigrams, those that remove accents) no bound
-is known, and every text is encoded.
+is known: WordPiece makes one token of a word of any length. What has far more characters than any text of a model's
+length is refused there (`most_characters`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from typing import Any
 # A character in NFC stands for four characters in NFD at most (U+1F82 for one), and no text is longer than its NFD.
 COMPOSED_OF = 4
 CHUNK = 1 << 16
+
+# Where no bound is known: characters of a prompt for each token that the model takes, ten times those of any language,
+# and how many a prompt may have in any case.
+CHARACTERS_A_TOKEN, FREE_CHARACTERS = 64, 1 << 14
 
 # The bytes of UTF-8; each character of several has one that continues it.
 CONTINUING = range(0x80, 0xC0)
@@ -46,6 +51,11 @@ class TextBound:
                 chunk = "".join(chunk.split())
             size += len(chunk) - sum(map(chunk.count, self.vanishing))
         return math.ceil(size / self.characters)
+
+
+def most_characters(tokens: int) -> int:
+    """Return how long a prompt for so many tokens may be where nobody knows how few tokens it becomes."""
+    return max(tokens * CHARACTERS_A_TOKEN, FREE_CHARACTERS)
 
 
 class _Unbounded(Exception):

@@ -16,6 +16,7 @@ from pymllm.text.encoders import Encoder, FastEncoder
 from pymllm.text.encoders import auto_tokenizer_from_pretrained as auto_tokenizer_from_pretrained
 from pymllm.text.json_files import read_json as read_json
 from pymllm.text.template_files import choose_template, read_templates
+from pymllm.text.text_bounds import most_characters
 
 # Files that transformers makes a tokenizer of, where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
@@ -86,17 +87,22 @@ class Tokenizer:
         """Refuse a prompt that is too long with a RequestError, where its length alone shows it; else do nothing."""
         longest = self.longest_prompt
         # No token stands for less than a character; the vocabulary is looked at for long texts only.
-        if longest is None or len(text) <= longest or self.encoder.bound is None:
+        if longest is None or len(text) <= longest:
             return
-        fewest = self.encoder.bound.fewest_tokens(text)
-        if fewest > longest:
+        bound, most = self.encoder.bound, most_characters(longest)
+        if bound is None:
+            too_long, tokens = len(text) > most, f"more than the {most} that are encoded for a prompt here"
+        else:
+            fewest = bound.fewest_tokens(text)
+            too_long, tokens = fewest > longest, f"which are at least {fewest} tokens"
+        if too_long:
             raise RequestError(
                 # Clients tell by these words that a prompt is too long.
                 f"the prompt is too long: this model's maximum context length is {longest} tokens",
                 code="prompt-too-long",
                 tensor=tensor,
                 expected=f"at most {longest} tokens",
-                found=f"{len(text)} characters, which are at least {fewest} tokens",
+                found=f"{len(text)} characters, {tokens}",
                 fix="Shorten the prompt.",
             )
 

@@ -139,6 +139,7 @@ def test_tokens_that_are_spelled_alike_are_all_reported(llm, monkeypatch):
         ("min_tokens", 100),
         ("typical_p", 0),
         ("stop_token_ids", [-4]),
+        ("stop_token_ids", [10**9]),
         ("stop_token_ids", "x"),
         ("bad_words", [""]),
         ("prompt_logprobs", 99),

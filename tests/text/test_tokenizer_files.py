@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from pymllm.errors import CheckpointError, RequestError
 from pymllm.text import tokenizer_files
-from pymllm.text.encoders import LONG_TEXT, PART, FastEncoder
+from pymllm.text.encoders import LONG_TEXT, PART, AutoEncoder, FastEncoder
 from pymllm.text.gguf_tokenizer import GGUFTokenizer
 from pymllm.text.text_bounds import BYTE_TOKENS, COMPOSED_OF, bound_of
 from pymllm.text.tokenizer import Tokenizer
@@ -99,6 +99,16 @@ def test_a_panic_while_encoding_is_our_error():
 
     with pytest.raises(CheckpointError, match="the tokenizer failed: index out of range"):
         FastEncoder(Panicking()).encode("a", True)
+
+
+def test_a_panic_while_transformers_reads_a_folder_is_our_error(tmp_path, monkeypatch):
+    def panic(*given, **named):
+        raise type("PanicException", (BaseException,), {})("index out of range")
+
+    monkeypatch.setattr("pymllm.text.encoders.auto_tokenizer_from_pretrained", panic)
+    with pytest.raises(CheckpointError, match="the tokenizer failed: index out of range") as caught:
+        AutoEncoder(tmp_path)
+    assert caught.value.file == str(tmp_path)
 
 
 def test_a_text_outside_of_a_vocabulary_without_bytes_is_our_error(tmp_path):
@@ -256,6 +266,22 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_encoded(tmp_path):
     tokenizer.encoder.encode = encoded
     tokenizer.longest_prompt = None
     tokenizer.check_length("x" * 100_000)
+
+
+def test_where_no_bound_is_known_a_prompt_of_far_too_many_characters_is_refused_unencoded():
+    """WordPiece: a word of any length is one token, and to say so takes as long as the word is."""
+    tokenizer = Tokenizer(SHIPPED)
+    words = Backend(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.encoder = FastEncoder(words)
+    tokenizer.longest_prompt = 1000
+    tokenizer.check_length("a" * 64_000)
+    tokenizer.encoder.encode = lambda *given: pytest.fail("it was encoded")
+    with pytest.raises(RequestError, match="64000 that are encoded") as caught:
+        tokenizer.check_length("a" * 64_001)
+    assert (caught.value.code, caught.value.param) == ("prompt-too-long", "prompt")
+    # Of a few tokens any text of some pages may be tried.
+    tokenizer.longest_prompt = 4
+    tokenizer.check_length("a" * 16_000)
 
 
 def test_a_long_text_becomes_the_ids_that_it_becomes_alone():

@@ -136,7 +136,9 @@ class IntQuantizedLinearMethod(LinearMethodBase):
         )
 
     def to_stored(self, weight: CanonicalWeight, shape: LinearShape) -> dict[str, Tensor]:
-        assert isinstance(weight, IntWeight) and not self.per_tensor and self.index == "absent"
+        if self.per_tensor or self.index != "absent":
+            return super().to_stored(weight, shape)
+        assert isinstance(weight, IntWeight)
         tensors = {"weight_scale": weight.scales.to(self.scale_dtype).contiguous()}
         if self.packed:
             tensors["weight_packed"] = pack_words(weight.codes, self.bits)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
@@ -27,6 +29,17 @@ MAX_DEPTH = 256
 
 # How many objects and lists a parameter may have, and a body: nobody else is answered while they are made and read.
 MAX_OBJECTS, MAX_OF_BODY = 1 << 15, 1 << 17
+
+# How many values and keys a body may have: those of 300,000 token ids, which OpenAI takes at a time, and more.
+MAX_VALUES = 1 << 19
+
+# How many keys a body may have itself, and an object in it: each that is not known is an error of its own; and how many
+# all of its objects may have: keys take ten times the time of other values.
+MAX_PARAMETERS, MAX_KEYS, MAX_ALL_KEYS = 1 << 10, 1 << 12, 1 << 16
+
+# Bodies of more bytes are read one at a time: nobody else has a turn while the parser has its own.
+LARGE_BODY = 1 << 16
+_one_at_a_time = threading.Lock()
 
 # How much of a name that a client has chosen an error shows.
 MAX_SHOWN = 140
@@ -72,9 +85,16 @@ def read_request(kind: type[R], body: bytes | Mapping[str, Any]) -> R:
 
     body: JSON, or what `parse_json` made of it.
     """
-    raw = dict(body) if isinstance(body, Mapping) else parse_json(body)
+    with _one_at_a_time if len(body) > LARGE_BODY else contextlib.nullcontext():
+        return _read(kind, dict(body) if isinstance(body, Mapping) else parse_json(body))
+
+
+def _read(kind: type[R], raw: Any) -> R:
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="json", found=type(raw).__name__)
+    if len(raw) > MAX_PARAMETERS:
+        most, found = f"at most {MAX_PARAMETERS}", str(len(raw))
+        raise RequestError("the body has too many parameters", code="json", expected=most, found=found)
     for name, value in raw.items():
         if len(name) > MAX_SHOWN:
             refuse(name[:MAX_SHOWN], "... is not supported by this server", code="unsupported_parameter")
@@ -106,9 +126,13 @@ def _check_size(name: str, value: Any) -> None:
     """Refuse a parameter that is nested too deeply, or has too many objects and lists."""
     level, found = [value] if isinstance(value, (dict, list)) else [], 0
     for _ in range(MAX_DEPTH):
+        if not level:
+            return
         found += len(level)
         if found > MAX_OBJECTS:
             refuse(name, f"has too many objects and lists: expected at most {MAX_OBJECTS}")
+        if any(len(one) > MAX_KEYS for one in level if isinstance(one, dict)):
+            refuse(name, f"has an object of too many keys: expected at most {MAX_KEYS}")
         inner = (one.values() if isinstance(one, dict) else one for one in level)
         level = [one for ones in inner for one in ones if isinstance(one, (dict, list))]
     if level:
@@ -132,10 +156,8 @@ def _is_place(step: str | int) -> bool:
 
 def parse_json(body: bytes) -> Any:
     """Parse a JSON text strictly: UTF-8, finite numbers, whole characters.  RequestError if it is none."""
-    if _brackets(body) > MAX_OF_BODY and _brackets(_without_texts(body)) > MAX_OF_BODY:
-        raise RequestError(
-            "the body has too many objects and lists", code="json", expected=f"at most {MAX_OF_BODY}"
-        )
+    if len(body) > LARGE_BODY:
+        _check_counts(body)
     try:
         value = json.loads(
             body.decode("utf-8"),
@@ -152,13 +174,31 @@ def parse_json(body: bytes) -> Any:
         raise RequestError(f"the body is not valid JSON: {error}", code="json") from None
 
 
-def _brackets(body: bytes) -> int:
-    return body.count(b"[") + body.count(b"{")
+def _check_counts(body: bytes) -> None:
+    """Refuse with a RequestError, unparsed, a body of more objects, lists, values or keys than any may have."""
+    counted = (
+        ("objects and lists", (b"[", b"{"), MAX_OF_BODY),
+        ("values", (b",",), MAX_VALUES),
+        ("keys", (b":",), MAX_ALL_KEYS),
+    )
+    bare: bytes | None = None
+    for what, signs, most in counted:
+        if sum(map(body.count, signs)) > most:
+            # They may stand in texts.
+            bare = _without_texts(body) if bare is None else bare
+            if sum(map(bare.count, signs)) > most:
+                raise RequestError(f"the body has too many {what}", code="json", expected=f"at most {most}")
 
 
 def _without_texts(body: bytes) -> bytes:
-    """Leave the strings of a JSON text out."""
-    return b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    """Leave the strings of a JSON text out, a part at a time, so that other threads have their turn."""
+    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare, inside = [], 0
+    for begin in range(0, len(body), LARGE_BODY):
+        parts = body[begin : begin + LARGE_BODY].split(b'"')
+        bare.append(b"".join(parts[inside::2]))
+        inside = (inside + len(parts) - 1) % 2
+    return b"".join(bare)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

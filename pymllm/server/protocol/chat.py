@@ -89,4 +89,7 @@ class ChatRequest(SampledRequest):
         if error.code == "grammar" and error.tensor in GRAMMARS and (self.calls.forced or not given):
             error.message = "tools" + error.message.removeprefix(error.tensor)
             error.tensor = "tools"
+        if error.tensor == "max_tokens" and self.max_completion_tokens is not None:
+            error.message = "max_completion_tokens" + error.message.removeprefix(error.tensor)
+            error.tensor = "max_completion_tokens"
         return super().blame(error)

@@ -284,7 +284,7 @@ class ResponsesRequest(ResponsesCount):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    max_tool_calls: int | None = Field(default=None, ge=1)
+    max_tool_calls: int | None = Field(default=None, ge=1, le=2**31)
 
     def check(self) -> None:
         for name in self.include:
