@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pymllm.errors import ConfigError, PymllmError
+from pymllm.errors import ConfigError
 
 PROGRAM = Path(__file__).parent / "children" / "program.py"
 
@@ -180,8 +180,8 @@ class Program:
         try:
             yield process
         except BaseException as error:
-            # An answer that made one of our errors was an answer.
-            keep = isinstance(error, PymllmError)
+            # Whoever refuses an answer has had it.
+            keep = isinstance(error, Exception) and not isinstance(error, Stopped)
             raise
         finally:
             with self._lock:
