@@ -146,6 +146,8 @@ class Schemas:
         """Draw an answer.  None: it did not come to an end."""
         assert self.compiler is not None
         matcher, drawn = self.compiler.start(grammar), bytearray()
+        # What an expression does not match may be no text.
+        errors = "replace" if grammar.kind == "lark" else "strict"
         for _ in range(MOST_TOKENS):
             try:
                 allowed = torch.nonzero(matcher.allowed()).flatten().tolist()
@@ -155,12 +157,12 @@ class Schemas:
             assert allowed, "no token may come next"
             ends = [token for token in allowed if token in self.compiler.ends]
             if ends and (rng.random() < 0.3 or len(allowed) == len(ends)):
-                return drawn.decode("utf-8")
+                return drawn.decode("utf-8", errors)
             token = rng.choice([token for token in allowed if token not in ends])
             matcher.accept(token)
             drawn += self.tokens[token]
             if matcher.complete:
-                return drawn.decode("utf-8")
+                return drawn.decode("utf-8", errors)
         return None
 
 
@@ -225,8 +227,9 @@ def obeys_schema(schema: Any, answer: str) -> bool:
 
 
 def obeys_expression(expression: str, answer: str) -> bool:
-    # Where Python means the same by it: no classes of Unicode, no anchors within, no flags.
-    if not re.fullmatch(r"(?:[\w ,.*+?|()\[\]{}-]|\\[dws.x])*", expression, re.ASCII) or "[[" in expression:
+    # Where Python means the same by it: no classes of Unicode, no anchors within, no flags, nothing possessive.
+    plain = re.fullmatch(r"(?:[\w ,.*+?|()\[\]{}-]|\\[dws.x])*", expression, re.ASCII)
+    if not plain or re.search(r"\[\[|[*+?}]\+|--|\[[^]]*\[", expression):
         return True
     try:
         return re.fullmatch(expression, answer) is not None

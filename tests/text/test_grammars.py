@@ -196,3 +196,11 @@ def test_without_the_package_the_error_names_the_extra(llm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ConfigError, match="pymllm\\[grammar\\]"):
         llm.grammars.start(Grammar("regex", "never seen before"))
+
+
+@pytest.mark.parametrize("schema", ['{"const": -9223372036854775808}', '{"enum": ["a", -9223372036854775807]}'])
+def test_a_schema_that_crashes_its_compiler_crashes_a_process_of_its_own(llm, schema):
+    # The least number of 64 bits has no absolute value, by which llguidance overflows its stack.
+    with pytest.raises(RequestError, match="cannot be compiled: it crashed"):
+        answer(llm, json_schema=schema)
+    assert answer(llm, json_schema={"const": -7}).text == "-7"
