@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pymllm.errors import ConfigError, RequestError
 from pymllm.text.bounded import Program, Stopped, encoded
+from pymllm.text.children.grammars import SPACE as SPACE
 from pymllm.text.children.grammars import compile_grammar
 from pymllm.text.tokenizer import AutoEncoder, FastEncoder, Tokenizer
 
