@@ -123,7 +123,9 @@ def _check_processor(state: Mapping[str, Any]) -> None:
     for step in state.get("processors", (state,)):
         if "processors" in step:
             _check_processor(step)
-        elif step["type"] == "TemplateProcessing" and not any("Sequence" in piece for piece in step["single"]):
+        elif step["type"] == "TemplateProcessing" and not any(
+            "Sequence" in piece for piece in step["single"]
+        ):
             raise _Unbounded
 
 

@@ -29,7 +29,12 @@ IDS = torch.tensor([3, 1, 4, 1, 5])
 
 # As PEFT writes them.
 USUAL: dict[str, Any] = {
-    **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "x", "peft_version": "0.21.2"},
+    **{
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "x",
+        "peft_version": "0.21.2",
+    },
     **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False},
     **{"fan_in_fan_out": False, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}},
     **{"alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True, "modules_to_save": None},
@@ -39,7 +44,11 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "names": {**USUAL, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "an expression": {**USUAL, "target_modules": r".*\.(q_proj|o_proj)", "use_rslora": True},
     "patterns": {
-        **{**USUAL, "target_modules": ["k_proj", "up_proj"], "rank_pattern": {"up_proj": 2, r".*\.k_proj": 3}},
+        **{
+            **USUAL,
+            "target_modules": ["k_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 2, r".*\.k_proj": 3},
+        },
         **{"alpha_pattern": {"up_proj": 5}, "layers_to_transform": [0], "layers_pattern": ["layers"]},
     },
 }
@@ -47,7 +56,11 @@ LAYERS = {
     **{"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)},
     **{"up_proj": (64, 32), "down_proj": (32, 64)},
 }
-TARGETS = {"names": ("q_proj", "v_proj", "down_proj"), "an expression": ("q_proj", "o_proj"), "patterns": ("k_proj", "up_proj")}
+TARGETS = {
+    "names": ("q_proj", "v_proj", "down_proj"),
+    "an expression": ("q_proj", "o_proj"),
+    "patterns": ("k_proj", "up_proj"),
+}
 RANKS = {("patterns", "up_proj"): 2, ("patterns", "k_proj"): 3}
 # Fields that may say something else, and be right; every other contradicts the tensors, or asks for what is not done.
 MEANT = ("lora_alpha", "alpha_pattern", "data", "nothing")
@@ -84,7 +97,15 @@ class Adapters:
         @st.composite
         def make(draw: Any) -> Input:
             subject = draw(st.sampled_from(sorted(SUBJECTS)))
-            nasty = (*NASTY, '"all-linear"', '["q_proj"]', '"gaussian"', '{"q_proj": 1000000}', "1000000", '"LOHA"')
+            nasty = (
+                *NASTY,
+                '"all-linear"',
+                '["q_proj"]',
+                '"gaussian"',
+                '{"q_proj": 1000000}',
+                "1000000",
+                '"LOHA"',
+            )
             text, changed = draw(changed_json(SUBJECTS[subject], nasty))
             return self._input(subject, changed, text, self.tensors[subject])
 
@@ -115,7 +136,9 @@ class Adapters:
         def make(draw: Any) -> Input:
             subject = draw(st.sampled_from(sorted(SUBJECTS)))
             keys = draw(st.permutations(list(SUBJECTS[subject])))
-            nothing = draw(st.sampled_from(({}, {"a_new_field": None}, {"a_new_field": False}, {"revision": "main"})))
+            nothing = draw(
+                st.sampled_from(({}, {"a_new_field": None}, {"a_new_field": False}, {"revision": "main"}))
+            )
             text = json.dumps({**{key: SUBJECTS[subject][key] for key in keys}, **nothing}, indent=1).encode()
             files = {CONFIG: text, WEIGHTS: self.tensors[subject]}
             return Input(subject, files, f"keys in another order, {nothing}", "keeps")
@@ -134,7 +157,9 @@ class Adapters:
             self.model = load_model(self.folder, device="cpu", dtype="float32")
             self.plain = logits_of(self.model, IDS)
         if given.subject not in self.known:
-            good = Input("", {CONFIG: dumped(SUBJECTS[given.subject]), WEIGHTS: self.tensors[given.subject]}, "")
+            good = Input(
+                "", {CONFIG: dumped(SUBJECTS[given.subject]), WEIGHTS: self.tensors[given.subject]}, ""
+            )
             self.known[given.subject] = self._logits(good.write(folder / "good"))
         return torch.equal(self._logits(given.write(folder / "given")), self.known[given.subject])
 
@@ -148,5 +173,3 @@ class Adapters:
             if not torch.equal(logits_of(self.model, IDS), self.plain):
                 self.model = None
                 raise AssertionError("the model is not as it was")
-
-

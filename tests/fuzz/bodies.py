@@ -28,7 +28,13 @@ BODY, CASE = "body", "case.json"
 GREEDY = {"model": "shipped", "max_tokens": 3, "temperature": 0}
 SAMPLING = {
     **{"n": 1, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 1, "stop": ["zz"], "logit_bias": {"5": 1.0}},
-    **{"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "user": "u", "min_tokens": 0},
+    **{
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "user": "u",
+        "min_tokens": 0,
+    },
     **{"ignore_eos": False, "stop_token_ids": [4095], "bad_words": ["qq"], "stream_options": None},
 }
 TALK = [
@@ -37,7 +43,12 @@ TALK = [
     {"role": "assistant", "content": "x"},
     {"role": "user", "content": "go"},
 ]
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 
@@ -49,7 +60,10 @@ GOOD: dict[str, tuple[str, dict[str, Any]]] = {
     "completion, all fields": (COMPLETIONS, {**GREEDY, **SAMPLING, "prompt": [5, 6, 7], "suffix": None}),
     "completions": (COMPLETIONS, {**GREEDY, "prompt": ["import os", "x"], "n": 2, "prompt_logprobs": 1}),
     "completion by schema": (COMPLETIONS, {**GREEDY, "prompt": "{", "guided_json": SCHEMA}),
-    "completion by regex": (COMPLETIONS, {**GREEDY, "prompt": "x", "structured_outputs": {"regex": "[a-c]{2}"}}),
+    "completion by regex": (
+        COMPLETIONS,
+        {**GREEDY, "prompt": "x", "structured_outputs": {"regex": "[a-c]{2}"}},
+    ),
     "chat": (CHAT, {**GREEDY, **SAMPLING, "messages": TALK, "logprobs": True, "top_logprobs": 1}),
     "chat with tools": (CHAT, {**GREEDY, "messages": TALK, "tools": TOOLS, "tool_choice": "auto"}),
     "chat by schema": (
@@ -57,7 +71,10 @@ GOOD: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **GREEDY,
             "messages": TALK[1:2],
-            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}},
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": SCHEMA, "strict": True},
+            },
         },
     ),
     "responses": (
@@ -69,14 +86,24 @@ GOOD: dict[str, tuple[str, dict[str, Any]]] = {
                 {"role": "assistant", "content": "x"},
                 {"role": "user", "content": "go"},
             ],
-            **{"text": {"format": {"type": "text"}}, "tool_choice": "auto", "metadata": {"a": "b"}, "include": []},
+            **{
+                "text": {"format": {"type": "text"}},
+                "tool_choice": "auto",
+                "metadata": {"a": "b"},
+                "include": [],
+            },
         },
     ),
     "responses count": (f"{RESPONSES}/input_tokens", {"model": "shipped", "input": "def f"}),
     "messages": (
         MESSAGES,
         {
-            **{"model": "shipped", "max_tokens": 3, "temperature": 0, "system": [{"type": "text", "text": "Brief."}]},
+            **{
+                "model": "shipped",
+                "max_tokens": 3,
+                "temperature": 0,
+                "system": [{"type": "text", "text": "Brief."}],
+            },
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "def f"}]},
                 {"role": "assistant", "content": "x"},
@@ -89,7 +116,10 @@ GOOD: dict[str, tuple[str, dict[str, Any]]] = {
         f"{MESSAGES}/count_tokens",
         {"model": "shipped", "messages": [{"role": "user", "content": "def f"}]},
     ),
-    "embeddings": ("/v1/embeddings", {"model": "shipped", "input": ["def f", "x"], "encoding_format": "float"}),
+    "embeddings": (
+        "/v1/embeddings",
+        {"model": "shipped", "input": ["def f", "x"], "encoding_format": "float"},
+    ),
     "tokenize": ("/tokenize", {"model": "shipped", "prompt": "def f", "return_token_strs": True}),
     "tokenize a chat": ("/tokenize", {"messages": TALK, "add_generation_prompt": True}),
     "detokenize": ("/detokenize", {"model": "shipped", "tokens": [5, 6, 7]}),
@@ -98,17 +128,63 @@ STREAMS = tuple(name for name, (path, _) in GOOD.items() if path in (COMPLETIONS
 # Beside those of GOOD, what is known by GET, or by nobody.
 PATHS = (
     *("/health", "/metrics", "/plan", "/version", "/v1/models", "/v1/models/shipped", "/", "/v1/models/../x"),
-    *("/v1/models/%00", "/v1/", "//v1/completions", "/v1/completions/", "/V1/COMPLETIONS", "/app.js", "/../app.py"),
+    *(
+        "/v1/models/%00",
+        "/v1/",
+        "//v1/completions",
+        "/v1/completions/",
+        "/V1/COMPLETIONS",
+        "/app.js",
+        "/../app.py",
+    ),
     *("/docs", "/openapi.json", "/" + "a" * 5000, "/v1/models/\u202e", "/v1/chat/completions;x"),
 )
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "get", "\x00", "A" * 99)
 HEADERS = (
-    *("content-type", "content-length", "host", "origin", "authorization", "x-api-key", "accept", "x-request-id"),
-    *("anthropic-version", "transfer-encoding", "connection", "cookie", "expect", "accept-encoding", "x" * 300, ""),
+    *(
+        "content-type",
+        "content-length",
+        "host",
+        "origin",
+        "authorization",
+        "x-api-key",
+        "accept",
+        "x-request-id",
+    ),
+    *(
+        "anthropic-version",
+        "transfer-encoding",
+        "connection",
+        "cookie",
+        "expect",
+        "accept-encoding",
+        "x" * 300,
+        "",
+    ),
 )
 VALUES = (
-    *("", "0", "-1", "1e3", "99999999999999999999", "\x00", "\xff\xfe", "a" * 9000, "text/html", "\r\nx: y", "%n"),
-    *("application/json; charset=utf-16", "http://evil.example", "127.0.0.1", "[::1]:80", "Bearer ", "*/*", "null"),
+    *(
+        "",
+        "0",
+        "-1",
+        "1e3",
+        "99999999999999999999",
+        "\x00",
+        "\xff\xfe",
+        "a" * 9000,
+        "text/html",
+        "\r\nx: y",
+        "%n",
+    ),
+    *(
+        "application/json; charset=utf-16",
+        "http://evil.example",
+        "127.0.0.1",
+        "[::1]:80",
+        "Bearer ",
+        "*/*",
+        "null",
+    ),
     *("chunked", "2023-06-01", "gzip", "١٢", "100-continue"),
 )
 # What asks for nothing, of the endpoints that generate.
@@ -149,7 +225,9 @@ class Bodies:
         import pymllm.server.app  # noqa: F401
 
     def inputs(self) -> SearchStrategy[Input]:
-        return chosen((8, self._fields), (1, self._bytes), (2, self._nothing), (2, self._unknown), (2, self._http))
+        return chosen(
+            (8, self._fields), (1, self._bytes), (2, self._nothing), (2, self._unknown), (2, self._http)
+        )
 
     def _input(self, subject: str, body: bytes, changed: str, meaning: Any, **case: Any) -> Input:
         return Input(subject, {BODY: body, CASE: json.dumps(case).encode()}, changed, meaning)
@@ -186,7 +264,9 @@ class Bodies:
             body = {**good, "stream": True} if stream else good
             keys = draw(st.permutations(list(body)))
             added = draw(st.sampled_from(NOTHING)) if path in (COMPLETIONS, CHAT) else {}
-            text = json.dumps({**{key: body[key] for key in keys}, **{k: v for k, v in added.items() if k not in body}})
+            text = json.dumps(
+                {**{key: body[key] for key in keys}, **{k: v for k, v in added.items() if k not in body}}
+            )
             text = text.replace(": ", draw(st.sampled_from((":", " :\n", ":\t"))))
             changed = f"keys in another order, spaces, {added}"
             return self._input(subject, text.encode(), changed, "keeps", path=path, stream=stream)
@@ -200,7 +280,9 @@ class Bodies:
             path, good = GOOD[subject]
             name, value = draw(st.sampled_from(UNKNOWN)), draw(st.sampled_from((1, "x", True, [0], {"a": 1})))
             changed = f"an unknown field {name}"
-            return self._input(subject, dumped({**good, name: value}), changed, "breaks", path=path, field=name)
+            return self._input(
+                subject, dumped({**good, name: value}), changed, "breaks", path=path, field=name
+            )
 
         return make()
 
@@ -217,7 +299,9 @@ class Bodies:
             pieces = draw(st.sampled_from((1, 1, 2, 9)))
             cut = draw(st.sampled_from((None, None, None, 0, 9)))
             case = {"path": path, "method": method, "headers": headers, "pieces": pieces, "cut": cut}
-            return self._input(subject, dumped(good), f"{method} {path[:40]} {str(headers)[:60]}", "means", **case)
+            return self._input(
+                subject, dumped(good), f"{method} {path[:40]} {str(headers)[:60]}", "means", **case
+            )
 
         return make()
 
@@ -239,12 +323,16 @@ class Bodies:
         left = case.get("gone") is not None or case.get("cut") is not None
         if left and reply.status in (0, 499):
             return True
-        check(reply.status == 503 or 100 <= reply.status < 500 or reply.status == 529, f"status {reply.status}")
+        check(
+            reply.status == 503 or 100 <= reply.status < 500 or reply.status == 529, f"status {reply.status}"
+        )
         if reply.status >= 400:
             error = check_error(case["path"], reply, case.get("method", "POST"))
             for name in blamed(given, case):
                 told = f"{error.get('param')} {error.get('message')}"
-                check(name in told, f"{case['path']}: {name!r} is to blame, and the error says {told[:120]!r}")
+                check(
+                    name in told, f"{case['path']}: {name!r} is to blame, and the error says {told[:120]!r}"
+                )
             raise RequestError("refused", code=f"{reply.status} {error.get('code')}")
         if "text/event-stream" in reply.headers.get("content-type", "") and not left:
             check_events(reply.body)
@@ -335,7 +423,9 @@ async def ask(
         reply.messages += 1
         if message["type"] == "http.response.start":
             reply.status = message["status"]
-            reply.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
+            reply.headers = {
+                name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]
+            }
         elif message["type"] == "http.response.body":
             reply.body += message.get("body", b"")
         if gone is not None and reply.messages >= gone:
@@ -346,9 +436,20 @@ async def ask(
     sent = [pair for pair in sent if pair[0] not in dict(given)]
     host = [] if b"host" in dict(given) else [(b"host", b"127.0.0.1:8000")]
     scope = {
-        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": ""},
+        **{
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "scheme": "http",
+            "root_path": "",
+        },
         **{"method": method, "path": path, "raw_path": path.encode("utf-8"), "query_string": b""},
-        **{"headers": [*host, *sent, *given], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000), "state": {}},
+        **{
+            "headers": [*host, *sent, *given],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 8000),
+            "state": {},
+        },
     }
     try:
         await asyncio.wait_for(app(scope, receive, send), 60)
@@ -406,7 +507,8 @@ def check_events(body: bytes) -> None:
         elif data:
             kinds.append("done")
     check(
-        kinds[-1] in ("done", "message_stop", "response.completed", "response.incomplete", "response.failed", "error"),
+        kinds[-1]
+        in ("done", "message_stop", "response.completed", "response.incomplete", "response.failed", "error"),
         f"a stream ends with {kinds[-3:]}",
     )
 

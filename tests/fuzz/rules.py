@@ -27,22 +27,128 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "he
 
 GOOD_RULES = (
     *("**.mlp.**=fp8", "model.layers.0.**=none", "lm_head=fp8:granularity=block", "**=int4:group_size=32"),
-    *("re:.*(up|down)_proj=int8", "*.*.0.self_attn.q_proj=int4:group_size=16,symmetric=true", "**=gguf:type=Q8_0"),
+    *(
+        "re:.*(up|down)_proj=int8",
+        "*.*.0.self_attn.q_proj=int4:group_size=16,symmetric=true",
+        "**=gguf:type=Q8_0",
+    ),
 )
 PIECES = (
-    *("=", ":", ",", "*", "**", "?", ".", "re:", "(", "(a+)+$", ".?" * 60, "\x00", "\x1b[31m", "\u202e", "é", " ", "\n"),
-    *("none", "int4", "fp8", "gguf", "group_size", "=0", "=-1", "=1e9", "=99999999999999999999", "bits=3", "#", "@x"),
-    *("@/dev/zero", "@/", "model", "lm_head", "true", "9" * 5000, "a" * 5000, "[", "]", "{0}", "%s", "\\", "\ufeff"),
+    *(
+        "=",
+        ":",
+        ",",
+        "*",
+        "**",
+        "?",
+        ".",
+        "re:",
+        "(",
+        "(a+)+$",
+        ".?" * 60,
+        "\x00",
+        "\x1b[31m",
+        "\u202e",
+        "é",
+        " ",
+        "\n",
+    ),
+    *(
+        "none",
+        "int4",
+        "fp8",
+        "gguf",
+        "group_size",
+        "=0",
+        "=-1",
+        "=1e9",
+        "=99999999999999999999",
+        "bits=3",
+        "#",
+        "@x",
+    ),
+    *(
+        "@/dev/zero",
+        "@/",
+        "model",
+        "lm_head",
+        "true",
+        "9" * 5000,
+        "a" * 5000,
+        "[",
+        "]",
+        "{0}",
+        "%s",
+        "\\",
+        "\ufeff",
+    ),
 )
 OPTIONS = (
-    *("--quant", "--quant-file", "--device", "--dtype", "--compute", "--kernel", "--kv-cache", "--revision", "--all"),
-    *("--definition", "--strategy", "--tensor-parallel-size", "--max-model-len", "--kv-memory", "--json", "--diff"),
+    *(
+        "--quant",
+        "--quant-file",
+        "--device",
+        "--dtype",
+        "--compute",
+        "--kernel",
+        "--kv-cache",
+        "--revision",
+        "--all",
+    ),
+    *(
+        "--definition",
+        "--strategy",
+        "--tensor-parallel-size",
+        "--max-model-len",
+        "--kv-memory",
+        "--json",
+        "--diff",
+    ),
     *("--expert-parallel", "--no-memory-check", "--verbose", "--rank", "--nothing", "--", "-", ""),
 )
 VALUES = (
-    *("cpu", "cuda", "cuda:sm90", "cpu:x", "float32", "auto", "exact", "linear=reference", "x=y", "fp8", "**=fp8"),
-    *("0", "1", "2", "3", "-1", "1e9", "٣", "9" * 40, "2GB", "-2GB", "1e400GB", "512MiB", "0x10", "nanGB", "block_diffusion"),
-    *("block_diffusion:block_length=0", "x:", "greedy:a=b", "", " ", "\x00", "\x1b[31m", "\ud800", "../..", "/dev/zero"),
+    *(
+        "cpu",
+        "cuda",
+        "cuda:sm90",
+        "cpu:x",
+        "float32",
+        "auto",
+        "exact",
+        "linear=reference",
+        "x=y",
+        "fp8",
+        "**=fp8",
+    ),
+    *(
+        "0",
+        "1",
+        "2",
+        "3",
+        "-1",
+        "1e9",
+        "٣",
+        "9" * 40,
+        "2GB",
+        "-2GB",
+        "1e400GB",
+        "512MiB",
+        "0x10",
+        "nanGB",
+        "block_diffusion",
+    ),
+    *(
+        "block_diffusion:block_length=0",
+        "x:",
+        "greedy:a=b",
+        "",
+        " ",
+        "\x00",
+        "\x1b[31m",
+        "\ud800",
+        "../..",
+        "/dev/zero",
+    ),
     *("**=int4:group_size=32", "re:(=fp8", "re:(a+)+$=int8", "@x"),
 )
 
@@ -91,7 +197,9 @@ class Rules:
             arguments = []
             for _ in range(rng.randrange(1, 4)):
                 arguments += [rng.choice(OPTIONS)] + [rng.choice(VALUES)] * rng.choice((0, 1, 1, 1))
-            return Input("plan", {ARGUMENTS: json.dumps(arguments).encode()}, " ".join(arguments)[:60], "means")
+            return Input(
+                "plan", {ARGUMENTS: json.dumps(arguments).encode()}, " ".join(arguments)[:60], "means"
+            )
 
         return make()
 
@@ -133,7 +241,9 @@ class Rules:
         check(code in (0, 1, 2), f"exit code {code}")
         check("Traceback" not in told, f"a traceback: {told[-300:]}")
         shown = out.getvalue() + told
-        check(all(letter.isprintable() or letter in "\n" for letter in shown), f"it shows {ascii(shown)[:200]}")
+        check(
+            all(letter.isprintable() or letter in "\n" for letter in shown), f"it shows {ascii(shown)[:200]}"
+        )
         if code:
             check(bool(told.strip()), "it fails without a word")
             raise RuleError("refused", code=f"exit {code}")
@@ -147,13 +257,17 @@ class Rules:
         counts = self.bodies.loop.run_until_complete(asyncio.wait_for(work, 60))
         self.bodies._check_after()
         answers = [json.loads(line) for line in target.getvalue().splitlines()]
-        check(len(answers) == wanted == counts.answered + counts.failed, f"{len(answers)} answers to {wanted} lines")
+        check(
+            len(answers) == wanted == counts.answered + counts.failed,
+            f"{len(answers)} answers to {wanted} lines",
+        )
         for answer in answers:
             response = answer["response"]
             check(response is None or response["status_code"] < 500, f"{response}"[:300])
-            check((response is None or response["status_code"] != 200) == (answer["error"] is not None), f"{answer}"[:300])
+            check(
+                (response is None or response["status_code"] != 200) == (answer["error"] is not None),
+                f"{answer}"[:300],
+            )
         if counts.failed:
             raise RequestError("refused", code="batch line")
         return False
-
-

@@ -41,13 +41,49 @@ NAMES = (
     *("message.content", "message['content']", "messages[-1].content", "message.tool_calls", "tools[0]"),
 )
 LITERALS = (
-    *("0", "1", "-1", "2.5", "1e308", "64", "100000000", "''", "'a'", "'é中\\n'", "'%s'", "'{0}{x}'", "'<b>'"),
+    *(
+        "0",
+        "1",
+        "-1",
+        "2.5",
+        "1e308",
+        "64",
+        "100000000",
+        "''",
+        "'a'",
+        "'é中\\n'",
+        "'%s'",
+        "'{0}{x}'",
+        "'<b>'",
+    ),
     *("[]", "[1,[2]]", "{}", "{'a':1}", "('a','b')", "'\\x00'", "'\\ud800'", "[none]", "[messages]"),
 )
 METHODS = (
     *("split", "strip", "upper", "format", "format_map", "join", "get", "items", "keys", "append", "pop"),
-    *("replace", "startswith", "endswith", "center", "zfill", "encode", "splitlines", "index", "copy", "update"),
-    *("setdefault", "values", "title", "translate", "expandtabs", "ljust", "__len__", "__class__", "mro", "count"),
+    *(
+        "replace",
+        "startswith",
+        "endswith",
+        "center",
+        "zfill",
+        "encode",
+        "splitlines",
+        "index",
+        "copy",
+        "update",
+    ),
+    *(
+        "setdefault",
+        "values",
+        "title",
+        "translate",
+        "expandtabs",
+        "ljust",
+        "__len__",
+        "__class__",
+        "mro",
+        "count",
+    ),
 )
 BINARY = (
     *("+", "-", "*", "/", "//", "%", "**", "~", "and", "or", "in", "not in", "is", "==", "!=", "<", ">="),
@@ -55,16 +91,27 @@ BINARY = (
 # Statements, with a place for what they hold.
 AROUND = (
     *("{{% if {e} %}}{body}{{% endif %}}", "{{% if {e} %}}a{{% else %}}{body}{{% endif %}}"),
-    *("{{% for message in {e} %}}{body}{{% endfor %}}", "{{% for k, v in {e} %}}{body}{{% else %}}b{{% endfor %}}"),
+    *(
+        "{{% for message in {e} %}}{body}{{% endfor %}}",
+        "{{% for k, v in {e} %}}{body}{{% else %}}b{{% endfor %}}",
+    ),
     "{{% for m in messages recursive %}}{body}{{{{ loop({e}) }}}}{{% endfor %}}",
     "{{% for m in messages if {e} %}}{body}{{% if loop.last %}}{{% break %}}{{% endif %}}{{% endfor %}}",
-    *("{{% set x %}}{body}{{% endset %}}{{{{ x }}}}", "{{% set x = {e} %}}{body}", "{{% set ns.x = {e} %}}{body}"),
+    *(
+        "{{% set x %}}{body}{{% endset %}}{{{{ x }}}}",
+        "{{% set x = {e} %}}{body}",
+        "{{% set ns.x = {e} %}}{body}",
+    ),
     *("{{% filter {f} %}}{body}{{% endfilter %}}", "{{% generation %}}{body}{{% endgeneration %}}"),
     "{{% macro f(a, b={e}) %}}{body}{{{{ a }}}}{{{{ caller() if caller }}}}{{% endmacro %}}{{{{ f({e}) }}}}",
     "{{% macro g() %}}{{{{ caller() }}}}{{% endmacro %}}{{% call g() %}}{body}{{% endcall %}}",
     *("{{% with message = {e} %}}{body}{{% endwith %}}", "{{% raw %}}{body}{{% endraw %}}", "{{#{body}#}}"),
     *("{{% block b %}}{body}{{% endblock %}}{{{{ self.b() }}}}", "{{%- if {e} -%}} {body} {{%+ endif %}}"),
-    *("{{% autoescape {e} %}}{body}{{% endautoescape %}}", "{{% include {e} %}}{body}", "{{% extends {e} %}}{body}"),
+    *(
+        "{{% autoescape {e} %}}{body}{{% endautoescape %}}",
+        "{{% include {e} %}}{body}",
+        "{{% extends {e} %}}{body}",
+    ),
 )
 # Small texts that ask for much, each in its own way.
 BOMBS = (
@@ -114,7 +161,9 @@ TALK: tuple[dict[str, Any], ...] = (
     },
     {"role": "tool", "content": "4", "tool_call_id": "call00001", "name": "f"},
 )
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "ü <x>", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "description": "ü <x>", "parameters": {"type": "object"}}}
+]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -150,7 +199,9 @@ def changed_template(rng: random.Random, source: str) -> tuple[str, str]:
     done = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at = rng.randrange(len(parts))
-        way = rng.choice(("expression", "expression", "around", "around", "insert", "drop", "repeat", "swap", "word"))
+        way = rng.choice(
+            ("expression", "expression", "around", "around", "insert", "drop", "repeat", "swap", "word")
+        )
         done.append(way)
         if way == "expression":
             places = [index for index, part in enumerate(parts) if part.startswith("{{")]
@@ -249,10 +300,15 @@ class Templates:
         )
         if CHANCE.search(source):
             return True
-        wanted = by_transformers(source, messages, tools, prompt, final, {**TOKENS, **variables})
-        # A template may write the final message more than once; transformers cuts at the last of its tags alone.
-        wanted = [text.replace(TAG, "").replace(TAG.strip(), "") for text in wanted] if final else wanted
-        return not wanted or plain(text) in map(plain, wanted)
+        others = by_transformers(source, messages, tools, prompt, final, {**TOKENS, **variables})
+        rendered = False
+        for other in others:
+            rendered = True
+            # A template may write the final message more than once; transformers cuts at the last of its tags alone.
+            other = other.replace(TAG, "").replace(TAG.strip(), "") if final else other
+            if plain(text) == plain(other):
+                return True
+        return not rendered
 
 
 def a_call(rng: random.Random) -> dict[str, Any]:
@@ -269,17 +325,16 @@ def a_call(rng: random.Random) -> dict[str, Any]:
 
 def by_transformers(
     source: str, messages: Any, tools: Any, prompt: bool, final: bool, variables: Mapping[str, Any]
-) -> list[str]:
-    """Render by transformers, the contents as they are and in other forms.  Empty: it renders none of them.
+) -> Iterator[str]:
+    """Render by transformers, the contents as they are and in other forms; what it does not render is left out.
 
     A template may read parts alone, or strings alone, and then gets the other as what it reads.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts = []
     for form in forms(messages):
         try:
-            texts += render_jinja_template(
+            texts = render_jinja_template(
                 [form],
                 tools=tools,
                 chat_template=source,
@@ -289,14 +344,15 @@ def by_transformers(
             )[0]
         except Exception:
             continue
-    return texts
+        yield texts[0]
 
 
 def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Yield the messages without what is null, each role's contents as they are, as strings or as parts."""
     kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
     roles = sorted({str(message.get("role")) for message in kept})
-    for ways in itertools.product((as_it_is, as_string, as_parts), repeat=min(len(roles), 4)):
+    several = itertools.product((as_string, as_parts), repeat=min(len(roles), 6))
+    for ways in itertools.chain([[as_it_is] * len(roles)], several):
         way = dict(zip(roles, ways, strict=False))
         yield [
             {**message, "content": way.get(str(message.get("role")), as_it_is)(message["content"])}

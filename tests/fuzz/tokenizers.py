@@ -23,11 +23,24 @@ from pymllm.text.tokenizer import BYTES, SPACE, TextStream, Tokenizer
 from ..gguf_files import byte_tokens
 from .inputs import NASTY, Input, Raw, changed_bytes, changed_json, chosen, dumped
 
-FILE, CONFIG, SPECIAL, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+FILE, CONFIG, SPECIAL, ADDED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 METADATA = "metadata.json"
 
 TEXTS = (
-    *("", "a", "hello world", "  he  llo\n\n\t", "é中😀\u0301\u200d", "\x00\x01\x7f\x85\u2028", "<s>a</s> <mask>"),
+    *(
+        "",
+        "a",
+        "hello world",
+        "  he  llo\n\n\t",
+        "é中😀\u0301\u200d",
+        "\x00\x01\x7f\x85\u2028",
+        "<s>a</s> <mask>",
+    ),
     *("a" * 300, " " * 300, "\u0301" * 50, "\ufffd\ufeff", "HELLO İSTANBUL ǅ ﬃ", "1234567", "'s 'LL ...!?"),
 )
 LONG = "hello 中 " * 2100  # beyond LONG_TEXT, where texts go another way
@@ -35,17 +48,38 @@ LONG = "hello 中 " * 2100  # beyond LONG_TEXT, where texts go another way
 NORMALIZERS: tuple[Any, ...] = (
     *(None, {"type": "NFC"}, {"type": "NFD"}, {"type": "NFKC"}, {"type": "NFKD"}, {"type": "Lowercase"}),
     *({"type": "StripAccents"}, {"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "Nmt"}),
-    {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
-    *({"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}),
+    {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": True,
+    },
+    *(
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ),
     *({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}, {"type": "ByteLevel"}),
-    *({"type": "Replace", "pattern": {"String": ""}, "content": "x"}, {"type": "Replace", "pattern": {"String": "llo"}, "content": ""}),
-    *({"type": "Replace", "pattern": {"Regex": "("}, "content": ""}, {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-    {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": "hello"}, "content": "h"}]},
+    *(
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+        {"type": "Replace", "pattern": {"String": "llo"}, "content": ""},
+    ),
+    *(
+        {"type": "Replace", "pattern": {"Regex": "("}, "content": ""},
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    ),
+    {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": "hello"}, "content": "h"}],
+    },
     *({"type": "Prepend", "prepend": ""}, {"type": "Sequence", "normalizers": []}),
 )
 PRE_TOKENIZERS: tuple[Any, ...] = (
     *(None, {"type": "Whitespace"}, {"type": "WhitespaceSplit"}, {"type": "BertPreTokenizer"}),
-    *({"type": "ByteLevel", "add_prefix_space": flag, "trim_offsets": True, "use_regex": flag} for flag in (True, False)),
+    *(
+        {"type": "ByteLevel", "add_prefix_space": flag, "trim_offsets": True, "use_regex": flag}
+        for flag in (True, False)
+    ),
     *(
         {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": split}
         for scheme in ("always", "never", "first")
@@ -60,24 +94,43 @@ PRE_TOKENIZERS: tuple[Any, ...] = (
     *({"type": "Punctuation", "behavior": "Removed"}, {"type": "Digits", "individual_digits": True}),
     *({"type": "UnicodeScripts"}, {"type": "FixedLength", "length": 5}, {"type": "FixedLength", "length": 0}),
     {"type": "CharDelimiterSplit", "delimiter": "l"},
-    {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "Digits", "individual_digits": False}]},
+    {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "Digits", "individual_digits": False}],
+    },
 )
 DECODERS: tuple[Any, ...] = (
     *(None, {"type": "ByteLevel"}, {"type": "WordPiece", "prefix": "##", "cleanup": True}, {"type": "Fuse"}),
-    *({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}, {"type": "ByteFallback"}),
-    *({"type": "BPEDecoder", "suffix": "</w>"}, {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}),
-    *({"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "Strip", "content": "h", "start": 9, "stop": 9}),
+    *(
+        {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True},
+        {"type": "ByteFallback"},
+    ),
+    *(
+        {"type": "BPEDecoder", "suffix": "</w>"},
+        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+    ),
+    *(
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        {"type": "Strip", "content": "h", "start": 9, "stop": 9},
+    ),
     {
         "type": "Sequence",
         "decoders": [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            *({"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+            *(
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ),
         ],
     },
 )
 PROCESSORS: tuple[Any, ...] = (
     *(None, {"type": "ByteLevel", "trim_offsets": True}),
-    *({"type": kind, "sep": ["</s>", 2], "cls": ["<s>", 1]} for kind in ("BertProcessing", "RobertaProcessing")),
+    *(
+        {"type": kind, "sep": ["</s>", 2], "cls": ["<s>", 1]}
+        for kind in ("BertProcessing", "RobertaProcessing")
+    ),
     {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -106,7 +159,26 @@ SLOTS = {
 }
 
 MARKS = ("<unk>", "<s>", "</s>", "<mask>")
-PIECES = ("h", "e", "l", "o", "w", "r", "d", "a", "he", "ll", "llo", "hello", "##l", "##o", SPACE, f"{SPACE}h", "1", "中")
+PIECES = (
+    "h",
+    "e",
+    "l",
+    "o",
+    "w",
+    "r",
+    "d",
+    "a",
+    "he",
+    "ll",
+    "llo",
+    "hello",
+    "##l",
+    "##o",
+    SPACE,
+    f"{SPACE}h",
+    "1",
+    "中",
+)
 LETTERS = list(BYTES)
 
 
@@ -118,7 +190,9 @@ def added(index: int, content: str, **flags: bool) -> dict[str, Any]:
 def described(model: dict[str, Any], **steps: Any) -> dict[str, Any]:
     marks = [added(index, mark) for index, mark in enumerate(MARKS)]
     marks[3] |= {"lstrip": True, "normalized": True}
-    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    empty = dict.fromkeys(
+        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    )
     return {"version": "1.0", **empty, "added_tokens": marks, **steps, "model": model}
 
 
@@ -133,7 +207,11 @@ BPE = {
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 SUBJECTS: dict[str, dict[str, Any]] = {
     "byte-level BPE": described(
-        {**BPE, "vocab": numbered([*MARKS, *LETTERS, "he", "ll", "Ġh", "hello"]), "merges": [["h", "e"], ["l", "l"], ["Ġ", "h"]]},
+        {
+            **BPE,
+            "vocab": numbered([*MARKS, *LETTERS, "he", "ll", "Ġh", "hello"]),
+            "merges": [["h", "e"], ["l", "l"], ["Ġ", "h"]],
+        },
         **{"pre_tokenizer": PRE_TOKENIZERS[4], "decoder": DECODERS[1], "post_processor": PROCESSORS[1]},
     ),
     "sentencepiece's BPE": described(
@@ -143,7 +221,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
         },
         **{"normalizer": NORMALIZERS[11], "decoder": DECODERS[-1], "post_processor": PROCESSORS[4]},
     ),
-    "few letters": described({**BPE, "unk_token": "<unk>", "vocab": numbered([*MARKS, *PIECES]), "merges": ["h e", "l l"]}),
+    "few letters": described(
+        {**BPE, "unk_token": "<unk>", "vocab": numbered([*MARKS, *PIECES]), "merges": ["h e", "l l"]}
+    ),
     "WordPiece": described(
         {
             **{"type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##"},
@@ -165,10 +245,17 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     ),
 }
 SETTINGS = {
-    **{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}},
+    **{
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "lstrip": False},
+    },
     **{"mask_token": "<mask>", "add_bos_token": True, "model_max_length": 128, "truncation_side": "left"},
     **{"chat_template": "{{ messages[0].content }}{{ eos_token }}", "clean_up_tokenization_spaces": False},
-    **{"added_tokens_decoder": {"0": {"content": "<unk>", "special": True}}, "extra_special_tokens": ["<mask>"]},
+    **{
+        "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}},
+        "extra_special_tokens": ["<mask>"],
+    },
 }
 BESIDE = {
     SPECIAL: {"bos_token": "<s>", "unk_token": {"content": "<unk>"}, "additional_special_tokens": ["<mask>"]},
@@ -191,10 +278,23 @@ VOCABULARIES: dict[str, dict[str, str]] = {
 KEY = "tokenizer.ggml."
 GGUF: dict[str, dict[str, Any]] = {
     "gguf byte-level": {
-        **{f"{KEY}model": "gpt2", f"{KEY}pre": "llama-bpe", f"{KEY}tokens": byte_tokens(), f"{KEY}merges": ["h e", "l l"]},
+        **{
+            f"{KEY}model": "gpt2",
+            f"{KEY}pre": "llama-bpe",
+            f"{KEY}tokens": byte_tokens(),
+            f"{KEY}merges": ["h e", "l l"],
+        },
         **{f"{KEY}token_type": [1] * 95 + [3], f"{KEY}eos_token_id": 95, f"{KEY}bos_token_id": 95},
-        **{f"{KEY}add_bos_token": True, f"{KEY}add_eos_token": False, "tokenizer.chat_template": "{{ bos_token }}"},
-        **{"general.architecture": "llama", "tokenizer.chat_templates": ["a"], "tokenizer.chat_template.a": "{{ 1 }}"},
+        **{
+            f"{KEY}add_bos_token": True,
+            f"{KEY}add_eos_token": False,
+            "tokenizer.chat_template": "{{ bos_token }}",
+        },
+        **{
+            "general.architecture": "llama",
+            "tokenizer.chat_templates": ["a"],
+            "tokenizer.chat_template.a": "{{ 1 }}",
+        },
     },
     "gguf sentencepiece": {
         **{f"{KEY}model": "llama", f"{KEY}tokens": [*MARKS, *BYTE_TOKENS, *PIECES]},
@@ -220,7 +320,13 @@ class Tokenizers:
 
     def inputs(self) -> SearchStrategy[Input]:
         return chosen(
-            *((6, self._steps), (3, self._structure), (2, self._vocabulary), (3, self._beside), (1, self._bytes)),
+            *(
+                (6, self._steps),
+                (3, self._structure),
+                (2, self._vocabulary),
+                (3, self._beside),
+                (1, self._bytes),
+            ),
             *((4, self._gguf), (1, self._foreign), (1, self._kept)),
         )
 
@@ -238,7 +344,9 @@ class Tokenizers:
             for slot in draw(st.lists(st.sampled_from(sorted(SLOTS)), min_size=1, max_size=3, unique=True)):
                 made[slot] = draw(st.sampled_from(SLOTS[slot]))
                 changed.append(f"{slot}: {json.dumps(made[slot])[:60]}")
-            flags = draw(st.sets(st.sampled_from(("lstrip", "rstrip", "single_word", "normalized")), max_size=2))
+            flags = draw(
+                st.sets(st.sampled_from(("lstrip", "rstrip", "single_word", "normalized")), max_size=2)
+            )
             if flags:
                 extra = added(len(made["model"]["vocab"]), draw(st.sampled_from(("lo", " w", "é", "<x>"))))
                 made["added_tokens"] = [*made["added_tokens"], {**extra, **dict.fromkeys(flags, True)}]
@@ -256,7 +364,11 @@ class Tokenizers:
         def make(draw: Any) -> Input:
             subject = draw(st.sampled_from(sorted(SUBJECTS)))
             good = SUBJECTS[subject]
-            whole = {key: Raw(json.dumps(good["model"][key])) for key in ("vocab", "merges") if key in good["model"]}
+            whole = {
+                key: Raw(json.dumps(good["model"][key]))
+                for key in ("vocab", "merges")
+                if key in good["model"]
+            }
             steps = tuple(json.dumps(one) for ones in SLOTS.values() for one in ones)
             text, changed = draw(changed_json({**good, "model": {**good["model"], **whole}}, NASTY + steps))
             return Input(subject, self._files(subject, text), changed, "means")
@@ -272,7 +384,9 @@ class Tokenizers:
             part = draw(st.sampled_from([key for key in ("vocab", "merges") if key in model]))
             text, changed = draw(changed_json(model[part]))
             model[part] = Raw(text.decode("utf-8", "surrogatepass"))
-            return Input(subject, self._files(subject, dumped({**good, "model": model})), f"{part}: {changed}", "means")
+            return Input(
+                subject, self._files(subject, dumped({**good, "model": model})), f"{part}: {changed}", "means"
+            )
 
         return make()
 
@@ -306,7 +420,10 @@ class Tokenizers:
             embedded = json.dumps(json.dumps(SUBJECTS["few letters"]))
             if draw(st.booleans()):
                 # Whole lists as they are.
-                good = {key: Raw(json.dumps(value)) if isinstance(value, list) else value for key, value in good.items()}
+                good = {
+                    key: Raw(json.dumps(value)) if isinstance(value, list) else value
+                    for key, value in good.items()
+                }
             text, changed = draw(changed_json({**good, f"{KEY}x": 1}, NASTY + splits + (embedded,)))
             return Input(subject, {METADATA: text}, changed, "means")
 
@@ -318,7 +435,11 @@ class Tokenizers:
             subject = draw(st.sampled_from(sorted(VOCABULARIES)))
             files = {name: text.encode() for name, text in VOCABULARIES[subject].items()}
             name = draw(st.sampled_from(sorted(files)))
-            way = changed_json(json.loads(files[name])) if name.endswith(".json") else changed_bytes(files[name])
+            way = (
+                changed_json(json.loads(files[name]))
+                if name.endswith(".json")
+                else changed_bytes(files[name])
+            )
             text, changed = draw(way)
             return Input(subject, {**files, name: text}, f"{name}: {changed}", "means")
 
@@ -330,7 +451,10 @@ class Tokenizers:
             subject = draw(st.sampled_from(sorted(SUBJECTS)))
             good = SUBJECTS[subject]
             keys = [key for key in draw(st.permutations(list(good))) if key != "version"]
-            text = json.dumps({"version": "1.0", **{key: good[key] for key in keys}}, indent=draw(st.sampled_from((None, 1))))
+            text = json.dumps(
+                {"version": "1.0", **{key: good[key] for key in keys}},
+                indent=draw(st.sampled_from((None, 1))),
+            )
             settings = {key: SETTINGS[key] for key in draw(st.permutations(list(SETTINGS)))}
             files = {FILE: text.encode(), CONFIG: dumped({**settings, "a_new_field": None})}
             return Input(subject, files, "keys in another order, spaces", "keeps")
@@ -345,7 +469,9 @@ class Tokenizers:
             return False
         if given.subject not in self.known:
             beside = folder / "good"
-            good = Input(given.subject, self._files(given.subject, dumped(SUBJECTS[given.subject])), "nothing")
+            good = Input(
+                given.subject, self._files(given.subject, dumped(SUBJECTS[given.subject])), "nothing"
+            )
             self.known[given.subject] = list(self._answers(self._open(good, beside)))
         return found == self.known[given.subject]
 
@@ -369,10 +495,17 @@ class Tokenizers:
                 refused += 1
                 continue
             if encoder.bound is not None and encoder.bound.fewest_tokens(text) > len(plain):
-                raise AssertionError(f"{text[:20]!r} has {len(plain)} tokens, and the bound is {encoder.bound}")
+                raise AssertionError(
+                    f"{text[:20]!r} has {len(plain)} tokens, and the bound is {encoder.bound}"
+                )
             stream = TextStream(tokenizer)
             pieces = [stream.push(token) for token in ids[:40]]
-            yield ids, tokenizer.decode(ids), "".join([*pieces, stream.finish()]), tokenizer.encode_cut(text, 3)
+            yield (
+                ids,
+                tokenizer.decode(ids),
+                "".join([*pieces, stream.finish()]),
+                tokenizer.encode_cut(text, 3),
+            )
         for token in (0, 1, 5, 260, 10**6, 2**31 - 1):
             yield tokenizer.is_special(token), tokenizer.token_bytes(token), tokenizer.token_text(token)
         yield tokenizer.mask_token, tokenizer.in_lower_case().encode("HeLLo <s>")
@@ -385,7 +518,11 @@ def as_gguf(value: Any) -> dict[str, Any]:
     """Leave of a JSON object what a GGUF file can hold: no objects, nothing null, and lists of one type."""
 
     def holds(item: Any) -> bool:
-        return not isinstance(item, dict) and item is not None and not (isinstance(item, int) and abs(item) >= 2**63)
+        return (
+            not isinstance(item, dict)
+            and item is not None
+            and not (isinstance(item, int) and abs(item) >= 2**63)
+        )
 
     def array(items: list[Any]) -> list[Any]:
         kept = [array(item) if isinstance(item, list) else item for item in items if holds(item)]

@@ -198,7 +198,9 @@ def test_without_the_package_the_error_names_the_extra(llm, monkeypatch):
         llm.grammars.start(Grammar("regex", "never seen before"))
 
 
-@pytest.mark.parametrize("schema", ['{"const": -9223372036854775808}', '{"enum": ["a", -9223372036854775807]}'])
+@pytest.mark.parametrize(
+    "schema", ['{"const": -9223372036854775808}', '{"enum": ["a", -9223372036854775807]}']
+)
 def test_a_schema_that_crashes_its_compiler_crashes_a_process_of_its_own(llm, schema):
     # The least number of 64 bits has no absolute value, by which llguidance overflows its stack.
     with pytest.raises(RequestError, match="cannot be compiled: it crashed"):
