@@ -1,6 +1,6 @@
 """A grammar, compiled once where it can do no harm: one that crashes its compiler ends this process and no other.
 
-Runs in a process of its own (program.py). What compiles here is compiled once more, by the same steps, where it is used.
+Runs in a process of its own (program.py). What compiles here is compiled once more, by the same steps, for its use.
 """
 
 from __future__ import annotations
