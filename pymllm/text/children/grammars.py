@@ -11,7 +11,7 @@ from typing import Any
 
 # What llguidance may spend: on the tokens after one token (50,000 take some milliseconds where states are simple, and a
 # second where each is a huge expression), and on the states of one answer.
-LIMITS = {"step_lexer_fuel": 50_000, "max_lexer_states": 50_000}
+LIMITS: dict[str, Any] = {"step_lexer_fuel": 50_000, "max_lexer_states": 50_000}
 # Else text that only one way goes on from is encoded, and the spelling of a special token becomes that token.
 NO_FORCING = '%llguidance {"no_forcing": true}'
 # Between the tokens of JSON: a space, or a new line and an indent. Small models else write spaces without an end.
