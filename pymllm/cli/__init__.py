@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 VERBS = {
     "run": "generate text",
@@ -45,6 +46,17 @@ class _Paragraphs(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill, parts = super()._fill_text, text.split("\n\n")
         return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in parts)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, of verbs too, whose errors show what does not print in a word escaped."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and an error, and exit with 2."""
+        shown = (
+            letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message
+        )
+        super().error("".join(shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +96,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     """Make the parser: it knows all verbs, but only the arguments of the one that is called."""
     import pymllm
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pymllm",
         description="Run a language model, every weight through the method that fits it.",
         epilog=FIRST_STEPS,

@@ -169,25 +169,27 @@ class Program:
 
     @contextlib.contextmanager
     def process(self) -> Iterator[_Process]:
-        """Take an idle process, or start one; after the block it is idle again, unless that raised something."""
+        """Take an idle process, or start one; after the block it is idle again, unless it failed."""
         with self._lock:
             taken = self._idle.pop() if self._idle else None
         if taken is not None and taken.process.poll() is not None:
             # Ended from outside, while it waited.
             taken.end()
             taken = None
-        process = self._start() if taken is None else taken
+        process, keep = self._start() if taken is None else taken, True
         try:
             yield process
-        except BaseException:
-            process.end()
+        except BaseException as error:
+            # Whoever refuses an answer has had it.
+            keep = isinstance(error, Exception) and not isinstance(error, Stopped)
             raise
-        with self._lock:
-            keep = len(self._idle) < self.kept and not process.late
-            if keep:
-                self._idle.append(process)
-        if not keep:
-            process.end()
+        finally:
+            with self._lock:
+                keep = keep and len(self._idle) < self.kept and not process.late
+                if keep:
+                    self._idle.append(process)
+            if not keep:
+                process.end()
 
     def close(self) -> None:
         """End the idle processes."""

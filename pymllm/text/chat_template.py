@@ -186,7 +186,8 @@ class ChatTemplate:
             raise _no_final("the final message has no content, or the template reads none")
         if isinstance(content, str):
             return {**message, "content": content + tag}, content
-        parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
+        listed = content if isinstance(content, Sequence) else ()
+        parts = [dict(part) if isinstance(part, Mapping) else part for part in listed]
         for part in reversed(parts):
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 text = part["text"]
@@ -343,7 +344,9 @@ def _cut(text: str, final: str, tag: str) -> str:
     if end < 0 or final.strip() not in text:
         raise _no_final("the chat template leaves the final message out, or changes it")
     # A template that strips a content has taken the tag's own space, and is to take those before the tag, too.
-    return text[:end] if text.startswith(tag, end) else text[:end].rstrip()
+    cut = text[:end] if text.startswith(tag, end) else text[:end].rstrip()
+    # It may write the content in several places.
+    return cut.replace(tag, "").replace(tag.strip(), "")
 
 
 def _no_final(why: str) -> RequestError:

@@ -1,7 +1,7 @@
 """Grammars that answers must follow: a JSON schema, a regular expression, or a grammar in Lark's notation.
 
-llguidance compiles them to automata over the tokenizer's tokens. Compiled ones are kept, and each answer gets a copy;
-they are bounded in the size of their text, and in what llguidance spends on them.
+llguidance compiles them to automata over the tokenizer's tokens, in a process of its own first. Compiled ones are kept,
+and each answer gets a copy; they are bounded in the size of their text, and in what llguidance spends on them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError, RequestError
+from pymllm.text.bounded import Program, Stopped, encoded
+from pymllm.text.children.grammars import SPACE as SPACE
+from pymllm.text.children.grammars import compile_grammar
 from pymllm.text.tokenizer import AutoEncoder, FastEncoder, Tokenizer
 
 MAX_GRAMMAR_LENGTH = 1 << 16  # characters
@@ -36,13 +39,8 @@ SPELT = re.compile(f"{STRING}|{EXPRESSION}")
 WITHIN = {'"': re.compile(EXPRESSION), "/": re.compile(STRING)}
 INLINE_SCHEMA = re.compile(r"%json\s*")
 KEPT_GRAMMARS = 64
-# What llguidance may spend: on the tokens after one token (50,000 take some milliseconds where states are simple, and a
-# second where each is a huge expression), and on the states of one answer.
-LIMITS = {"step_lexer_fuel": 50_000, "max_lexer_states": 50_000}
-# Else text that only one way goes on from is encoded, and the spelling of a special token becomes that token.
-NO_FORCING = '%llguidance {"no_forcing": true}'
-# Between the tokens of JSON: a space, or a new line and an indent. Small models else write spaces without an end.
-SPACE = r"( |\n[ \t]{0,32})?"
+# What a process may take that compiles a grammar first.
+MAX_SECONDS, CLOCK_SECONDS, MAX_MEMORY = 10.0, 60.0, 1 << 30
 
 Kind = Literal["json_schema", "regex", "lark"]
 
@@ -234,21 +232,10 @@ class GrammarCompiler:
         return Matcher(automaton.deep_copy(), self.vocabulary, grammar.kind)
 
     def _compile(self, grammar: Grammar, tokens: Any) -> Any:
-        matcher = _llguidance().LLMatcher
+        _llguidance()
+        _try(grammar)
         try:
-            if grammar.kind == "json_schema":
-                text = matcher.grammar_from_json_schema(grammar.text, {"whitespace_pattern": SPACE})
-                (made,) = json.loads(text)["grammars"]
-                lark = f"start: %json {json.dumps(made['json_schema'])}"
-            elif grammar.kind == "regex":
-                (made,) = json.loads(matcher.grammar_from_regex(grammar.text))["grammars"]
-                lark = made["lark_grammar"]
-            else:
-                lark = grammar.text
-            text = matcher.grammar_from_lark(f"{lark}\n{NO_FORCING}")
-            automaton = matcher(tokens, text, log_level=0, limits=_llguidance().LLParserLimits(**LIMITS))
-            if not automaton.is_error():
-                automaton.compute_bitmask()  # here, as it may take longer than later ones
+            automaton = compile_grammar(grammar.kind, grammar.text, tokens)
         except Exception as error:  # llguidance raises ValueError and its own panics
             raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(str(error))}") from None
         if automaton.is_error():
@@ -281,6 +268,25 @@ class GrammarCompiler:
                 expected="one that llguidance reads",
                 found=_first_line(str(error)),
             ) from None
+
+
+COMPILER = Program("grammars", ("llguidance",), MAX_MEMORY, kept=1)
+
+
+def _try(grammar: Grammar) -> None:
+    """Compile a grammar in a process of its own: llguidance crashes on some.  RequestError for one that it refuses."""
+    asked = {"seconds": MAX_SECONDS, "kind": grammar.kind, "text": grammar.text}
+    try:
+        with COMPILER.process() as process:
+            reply = process.ask(encoded(asked), CLOCK_SECONDS)
+            if "limit" in reply:
+                # What a process has taken of memory it may never give back.
+                raise Stopped(reply["limit"])
+    except Stopped as stopped:
+        reply = {"failed": str(stopped)}
+    problem = next((reply[name] for name in ("invalid", "failed") if name in reply), None)
+    if problem is not None:
+        raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(problem)}")
 
 
 def _llguidance() -> Any:

@@ -71,6 +71,7 @@ def bound_of(tokenizer: Any) -> TextBound | None:
     added = tokenizer.get_added_tokens_decoder().values()
     spaces_vanish = any(token.lstrip or token.rstrip for token in added)
     try:
+        _check_processor(_state(tokenizer.post_processor))
         shrinks, strips = _normalizer(_state(tokenizer.normalizer))
         bytes_before, drops = _pre_tokenizer(_state(tokenizer.pre_tokenizer))
         bytes_first = bytes_before or "ByteLevel" in _kinds(_state(tokenizer.normalizer), "normalizers")
@@ -125,6 +126,17 @@ def _pre_tokenizer(state: Mapping[str, Any]) -> tuple[bool, bool]:
     if kind in DROPS_SPACES:
         return False, True
     raise _Unbounded
+
+
+def _check_processor(state: Mapping[str, Any]) -> None:
+    """Raise _Unbounded for a template of special tokens that leaves the text out."""
+    for step in state.get("processors", (state,)):
+        if "processors" in step:
+            _check_processor(step)
+        elif step["type"] == "TemplateProcessing" and not any(
+            "Sequence" in piece for piece in step["single"]
+        ):
+            raise _Unbounded
 
 
 def _vanishing(tokenizer: Any, vocabulary: Mapping[str, int], bytes_first: bool) -> str:

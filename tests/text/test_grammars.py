@@ -228,3 +228,12 @@ def test_a_grammar_whose_strings_do_not_end_is_read_in_one_go(line):
 def test_expressions_that_hold_together_are_counted_outside_of_strings(text, fits):
     with contextlib.nullcontext() if fits else pytest.raises(RequestError, match="hold for the same text"):
         grammars.Grammar("lark", text)
+
+@pytest.mark.parametrize(
+    "schema", ['{"const": -9223372036854775808}', '{"enum": ["a", -9223372036854775807]}']
+)
+def test_a_schema_that_crashes_its_compiler_crashes_a_process_of_its_own(llm, schema):
+    # The least number of 64 bits has no absolute value, by which llguidance overflows its stack.
+    with pytest.raises(RequestError, match="cannot be compiled: it crashed"):
+        answer(llm, json_schema=schema)
+    assert answer(llm, json_schema={"const": -7}).text == "-7"

@@ -11,6 +11,10 @@ from typing import Any
 
 import tokenizers
 
+# The greatest id that a token may have: what lists all ids, as saving does, lists those between as well. Vocabularies
+# have half a million tokens at most.
+MOST_TOKENS = 1 << 22
+
 TEXTS = ("", "a", "Hello, world!\n 1234  \u00e9\u4e2d\U0001f600\u0000")
 
 
@@ -21,6 +25,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             made = tokenizers.Tokenizer.from_file(request["file"])
         else:
             made = tokenizers.Tokenizer.from_str(request["text"])
+        greatest = max(made.get_vocab(with_added_tokens=True).values(), default=0)
+        if greatest >= MOST_TOKENS:
+            return {"invalid": f"a token has the id {greatest}; expected less than {MOST_TOKENS}"}
         made.no_truncation()
         made.no_padding()
         for text in TEXTS:
