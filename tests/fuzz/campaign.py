@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections import Counter
@@ -79,7 +80,7 @@ def run(
             tally.codes[verdict.detail] += 1
         if not verdict.bad(one):
             return
-        signature = _signature(verdict)
+        signature = _signature(one, verdict)
         if signature in tally.found:
             return
         known = smallest.get(signature)
@@ -124,8 +125,10 @@ def run(
     return tally
 
 
-def _signature(verdict: Verdict) -> str:
-    """Return what makes two findings one: how it ended, and where."""
+def _signature(one: Input, verdict: Verdict) -> str:
+    """Return what makes two findings one: how it ended, and where; of another answer, which place was changed."""
+    if verdict.name == "different":
+        return f"different {re.sub(r' by [^;]*|[0-9]+', '', one.changed)}"
     return f"{verdict.name} {verdict.detail.partition(': ')[0]}"
 
 
