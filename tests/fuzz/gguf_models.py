@@ -94,7 +94,7 @@ FREE = (
     ),
     *(
         "rope.scaling.attn_factor",
-        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
         "rope.dimension_count",
         "sliding_window_pattern",
     ),

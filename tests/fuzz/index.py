@@ -119,7 +119,7 @@ class Index:
             deed["by"] = draw(st.sampled_from((1, 4, 8, 9, 64, size // 2, size - 8, size)))
             deed["to"] = draw(st.sampled_from((*SHARDS, INDEX, "model.safetensors", "extra.safetensors")))
             deeds.append(deed)
-        # Other bytes of the right size are another model; a copy is the same one. A file that nothing names says nothing.
+        # Other bytes of the right size are another model; a file that nothing names says nothing.
         other = any(deed["way"] in ("other", "swap") for deed in deeds)
         told = "; ".join(" ".join(map(str, deed.values())) for deed in deeds)
         return self._input({DEEDS: json.dumps(deeds).encode()}, told, "means" if other else "breaks")
