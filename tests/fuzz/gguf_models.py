@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from .inputs import Input, Meaning, changed_bytes, chosen
-from .subjects import SIZES, Checkpoints, logits, logits_of_llm
+from .subjects import SIZES, Checkpoints, llama_weights, logits, logits_of_llm
 
 FILE = "model.gguf"
 HEAD, DATA = "head.bin", "data.json"
@@ -94,7 +94,8 @@ FREE = (
     ),
     *(
         "rope.scaling.attn_factor",
-        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
         "rope.dimension_count",
         "sliding_window_pattern",
     ),
@@ -219,6 +220,40 @@ def _write(folder: Path, family: str, kinds: Any = "F32", **options: Any) -> Non
     write_gguf(folder / FILE, family, kinds, **(SIZES | options))
 
 
+def _write_llama(folder: Path, kind: str) -> None:
+    """Write a Llama with the `gguf` package alone."""
+    import gguf
+    import numpy as np
+
+    folder.mkdir(parents=True)
+    writer = gguf.GGUFWriter(folder / FILE, "llama")
+    writer.add_context_length(SIZES["max_position_embeddings"])
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    writer.add_key_length(SIZES["head_dim"])
+    writer.add_value_length(SIZES["head_dim"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(SIZES["head_dim"])
+    writer.add_vocab_size(SIZES["vocab_size"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    number = gguf.GGMLQuantizationType[kind]
+    for name, weight in llama_weights(SIZES).items():
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        values = weight.numpy()
+        if weight.ndim == 1:
+            writer.add_tensor(stored, values)
+        else:
+            writer.add_tensor(stored, gguf.quantize(values.astype(np.float32), number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _write_model(folder: Path, family: str, **settings: Any) -> None:
     from ..gguf_models import write_model
 
@@ -227,7 +262,7 @@ def _write_model(folder: Path, family: str, **settings: Any) -> None:
 
 
 MODELS = {
-    "llama-q8": partial(_write, family="llama", kinds="Q8_0", tokenizer=False),
+    "llama-q8": partial(_write_llama, kind="Q8_0"),
     "llama-q4": partial(_write, family="llama", kinds="Q4_0", vocab_size=96),
     "qwen3-tied": partial(_write, family="qwen3", kinds="F16", tokenizer=False, tie_word_embeddings=True),
     "gemma2-q5": partial(_write, family="gemma2", kinds="Q5_1", tokenizer=False, num_hidden_layers=2),

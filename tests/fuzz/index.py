@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from .inputs import NASTY, Input, Meaning, changed_bytes, changed_json, chosen
-from .subjects import SIZES, Checkpoints, logits
+from .subjects import Checkpoints, llama, logits
 
 INDEX = "model.safetensors.index.json"
 DEEDS = "deeds.json"
@@ -59,11 +58,9 @@ class Index:
     name = "index"
 
     def prepare(self, folder: Path) -> None:
-        from ..checkpoints import write_checkpoint
-
         folder = folder.resolve()
         self.outside = folder / "outside.safetensors"
-        write: Callable[[Path], Any] = partial(write_checkpoint, shards=3, **SIZES)
+        write = partial(llama, writer="none", shards=3)
         self.checkpoints = Checkpoints(folder, {"three": write, "other": partial(write, seed=1)})
 
     def inputs(self) -> SearchStrategy[Input]:

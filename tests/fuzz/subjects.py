@@ -30,10 +30,60 @@ LAYOUT = "layout.json"
 Write = Callable[[Path], Any]
 
 
-def _llama(folder: Path, writer: Any, **options: Any) -> None:
+# What transformers writes of a Llama.
+LLAMA: dict[str, Any] = {
+    **{
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "float32",
+        "hidden_act": "silu",
+    },
+    **{"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "pretraining_tp": 1, "rms_norm_eps": 1e-5},
+    **{"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": False},
+    **{"transformers_version": "5.0.0", "use_cache": True},
+}
+
+
+def llama_weights(sizes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Make the random weights of a Llama, by name, without transformers, whose import takes seconds."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, vocab = (sizes[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    queries, keys = (sizes[f"num_{name}_heads"] * sizes["head_dim"] for name in ("attention", "key_value"))
+    shapes = {"self_attn.q": (queries, hidden), "self_attn.k": (keys, hidden), "self_attn.v": (keys, hidden)}
+    shapes |= {"self_attn.o": (hidden, queries), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden)}
+    shapes |= {"mlp.down": (hidden, inner)}
+    weights = {"model.embed_tokens.weight": torch.randn(vocab, hidden, generator=generator)}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        weights[f"model.layers.0.{name}_proj.weight"] = noise * shape[1] ** -0.5
+    for name in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"):
+        weights[f"model.{name}.weight"] = 1 + 0.1 * torch.randn(hidden, generator=generator)
+    weights["lm_head.weight"] = torch.randn(vocab, hidden, generator=generator) * hidden**-0.5
+    return weights
+
+
+def llama(folder: Path, writer: Any, shards: int = 1, seed: int = 0) -> None:
+    """Write a Llama whose decoder is stored as a writer does it."""
+    from ..checkpoints import FORMATS, save_tensors
+
+    writer = FORMATS[writer] if isinstance(writer, str) else writer
+    tensors: dict[str, Tensor] = {}
+    for name, weight in llama_weights(SIZES).items():
+        layer, _, _ = name.rpartition(".")
+        stored = writer.encode(weight)[0] if layer.endswith("_proj") else {"weight": weight * (1 + seed)}
+        tensors |= {f"{layer}.{key}": tensor for key, tensor in stored.items()}
+    settings = writer.config(())
+    folder.mkdir(parents=True)
+    config = LLAMA | SIZES | ({} if settings is None else {"quantization_config": settings})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_tensors(folder, tensors, shards)
+
+
+def _dense(folder: Path, family: str, writer: Any = "none", **options: Any) -> None:
     from ..checkpoints import write_checkpoint
 
-    write_checkpoint(folder, options.pop("family", "llama"), writer, **(SIZES | options))
+    write_checkpoint(folder, family, writer, **(SIZES | options))
 
 
 def _formats() -> dict[str, Write]:
@@ -84,7 +134,7 @@ def _formats() -> dict[str, Write]:
         "quark-int4": QuarkIntegers(),
         "quark-int8": QuarkIntegers("int8"),
     }
-    return {name: partial(_llama, writer=writer) for name, writer in writers.items()}
+    return {name: partial(llama, writer=writer) for name, writer in writers.items()}
 
 
 def _mlx(folder: Path, bits: int, group: int, mode: str) -> None:
@@ -98,7 +148,7 @@ def _torchao(folder: Path, encode: str) -> None:
     from ..checkpoints import edit_config
     from ..quantization import test_torchao
 
-    _llama(folder, "none")
+    llama(folder, "none")
     data = folder / "model.safetensors"
     from safetensors.torch import load_file, save_file
 
@@ -149,7 +199,7 @@ def _encoder(folder: Path, family: str) -> None:
 
 
 def _generation(folder: Path) -> None:
-    _llama(folder, "none")
+    llama(folder, "none")
     settings = {"bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "temperature": 0.6}
     settings |= {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 8}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=1))
@@ -173,12 +223,12 @@ def _families() -> dict[str, Write]:
         "qwen3_5_text": two | {"num_key_value_heads": 2},
     }
     made: dict[str, Write] = {
-        name: partial(_llama, writer="none", family=name, **options) for name, options in dense.items()
+        name: partial(_dense, family=name, **options) for name, options in dense.items()
     }
     experts = SIZES | {"num_local_experts": 3}
     latent = MOE | {"num_key_value_heads": 4, "head_dim": 16, "kv_lora_rank": 64}
     return made | {
-        "tied-awq": partial(_llama, writer="awq-g32", family="qwen3", tie_word_embeddings=True),
+        "tied-awq": partial(_dense, writer="awq-g32", family="qwen3", tie_word_embeddings=True),
         "qwen2_moe": partial(_moe, family="qwen2_moe", **MOE),
         "qwen3_moe-fp8": partial(_moe, family="qwen3_moe", fmt="fp8-tensor", **MOE),
         "mixtral-awq": partial(_moe, family="mixtral", fmt="awq-g32", **experts),
