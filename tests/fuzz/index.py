@@ -117,7 +117,8 @@ class Index:
             deed["to"] = draw(st.sampled_from((*SHARDS, INDEX, "model.safetensors", "extra.safetensors")))
             deeds.append(deed)
         # Other bytes of the right size are another model; a file that nothing names says nothing.
-        other = any(deed["way"] in ("other", "swap") for deed in deeds)
+        ways = {deed["way"] for deed in deeds}
+        other = ways & {"other", "swap"} and "away" not in ways
         told = "; ".join(" ".join(map(str, deed.values())) for deed in deeds)
         return self._input({DEEDS: json.dumps(deeds).encode()}, told, "means" if other else "breaks")
 
@@ -152,7 +153,10 @@ class Index:
         path = self.checkpoints.copy("three", inside, files)
         for deed in json.loads(given.files.get(DEEDS, b"[]")):
             self._do(path, deed)
-        return torch.equal(logits(path), self.checkpoints.answer("three", logits))
+        answered = torch.equal(logits(path), self.checkpoints.answer("three", logits))
+        # A link that leads out of the folder is not followed, whatever lies there.
+        inner = path.resolve()
+        return answered and all(file.resolve().parent == inner for file in path.iterdir())
 
     def _do(self, folder: Path, deed: dict[str, Any]) -> None:
         """Do something to a file.  A file is a link to the good one, so that a changed one is written anew."""
