@@ -132,7 +132,11 @@ class ModelConfig:
 
     def rope_parameters_of(self, layer: int) -> RopeParameters:
         """Return the rotary settings of one layer: sliding layers may have others than full ones."""
-        return RopeParameters.read(self, self.attention_kind_of(layer))
+        kind, settings = self.attention_kind_of(layer), self.raw.get("rope_parameters")
+        if kind is None and isinstance(settings, Mapping) and set(settings) >= set(ATTENTION_KINDS):
+            expected = "one set of settings, as no layer_types tell layers apart"
+            raise _bad_value("rope_parameters", sorted(map(str, settings)), expected)
+        return RopeParameters.read(self, kind)
 
     @property
     def dtype(self) -> torch.dtype | None:
