@@ -16,6 +16,7 @@ from .settings_edits import edited, meaning_of, pool_of
 from .subjects import Checkpoints, logits, logits_of_llm, subjects
 
 CONFIG = "config.json"
+ENCODERS = ("bert", "modernbert")
 SECTIONS = ("quantization_config", "quantization")
 BESIDE = ("quantize_config.json", "hf_quant_config.json")
 GENERATION = "generation_config.json"
@@ -113,7 +114,11 @@ class Configs:
         subject = draw(st.sampled_from(subjects))
         under = (self.quantised[subject],) if inside else ()
         text, done = draw(edited(self._value(subject, file), pool, under))
-        return Input(subject, {file: text}, "; ".join(map(str, done)) or "nothing", meaning_of(done))
+        meaning = meaning_of(done)
+        # No tensor of an encoder tells into how many heads its rows are divided.
+        if subject in ENCODERS and any(edit.path[-1:] == ("num_attention_heads",) for edit in done):
+            meaning = "means"
+        return Input(subject, {file: text}, "; ".join(map(str, done)) or "nothing", meaning)
 
     def _quantisation(self) -> SearchStrategy[Input]:
         return Configs._edit(self, list(self.quantised), CONFIG, True, self.settings)

@@ -65,11 +65,13 @@ FREE: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("logits_scaling", "routed_scaling_factor", "swiglu_limit"), _number(-1e9, 1e9)),
     **dict.fromkeys(("scale_emb", "logit_scale", "scale_depth"), _number(-1e9, 1e9)),
     **dict.fromkeys(("query_pre_attn_scalar", "partial_rotary_factor"), _or_none(_number(0, 2**40))),
-    **dict.fromkeys(("scoring_func", "topk_method", "score_function", "model_type"), _names),
-    **dict.fromkeys(("rope_type", "type", "position_embedding_type"), _names),
+    **dict.fromkeys(("scoring_func", "topk_method", "score_function", "model_type"), _or_none(_names)),
+    **dict.fromkeys(("rope_type", "type", "position_embedding_type"), _or_none(_names)),
     **dict.fromkeys(("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _number(0, 1e9)),
     **dict.fromkeys(("attention_factor", "low_freq_factor", "high_freq_factor"), _or_none(_number(0, 1e9))),
-    **dict.fromkeys(("original_max_position_embeddings", "max_position_embeddings"), _whole(1, 2**40)),
+    **dict.fromkeys(
+        ("original_max_position_embeddings", "max_position_embeddings"), _or_none(_whole(1, 2**40))
+    ),
     **dict.fromkeys(("short_factor", "long_factor"), _numbers),
     **dict.fromkeys(("truncate", "rope_interleave", "use_bidirectional_attention", "attention_bias"), _bool),
     "layer_types": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
