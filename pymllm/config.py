@@ -132,7 +132,11 @@ class ModelConfig:
 
     def rope_parameters_of(self, layer: int) -> RopeParameters:
         """Return the rotary settings of one layer: sliding layers may have others than full ones."""
-        return RopeParameters.read(self, self.attention_kind_of(layer))
+        kind, settings = self.attention_kind_of(layer), self.raw.get("rope_parameters")
+        if kind is None and isinstance(settings, Mapping) and set(settings) >= set(ATTENTION_KINDS):
+            expected = "one set of settings, as no layer_types tell layers apart"
+            raise _bad_value("rope_parameters", sorted(map(str, settings)), expected)
+        return RopeParameters.read(self, kind)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -327,7 +331,11 @@ class RopeParameters:
             base = local
         if not isinstance(settings, Mapping):
             raise _bad_value("rope_parameters", settings, "an object")
-        scaling = settings.get("rope_type") or settings.get("type") or "default"
+        scaling = settings.get("rope_type") or settings.get("type")
+        asked = [name for name in SCALINGS if settings.get(name) is not None]
+        if scaling is None and asked and "long_factor" not in settings:
+            raise _bad_value("rope_type", None, f"a name, as {asked[0]} asks for a scaling")
+        scaling = scaling or "default"
         if not isinstance(scaling, str):
             raise _bad_value("rope_type", scaling, "a name")
         # Early files call longrope su, or yarn, and have the trained length beside these settings.
@@ -346,7 +354,7 @@ class RopeParameters:
                     fix=nearest(str(name), ROPE_NAMES),
                 )
         for name in ROPE_NUMBERS:
-            _number(name, settings.get(name), 0.0, zero=True)
+            _number(name, settings.get(name), 0.0, zero=name not in SCALINGS)
         theta = settings.get("rope_theta") or base
         partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
         return cls(
@@ -375,6 +383,8 @@ def _refuse_two_scalings(parameters: Any, scaling: Any) -> None:
             )
 
 
+# What only a scaling has, and no scaling has as 0.
+SCALINGS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 ROPE_NUMBERS = (
     *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),

@@ -55,7 +55,17 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         return torch.zeros(shape, dtype=dtype, device=device)
     # Windows has no such flag, and no processes that fork.
     flags = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, nbytes, **flags), dtype=torch.uint8).view(dtype).view(shape)
+    try:
+        memory = mmap.mmap(-1, nbytes, **flags)
+    except OSError as error:
+        raise ConfigError(
+            "the KV cache is larger than the memory that the system gives",
+            code="out-of-memory",
+            expected=f"{nbytes} bytes for a layer's keys or values",
+            found=error.strerror or str(error),
+            fix="Choose a shorter context (--max-model-len), or a smaller cache (--kv-memory 1GB).",
+        ) from error
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _zero_points(scales: tuple[str, ...]) -> tuple[str, ...]:

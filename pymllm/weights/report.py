@@ -94,12 +94,26 @@ def raise_problems(file: str, problems: Iterable[Problem]) -> None:
     for problem in found:
         lines.setdefault(problem.code, []).append(f"{problem.tensor}: {problem.text}")
     raise CheckpointError(
-        "\n  ".join([head, *(line for alike in lines.values() for line in alike)]),
+        "\n  ".join([head, *_within(MOST_TEXT, [line for alike in lines.values() for line in alike])]),
         code=found[0].code if len(lines) == 1 else "checkpoint-mismatch",
         file=file,
         tensor=found[0].tensor,
         brief="\n  ".join([head, *(first_few(alike, "\n  ") for alike in lines.values())]),
     )
+
+
+MOST_TEXT = 50_000  # characters of a message; a config alone can claim any number of tensors
+
+
+def _within(most: int, lines: Sequence[str]) -> list[str]:
+    """Return the first lines that have so many characters together, and how many more there are."""
+    kept: list[str] = []
+    for line in lines:
+        most -= len(line)
+        if most < 0 and kept:
+            return [*kept, f"and {len(lines) - len(kept)} more"]
+        kept.append(line)
+    return kept
 
 
 # So many problems get a hint: comparing names is slow, and a checkpoint may have a problem with every tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections import Counter
@@ -125,7 +126,9 @@ def run(
 
 
 def _signature(one: Input, verdict: Verdict) -> str:
-    """Return what makes two findings one: how it ended, and where; of what left no place, from which good thing."""
+    """Return what makes two findings one: how it ended, and where; of another answer, which place was changed."""
+    if verdict.name == "different":
+        return f"different {one.subject} {re.sub(r' by [^;]*|[0-9]+', '', one.changed)}"
     place = verdict.detail.partition(": ")[0]
     return f"{verdict.name} {place if verdict.name in ('foreign', 'memory') else one.subject}"
 

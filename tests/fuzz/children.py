@@ -71,6 +71,10 @@ def _refused(error: PymllmError) -> Verdict:
         return Verdict("foreign", f"an error that shows what does not print: {error.code}")
     if len(text) > 100_000:
         return Verdict("foreign", f"an error of {len(text)} characters: {error.code}")
+    # What no check has foreseen: an error of ours, and yet another's exception.
+    if error.code == "unforeseen":
+        said, _, place = str(error.found).rpartition(", at ")
+        return Verdict("foreign", f"unforeseen at {place}: {said[:200]}")
     return Verdict("refused", error.code)
 
 

@@ -202,6 +202,13 @@ class TorchAOConfig(QuantizationConfig):
                 expected=f"{QDATA} and {SCALE}, as torchao 0.15 writes them",
             )
         kind, settings = self._describe(prefix)
+        if kind == INTX and zero is None:
+            raise CheckpointError(
+                "the layer's zero points are not in the checkpoint, and this subclass always has some",
+                code="missing",
+                tensor=f"{prefix}.{ZERO}",
+                expected=f"{QDATA}, {SCALE} and {ZERO}",
+            )
         if data.dtype is None or scale.dtype is None:
             raise _unsupported("qdata", "elements of less than a byte", "whole bytes", within=f"{prefix}.")
         # A dtype that the subclass cannot have is not taken over, so that matching reports it.
