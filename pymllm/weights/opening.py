@@ -14,6 +14,7 @@ from pymllm.weights.folder import (
     CONFIG,
     INDEX,
     MODULES,
+    UNFINISHED,
     check_index,
     check_shards_exist,
     is_gguf,
@@ -49,6 +50,13 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
                 fix="Leave the revision out, or pass a hub id in place of the path.",
             )
         return _transformer_in(folder)
+    if os.path.lexists(f"{model}{UNFINISHED}"):
+        raise CheckpointError(
+            "the file is one that `pymllm quantize` has not finished",
+            code="unfinished",
+            file=str(model),
+            fix="Run the same `pymllm quantize` again: it goes on where it was.",
+        )
     if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
         raise CheckpointError(
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
