@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
-from pymllm.errors import CheckpointError, ConfigError
+from pymllm.errors import CheckpointError, ConfigError, PymllmError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What the system says when a file cannot be written: our code, and what to do. More is said of a full disk.
 CODES = {
@@ -34,6 +39,9 @@ def writing(path: Path, nbytes: int = 0, *, again: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        named = error.filename2 or error.filename
+        if isinstance(named, (str, bytes)):
+            path = Path(os.fsdecode(named))
         raise cannot_write(path, error, nbytes, again=again) from error
 
 
@@ -49,6 +57,29 @@ def reading(path: Path, code: str = "unreadable") -> Iterator[None]:
             file=str(path),
             fix="Check the path, its permissions and the disk.",
         ) from error
+
+
+def names_files(work: Callable[P, T]) -> Callable[P, T]:
+    """Have a function that reads files raise a CheckpointError for an OSError, such as a folder that may not be entered.
+
+    Its first path is that of what it reads, should the error not name one.
+    """
+
+    @functools.wraps(work)
+    def wrapper(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return work(*args, **options)
+        except OSError as error:
+            # An optional package that is missing, or a program that is, is no file of a checkpoint.
+            if isinstance(error, PymllmError):
+                raise
+            named = error.filename if isinstance(error.filename, (str, bytes)) else None
+            paths = [arg for arg in (*args, *options.values()) if isinstance(arg, (str, Path))]
+            path = Path(os.fsdecode(named)) if named else Path(paths[0] if paths else ".")
+            with reading(path):
+                raise
+
+    return wrapper
 
 
 def cannot_write(path: Path, error: OSError, nbytes: int = 0, *, again: str = "") -> ConfigError:

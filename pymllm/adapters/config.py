@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import ConfigError
 from pymllm.quantization.storage.fields import compile_pattern
 from pymllm.weights.opening import resolve_model_path
@@ -120,6 +121,7 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
+@names_files
 def load_lora_config(path: str | Path) -> LoRAConfig:
     """Read an adapter's settings.  path: its folder, or a hub id.  ConfigError names an unsupported setting."""
     folder = resolve_model_path(path)

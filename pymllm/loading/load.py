@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
@@ -30,6 +31,7 @@ from pymllm.weights.tensor_file import TensorInfo
 logger = logging.getLogger("pymllm")
 
 
+@names_files
 def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> LanguageModel:
     """Read, slice and pack what `prepare` has decided, a layer at a time.
 

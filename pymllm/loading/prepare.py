@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pymllm.config import Execution, ModelConfig, parse_dtype
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
@@ -72,6 +73,7 @@ class Prepared:
     draft: Prepared | None = None
 
 
+@names_files
 def prepare(
     path: str | Path,
     quant: RuleSource = None,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
@@ -33,6 +34,7 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
 
 
+@names_files
 def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
     """Find the folder (or .gguf file) of a model: the path itself, or a hub id's folder in the hub's cache.
 
@@ -102,6 +104,7 @@ def _transformer_in(folder: Path) -> Path:
     return inside if (inside / CONFIG).is_file() else folder
 
 
+@names_files
 def open_checkpoint(
     path: str | Path, architectures: Mapping[str, GGUFArchitecture] | None = None
 ) -> Checkpoint:

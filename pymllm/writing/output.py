@@ -67,7 +67,8 @@ class Output:
         restart: throw away what an unfinished run of any request has left.
         """
         self.folder, self.staging = self._places(folder)
-        self._prepare(dict(request), restart)
+        with writing(self.path, again=AGAIN):
+            self._prepare(dict(request), restart)
         self.pieces: dict[str, Piece] = {}
 
     @property
@@ -88,22 +89,23 @@ class Output:
                 raise ConfigError(
                     "another process is writing this checkpoint", code="out-busy", file=str(self.path)
                 ) from None
-            if not (self.staging / SHARDS).exists():
+            if not self._has(SHARDS):
                 self._read_journal()
             stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        # Nothing was written there.
+        with contextlib.suppress(OSError):
+            self._lock.close()
 
     def _prepare(self, request: dict[str, Any], restart: bool) -> None:
         """Make the staging folder with the request in it, or check that it holds the same one."""
         self._check_kind()
-        with writing(self.path, again=AGAIN):
-            # An earlier run was killed when it had finished.
-            _remove(self._done)
-            if restart:
-                _remove(self.staging)
+        # An earlier run was killed when it had finished.
+        _remove(self._done)
+        if restart:
+            _remove(self.staging)
         found = self.staging / REQUEST
         if found.is_file():
             before = self._read_own(REQUEST)
@@ -120,14 +122,17 @@ class Output:
                 )
             return
         self._check_empty()
-        with writing(self.path, again=AGAIN):
-            self.staging.mkdir(parents=True, exist_ok=True)
+        self.staging.mkdir(parents=True, exist_ok=True)
         _write_text(found, json.dumps(request, indent=1))
 
     @property
     def _done(self) -> Path:
         """What the staging folder is called while it is removed: half of one would look like something to go on with."""
         return self.staging.with_name(f"{self.staging.name}-done")
+
+    def _has(self, name: str) -> bool:
+        with reading(self.staging / name):
+            return (self.staging / name).exists()
 
     def _read_own(self, name: str) -> Any:
         """Read a JSON object that this or an earlier run has written.  ConfigError "resume-damaged"."""
@@ -161,8 +166,7 @@ class Output:
 
     def _check_empty(self) -> None:
         """Refuse to begin where anything is.  ConfigError "out-exists"."""
-        with writing(self.folder):
-            there = list(self.folder.iterdir()) if self.folder.exists() else []
+        there = self.folder.iterdir() if self.folder.exists() else ()
         others = [path.name for path in there if path.name != STAGING]
         if others:
             raise ConfigError(
@@ -203,7 +207,7 @@ class Output:
     @property
     def assembling(self) -> bool:
         """True once all steps are done, so that only final files are still to be made."""
-        return (self.staging / SHARDS).exists()
+        return self._has(SHARDS)
 
     def add(self, step: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Keep what a step has made, for good."""
@@ -229,8 +233,9 @@ class Output:
     def load_state(self) -> tuple[dict[str, Tensor], str] | None:
         """Return what `save_state` kept last, and its step; None if there is nothing, or nothing whole."""
         path = self.staging / "state.safetensors"
-        if not path.is_file():
-            return None
+        with reading(path):
+            if not path.is_file():
+                return None
         try:
             with SafetensorsFile.open(path) as file:
                 return {name: info.read() for name, info in file.tensors.items()}, file.metadata["step"]
@@ -246,13 +251,17 @@ class Output:
     @property
     def publishing(self) -> bool:
         """True once all final files are made, so that they only have to be moved."""
-        return (self.staging / FINAL).exists()
+        return self._has(FINAL)
 
     def assemble(self, order: Sequence[str], shard_bytes: int, notes: Any) -> None:
         """Put the tensors of all pieces, in the order of steps, into final files of about `shard_bytes`.
 
         notes: what the files beside the weights are made of, should they be made by another run (`assembly_notes`).
         """
+        with writing(self.path, again=AGAIN):
+            self._assemble(order, shard_bytes, notes)
+
+    def _assemble(self, order: Sequence[str], shard_bytes: int, notes: Any) -> None:
         plan_file = self.staging / SHARDS
         known: dict[str, Piece] = {}
         if plan_file.exists():
@@ -278,8 +287,7 @@ class Output:
                 self._join(shard, target)
             needed = {file for later in shards[index + 1 :] for _, file in later}
             for file in {file for _, file in shard} - needed:
-                with writing(self.staging / file, again=AGAIN):
-                    (self.staging / file).unlink(missing_ok=True)
+                (self.staging / file).unlink(missing_ok=True)
         if len(shards) > 1:
             weight_map = {
                 name: shard_name(index, len(shards))
