@@ -21,7 +21,7 @@ from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_placed, check_skipped, read_slot
 from pymllm.models.language_model import LanguageModel
 from pymllm.weights.loader import Slot, Written, write
-from pymllm.weights.memory import return_freed_memory
+from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
 from pymllm.weights.resolution import apply_resolved_weight
@@ -66,6 +66,16 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
                 error.tensor = prepared.checkpoint.stored_as.tensor(error.tensor)
                 error.args = (str(error),)
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
+            raise out_of_memory(
+                f"loading {needed} bytes of tensors",
+                error,
+                fix="`pymllm plan` says how much the model takes. Choose smaller formats (--quant '**.layers.**=int4'), "
+                "divide the model over ranks (--tensor-parallel-size), or free memory.",
+            ) from error
     report.seconds = time.perf_counter() - started
     model = prepared.model
     model.requires_grad_(False)

@@ -16,7 +16,7 @@ CLIENT_CODES = (
 )
 
 # Errors that say that the server cannot answer now, whatever the request.
-UNAVAILABLE_CODES = ("shutting-down",)
+UNAVAILABLE_CODES = ("shutting-down", "out-of-memory")
 
 # What OpenAI's clients know by another code than ours.
 OPENAI_CODES = {

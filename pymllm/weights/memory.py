@@ -64,13 +64,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
-def out_of_memory(doing: str, device: str, error: BaseException, *, fix: str) -> ConfigError:
+def out_of_memory(doing: str, error: BaseException, *, fix: str) -> ConfigError:
     """Make the error for memory that could not be had.  doing: what needed it, as "loading".  fix: what to do."""
+    device = "cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"
     asked = re.search(r"allocate\s+([\d.]+ ?(?:[KMGT]i?B|bytes))", str(error))
     try:
         free = available_memory(device)
-    except RuntimeError:
-        free = None  # the device may not say any more
+    except (RuntimeError, AssertionError):
+        free = None  # the device does not say any more
     return ConfigError(
         f"{doing} has run out of memory on {device}",
         code="out-of-memory",

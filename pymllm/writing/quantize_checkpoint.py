@@ -146,7 +146,7 @@ def _faults_named(out: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory("quantising", "cpu", error, fix=f"Free some memory. {AGAIN}") from error
+        raise out_of_memory("quantising", error, fix=f"Free some memory. {AGAIN}") from error
 
 
 def parse_size(size: str | int) -> int:
