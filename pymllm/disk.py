@@ -60,7 +60,7 @@ def reading(path: Path, code: str = "unreadable") -> Iterator[None]:
 
 
 def names_files(work: Callable[P, T]) -> Callable[P, T]:
-    """Have a function that reads files raise a CheckpointError for an OSError, such as a folder that may not be entered.
+    """Have a function that reads files raise a CheckpointError for an OSError, as of a folder that may not be entered.
 
     Its first path is that of what it reads, should the error not name one.
     """

@@ -1,7 +1,7 @@
 """Faults at the Nth call of the system's, or the Nth tensor that is made: a sweep over N finds what gets over none.
 
-`Disk` stands between Python and the files below a folder. Files are opened as `io.open` does it, around a raw file whose
-reads and writes are counted one by one, so that buffers, short counts and errors at the end behave as they really do.
+`Disk` stands between Python and the files below a folder. Files are opened as `io.open` does it, around a raw file
+whose reads and writes are counted one by one, so that buffers, short counts and errors at the end behave as they really do.
 `Memory` counts the tensors that torch makes.
 """
 
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHANGING = ("create", "write", "sync", "rename", "mkdir", "remove")
@@ -58,9 +57,9 @@ def killed(kind: str, path: Any) -> None:
 class Disk:
     """The calls that touch files below `root`.
 
-    kinds: which are counted.  at: the number of the one that fails, from 0; None: none does.  fault: what happens there.
+    kinds: which are counted.  at: the number of the one that fails, from 0; None: none.  fault: what happens there.
     stays: whether all later ones fail likewise, as on a disk that is full.
-    calls: the kinds of those that came, in order.  opened: how many files are open.
+    calls: the kinds of those that came, in order.  failed: how many of them failed.
     """
 
     def __init__(
@@ -72,7 +71,13 @@ class Disk:
         *,
         stays: bool = False,
     ) -> None:
-        self.root, self.kinds, self.at, self.fault, self.stays = os.path.realpath(root), kinds, at, fault, stays
+        self.root, self.kinds, self.at, self.fault, self.stays = (
+            os.path.realpath(root),
+            kinds,
+            at,
+            fault,
+            stays,
+        )
         self.calls: list[str] = []
         self.failed = 0
         self._descriptors: set[int] = set()
@@ -145,7 +150,9 @@ class Disk:
                 super().close()
                 disk.touch("close")
 
-        def opened(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *more: Any, **rest: Any) -> Any:
+        def opened(
+            file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *more: Any, **rest: Any
+        ) -> Any:
             if isinstance(file, int) or not disk.below(file):
                 return real_open(file, mode, buffering, encoding, *more, **rest)
             disk.touch("create" if set(mode) & set("wax+") else "open", file)
@@ -153,7 +160,9 @@ class Disk:
             raw = Raw(file, binary)
             if buffering == 0:
                 return raw
-            kind = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
+            kind = (
+                io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
+            )
             buffered = kind(raw)
             if "b" in mode:
                 return buffered
@@ -201,7 +210,11 @@ class Disk:
             (os, "preadv", read_at),
             (fcntl, "flock", counted(fcntl, "flock", "lock")),
         ]
-        names = {"rename": ("replace", "rename"), "mkdir": ("mkdir",), "remove": ("unlink", "remove", "rmdir")}
+        names = {
+            "rename": ("replace", "rename"),
+            "mkdir": ("mkdir",),
+            "remove": ("unlink", "remove", "rmdir"),
+        }
         names |= {"sync": ("fsync",), "list": ("listdir", "scandir"), "stat": ("stat", "lstat")}
         patches += [(os, name, counted(os, name, kind)) for kind, all_ in names.items() for name in all_]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
@@ -214,7 +227,9 @@ class Disk:
                 setattr(owner, name, function)
 
 
-ALLOCATED = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+ALLOCATED = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+)
 
 
 def no_memory(nbytes: int) -> Exception:

@@ -23,8 +23,10 @@ from pymllm.parallel.ranks import Ranks
 from . import structure
 
 HOURS = 9000.0
-SETTABLE = re.compile(r"\btime\.time(?:_ns)?\b|from time import|\bdate(?:time)?\.(?:now|utcnow|today)\b|CLOCK_REALTIME")
-# Where a date is meant: of an answer, a model, a line of the log, a request, a chat template's today, a gauge of vLLM's.
+SETTABLE = re.compile(
+    r"\btime\.time(?:_ns)?\b|from time import|\bdate(?:time)?\.(?:now|utcnow|today)\b|CLOCK_REALTIME"
+)
+# Where a date is meant: of an answer, a model, a line of the log, a request, a template's today, a gauge of vLLM's.
 DATES = {
     "server/answers/base.py": 1,
     "server/endpoints/models.py": 1,

@@ -120,7 +120,7 @@ class StatePool:
             layer.restore_states(index, copies)
 
     def remember(self, key: bytes, slot: int) -> None:
-        """Remember the state in a slot under the key of the page whose end it has reached, if there is memory for it."""
+        """Remember the state in a slot, if there is memory, under the key of the page whose end it has reached."""
         self._tell("remember", key, slot)
         if key not in self._remembered and self.most_remembered:
             while len(self._remembered) >= self.most_remembered:

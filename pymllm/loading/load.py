@@ -73,7 +73,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
             raise out_of_memory(
                 f"loading {needed} bytes of tensors",
                 error,
-                fix="`pymllm plan` says how much the model takes. Choose smaller formats (--quant '**.layers.**=int4'), "
+                fix="`pymllm plan` says what the model takes. Choose smaller formats (--quant '**.layers.**=int4'), "
                 "divide the model over ranks (--tensor-parallel-size), or free memory.",
             ) from error
     report.seconds = time.perf_counter() - started

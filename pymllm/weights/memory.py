@@ -60,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory could not be had: by Python, NumPy, C++, or torch on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # torch has no class of its own for the CPU: "DefaultCPUAllocator: can't allocate memory: you tried to allocate ...".
+    # torch has no class of its own for the CPU: "DefaultCPUAllocator: can't allocate memory: ...".
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 

@@ -127,7 +127,7 @@ class Output:
 
     @property
     def _done(self) -> Path:
-        """What the staging folder is called while it is removed: half of one would look like something to go on with."""
+        """The staging folder's name while it is removed: half of one would look like something to go on with."""
         return self.staging.with_name(f"{self.staging.name}-done")
 
     def _has(self, name: str) -> bool:

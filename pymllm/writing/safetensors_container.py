@@ -52,8 +52,8 @@ def write_tensors(
 def join_tensors(folder: Path, shard: Sequence[Sequence[str]], path: Path, again: str = "") -> None:
     """Copy tensors of files into one.
 
-    shard: [name, file in `folder`] of each.  again: as for `write_tensors`.  ConfigError likewise; CheckpointError for a
-    file that cannot be read.
+    shard: [name, file in `folder`] of each.  again: as for `write_tensors`.
+    ConfigError likewise; CheckpointError for a file that cannot be read.
     """
     with contextlib.ExitStack() as stack:
         files = {

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import write_whole
 from pymllm.errors import ConfigError
 from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
-from pymllm.disk import write_whole
 from pymllm.writing.output import AGAIN, STAGING, Output
 
 Content = Callable[[Mapping[str, TensorInfo]], Iterator[bytes]]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from pymllm import LLM, SamplingParams
-from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.errors import ConfigError
 
 from ..checkpoints import write_checkpoint

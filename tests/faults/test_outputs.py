@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import errno
 import gc
-import os
-import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from pymllm.disk import write_whole
-from pymllm.errors import CheckpointError, ConfigError, PymllmError
-from pymllm.weights.opening import open_checkpoint, resolve_model_path
+from pymllm.errors import ConfigError, PymllmError
 from pymllm.writing.output import Output
 from pymllm.writing.single_file import SingleFileOutput
 
-from ..injecting import CHANGING, KINDS, READING, Disk, ended, error, open_files, short
+from ..injecting import CHANGING, KINDS, Disk, ended, error, open_files, short
 
 STEPS = {
     "first": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)},
