@@ -182,7 +182,7 @@ class GGUFWriter(CheckpointWriter):
             found |= self.factors
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
-    def _content(self, pieces: Mapping[str, TensorInfo]) -> Iterator[bytes]:
+    def _content(self, pieces: Mapping[str, TensorInfo]) -> Iterator[bytes | memoryview]:
         """Make the file's bytes.  pieces: its tensors, by name."""
         yield self.header
         for tensor in self.tensors.values():

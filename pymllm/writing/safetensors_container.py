@@ -95,9 +95,9 @@ def _write(path: Path, entries: list[_Entry], metadata: dict[str, str], again: s
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes | memoryview]:
         yield len(raw).to_bytes(8, "little") + raw
         for entry in entries:
-            yield from entry.chunks()  # type: ignore[misc]
+            yield from entry.chunks()
 
     write_whole(path, chunks(), 8 + len(raw) + position, again=again)

@@ -12,7 +12,7 @@ from pymllm.errors import ConfigError
 from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
 from pymllm.writing.output import AGAIN, STAGING, Output
 
-Content = Callable[[Mapping[str, TensorInfo]], Iterator[bytes]]
+Content = Callable[[Mapping[str, TensorInfo]], Iterator[bytes | memoryview]]
 
 
 class SingleFileOutput(Output):
