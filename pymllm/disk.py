@@ -124,7 +124,9 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int = 0, *, again: str = "") -> None:
+def write_whole(
+    path: Path, chunks: Iterable[bytes | memoryview], nbytes: int = 0, *, again: str = ""
+) -> None:
     """Write a file that is there, with all of its bytes on the disk, or not at all.
 
     chunks: its bytes.  nbytes: how many they are, as far as that is known.  again: what a further try would do.

@@ -71,12 +71,12 @@ def sweep(name, model, prompts, stays, every):
 
 @pytest.mark.parametrize("name", ["plain", "states", "drafts"])
 def test_a_step_that_lacks_memory_once_is_run_again(models, name):
-    assert sweep(name, models[name], LONG if name == "states" else TOGETHER, False, 17) == {"NoneType"}
+    assert sweep(name, models[name], LONG if name == "states" else TOGETHER, False, 41) == {"NoneType"}
 
 
 @pytest.mark.parametrize("name", ["plain", "states", "draft model"])
 def test_requests_that_lack_memory_for_good_end_with_one_error(models, name):
-    fates = sweep(name, models[name], LONG if name == "states" else TOGETHER, True, 29)
+    fates = sweep(name, models[name], LONG if name == "states" else TOGETHER, True, 67)
     assert "ConfigError" in fates
 
 

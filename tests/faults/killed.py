@@ -44,15 +44,13 @@ def quantize(folder: Path, out: str, **options: Any) -> Callable[[Path], None]:
 
 def batch(folder: Path) -> Callable[[Path], None]:
     llm = pymllm.LLM(folder / "model", progress=False)
+    (folder / "in.jsonl").write_bytes(LINES)
 
     def work(root: Path) -> None:
         service = Service(llm, "model", 2, 4)
-        (root / "in.jsonl").parent.mkdir(exist_ok=True)
-        if not (root / "in.jsonl").exists():
-            (root / "in.jsonl").write_bytes(LINES)
 
         async def run() -> None:
-            with open(root / "in.jsonl", "rb") as source, open_output(root / "out.jsonl") as target:
+            with open(folder / "in.jsonl", "rb") as source, open_output(root / "out.jsonl") as target:
                 done = recover(target, "out.jsonl")
                 await BatchFile(service, 2, lambda count: None).run(source, target, done)
 
@@ -106,10 +104,8 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def state(root: Path) -> str:
+def state(out: Path) -> str:
     """Say what a checkpoint is taken for: whole, or the code of the error."""
-    out = next(iter(root.glob("out*")), root / "out")
-    out = out.with_name(out.name.removesuffix(".unfinished"))
     try:
         open_checkpoint(resolve_model_path(out), pymllm.models.gguf_architectures())
     except PymllmError as error:
@@ -121,6 +117,7 @@ def main(name: str, folder: Path, every: int) -> None:
     torch.set_num_threads(1)
     work = WORKS[name](folder)
     whole = folder / "whole"
+    whole.mkdir()
     if name in CHECKPOINTS:
         # Here, so that children find everything imported.
         work(whole)
@@ -136,7 +133,7 @@ def main(name: str, folder: Path, every: int) -> None:
                 work(root)
 
         code = in_child(run)
-        found = state(root) if name in CHECKPOINTS else ""
+        found = state(root / ("out.gguf" if name == "gguf" else "out")) if name in CHECKPOINTS else ""
         kept = files(root)
 
         def go_on(root: Path = root) -> None:

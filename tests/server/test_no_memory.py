@@ -39,7 +39,11 @@ def test_a_request_whose_first_step_gets_no_memory_is_refused_for_now(failing, s
     served, fail_after = failing
     fail_after(0)
     status, answer, headers = post(served, {**ASKED, "stream": stream})
-    assert (status, answer["error"]["code"], answer["error"]["type"]) == (503, "out-of-memory", "server_error")
+    assert (status, answer["error"]["code"], answer["error"]["type"]) == (
+        503,
+        "out-of-memory",
+        "server_error",
+    )
     assert f"{1 << 30} bytes" in answer["error"]["message"] and headers["Retry-After"]
     check_alive(served, fail_after)
 
@@ -51,7 +55,10 @@ def test_a_stream_that_has_begun_ends_with_the_error(failing):
     connection.request("POST", "/v1/completions", json.dumps({**ASKED, "stream": True}))
     events = connection.getresponse().read().decode().split("\n\n")
     connection.close()
-    assert len(events) > 2 and "run out of memory" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+    assert (
+        len(events) > 2
+        and "run out of memory" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+    )
     check_alive(served, fail_after)
 
 
