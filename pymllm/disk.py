@@ -85,7 +85,7 @@ def names_files(work: Callable[P, T]) -> Callable[P, T]:
 def cannot_write(path: Path, error: OSError, nbytes: int = 0, *, again: str = "") -> ConfigError:
     """Make the error for a file that cannot be written.
 
-    nbytes: how many were still to be written, as far as that is known.  again: what a further try would do.
+    nbytes: how many it has, as far as that is known.  again: what a further try would do.
     """
     code = CODES.get(error.errno or 0, "unwritable")
     fix, expected, found = FIXES[code], None, None
@@ -140,10 +140,10 @@ def write_whole(
             out = open(temporary, "wb")  # noqa: SIM115
         try:
             for chunk in chunks:
-                with writing(path, max(nbytes - done, len(chunk)), again=again):
+                with writing(path, max(nbytes, done + len(chunk)), again=again):
                     out.write(chunk)
                 done += len(chunk)
-            with writing(path, max(nbytes - done, 0), again=again):
+            with writing(path, max(nbytes, done), again=again):
                 out.flush()
                 os.fsync(out.fileno())
         finally:

@@ -1,7 +1,7 @@
 """Faults at the Nth call of the system's, or the Nth tensor that is made: a sweep over N finds what gets over none.
 
 `Disk` stands between Python and the files below a folder. Files are opened as `io.open` does it, around a raw file
-whose reads and writes are counted one by one, so that buffers, short counts and errors at the end behave as they really do.
+whose reads and writes are counted one by one, so that buffers, short counts and late errors are what they really are.
 `Memory` counts the tensors that torch makes.
 """
 
