@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import ConfigError
 from pymllm.patterns import EXPECTED, Pattern
 from pymllm.weights.opening import resolve_model_path
@@ -164,6 +165,7 @@ def _compile(pattern: str, file: Path, setting: str) -> Pattern:
     )
 
 
+@names_files
 def load_lora_config(path: str | Path) -> LoRAConfig:
     """Read an adapter's settings.  path: its folder, or a hub id.  ConfigError names an unsupported setting."""
     folder = resolve_model_path(path)

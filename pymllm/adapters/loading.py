@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pymllm.adapters.config import WEIGHTS_FILE, LoRAConfig, load_lora_config
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
@@ -102,6 +103,7 @@ def enable_lora_for_model(model: nn.Module, config: LoRAConfig, *, name: str = D
     return [place.name for place in places]
 
 
+@names_files
 def load_lora_weights(
     model: nn.Module,
     path: str | Path,

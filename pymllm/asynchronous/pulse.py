@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from pymllm.engine.scheduler import STEP_TOKENS
+from pymllm.parallel.away import Watch
 
 # How long a step may take while none has been measured: a first one may compile kernels and record graphs.
 FIRST_STEP_SECONDS = 300.0
@@ -29,6 +30,23 @@ class Pulse:
         self._slowest = 0.0
         self._seconds_a_token: float | None = None  # of the step that ran tokens fastest
         self._silent_since: float | None = None
+        self._watch: Watch | None = None
+        self._away = (0.0, 0.0)  # since when the thread was silent as the process was away, and for how long
+
+    def look(self) -> None:
+        """Note that this process runs; who calls it, calls it several times a second.
+
+        A time in which the process did not run is no silence of its thread.
+        """
+        self._watch = self._watch or Watch(self._clock)
+        missed, since = self._watch.missed(), self._silent_since
+        if missed and since is not None:
+            self._away = (since, self._seconds_away(since) + missed)
+
+    def _seconds_away(self, since: float | None) -> float:
+        """Return how long the process was away in the silence that began then."""
+        began, seconds = self._away
+        return seconds if began == since else 0.0
 
     def expect(self) -> None:
         """Note that there is work."""
@@ -49,12 +67,14 @@ class Pulse:
 
         started: what `beat` returned before it.  tokens: how many it ran; None: that is not known.
         """
+        away = self._seconds_away(started)
         seconds = self.beat() - started
         self.steps += 1
-        self._slowest = max(self._slowest, seconds)
+        ran = max(seconds - away, 0.0)
+        self._slowest = max(self._slowest, ran)
         if tokens:
             known = self._seconds_a_token
-            self._seconds_a_token = seconds / tokens if known is None else min(known, seconds / tokens)
+            self._seconds_a_token = ran / tokens if known is None else min(known, ran / tokens)
         return seconds
 
     @property
@@ -70,7 +90,7 @@ class Pulse:
     def why_not(self) -> str | None:
         """Return why the thread seems to hang, or None."""
         since = self._silent_since
-        silent = 0.0 if since is None else self._clock() - since
+        silent = 0.0 if since is None else self._clock() - since - self._seconds_away(since)
         if silent <= self.limit:
             return None
         return f"no step has ended for {silent:.0f} seconds; at most {self.limit:.0f} are usual here"

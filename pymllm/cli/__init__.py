@@ -37,7 +37,7 @@ FIRST_STEPS = """first steps:
 BROKEN_PIPE = 141
 
 # Errors of a file that cannot take more.
-CANNOT_WRITE = (errno.ENOSPC, errno.EFBIG, errno.EIO)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class _Paragraphs(argparse.HelpFormatter):

@@ -103,6 +103,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _ahead_of_time(args: argparse.Namespace) -> int:
+    from pymllm.disk import write_whole, writing
     from pymllm.errors import unknown_name
     from pymllm.kernels.hardware import ARCHITECTURES
     from pymllm.kernels.triton.ahead_of_time import build, gather_tasks
@@ -116,9 +117,10 @@ def _ahead_of_time(args: argparse.Namespace) -> int:
     rows = [{**vars(row), "verdict": row.verdict} for row in built]
     report = {"versions": _versions(), "launches": rows}
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "triton_aot.md").write_text(table(report) + "\n")
-        (args.out / "triton_aot.json").write_text(_one_line_a_row(report))
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out / "triton_aot.md", [(table(report) + "\n").encode()])
+        write_whole(args.out / "triton_aot.json", [_one_line_a_row(report).encode()])
     if args.json:
         print_json(report)
     else:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.weights.folder import MODULES, module_path
 from pymllm.weights.safetensors_file import parse_json_object
@@ -122,6 +123,7 @@ class EmbeddingSettings:
         return ", ".join(map(str, self.modules))
 
 
+@names_files
 def read_settings(path: Path, longest: int) -> EmbeddingSettings:
     """Read what the folder of a checkpoint, or the one around it, says of embeddings.
 
@@ -158,6 +160,7 @@ def read_settings(path: Path, longest: int) -> EmbeddingSettings:
     return EmbeddingSettings(tuple(modules), most, prompts, default, bool(transformer.get("do_lower_case")))
 
 
+@names_files
 def find_folder(path: Path) -> Path | None:
     """Find the folder with modules.json: the checkpoint's own, or the one around it; None: there is none."""
     if (path / MODULES).is_file():
@@ -188,6 +191,7 @@ def read_modes(pooling: str | Sequence[str]) -> tuple[str, ...]:
     return modes
 
 
+@names_files
 def read_modules(file: Path) -> list[dict[str, Any]]:
     """Read modules.json, a list of one object for each module.  CheckpointError or ConfigError for anything else."""
     try:

@@ -319,8 +319,8 @@ class Engine:
         request.finish_reason = request.finish_reason or "abort"
         self.scheduler.remove(request)
 
-    def _run(self, batch: list[Request]) -> tuple[list[Request], torch.Tensor]:
-        """Run a step.  Returns the requests that could be run, and the logits that they asked for, [N, V].
+    def _run(self, batch: list[Request]) -> tuple[list[Request], torch.Tensor | None]:
+        """Run a step.  Returns the requests that could be run, and the logits that they asked for, [N, V], if any.
 
         If a step of several requests fails, each is run alone, so that only the one to blame fails again.
         """
@@ -332,14 +332,19 @@ class Engine:
                 raise
             if len(batch) == 1:
                 batch[0].fail(error)
-        ran, rows = [], [torch.empty((0, self.model.config.size("vocab_size")))]
+        ran, rows = [], []
         for request in batch if len(batch) > 1 else ():
             try:
                 rows.append(self._run_alone(request).clone())
                 ran.append(request)
             except Exception as error:
                 request.fail(error)
-        return ran, torch.cat([row.to(rows[-1]) for row in rows])
+        try:
+            return ran, torch.cat([row.to(rows[-1]) for row in rows]) if rows else None
+        except Exception as error:
+            for request in ran:
+                request.fail(error)
+            return [], None
 
     def _run_alone(self, request: Request) -> torch.Tensor:
         """Run a request's tokens once more, after a step that it shared has failed.  Returns its logits.
@@ -364,12 +369,12 @@ class Engine:
         request.computed, request.running_sequence, request.is_prefilling, request.rows = before
         return logits
 
-    def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[Any]:
+    def _choose(self, requests: list[Request], logits: torch.Tensor | None) -> list[Any]:
         """Choose by the logits of each request, as its strategy does, the same on all ranks.
 
         If that fails for several together, each is tried alone, so that only the one to blame fails.
         """
-        if not requests:
+        if not requests or logits is None:
             return []
         try:
             chosen = self.strategy.choose(requests, logits, self.sampling_kernel)

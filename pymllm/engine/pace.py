@@ -14,6 +14,10 @@ STEP_MS = 150.0
 FIRST_PIECE = 64
 SMALLEST_PIECE = PAGE_SIZE
 
+# A step that takes so many times what those before it promise says nothing of the next: the machine slept, perhaps, or
+# a kernel was compiled. Two in a row say that steps have become slow.
+ODD_TIMES = 20.0
+
 # How much less each step counts than the one after it.
 DECAY = 0.5
 
@@ -31,9 +35,12 @@ class Pace:
         self.seconds = step_ms / 1000
         self._decoding: float | None = None  # seconds of a step that reads nothing
         self._reading = self._read = 0.0  # seconds that were taken by so many tokens
+        self._was_odd = False
 
     def note(self, seconds: float, read: int, answers: int) -> None:
         """Take in a step.  seconds: what it took.  read: its tokens of prompts.  answers: how many it went on with."""
+        if self._is_odd(seconds, read):
+            return
         if not read:
             known = seconds if self._decoding is None else self._decoding
             self._decoding = DECAY * known + (1 - DECAY) * seconds
@@ -44,6 +51,14 @@ class Pace:
         beside = (self._decoding or 0.0) if answers else 0.0
         self._reading = self._reading * DECAY + max(seconds - beside, seconds / 10)
         self._read = self._read * DECAY + read
+
+    def _is_odd(self, seconds: float, read: int) -> bool:
+        """Tell whether a step is to be left out, as it alone took so long."""
+        known = (self._decoding or 0.0) + (self._reading * read / self._read if read and self._read else 0.0)
+        promised = bool(self._read) if read else self._decoding is not None
+        odd = promised and seconds > max(ODD_TIMES * known, self.seconds)
+        self._was_odd, leave_out = odd, odd and not self._was_odd
+        return leave_out
 
     def piece(self) -> int:
         """Return how many tokens of prompts the next step may read beside answers."""

@@ -12,6 +12,7 @@ from pymllm.engine.choosing import SamplerState, TokenLogprobs
 from pymllm.engine.metrics import RequestMetrics, measure
 from pymllm.engine.prefixes import PageKeys
 from pymllm.engine.sampling import SamplingParams
+from pymllm.weights.memory import is_out_of_memory, out_of_memory
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -221,6 +222,12 @@ class Request:
         self.forwards += not self.is_reading
 
     def fail(self, error: Exception) -> None:
+        """End it with an error; a lack of memory is named as one."""
+        if is_out_of_memory(error):
+            fix = "Ask again when fewer requests run, or for less at a time."
+            lack = out_of_memory("a step of this request", error, fix=fix)
+            lack.__cause__ = error
+            error = lack
         self.error, self.finish_reason = error, "abort"
 
     # The rest of what `GenerationOutputs.record_step` reads.

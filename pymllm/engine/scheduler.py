@@ -146,11 +146,13 @@ class Scheduler:
         self.running.append(self.waiting.popleft())
         self.cache.share(known)
         request.pages = known + self.cache.allocate(needed)
-        self._skip(request, len(known))
+        there = True
         if self.states is not None:
             request.state_slot = self.states.allocate()
             if known:
-                self.states.recall(request.page_keys.made[len(known) - 1], request.state_slot)
+                there = self.states.recall(request.page_keys.made[len(known) - 1], request.state_slot)
+        # Else it reads all of its tokens, which gives pages what they hold already.
+        self._skip(request, len(known) if there else 0)
         if not request.admitted_at:
             request.admitted_at = time.perf_counter()
         return request
@@ -268,8 +270,11 @@ class Scheduler:
                 self.cache.share(pages)
                 self.cache.release(request.pages[own:count])
                 request.pages[own:count] = pages
-                states.recall(keys[count - 1], request.state_slot)
-                self._skip(request, count)
+                if states.recall(keys[count - 1], request.state_slot):
+                    self._skip(request, count)
+                else:
+                    # It reads all of its tokens anew, which gives pages what they hold already.
+                    request.computed = request.kept_pages = request.cached_tokens = 0
                 break
         return any(
             max(request.computed, other.computed) < place <= len(keys) * size

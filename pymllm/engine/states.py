@@ -21,6 +21,7 @@ from torch import nn
 
 from pymllm.layers.held import WeightHolder, weight_holders
 from pymllm.parallel import Leader
+from pymllm.weights.memory import is_out_of_memory
 
 # The slot of rows that no request has: kernels keep nothing there.
 NOBODY = -1
@@ -119,12 +120,16 @@ class StatePool:
             layer.restore_states(index, copies)
 
     def remember(self, key: bytes, slot: int) -> None:
-        """Remember the state in a slot under the key of the page whose end it has reached."""
+        """Remember the state in a slot, if there is memory, under the key of the page whose end it has reached."""
         self._tell("remember", key, slot)
         if key not in self._remembered and self.most_remembered:
             while len(self._remembered) >= self.most_remembered:
                 self._remembered.popitem(last=False)
-            self._remembered[key] = self.save([slot])
+            try:
+                self._remembered[key] = self.save([slot])
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
         elif key in self._remembered:
             self._remembered.move_to_end(key)
 
@@ -132,11 +137,20 @@ class StatePool:
         """Tell whether a state is remembered under this key."""
         return key in self._remembered
 
-    def recall(self, key: bytes, slot: int) -> None:
-        """Put the state that is remembered under a key into a slot."""
+    def recall(self, key: bytes, slot: int) -> bool:
+        """Put the state that is remembered under a key into a slot.
+
+        Returns whether it is there; without memory for that, what the slot holds is of no meaning.
+        """
         self._tell("recall", key, slot)
         self._remembered.move_to_end(key)
-        self.restore([slot], self._remembered[key])
+        try:
+            self.restore([slot], self._remembered[key])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def forget(self, key: bytes) -> None:
         """Forget the state under a key, if there is one."""

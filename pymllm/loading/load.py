@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
@@ -20,7 +21,7 @@ from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_placed, check_skipped, read_slot
 from pymllm.models.language_model import LanguageModel
 from pymllm.weights.loader import Slot, Written, write
-from pymllm.weights.memory import return_freed_memory
+from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
 from pymllm.weights.resolution import apply_resolved_weight
@@ -30,6 +31,7 @@ from pymllm.weights.tensor_file import TensorInfo
 logger = logging.getLogger("pymllm")
 
 
+@names_files
 def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> LanguageModel:
     """Read, slice and pack what `prepare` has decided, a layer at a time.
 
@@ -64,6 +66,16 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
                 error.tensor = prepared.checkpoint.stored_as.tensor(error.tensor)
                 error.args = (str(error),)
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
+            raise out_of_memory(
+                f"loading {needed} bytes of tensors",
+                error,
+                fix="`pymllm plan` says what the model takes. Choose smaller formats (--quant '**.layers.**=int4'), "
+                "divide the model over ranks (--tensor-parallel-size), or free memory.",
+            ) from error
     report.seconds = time.perf_counter() - started
     model = prepared.model
     model.requires_grad_(False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pymllm.config import Execution, ModelConfig, parse_dtype
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError, ShardingError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
@@ -73,6 +74,7 @@ class Prepared:
     draft: Prepared | None = None
 
 
+@names_files
 @bounded_steps()
 def prepare(
     path: str | Path,

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 
 from pymllm.errors import RankError
+from pymllm.parallel.away import Watch
 
 BEAT_SECONDS = 1.0
 SILENCE = 8.0  # seconds without a sign after which a rank counts as lost
@@ -31,7 +32,7 @@ class Heartbeat:
         self._keys = [f"pymllm/alive/{rank}" for rank in range(size)]
         self._signs: list[bytes] = [b""] * size
         self._seen = [time.monotonic()] * size
-        self._looked = time.monotonic()
+        self._looked, self._watch = time.monotonic(), Watch()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -62,6 +63,8 @@ class Heartbeat:
                 count += 1
                 self._store.set(self._keys[self.rank], str(count))
                 now = time.monotonic()
+                if self._watch.missed():
+                    self._seen = [now] * self.size
                 for rank, key in enumerate(self._keys):
                     sign = self._store.get(key) if self._store.check([key]) else b""
                     if sign != self._signs[rank]:

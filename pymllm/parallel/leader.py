@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pymllm.errors import ConfigError, RankError
+from pymllm.parallel.away import Watch
 from pymllm.parallel.children import Child, is_stopped
 from pymllm.parallel.link import Link, encode
 from pymllm.parallel.ranks import Ranks
@@ -67,7 +68,7 @@ class Leader:
         self.address = (ranks.host, int(self._listener.getsockname()[1]))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._pinged = 0.0
+        self._pinged, self._seen = 0.0, Watch()
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     @classmethod
@@ -275,6 +276,9 @@ class Leader:
             else:
                 self._hear(key.data)
         now = time.monotonic()
+        missed = self._seen.missed()
+        if missed:
+            self._wait_anew(now, missed)
         for link, since in list(self._strangers.items()):
             if now - since > HELLO_SECONDS:
                 self._forget(link)
@@ -303,6 +307,15 @@ class Leader:
                     link.ping()
         if self._later is not None and now > self._later[0]:
             self.lose(self._later[1])
+
+    def _wait_anew(self, now: float, missed: float) -> None:
+        """Give everybody their time once more, after this process has been away."""
+        for link in list(self.links.values()):
+            link.heard = max(link.heard, now)
+        self._moved = dict.fromkeys(self._moved, now)
+        self._strangers = dict.fromkeys(self._strangers, now)
+        if self._later is not None:
+            self._later = (self._later[0] + missed, self._later[1])
 
     def _admit(self, connection: socket.socket) -> None:
         while len(self._strangers) >= MOST_STRANGERS:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pymllm.errors import RankError
+from pymllm.parallel.away import Watch
 from pymllm.parallel.leader import JOIN_SECONDS, PING_SECONDS, SILENCE
 from pymllm.parallel.link import Link, Message
 
@@ -75,9 +76,12 @@ class Led:
             self._die(str(error))
 
     def _live(self) -> None:
+        watch = Watch()
         while not self._ending:
             with contextlib.suppress(OSError):
                 self._link.ping()
+            if watch.missed():
+                self._link.heard = time.monotonic()
             silent = time.monotonic() - self._link.heard
             if silent > SILENCE:
                 self._die(f"rank 0 has been silent for {silent:.0f} seconds")

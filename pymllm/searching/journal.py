@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -10,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from pymllm.disk import reading, write_whole, writing
 from pymllm.errors import ConfigError
 from pymllm.weights.checkpoint import Checkpoint
 
 SCHEMA_VERSION = 1
+AGAIN = "The same search goes on from what is measured."
 SAMPLE, SAMPLES = 1 << 16, 16  # of each weight file: so many bytes at so many places
 
 
@@ -40,10 +43,8 @@ class Journal:
             file.parent.mkdir(parents=True, exist_ok=True)
             if whole != text or not whole:
                 # A new file, or one less the half line.
-                content = whole or _header(self._about)
-                fresh = file.with_name(f"{file.name}.new")
-                fresh.write_text(content, encoding="utf-8")
-                os.replace(fresh, file)
+                content = (whole or _header(self._about)).encode()
+                write_whole(file, [content], len(content), again=AGAIN)
             self._stream = file.open("a", encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
@@ -106,14 +107,18 @@ class Journal:
         """Write a number down.  It is rounded, so that what another number of threads computes is the same."""
         value = float(f"{value:.6g}")
         assert self._stream is not None and not math.isnan(value)
-        self._stream.write(json.dumps({"key": key, "value": value}) + "\n")
-        self._stream.flush()
+        line = json.dumps({"key": key, "value": value}) + "\n"
+        with writing(self.file, len(line), again=AGAIN):
+            self._stream.write(line)
+            self._stream.flush()
         self._values[key] = value
 
     def close(self) -> None:
         """Close the file.  What was added stays readable here."""
         if self._stream is not None:
-            self._stream.close()
+            # All is written, but for what could not be.
+            with contextlib.suppress(OSError):
+                self._stream.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -138,8 +143,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for name, tensor in checkpoint.tensors.items():
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.nbytes}\n".encode())
     for path in sorted({tensor.file.path for tensor in checkpoint.tensors.values()}):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with reading(path), path.open("rb") as stream:
+            size = path.stat().st_size
             for place in range(SAMPLES):
                 stream.seek(max(size - SAMPLE, 0) * place // (SAMPLES - 1))
                 hashed.update(stream.read(SAMPLE))

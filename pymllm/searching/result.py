@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pymllm.checking.figures import require_matplotlib, save_figure
-from pymllm.errors import ConfigError
+from pymllm.disk import write_whole
 
 SCHEMA_VERSION = 1
 WIDTH, HEIGHT = 64, 16  # of the drawn curve, in characters
@@ -161,12 +160,8 @@ class SearchResult:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all.  ConfigError if it cannot be written."""
-    fresh = file.with_name(f"{file.name}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, file)
-    except OSError as error:
-        raise ConfigError(f"the rules cannot be written: {error}", code="rule-file", file=str(file)) from None
+    raw = text.encode()
+    write_whole(file, [raw], len(raw))
 
 
 def _axis(values: list[float] | list[int], size: int) -> Any:

@@ -44,8 +44,11 @@ class AccessLog:
                     self.stream.write(f"{dropped} lines of the access log were dropped\n")
                 self.stream.write(self._spell(record) + "\n")
                 self.stream.flush()
-            except (OSError, ValueError):
+            except (BrokenPipeError, ValueError):
                 return  # the stream was closed
+            except OSError:
+                # A disk that is full may have room later.
+                self._dropped += dropped + 1
 
 
 def spell_json(record: Mapping[str, Any]) -> str:

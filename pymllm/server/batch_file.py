@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from pymllm.disk import cannot_write, reading, writing
 from pymllm.errors import ConfigError, PymllmError, RequestError
 from pymllm.server.anthropic_words import anthropic_error, speaks_anthropic
 from pymllm.server.protocol.anthropic import MessagesRequest
@@ -93,7 +94,7 @@ class Line:
 def count_lines(source: Path) -> int:
     """Count the lines of a file, a piece at a time."""
     count, last = 0, b"\n"
-    with open(source, "rb") as file:
+    with reading(source, "batch-input"), open(source, "rb") as file:
         while piece := file.read(1 << 20):
             count, last = count + piece.count(b"\n"), piece[-1:]
     return count + (last != b"\n")
@@ -105,10 +106,16 @@ def read_lines(source: IO[bytes]) -> Iterator[Line | None]:
     A line that cannot be read, or whose id another line has had, is called line-N, and has a fault.
     """
     seen: set[int] = set()
-    for number, raw in enumerate(iter(lambda: source.readline(MAX_LINE_BYTES + 1), b""), 1):
+    path = Path(str(getattr(source, "name", "the input")))
+
+    def read(most: int) -> bytes:
+        with reading(path, "batch-input"):
+            return source.readline(most)
+
+    for number, raw in enumerate(iter(lambda: read(MAX_LINE_BYTES + 1), b""), 1):
         long = len(raw) > MAX_LINE_BYTES
         while long and not raw.endswith(b"\n"):
-            raw = source.readline(MAX_LINE_BYTES)
+            raw = read(MAX_LINE_BYTES)
             if not raw:
                 break
         if not long and not raw.strip():
@@ -184,8 +191,13 @@ def recover(target: IO[bytes], name: str) -> set[int]:
     """Find which answers a file has, and cut off the last line if it was not written to its end.
 
     target: open for reading and writing; it is left at its end.  Returns digests of the ids.
-    ConfigError for a file that has other lines than answers, so that it is not written to.
+    ConfigError for a file that has other lines than answers, so that it is not written to, or that cannot be written.
     """
+    with writing(Path(name)):
+        return _recover(target, name)
+
+
+def _recover(target: IO[bytes], name: str) -> set[int]:
     done: set[int] = set()
     end = 0
     for number, raw in enumerate(target, 1):
@@ -238,15 +250,21 @@ def open_output(target: Path) -> Iterator[IO[bytes]]:
         raise ConfigError(
             f"the output cannot be written: {error.strerror}", code="batch-output", file=str(target)
         ) from None
-    with file:
+    try:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise ConfigError(
                     "another process writes to the output", code="batch-output", file=str(target)
                 ) from None
+            except OSError as error:
+                raise cannot_write(target, error) from error
         yield file
+    finally:
+        # Every answer has been written, but for one that could not be.
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 class BatchFile:
@@ -261,7 +279,7 @@ class BatchFile:
 
     async def run(self, source: IO[bytes], target: IO[bytes], done: set[int]) -> Counts:
         """Answer every line of `source` whose id is not among `done`, into `target`."""
-        lines = read_lines(source)
+        lines, path = read_lines(source), Path(str(getattr(target, "name", "the output")))
 
         async def work() -> None:
             for line in lines:
@@ -272,8 +290,10 @@ class BatchFile:
                     await asyncio.sleep(0)
                     continue
                 answer = await self._answer(line)
-                target.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-                target.flush()
+                raw = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+                with writing(path, len(raw), again="The same command goes on from there."):
+                    target.write(raw)
+                    target.flush()
                 self.counts.failed += answer["error"] is not None
                 self.counts.answered += answer["error"] is None
                 self.tell(1)

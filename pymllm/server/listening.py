@@ -128,6 +128,8 @@ class DrainingServer(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self.on_stopping)
 
     async def on_tick(self, counter: int) -> bool:
+        if self.traffic is not None:
+            self.traffic.worker.pulse.look()
         if self._stops_at is not None and (self._seconds_left() <= 0 or not self._under_way()):
             self.should_exit = True
         return await super().on_tick(counter)

@@ -17,7 +17,7 @@ CLIENT_CODES = (
 )
 
 # Errors that say that the server cannot answer now, whatever the request.
-UNAVAILABLE_CODES = ("shutting-down", "adapter-gone")
+UNAVAILABLE_CODES = ("shutting-down", "adapter-gone", "out-of-memory")
 
 # What OpenAI's clients know by another code than ours.
 OPENAI_CODES = {

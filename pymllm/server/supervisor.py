@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pymllm.parallel.away import Watch
 from pymllm.parallel.children import end_with_parent, is_stopped
 from pymllm.server.stand_in import StandIn
 
@@ -73,6 +74,7 @@ class Supervisor:
         server = self.server = _Server(self.listener, self.arguments)
         for number in self.stopping:
             server.stop(number)
+        watch = Watch()
         while True:
             for word in server.listen():
                 if "ready" in word:
@@ -87,6 +89,8 @@ class Supervisor:
             code = server.process.poll()
             if code is not None:
                 return self._after(server, code)
+            if watch.missed():
+                server.heard = time.monotonic()
             silent = time.monotonic() - server.heard
             if silent > (SILENCE if server.serving or is_stopped(server.process) else START_SILENCE):
                 server.kill()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError
 from pymllm.text.chat_template import ChatTemplate, chat_template_of
 from pymllm.text.encoders import Encoder, FastEncoder, panics_told
@@ -78,6 +79,7 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "\u2581"
 
 
+@names_files
 def open_tokenizer(checkpoint: Checkpoint, chat_template: str | Path | None = None) -> Tokenizer:
     """Open the tokenizer of a checkpoint, which is a folder or a GGUF file.
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError
 
 
+@names_files
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file; {} if there is none.  CheckpointError if the file cannot be read."""
     if not file.is_file():

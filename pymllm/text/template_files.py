@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.json_files import read_json
@@ -14,6 +15,7 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"
 FURTHER = "additional_chat_templates"
 
 
+@names_files
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, ChatTemplate]:
     """Read the templates by name, from files or else from tokenizer_config.json; {} if there are none.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, RequestError
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.encoders import AutoEncoder as AutoEncoder
@@ -57,6 +58,7 @@ class Tokenizer:
     # The most tokens that a prompt may have; None: any number.
     longest_prompt: int | None = None
 
+    @names_files
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json")

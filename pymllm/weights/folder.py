@@ -20,6 +20,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MODULES = "modules.json"  # of sentence-transformers
+UNFINISHED = ".unfinished"  # where `pymllm quantize` keeps what it has made, until all of it is there
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 100_000_000
@@ -34,6 +35,13 @@ def is_gguf(path: Path) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the config.json of a folder.  Raises CheckpointError "config-missing", or as `parse_json_object`."""
     if not os.path.lexists(path / CONFIG):
+        if os.path.lexists(path / UNFINISHED):
+            raise CheckpointError(
+                "the folder holds a checkpoint that `pymllm quantize` has not finished",
+                code="unfinished",
+                file=str(path),
+                fix="Run the same `pymllm quantize` again: it goes on where it was.",
+            )
         files = [name for name in list_names(path) if name.lower().endswith(".gguf")]
         raise CheckpointError(
             "the folder has no config.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
 )
+
+# What torch's allocators say when there is no memory.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def available_memory(device: str) -> int | None:
@@ -50,6 +54,31 @@ def refuse_too_large(needed: int, device: str, model: str) -> None:
             "(--tensor-parallel-size), free memory, or load without this check: --no-memory-check "
             "(check_memory=False).",
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory could not be had: by Python, NumPy, C++, or torch on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch has no class of its own for the CPU: "DefaultCPUAllocator: can't allocate memory: ...".
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def out_of_memory(doing: str, error: BaseException, *, fix: str) -> ConfigError:
+    """Make the error for memory that could not be had.  doing: what needed it, as "loading".  fix: what to do."""
+    device = "cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"
+    asked = re.search(r"allocate\s+([\d.]+ ?(?:[KMGT]i?B|bytes))", str(error))
+    try:
+        free = available_memory(device)
+    except (RuntimeError, AssertionError):
+        free = None  # the device does not say any more
+    return ConfigError(
+        f"{doing} has run out of memory on {device}",
+        code="out-of-memory",
+        expected=f"{asked[1]} more" if asked else None,
+        found=None if free is None else f"{free / 1e9:.2f} GB free",
+        fix=fix,
+    )
 
 
 def _system_memory(meminfo: Path) -> int | None:

@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pymllm.disk import names_files
 from pymllm.errors import CheckpointError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
     CONFIG,
     INDEX,
     MODULES,
+    UNFINISHED,
     check_index,
     check_shards_exist,
     is_gguf,
@@ -32,6 +34,7 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
 
 
+@names_files
 def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
     """Find the folder (or .gguf file) of a model: the path itself, or a hub id's folder in the hub's cache.
 
@@ -49,6 +52,13 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
                 fix="Leave the revision out, or pass a hub id in place of the path.",
             )
         return _transformer_in(folder)
+    if os.path.lexists(f"{model}{UNFINISHED}"):
+        raise CheckpointError(
+            "the file is one that `pymllm quantize` has not finished",
+            code="unfinished",
+            file=str(model),
+            fix="Run the same `pymllm quantize` again: it goes on where it was.",
+        )
     if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
         raise CheckpointError(
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
@@ -94,6 +104,7 @@ def _transformer_in(folder: Path) -> Path:
     return inside if (inside / CONFIG).is_file() else folder
 
 
+@names_files
 def open_checkpoint(
     path: str | Path, architectures: Mapping[str, GGUFArchitecture] | None = None
 ) -> Checkpoint:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pymllm.disk import reading
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
@@ -362,7 +363,9 @@ class CheckpointWriter:
         )
         untied = head is not None and tied and head.prefix in notes
         for path in files_to_copy(checkpoint.path):
-            output.add_file(path.name, path.read_bytes())
+            with reading(path):
+                content = path.read_bytes()
+            output.add_file(path.name, content)
         for file, content in embedding_files(checkpoint.path).items():
             output.add_file(file, content)
         for file, content in self.side_files.items():

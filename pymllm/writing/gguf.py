@@ -39,7 +39,8 @@ from pymllm.writing.gguf_container import FileTensor, encoded_metadata, header, 
 from pymllm.writing.gguf_settings import check_settings, find_architecture, write_settings
 from pymllm.writing.gguf_vocabulary import write_vocabulary
 from pymllm.writing.layers import SourceLayer, Step
-from pymllm.writing.output import Output, chunks_of
+from pymllm.writing.output import Output
+from pymllm.writing.safetensors_container import chunks_of
 from pymllm.writing.single_file import SingleFileOutput
 from pymllm.writing.spelling import SpelledLayer, cannot_express
 
@@ -181,7 +182,7 @@ class GGUFWriter(CheckpointWriter):
             found |= self.factors
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
-    def _content(self, pieces: Mapping[str, TensorInfo]) -> Iterator[bytes]:
+    def _content(self, pieces: Mapping[str, TensorInfo]) -> Iterator[bytes | memoryview]:
         """Make the file's bytes.  pieces: its tensors, by name."""
         yield self.header
         for tensor in self.tensors.values():

@@ -102,7 +102,7 @@ def encoded_metadata(path: Path, spans: Mapping[str, tuple[int, int]]) -> dict[s
         return {key: read(*span) for key, span in spans.items()}
 
 
-def padded(chunks: Iterator[bytes], tensor: FileTensor) -> Iterator[bytes]:
+def padded(chunks: Iterator[bytes | memoryview], tensor: FileTensor) -> Iterator[bytes | memoryview]:
     """Yield a tensor's bytes and what fills them up.  ConfigError if they are not as many as the header says."""
     count = 0
     for chunk in chunks:

@@ -8,7 +8,9 @@ Until then everything lies in OUT/.unfinished:
     shards.json         once all steps are there: which tensors go into which final file
     model-*.safetensors, config.json, ...   final files, moved to OUT one by one, config.json last
 
-A run that was stopped, however, goes on where it was; a piece that is not what the journal says is made again.
+A run that was stopped, however, goes on where it was; a piece that is not what the journal says is made again. What
+could not be written is one ConfigError, and nothing of it stays; what a killed process was writing ends in .tmp, and
+goes with the rest.
 """
 
 from __future__ import annotations
@@ -19,22 +21,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pymllm.errors import ConfigError
-from pymllm.weights.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
+from pymllm.disk import reading, sync_folder, write_whole, writing
+from pymllm.errors import CheckpointError, ConfigError
+from pymllm.weights.folder import UNFINISHED as STAGING
+from pymllm.weights.safetensors_file import SafetensorsFile
+from pymllm.writing.safetensors_container import COPY_BYTES, join_tensors, write_tensors
 
-STAGING = ".unfinished"
 REQUEST, JOURNAL, SHARDS, FINAL = "request.json", "journal.jsonl", "shards.json", "final.json"
 LAST = "config.json"  # without it a folder is no checkpoint
-COPY_BYTES = 16 << 20
+AGAIN = "Then ask for the same again: what is done already is kept."
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Output:
         restart: throw away what an unfinished run of any request has left.
         """
         self.folder, self.staging = self._places(folder)
-        self._prepare(dict(request), restart)
+        with writing(self.path, again=AGAIN):
+            self._prepare(dict(request), restart)
         self.pieces: dict[str, Piece] = {}
 
     @property
@@ -77,29 +81,34 @@ class Output:
         return out, out / STAGING
 
     def __enter__(self) -> Output:
-        self._lock = open(self.staging / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ConfigError(
-                "another process is writing this checkpoint", code="out-busy", file=str(self.path)
-            ) from None
-        if not (self.staging / SHARDS).exists():
-            self._read_journal()
+        with contextlib.ExitStack() as stack, writing(self.staging / "lock", again=AGAIN):
+            self._lock = stack.enter_context(open(self.staging / "lock", "w"))
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    "another process is writing this checkpoint", code="out-busy", file=str(self.path)
+                ) from None
+            if not self._has(SHARDS):
+                self._read_journal()
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        # Nothing was written there.
+        with contextlib.suppress(OSError):
+            self._lock.close()
 
     def _prepare(self, request: dict[str, Any], restart: bool) -> None:
         """Make the staging folder with the request in it, or check that it holds the same one."""
         self._check_kind()
+        # An earlier run was killed when it had finished.
+        _remove(self._done)
         if restart:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            _remove(self.staging)
         found = self.staging / REQUEST
         if found.is_file():
-            before = json.loads(found.read_text(encoding="utf-8"))
+            before = self._read_own(REQUEST)
             changed = [key for key in {**before, **request} if before.get(key) != request.get(key)]
             if changed:
                 key = changed[0]
@@ -115,6 +124,35 @@ class Output:
         self._check_empty()
         self.staging.mkdir(parents=True, exist_ok=True)
         _write_text(found, json.dumps(request, indent=1))
+
+    @property
+    def _done(self) -> Path:
+        """The staging folder's name while it is removed: half of one would look like something to go on with."""
+        return self.staging.with_name(f"{self.staging.name}-done")
+
+    def _has(self, name: str) -> bool:
+        with reading(self.staging / name):
+            return (self.staging / name).exists()
+
+    def _read_own(self, name: str) -> Any:
+        """Read a JSON object that this or an earlier run has written.  ConfigError "resume-damaged"."""
+        with reading(self.staging / name):
+            raw = (self.staging / name).read_bytes()
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, (dict, list)):
+            raise self._damaged(name)
+        return value
+
+    def _damaged(self, name: str) -> ConfigError:
+        return ConfigError(
+            "this file of an unfinished run is damaged",
+            code="resume-damaged",
+            file=str(self.staging / name),
+            fix="Begin anew: add --restart.",
+        )
 
     def _check_kind(self) -> None:
         """Refuse an output that is there as something else.  ConfigError "out-exists"."""
@@ -140,47 +178,69 @@ class Output:
             )
 
     def _read_journal(self) -> None:
-        """Find the finished steps whose pieces are what the journal says; its torn last line is passed over."""
+        """Find the finished steps whose pieces are what the journal says; its torn last line is cut off."""
+        entries, whole = self._journal_entries()
+        for piece in entries:
+            if self._is_whole(piece):
+                self.pieces[piece.step] = piece
+        if not whole:
+            # The next line must not be joined to half of one.
+            self.forget_after(list(self.pieces))
+
+    def _journal_entries(self) -> tuple[list[Piece], bool]:
+        """Return the pieces that the journal names, and whether its last line was written to its end."""
         journal = self.staging / JOURNAL
-        lines = journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError):
-                piece = Piece(**json.loads(line))
-                if _is(self.staging / piece.file, piece.nbytes, piece.digest):
-                    self.pieces[piece.step] = piece
+        with reading(journal):
+            raw = journal.read_bytes() if journal.is_file() else b""
+        entries = []
+        for line in raw.splitlines():
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                entries.append(Piece(**json.loads(line)))
+        return entries, not raw or raw.endswith(b"\n")
+
+    def _is_whole(self, piece: Piece) -> bool:
+        """Return whether a piece's file is there, of this size and with this content."""
+        path = self.staging / piece.file
+        with reading(path):
+            return path.is_file() and path.stat().st_size == piece.nbytes and _digest(path) == piece.digest
 
     @property
     def assembling(self) -> bool:
         """True once all steps are done, so that only final files are still to be made."""
-        return (self.staging / SHARDS).exists()
+        return self._has(SHARDS)
 
     def add(self, step: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Keep what a step has made, for good."""
         file = f"piece-{hashlib.blake2b(step.encode(), digest_size=8).hexdigest()}.safetensors"
         path = self.staging / file
-        save_file(dict(tensors), path.with_suffix(".tmp"))
-        digest = _digest(path.with_suffix(".tmp"))
-        rename(path.with_suffix(".tmp"), path)
-        piece = Piece(step, file, path.stat().st_size, digest, notes)
-        with open(self.staging / JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(piece.__dict__) + "\n")
+        write_tensors(path, tensors, again=AGAIN)
+        with reading(path):
+            piece = Piece(step, file, path.stat().st_size, _digest(path), notes)
+        line = json.dumps(piece.__dict__).encode() + b"\n"
+        with (
+            writing(self.staging / JOURNAL, len(line), again=AGAIN),
+            open(self.staging / JOURNAL, "ab") as journal,
+        ):
+            journal.write(line)
             journal.flush()
             os.fsync(journal.fileno())
         self.pieces[step] = piece
 
     def save_state(self, tensors: Mapping[str, Tensor], step: str) -> None:
         """Keep tensors that the steps after `step` need, in place of those kept before."""
-        path = self.staging / "state.safetensors"
-        save_file(dict(tensors), path.with_suffix(".tmp"), {"step": step})
-        rename(path.with_suffix(".tmp"), path)
+        write_tensors(self.staging / "state.safetensors", tensors, {"step": step}, again=AGAIN)
 
     def load_state(self) -> tuple[dict[str, Tensor], str] | None:
         """Return what `save_state` kept last, and its step; None if there is nothing, or nothing whole."""
         path = self.staging / "state.safetensors"
-        if not path.is_file():
+        with reading(path):
+            if not path.is_file():
+                return None
+        try:
+            with SafetensorsFile.open(path) as file:
+                return {name: info.read() for name, info in file.tensors.items()}, file.metadata["step"]
+        except (CheckpointError, KeyError):
             return None
-        with SafetensorsFile.open(path) as file:
-            return {name: info.read() for name, info in file.tensors.items()}, file.metadata["step"]
 
     def forget_after(self, steps: Sequence[str]) -> None:
         """Drop all pieces but those of `steps`, so that the others are made again."""
@@ -191,32 +251,39 @@ class Output:
     @property
     def publishing(self) -> bool:
         """True once all final files are made, so that they only have to be moved."""
-        return (self.staging / FINAL).exists()
+        return self._has(FINAL)
 
     def assemble(self, order: Sequence[str], shard_bytes: int, notes: Any) -> None:
         """Put the tensors of all pieces, in the order of steps, into final files of about `shard_bytes`.
 
         notes: what the files beside the weights are made of, should they be made by another run (`assembly_notes`).
         """
+        with writing(self.path, again=AGAIN):
+            self._assemble(order, shard_bytes, notes)
+
+    def _assemble(self, order: Sequence[str], shard_bytes: int, notes: Any) -> None:
         plan_file = self.staging / SHARDS
-        if not plan_file.exists():
-            tensors = [
-                [info.name, self.pieces[step].file]
-                for step in order
-                for info in SafetensorsFile.open(self.staging / self.pieces[step].file).tensors.values()
-            ]
-            sizes = {
-                info.name: info.nbytes
-                for step in order
-                for info in SafetensorsFile.open(self.staging / self.pieces[step].file).tensors.values()
-            }
+        known: dict[str, Piece] = {}
+        if plan_file.exists():
+            known = {piece.file: piece for piece in self._journal_entries()[0]}
+        else:
+            tensors, sizes = [], {}
+            for step in order:
+                file = self.pieces[step].file
+                for info in SafetensorsFile.open(self.staging / file).tensors.values():
+                    tensors.append([info.name, file])
+                    sizes[info.name] = info.nbytes
             shards = _divide(tensors, sizes, shard_bytes)
             _write_text(plan_file, json.dumps({"shards": shards, "sizes": sizes, "notes": notes}))
-        plan = json.loads(plan_file.read_text(encoding="utf-8"))
+        plan = self._read_own(SHARDS)
         shards = plan["shards"]
         for index, shard in enumerate(shards):
             target = self.staging / self._shard_name(index, len(shards))
             if not target.exists():  # else it is whole: it is renamed only then
+                for file in {file for _, file in shard} & known.keys():
+                    # Time has passed since it was written.
+                    if not self._is_whole(known[file]):
+                        raise self._damaged(file)
                 self._join(shard, target)
             needed = {file for later in shards[index + 1 :] for _, file in later}
             for file in {file for _, file in shard} - needed:
@@ -238,39 +305,40 @@ class Output:
 
     def _join(self, shard: list[list[str]], target: Path) -> None:
         """Copy tensors of pieces, as [name, piece], into one weight file."""
-        _join(self.staging, shard, target)
+        join_tensors(self.staging, shard, target, again=AGAIN)
 
     def assembly_notes(self) -> Any:
         """Return the notes that `assemble` was given, by this run or an earlier one."""
-        return json.loads((self.staging / SHARDS).read_text(encoding="utf-8"))["notes"]
+        return self._read_own(SHARDS)["notes"]
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a final file beside the weights, or in a folder there."""
-        path = self.staging / f"{name}.tmp"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-        rename(path, self.staging / name)
+        path = self.staging / name
+        with writing(path, again=AGAIN):
+            path.parent.mkdir(exist_ok=True)
+        write_whole(path, [content], len(content), again=AGAIN)
 
     def publish(self) -> list[str]:
         """Move the final files to their place, config.json last, and remove all else.  Returns their names."""
         known = self.staging / FINAL
-        if not known.exists():
-            own = {REQUEST, JOURNAL, SHARDS, FINAL, "lock", "state.safetensors"}
-            names = [
-                path.name
-                for path in self.staging.iterdir()
-                if path.name not in own and not path.name.startswith("piece-") and path.suffix != ".tmp"
-            ]
-            _write_text(known, json.dumps(sorted(names, key=lambda name: (name == LAST, name))))
-        names = json.loads(known.read_text(encoding="utf-8"))
-        for name in names:
-            if (self.staging / name).exists():  # else an earlier run has moved it
-                os.replace(self.staging / name, self.folder / name)
-        _sync_folder(self.folder)
-        done = self.staging.with_name(f"{self.staging.name}-done")
-        # Renamed at once: a half-removed folder would look like something to go on with.
-        os.replace(self.staging, done)
-        shutil.rmtree(done)
+        with writing(self.path, again=AGAIN):
+            if not known.exists():
+                own = {REQUEST, JOURNAL, SHARDS, FINAL, "lock", "state.safetensors"}
+                names = [
+                    path.name
+                    for path in self.staging.iterdir()
+                    if path.name not in own and not path.name.startswith("piece-") and path.suffix != ".tmp"
+                ]
+                _write_text(known, json.dumps(sorted(names, key=lambda name: (name == LAST, name))))
+            names = self._read_own(FINAL)
+            for name in names:
+                if (self.staging / name).exists():  # else an earlier run has moved it
+                    os.replace(self.staging / name, self.folder / name)
+            sync_folder(self.folder)
+            os.replace(self.staging, self._done)
+        # The checkpoint is there: what stays of the rest is removed when something is written here again.
+        with contextlib.suppress(OSError):
+            _remove(self._done)
         return list(names)
 
 
@@ -292,50 +360,6 @@ def _divide(tensors: list[list[str]], sizes: Mapping[str, int], shard_bytes: int
     return shards
 
 
-def _join(folder: Path, shard: list[list[str]], target: Path) -> None:
-    """Copy tensors of pieces into one safetensors file, widest elements first, so that all are aligned."""
-    with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(SafetensorsFile.open(folder / name)) for name in {f for _, f in shard}
-        }
-        infos = [files[file].tensors[name] for name, file in shard]
-        infos.sort(key=lambda info: -DTYPES[info.dtype_name][0])
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for info in infos:
-            header[info.name] = {
-                "dtype": info.dtype_name,
-                "shape": list(info.shape),
-                "data_offsets": [position, position + info.nbytes],
-            }
-            position += info.nbytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        temporary = target.with_suffix(".tmp")
-        with open(temporary, "wb") as out:
-            out.write(len(raw).to_bytes(8, "little") + raw)
-            for info in infos:
-                for chunk in chunks_of(info):
-                    out.write(chunk)
-        rename(temporary, target)
-
-
-def chunks_of(info: TensorInfo) -> Iterator[bytes]:
-    """Yield the bytes of a tensor as they lie in its file."""
-    with open(info.file.path, "rb") as file:
-        file.seek(info.start)
-        left = info.nbytes
-        while left:
-            chunk = file.read(min(COPY_BYTES, left))
-            left -= len(chunk)
-            yield chunk
-
-
-def _is(path: Path, nbytes: int, digest: str) -> bool:
-    """Return whether the file is there, of this size and with this content."""
-    return path.is_file() and path.stat().st_size == nbytes and _digest(path) == digest
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
@@ -344,27 +368,15 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def rename(temporary: Path, path: Path) -> None:
-    """Give a finished file its name once its bytes are on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_text(path: Path, text: str) -> None:
-    """Write a file that is there as a whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    rename(temporary, path)
+    raw = text.encode()
+    write_whole(path, [raw], len(raw), again=AGAIN)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def storable(tensor: Tensor) -> Tensor:

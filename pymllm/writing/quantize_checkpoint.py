@@ -8,13 +8,16 @@ calibration text the blocks also run, in float32, over that text (`pymllm.writin
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pymllm.config import DTYPES
+from pymllm.disk import cannot_write, free_bytes, reading
 from pymllm.errors import ConfigError
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models import gguf_architectures
@@ -28,6 +31,7 @@ from pymllm.quantization.rules import RuleSource, read_rules
 from pymllm.text.gguf_tokenizer import GGUFTokenizer, open_tokenizer
 from pymllm.text.windows import read_windows
 from pymllm.weights.checkpoint import Checkpoint
+from pymllm.weights.memory import is_out_of_memory, out_of_memory
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
 from pymllm.writing.awq import AWQSpelling
 from pymllm.writing.calibrated import Calibration
@@ -38,6 +42,7 @@ from pymllm.writing.gptq import GPTQSpelling, GPTQv2Spelling
 from pymllm.writing.mlx import MLXSpelling, MLXWriter
 from pymllm.writing.modelopt import ModelOptSpelling
 from pymllm.writing.mxfp4 import MODEL_TYPE, MXFP4Spelling, MXFP4Writer
+from pymllm.writing.output import AGAIN
 from pymllm.writing.spelling import Spelling
 
 SPELLINGS: dict[str, type[Spelling]] = {
@@ -113,7 +118,7 @@ def quantize_checkpoint(
             found=f"algorithm={algorithm}, act_order={act_order}",
             fix="Give it some: --calibrate FILE.",
         )
-    with prepared.checkpoint:
+    with prepared.checkpoint, _faults_named(Path(out)):
         if isinstance(spelling, GGUFSpelling):
             writer: CheckpointWriter = GGUFWriter(prepared, spelling, calibration, _model_name(model))
         else:
@@ -125,6 +130,23 @@ def quantize_checkpoint(
         _check_place(Path(out), folder, writer.estimated_bytes())
         with writer.output(Path(out), request, restart) as output:
             return writer.write(output, str(model), rules, progress)
+
+
+@contextlib.contextmanager
+def _faults_named(out: Path) -> Iterator[None]:
+    """Raise ConfigError or CheckpointError for what the system could not give: a file, or memory."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else out
+        if named == out or out in named.parents or out.name in named.name:
+            raise cannot_write(named, error, again=AGAIN) from error
+        with reading(named):
+            raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory("quantising", error, fix=f"Free some memory. {AGAIN}") from error
 
 
 def parse_size(size: str | int) -> int:
@@ -207,8 +229,8 @@ def _check_place(out: Path, source: Path, expected: int) -> None:
             file=str(there),
             fix="Write to a new folder.",
         )
-    free = shutil.disk_usage(there).free
-    if free < expected:
+    free = free_bytes(there)
+    if free is not None and free < expected:
         raise ConfigError(
             "there is too little room for the output",
             code="disk-full",

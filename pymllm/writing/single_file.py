@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pymllm.disk import write_whole
 from pymllm.errors import ConfigError
 from pymllm.weights.safetensors_file import SafetensorsFile, TensorInfo
-from pymllm.writing.output import STAGING, Output, rename
+from pymllm.writing.output import AGAIN, STAGING, Output
 
-Content = Callable[[Mapping[str, TensorInfo]], Iterator[bytes]]
+Content = Callable[[Mapping[str, TensorInfo]], Iterator[bytes | memoryview]]
 
 
 class SingleFileOutput(Output):
@@ -58,8 +59,6 @@ class SingleFileOutput(Output):
         with ExitStack() as stack:
             names = dict.fromkeys(piece for _, piece in shard)
             pieces = {name: stack.enter_context(SafetensorsFile.open(self.staging / name)) for name in names}
-            temporary = target.with_name(f"{target.name}.tmp")
-            with open(temporary, "wb") as out:
-                for chunk in self.content({name: pieces[piece].tensors[name] for name, piece in shard}):
-                    out.write(chunk)
-            rename(temporary, target)
+            tensors = {name: pieces[piece].tensors[name] for name, piece in shard}
+            size = sum(info.nbytes for info in tensors.values())  # and a little more
+            write_whole(target, self.content(tensors), size, again=AGAIN)

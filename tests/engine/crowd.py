@@ -14,6 +14,7 @@ import torch
 from pymllm import LLM, SamplingParams
 from pymllm.engine.engine import Engine
 from pymllm.engine.kv_cache import PagedKVCache
+from pymllm.engine.pace import Pace
 from pymllm.engine.request import Request
 from pymllm.kernels.attention import PAGE_SIZE
 
@@ -88,6 +89,8 @@ def renew(llm: LLM, pages: int = 1024, reuse: bool = True, step_tokens: int = 10
         del engine.states
     engine.cache = PagedKVCache(llm.model, pages, torch.device("cpu"))
     engine.scheduler.step_tokens = step_tokens
+    # How prompts are cut is to follow from the requests alone, not from how busy the machine is.
+    engine.pace, engine.clock = Pace(), lambda: 0.0
     return llm
 
 

@@ -309,7 +309,7 @@ def test_a_stopped_calibration_goes_on_where_it_was(model, tmp_path, monkeypatch
     options = {"calibrate": model.folder / "text.txt", **OPTIONS}
     pymllm.quantize_checkpoint(arguments[0], tmp_path / "whole", arguments[2], **options)
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, output, "save_file", 6)
+        stop_at(patch, output, "write_tensors", 6)
         pymllm.quantize_checkpoint(*arguments, **options)
     with pytest.raises(ConfigError, match="calibration changed"):
         pymllm.quantize_checkpoint(*arguments)

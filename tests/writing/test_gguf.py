@@ -379,12 +379,12 @@ def test_integers_of_other_formats_are_kept_where_a_block_says_them_exactly(tmp_
 # Stopping and going on
 
 
-@pytest.mark.parametrize("point", ["save_file", "rename", "single rename", "os.replace"])
+@pytest.mark.parametrize("point", ["write_tensors", "write_whole", "single write_whole", "os.replace"])
 def test_a_stopped_run_goes_on_and_gives_the_same_file(point, tmp_path, monkeypatch):
     there = write_checkpoint(tmp_path / "in", "llama", "none")
     rules = {BLOCKS: "gguf:type=Q4_0"}
     pymllm.quantize_checkpoint(there.folder, tmp_path / "whole.gguf", rules)
-    owner = {"single rename": single_file, "os.replace": os}.get(point, output)
+    owner = {"single write_whole": single_file, "os.replace": os}.get(point, output)
     reached = 0
     for allowed in range(40):
         with monkeypatch.context() as patch:

@@ -312,7 +312,7 @@ def files(folder):
 
 
 RULES = {BLOCKS: "int4:group_size=64"}
-POINTS = ["save_file", "_digest", "_join", "rename", "os.replace"]
+POINTS = ["write_tensors", "_digest", "join_tensors", "write_whole", "os.replace"]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -331,7 +331,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(bf16, point, tmp_path, m
                 reached += 1
                 assert not (tmp_path / "out" / "config.json").exists() or point == "os.replace"
     assert reached > 0
-    assert written.resumed > 0 or point in ("_digest", "_join", "rename", "os.replace")
+    assert written.resumed > 0 or point in ("_digest", "join_tensors", "write_whole", "os.replace")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
 
@@ -340,7 +340,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(bf16, point, tmp_path, m
 def stopped(bf16, tmp_path, monkeypatch):
     """A folder whose run was stopped in its fourth step of five."""
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, output, "save_file", 4)
+        stop_at(patch, output, "write_tensors", 4)
         pymllm.quantize_checkpoint(bf16.folder, tmp_path / "out", RULES)
     return tmp_path / "out"
 

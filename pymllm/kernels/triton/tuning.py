@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pymllm.disk import write_whole, writing
 from pymllm.errors import ConfigError
 from pymllm.kernels.hardware import Architecture, Device
 
@@ -85,7 +86,7 @@ def _read(path: Path) -> dict[str, Tile]:
         return {}
     try:
         return {key: Tile(**value) for key, value in json.loads(path.read_text())["tiles"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"the tuned configurations cannot be read: {error}",
             code="tuned-config",
@@ -99,6 +100,8 @@ def write_tuned(path: Path, tiles: dict[str, Tile], device: Device) -> None:
     """Add measured configurations to a file, and use them from now on."""
     kept = {**_read(path), **tiles}
     entries = {key: vars(kept[key]) for key in sorted(kept)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device.name, "tiles": entries}, indent=1) + "\n")
+    raw = (json.dumps({"device": device.name, "tiles": entries}, indent=1) + "\n").encode()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, [raw], len(raw))
     _read.cache_clear()
