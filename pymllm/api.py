@@ -43,6 +43,7 @@ from pymllm.parallel import Ranks, choose_parallel, current_parallel
 from pymllm.parallel.ranked import Ranked, ends_ranks
 from pymllm.planning.deciding import decide
 from pymllm.quantization.rules import RuleSource
+from pymllm.text.end_tokens import end_tokens_of
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.prompts import Prompt, as_prompts, token_ids_of
@@ -258,8 +259,7 @@ class LLM(Ranked):
         return read_json(self.path / "generation_config.json")
 
     def _end_tokens(self) -> frozenset[int]:
-        ends = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
-        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        return end_tokens_of(self.path, self.generation_config, self.config.raw)
 
     def default_params(self, **overrides: Any) -> SamplingParams:
         """Make the sampling parameters that the checkpoint's generation_config recommends.

@@ -9,8 +9,10 @@ from typing import Any
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.json_files import read_json
+from pymllm.weights.tensor_file import read_small_file
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
+MAX_BYTES = 16 << 20
 FURTHER = "additional_chat_templates"
 
 
@@ -70,11 +72,10 @@ def choose_template(templates: Mapping[str, ChatTemplate], tools: bool, folder: 
 
 
 def _read(file: Path) -> ChatTemplate:
+    raw = read_small_file(file, MAX_BYTES, "chat-template")
     try:
-        return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, ValueError) as error:
+        return ChatTemplate(raw.decode("utf-8"), str(file))
+    except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"the chat template cannot be read: {getattr(error, 'strerror', None) or error}",
-            code="chat-template",
-            file=str(file),
+            f"the chat template cannot be read: {error}", code="chat-template", file=str(file)
         ) from None

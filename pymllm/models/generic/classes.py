@@ -122,9 +122,9 @@ def read_hf_config(name: str, config_class: Any, raw: Mapping[str, Any]) -> Any:
 
     name: of the class.
     """
-    settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
-    settings.pop("model_type", None)
     try:
+        settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
+        settings.pop("model_type", None)
         return config_class.from_dict(settings)
     except Exception as error:
         raise ConfigError(
