@@ -290,8 +290,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "layernorm_epsilon"), (0, 1)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1, 1e15)),
     "partial_rotary_factor": (0, 1),
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (0, 1e9)),
-    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar"), (0, 1e9)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1e-9, 1e9)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar"), (1e-9, 1e9)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (-1, 1e9)),
     **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha", "swiglu_limit"), (-1, 1e9)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, ChatT
 
     settings: tokenizer_config.json.  CheckpointError for what is no template.
     """
-    files = {DEFAULT: folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    own = folder / "chat_template.jinja"
+    files = {DEFAULT: own} if os.path.lexists(own) else {}
     if (folder / FURTHER).is_dir():
         files |= {file.stem: file for file in sorted((folder / FURTHER).glob("*.jinja")) if file.is_file()}
     if files:
