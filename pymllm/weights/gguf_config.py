@@ -176,7 +176,7 @@ class ConfigReader:
         if isinstance(value, float) and not math.isfinite(value):
             raise self._bad(key, "a finite number")
         known = key in SETTINGS or key in OTHER_SETTINGS or key in self.known.settings
-        if known and key not in TEXTS and isinstance(value, (str, bool)) and not key.endswith("_norm"):
+        if known and key not in TEXTS and isinstance(value, (str, bool)):
             raise self._bad(key, "a number")
 
     def _check_layers(self, config: dict[str, Any], tensors: int) -> None:

@@ -1,7 +1,7 @@
 """What the settings of a `quantization_config` are by their names, whichever format has them.
 
 Formats share these names, and no library writes a number of bits as 8.0 or a switch as "False". A format's own reader
-says which of the values it can read; here a value of another kind is refused before it is read, at any depth.
+says which of the values it can read; here a value of another kind is refused, at any depth.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, PymllmError
 from pymllm.quantization.storage.settings import Settings, brief
 
 LARGEST = 1 << 31  # more bits, or values in a group, than any weight has
@@ -57,7 +57,9 @@ def check_kinds(settings: Settings) -> None:
     """Raise ConfigError for a setting, at any depth, that is not of its name's kind.  null is as good as none."""
     for name, value in settings.plain().items():  # of which nothing counts as read
         accepts, expected = KINDS.get(name, (None, ""))
-        if accepts is not None and value is not None and not accepts(value):
+        # torchao's objects of Python, {"_type": ..., "_data": ...}, are no values of these kinds.
+        typed = isinstance(value, Settings) and "_type" in value
+        if accepts is not None and value is not None and not typed and not accepts(value):
             raise ConfigError(
                 f"the setting {name} has a value of another kind",
                 code="quantization-config",
@@ -73,11 +75,21 @@ def check_kinds(settings: Settings) -> None:
 
 
 def checking_kinds(read: Callable[[Any, Any], Any]) -> Callable[[Any, Settings], Any]:
-    """Make of a format's `from_config` one that checks the kinds of all settings first."""
+    """Make of a format's `from_config` one that checks the kinds of all settings, too.
+
+    What the format itself says of a value is said in its place; what else it trips over has a value of another kind.
+    """
 
     @functools.wraps(read)
     def from_config(cls: Any, config: Settings) -> Any:
+        try:
+            found = read(cls, config)
+        except PymllmError:
+            raise
+        except Exception:
+            check_kinds(config)
+            raise
         check_kinds(config)
-        return read(cls, config)
+        return found
 
     return from_config
