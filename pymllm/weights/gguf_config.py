@@ -107,7 +107,8 @@ class ConfigReader:
     def _get(self, key: str) -> Any:
         value = self.metadata.get(f"{self.architecture}.{key}")
         # Writers round settings to float32: read 1e-5, which they mean, not 9.999999747378752e-06.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        rounded = isinstance(value, float) and abs(value) <= np.finfo(np.float32).max
+        return float(str(np.float32(value))) if rounded else value
 
     def _bad(
         self, key: str, expected: str, code: str = "config-value", fix: str | None = None
