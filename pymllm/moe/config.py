@@ -62,11 +62,14 @@ def get_moe_intermediate_size(config: Any) -> int:
 
 
 def get_norm_topk_prob(config: Any) -> bool:
-    """Tell whether the weights of a token's experts are made to sum to one; True where the config does not say."""
-    found = _first(config, "norm_topk_prob")
+    """Tell whether the weights of a token's experts are made to sum to one; True where the config does not say.
+
+    null is no, as transformers reads it.
+    """
+    found = getattr(config, "norm_topk_prob", True)
     if found is not None and not isinstance(found, bool):
         raise _bad_value(("norm_topk_prob",), found, "true or false")
-    return True if found is None else found
+    return bool(found)
 
 
 def get_mlp_only_layers(config: Any) -> Sequence[int]:

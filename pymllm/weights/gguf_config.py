@@ -107,7 +107,7 @@ class ConfigReader:
     def _get(self, key: str) -> Any:
         value = self.metadata.get(f"{self.architecture}.{key}")
         # Writers round settings to float32: read 1e-5, which they mean, not 9.999999747378752e-06.
-        rounded = isinstance(value, float) and abs(value) <= np.finfo(np.float32).max
+        rounded = isinstance(value, float) and abs(value) <= float(np.finfo(np.float32).max)
         return float(str(np.float32(value))) if rounded else value
 
     def _bad(
