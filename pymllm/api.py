@@ -33,7 +33,7 @@ from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
-from pymllm.errors import RequestError, nearest
+from pymllm.errors import ConfigError, RequestError, nearest
 from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.agreement import describe_adapter, settings_for_ranks
 from pymllm.loading.load import load_prepared
@@ -168,6 +168,7 @@ class LLM(Ranked):
                 step_ms=step_ms,
             )
             self.tokenizer.longest_prompt = self._engine.longest
+            self.default_params()  # refused now, where no request could have them
         runner = Runner(self.model, where) if self._engine is None else self._engine.runner
         self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
         self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)
@@ -259,7 +260,7 @@ class LLM(Ranked):
         return read_json(self.path / "generation_config.json")
 
     def _end_tokens(self) -> frozenset[int]:
-        return end_tokens_of(self.path, self.generation_config, self.config.raw)
+        return end_tokens_of(self.prepared.checkpoint.config_file, self.generation_config, self.config.raw)
 
     def default_params(self, **overrides: Any) -> SamplingParams:
         """Make the sampling parameters that the checkpoint's generation_config recommends.
@@ -273,6 +274,18 @@ class LLM(Ranked):
                 for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
                 if self.generation_config.get(name) is not None and name not in self.engine.strategy.refuses
             }
+            try:
+                SamplingParams(**recommended)
+            except RequestError as error:
+                raise ConfigError(
+                    f"the checkpoint recommends sampling that cannot be: {error.message}",
+                    code="config-value",
+                    file=str(self.path / "generation_config.json"),
+                    tensor=error.tensor,
+                    expected=error.expected,
+                    found=error.found,
+                    fix="Correct the file, or set do_sample to false in it.",
+                ) from None
         return SamplingParams(**{**recommended, **overrides})
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -135,7 +135,7 @@ def _prepare(
         stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
     generation = read_json(checkpoint.path / "generation_config.json")
-    end_tokens_of(checkpoint.path, generation, config.raw)  # refused here, where they are none
+    end_tokens_of(checkpoint.config_file, generation, config.raw)  # refused here, where they are none
     decoded = choose_strategy(
         strategy,
         model_class(config).block_diffusion,

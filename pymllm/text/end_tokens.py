@@ -10,11 +10,13 @@ from typing import Any
 from pymllm.errors import ConfigError
 
 
-def end_tokens_of(path: Path, generation: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
+def end_tokens_of(
+    config_file: Path, generation: Mapping[str, Any], config: Mapping[str, Any]
+) -> frozenset[int]:
     """Return the ids that end a text: those of generation_config.json, where it has the setting, else of config.json.
 
-    path: the checkpoint's.  An id outside of the vocabulary never comes, which is no harm.  ConfigError for what is no
-    id.
+    config_file: that of `config`.  An id outside of the vocabulary never comes, which is no harm.  ConfigError for what
+    is no id.
     """
     has = "eos_token_id" in generation
     found = (generation if has else config).get("eos_token_id")
@@ -23,7 +25,7 @@ def end_tokens_of(path: Path, generation: Mapping[str, Any], config: Mapping[str
         raise ConfigError(
             "the tokens that end a text are not named by their ids",
             code="config-value",
-            file=str(path / ("generation_config.json" if has else "config.json")),
+            file=str(config_file.with_name("generation_config.json") if has else config_file),
             tensor="eos_token_id",
             expected="an integer of at least 0, a list of such, or null",
             found=reprlib.repr(found),
