@@ -20,8 +20,8 @@ def check_link(path: Path) -> None:
     """
     if not path.is_symlink():
         return
-    target, folder = os.path.realpath(path), os.path.realpath(path.parent)
-    if not _within(target, folder) and not any(_within(target, blobs) for blobs in _blobs(path)):
+    target = os.path.realpath(path)
+    if not _within(target, path.parent) and not _is_own_blob(path, target) and not _is_cached(target):
         raise CheckpointError(
             "the file is a link that leads out of its folder",
             code="link-escapes",
@@ -32,19 +32,21 @@ def check_link(path: Path) -> None:
         )
 
 
-def _blobs(path: Path) -> list[str]:
-    """List the folders of files that a link at this path may lead to: of its own model, and of the user's cache."""
-    places = [parent.parent / BLOBS for parent in path.absolute().parents if parent.name == SNAPSHOTS][:1]
-    try:
-        from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError:
-        return [os.path.realpath(place) for place in places]
-    # Older versions of the hub's client filled other folders with links into the cache.
-    model = Path(os.path.realpath(path)).parent
-    if model.name == BLOBS and model.parent.parent == Path(os.path.realpath(HF_HUB_CACHE)):
-        places.append(model)
-    return [os.path.realpath(place) for place in places]
+def _is_own_blob(path: Path, target: str) -> bool:
+    """Tell whether a link of a model's snapshot in the hub's cache leads to a file of that model."""
+    snapshots = next((parent for parent in path.absolute().parents if parent.name == SNAPSHOTS), None)
+    return snapshots is not None and _within(target, snapshots.parent / BLOBS)
 
 
-def _within(path: str, folder: str) -> bool:
-    return os.path.commonpath((path, folder)) == folder
+def _is_cached(target: str) -> bool:
+    """Tell whether a file is one of the user's hub cache, to which older versions of the hub's client made links."""
+    blobs = Path(target).parent
+    if blobs.name != BLOBS:
+        return False
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return blobs.parent.parent == Path(os.path.realpath(HF_HUB_CACHE))
+
+
+def _within(target: str, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(target).parents
