@@ -30,10 +30,10 @@ from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.runner import Runner
-from pymllm.engine.sampling import SamplingParams
+from pymllm.engine.sampling import SamplingParams, recommended_settings
 from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
-from pymllm.errors import ConfigError, RequestError, nearest
+from pymllm.errors import RequestError, nearest
 from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.agreement import describe_adapter, settings_for_ranks
 from pymllm.loading.load import load_prepared
@@ -267,25 +267,8 @@ class LLM(Ranked):
 
         overrides: fields of `SamplingParams` that are to be others.
         """
-        recommended = {}
-        if self.generation_config.get("do_sample"):
-            recommended = {
-                name: self.generation_config[name]
-                for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-                if self.generation_config.get(name) is not None and name not in self.engine.strategy.refuses
-            }
-            try:
-                SamplingParams(**recommended)
-            except RequestError as error:
-                raise ConfigError(
-                    f"the checkpoint recommends sampling that cannot be: {error.message}",
-                    code="config-value",
-                    file=str(self.path / "generation_config.json"),
-                    tensor=error.tensor,
-                    expected=error.expected,
-                    found=error.found,
-                    fix="Correct the file, or set do_sample to false in it.",
-                ) from None
+        file = str(self.path / "generation_config.json")
+        recommended = recommended_settings(self.generation_config, self.engine.strategy.refuses, file)
         return SamplingParams(**{**recommended, **overrides})
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from pymllm.engine.sampling import recommended_settings
 from pymllm.errors import LISTED, CheckpointError, ConfigError, PymllmError, escaped
 from pymllm.loading import load
 from pymllm.loading.boundary import reading
@@ -184,6 +185,13 @@ def test_ends_of_a_text_in_the_generation_config_are_ids(folder, reads, value):
     error = refused(folder, reads, ConfigError)
     assert (error.code, error.tensor) == ("config-value", "eos_token_id")
     assert error.file.endswith("generation_config.json")
+
+
+@pytest.mark.parametrize("name, value", (("temperature", "x"), ("top_p", 2.0), ("top_k", 1.5), ("min_p", [])))
+def test_recommended_sampling_that_cannot_be_is_the_files_fault(name, value):
+    assert recommended_settings({name: value}, (), "g.json") == {}  # without do_sample nothing is sampled
+    with pytest.raises(ConfigError, match=rf"g\.json, {name}"):
+        recommended_settings({"do_sample": True, name: value}, (), "g.json")
 
 
 def test_experts_of_a_token_are_among_those_of_the_layer():
