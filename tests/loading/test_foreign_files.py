@@ -190,7 +190,7 @@ def test_ends_of_a_text_in_the_generation_config_are_ids(folder, reads, value):
 @pytest.mark.parametrize("name, value", (("temperature", "x"), ("top_p", 2.0), ("top_k", 1.5), ("min_p", [])))
 def test_recommended_sampling_that_cannot_be_is_the_files_fault(name, value):
     assert recommended_settings({name: value}, (), "g.json") == {}  # without do_sample nothing is sampled
-    with pytest.raises(ConfigError, match=rf"g\.json, {name}"):
+    with pytest.raises(ConfigError, match=rf"g\.json.*{name}"):
         recommended_settings({"do_sample": True, name: value}, (), "g.json")
 
 
