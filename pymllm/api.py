@@ -30,7 +30,7 @@ from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.runner import Runner
-from pymllm.engine.sampling import SamplingParams
+from pymllm.engine.sampling import SamplingParams, recommended_settings
 from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import RequestError, nearest
@@ -43,6 +43,7 @@ from pymllm.parallel import Ranks, choose_parallel, current_parallel
 from pymllm.parallel.ranked import Ranked, ends_ranks
 from pymllm.planning.deciding import decide
 from pymllm.quantization.rules import RuleSource
+from pymllm.text.end_tokens import end_tokens_of
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.prompts import Prompt, as_prompts, token_ids_of
@@ -167,6 +168,7 @@ class LLM(Ranked):
                 step_ms=step_ms,
             )
             self.tokenizer.longest_prompt = self._engine.longest
+            self.default_params()  # refused now, where no request could have them
         runner = Runner(self.model, where) if self._engine is None else self._engine.runner
         self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
         self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)
@@ -258,21 +260,15 @@ class LLM(Ranked):
         return read_json(self.path / "generation_config.json")
 
     def _end_tokens(self) -> frozenset[int]:
-        ends = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
-        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        return end_tokens_of(self.prepared.checkpoint.config_file, self.generation_config, self.config.raw)
 
     def default_params(self, **overrides: Any) -> SamplingParams:
         """Make the sampling parameters that the checkpoint's generation_config recommends.
 
         overrides: fields of `SamplingParams` that are to be others.
         """
-        recommended = {}
-        if self.generation_config.get("do_sample"):
-            recommended = {
-                name: self.generation_config[name]
-                for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-                if self.generation_config.get(name) is not None and name not in self.engine.strategy.refuses
-            }
+        file = str(self.path / "generation_config.json")
+        recommended = recommended_settings(self.generation_config, self.engine.strategy.refuses, file)
         return SamplingParams(**{**recommended, **overrides})
 
     def encode(self, prompt: Prompt) -> list[int]:

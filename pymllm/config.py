@@ -148,6 +148,17 @@ class ModelConfig:
     def rms_norm_eps(self) -> float:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps"), self.defaults.get("rms_norm_eps", 1e-6))
 
+    def check_heads(self) -> None:
+        """Raise ConfigError where query heads cannot share the key heads, or no layer's heads fill the hidden size."""
+        heads, keys = self.size("num_attention_heads"), self.num_key_value_heads
+        if heads % keys:
+            raise _bad_value(
+                "num_key_value_heads", keys, f"a divisor of {heads}, which num_attention_heads is"
+            )
+        hidden = self.size("hidden_size")
+        if self.get("head_dim") is None and hidden % heads:
+            raise _bad_value("num_attention_heads", heads, f"a divisor of {hidden}, which hidden_size is")
+
     wrapper: Any = None  # the model of several kinds of input that this text model is a part of
 
     def untied(self) -> ModelConfig:
@@ -259,9 +270,62 @@ LINEAR, INTERVAL = "linear_attention", "full_attention_interval"
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
+# What settings are, whichever family has them; null is as good as none. What else a family asks of its own, it checks
+# as it reads them. A size's own bounds are those of the tensors, which `prepare` compares it with.
+WHOLE = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "type_vocab_size", "max_position_embeddings", "rotary_dim"),
+    *("original_max_position_embeddings", "sliding_window", "sliding_window_pattern", "max_window_layers"),
+    *("full_attention_interval", "global_attn_every_n_layers", "local_attention", "linear_conv_kernel_dim"),
+    *("num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_tok", "n_shared_experts"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace"),
+    *("n_group", "topk_group", "decoder_sparse_step", "q_lora_rank", "kv_lora_rank"),
+    *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
+    *("linear_key_head_dim", "linear_value_head_dim"),
+}
+SWITCHES = {
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "norm_topk_prob"),
+    *("rope_interleave", "is_causal", "use_sliding_window", "use_qk_norm", "qk_layernorm"),
+    *("use_parallel_residual", "parallel_attn", "alibi", "use_alibi"),
+}
+WORDS = {"hidden_act", "hidden_activation", "topk_method", "scoring_func", "dtype", "torch_dtype"}
+# Numbers: above the first, at most the second.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "layernorm_epsilon"), (0, 1)),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1, 1e15)),
+    "partial_rotary_factor": (0, 1),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1e-9, 1e9)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar"), (1e-9, 1e9)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (-1, 1e9)),
+    **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha", "swiglu_limit"), (-1, 1e9)),
+}
+MOST = 1 << 62  # a whole number of torch's own
+
+
+def check_values(raw: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting of a config.json whose value is of no kind that the setting can have."""
+    for name, value in raw.items():
+        if value is None:
+            continue
+        if name in WHOLE and not (type(value) is int and abs(value) < MOST):
+            raise _bad_value(name, value, "an integer")
+        if name in SWITCHES and not isinstance(value, bool):
+            raise _bad_value(name, value, "true, false or null")
+        if name in WORDS and not isinstance(value, str):
+            raise _bad_value(name, value, "a name")
+        if name in BOUNDS:
+            _between(name, value, *BOUNDS[name])
+
+
+def _between(name: str, value: Any, least: float, most: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least < value <= most:
+        raise _bad_value(name, value, f"a number above {least:g}, {most:g} at most")
+
+
 def _bad_value(name: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(
-        f"config.json gives {name} a value that it cannot have",
+        f"the setting {name} has a value that it cannot have",
         code="config-value",
         file="config.json",
         tensor=name,
@@ -355,6 +419,11 @@ class RopeParameters:
                 )
         for name in ROPE_NUMBERS:
             _number(name, settings.get(name), 0.0, zero=name not in SCALINGS)
+            if settings.get(name):
+                _between(name, settings[name], 0, ROPE_MOST)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if settings.get(name) is not None:
+                _between(name, settings[name], *BOUNDS[name])
         theta = settings.get("rope_theta") or base
         partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
         return cls(
@@ -385,6 +454,7 @@ def _refuse_two_scalings(parameters: Any, scaling: Any) -> None:
 
 # What only a scaling has, and no scaling has as 0.
 SCALINGS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+ROPE_MOST = 1e9  # of a factor, a length or a share
 ROPE_NUMBERS = (
     *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),

@@ -2,6 +2,8 @@
 
 Each error says what is wrong (its message and `code`), where (`file`, `tensor`), what was expected, what was found and
 what to do (`fix`).  The command line prints `str(error)`, one paragraph, without a traceback.
+
+Names and values in it may come from a hostile file: whatever does not print is shown `escaped`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 NEAREST = "Nearest:"
 BRIEF = 8  # items of a long list that a terminal is shown
+LISTED = "\n  "  # before each item of a list in a message
 
 
 class PymllmError(Exception):
@@ -49,6 +52,10 @@ class PymllmError(Exception):
         return self._paragraph(self.brief or self.message)
 
     def _paragraph(self, message: str) -> str:
+        # A list in the message has its items on lines of their own; a line break that is not one of these is foreign.
+        return LISTED.join(escaped(line) for line in self._text(message).split(LISTED))
+
+    def _text(self, message: str) -> str:
         where = ", ".join(str(part) for part in (self.file, self.tensor) if part and not _says(message, part))
         text = f"{where}: {message}" if where else message
         text = text.rstrip(".")
@@ -105,6 +112,20 @@ class MissingExtraError(PymllmError, ImportError):
             code="missing-extra",
             fix=f"Install it with: pip install 'pymllm[{extra}]'.",
         )
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Write a foreign text for a terminal, a table or a log: "\\x1b", "\\u202e" for each character that does not print.
+
+    Such are control characters, line breaks, marks that turn the direction of writing, invisible ones, halves of
+    surrogate pairs.  keep: those of them that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
 
 
 def _says(message: str, name: str) -> bool:

@@ -16,8 +16,8 @@ from typing import Any
 from pymllm.disk import names_files
 from pymllm.errors import ConfigError
 from pymllm.patterns import EXPECTED, Pattern
+from pymllm.weights.json_text import parse_json_object
 from pymllm.weights.opening import resolve_model_path
-from pymllm.weights.safetensors_file import parse_json_object
 from pymllm.weights.tensor_file import read_small_file
 
 CONFIG_FILE = "adapter_config.json"

@@ -1,4 +1,7 @@
-"""The output of verbs: results go to stdout, the rest to stderr, both from rank 0 alone."""
+"""The output of verbs: results go to stdout, the rest to stderr, both from rank 0 alone.
+
+Names and texts may come from a hostile file: what a terminal could take for a command is shown `escaped`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import logging
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from pymllm.errors import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,18 +50,52 @@ def start_logging(verbose: bool) -> None:
     if rank():
         logger.setLevel(logging.ERROR)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logger.handlers, logger.propagate = [handler], False
 
 
+class _Lines(logging.Formatter):
+    """A formatter whose messages are one line each, whatever names they have in them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Format a message as `logging` does, and escape it."""
+        return escaped(super().formatMessage(record))
+
+
 def say(text: str = "") -> None:
-    """Print a line for people, to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a text for people, to stderr."""
+    print(escaped(text, "\n"), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a result for people, to stdout."""
+    print(escaped(text, "\n"))
+
+
+def show_text(text: str) -> None:
+    """Print a piece of a model's text to stdout, as it is; to a terminal, control characters `escaped`."""
+    if sys.stdout.isatty() and not text.isprintable():
+        text = "".join(escaped(letter, "\n\t") if is_control(letter) else letter for letter in text)
+    print(text, end="", flush=True)
+
+
+def is_control(letter: str) -> bool:
+    """Tell whether a character is a control character, or half of a surrogate pair."""
+    return unicodedata.category(letter) in ("Cc", "Cs")
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document to stdout.  NaN and infinities, which JSON does not have, become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    """Print one JSON document to stdout.  NaN and infinities, which JSON does not have, become null.
+
+    Characters that do not print are escaped as JSON has it, so that the document means the same.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():
+        shown = (
+            letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text
+        )
+        text = "".join(shown)
+    print(text)
 
 
 def _finite(value: Any) -> Any:
@@ -67,12 +107,20 @@ def _finite(value: Any) -> Any:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Make a console for tables.  It prints names from a checkpoint as they are: nothing in them is markup."""
+    """Make a console for tables.  Nothing in the names of a checkpoint is markup for it, or a terminal's command."""
     from rich.console import Console
+    from rich.text import Text
+
+    class Escaping(Console):
+        """A console that shows what does not print escaped."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            """Turn a text into rich's own, escaped."""
+            return super().render_str(escaped(text, "\n"), **options)
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    return Escaping(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
 def readable_size(nbytes: float) -> str:

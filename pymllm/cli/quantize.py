@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pymllm.cli.options import ABOUT_RULES, add_common_options, add_rule_options, positive
-from pymllm.cli.output import print_json
+from pymllm.cli.output import print_json, show
 
 EXAMPLES = """A layer that no rule names keeps its weights. If a run was stopped, the same command goes on where it was.
 
@@ -98,5 +98,5 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print_json(written.to_dict())
     else:
-        print(written)
+        show(str(written))
     return 0

@@ -20,7 +20,7 @@ from pymllm.cli.options import (
     engine_arguments,
     model_arguments,
 )
-from pymllm.cli.output import console, print_json, readable_size, say
+from pymllm.cli.output import console, print_json, readable_size, say, show_text
 
 if TYPE_CHECKING:
     from pymllm.api import LLM
@@ -151,7 +151,7 @@ def execute(args: argparse.Namespace) -> int:
         first_token_seconds = first_token_seconds or time.perf_counter() - started
         output = piece.output
         if show:
-            print(piece.text, end="", flush=True)
+            show_text(piece.text)
     assert output is not None
     if show:
         print(flush=True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pymllm.cli.options import add_common_options, positive
-from pymllm.cli.output import print_json, say
+from pymllm.cli.output import print_json, say, show
 
 EXAMPLES = """Rules go to stdout, or to --out FILE; every verb reads them with --quant-file FILE. Measurements are
 kept: the same command goes on where it was stopped, and another budget needs few more. docs/searching.md has the rest.
@@ -103,7 +103,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result.to_dict())
     elif args.out is not None:
-        print(result)
+        show(str(result))
     else:
         say(str(result))
         print(result.rules_file, end="")

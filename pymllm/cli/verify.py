@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped, positive
-from pymllm.cli.output import print_json
+from pymllm.cli.output import print_json, show
 
 EXAMPLES = """The exit code is 1 if a layer's error is larger than its kernel's rounding explains.
 
@@ -76,12 +76,12 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print_json(verification.to_dict())
     else:
-        print(verification.table(args.top))
+        show(verification.table(args.top))
         failed = sum(not layer.ok for layer in verification.layers)
         verdict = f"{failed} FAIL" if failed else "all within what rounding explains"
-        print(f"{verification.model}: {len(verification.layers)} layers against float64, {verdict}")
+        show(f"{verification.model}: {len(verification.layers)} layers against float64, {verdict}")
         if verification.end_to_end is not None:
-            print("\n".join(verification.end_to_end.lines()))
+            show("\n".join(verification.end_to_end.lines()))
     return 0 if verification.ok else 1
 
 
@@ -109,5 +109,5 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found.to_dict())
     else:
-        print(f"{found.table()}\n\n{found.layer_table(args.top)}")
+        show(f"{found.table()}\n\n{found.layer_table(args.top)}")
     return 0 if found.ok else 1

@@ -11,7 +11,7 @@ A module that is none of these is refused by its name.
 
 from __future__ import annotations
 
-import json
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from typing import Any
 from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.weights.folder import MODULES, module_path
-from pymllm.weights.safetensors_file import parse_json_object
+from pymllm.weights.json_text import parse_json, read_json_object
 from pymllm.weights.tensor_file import read_small_file
 
 # In the order in which the vectors of several modes are put side by side.
@@ -194,14 +194,7 @@ def read_modes(pooling: str | Sequence[str]) -> tuple[str, ...]:
 @names_files
 def read_modules(file: Path) -> list[dict[str, Any]]:
     """Read modules.json, a list of one object for each module.  CheckpointError or ConfigError for anything else."""
-    try:
-        entries = json.loads(bytes(read_small_file(file, MAX_BYTES, "settings")).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"the file is not valid JSON: {error}", code="embedding-json", file=str(file)
-        ) from None
+    entries = parse_json(read_small_file(file, MAX_BYTES, "embedding"), file, "embedding")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise _refused(file, "the file must be a list of modules", reprlib.repr(entries))
     return entries
@@ -225,9 +218,9 @@ def _kind(entry: Mapping[str, Any], folder: Path) -> str:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object; {} if there is no file."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
-    return parse_json_object(read_small_file(file, MAX_BYTES, "embedding"), file, "embedding")
+    return read_json_object(file, MAX_BYTES, "embedding", allow_non_finite=True)
 
 
 def _read_transformer(path: Path, folder: Path) -> dict[str, Any]:

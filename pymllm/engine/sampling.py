@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pymllm.errors import RequestError
+from pymllm.errors import ConfigError, RequestError
 from pymllm.text.grammars import Grammar, Kind
 
 MAX_STOP_STRINGS = 16
@@ -189,6 +190,35 @@ class SamplingParams:
             return self
         seed = None if self.seed is None else (self.seed + index) % 2**64
         return replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
+
+
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+
+
+def recommended_settings(settings: Mapping[str, Any], refuses: Container[str], file: str) -> dict[str, Any]:
+    """Return the fields of `SamplingParams` that a checkpoint's generation_config.json recommends.
+
+    refuses: the fields that its strategy has not.  file: where the settings stand.  ConfigError for values that no
+    field can have.
+    """
+    if not settings.get("do_sample"):
+        return {}
+    found = {
+        name: settings[name] for name in RECOMMENDED if settings.get(name) is not None and name not in refuses
+    }
+    try:
+        SamplingParams(**found)
+    except RequestError as error:
+        raise ConfigError(
+            f"the checkpoint recommends sampling that cannot be: {error.message}",
+            code="config-value",
+            file=file,
+            tensor=error.tensor,
+            expected=error.expected,
+            found=error.found,
+            fix="Correct the file, or set do_sample to false in it.",
+        ) from None
+    return found
 
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
+from pymllm.loading.boundary import reading
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
@@ -54,11 +56,15 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
     show = False if prepared.parallel.rank else progress
     with prepared.checkpoint, progress_bar("Loading", total, show) as advance:
         try:
-            check_skipped(prepared.skipped)
+            with reading(prepared.checkpoint.config_file):
+                check_skipped(prepared.skipped)
             for unit in prepared.units:
                 # Another rank may have failed meanwhile.
                 prepared.parallel.check()
-                _load_unit(unit, prepared, report)
+                # What a module's own resolver raises is its own.
+                own = any(placement.resolved is not None for placement in unit.placements)
+                with nullcontext() if own else reading(prepared.checkpoint.config_file):
+                    _load_unit(unit, prepared, report)
                 return_freed_memory()
                 advance(sum(placement.tensor.nbytes for placement in unit.placements))
         except CheckpointError as error:

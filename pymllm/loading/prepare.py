@@ -7,6 +7,7 @@ place. A plan shows just that (`pymllm.planning.make_plan`); loading executes ju
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.layers.held import weight_holders
 from pymllm.loading.absorbed_heads import join_absorbed_heads
+from pymllm.loading.boundary import reading
 from pymllm.loading.drafting import check_drafts
 from pymllm.loading.head import find_own_head, lacks_head
 from pymllm.loading.match import Skipped, Unit, match
@@ -42,9 +44,11 @@ from pymllm.patterns import bounded_steps
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.rules import RuledConfig, RuleSource, read_kv_rules, read_rules
 from pymllm.quantization.storage.settings import ROOT, Settings
+from pymllm.text.end_tokens import end_tokens_of
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.tokenizer import read_json
 from pymllm.weights.checkpoint import Checkpoint
+from pymllm.weights.folder import CONFIG
 from pymllm.weights.loader import with_stack_members
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
 from pymllm.weights.report import TensorRecord
@@ -97,7 +101,28 @@ def prepare(
     for one that stands in another program.  The others: see `LoadOptions`.
     Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError.
     """
-    checkpoint = open_checkpoint(resolve_model_path(path, revision), gguf_architectures())
+    place = resolve_model_path(path, revision)
+    # What another program's builder raises is its own.
+    with reading(place / CONFIG if place.is_dir() else place) if build is None else nullcontext():
+        checkpoint = open_checkpoint(place, gguf_architectures())
+        return _prepare(
+            checkpoint, quant, device, dtype, compute, kernels, kv_cache, definition, strategy, build
+        )
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    quant: RuleSource,
+    device: str,
+    dtype: str | torch.dtype,
+    compute: str,
+    kernels: Mapping[str, str] | None,
+    kv_cache: RuleSource,
+    definition: str,
+    strategy: str | None,
+    build: Builder | None,
+) -> Prepared:
+    """Decide as `prepare` does, for an open checkpoint."""
     config = read_model_config(checkpoint.config, definition)
     hoist_settings(checkpoint)
     _check_sizes(config, checkpoint)
@@ -113,11 +138,13 @@ def prepare(
     if join_absorbed_heads(checkpoint, stored, config):
         stored.see_checkpoint(with_stack_members(checkpoint.tensors))
     execution = choose_execution(config, stored, device, dtype, compute, kernels)
+    generation = read_json(checkpoint.path / "generation_config.json")
+    end_tokens_of(checkpoint.config_file, generation, config.raw)  # refused here, where they are none
     decoded = choose_strategy(
         strategy,
         model_class(config).block_diffusion,
         config.raw,
-        read_json(checkpoint.path / "generation_config.json"),
+        generation,
         config.size("vocab_size"),
         lambda: open_tokenizer(checkpoint).mask_token,
     )
@@ -333,6 +360,8 @@ def _check_sizes(config: ModelConfig, checkpoint: Checkpoint) -> None:
 
     CheckpointError for sizes that the checkpoint's tensors cannot have.
     """
+    if find_definition(config.raw) is not None:
+        config.check_heads()
     most_layers = len(checkpoint.tensors)
     longest = MOST_PACKED * max((max(t.shape, default=1) for t in checkpoint.tensors.values()), default=1)
     sizes = {name: config.size(name) for name in SIDES if config.raw.get(name) is not None}

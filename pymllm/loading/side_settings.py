@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ from pymllm.errors import ConfigError
 from pymllm.quantization.base import QuantizationConfig, get_quantization_config, list_quantization_methods
 from pymllm.quantization.storage.settings import QUANT_METHOD, Settings
 from pymllm.weights.folder import MAX_CONFIG_BYTES
-from pymllm.weights.safetensors_file import parse_json_object
-from pymllm.weights.tensor_file import read_small_file
+from pymllm.weights.json_text import read_json_object
 
 FIX = "Keep the settings that the weights were written with, and take the others away."
 
@@ -32,9 +32,8 @@ def side_files(folder: Path) -> Iterator[SideFile]:
     for name in list_quantization_methods():
         for file in get_quantization_config(name).get_config_filenames():
             path = folder / file
-            if path.is_file():
-                raw = read_small_file(path, MAX_CONFIG_BYTES, "config")
-                settings = parse_json_object(raw, path, "config", allow_non_finite=True)
+            if os.path.lexists(path):
+                settings = read_json_object(path, MAX_CONFIG_BYTES, "config", allow_non_finite=True)
                 yield SideFile(path, method_name(settings.get(QUANT_METHOD) or name), settings)
 
 

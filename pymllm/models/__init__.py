@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pymllm.config import ModelConfig
+from pymllm.config import ModelConfig, check_values
 from pymllm.errors import unknown_name
 from pymllm.models.causal_lm import CausalLM
 from pymllm.models.generic.classes import GenericConfig, read_generic_config
@@ -56,9 +56,11 @@ def read_model_config(raw: Mapping[str, Any], definition: str = "auto") -> Model
     """
     if definition not in DEFINITIONS:
         raise unknown_name("definition", definition, DEFINITIONS, code="definition")
+    check_values(raw)
     alone = file_name(str(raw.get("model_type"))) in list_model_types() and "text_config" not in raw
     wrapper = None if alone else read_wrapper(raw)
     text = raw if wrapper is None else wrapper.raw
+    check_values(text)
     found = find_definition(text) if definition == "auto" else None
     if found is not None and not (isinstance(wrapper, Wrapper) and not wrapper.has_own_logits):
         config = ModelConfig(text, _definition(found).DEFAULTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pymllm.errors import escaped
 from pymllm.models.strategy import Strategy
 
 SCHEMA_VERSION = 1
@@ -176,4 +177,4 @@ class Plan:
                 f"    {group['count']:4d} x {group['kind']:<9} {group['method']} -> {group['kernel']}"
                 for group in draft["layers"]
             ]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return escaped("\n".join(lines + [f"  note: {note}" for note in self.notes]), "\n")

@@ -16,6 +16,7 @@ from torch import nn
 
 from pymllm.errors import ConfigError, fetch_factory_name, nearest
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
+from pymllm.quantization.storage.kinds import checking_kinds
 from pymllm.quantization.storage.settings import HarmlessSettings, refusing_unread
 from pymllm.weights.loader import same_shape
 from pymllm.weights.module_names import ModuleNames
@@ -60,7 +61,8 @@ class QuantizationConfig(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "from_config" in cls.__dict__:
-            cls.from_config = classmethod(refusing_unread(cls.__dict__["from_config"].__func__))  # type: ignore
+            read = checking_kinds(cls.__dict__["from_config"].__func__)
+            cls.from_config = classmethod(refusing_unread(read))  # type: ignore
 
     @classmethod
     def get_name(cls) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, escaped
 
 PROGRAM = Path(__file__).parent / "children" / "program.py"
 
@@ -62,9 +62,7 @@ def _plain_value(value: Any) -> Any:
 def readable(text: str) -> str:
     """Write what a process says for a terminal: escape what does not print, and cut what is long."""
     shown = text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + " ..."
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown
-    )
+    return escaped(shown)
 
 
 class Stopped(Exception):

@@ -99,7 +99,7 @@ class GGUFTokenizer(Tokenizer):
         self.folder, self.metadata = path, metadata
         named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
         # A sentencepiece file that does not number these has them where the library itself puts them.
-        usual = {"bos": 1, "eos": 2, "unknown": 0} if self._get("model") == "llama" else {}
+        usual = {"bos": 1, "eos": 2, "unknown": 0} if str(self._get("model")) == "llama" else {}
         self.settings = {name: self._token(key, usual.get(key)) for key, name in named.items()}
 
     def _get(self, key: str, default: Any = None) -> Any:
@@ -236,7 +236,8 @@ class GGUFTokenizer(Tokenizer):
             if isinstance(name, str)
         }
         found = {name: self.metadata.get(at) for name, at in {"default": key, **keys}.items()}
-        texts = [{"name": name, "template": text} for name, text in found.items() if text]
+        given = {name: text for name, text in found.items() if text is not None and str(text)}
+        texts = [{"name": name, "template": text} for name, text in given.items()]
         return named_templates(texts, str(self.folder))
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError
+from pymllm.weights.json_text import read_json_object
+
+MAX_BYTES = 64 << 20  # tokenizer_config.json lists every added token
 
 
 @names_files
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; {} if there is none.  CheckpointError if the file cannot be read."""
-    if not file.is_file():
+    """Read a JSON object from a file of a checkpoint; {} if there is none.  CheckpointError if it cannot be read."""
+    if not os.path.lexists(file):
         return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise CheckpointError(
-            "the file cannot be read: it is nested too deeply", code="tokenizer", file=str(file)
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the file cannot be read: {error}", code="tokenizer", file=str(file)) from None
-    return settings if isinstance(settings, dict) else {}
+    return read_json_object(file, MAX_BYTES, "settings", allow_non_finite=True)

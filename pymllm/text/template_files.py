@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.json_files import read_json
+from pymllm.weights.tensor_file import read_small_file
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
+MAX_BYTES = 16 << 20
 FURTHER = "additional_chat_templates"
 
 
@@ -21,7 +24,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, ChatT
 
     settings: tokenizer_config.json.  CheckpointError for what is no template.
     """
-    files = {DEFAULT: folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    own = folder / "chat_template.jinja"
+    files = {DEFAULT: own} if os.path.lexists(own) else {}
     if (folder / FURTHER).is_dir():
         files |= {file.stem: file for file in sorted((folder / FURTHER).glob("*.jinja")) if file.is_file()}
     if files:
@@ -72,11 +76,10 @@ def choose_template(templates: Mapping[str, ChatTemplate], tools: bool, folder: 
 
 
 def _read(file: Path) -> ChatTemplate:
+    raw = read_small_file(file, MAX_BYTES, "chat-template")
     try:
-        return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, ValueError) as error:
+        return ChatTemplate(raw.decode("utf-8"), str(file))
+    except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"the chat template cannot be read: {getattr(error, 'strerror', None) or error}",
-            code="chat-template",
-            file=str(file),
+            f"the chat template cannot be read: {error}", code="chat-template", file=str(file)
         ) from None

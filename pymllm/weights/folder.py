@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.errors import CheckpointError, first_few
-from pymllm.weights.safetensors_file import parse_json_object
-from pymllm.weights.tensor_file import TensorInfo, check_tensor_name, read_small_file
+from pymllm.weights.json_text import read_json_object
+from pymllm.weights.links import check_link
+from pymllm.weights.tensor_file import TensorInfo, check_tensor_name
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -51,9 +52,8 @@ def read_config(path: Path) -> dict[str, Any]:
             if files
             else "Copy the model's config.json beside its weights.",
         )
-    raw = read_small_file(path / CONFIG, MAX_CONFIG_BYTES, "config")
     # transformers writes Infinity into configs (time_step_limit of state-space models).
-    return parse_json_object(raw, path / CONFIG, "config", allow_non_finite=True)
+    return read_json_object(path / CONFIG, MAX_CONFIG_BYTES, "config", allow_non_finite=True)
 
 
 def module_path(path: Any, file: Path) -> str:
@@ -63,6 +63,7 @@ def module_path(path: Any, file: Path) -> str:
     """
     plain = isinstance(path, str) and not path.startswith(".") and not set(path) & set("/\\:")
     if plain and path.isprintable() and len(path.encode()) <= MAX_NAME:
+        check_link(file.parent / path)
         return str(path)
     raise CheckpointError(
         "modules.json gives a module a folder that may lead out of its own",
@@ -122,7 +123,7 @@ def read_index(path: Path) -> dict[str, str]:
 
     Raises CheckpointError "index-entry" or "index-escapes", or as `parse_json_object`.
     """
-    index = parse_json_object(read_small_file(path, MAX_INDEX_BYTES, "index"), path, "index")
+    index = read_json_object(path, MAX_INDEX_BYTES, "index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(

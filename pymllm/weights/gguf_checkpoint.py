@@ -23,6 +23,7 @@ from pymllm.weights.checkpoint import Checkpoint, merge_tensors
 from pymllm.weights.gguf_architecture import Change, GGUFArchitecture, Interleaved
 from pymllm.weights.gguf_config import ConfigReader
 from pymllm.weights.gguf_file import GGUFFile
+from pymllm.weights.links import check_link
 from pymllm.weights.tensor_file import TensorInfo
 
 QUANTISED = torch.uint8  # the dtype that blocks are read as
@@ -195,6 +196,8 @@ def _open_parts(path: Path) -> list[GGUFFile]:
             file=str(path),
             fix=f"Pass {paths[0]}, which has the model's settings.",
         )
+    for other in paths[1:]:  # the first one's path is its user's own
+        check_link(other)
     files = [first, *(GGUFFile.open(other) for other in paths[1:])]
     for index, file in enumerate(files):
         if (file.metadata.get("split.count"), file.metadata.get("split.no")) != (count, index):

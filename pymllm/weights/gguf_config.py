@@ -39,6 +39,7 @@ REQUIRED = (
 # Further keys that are known: read below, or without an effect on what the model computes.
 OTHER_SETTINGS = {"vocab_size", "attention.value_length", "rope.dimension_count", "tensor_data_layout"}
 OTHER_SETTINGS |= {"expert_used_count", "rope.scale_linear", "n_ctx", "ctx_length"}
+TEXTS = {"rope.scaling.type", "tensor_data_layout"}
 SCALING = ("type", "factor", "original_context_length", "attn_factor", "finetuned")
 YARN = ("yarn_beta_fast", "yarn_beta_slow", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")
 OTHER_SETTINGS |= {f"rope.scaling.{name}" for name in (*SCALING, *YARN)}
@@ -73,6 +74,7 @@ class ConfigReader:
             value = self._get(key)
             if value is not None:
                 config[name] = self._same_for_all_layers(key, value)
+        self._check_layers(config, len(tensors))
         self._check_heads(config)
         table = tensors.get("token_embd.weight")
         if table is not None and table.shape:
@@ -105,7 +107,8 @@ class ConfigReader:
     def _get(self, key: str) -> Any:
         value = self.metadata.get(f"{self.architecture}.{key}")
         # Writers round settings to float32: read 1e-5, which they mean, not 9.999999747378752e-06.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        rounded = isinstance(value, float) and abs(value) <= float(np.finfo(np.float32).max)
+        return float(str(np.float32(value))) if rounded else value
 
     def _bad(
         self, key: str, expected: str, code: str = "config-value", fix: str | None = None
@@ -142,6 +145,9 @@ class ConfigReader:
             if key == name:
                 continue
             value = self._get(key)
+            self._check_kind(
+                key, value, by_layer=key in SETTINGS or key in self.known.settings or key in constants
+            )
             if key in constants and self._same_for_all_layers(key, value) not in constants[key]:
                 code = "config-value" if key in self.known.constants else "config-key"
                 raise self._bad(key, " or ".join(map(str, constants[key])), code)
@@ -159,6 +165,26 @@ class ConfigReader:
                     tensor=f"{self.architecture}.{key}",
                     fix="The file is badly written: convert or download it again.",
                 )
+
+    def _check_kind(self, key: str, value: Any, by_layer: bool) -> None:
+        """Raise CheckpointError for a setting that is a list, a text or no finite number, where none can be.
+
+        by_layer: whether a file may give it for each layer.
+        """
+        listed = isinstance(value, (list, np.ndarray))
+        if listed and not (isinstance(value, np.ndarray) and (by_layer or key == PATTERN)):
+            raise self._bad(key, "one value")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._bad(key, "a finite number")
+        known = key in SETTINGS or key in OTHER_SETTINGS or key in self.known.settings
+        if known and key not in TEXTS and isinstance(value, (str, bool)):
+            raise self._bad(key, "a number")
+
+    def _check_layers(self, config: dict[str, Any], tensors: int) -> None:
+        """Raise CheckpointError for more layers than the file has tensors, before a list of them is made."""
+        layers = config["num_hidden_layers"]
+        if type(layers) is not int or not 1 <= layers <= tensors:
+            raise self._bad("block_count", f"1 to {tensors}, of which there are tensors")
 
     def _check_heads(self, config: dict[str, Any]) -> None:
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -194,8 +220,6 @@ class ConfigReader:
         if sliding is None:
             return
         layers, pattern = config["num_hidden_layers"], self._get(PATTERN)
-        if type(layers) is not int or layers < 1:
-            raise self._bad("block_count", "a positive integer")
         if not config.get("sliding_window"):
             config["sliding_window"] = None
             if sliding:

@@ -200,7 +200,7 @@ class GGUFFile(TensorFile):
         type_name, values, nbytes, dtype = TYPES[number]
         if math.prod(size or 1 for size in sizes) * nbytes >= 1 << 63:
             raise bad("size-overflow", "too large", "less than 2^63 bytes", f"{type_name} {list(sizes)}")
-        if 0 in sizes or (sizes and sizes[0] % values):
+        if 0 in sizes or (values > 1 and not sizes) or (sizes and sizes[0] % values):
             expected = f"rows of whole blocks of {values} values"
             raise bad("header-entry", "bad sizes", expected, f"{type_name} {list(sizes)}")
         if offset % self.alignment:

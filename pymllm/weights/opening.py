@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
     CONFIG,
     INDEX,
+    MAX_CONFIG_BYTES,
     MODULES,
     UNFINISHED,
     check_index,
@@ -27,7 +27,9 @@ from pymllm.weights.folder import (
 )
 from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.gguf_checkpoint import open_gguf
+from pymllm.weights.json_text import parse_json
 from pymllm.weights.safetensors_file import SafetensorsFile
+from pymllm.weights.tensor_file import read_small_file
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other copies of the weights (original/, onnx/); sentence-transformers numbers its modules (2_Dense/).
@@ -97,8 +99,9 @@ def _transformer_in(folder: Path) -> Path:
     if (folder / CONFIG).exists() or not file.is_file():
         return folder
     try:
-        first = json.loads(file.read_text(encoding="utf-8"))[0]["path"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raw = read_small_file(file, MAX_CONFIG_BYTES, "config")
+        first = parse_json(raw, file, "config")[0]["path"]
+    except (CheckpointError, LookupError, TypeError):
         return folder  # whose config.json is missing: what opens it says so
     inside = folder / module_path(first, file)
     return inside if (inside / CONFIG).is_file() else folder

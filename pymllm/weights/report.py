@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pymllm.errors import CheckpointError, first_few, nearest
+from pymllm.errors import LISTED, CheckpointError, first_few, nearest
 from pymllm.weights.loader import Slot, same_shape
 from pymllm.weights.tensor_file import TensorInfo
 
@@ -94,11 +94,11 @@ def raise_problems(file: str, problems: Iterable[Problem]) -> None:
     for problem in found:
         lines.setdefault(problem.code, []).append(f"{problem.tensor}: {problem.text}")
     raise CheckpointError(
-        "\n  ".join([head, *_within(MOST_TEXT, [line for alike in lines.values() for line in alike])]),
+        LISTED.join([head, *_within(MOST_TEXT, [line for alike in lines.values() for line in alike])]),
         code=found[0].code if len(lines) == 1 else "checkpoint-mismatch",
         file=file,
         tensor=found[0].tensor,
-        brief="\n  ".join([head, *(first_few(alike, "\n  ") for alike in lines.values())]),
+        brief=LISTED.join([head, *(first_few(alike, LISTED) for alike in lines.values())]),
     )
 
 

@@ -6,16 +6,16 @@ data_offsets), then the tensors' bytes, row-major, one after the other without h
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pymllm.errors import CheckpointError
+from pymllm.weights.json_text import parse_json_object
+from pymllm.weights.links import check_link
 from pymllm.weights.tensor_file import (
     Descriptor,
     TensorFile,
@@ -23,7 +23,6 @@ from pymllm.weights.tensor_file import (
     check_layout,
     check_tensor_name,
     fault,
-    is_plain,
 )
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -75,13 +74,14 @@ class SafetensorsFile(TensorFile):
     def open(cls, path: str | Path) -> SafetensorsFile:
         """Read and check the header.
 
-        Raises CheckpointError; its code is one of: not-found, symlink-loop, not-regular, unreadable;
+        Raises CheckpointError; its code is one of: not-found, symlink-loop, not-regular, unreadable, link-escapes;
         header-short, header-length, header-utf8, header-json, header-duplicate-key, header-entry,
         header-dtype, header-metadata; size-overflow, size-mismatch; overlap, hole, offsets-out-of-file,
         trailing-bytes, truncated.
         """
         path = Path(path)
         descriptor = Descriptor(path)
+        check_link(path)
         size = descriptor.identity[2]
         if size < 8:
             message = "the file has no room for a header"
@@ -93,51 +93,6 @@ class SafetensorsFile(TensorFile):
             raise fault(path, "header-length", message, f"1 to {limit} bytes", f"{length} bytes")
         header = parse_json_object(descriptor.read(8, length), path, "header")
         return cls(path, descriptor.identity, header, 8 + length)
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def parse_json_object(
-    raw: bytes | bytearray, path: Path, what: str, *, allow_non_finite: bool = False
-) -> dict[str, Any]:
-    """Parse a JSON object, strictly: UTF-8, no key twice at any depth and, unless allowed, no NaN or Infinity.
-
-    what: "header", "index" or "config".  Raises CheckpointError "<what>-utf8", "<what>-duplicate-key", "<what>-json".
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise _DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-        return result
-
-    def refuse_constant(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        parsed = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=None if allow_non_finite else refuse_constant,
-        )
-    except UnicodeDecodeError as error:
-        message = f"the {what} is not UTF-8: {error.reason} at byte {error.start}"
-        raise fault(path, f"{what}-utf8", message) from error
-    except _DuplicateKeyError as error:
-        key = error.args[0]
-        is_tensor = what != "config" and key not in ("weight_map", *_FIELDS) and is_plain(key)
-        message = f"the {what} has the key {reprlib.repr(key)} twice"
-        raise fault(path, f"{what}-duplicate-key", message, tensor=key if is_tensor else None) from error
-    except RecursionError as error:
-        raise fault(path, f"{what}-json", f"the {what} is nested too deeply") from error
-    except ValueError as error:
-        raise fault(path, f"{what}-json", f"the {what} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        message = f"the {what} is not a JSON object"
-        raise fault(path, f"{what}-json", message, "{...}", type(parsed).__name__)
-    return parsed
 
 
 def _parse_metadata(path: Path, metadata: object) -> dict[str, str]:

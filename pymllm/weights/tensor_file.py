@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from pymllm.errors import CheckpointError
+from pymllm.weights.links import check_link
 
 MAX_NAME_LENGTH = 1000
 MAX_READ_BYTES = 1 << 30  # Linux ends one read at 2^31 - 4096 bytes
@@ -286,8 +287,12 @@ class Descriptor:
 
 
 def read_small_file(path: Path, limit: int, what: str) -> bytearray:
-    """Read all bytes of a regular file.  Raises CheckpointError "<what>-too-large" above `limit` bytes."""
+    """Read all bytes of a regular file of a checkpoint's folder.
+
+    Raises CheckpointError "<what>-too-large" above `limit` bytes, "link-escapes" for a link that leads elsewhere.
+    """
     descriptor = Descriptor(path)
+    check_link(path)
     size = descriptor.identity[2]
     if size > limit:
         message = f"the {what} is too large"

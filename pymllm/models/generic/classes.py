@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar, cast
@@ -122,9 +123,10 @@ def read_hf_config(name: str, config_class: Any, raw: Mapping[str, Any]) -> Any:
 
     name: of the class.
     """
-    settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
-    settings.pop("model_type", None)
+    _refuse_counts(raw)
     try:
+        settings = {key: _read_float(value) for key, value in raw.items() if key not in OURS}
+        settings.pop("model_type", None)
         return config_class.from_dict(settings)
     except Exception as error:
         raise ConfigError(
@@ -135,6 +137,27 @@ def read_hf_config(name: str, config_class: Any, raw: Mapping[str, Any]) -> Any:
             expected=f"settings of {config_class.__name__}",
             found=" ".join(str(error).split())[:300],
         ) from error
+
+
+# Settings of which a config's class makes a list with so many items, and more of them than any model has.
+COUNTED = re.compile(r"layer|label|block|depth|stage|expert")
+MOST_COUNTED = 100_000
+
+
+def _refuse_counts(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a number of layers or the like, at any depth, for which no list should be made."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and name not in OURS:
+            _refuse_counts(value)
+        elif type(value) is int and value > MOST_COUNTED and COUNTED.search(str(name)):
+            raise ConfigError(
+                f"the setting {name} has a value that it cannot have",
+                code="config-value",
+                file="config.json",
+                tensor=str(name),
+                expected=f"at most {MOST_COUNTED}",
+                found=str(value),
+            )
 
 
 def _read_float(value: Any) -> Any:

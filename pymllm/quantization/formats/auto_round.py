@@ -248,7 +248,7 @@ def _float_blocks(settings: Mapping[str, Any], at: str) -> dict[str, Any]:
     element: Any = settings["data_type"]
     bits: Any = settings.get("bits")
     family = next((name for name in ("nv_fp", "mx_fp") if str(element).startswith(name)), element)
-    if (family, bits) not in FLOAT_BLOCKS:
+    if not isinstance(family, str) or (family, bits) not in FLOAT_BLOCKS:
         known = ", ".join(f"{bits} bits of {name}" for name, bits in FLOAT_BLOCKS)
         raise _unsupported(f"{at}data_type", f"{bits} bits of {element}", f"int, fp, {known}")
     stored_as, layout = FLOAT_BLOCKS[family, bits]

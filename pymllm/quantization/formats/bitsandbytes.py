@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -37,9 +38,11 @@ from pymllm.quantization.storage.fields import is_skipped, read_choice, read_nam
 from pymllm.quantization.storage.packing import unpack_nibbles_high_first
 from pymllm.quantization.storage.settings import HarmlessSettings, Settings, harmless
 from pymllm.quantization.storage.writer_settings import RUNNING, SWITCH
+from pymllm.weights.json_text import parse_json_object
 from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, Span, WeightSpec, whole
 
 QUANT_TYPES = ("nf4", "fp4")
+MOST_STATE = 1 << 16  # bytes of a quant_state, which has some hundred
 STATE = "weight.quant_state.bitsandbytes__"
 
 
@@ -271,19 +274,22 @@ class BitsAndBytesConfig(QuantizationConfig):
     def _read_state(self, prefix: str, quant_type: str) -> LinearMethodBase:
         """Make the method of a layer from its quant_state.  CheckpointError for one that cannot be read."""
         name = f"{prefix}.{STATE}{quant_type}"
-        blob = read_stored(self.stored[name])
-        raw = bytes(blob.flatten().tolist()) if blob.dtype is torch.uint8 else b""
+        stored = self.stored[name]
+        small = math.prod(stored.shape) <= MOST_STATE and stored.dtype is torch.uint8
+        raw = bytes(read_stored(stored).flatten().tolist()) if small else b""
         try:
-            state = Settings(json.loads(raw), file="quant_state", root=name)
+            state = Settings(parse_json_object(raw, Path(name), "quant_state"), file="quant_state", root=name)
             block, nested = state["blocksize"], None
             if f"{prefix}.weight.nested_absmax" in self.stored:
                 nested = Nested(state["nested_blocksize"], float(state["nested_offset"]))
             sizes = (block,) if nested is None else (block, nested.block)
             offset = 0.0 if nested is None else nested.offset
+            if type(state.get("nested_offset", 0.0)) not in (int, float):
+                raise ValueError("its offset is no number")
             usable = all(type(size) is int and size > 0 for size in sizes) and math.isfinite(offset)
             if not usable or state["quant_type"] != quant_type:
                 raise ValueError("its fields contradict the tensors")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"the quant_state cannot be read: {error!r}",
                 code="quant-state",

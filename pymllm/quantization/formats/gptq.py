@@ -303,8 +303,9 @@ def _read_rule(key: str, overrides: Any, method: GPTQLinearMethod) -> DynamicRul
 
 def _read_modules(names: Any) -> tuple[str, ...]:
     """Read `modules_in_block_to_quantize`: a list of names, or of lists of names."""
-    flat = [name for entry in names or () for name in (entry if isinstance(entry, list) else [entry])]
-    if not isinstance(names or [], list) or not all(isinstance(name, str) for name in flat):
+    listed = names if isinstance(names, list) else []
+    flat = [name for entry in listed for name in (entry if isinstance(entry, list) else [entry])]
+    if (names and not isinstance(names, list)) or not all(isinstance(name, str) for name in flat):
         raise _unsupported("modules_in_block_to_quantize", names, "a list of names, or of lists of names")
     return tuple(flat)
 

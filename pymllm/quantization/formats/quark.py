@@ -197,9 +197,9 @@ def _kv_cache_tensors(export: Any, layers: Mapping[str, Any], caches: Any) -> Ma
 
     These are in kv_cache_quant_config (caches), or are those of layer_quant_config that export's kv_cache_group names.
     """
-    group = export.get("kv_cache_group") if isinstance(export, Mapping) else None
+    group = read_names(export, "kv_cache_group") if isinstance(export, Mapping) else ()
     found = list(caches.values()) if isinstance(caches, Mapping) else []
-    found += [layers.get(name) for name in group or ()]
+    found += [layers.get(name) for name in group]
     tensors = (layer.get("output_tensors") for layer in found if isinstance(layer, Mapping))
     return next((settings for settings in tensors if isinstance(settings, Mapping)), None)
 

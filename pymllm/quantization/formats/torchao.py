@@ -18,10 +18,10 @@ quantization/torchao/README.md.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ from pymllm.quantization.storage.groups import rows_of_parts
 from pymllm.quantization.storage.packing import refuse_wide_codes, unpack_nibbles_low_first
 from pymllm.quantization.storage.settings import HarmlessSettings, Settings
 from pymllm.quantization.storage.torchao_settings import HARMLESS, METADATA_HARMLESS, READ_LATER
+from pymllm.weights.json_text import parse_json_object
 from pymllm.weights.spec import FLOATS, IN, OUT, PART, Dim, LinearShape, WeightSpec
 
 _unsupported = functools.partial(unsupported, "torchao")
@@ -237,9 +238,11 @@ class TorchAOConfig(QuantizationConfig):
             settings: Any = self.quant_type.get("_data")
         else:
             try:
-                described = Settings(json.loads(text), file="the files' metadata", root=f"{prefix}.weight")
+                raw = text.encode("utf-8", "surrogatepass")
+                parsed = parse_json_object(raw, Path(f"{prefix}.weight"), "metadata")
+                described = Settings(parsed, file="the files' metadata", root=f"{prefix}.weight")
                 kind, settings = described["_type"], described["_data"]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"the file's metadata of the weight cannot be read: {error!r}",
                     code="torchao-metadata",
@@ -247,7 +250,7 @@ class TorchAOConfig(QuantizationConfig):
                     expected="JSON with _type and _data",
                     found=text[:200],
                 ) from None
-        if kind not in KINDS or not isinstance(settings, Mapping):
+        if not isinstance(kind, str) or kind not in KINDS or not isinstance(settings, Mapping):
             raise _unsupported("_type", kind, " or ".join(KINDS), file="metadata", within=f"{prefix}.weight.")
         if described is not None:
             _note_fields(settings)
@@ -366,6 +369,6 @@ def _activations(prefix: str, settings: Mapping[str, Any], kind: str) -> Activat
         kinds = {"PerRow": "token product", "PerTensor": "tensor product"}
         if isinstance(mapping, Mapping) and mapping.get("_data") == "ASYMMETRIC":
             kinds = {"PerRow": "token product asym"}
-    if data is None or name not in kinds:
+    if data is None or not isinstance(name, str) or name not in kinds:
         raise _unsupported("act_quant_kwargs", kwargs, " or ".join(kinds), within=f"{prefix}.weight.")
     return kinds[name]

@@ -139,16 +139,16 @@ class Settings(Mapping[str, Any]):
         if not unread:
             return
         within, name, value, entry, harmless_here = unread[0]
-        others = [f"{self.place((*at.path, other))} {_brief(what)}" for at, other, what, *_ in unread[1:]]
+        others = [f"{self.place((*at.path, other))} {brief(what)}" for at, other, what, *_ in unread[1:]]
         more = f", and likewise {first_few(others)}" if others else ""
         if entry is not None:
             raise ConfigError(
-                f"{format} with {self.place((*within.path, name))} {_brief(value)} cannot be read{more}",
+                f"{format} with {self.place((*within.path, name))} {brief(value)} cannot be read{more}",
                 code="quantization-config",
                 file=self.file,
                 tensor=self.place((*within.path, name)),
                 expected=f"{' or '.join(map(repr, entry.only or ())) or 'null'}: {entry.reason}",
-                found=_brief(value),
+                found=brief(value),
                 fix="Write the checkpoint again without it.",
             )
         here = list(dict.fromkeys([*within._names, *harmless_here]))
@@ -159,7 +159,7 @@ class Settings(Mapping[str, Any]):
             file=self.file,
             tensor=self.place((*within.path, name)),
             expected=f"one of {', '.join(sorted(within._names)) or 'no settings'}, which are read here",
-            found=_brief(value),
+            found=brief(value),
             fix=f"{nearest(name, here)} Write the checkpoint again without it; if its writer says that it does not "
             "matter to whoever reads the weights, take it out of the file.".lstrip(),
         )
@@ -243,6 +243,7 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, Settings)) and not value)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """Show a value, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
