@@ -194,7 +194,7 @@ LONGEST = 2**31  # no request has so many tokens: lengths are int32
 
 @dataclass(slots=True)
 class _Pages:
-    """What a cache's tensors were found to be.
+    """The form of a cache's tensors, as they were found.
 
     tensors: keys, values, and the scales of both.  places: where each lies, and the bytes of its storage.
     sizes: of a slot: key heads, a head of keys, a head of values.  count: of pages.
@@ -255,7 +255,7 @@ def _look_at_pages(cache: PagedKV, problem: AttentionProblem) -> _Pages:
 
 @dataclass(slots=True)
 class _Tables:
-    """What a step's tensors were found to be.
+    """The form of a step's tensors, as they were found.
 
     sources: those of the step, and what else the arguments follow from.  places: as of `_Pages`.
     arguments: the address of the page tables, and how many pages each has; those of the requests' starts and lengths,

@@ -111,7 +111,8 @@ def bias_of(bias: Tensor, problem: LinearProblem) -> Tensor:
     """Bring a bias into the problem's dtype, contiguous.  ConfigError for another shape or device than the layer's."""
     if fits(bias, (problem.out_features,), problem.dtype) and not bias.is_neg():
         return bias
-    if bias.shape != (problem.out_features,) or not bias.is_cpu or bias.layout is not torch.strided:
+    right = bias.is_cpu and bias.layout is torch.strided and bias.is_floating_point()
+    if bias.shape != (problem.out_features,) or not right:
         raise unfit("the bias", bias, (problem.out_features,))
     check_memory("the bias", bias)
     return bias.to(problem.dtype).resolve_neg().contiguous()
