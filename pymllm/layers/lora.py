@@ -209,7 +209,9 @@ class LoRAMixin:
         until it is trained or loaded.  scaling = alpha / r, or alpha / √r if rank_stabilised.  r = 0 adds nothing.
         """
         if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-            raise ConfigError("a LoRA rank must be an integer, and cannot be negative", code="lora-rank", found=repr(r))
+            raise ConfigError(
+                "a LoRA rank must be an integer, and cannot be negative", code="lora-rank", found=repr(r)
+            )
         if r == 0:
             return
         shape, rows = self.shape, slice(0, self.shape.out_features_local)

@@ -229,6 +229,7 @@ def test_expressions_that_hold_together_are_counted_outside_of_strings(text, fit
     with contextlib.nullcontext() if fits else pytest.raises(RequestError, match="hold for the same text"):
         grammars.Grammar("lark", text)
 
+
 @pytest.mark.parametrize(
     "schema", ['{"const": -9223372036854775808}', '{"enum": ["a", -9223372036854775807]}']
 )
