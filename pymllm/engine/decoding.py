@@ -59,7 +59,9 @@ class DecodingBatch:
         (tokens, _), (lengths, _), (pages, _), (states, _) = self._filled
         self.ids, self.positions, slots = tokens
         self._width = width
-        self.step = repeated(strategy.metadata)(
+        self.step = repeated(
+            strategy.metadata
+        )(  # type: ignore[arg-type]
             cu_seqlens_q=torch.arange(0, size * width + 1, width, dtype=torch.int32, device=device),
             cu_seqlens_k=lengths[1],
             max_seqlen_q=width,
@@ -145,7 +147,7 @@ class DecodingBatch:
                 raise NotRepeatable("played back on another step, it gives other logits")
         elif self.steps == RECORDED_STEP:
             tape = record(forward, logits, rewind, self.memory)
-            own = {there.untyped_storage().data_ptr() for there, _ in self._filled}
-            self.outside = [one for one in tape.outside if one.untyped_storage().data_ptr() not in own]
+            mine = {there.untyped_storage().data_ptr() for there, _ in self._filled}
+            self.outside = [one for one in tape.outside if one.untyped_storage().data_ptr() not in mine]
             self.replay, self.bytes = tape.play, self.bytes + tape.bytes
         return logits

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from pymllm.kernels.native.extension import native, native_available
-from pymllm.layers.held import RevisedModule
+from pymllm.layers.held import RevisedModule, WeightHolder
 
 # What has nothing within it that can change.
 _LEAVES = (
@@ -78,7 +78,7 @@ class Watch:
     def changed(self) -> bool:
         """Tell whether anything was set, replaced or moved."""
         if self._native is not None:
-            return self._native.changed() and self._differs()
+            return self._native.changed() and self._differs(self._native)
         return (
             any(_place(tensor) != place for tensor, _, place in self._tensors.values())
             or any(not _same(now, then) for now, then in self._lists)
@@ -87,19 +87,19 @@ class Watch:
             or any(_differ(vars(kind), then) for kind, then in self._types.items())
         )
 
-    def _differs(self) -> bool:
+    def _differs(self, watch: Any) -> bool:
         """Tell whether dictionaries that were changed hold anything else now.
 
         Some layers count their calls within a step, or hand each other something: from now on these are compared by
         what they hold.
         """
-        for found in self._native.stirred():
+        for found in watch.stirred():
             kept = self._dicts.get(id(found))
             if kept is None or _differ(*kept):
                 return True
-            self._native.compare(found)
-        self._native.settle()
-        differs: bool = self._native.changed()
+            watch.compare(found)
+        watch.settle()
+        differs: bool = watch.changed()
         return differs
 
     def _walk(self, roots: dict[str, Any]) -> None:
@@ -167,6 +167,9 @@ class Watch:
             # The other dictionaries of torch's are for hooks, for training and for saving.
             read = ("_parameters", "_buffers", "_modules")
             values = [(name, value) for name, value in values if name in read or name not in _OF_MODULES]
+        if isinstance(found, WeightHolder) and found.state_bytes():
+            # Which slots requests have is a layer's own account of them, as the states themselves are.
+            values = [(name, value) for name, value in values if not _are_numbers(value)]
         holds = any(isinstance(value, (Tensor, dict, list)) for value in attributes.values())
         if holds or not getattr(getattr(kind, "__dataclass_params__", None), "frozen", False):
             self._add_dict(attributes)
@@ -202,6 +205,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
+
+def _are_numbers(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(one, int) for one in found)
 
 
 def _slots(kind: type) -> tuple[str, ...]:
