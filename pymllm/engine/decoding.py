@@ -59,9 +59,8 @@ class DecodingBatch:
         (tokens, _), (lengths, _), (pages, _), (states, _) = self._filled
         self.ids, self.positions, slots = tokens
         self._width = width
-        self.step = repeated(
-            strategy.metadata
-        )(  # type: ignore[arg-type]
+        metadata: Hashable = strategy.metadata
+        self.step = repeated(metadata)(
             cu_seqlens_q=torch.arange(0, size * width + 1, width, dtype=torch.int32, device=device),
             cu_seqlens_k=lengths[1],
             max_seqlen_q=width,
