@@ -335,6 +335,8 @@ class RopeParameters:
         asked = [name for name in SCALINGS if settings.get(name) is not None]
         if scaling is None and asked and "long_factor" not in settings:
             raise _bad_value("rope_type", None, f"a name, as {asked[0]} asks for a scaling")
+        for name in asked:
+            _number(name, settings[name], 0.0)
         scaling = scaling or "default"
         if not isinstance(scaling, str):
             raise _bad_value("rope_type", scaling, "a name")
@@ -354,7 +356,7 @@ class RopeParameters:
                     fix=nearest(str(name), ROPE_NAMES),
                 )
         for name in ROPE_NUMBERS:
-            _number(name, settings.get(name), 0.0, zero=name not in SCALINGS)
+            _number(name, settings.get(name), 0.0, zero=True)
         theta = settings.get("rope_theta") or base
         partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
         return cls(
@@ -383,8 +385,6 @@ def _refuse_two_scalings(parameters: Any, scaling: Any) -> None:
             )
 
 
-# What only a scaling has, and no scaling has as 0.
-SCALINGS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 ROPE_NUMBERS = (
     *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
@@ -396,3 +396,5 @@ ROPE_NAMES = {
     # Notes of writers: the model was trained with the scaling; positions of images, which texts do not have.
     *("finetuned", "mrope_section", "mrope_interleaved"),
 }
+# What only a scaling has, and no scaling has as 0.
+SCALINGS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
