@@ -399,6 +399,8 @@ class RopeParameters:
         asked = [name for name in SCALINGS if settings.get(name) is not None]
         if scaling is None and asked and "long_factor" not in settings:
             raise _bad_value("rope_type", None, f"a name, as {asked[0]} asks for a scaling")
+        for name in asked:
+            _number(name, settings[name], 0.0)
         scaling = scaling or "default"
         if not isinstance(scaling, str):
             raise _bad_value("rope_type", scaling, "a name")
@@ -418,7 +420,7 @@ class RopeParameters:
                     fix=nearest(str(name), ROPE_NAMES),
                 )
         for name in ROPE_NUMBERS:
-            _number(name, settings.get(name), 0.0, zero=name not in SCALINGS)
+            _number(name, settings.get(name), 0.0, zero=True)
             if settings.get(name):
                 _between(name, settings[name], 0, ROPE_MOST)
         for name in ("rope_theta", "partial_rotary_factor"):
@@ -452,8 +454,6 @@ def _refuse_two_scalings(parameters: Any, scaling: Any) -> None:
             )
 
 
-# What only a scaling has, and no scaling has as 0.
-SCALINGS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 ROPE_MOST = 1e9  # of a factor, a length or a share
 ROPE_NUMBERS = (
     *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
@@ -466,3 +466,5 @@ ROPE_NAMES = {
     # Notes of writers: the model was trained with the scaling; positions of images, which texts do not have.
     *("finetuned", "mrope_section", "mrope_interleaved"),
 }
+# What only a scaling has, and no scaling has as 0.
+SCALINGS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")

@@ -8,7 +8,7 @@ A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
