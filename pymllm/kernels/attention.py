@@ -94,7 +94,7 @@ class PagedKV:
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
-    checked: Any = field(default=None, init=False, repr=False)  # what a kernel found these tensors to be
+    checked: Any = field(default=None, repr=False)  # what a kernel found these tensors to be
 
     @property
     def page_size(self) -> int:
