@@ -8,7 +8,7 @@ A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class DecodingBatch:
         (tokens, _), (lengths, _), (pages, _), (states, _) = self._filled
         self.ids, self.positions, slots = tokens
         self._width = width
-        metadata: Hashable = strategy.metadata
-        self.step = repeated(metadata)(
+        step_of = repeated(strategy.metadata)  # type: ignore[arg-type]
+        self.step = step_of(
             cu_seqlens_q=torch.arange(0, size * width + 1, width, dtype=torch.int32, device=device),
             cu_seqlens_k=lengths[1],
             max_seqlen_q=width,
