@@ -65,7 +65,8 @@ class NativeFp8Linear:
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         block, outputs = problem.weight.block, problem.out_features  # type: ignore[union-attr]
-        rows, columns = _blocks(outputs, problem.in_features, block)
+        # A scale a row is what most have, and not worth a call.
+        rows, columns = (outputs, 1) if block == (1, 0) else _blocks(outputs, problem.in_features, block)
         scales = floats_address("the scales", packed["scales"], rows * columns)
         row_nan = floats_address("row_nan", packed["row_nan"], outputs)
         return run_native(problem, x, bias, packed["weight"], scales, block, row_nan)
