@@ -170,7 +170,7 @@ class Index:
             file.write_bytes(data[: -deed["by"]])
         elif way == "grow":
             file.write_bytes(data + bytes(deed["by"]))
-        elif way in ("rename", "copy"):
+        elif way in ("rename", "copy") and not to.is_dir():
             to.unlink(missing_ok=True)
             to.write_bytes(data)
         elif way == "link":
