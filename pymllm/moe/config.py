@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from pymllm.config import MissingSetting
 from pymllm.errors import ConfigError
 
 MANY = 1 << 31  # layers
@@ -54,10 +55,10 @@ def get_num_experts_per_tok(config: Any) -> int:
 
 
 def get_moe_intermediate_size(config: Any) -> int:
-    """Return the intermediate size of one expert.  AttributeError if the config has none."""
+    """Return the intermediate size of one expert.  MissingSetting if the config has none."""
     found = _integer(config, 1, "moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
     if found is None:
-        raise AttributeError("the config has neither moe_intermediate_size nor intermediate_size")
+        raise MissingSetting("moe_intermediate_size", getattr(config, "raw", None) or vars(config))
     return found
 
 
