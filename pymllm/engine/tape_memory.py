@@ -34,11 +34,10 @@ class StepMemory:
     """
 
     def __init__(self, size: int | None = None) -> None:
-        size = MAX_BYTES if size is None else size
-        raw = np.empty(size + ALIGNMENT, dtype=np.uint8)
-        start = -raw.ctypes.data % ALIGNMENT
-        self._region = raw[start : start + size]
-        self._base, self._size = self._region.ctypes.data, size
+        self._size = MAX_BYTES if size is None else size
+        # Asked for when the first step is recorded.
+        self._region: np.ndarray | None = None
+        self._base = -self._size
         # (begin, end) of what is taken, in order, and who calls when an owner is gone.
         self._taken: list[tuple[int, int]] = []
         self._owners: dict[int, weakref.ref[np.ndarray]] = {}
@@ -47,10 +46,11 @@ class StepMemory:
         return self._base <= tensor.data_ptr() < self._base + self._size
 
     def take(self, like: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Make a tensor with the shape, strides and type of another.  NoRoom: the region has no room for it.
+        """Make a tensor with the shape, strides and type of another.  NoRoom: there is none, in the region or for it.
 
         Its memory is taken until it and all views of it are gone. Returns it, and what fills it with NaN.
         """
+        region = self._reserve() if self._region is None else self._region
         size = _extent(like)
         begin = 0
         for other, end in self._taken:
@@ -59,7 +59,7 @@ class StepMemory:
             begin = -(-end // ALIGNMENT) * ALIGNMENT
         if begin + size > self._size:
             raise NoRoom(f"its intermediate results take more than {self._size >> 20} MiB")
-        owner, place, taken = self._region[begin : begin + size], (begin, begin + size), self._taken
+        owner, place, taken = region[begin : begin + size], (begin, begin + size), self._taken
         insort(taken, place)
         owners = self._owners
 
@@ -71,12 +71,23 @@ class StepMemory:
 
         def spoil() -> None:
             # All bits set are NaN in every float type.
-            self._region[begin : begin + size] = 255
+            region[begin : begin + size] = 255
 
         return _over(owner, like), spoil
 
+    def _reserve(self) -> np.ndarray:
+        try:
+            raw = np.empty(self._size + ALIGNMENT, dtype=np.uint8)
+        except MemoryError:
+            raise NoRoom(f"there are no {self._size >> 20} MiB for its intermediate results") from None
+        start = -raw.ctypes.data % ALIGNMENT
+        self._region = raw[start : start + self._size]
+        self._base = self._region.ctypes.data
+        return self._region
+
     def alias(self, tensor: Tensor) -> Tensor:
         """Make a tensor at the place of another in the region, which takes no memory from others."""
+        assert self._region is not None
         begin = tensor.data_ptr() - self._base
         return _over(self._region[begin : begin + _extent(tensor)], tensor)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import CheckpointError
-from pymllm.weights.spec import Axis, ExpertsShape, LinearShape, Span, WeightSpec
+from pymllm.weights.spec import Axis, ExpertsShape, LinearShape, Span, WeightSpec, check_granule
 
 Index = tuple[slice, ...]
 
@@ -94,6 +94,7 @@ def place(spec: WeightSpec, shape: LinearShape) -> tuple[tuple[int, ...], list[S
                 span = Span.full(dim.size)
             else:
                 rows = dim.of_rows(shape.in_features)
+                check_granule(dim, outputs.total if dim.axis is Axis.OUT else shape.in_features, name)
                 span = (outputs if dim.axis is Axis.OUT else shape.inputs).stored(rows, name)
             source.append(slice(span.start, span.stop))
             offset = local[axis_index] if dim.axis is Axis.OUT else 0

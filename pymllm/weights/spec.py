@@ -95,6 +95,25 @@ class Dim:
         return 1 if self.granule == 0 else -(-logical * self.count // self.granule)
 
 
+def check_granule(dim: Dim, logical: int, name: str) -> None:
+    """Refuse groups or blocks whose size the stored tensor cannot contradict.
+
+    logical: the elements of the axis.  name: the tensor's.  ConfigError for a last group that is short where no writer
+    makes groups of that size: for 33, say, there would be as many scales as for 32.
+    """
+    size = dim.granule
+    if dim.apart or dim.flat or not 1 < size < logical or not logical % size or not size & (size - 1):
+        return
+    raise ConfigError(
+        f"groups of {size} do not divide the {logical} {dim.axis.value}",
+        code="group-size",
+        tensor=name,
+        expected=f"a divisor of {logical}, or a power of two",
+        found=str(size),
+        fix="Correct the size of groups or blocks in the checkpoint's settings.",
+    )
+
+
 OUT, IN, PART, EXPERT = Dim(Axis.OUT), Dim(Axis.IN), Dim(Axis.PART), Dim(Axis.EXPERT)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import Activations, IntWeight
 from pymllm.quantization.storage.packing import unpack_words
-from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, WeightSpec, whole
+from pymllm.weights.spec import IN, OUT, PART, Dim, LinearShape, WeightSpec, check_granule, whole
 
 SMALLEST_GROUP = 16  # of the native kernels
 
@@ -22,20 +22,12 @@ def group_dim(group_size: int, shape: LinearShape, *, indexed: bool) -> Dim:
     """Make the dimension of scales and zero points along the inputs.
 
     group_size: 0 or less: one group.  indexed: whether inputs name their groups, so that every rank needs all groups.
-    ConfigError for a last group that is short where no writer makes groups of that size: 33, say, for which there would
-    be as many scales as for 32, so that the tensors could not contradict.
     """
-    inputs = shape.in_features
-    if 0 < group_size < inputs and inputs % group_size and group_size & (group_size - 1):
-        raise ConfigError(
-            f"groups of {group_size} do not divide the {inputs} inputs",
-            code="group-size",
-            tensor=shape.name,
-            expected=f"a divisor of {inputs}, or a power of two",
-            found=str(group_size),
-            fix="Correct group_size in the checkpoint's settings.",
-        )
-    return whole(IN.every(group_size).stored(shape.in_features)) if indexed else IN.every(group_size)
+    groups = IN.every(group_size)
+    if not indexed:
+        return groups
+    check_granule(groups, shape.in_features, shape.name)
+    return whole(groups.stored(shape.in_features))
 
 
 def index_spec(
