@@ -18,6 +18,7 @@ from pymllm.moe.config import get_num_experts_per_tok
 from pymllm.text.encoders import AutoEncoder
 from pymllm.text.json_files import read_json
 from pymllm.text.template_files import read_templates
+from pymllm.text.tokenizer import Tokenizer
 from pymllm.weights import gguf_config
 from pymllm.weights.json_text import MAX_DEPTH, parse_json, parse_json_object
 from pymllm.weights.links import check_link
@@ -331,3 +332,13 @@ def test_transformers_is_given_no_link_out_of_the_folder(tmp_path, name):
     (folder / name).symlink_to(outside)
     with pytest.raises(CheckpointError, match="leads out of its folder"):
         AutoEncoder(folder)
+
+
+@pytest.mark.parametrize("kind", ("fifo", "dangling"))
+def test_a_tokenizer_that_is_no_file_is_not_passed_over(tmp_path, kind):
+    (tmp_path / "vocab.txt").write_text("[UNK]\n")  # which would be read in its place
+    file = tmp_path / "tokenizer.json"
+    os.mkfifo(file) if kind == "fifo" else file.symlink_to("nowhere")
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(tmp_path).encode("a")
+    assert caught.value.code in ("not-regular", "not-found") and caught.value.file == str(file)
