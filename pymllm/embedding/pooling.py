@@ -97,9 +97,22 @@ def _read(dense: Dense) -> dict[str, Tensor]:
             file=str(path),
             tensor=wrong[0],
             expected=str(wanted),
-            found=str({name: tuple(info.shape) for name, info in file.tensors.items()}),
+            found=str({name: (info.dtype_name, *info.shape) for name, info in file.tensors.items()}),
         )
     try:
-        return {name: info.read().float() for name, info in found.items()}
+        tensors = {name: info.read().float() for name, info in found.items()}
     finally:
         file.close()
+    for name, tensor in tensors.items():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise CheckpointError(
+                "the projection holds numbers that are not finite",
+                code="bad-content",
+                file=str(path),
+                tensor=name,
+                expected="finite numbers",
+                found=f"{bad} of {tensor.numel()} are not",
+                fix="Download the file again, or ask for it to be written again.",
+            )
+    return tensors

@@ -163,10 +163,10 @@ def read_settings(path: Path, longest: int) -> EmbeddingSettings:
 @names_files
 def find_folder(path: Path) -> Path | None:
     """Find the folder with modules.json: the checkpoint's own, or the one around it; None: there is none."""
-    if (path / MODULES).is_file():
+    if os.path.lexists(path / MODULES):
         return path
     around = path.parent / MODULES
-    if path.is_dir() and around.is_file():
+    if path.is_dir() and os.path.lexists(around):
         inside = [module_path(entry.get("path", ""), around) for entry in read_modules(around)]
         if path.name in inside[:1]:
             return path.parent
@@ -226,7 +226,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 def _read_transformer(path: Path, folder: Path) -> dict[str, Any]:
     """Read the settings of the Transformer, and refuse those that would give other hidden states."""
     files = (place / name for name in TRANSFORMER_CONFIGS for place in (path, folder))
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if os.path.lexists(file)), None)
     settings = {} if file is None else _read_object(file)
     neutral: dict[str, tuple[Any, ...]] = {
         "transformer_task": ("feature-extraction",),

@@ -14,9 +14,12 @@ from pymllm.text.bounded import readable
 from pymllm.text.json_files import read_json
 from pymllm.text.text_bounds import TextBound, bound_of
 from pymllm.text.tokenizer_files import check_file
+from pymllm.weights.links import check_link
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+
+TEMPLATES = "additional_chat_templates"  # a folder that transformers looks into, too
 
 # From so many characters on, texts are encoded as a batch of one: that lets other threads of Python go on meanwhile. It
 # is no way for short texts, as the library then complains about processes that are forked later.
@@ -141,6 +144,10 @@ class AutoEncoder:
     """Any tokenizer that transformers can read without running a checkpoint's code."""
 
     def __init__(self, folder: Path) -> None:
+        # transformers reads whichever of the files it knows, and follows every link.
+        for entry in folder.iterdir():
+            if entry.name == TEMPLATES or not entry.is_dir():
+                check_link(entry)
         try:
             # A panic of the library is told as what it is, before it can end anything.
             read = panics_told(auto_tokenizer_from_pretrained)

@@ -11,6 +11,7 @@ from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.json_files import read_json
+from pymllm.weights.links import check_link
 from pymllm.weights.tensor_file import read_small_file
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
@@ -27,7 +28,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, ChatT
     own = folder / "chat_template.jinja"
     files = {DEFAULT: own} if os.path.lexists(own) else {}
     if (folder / FURTHER).is_dir():
-        files |= {file.stem: file for file in sorted((folder / FURTHER).glob("*.jinja")) if file.is_file()}
+        check_link(folder / FURTHER)
+        files |= {file.stem: file for file in sorted((folder / FURTHER).glob("*.jinja"))}
     if files:
         return {name: _read(file) for name, file in files.items()}
     found = named_templates(settings.get("chat_template"), str(folder / "tokenizer_config.json"))

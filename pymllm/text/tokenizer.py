@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -65,7 +66,7 @@ class Tokenizer:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        if (self.folder / "tokenizer.json").is_file():
+        if os.path.lexists(self.folder / "tokenizer.json"):
             return FastEncoder.from_file(self.folder / "tokenizer.json")
         if any((self.folder / name).is_file() for name in (*VOCABULARIES, "tokenizer_config.json")):
             return AutoEncoder(self.folder)

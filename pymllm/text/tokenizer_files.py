@@ -11,6 +11,7 @@ from pathlib import Path
 from pymllm.errors import CheckpointError
 from pymllm.text.bounded import Program, Stopped, encoded, readable
 from pymllm.weights.links import check_link
+from pymllm.weights.tensor_file import Descriptor
 
 MAX_SECONDS = 30.0
 CLOCK_SECONDS = 120.0
@@ -27,6 +28,7 @@ _lock = threading.Lock()
 
 def check_file(file: Path) -> None:
     """Try a tokenizer.json.  CheckpointError for one that cannot be read; each file is tried once."""
+    Descriptor(file)  # a regular file, for which nobody waits
     check_link(file)
     file = file.resolve()
     # What comes with the package is known.

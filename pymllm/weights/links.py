@@ -34,7 +34,9 @@ def check_link(path: Path) -> None:
 
 def _is_own_blob(path: Path, target: str) -> bool:
     """Tell whether a link of a model's snapshot in the hub's cache leads to a file of that model."""
-    snapshots = next((parent for parent in path.absolute().parents if parent.name == SNAPSHOTS), None)
+    # As the real folder has it: a user may have named a link to the snapshot.
+    folder = Path(os.path.realpath(path.parent))
+    snapshots = next((place for place in (folder, *folder.parents) if place.name == SNAPSHOTS), None)
     return snapshots is not None and _within(target, snapshots.parent / BLOBS)
 
 

@@ -240,6 +240,8 @@ def test_a_projection_whose_tensors_are_not_its_settings_is_one_error(tmp_path, 
         good | {"linear.weight": torch.zeros(32, 4)},
         good | {"scale": torch.zeros(1)},
         good | {"linear.bias": torch.zeros(4, dtype=torch.int64)},
+        good | {"linear.bias": torch.full((4,), float("nan"))},
+        good | {"linear.weight": torch.full((4, 32), float("inf"))},
     ):
         if tensors is not None:
             save_file(tensors, file)
@@ -303,6 +305,15 @@ def test_what_a_folder_asks_for_and_pymllm_has_not_is_refused_by_name(tmp_path, 
     with pytest.raises((ConfigError, CheckpointError), match=named):
         llm.embed("the cat")
     assert any(note.startswith("no embeddings: ") for note in llm.plan.notes)
+
+
+@pytest.mark.parametrize("name", ("modules.json", "sentence_bert_config.json"))
+def test_a_link_to_nothing_is_no_missing_file(tmp_path, bert, name):
+    folder = write(tmp_path / "m", bert, {"Pooling": {}})
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=name):
+        load(folder).embed("the cat")
 
 
 def test_modules_that_are_nested_too_deeply_are_no_json(tmp_path, bert):

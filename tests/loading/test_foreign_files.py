@@ -15,8 +15,10 @@ from pymllm.loading import load
 from pymllm.loading.boundary import reading
 from pymllm.loading.prepare import prepare
 from pymllm.moe.config import get_num_experts_per_tok
+from pymllm.text.encoders import AutoEncoder
 from pymllm.text.json_files import read_json
 from pymllm.text.template_files import read_templates
+from pymllm.text.tokenizer import Tokenizer
 from pymllm.weights import gguf_config
 from pymllm.weights.json_text import MAX_DEPTH, parse_json, parse_json_object
 from pymllm.weights.links import check_link
@@ -127,6 +129,10 @@ def test_links_of_the_hub_cache_lead_to_its_files_alone(tmp_path, monkeypatch):
     own = model / "snapshots/0/1_Pooling/config.json"
     own.symlink_to("../../../blobs/1")
     check_link(own)
+    (tmp_path / "named").symlink_to(model / "snapshots/0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another hub"))
+    check_link(tmp_path / "named/1_Pooling/config.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     older = tmp_path / "model/config.json"  # as earlier versions of the client filled a folder
     older.parent.mkdir()
     older.symlink_to(model / "blobs/1")
@@ -300,3 +306,39 @@ def test_want_of_memory_is_said(tmp_path, error):
     with pytest.raises(CheckpointError, match="not enough memory") as caught, reading(tmp_path):
         raise error
     assert caught.value.code == "out-of-memory" and caught.value.__cause__ is error
+
+
+def test_a_folder_of_chat_templates_leads_nowhere_else(folder, tmp_path):
+    elsewhere, further = tmp_path / "elsewhere", folder / "additional_chat_templates"
+    elsewhere.mkdir()
+    (elsewhere / "default.jinja").write_text("x")
+    further.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        read_templates(folder, {})
+    further.unlink()
+    further.mkdir()
+    (further / "default.jinja").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="cannot read the file"):
+        read_templates(folder, {})
+
+
+@pytest.mark.parametrize("name", ("vocab.txt", "added_tokens.json", "additional_chat_templates"))
+def test_transformers_is_given_no_link_out_of_the_folder(tmp_path, name):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("[UNK]")
+    (folder / name).unlink(missing_ok=True)
+    outside.mkdir() if "." not in name else outside.write_text("{}")
+    (folder / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        AutoEncoder(folder)
+
+
+@pytest.mark.parametrize("kind", ("fifo", "dangling"))
+def test_a_tokenizer_that_is_no_file_is_not_passed_over(tmp_path, kind):
+    (tmp_path / "vocab.txt").write_text("[UNK]\n")  # which would be read in its place
+    file = tmp_path / "tokenizer.json"
+    os.mkfifo(file) if kind == "fifo" else file.symlink_to("nowhere")
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(tmp_path).encode("a")
+    assert caught.value.code in ("not-regular", "not-found") and caught.value.file == str(file)
