@@ -14,6 +14,7 @@ from pymllm.config import Execution, current_execution
 from pymllm.errors import ConfigError
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVStoreKernel, PagedKV
 from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.native.addresses import unfit
 from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
@@ -149,16 +150,27 @@ class Attention(WeightHolder):
         q: [T, H·D] or [T, H, D]; k: [T, Hkv·D] and v: [T, Hkv·Dv], or by heads; sinks: [H].
         Returns [T, H·Dv] or [T, H, Dv], as q came.
         """
-        flat = q.ndim == 2
+        flat = isinstance(q, Tensor) and q.ndim == 2
+        q = _by_heads("q", q, self.num_heads, self.head_dim)
+        k = _by_heads("k", k, self.num_kv_heads, self.head_dim)
+        v = _by_heads("v", v, self.num_kv_heads, self.value_head_dim)
         if q.shape[0] == 0:
             result = q.new_empty((0, self.num_heads, self.value_head_dim))
             return result.flatten(1) if flat else result
         step = fetch_attn_metadata()
-        q = q.view(-1, self.num_heads, self.head_dim)
-        k = k.view(-1, self.num_kv_heads, self.head_dim)
-        v = v.view(-1, self.num_kv_heads, self.value_head_dim)
         result = self.quant_method.apply(self, q, k, v, step, sinks)
         return result.flatten(1) if flat else result
+
+
+def _by_heads(name: str, tensor: Tensor, heads: int, size: int) -> Tensor:
+    """Return [T, heads · size] or [T, heads, size] as the latter.  Raises ConfigError for anything else."""
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested:
+        shape = tensor.shape
+        if len(shape) == 3 and shape[1] == heads and shape[2] == size:
+            return tensor
+        if len(shape) == 2 and shape[1] == heads * size:
+            return tensor.view(shape[0], heads, size)
+    raise unfit(name, tensor, ("T", heads, size))
 
 
 def bytes_per_token(model: nn.Module) -> int:

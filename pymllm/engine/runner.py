@@ -22,7 +22,7 @@ from pymllm.engine.request import Request
 from pymllm.engine.runs import Run
 from pymllm.engine.states import MAX_COPIED_BYTES, StatePool
 from pymllm.engine.strategies import DecodingStrategy, make_strategy
-from pymllm.engine.tape import NotRepeatable, why_not_recorded
+from pymllm.engine.tape import HOOKED, NotRepeatable, why_not_recorded
 from pymllm.engine.tape_memory import StepMemory
 from pymllm.engine.watch import Watch
 from pymllm.errors import RankError
@@ -303,7 +303,7 @@ class Runner:
             *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
             *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
         )
-        if made_for != self._decoding_of:
+        if made_for != self._decoding_of or self.eager_reason == HOOKED:
             self._decoding_of = made_for
             self.forget()
             why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured

@@ -37,6 +37,10 @@ Events = list[tuple[int, Callable[[], object]]]
 OPERATION_BYTES = 2048
 
 
+# The reason that may go as it came: nothing counts hooks that are removed.
+HOOKED = "modules of the model have hooks"
+
+
 class NotRepeatable(Exception):
     """The refusal to record a step; its text is the reason."""
 
@@ -277,7 +281,7 @@ def why_not_recorded(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if getattr(getattr(module, "parallel", None), "size", 1) > 1:
             return f"{name} is divided over ranks"
-    return "modules of the model have hooks" if any(map(is_hooked, model.modules())) else None
+    return HOOKED if any(map(is_hooked, model.modules())) else None
 
 
 def record(

@@ -4,7 +4,8 @@ A tape or a captured graph has the addresses of weights, and numbers that Python
 once an attribute of a layer is set, a parameter, a buffer or a layer is replaced, a hook comes or goes, or a tensor's
 memory is another one (`p.data = ...` tells nobody). A `Watch` looks at all that can be reached from the model, before
 every step: at dictionaries by the number that Python gives each change of one, at tensors by their place, shape,
-strides and type. This takes 2 to 4 us for the shipped model. An edit in place needs no look: a replayed step reads the
+strides and type. Once weights have gone through the caches, a look costs memory accesses (docs/performance.md): the
+extension asks for what it will look at ahead. An edit in place needs no look: a replayed step reads the
 same memory.
 
 A watch keeps the memory that the tensors had. Even a step that plays while another thread replaces its weights reads
@@ -48,8 +49,9 @@ _FUNCTIONS = tuple(
 class Watch:
     """A look at everything that can be reached from `roots`: objects by the name that stands for them in reasons.
 
-    Objects are looked at with their attributes, their classes too. Two kinds of change are not looked for, as others
-    count them or nothing makes them: new hooks (`RemovableHandle.next_id`), and attributes of frozen values.
+    Objects are looked at with their attributes, their classes too. Three kinds of change are not looked for, as others
+    count them or nothing makes them: new hooks (`RemovableHandle.next_id`), attributes of frozen values, and another
+    `__code__` of a function.
     """
 
     def __init__(self, **roots: Any) -> None:
@@ -59,6 +61,7 @@ class Watch:
         self._tensors: dict[int, tuple[Tensor, Tensor, tuple[Any, ...]]] = {}
         self._dicts: dict[int, tuple[dict[Any, Any], tuple[list[Any], list[Any]]]] = {}
         self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._objects: list[tuple[Any, type]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._types: dict[type, tuple[list[Any], list[Any]]] = {}
         self._walk(roots)
@@ -73,7 +76,8 @@ class Watch:
             # An alias: the tensor itself may be given other memory.
             self._tensors[id(tensor)] = tensor, tensor.detach(), _place(tensor)
             if self._native is not None:
-                self._native.add_tensor(*torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor]))
+                (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor])
+                self._native.add_tensor(capsule, tensor._cdata, tensor.untyped_storage()._cdata)
 
     def changed(self) -> bool:
         """Tell whether anything was set, replaced or moved."""
@@ -81,6 +85,7 @@ class Watch:
             return self._native.changed() and self._differs(self._native)
         return (
             any(_place(tensor) != place for tensor, _, place in self._tensors.values())
+            or any(type(found) is not kind for found, kind in self._objects)
             or any(not _same(now, then) for now, then in self._lists)
             or any(not _is_full(cell) or cell.cell_contents is not then for cell, then in self._cells)
             or any(_differ(found, then) for found, then in self._dicts.values())
@@ -162,6 +167,10 @@ class Watch:
             return slots
         for base in kind.__mro__:
             self._add_type(base)
+        if not _is_frozen(kind):
+            self._objects.append((found, kind))
+            if self._native is not None:
+                self._native.add_object(found)
         values = list(attributes.items())
         if isinstance(found, nn.Module):
             # The other dictionaries of torch's are for hooks, for training and for saving.
@@ -171,7 +180,7 @@ class Watch:
             # Which slots requests have is a layer's own account of them, as the states themselves are.
             values = [(name, value) for name, value in values if not _are_numbers(value)]
         holds = any(isinstance(value, (Tensor, dict, list)) for value in attributes.values())
-        if holds or not getattr(getattr(kind, "__dataclass_params__", None), "frozen", False):
+        if holds or not _is_frozen(kind):
             self._add_dict(attributes)
         return [value for _, value in values] + slots
 
@@ -209,6 +218,10 @@ _ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 def _are_numbers(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(one, int) for one in found)
+
+
+def _is_frozen(kind: type) -> bool:
+    return getattr(getattr(kind, "__dataclass_params__", None), "frozen", False)
 
 
 def _slots(kind: type) -> tuple[str, ...]:

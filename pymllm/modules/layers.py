@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import Execution
-from pymllm.kernels.native.addresses import floats_in
+from pymllm.kernels.native.addresses import floats_in, unfit
 from pymllm.kernels.registry import Operation, kernels_for
 from pymllm.layers.weighted import WeightedLayer
 from pymllm.modules.foreign_matrices import ForeignMatrix
@@ -92,6 +92,8 @@ class QuantizedLinear(QuantizedLayer):
         """Multiply the only argument, whatever its name: x [*, I] of any float dtype.  Returns [*, O] in that dtype."""
         (x,) = *args, *named.values()
         dtype = self.bound.problem.dtype
+        if not isinstance(x, Tensor):
+            raise unfit("x", x, ("*", self.in_features), "floats")
         inputs = x if x.dtype is dtype else floats_in("x", x, dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         y = self.quant_method.apply(self, inputs, bias)

@@ -11,6 +11,7 @@ from pymllm.config import Execution
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.native.addresses import check_memory, unfit
 from pymllm.kernels.registry import Operation, Packed, Selection, select
 
 
@@ -41,7 +42,10 @@ class BoundWeight:
 
     def run(self, *args: Any) -> Tensor:
         """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""
+        if not isinstance(args[0], Tensor):
+            raise unfit("the input of a layer", args[0], ("*",))
         if self.input_order is not None:
+            check_memory("x", args[0])  # torch gathers without a look
             args = (args[0][..., self.input_order], *args[1:])
         return self.selection.kernel.run(self.packed, self.problem, *args)
 

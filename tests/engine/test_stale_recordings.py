@@ -45,6 +45,14 @@ def new_data(model):
     norm(model).weight.data = other(norm(model).weight)
 
 
+def another_class(model):
+    module = norm(model)
+    kind = type(module)
+    module.__class__ = type(
+        "Other", (kind,), {"forward": lambda self, *given: negated(kind.forward(self, *given))}
+    )
+
+
 def new_data_everywhere_in_memory_that_is_freed(model):
     for param in model.parameters():
         param.data = other(param)
@@ -165,6 +173,7 @@ def swapped(model):
 EDITS = [
     *(
         new_data,
+        another_class,
         new_data_everywhere_in_memory_that_is_freed,
         new_parameter,
         new_parameter_behind_the_modules_back,
@@ -233,6 +242,7 @@ def test_a_watch_without_the_extension_finds_the_same(monkeypatch):
     functions = watch_module._functions()
     for edit in (
         new_data,
+        another_class,
         new_parameter,
         packed_item,
         other_layers,

@@ -108,6 +108,8 @@ def test_a_hook_is_called_in_every_step():
     answers(llm, PROMPTS[:1], greedy(12))
     assert len(calls) >= 12 and llm.engine.runner.eager_reason == "modules of the model have hooks"
     hook.remove()
+    answers(llm, PROMPTS[:1], greedy(12))
+    assert llm.engine.runner.eager_reason is None and tapes(llm)[1] is not None
 
 
 def test_work_that_no_one_sees_is_noticed_when_the_tape_is_tried():

@@ -138,6 +138,9 @@ class Bindings:
             # To change it once more would be a read outside of ours.
             if name in unreadable:
                 return True
+            # What a kernel packed is never a view that torch negates: to ask each tensor costs more than it tells.
+            if way == "negated" and name in call.hidden:
+                return True
             if way in UNREAD:
                 unreadable.add(name)
             try:

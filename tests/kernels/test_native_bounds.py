@@ -7,6 +7,9 @@ is told by AddressSanitizer (make sanitize).
 import pytest
 import torch
 
+import pymllm
+from pymllm.attention import Attention
+from pymllm.config import Execution
 from pymllm.errors import ConfigError, IndicesError, PymllmError
 from pymllm.kernels.aten.attention import TorchAttention
 from pymllm.kernels.aten.kv_store import TorchKVStore
@@ -191,6 +194,15 @@ def test_a_step_is_looked_at_again_when_its_tensors_are_others_or_lie_elsewhere(
         assert same(outcome(call, {**call.tensors, which: kept}), whole)
         kept.data = tensor.clone()
         assert same(outcome(call, {**call.tensors, which: kept}), whole)
+    # In the same memory, but in another form.
+    for which in ("cache k", "cache v", "page_tables"):
+        kept = call.tensors[which].clone()
+        assert same(outcome(call, {**call.tensors, which: kept}), whole)
+        kept.as_strided_(kept.shape, [0] * kept.ndim)
+        found = outcome(call, {**call.tensors, which: kept})
+        whole_copy = {**call.tensors, which: kept.contiguous()}
+        assert isinstance(found, ConfigError) if "cache" in which else same(found, outcome(call, whole_copy))
+        assert "cache" in which or not same(found, whole)
     for tokens in (call.tensors["q"][:4], call.tensors["q"].repeat(2, 1, 1)):
         assert isinstance(outcome(call, {**call.tensors, "q": tokens}), IndicesError)
 
@@ -294,3 +306,26 @@ def test_errors_say_what_was_expected_what_was_found_and_what_to_do():
     blocks = with_storage(call.tensors["blocks"], 0)
     with pytest.raises(ConfigError, match=r"with 0 of its \d+ bytes of memory\. Give a whole tensor"):
         call.run({**call.tensors, "blocks": blocks})
+
+
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_layers_refuse_inputs_that_torch_would_read_without_a_look(method):
+    layers = torch.nn.Sequential(torch.nn.Embedding(64, 64), torch.nn.Linear(64, 64))
+    pymllm.quantize_model(layers, {"**": method})
+    ids = torch.ones(2, dtype=torch.int64)
+    for wrong in (with_storage(ids, 0), ids - 3, ids + 2**40, ids.float(), ids.expand(1 << 40, 2), [1], None):
+        with pytest.raises(PymllmError):
+            layers[0](wrong)
+    for wrong in ([[0.0] * 64], None, torch.ones(1).expand(1 << 40, 64), torch.tensor(1.0)):
+        with pytest.raises(PymllmError):
+            layers[1](wrong)
+
+
+def test_an_attention_layer_refuses_what_has_no_heads():
+    with Execution(dtype=torch.float32):
+        layer = Attention(4, 8, 1.0, 2)
+    q, k = torch.zeros(2, 32), torch.zeros(2, 16)
+    for wrong in (torch.tensor(1.0), torch.zeros(32), q.to_sparse(), torch.zeros(1, 64), [1], None):
+        for given in ((wrong, k, k), (q, wrong, k), (q, k, wrong)):
+            with pytest.raises(ConfigError, match="must be"):
+                layer(*given)

@@ -8,7 +8,8 @@ every call (kernels/checks.h).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,16 +56,30 @@ def floats_address(name: str, tensor: Tensor, count: int) -> int:
     raise unfit(name, tensor, (count,), torch.float32)
 
 
-def places_of(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, int, int]]:
-    """Note down where tensors lie, and the bytes of their storages, for `lie_as`."""
-    return [(t, t.data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t is not None]
+Places = list[tuple[Tensor, int, int, torch.Size, torch.dtype]]
 
 
-def lie_as(places: list[tuple[Tensor, int, int]]) -> bool:
-    """Tell whether tensors still lie as `places_of` found them: a storage that was resized lies elsewhere."""
+def places_of(tensors: Iterable[Tensor | None]) -> Places:
+    """Note down where contiguous tensors lie, the bytes of their storages, shapes and dtypes, for `lie_as`."""
+    return [
+        (t, t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.dtype) for t in tensors if t is not None
+    ]
+
+
+def lie_as(places: Places) -> bool:
+    """Tell whether tensors still lie as `places_of` found them.
+
+    A storage that was resized lies elsewhere; `t_`, `as_strided_` and `tensor.data = ...` leave it, but not the form.
+    """
     # A generator would cost as much as the looks.
-    for tensor, at, size in places:
-        if tensor.data_ptr() != at or tensor.untyped_storage().nbytes() != size:
+    for tensor, at, size, shape, dtype in places:
+        if (
+            tensor.data_ptr() != at
+            or tensor.untyped_storage().nbytes() != size
+            or tensor.shape != shape
+            or tensor.dtype is not dtype
+            or not tensor.is_contiguous()
+        ):
             return False
     return True
 
@@ -82,7 +97,8 @@ def contiguous(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     check_memory(name, tensor)
-    return tensor.resolve_neg().contiguous()
+    with _room(name, tensor):
+        return tensor.resolve_neg().contiguous()
 
 
 def strided_rows(name: str, tensor: Tensor) -> tuple[Tensor, int, int]:
@@ -111,7 +127,8 @@ def integers(name: str, tensor: Tensor, dtype: torch.dtype = torch.int64) -> Ten
     if tensor.dtype not in INTEGERS or tensor.is_meta or tensor.layout is not torch.strided:
         raise unfit(name, tensor, ("*",), "integers")
     check_memory(name, tensor)
-    found = tensor.to("cpu").resolve_neg()
+    with _room(name, tensor):
+        found = tensor.to("cpu").resolve_neg().contiguous()
     if dtype is torch.int32 and found.dtype is torch.int64 and found.numel():
         least, most = int(found.min()), int(found.max())
         if least < LEAST or most > MOST:
@@ -121,7 +138,7 @@ def integers(name: str, tensor: Tensor, dtype: torch.dtype = torch.int64) -> Ten
                 expected=f"{LEAST} to {MOST}",
                 found=f"{least} to {most}",
             )
-    return found.to(dtype).contiguous()
+    return found.to(dtype)
 
 
 def floats(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,7 +147,8 @@ def floats(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Ten
         return tensor
     if tensor.is_meta:
         raise unfit(name, tensor, ("*",), "floats")
-    return floats_in(name, tensor, dtype).to("cpu").resolve_neg().contiguous()
+    with _room(name, tensor):
+        return floats_in(name, tensor, dtype).to("cpu").resolve_neg().contiguous()
 
 
 def floats_in(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,6 +164,17 @@ def check_memory(name: str, tensor: Tensor) -> None:
     """Raise ConfigError where a tensor's memory is smaller than its shape and strides promise."""
     if not has_memory(tensor):
         raise unfit(name, tensor)
+
+
+@contextlib.contextmanager
+def _room(name: str, tensor: Tensor) -> Iterator[None]:
+    """Raise ConfigError where torch finds no memory for a contiguous copy: an expanded tensor has any size."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no memory for a contiguous copy of {name}, {describe_tensor(tensor)}", code=CODE
+        ) from error
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from pymllm.errors import ConfigError, IndicesError
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
 from pymllm.kernels.native.addresses import (
     CODE,
+    Places,
     address,
     checked_address,
     floats,
@@ -196,13 +197,13 @@ LONGEST = 2**31  # no request has so many tokens: lengths are int32
 class _Pages:
     """The form of a cache's tensors, as they were found.
 
-    tensors: keys, values, and the scales of both.  places: where each lies, and the bytes of its storage.
+    tensors: keys, values, and the scales of both.  places: where each lies, and its form.
     sizes: of a slot: key heads, a head of keys, a head of values.  count: of pages.
     arguments: the addresses of keys, values and their scales, the elements between the slots of each, and their type.
     """
 
     tensors: tuple[Tensor | None, ...]
-    places: list[tuple[Tensor, int, int]]
+    places: Places
     sizes: tuple[int, int, int]
     count: int
     page_size: int
@@ -263,7 +264,7 @@ class _Tables:
     """
 
     sources: tuple[Any, ...]
-    places: list[tuple[Tensor, int, int]]
+    places: Places
     arguments: tuple[int, ...]
 
 

@@ -178,5 +178,8 @@ class NativeFloatLinear:
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = packed["weight"]
         if x.numel() > TORCH_TOKENS * problem.in_features and _may_leave_to_torch(problem):
+            if x.dtype is not problem.dtype or not x.is_cpu or x.shape[-1] != problem.in_features:
+                raise wrong_input(x, problem)
+            check_memory("x", x)
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return run_native(problem, x, bias, weight)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymllm.errors import IndicesError
 from pymllm.kernels.activations import integer_product, quantise_activations
 from pymllm.kernels.canonical import (
     CanonicalWeight,
@@ -26,6 +27,7 @@ from pymllm.kernels.canonical import (
     IntWeight,
 )
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
+from pymllm.kernels.native.addresses import check_memory, describe_tensor
 from pymllm.kernels.registry import Packed
 
 CHUNK_ELEMENTS = 1 << 21  # weights dequantised at a time: 8 MB as float32
@@ -59,8 +61,9 @@ def _unpack(packed: Packed, problem: LinearProblem, rows: slice | Tensor | None 
             return tensor
         # torch gathers no rows of fp8, but of bytes.
         if tensor.dtype.itemsize == 1 and isinstance(rows, Tensor):
-            return tensor.view(torch.uint8)[rows].view(tensor.dtype)
-        return tensor[rows]
+            return tensor.view(torch.uint8).index_select(0, rows).view(tensor.dtype)
+        # Unlike brackets, this takes no row below 0 for one from the end.
+        return tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows]
 
     if isinstance(kind, DenseType):
         return DenseWeight(_needed(cut("weight")))
@@ -136,6 +139,7 @@ class ReferenceLinear:
         return _unpack(packed, problem)
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_memory("x", x)
         kind: Any = problem.weight
         rounds = _quantises_activations(problem)
         product = rounds and "product" in kind.activations
@@ -177,5 +181,14 @@ class ReferenceEmbedding:
         return _unpack(packed, problem)
 
     def run(self, packed: Packed, problem: LinearProblem, ids: Tensor) -> Tensor:
-        rows = _unpack(packed, problem, ids.reshape(-1))
+        check_memory("ids", ids)  # torch gathers without a look
+        try:
+            rows = _unpack(packed, problem, ids.reshape(-1))
+        except (IndexError, RuntimeError) as error:
+            raise IndicesError(
+                f"an embedding cannot look these ids up: {error}",
+                code="embedding-ids",
+                expected=f"int64 or int32 from 0 to {problem.out_features - 1}",
+                found=describe_tensor(ids),
+            ) from error
         return rows.dequantize(problem.dtype).view(*ids.shape, problem.in_features)
