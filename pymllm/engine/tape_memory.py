@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pymllm.weights.memory import out_of_memory
+
 # How much a step's tensors may take at once. The region is so large, but only what is written to takes real memory.
 MAX_BYTES = 64 << 20
 
@@ -35,7 +37,14 @@ class StepMemory:
 
     def __init__(self, size: int | None = None) -> None:
         size = MAX_BYTES if size is None else size
-        raw = np.empty(size + ALIGNMENT, dtype=np.uint8)
+        try:
+            raw = np.empty(size + ALIGNMENT, dtype=np.uint8)
+        except MemoryError as error:
+            raise out_of_memory(
+                "the region of recorded steps",
+                error,
+                fix="Free memory, raise the limit of this process, or choose smaller formats (--quant).",
+            ) from error
         start = -raw.ctypes.data % ALIGNMENT
         self._region = raw[start : start + size]
         self._base, self._size = self._region.ctypes.data, size
