@@ -106,5 +106,5 @@ def test_a_load_that_lacks_memory_is_one_error_with_numbers(models, name):
 
 def test_recorded_steps_without_room_for_their_region_are_one_error():
     with pytest.raises(ConfigError, match="the region of recorded steps has run out of memory") as caught:
-        StepMemory(1 << 60)
+        StepMemory(1 << 49)
     assert caught.value.code == "out-of-memory" and caught.value.expected
