@@ -59,6 +59,22 @@ def reading(path: Path, code: str = "unreadable") -> Iterator[None]:
         ) from error
 
 
+def check_path(path: Path) -> None:
+    """Raise ConfigError "path" for what the system takes for no path at all, whatever is there."""
+    try:
+        os.lstat(path)
+    except OSError:
+        return
+    except ValueError as error:
+        raise ConfigError(
+            f"this is no path: {error}",
+            code="path",
+            file=str(path),
+            expected="a name without the character 0, of characters that the system can spell",
+            fix="Choose another path.",
+        ) from error
+
+
 def names_files(work: Callable[P, T]) -> Callable[P, T]:
     """Have a function that reads files raise a CheckpointError for an OSError, as of a folder that may not be entered.
 

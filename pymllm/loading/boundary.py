@@ -7,21 +7,21 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from pymllm.errors import CheckpointError, ConfigError, PymllmError
+from pymllm.weights.memory import is_out_of_memory
 
 PACKAGE = Path(__file__).parents[1]
-NO_MEMORY = ("can't allocate memory", "out of memory")  # in torch's RuntimeError
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path, *, counted: bool = False) -> Iterator[None]:
     """Turn an exception that nobody has foreseen into a CheckpointError "unforeseen" with the exception as its cause.
 
     Such is a fault of pymllm's as well as of the file: the error names the place, and asks for a report.  An error of
     the machine, or of whoever interrupts, stays what it is; want of memory becomes "out-of-memory".
     file: of the settings, for an error that does not name its file as it lies on the disk.
+    counted: whether it is known by now what the tensors take: want of memory stays what it is, too, and its caller says
+    how much was wanted.
     """
     try:
         yield
@@ -31,8 +31,10 @@ def reading(file: Path) -> Iterator[None]:
             error.args = (str(error),)
         raise
     except (MemoryError, RuntimeError) as error:
-        if not _wants_memory(error):
+        if not is_out_of_memory(error):
             raise _unforeseen(file, error) from error
+        if counted:
+            raise
         raise CheckpointError(
             "there is not enough memory to read this checkpoint",
             code="out-of-memory",
@@ -44,11 +46,6 @@ def reading(file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise _unforeseen(file, error) from error
-
-
-def _wants_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in text for part in NO_MEMORY)
 
 
 def _unforeseen(file: Path, error: Exception) -> CheckpointError:

@@ -63,7 +63,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
                 prepared.parallel.check()
                 # What a module's own resolver raises is its own.
                 own = any(placement.resolved is not None for placement in unit.placements)
-                with nullcontext() if own else reading(prepared.checkpoint.config_file):
+                with nullcontext() if own else reading(prepared.checkpoint.config_file, counted=True):
                     _load_unit(unit, prepared, report)
                 return_freed_memory()
                 advance(sum(placement.tensor.nbytes for placement in unit.placements))

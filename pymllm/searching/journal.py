@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pymllm.disk import reading, write_whole, writing
+from pymllm.disk import check_path, reading, write_whole, writing
 from pymllm.errors import ConfigError
 from pymllm.weights.checkpoint import Checkpoint
 
@@ -29,6 +29,7 @@ class Journal:
     """
 
     def __init__(self, file: Path, about: Mapping[str, Any], *, restart: bool = False) -> None:
+        check_path(file)
         self.file = file
         self._about = {"journal": SCHEMA_VERSION, **about}
         self._values: dict[str, float] = {}

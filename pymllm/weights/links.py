@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pymllm.disk import reading
 from pymllm.errors import CheckpointError
 
 SNAPSHOTS, BLOBS = (
@@ -18,8 +19,9 @@ def check_link(path: Path) -> None:
 
     The folder itself may be a link: its user has named it.
     """
-    if not path.is_symlink():
-        return
+    with reading(path):
+        if not path.is_symlink():
+            return
     target = os.path.realpath(path)
     if not _within(target, path.parent) and not _is_own_blob(path, target) and not _is_cached(target):
         raise CheckpointError(

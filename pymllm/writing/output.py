@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.disk import reading, sync_folder, write_whole, writing
+from pymllm.disk import check_path, reading, sync_folder, write_whole, writing
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.weights.folder import UNFINISHED as STAGING
 from pymllm.weights.safetensors_file import SafetensorsFile
@@ -66,6 +66,7 @@ class Output:
 
         restart: throw away what an unfinished run of any request has left.
         """
+        check_path(folder)
         self.folder, self.staging = self._places(folder)
         with writing(self.path, again=AGAIN):
             self._prepare(dict(request), restart)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pymllm import LLM, SamplingParams
+from pymllm.engine.tape_memory import StepMemory
 from pymllm.errors import ConfigError
 
 from ..checkpoints import write_checkpoint
@@ -101,3 +102,9 @@ def test_a_load_that_lacks_memory_is_one_error_with_numbers(models, name):
         with pytest.raises(ConfigError) as caught, Memory(number):
             LLM(folder, dtype="float32", progress=False)
         assert caught.value.code == "out-of-memory"
+
+
+def test_recorded_steps_without_room_for_their_region_are_one_error():
+    with pytest.raises(ConfigError, match="the region of recorded steps has run out of memory") as caught:
+        StepMemory(1 << 49)
+    assert caught.value.code == "out-of-memory" and caught.value.expected

@@ -33,7 +33,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("work, every", [("folder", 7), ("gguf", 7), ("mlx", 11)])
+@pytest.mark.parametrize("work, every", [("folder", 11), ("gguf", 7), ("mlx", 11)])
 def test_a_killed_run_leaves_no_half_checkpoint_and_goes_on_to_the_same_bytes(sweep, work, every):
     whole, reports = sweep(work, every, **SMALL)
     for one in reports:

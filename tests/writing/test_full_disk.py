@@ -9,7 +9,9 @@ import pytest
 
 from pymllm.disk import write_whole
 from pymllm.errors import CheckpointError, ConfigError
+from pymllm.searching.journal import Journal
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
+from pymllm.writing.output import Output
 
 from ..faults.test_outputs import sweep, write
 
@@ -53,3 +55,11 @@ def test_what_is_not_finished_is_no_checkpoint(out, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="goes on where it was") as caught:
         open_checkpoint(resolve_model_path(tmp_path / out))
     assert caught.value.code == "unfinished"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+@pytest.mark.parametrize("make", [lambda path: Output(path, {}), lambda path: Journal(path, {})])
+def test_what_the_system_takes_for_no_path_is_one_error(make, name, tmp_path):
+    with pytest.raises(ConfigError, match="this is no path") as caught:
+        make(tmp_path / name)
+    assert caught.value.code == "path" and os.listdir(tmp_path) == []
