@@ -184,7 +184,8 @@ class Engine:
     def check_text(self, tokens: int) -> None:
         """Raise RequestError where a text is too long for the model, or its logits for the memory."""
         longest, vocabulary = self.model.max_length, self.model.config.size("vocab_size")
-        if tokens > longest:
+        # Dynamic scaling of positions is there for texts beyond them.
+        if tokens > longest and not self.model.scales_with_length:
             raise RequestError(
                 f"the text is too long: this model's maximum context length is {longest} tokens",
                 code="prompt-too-long",

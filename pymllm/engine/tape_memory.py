@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 # How much a step's tensors may take at once. The region is so large, but only what is written to takes real memory.
 MAX_BYTES = 64 << 20
 

@@ -74,6 +74,12 @@ class LanguageModel(nn.Module):
         return self.config.size("max_position_embeddings")
 
     @property
+    def scales_with_length(self) -> bool:
+        """Whether a text may be longer than `max_length`, as positions are then scaled by its length."""
+        given = self.config.get("rope_parameters") or self.config.get("rope_scaling")
+        return isinstance(given, dict) and "dynamic" in (given.get("rope_type"), given.get("type"))
+
+    @property
     def why_no_text(self) -> str | None:
         """The reason why the model cannot generate text; None: it can."""
         return None if self.lm_head is not None else "the checkpoint has no head, so there are no next tokens"

@@ -37,6 +37,8 @@ MAX_INTERSECTED = 10
 STRING, EXPRESSION = r'"(?:\\.|[^"\\\n])*("?)', r"/(?:\\.|[^/\\\n])+(/?)"
 SPELT = re.compile(f"{STRING}|{EXPRESSION}")
 WITHIN = {'"': re.compile(EXPRESSION), "/": re.compile(STRING)}
+# What a grammar says of a token, by its number, its name or a range.
+TOKEN = re.compile(f'{STRING}|{EXPRESSION}|<[^<>\\s"]{{1,256}}>')
 INLINE_SCHEMA = re.compile(r"%json\s*")
 KEPT_GRAMMARS = 64
 # What a process may take that compiles a grammar first.
@@ -274,19 +276,28 @@ COMPILER = Program("grammars", ("llguidance",), MAX_MEMORY, kept=1)
 
 
 def _try(grammar: Grammar) -> None:
-    """Compile a grammar in a process of its own: llguidance crashes on some.  RequestError for one that it refuses."""
-    asked = {"seconds": MAX_SECONDS, "kind": grammar.kind, "text": grammar.text}
+    """Compile a grammar in a process of its own: llguidance crashes on some.  RequestError for one that ended it.
+
+    What that process only refuses is left to the real tokens, which it does not have.
+    """
+    text = TOKEN.sub(_any_token, grammar.text) if grammar.kind == "lark" else grammar.text
     try:
         with COMPILER.process() as process:
-            reply = process.ask(encoded(asked), CLOCK_SECONDS)
+            reply = process.ask(
+                encoded({"seconds": MAX_SECONDS, "kind": grammar.kind, "text": text}), CLOCK_SECONDS
+            )
             if "limit" in reply:
                 # What a process has taken of memory it may never give back.
                 raise Stopped(reply["limit"])
     except Stopped as stopped:
         reply = {"failed": str(stopped)}
-    problem = next((reply[name] for name in ("invalid", "failed") if name in reply), None)
-    if problem is not None:
-        raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(problem)}")
+    if "failed" in reply:
+        raise Grammar.error(grammar.kind, f"cannot be compiled: {_first_line(reply['failed'])}")
+
+
+def _any_token(found: re.Match[str]) -> str:
+    """Return what stands for a token where tokens are bytes; strings and expressions stay."""
+    return "<[0]>" if found[0].startswith("<") else found[0]
 
 
 def _llguidance() -> Any:

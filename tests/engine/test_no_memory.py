@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pymllm import LLM, SamplingParams
-from pymllm.engine.tape_memory import StepMemory
+from pymllm.engine.tape_memory import NoRoom, StepMemory
 from pymllm.errors import ConfigError
 
 from ..checkpoints import write_checkpoint
@@ -104,7 +105,7 @@ def test_a_load_that_lacks_memory_is_one_error_with_numbers(models, name):
         assert caught.value.code == "out-of-memory"
 
 
-def test_recorded_steps_without_room_for_their_region_are_one_error():
-    with pytest.raises(ConfigError, match="the region of recorded steps has run out of memory") as caught:
-        StepMemory(1 << 49)
-    assert caught.value.code == "out-of-memory" and caught.value.expected
+def test_a_step_is_not_recorded_where_there_is_no_room_for_it():
+    memory = StepMemory(1 << 49)
+    with pytest.raises(NoRoom, match="there are no 536870912 MiB"):
+        memory.take(torch.ones(3))

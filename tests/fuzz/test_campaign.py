@@ -48,8 +48,8 @@ def hang():
         pass
 
 
-def escape():
-    raise CheckpointError("red \x1b[31m", code="red")
+def unforeseen():
+    raise CheckpointError("what no check has foreseen", code="unforeseen", found="KeyError: 7, at a.py:7")
 
 
 def panic():
@@ -59,7 +59,7 @@ def panic():
 ENDS = {
     "crash: SIGSEGV": crash,
     "foreign: BaseException": panic,
-    "foreign: an error that shows": escape,
+    "foreign: unforeseen at a.py:7": unforeseen,
     "hang: ": hang,
     "memory: MemoryError": lambda: bytearray(1 << 40),
     "different": lambda: False,

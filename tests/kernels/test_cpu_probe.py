@@ -193,5 +193,8 @@ sys.modules["pymllm._native"] = stale
 def test_a_stale_extension_is_named_and_never_called():
     info = json.loads(python("-c", STALE + PRINT_PROBE, check=True).stdout)
     assert info["native"] is False
-    assert "older than the Python code: they lack Tape, attention, causal_conv, copy_rows, " in info["reason"]
+    assert (
+        "older than the Python code: they lack Tape, Watch, attention, causal_conv, copy_rows, "
+        in info["reason"]
+    )
     assert "probe" not in info["reason"] and info["reason"].endswith("(in a clone, rebuild: make native)")

@@ -19,7 +19,7 @@ SPACE = r"( |\n[ \t]{0,32})?"
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile a grammar of a `kind` from its `text`, for tokens that are bytes."""
+    """Compile a grammar of a `kind` from its `text`, for tokens that are bytes, and say whether these refuse it."""
     import llguidance
 
     try:
