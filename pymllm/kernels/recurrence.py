@@ -192,7 +192,7 @@ def check_gated_delta(
     problem: GatedDeltaProblem, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> int:
     """Return the number of tokens.  Raises ConfigError where a tensor does not fit the problem."""
-    tokens = q.shape[0]
+    tokens = _tokens("q", q)
     for name, tensor in (("q", q), ("k", k)):
         _check_tensor(name, tensor, (tokens, problem.num_key_heads, problem.key_dim), problem.dtype)
     _check_tensor("v", v, (tokens, problem.num_value_heads, problem.value_dim), problem.dtype)
@@ -213,7 +213,7 @@ def check_mamba2_scan(
     dt_bias: Tensor,
 ) -> int:
     """Return the number of tokens.  Raises ConfigError where a tensor does not fit the problem."""
-    tokens, heads = x.shape[0], problem.num_heads
+    tokens, heads = _tokens("x", x), problem.num_heads
     _check_tensor("x", x, (tokens, heads, problem.head_dim), problem.dtype)
     _check_tensor("dt", dt, (tokens, heads))
     for name, tensor in (("B", B), ("C", C)):
@@ -225,12 +225,18 @@ def check_mamba2_scan(
 
 def check_causal_conv(problem: CausalConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """Return the number of tokens.  Raises ConfigError where a tensor does not fit the problem."""
-    tokens = x.shape[0]
+    tokens = _tokens("x", x)
     _check_tensor("x", x, (tokens, problem.channels), problem.dtype)
     _check_tensor("weight", weight, (problem.channels, problem.kernel_size))
     if bias is not None:
         _check_tensor("bias", bias, (problem.channels,))
     return tokens
+
+
+def _tokens(name: str, tensor: Tensor) -> int:
+    if not tensor.ndim:
+        raise _wrong(f"{name} must have a dimension of tokens, not {list(tensor.shape)}")
+    return tensor.shape[0]
 
 
 def _check_tensor(

@@ -14,6 +14,7 @@ import pymllm.engine.watch as watch_module
 from pymllm import LLM
 from pymllm.engine.tape import record
 from pymllm.engine.watch import Watch
+from pymllm.layers.rotary_embedding import _get_rope
 from pymllm.swapping.swap import swap
 
 from ..kernels.integer_cases import needs_native
@@ -168,6 +169,13 @@ def adapter(model):
 
 def swapped(model):
     swap(model, "**.layers.1.**", "int8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rotary_tables_of_this_module():
+    """Models share these, so that an edit of one would reach the next."""
+    yield
+    _get_rope.cache_clear()
 
 
 EDITS = [

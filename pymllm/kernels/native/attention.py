@@ -151,7 +151,10 @@ class NativeKVStore:
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        tokens, heads, dtype = k.shape[0], problem.num_kv_heads, problem.dtype
+        heads, dtype = problem.num_kv_heads, problem.dtype
+        if k.ndim != 3:
+            raise unfit("k", k, ("T", heads, problem.head_dim), dtype)
+        tokens = k.shape[0]
         pages = _pages(cache, problem)
         keys, values, k_scales, v_scales, k_stride, v_stride, _, element = pages.arguments
         slots = step_numbers(step, "slot_mapping", torch.int64)

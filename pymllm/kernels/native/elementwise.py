@@ -34,6 +34,12 @@ class NativeElementwise:
         """Compute what `TorchElementwise.rms_norm` does, which runs a float32 weight over other activations itself."""
         float32 = weight is not None and weight.dtype is not x.dtype and weight.dtype is torch.float32
         if float32 and x.is_floating_point():
+            for name, tensor, wanted in (
+                ("the weight", weight, x.shape[-1:]),
+                ("the residual", residual, x.shape),
+            ):
+                if tensor is not None and tensor.shape != wanted:
+                    raise unfit(name, tensor, wanted, tensor.dtype)
             return TorchElementwise().rms_norm(x, weight, eps, residual)
         x = _taken("x", x, x)
         shape = x.shape
@@ -94,7 +100,7 @@ class NativeElementwise:
         if x.ndim != 3 or x.dtype not in FLOAT_TYPES or not x.is_cpu or x.is_neg():
             raise unfit("x", x, ("T", "heads", "size"), "floats")
         tokens, heads, head_size = x.shape
-        rotary_size = 2 * cos.shape[-1]
+        rotary_size = 2 * cos.shape[-1] if cos.ndim else 0
         wanted = (tokens, rotary_size // 2)
         if rotary_size > head_size or cos.shape != wanted or sin.shape != wanted:
             shapes = f"{list(cos.shape)} and {list(sin.shape)}"

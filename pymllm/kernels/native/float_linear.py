@@ -180,6 +180,8 @@ class NativeFloatLinear:
         if x.numel() > TORCH_TOKENS * problem.in_features and _may_leave_to_torch(problem):
             if x.dtype is not problem.dtype or not x.is_cpu or x.shape[-1] != problem.in_features:
                 raise wrong_input(x, problem)
-            check_memory("x", x)
+            for name, tensor in (("x", x), ("the weight", weight), ("the bias", bias)):
+                if tensor is not None:
+                    check_memory(name, tensor)
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return run_native(problem, x, bias, weight)
