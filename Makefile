@@ -68,11 +68,12 @@ fuzz: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 # Under -O the asserts of pymllm are out; those of the tests stay (tests/test_without_asserts.py).
+# ONLY_WITHOUT_ASSERTS: leave out the first run, whose tests `make test` and `make serve-check` have, too.
 faults-check: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@tests=$$(grep -oE 'tests/[a-z_/0-9]+\.py::[a-z_0-9]+(\[[^]`]*\])?' docs/faults.md | sort -u) && \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
-	$(BIN)/python -m pytest -n 2 -q $$tests tests/test_without_asserts.py $(PYTEST_ARGS) && \
+	$(if $(ONLY_WITHOUT_ASSERTS),,$(BIN)/python -m pytest -n 2 -q $$tests tests/test_without_asserts.py $(PYTEST_ARGS) &&) \
 	PYTHONOPTIMIZE=1 $(BIN)/python -m pytest -n 2 -q $$tests tests/test_without_asserts.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
