@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
 
     @property
     def scales_with_length(self) -> bool:
-        """Whether a text may be longer than `max_length`, as positions are then scaled by its length."""
+        """Dynamic scaling of positions, by which a text may be longer than `max_length`."""
         given = self.config.get("rope_parameters") or self.config.get("rope_scaling")
         return isinstance(given, dict) and "dynamic" in (given.get("rope_type"), given.get("type"))
 
