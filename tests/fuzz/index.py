@@ -118,7 +118,8 @@ class Index:
             deeds.append(deed)
         # Other bytes of the right size are another model; a file that nothing names says nothing.
         ways = {deed["way"] for deed in deeds}
-        other = ways & {"other", "swap"} and "away" not in ways
+        last = {deed["file"]: deed["way"] for deed in deeds}  # a link is gone once its file is written anew
+        other = ways & {"other", "swap"} and "away" not in last.values()
         told = "; ".join(" ".join(map(str, deed.values())) for deed in deeds)
         return self._input({DEEDS: json.dumps(deeds).encode()}, told, "means" if other else "breaks")
 
