@@ -189,7 +189,7 @@ sanitize: thread-check $(if $(filter $(VENV)/bin/python,$(NATIVE_PYTHON)),$(VENV
 	"$$cmake" --build build/sanitize --parallel 2 && "$$cmake" --install build/sanitize --prefix build/sanitize/site && \
 	cd build/sanitize/site && \
 	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" && \
-	export LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$PWD" && \
+	export LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH="$$PWD" && \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
 	"$$python" -c "$$SANITIZED" && \
 	"$$python" -m pytest -n 2 -q --capture=sys -p no:cacheprovider --rootdir ../../.. -c ../../../pyproject.toml \

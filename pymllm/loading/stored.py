@@ -124,7 +124,7 @@ SCALES: dict[bool | str, tuple[Callable[[Tensor], Tensor], str]] = {
     "or zero": (lambda values: values >= 0, "of 0 or above"),
     "signed": (lambda values: values != 0, "other than 0"),
 }
-MANY_SCALES, RARE = 64, 10  # from so many scales on, fewer than one in ten below 0 are no writer's
+MANY_SCALES, RARE = 32, 10  # from so many scales on, fewer than one in ten below 0 are no writer's
 E4M3_LARGEST = 126  # the byte of the largest e4m3 number; NaN and what is below zero have larger ones
 
 
