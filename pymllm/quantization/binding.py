@@ -12,6 +12,7 @@ from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.native.addresses import check_memory, unfit
+from pymllm.kernels.quantised_rows import QuantisedRows
 from pymllm.kernels.registry import Operation, Packed, Selection, select
 
 
@@ -42,7 +43,7 @@ class BoundWeight:
 
     def run(self, *args: Any) -> Tensor:
         """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""
-        if not isinstance(args[0], Tensor):
+        if not isinstance(args[0], (Tensor, QuantisedRows)):
             raise unfit("the input of a layer", args[0], ("*",))
         if self.input_order is not None:
             check_memory("x", args[0])  # torch gathers without a look
