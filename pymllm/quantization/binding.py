@@ -43,11 +43,13 @@ class BoundWeight:
 
     def run(self, *args: Any) -> Tensor:
         """Call the kernel: (x, bias) for a linear layer, (ids) for an embedding."""
-        if not isinstance(args[0], (Tensor, QuantisedRows)):
-            raise unfit("the input of a layer", args[0], ("*",))
-        if self.input_order is not None:
-            check_memory("x", args[0])  # torch gathers without a look
-            args = (args[0][..., self.input_order], *args[1:])
+        x = args[0]
+        if not isinstance(x, Tensor):
+            if not isinstance(x, QuantisedRows) or self.input_order is not None:
+                raise unfit("the input of a layer", x, ("*",))
+        elif self.input_order is not None:
+            check_memory("x", x)  # torch gathers without a look
+            args = (x[..., self.input_order], *args[1:])
         return self.selection.kernel.run(self.packed, self.problem, *args)
 
     def canonical(self) -> CanonicalWeight:
