@@ -49,9 +49,12 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@$(BIN)/pymllm run --demo
 
-# Servers, ranks and writers that are killed and come back, crowds, the page in a browser: apart, for the sake of time.
+# Servers and ranks that are killed and come back, crowds of clients, the page in a browser, disks that are full, models
+# that are edited under way, attacks that were mended: apart, for the sake of time.
 SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
-  tests/parallel/test_follower.py tests/server/test_crowds.py tests/server/test_slow_clients.py tests/faults
+  tests/parallel/test_follower.py tests/parallel/test_torchrun.py tests/moe/test_torchrun.py tests/server/test_crowds.py \
+  tests/server/test_slow_clients.py tests/faults tests/attacks tests/fuzz tests/engine/test_stale_recordings.py \
+  tests/adapters/test_hostile_adapters.py
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
