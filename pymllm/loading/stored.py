@@ -124,7 +124,7 @@ SCALES: dict[bool | str, tuple[Callable[[Tensor], Tensor], str]] = {
     "or zero": (lambda values: values >= 0, "of 0 or above"),
     "signed": (lambda values: values != 0, "other than 0"),
 }
-MANY_SCALES, RARE = 32, 10  # from so many scales on, fewer than one in ten below 0 are no writer's
+MANY_SCALES, RARE = 32, 10  # from so many scales on, fewer than one in ten of either sign are no writer's
 E4M3_LARGEST = 126  # the byte of the largest e4m3 number; NaN and what is below zero have larger ones
 
 
@@ -139,7 +139,7 @@ def check_scale(tensor: TensorInfo, scale: Tensor, spec: WeightSpec) -> None:
     if spec.scale == "signed" and not bad and values.numel() >= MANY_SCALES:
         below = int((values < 0).sum())
         # The writer that gives scales a sign gives them that of the largest weight: either one to about half of them.
-        if below * RARE < values.numel():
+        if below and min(below, values.numel() - below) * RARE < values.numel():
             bad, expected = below, "above 0, or half of them below"
     if bad:
         raise CheckpointError(
