@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pymllm.control_groups import group_folders
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, PymllmError
 
 # The files of a control group, version 2, then version 1: limit, usage, statistics, and the statistic that counts the
 # part of the usage that is only cache.
@@ -57,7 +57,12 @@ def refuse_too_large(needed: int, device: str, model: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory could not be had: by Python, NumPy, C++, or torch on any device."""
+    """Tell whether an error says that memory could not be had: by Python, NumPy, C++, or torch on any device.
+
+    An error of ours has its own words, of another rank's memory perhaps.
+    """
+    if isinstance(error, PymllmError):
+        return False
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # torch has no class of its own for the CPU: "DefaultCPUAllocator: can't allocate memory: ...".
