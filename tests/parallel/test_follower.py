@@ -63,6 +63,6 @@ def test_a_follower_runs_until_it_is_over_and_returns(ranks):
 
 def test_a_rank_that_fails_while_it_loads_ends_the_others_with_its_reason(ranks):
     process, lead = ranks(FAILS)
-    with pytest.raises(PymllmError, match="rank 1 of 2 has failed: loading .* has run out of memory"):
+    with pytest.raises(PymllmError, match=r"rank 1 of 2 has failed: loading .* has run out of memory"):
         lead()
     assert process.wait(SECONDS) == 1
