@@ -142,6 +142,8 @@ def run_by_name(name: str, seed: int, keep: Path, seconds: float | None, inputs:
     torch.set_num_threads(1)
     kind = KINDS[name]()
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as folder:
+        # A child that is ended leaves its folders: they go with this one.
+        tempfile.tempdir = folder
         kind.prepare(Path(folder))
         return run(
             kind, seed, keep, seconds=seconds, inputs=inputs, tell=lambda text: print(text, flush=True)

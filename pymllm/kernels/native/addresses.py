@@ -56,26 +56,30 @@ def floats_address(name: str, tensor: Tensor, count: int) -> int:
     raise unfit(name, tensor, (count,), torch.float32)
 
 
-Places = list[tuple[Tensor, int, int, torch.Size, torch.dtype]]
+Places = list[tuple[Tensor, torch.UntypedStorage, int, int, torch.Size, torch.dtype]]
 
 
 def places_of(tensors: Iterable[Tensor | None]) -> Places:
-    """Note down where contiguous tensors lie, the bytes of their storages, shapes and dtypes, for `lie_as`."""
+    """Note down where contiguous tensors lie, their storages and the bytes of these, shapes and dtypes, for `lie_as`."""
     return [
-        (t, t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.dtype) for t in tensors if t is not None
+        (t, t.untyped_storage(), t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.dtype)
+        for t in tensors
+        if t is not None
     ]
 
 
 def lie_as(places: Places) -> bool:
     """Tell whether tensors still lie as `places_of` found them.
 
-    A storage that was resized lies elsewhere; `t_`, `as_strided_` and `tensor.data = ...` leave it, but not the form.
+    Each storage is kept, so that no other one lies at its address while it has its bytes: a tensor at that address is
+    still in that storage, and to ask the tensor for it would cost 0.1 us. `t_`, `as_strided_` and `tensor.data = ...`
+    may leave the address, but not the form.
     """
     # A generator would cost as much as the looks.
-    for tensor, at, size, shape, dtype in places:
+    for tensor, storage, at, size, shape, dtype in places:
         if (
             tensor.data_ptr() != at
-            or tensor.untyped_storage().nbytes() != size
+            or storage.nbytes() != size
             or tensor.shape != shape
             or tensor.dtype is not dtype
             or not tensor.is_contiguous()
