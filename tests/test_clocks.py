@@ -17,7 +17,7 @@ from pymllm.asynchronous.pulse import LEAST_SECONDS, Pulse
 from pymllm.engine.pace import Pace
 from pymllm.errors import RankError
 from pymllm.parallel import away, heartbeat, leader
-from pymllm.parallel.away import LONGEST_LOOK, Watch
+from pymllm.parallel.away import LONGEST_LOOK, Looks
 from pymllm.parallel.ranks import Ranks
 
 from . import structure
@@ -66,7 +66,7 @@ def test_a_clock_that_stands_still_divides_by_nothing(monkeypatch):
 
 def test_a_watcher_knows_that_it_was_away():
     now = [0.0]
-    watch = Watch(lambda: now[0])
+    watch = Looks(lambda: now[0])
     for seconds in (0.2, 1.0, LONGEST_LOOK):
         now[0] += seconds
         assert watch.missed() == 0.0
@@ -137,7 +137,7 @@ def fake_clock(patch, module, now):
     """Have a module, and the watch of its loop, read this time."""
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
     patch.setattr(module, "time", clock)
-    patch.setattr(away.Watch.__init__, "__defaults__", (lambda: now[0],))
+    patch.setattr(away.Looks.__init__, "__defaults__", (lambda: now[0],))
 
 
 def test_ranks_that_slept_together_are_not_lost(monkeypatch):
@@ -180,7 +180,7 @@ def test_ranks_of_torchrun_that_slept_together_are_not_lost(monkeypatch):
     beats = heartbeat.Heartbeat.__new__(heartbeat.Heartbeat)
     beats.rank, beats.size, beats._store = 0, 2, Store()
     beats._keys, beats._signs = ["a", "b"], [b"", b""]
-    beats._seen, beats._looked, beats._watch = [now[0]] * 2, now[0], Watch()
+    beats._seen, beats._looked, beats._watch = [now[0]] * 2, now[0], Looks()
     lost = []
 
     def wait(seconds):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from pymllm.engine.scheduler import STEP_TOKENS
-from pymllm.parallel.away import Watch
+from pymllm.parallel.away import Looks
 
 # How long a step may take while none has been measured: a first one may compile kernels and record graphs.
 FIRST_STEP_SECONDS = 300.0
@@ -30,7 +30,7 @@ class Pulse:
         self._slowest = 0.0
         self._seconds_a_token: float | None = None  # of the step that ran tokens fastest
         self._silent_since: float | None = None
-        self._watch: Watch | None = None
+        self._watch: Looks | None = None
         self._away = (0.0, 0.0)  # since when the thread was silent as the process was away, and for how long
 
     def look(self) -> None:
@@ -38,7 +38,7 @@ class Pulse:
 
         A time in which the process did not run is no silence of its thread.
         """
-        self._watch = self._watch or Watch(self._clock)
+        self._watch = self._watch or Looks(self._clock)
         missed, since = self._watch.missed(), self._silent_since
         if missed and since is not None:
             self._away = (since, self._seconds_away(since) + missed)

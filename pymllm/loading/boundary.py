@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
-def reading(file: Path, *, counted: bool = False) -> Iterator[None]:
+def reading_checkpoint(file: Path, *, counted: bool = False) -> Iterator[None]:
     """Turn an exception that nobody has foreseen into a CheckpointError "unforeseen" with the exception as its cause.
 
     Such is a fault of pymllm's as well as of the file: the error names the place, and asks for a report.  An error of

@@ -16,7 +16,7 @@ from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
-from pymllm.loading.boundary import reading
+from pymllm.loading.boundary import reading_checkpoint
 from pymllm.loading.match import Placement, Unit
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
@@ -56,14 +56,18 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
     show = False if prepared.parallel.rank else progress
     with prepared.checkpoint, progress_bar("Loading", total, show) as advance:
         try:
-            with reading(prepared.checkpoint.config_file):
+            with reading_checkpoint(prepared.checkpoint.config_file):
                 check_skipped(prepared.skipped)
             for unit in prepared.units:
                 # Another rank may have failed meanwhile.
                 prepared.parallel.check()
                 # What a module's own resolver raises is its own.
                 own = any(placement.resolved is not None for placement in unit.placements)
-                with nullcontext() if own else reading(prepared.checkpoint.config_file, counted=True):
+                with (
+                    nullcontext()
+                    if own
+                    else reading_checkpoint(prepared.checkpoint.config_file, counted=True)
+                ):
                     _load_unit(unit, prepared, report)
                 return_freed_memory()
                 advance(sum(placement.tensor.nbytes for placement in unit.placements))

@@ -21,7 +21,7 @@ from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
 from pymllm.layers.held import weight_holders
 from pymllm.loading.absorbed_heads import join_absorbed_heads
-from pymllm.loading.boundary import reading
+from pymllm.loading.boundary import reading_checkpoint
 from pymllm.loading.drafting import check_drafts
 from pymllm.loading.head import find_own_head, lacks_head
 from pymllm.loading.match import Skipped, Unit, match
@@ -103,7 +103,7 @@ def prepare(
     """
     place = resolve_model_path(path, revision)
     # What another program's builder raises is its own.
-    with reading(place / CONFIG if place.is_dir() else place) if build is None else nullcontext():
+    with reading_checkpoint(place / CONFIG if place.is_dir() else place) if build is None else nullcontext():
         checkpoint = open_checkpoint(place, gguf_architectures())
         return _prepare(
             checkpoint, quant, device, dtype, compute, kernels, kv_cache, definition, strategy, build

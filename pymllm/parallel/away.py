@@ -13,7 +13,7 @@ from collections.abc import Callable
 LONGEST_LOOK = 4.0
 
 
-class Watch:
+class Looks:
     """The looks of one watcher, by a clock that never goes back.
 
     clock: tells the time, in seconds.

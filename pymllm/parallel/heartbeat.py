@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 
 from pymllm.errors import RankError
-from pymllm.parallel.away import Watch
+from pymllm.parallel.away import Looks
 
 BEAT_SECONDS = 1.0
 SILENCE = 8.0  # seconds without a sign after which a rank counts as lost
@@ -32,7 +32,7 @@ class Heartbeat:
         self._keys = [f"pymllm/alive/{rank}" for rank in range(size)]
         self._signs: list[bytes] = [b""] * size
         self._seen = [time.monotonic()] * size
-        self._looked, self._watch = time.monotonic(), Watch()
+        self._looked, self._watch = time.monotonic(), Looks()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()

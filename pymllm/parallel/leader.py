@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pymllm.errors import ConfigError, RankError
-from pymllm.parallel.away import Watch
+from pymllm.parallel.away import Looks
 from pymllm.parallel.children import Child, is_stopped
 from pymllm.parallel.link import Link, encode
 from pymllm.parallel.ranks import Ranks
@@ -68,7 +68,7 @@ class Leader:
         self.address = (ranks.host, int(self._listener.getsockname()[1]))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._pinged, self._seen = 0.0, Watch()
+        self._pinged, self._seen = 0.0, Looks()
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     @classmethod

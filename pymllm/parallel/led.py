@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pymllm.errors import RankError
-from pymllm.parallel.away import Watch
+from pymllm.parallel.away import Looks
 from pymllm.parallel.leader import JOIN_SECONDS, PING_SECONDS, SILENCE
 from pymllm.parallel.link import Link, Message
 
@@ -76,7 +76,7 @@ class Led:
             self._die(str(error))
 
     def _live(self) -> None:
-        watch = Watch()
+        watch = Looks()
         while not self._ending:
             with contextlib.suppress(OSError):
                 self._link.ping()

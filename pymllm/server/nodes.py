@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymllm.errors import RankError
-from pymllm.parallel.away import Watch
+from pymllm.parallel.away import Looks
 from pymllm.parallel.children import Child, is_stopped
 
 # The exit code of a follower whose rank 0 has gone.
@@ -35,7 +35,7 @@ def follow_on_node(
         children = {
             rank: _start(rank, place, size, host, port, key, settings) for place, rank in enumerate(ranks)
         }
-        running, watch = {child: time.monotonic() for child in children.values()}, Watch()
+        running, watch = {child: time.monotonic() for child in children.values()}, Looks()
         try:
             while not stopping and not any(child.ended for child in running):
                 time.sleep(TICK)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pymllm.parallel.away import Watch
+from pymllm.parallel.away import Looks
 from pymllm.parallel.children import end_with_parent, is_stopped
 from pymllm.server.stand_in import StandIn
 
@@ -74,7 +74,7 @@ class Supervisor:
         server = self.server = _Server(self.listener, self.arguments)
         for number in self.stopping:
             server.stop(number)
-        watch = Watch()
+        watch = Looks()
         while True:
             for word in server.listen():
                 if "ready" in word:

@@ -150,6 +150,18 @@ def test_a_prompt_that_cannot_run_is_refused_and_the_next_one_answered(llm, prom
     assert len(llm.generate(PROMPT, greedy(2))[0].token_ids) == 2
 
 
+def test_logits_of_a_text_that_fits_neither_the_model_nor_the_memory_are_refused(llm, monkeypatch):
+    longest = llm.engine.model.max_length
+    with pytest.raises(
+        RequestError, match=f"the text is too long.*up to {longest} tokens, found {longest + 1}"
+    ):
+        llm.logits([5] * (longest + 1))
+    monkeypatch.setattr("pymllm.engine.engine.available_memory", lambda _: 1000)
+    with pytest.raises(RequestError, match="logits of the text take") as error:
+        llm.logits([5] * 3)
+    assert error.value.code == "out-of-memory"
+
+
 def test_a_conversation_with_a_token_that_the_model_has_not_is_refused(llm, monkeypatch):
     tokenizer = copy.copy(llm.tokenizer)
     tokenizer.apply_chat_template = lambda messages, **settings: [5, llm.config.size("vocab_size")]

@@ -113,6 +113,20 @@ def test_negative_scales_of_autorounds_symmetric_integers_are_right(marks, tmp_p
         assert refused(tmp_path).code == "bad-scale"
 
 
+@pytest.mark.parametrize(
+    "changed", (slice(1), slice(None), slice(1, None)), ids=("one", "all", "all but one")
+)
+def test_signs_that_no_writer_gives_to_the_scales_of_symmetric_integers_are_found(changed, tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "llama", WRITERS["compressed-int8"], **SMALL)
+    name = f"{LAYER}.weight_scale"
+    scales = checkpoint.tensors[name].clone()
+    scales.view(-1)[changed] *= -1
+    save_tensors(checkpoint.folder, checkpoint.tensors | {name: scales})
+    error = refused(tmp_path)
+    assert (error.code, error.tensor) == ("bad-scale", name)
+    assert f"found {int((scales < 0).sum())} of {scales.numel()}" in str(error)
+
+
 def test_blocks_of_gguf_may_have_negative_scales_but_no_nan(tmp_path):
     def load(factor):
         def edit(tensors):

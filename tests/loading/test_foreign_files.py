@@ -12,7 +12,7 @@ import torch
 from pymllm.engine.sampling import recommended_settings
 from pymllm.errors import LISTED, CheckpointError, ConfigError, PymllmError, escaped
 from pymllm.loading import load
-from pymllm.loading.boundary import reading
+from pymllm.loading.boundary import reading_checkpoint
 from pymllm.loading.prepare import prepare
 from pymllm.moe.config import get_num_experts_per_tok
 from pymllm.text.encoders import AutoEncoder
@@ -295,7 +295,7 @@ def test_what_nobody_foresaw_is_one_error_with_its_cause_and_place(folder, monke
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, SystemExit, OSError))
 def test_what_is_not_the_files_fault_stays_what_it_is(tmp_path, error):
-    with pytest.raises(error), reading(tmp_path):
+    with pytest.raises(error), reading_checkpoint(tmp_path):
         raise error
 
 
@@ -303,7 +303,7 @@ def test_what_is_not_the_files_fault_stays_what_it_is(tmp_path, error):
     "error", (MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: 5"))
 )
 def test_want_of_memory_is_said(tmp_path, error):
-    with pytest.raises(CheckpointError, match="not enough memory") as caught, reading(tmp_path):
+    with pytest.raises(CheckpointError, match="not enough memory") as caught, reading_checkpoint(tmp_path):
         raise error
     assert caught.value.code == "out-of-memory" and caught.value.__cause__ is error
 

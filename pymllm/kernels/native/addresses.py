@@ -60,7 +60,7 @@ Places = list[tuple[Tensor, torch.UntypedStorage, int, int, torch.Size, torch.dt
 
 
 def places_of(tensors: Iterable[Tensor | None]) -> Places:
-    """Note down where contiguous tensors lie, their storages and the bytes of these, shapes and dtypes, for `lie_as`."""
+    """Note down where contiguous tensors lie, their storages and sizes, shapes and dtypes, for `lie_as`."""
     return [
         (t, t.untyped_storage(), t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.dtype)
         for t in tensors
