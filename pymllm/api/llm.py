@@ -1,4 +1,4 @@
-"""The front door: `LLM`, a model that is loaded and ready to answer, and `load_model`, which makes the model alone."""
+"""`LLM`: a model that is loaded and ready to answer."""
 
 # T tokens, V vocabulary
 
@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pymllm.adapters import (
-    LoadedAdapter,
-    load_lora_weights,
-    loaded_adapters,
-    merge_lora_weights,
-    unload_lora_weights,
-    unmerge_lora_weights,
-)
-from pymllm.adapters.loading import merged_adapter
+from pymllm.api.adaptable import Adaptable
+from pymllm.api.shipped import shipped_model
 from pymllm.embedding.embedder import Embedder
 from pymllm.engine.asking import Asked, ask, check_record, gather
 from pymllm.engine.engine import Engine
@@ -33,14 +26,12 @@ from pymllm.engine.runner import Runner
 from pymllm.engine.sampling import SamplingParams, recommended_settings
 from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
-from pymllm.errors import RequestError, nearest
+from pymllm.errors import RequestError
 from pymllm.kernels.attention import PAGE_SIZE
-from pymllm.loading.agreement import describe_adapter, settings_for_ranks
+from pymllm.loading.agreement import settings_for_ranks
 from pymllm.loading.load import load_prepared
-from pymllm.loading.options import LoadOptions
-from pymllm.models.language_model import LanguageModel
-from pymllm.parallel import Ranks, choose_parallel, current_parallel
-from pymllm.parallel.ranked import Ranked, ends_ranks
+from pymllm.parallel import Ranks, choose_parallel
+from pymllm.parallel.ranked import ends_ranks
 from pymllm.planning.deciding import decide
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.end_tokens import end_tokens_of
@@ -51,15 +42,10 @@ from pymllm.text.tokenizer import read_json
 from pymllm.weights.report import LoadReport
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    pass
 
 
-def shipped_model() -> Path:
-    """Return the folder of the small trained model that comes with the package."""
-    return Path(__file__).parent / "shipped_model"
-
-
-class LLM(Ranked):
+class LLM(Adaptable):
     """A checkpoint, loaded for generation.
 
     llm = LLM("path/to/model", quant={"**.mlp.**": "fp8"})
@@ -187,66 +173,6 @@ class LLM(Ranked):
         self.model.check_generates()
         assert self._engine is not None
         return self._engine
-
-    @property
-    def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """The LoRA adapters that requests can choose, by name."""
-        return loaded_adapters(self.model)
-
-    def load_adapter(self, name: str, path: str | Path) -> LoadedAdapter:
-        """Load a PEFT adapter for requests that name it, in place of one of that name; see `load_lora_weights`.
-
-        name: what requests choose it by.  path: a folder as PEFT writes it, or a hub id.
-        """
-        with self._lock:
-            loaded = load_lora_weights(self.model, path, name=name, activate=False)
-            self._tell_ranks("load_adapter", name, str(path), files=lambda: describe_adapter(path))
-            return loaded
-
-    def unload_adapter(self, name: str) -> None:
-        """Drop an adapter.  ConfigError if there is none of that name, or if it is merged."""
-        with self._lock:
-            unload_lora_weights(self.model, name)
-            self._tell_ranks("unload_adapter", name)
-
-    def merge_adapter(self, name: str) -> LoadedAdapter:
-        """Give every request this adapter from now on, merged into the weights where these are plain floats.
-
-        `unmerge_adapter` puts the weights back bit for bit; until then they are held twice, and no request can choose
-        another adapter.
-        """
-        with self._lock:
-            merged = merge_lora_weights(self.model, name)
-            self._tell_ranks("merge_adapter", name)
-            return merged
-
-    def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`.  Where nothing is merged, do nothing."""
-        with self._lock:
-            unmerge_lora_weights(self.model)
-            self._tell_ranks("unmerge_adapter")
-
-    def check_adapter(self, name: str | None) -> str | None:
-        """Return the name of an adapter that a request may have now.  RequestError, with the nearest names, if none."""
-        if name is None:
-            return None
-        if not isinstance(name, str) or name not in self.adapters:
-            raise RequestError(
-                f"there is no adapter {name!r}",
-                code="adapter-unknown",
-                tensor="adapter",
-                expected=" or ".join(self.adapters) or "no adapter, as none is loaded",
-                fix=nearest(str(name), self.adapters),
-            )
-        merged = merged_adapter(self.model)
-        if merged not in (None, name):
-            raise RequestError(
-                f"the adapter {merged!r} is merged into the weights, so {name!r} cannot be chosen",
-                code="adapter-merged",
-                tensor="adapter",
-                fix="Unmerge it first.",
-            )
-        return name
 
     @property
     def load_report(self) -> LoadReport:
@@ -460,37 +386,3 @@ class LLM(Ranked):
                 yield session
             finally:
                 session.close()
-
-
-def load_model(
-    path: str | Path,
-    quant: RuleSource = None,
-    *,
-    progress: bool | None = None,
-    check_memory: bool = True,
-    **options: Unpack[LoadOptions],
-) -> LanguageModel:
-    """Load a checkpoint into a model whose every weight is packed for the best kernel.
-
-    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
-    quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
-    "@FILE"; None: as stored.
-    progress: whether to show a bar while loading; None: on a terminal.
-    check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
-    device: "auto" (a GPU where there is one), "cpu" or "cuda".
-    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
-    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
-    demands what the checkpoint asks for.
-    kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
-    kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
-    attention layers; None: as the checkpoint says.
-    revision: a branch, tag or commit of a hub id; None: its main branch.
-    definition: "auto" runs our page of the model type, or else transformers' class; "transformers" always its class.
-    strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
-
-    The current `Parallel` decides this rank's share.  The model carries `load_report` and `prepared`.
-    Raises one CheckpointError that lists everything wrong with the checkpoint, before any tensor is read; ConfigError,
-    RuleError, ShardingError or KernelError for what cannot be honoured.
-    """
-    decided = decide(current_parallel(), path, {"quant": quant, **options}, check_memory=check_memory)
-    return load_prepared(decided[0], progress=progress)
