@@ -40,7 +40,11 @@ examples:
   pymllm run ./model --quant '**.mlp.**=fp8' < prompt.txt"""
 DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
 DEMO_SEED, DEMO_TOKENS = 2, 52
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# org/name, org/name:TAG or org/name/FILE.gguf, as `weights/hub.py` reads them; not imported, for a quick --help.
+HUB_ID = re.compile(
+    r"(?i:(?:https://)?(?:hf|huggingface)\.co/)?[A-Za-z0-9][\w.-]*/[\w.-]+"
+    r"(?::[\w.-]+(?:/[\w.-]+)*|/(?:[\w.-]+/)*[\w.-]+\.(?i:gguf))?"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

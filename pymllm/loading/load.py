@@ -22,6 +22,7 @@ from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.loading.stored import check_placed, check_skipped, read_slot
 from pymllm.models.language_model import LanguageModel
+from pymllm.weights.hub import download_weights
 from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
@@ -50,6 +51,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
             found=where.spec,
         )
     lower_to_quota_once()
+    download_weights(prepared.checkpoint)
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)

@@ -11,6 +11,7 @@ from pymllm.loading.prepare import Prepared, prepare
 from pymllm.parallel import Parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
+from pymllm.weights.hub import download_weights
 
 
 def decide(
@@ -32,6 +33,8 @@ def decide(
         plan = make_plan(prepared, **room)
         if check_memory:
             check_fits(prepared, plan)
+        if parallel.size > 1:  # ranks compare what lies in their files
+            download_weights(prepared.checkpoint)
         return prepared, plan
 
     return prepare_alike(parallel, make, lambda made: made[0], adapters)
