@@ -116,7 +116,7 @@ $(VENV)/.stamp-venv:
 	@touch $@
 
 $(VENV)/.stamp-build: $(VENV)/.stamp-venv constraints.txt
-	@$(PIP_INSTALL) scikit-build-core nanobind
+	@$(PIP_INSTALL) scikit-build-core nanobind hatch-fancy-pypi-readme
 	@touch $@
 
 $(VENV)/.stamp-core: $(VENV)/.stamp-build pyproject.toml

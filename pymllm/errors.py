@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+DISTRIBUTION = "pymllm-dispatch"  # what the package index calls this package
 NEAREST = "Nearest:"
 BRIEF = 8  # items of a long list that a terminal is shown
 LISTED = "\n  "  # before each item of a list in a message
@@ -110,8 +111,37 @@ class MissingExtraError(PymllmError, ImportError):
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed",
             code="missing-extra",
-            fix=f"Install it with: pip install 'pymllm[{extra}]'.",
+            fix=f"Install it with: {install_command(extra)}.",
         )
+
+
+@functools.cache
+def install_command(extra: str) -> str:
+    """Return the command that installs what an extra brings, by the names that the package index knows.
+
+    The packages themselves are named, so that it holds wherever pymllm was installed from.
+    """
+    return " ".join(["pip install", *(f"'{needed}'" for needed in sorted(_brought_by(extra)))])
+
+
+def _brought_by(extra: str) -> set[str]:
+    """Collect the requirements of an extra and of the extras that it names; without metadata, the extra itself."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    try:
+        needed = [Requirement(text) for text in requires(DISTRIBUTION) or ()]
+    except PackageNotFoundError:
+        return {f"{DISTRIBUTION}[{extra}]"}
+    brought: set[str] = set()
+    for one in needed:
+        marker = one.marker
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
+            continue
+        one.marker = None
+        brought |= set().union(*map(_brought_by, one.extras)) if one.name == DISTRIBUTION else {str(one)}
+    return brought or {f"{DISTRIBUTION}[{extra}]"}
 
 
 def escaped(text: str, keep: str = "") -> str:

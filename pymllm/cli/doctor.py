@@ -15,6 +15,7 @@ from typing import Any
 
 from pymllm.cli.options import add_common_options
 from pymllm.cli.output import print_json
+from pymllm.errors import install_command
 
 SCHEMA_VERSION = 1
 CORE = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
@@ -222,7 +223,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         lacking = f"; not on this machine: {', '.join(others)}" if others else ""
         text.append(f"kernels    {operation}: {usable}{lacking}")
     for extra, state in report["extras"].items():
-        absent = f"no {', '.join(state['missing'])}: pip install 'pymllm[{extra}]'"
+        absent = f"no {', '.join(state['missing'])}: {install_command(extra)}"
         text.append(f"extra      {extra} ({state['purpose']}): {'present' if state['present'] else absent}")
     text += [f"PROBLEM    {problem}" for problem in report["problems"]]
     if not report["problems"]:

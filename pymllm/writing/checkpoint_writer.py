@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import pymllm
 from pymllm.disk import reading
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
 from pymllm.loading.prepare import Prepared
@@ -135,7 +135,7 @@ class CheckpointWriter:
         }
         config = hashlib.blake2b(repr(sorted(checkpoint.config.items())).encode(), digest_size=16)
         return {
-            "pymllm": importlib.metadata.version("pymllm"),
+            "pymllm": pymllm.__version__,
             "model": str(checkpoint.path.resolve()),
             "model files": files,
             "model config": config.hexdigest(),
@@ -378,7 +378,7 @@ class CheckpointWriter:
             spelling=self.spelling.name,
             calibration=None if self.calibration is None else self.calibration.describe(),
             notes=self._notes(notes),
-            version=importlib.metadata.version("pymllm"),
+            version=pymllm.__version__,
         )
         output.add_file("README.md", card)
         if quantization is not None and isinstance(self.spelling, WithSideConfigs):

@@ -124,7 +124,7 @@ def test_a_plot_without_matplotlib_names_the_extra_before_anything_runs(model, c
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ["verify", str(model.folder), "--compare", "", "--plot", "plot.svg"]
     assert main(arguments) == 1
-    assert "pymllm[plot]" in capsys.readouterr().err
+    assert "pip install 'matplotlib>=" in capsys.readouterr().err
     with pytest.raises(MissingExtraError):
         Comparison("m", []).save_plot("plot.svg")
 
