@@ -19,7 +19,7 @@ LANGUAGES = ("python", "sh", "console", "json", "yaml", "toml", "text")
 
 @dataclass(frozen=True)
 class Block:
-    """page: its file.  line: of its first line.  needs: a package, or None.  not_run: why it is only parsed, or None."""
+    """A block.  page: its file.  line: its first.  needs: a package, or None.  not_run: why it is only parsed, or None."""
 
     page: Path
     line: int

@@ -1,4 +1,4 @@
-"""The commands of `sh` and `console` blocks, run as a reader would: in a shell, or here where that makes no difference."""
+"""The commands of `sh` and `console` blocks, run as a reader does: in a shell, or here where that is the same."""
 
 from __future__ import annotations
 

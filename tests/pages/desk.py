@@ -22,7 +22,6 @@ MODELS = (
     "org/name-AWQ",
     "org/model",
     "smaller-model",
-    "./model",
 )
 ADAPTERS = ("path/to/adapter", "path/to/another", "org/adapter")
 TEXT = (

@@ -23,7 +23,7 @@ class Server:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._printed = tempfile.TemporaryFile()
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115
 
     def start(self, command: str, folder: Path) -> None:
         """End the one before, run a command, and wait until it answers.  AssertionError where it ends."""
