@@ -19,7 +19,7 @@ LANGUAGES = ("python", "sh", "console", "json", "yaml", "toml", "text")
 
 @dataclass(frozen=True)
 class Block:
-    """A block.  page: its file.  line: its first.  needs: a package, or None.  not_run: why it is only parsed, or None."""
+    """A block.  page: its file.  line: its first.  needs: a package.  not_run: why it is only parsed."""
 
     page: Path
     line: int
