@@ -8,7 +8,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from pymllm.cli.options import (
-    SHIPPED,
     adapter,
     add_engine_options,
     add_model_options,
@@ -131,7 +130,7 @@ def check_before_loading(args: argparse.Namespace, settings: object) -> tuple[Di
             "the model has no chat template, so it cannot chat",
             code="chat-template-missing",
             file=str(prepared.checkpoint.path),
-            expected="an instruct model" + (f", where {SHIPPED} is none" if args.model is None else ""),
+            expected="an instruct model, whose folder has a template",
             fix="Give one with --chat-template FILE, or have the model complete a text: pymllm run --raw MODEL PROMPT.",
         )
     dialect = dialect_of(tokenizer)

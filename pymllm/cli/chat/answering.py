@@ -115,22 +115,24 @@ class Answerer:
         chosen: Mapping[str, Any],
         variables: Mapping[str, Any],
         answer: Answer,
+        stop: StopSignal | None = None,
     ) -> Iterator[Content | Reasoning]:
         """Answer a conversation: yield the parts as they come, and write what is known into `answer`.
 
+        stop: has Ctrl+C end the answer; None: Ctrl+C does what it did before.
         RequestError where the template refuses the messages, or they leave no room for an answer.
         """
-        with StopSignal() as stop:
+        with stop or contextlib.nullcontext():
             try:
                 ids = render(self.llm.tokenizer, self.dialect, messages, variables)
                 yield from self._run(ids, self.params(chosen), answer, stop)
             except PymllmError:
                 # Ctrl+C reaches the process that renders templates, too.
-                if not stop.asked:
+                if stop is None or not stop.asked:
                     raise
 
     def _run(
-        self, ids: list[int], params: SamplingParams, answer: Answer, stop: StopSignal
+        self, ids: list[int], params: SamplingParams, answer: Answer, stop: StopSignal | None
     ) -> Iterator[Content | Reasoning]:
         dialect, llm = self.dialect, self.llm
         tail = llm.tokenizer.decode(ids[-TAIL:], skip_special_tokens=False)
@@ -139,7 +141,7 @@ class Answerer:
         with llm.session() as session:
             session.add(ids, params, self.adapter)
             answer.prompt_tokens = len(ids)
-            while session.unfinished and not stop.asked:
+            while session.unfinished and not (stop is not None and stop.asked):
                 for request, piece in session.step():
                     if request.error is not None:
                         raise request.error

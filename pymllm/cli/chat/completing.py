@@ -11,7 +11,7 @@ from prompt_toolkit.document import Document
 from pymllm.cli.chat.settings import THINKING
 from pymllm.cli.sampling_options import SAMPLING
 
-NAMED = re.compile(r"""(?:^|[\s(\[{'"<])@"?([^\s"]*)$""")
+NAMED = re.compile(r"""(?:^|[\s(\[{'"<])@(?:"([^"\n]*)|([^\s"]*))$""")
 
 
 class ChatCompleter(Completer):
@@ -34,7 +34,17 @@ class ChatCompleter(Completer):
         if words[0] in ("/save", "/load"):
             return self._path(text[len(words[0]) + 1 :], complete_event)
         named = NAMED.search(text)
-        return [] if named is None else self._path(named[1], complete_event)
+        return [] if named is None else self._named(named[1] or named[2] or "", text, complete_event)
+
+    def _named(self, begun: str, text: str, event: CompleteEvent) -> Iterable[Completion]:
+        """Complete a path after @, in quotes where it has spaces."""
+        quoted = text[: len(text) - len(begun)].endswith('"')
+        for found in self._path(begun, event):
+            whole = begun[: len(begun) + found.start_position] + found.text
+            if " " in whole and not quoted:
+                yield Completion(f'"{whole}', -len(begun), display=found.display)
+            else:
+                yield found
 
     def _path(self, begun: str, event: CompleteEvent) -> Iterable[Completion]:
         return self._paths.get_completions(Document(begun), event)

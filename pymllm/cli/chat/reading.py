@@ -9,6 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from pymllm.cli.output import say
 from pymllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -106,7 +107,11 @@ class PlainReader(Reader):
         try:
             return input(prompt)
         except KeyboardInterrupt:
+            say()
             raise EmptyInterrupt from None
+        except EOFError:
+            say()
+            raise
         except UnicodeDecodeError as error:
             raise RequestError(
                 "a line is no text in UTF-8", code="input", tensor="input", found=str(error)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 NARROWEST, WIDEST = 16, 100
+NEWLINE = "\n"
 
 
 def columns() -> int:
@@ -59,7 +60,7 @@ class Screen:
     def note(self, text: str, indent: str = "") -> None:
         """Show a remark in lines that fit.  indent: before what continues a line."""
         self.end()
-        self._put(sys.stderr, f"{fill(text, indent)}\n", None, dim=True)
+        self._put(sys.stderr, f"{fill(escaped(text, NEWLINE), indent)}\n", None, dim=True)
 
     def error(self, error: PymllmError | str) -> None:
         """Show an error."""
@@ -80,7 +81,7 @@ class Screen:
         if self._kind == "thought" and kind == "answer" and sys.stdout.isatty():
             self._put(last, "\n", None)
         self._kind = kind
-        if kind and self._stream(kind).isatty() and not is_plain_terminal():
+        if kind and self._stream(kind).isatty():
             from pymllm.cli.chat.wrapping import Wrapper
 
             self._wrapper = Wrapper(columns)
@@ -135,6 +136,8 @@ def fill(text: str, indent: str = "") -> str:
     indent: before what continues a line.
     """
     width = min(max(columns(), NARROWEST), WIDEST)
+    # In a narrow terminal there is no room for columns.
+    indent = indent if 2 * len(indent) <= width else "  "
     wrapper = textwrap.TextWrapper(
         width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
     )

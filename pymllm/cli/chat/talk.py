@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pymllm.cli.chat.answering import Answer, Answerer
+from pymllm.cli.chat.answering import Answer, Answerer, StopSignal
 from pymllm.cli.chat.attachments import attach
 from pymllm.cli.chat.commands import Leave, find_command
 from pymllm.cli.chat.conversation import Conversation
@@ -53,11 +53,7 @@ class Talk:
         while True:
             try:
                 self._take(self.reader.read())
-            except EOFError:
-                if self.reader.interactive:
-                    self.screen.note("")
-                return
-            except Leave:
+            except (EOFError, Leave):
                 return
             except EmptyInterrupt:
                 self.screen.note("Ctrl+D or /exit leaves.")
@@ -123,8 +119,10 @@ class Talk:
         answer, settings, screen = Answer(), self.settings, self.screen
         variables = settings.variables(self.answerer.dialect)
         try:
+            # In a script, Ctrl+C ends the script.
+            stop = StopSignal() if self.reader.interactive else None
             with without_echo():
-                for part in self.answerer.answer(messages, settings.sampling, variables, answer):
+                for part in self.answerer.answer(messages, settings.sampling, variables, answer, stop):
                     if not isinstance(part, Reasoning):
                         screen.answer(part.text)
                     elif settings.shows_thoughts:
