@@ -34,9 +34,9 @@ NOTES = "The harbour master's office opens at nine. It is closed on Mondays.\n"
 
 # What is typed, and what the screen must show before the next is; None: the prompt again.
 STEPS: tuple[tuple[str, str | None], ...] = (
-    ("What is the capital of France?\r", None),
-    ("And of Italy?\r", None),
-    ("When does the office open? See @notes.txt\r", None),
+    ("Write one sentence about the sea.\r", None),
+    ("Now one about mountains.\r", None),
+    ("When is the office closed? See @notes.txt\r", None),
     ("/undo\r", None),
     ("/set max_tokens 400\r", None),
     ("Write a story about a lighthouse.\r", "lighthouse"),

@@ -19,6 +19,7 @@ from pymllm.cli.options import (
 from pymllm.cli.sampling_options import add_sampling_options, sampling_arguments
 
 if TYPE_CHECKING:
+    from pymllm.cli.chat.settings import Settings
     from pymllm.text.dialect import Dialect
 
 EPILOG = """In the chat, /help lists the commands, Ctrl+C ends an answer, and Ctrl+D leaves. @PATH puts the text of a
@@ -106,7 +107,7 @@ def execute(args: argparse.Namespace) -> int:
     return int(talk.failed and not reader.interactive)
 
 
-def check_before_loading(args: argparse.Namespace, settings: object) -> tuple[Dialect, str | None]:
+def check_before_loading(args: argparse.Namespace, settings: Settings) -> tuple[Dialect, str | None]:
     """Check what can be known before weights are read: the model talks, and its template takes what was asked for.
 
     Returns how it writes, and what is to be said of its thinking.  ConfigError, CheckpointError or RequestError.
@@ -135,8 +136,9 @@ def check_before_loading(args: argparse.Namespace, settings: object) -> tuple[Di
         )
     dialect = dialect_of(tokenizer)
     said = check_thinking(args.thinking, dialect)
-    first = Conversation(args.system, [{"role": "user", "content": "x"}])
-    render(tokenizer, dialect, first.for_model(), {})
+    for system in dict.fromkeys((None, args.system)):
+        first = Conversation(system, [{"role": "user", "content": "x"}])
+        render(tokenizer, dialect, first.for_model(), settings.variables(dialect))
     return dialect, said
 
 

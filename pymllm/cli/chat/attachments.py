@@ -35,7 +35,7 @@ def attach(message: str) -> tuple[str, list[Path]]:
         name, after = _choose(found["quoted"], found["bare"])
         if name is None:
             return found[0]
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path not in files:
             files[path] = read_text(path, MAX_BYTES)
         return f"{name}{after}"
@@ -43,6 +43,11 @@ def attach(message: str) -> tuple[str, list[Path]]:
     text = NAMED.sub(replace, message)
     parts = [text, *(_block(path, content) for path, content in files.items())]
     return "\n\n".join(part for part in parts if part), list(files)
+
+
+def expanded(name: str) -> Path:
+    """Make a path of what a user types, with the home folder for ~; a ~ of nobody stays."""
+    return Path(os.path.expanduser(name))
 
 
 def _choose(quoted: str | None, bare: str | None) -> tuple[str | None, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pymllm.cli.chat.attachments import expanded
 from pymllm.cli.chat.conversation import load_conversation, save_conversation
 from pymllm.cli.chat.settings import DEFAULT, THINKING, changed, check_thinking
 from pymllm.errors import RequestError, escaped, nearest
@@ -147,7 +147,7 @@ def _undo(talk: Talk, rest: str) -> None:
 def _save(talk: Talk, rest: str) -> None:
     if not rest:
         raise _usage("save")
-    path = Path(rest).expanduser()
+    path = expanded(rest)
     save_conversation(path, talk.conversation, str(talk.llm.path))
     talk.screen.note(f"Saved: {path}")
 
@@ -155,7 +155,7 @@ def _save(talk: Talk, rest: str) -> None:
 def _load(talk: Talk, rest: str) -> None:
     if not rest:
         raise _usage("load")
-    path = Path(rest).expanduser()
+    path = expanded(rest)
     loaded = load_conversation(path)
     talk.check(loaded)
     talk.conversation, talk.unanswered = loaded, None
