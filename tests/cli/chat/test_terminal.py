@@ -54,7 +54,7 @@ def test_ctrl_c_ends_the_answer_only_and_keys_edit_a_line(start, tmp_path):
     terminal.type("def qf(\x1b[D\x1b[D\x7f\x01# \x05")  # left, left, backspace, home, end
     terminal.wait_for("# def f(")
     terminal.type("\x1b\r")  # Alt+Enter
-    terminal.wait_for("... ")
+    terminal.wait_for("\n...")
     terminal.type("x\r")
     terminal.wait(lambda: len(terminal.text()) > 400)
     assert not termios.tcgetattr(terminal.master)[3] & termios.ECHO
