@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -52,12 +53,12 @@ class Answer:
 
 
 class StopSignal:
-    """A block in which Ctrl+C asks for the end of an answer; a second one raises KeyboardInterrupt.
+    """A block in which Ctrl+C asks for the end of an answer; a second time it warns, and a third time it leaves.
 
-    asked: whether it has.
+    asked: how often it was pressed.
     """
 
-    asked = False
+    asked = 0
 
     def __enter__(self) -> StopSignal:
         self._before: Any = None
@@ -70,9 +71,13 @@ class StopSignal:
             signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        self.asked += 1
+        if self.asked == 2:
+            # Past sys.stderr, which may be in the midst of a write.
+            with contextlib.suppress(OSError):
+                os.write(2, b"(Ctrl+C once more leaves, and the conversation is lost)\n")
+        if self.asked > 2:
+            raise SystemExit(128 + number)
 
 
 def render(
@@ -119,17 +124,16 @@ class Answerer:
     ) -> Iterator[Content | Reasoning]:
         """Answer a conversation: yield the parts as they come, and write what is known into `answer`.
 
-        stop: has Ctrl+C end the answer; None: Ctrl+C does what it did before.
+        stop: tells when the answer is to end; None: Ctrl+C does what it always does.
         RequestError where the template refuses the messages, or they leave no room for an answer.
         """
-        with stop or contextlib.nullcontext():
-            try:
-                ids = render(self.llm.tokenizer, self.dialect, messages, variables)
-                yield from self._run(ids, self.params(chosen), answer, stop)
-            except PymllmError:
-                # Ctrl+C reaches the process that renders templates, too.
-                if stop is None or not stop.asked:
-                    raise
+        try:
+            ids = render(self.llm.tokenizer, self.dialect, messages, variables)
+            yield from self._run(ids, self.params(chosen), answer, stop)
+        except PymllmError:
+            # Ctrl+C reaches the process that renders templates, too.
+            if stop is None or not stop.asked:
+                raise
 
     def _run(
         self, ids: list[int], params: SamplingParams, answer: Answer, stop: StopSignal | None

@@ -20,7 +20,7 @@ FIELDS = ("role", "content", "reasoning_content", "ended")
 
 @dataclass
 class Conversation:
-    """What was said so far.
+    """A conversation so far.
 
     system: the system prompt; None: there is none, or the template has its own.
     messages: the rest, {"role": "user" or "assistant", "content": ...} each. An answer may have its thoughts as

@@ -104,6 +104,10 @@ class PlainReader(Reader):
     """A reader of a terminal that knows no commands."""
 
     def _line(self, prompt: str) -> str:
+        if not sys.stdout.isatty():
+            # Answers alone go there.
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
         try:
             return input(prompt)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pymllm.cli.chat.reading import EmptyInterrupt, Reader, unquoted
 from pymllm.cli.chat.screen import Screen, without_echo
 from pymllm.cli.chat.settings import Settings
 from pymllm.cli.output import readable_size
-from pymllm.errors import PymllmError, RankError, RequestError
+from pymllm.errors import PymllmError, RequestError
 from pymllm.text.parts import Reasoning
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Talk:
     """A conversation with a model, and what the commands change of it.
 
     unanswered: the last message, if its answer was stopped before it began; it is in no history.
-    failed: whether anything was refused.
+    failed: whether anything was refused.  stop: tells when Ctrl+C has asked for the end of what is done now.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Talk:
         self.reader, self.screen = reader, screen
         self.unanswered: str | None = None
         self.failed = False
+        self.stop: StopSignal | None = None
 
     @property
     def llm(self) -> LLM:
@@ -52,7 +54,11 @@ class Talk:
         """Read and answer until the input ends, or the user leaves."""
         while True:
             try:
-                self._take(self.reader.read())
+                line = self.reader.read()
+                # In a script, Ctrl+C ends the script.
+                self.stop = StopSignal() if self.reader.interactive else None
+                with self.stop or contextlib.nullcontext():
+                    self._take(line)
             except (EOFError, Leave):
                 return
             except EmptyInterrupt:
@@ -60,8 +66,6 @@ class Talk:
             except KeyboardInterrupt:
                 if not self.reader.interactive:
                     raise
-            except RankError:
-                raise
             except PymllmError as error:
                 self.failed = True
                 self.screen.error(error)
@@ -104,25 +108,21 @@ class Talk:
         if self.unanswered is not None:
             self.ask(self.unanswered)
             return
-        before = list(self.conversation.messages)
-        taken = self.conversation.take_back()
-        if not taken:
+        place = self.conversation.last_exchange()
+        if place is None:
             raise RequestError("there is no message to answer", code="command", tensor="/retry")
-        kept, self.conversation.messages = self.conversation, before
-        messages = before[: len(before) - len(taken)]
-        answer = self._answer(Conversation(kept.system, [*messages, taken[0]]).for_model())
+        asked = Conversation(self.conversation.system, self.conversation.messages[: place + 1])
+        answer = self._answer(asked.for_model())
         if answer is not None:
-            self.conversation.messages = [*messages, taken[0], answer.message()]
+            self.conversation.messages = [*asked.messages, answer.message()]
 
     def _answer(self, messages: list[dict[str, str]]) -> Answer | None:
         """Answer messages on the screen.  Returns None if it was stopped before anything was said."""
         answer, settings, screen = Answer(), self.settings, self.screen
         variables = settings.variables(self.answerer.dialect)
         try:
-            # In a script, Ctrl+C ends the script.
-            stop = StopSignal() if self.reader.interactive else None
             with without_echo():
-                for part in self.answerer.answer(messages, settings.sampling, variables, answer, stop):
+                for part in self.answerer.answer(messages, settings.sampling, variables, answer, self.stop):
                     if not isinstance(part, Reasoning):
                         screen.answer(part.text)
                     elif settings.shows_thoughts:
