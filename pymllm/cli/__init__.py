@@ -16,6 +16,7 @@ from typing import NoReturn
 
 VERBS = {
     "run": "generate text",
+    "chat": "talk with a model in this terminal",
     "plan": "show which method and kernel every layer gets, and why, without loading",
     "verify": "check what every layer's kernel computes against float64",
     "quantize": "write a quantised checkpoint that other programs read too",

@@ -74,9 +74,14 @@ def show(text: str) -> None:
 
 def show_text(text: str) -> None:
     """Print a piece of a model's text to stdout, as it is; to a terminal, control characters `escaped`."""
-    if sys.stdout.isatty() and not text.isprintable():
-        text = "".join(escaped(letter, "\n\t") if is_control(letter) else letter for letter in text)
-    print(text, end="", flush=True)
+    print(readable_text(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def readable_text(text: str) -> str:
+    """Write a model's text for a terminal: control characters `escaped`, all else as it is."""
+    if text.isprintable():
+        return text
+    return "".join(escaped(letter, "\n\t") if is_control(letter) else letter for letter in text)
 
 
 def is_control(letter: str) -> bool:
