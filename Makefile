@@ -88,9 +88,9 @@ gpu: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: see docs/gpu.md"'
 	$(BIN)/python -m pytest -q tests/kernels/triton tests/kernels/test_hardware.py tests/engine/test_graphs.py $(PYTEST_ARGS)
-	$(BIN)/python -m pymllm bench tune
+	$(BIN)/python -m pymllm kernels tune
 	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_elementwise gpu_decode; do \
-	  $(BIN)/python -m pymllm bench table $$table || status=1; done; exit $$status
+	  $(BIN)/python -m pymllm kernels table $$table || status=1; done; exit $$status
 
 # The editable install names one folder, so that the VENV of another checkout would run and test that one's code.
 define THIS_FOLDER
