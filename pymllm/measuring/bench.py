@@ -95,9 +95,10 @@ def measure(
     device = llm.engine.device
     limits, draw = Limits(device), random.Random(0)
     threads, everyone = torch.get_num_threads(), OtherProcesses()
+    found: list[tuple[Case, list[float], float | None]] = []
     try:
         for case in cases:
-            told(f"{case.name}, batch {case.batch}, {case.threads} threads")
+            told(f"{case.name}, batch {case.batch}, threads {case.threads}")
             torch.set_num_threads(case.threads)
             watch, speeds = OtherProcesses(), []
             with llm.session():
@@ -106,19 +107,16 @@ def measure(
                     limits.probe()
                     seconds, tokens = _run(llm, case, draw)
                     speeds.append(tokens / seconds)
-            measured.rows.append(
-                Row(
-                    case=case,
-                    speeds=speeds,
-                    bound=_bound(llm, case, measured.cost, limits),
-                    other_cpus=watch.cpus(),
-                )
-            )
-            measured.read_rates[case.threads] = limits.read_rate(case.threads)
-            if (rates := limits.operations(case.threads)) is not None:
-                measured.operation_rates[case.threads] = rates
+            found.append((case, speeds, watch.cpus()))
     finally:
         torch.set_num_threads(threads)
+    for case, speeds, others in found:
+        # The best of all probes of the run is the limit of every row.
+        bound = _bound(llm, case, measured.cost, limits)
+        measured.rows.append(Row(case=case, speeds=speeds, bound=bound, other_cpus=others))
+        measured.read_rates[case.threads] = limits.read_rate(case.threads)
+        if (rates := limits.operations(case.threads)) is not None:
+            measured.operation_rates[case.threads] = rates
     measured.other_cpus = everyone.cpus()
     measured.eager_reason = llm.engine.runner.eager_reason
     return measured
