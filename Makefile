@@ -62,7 +62,8 @@ real-model: $(REAL_MODEL)
 demo-chat: $(VENV)/.stamp-core $(NATIVE_STAMP) $(REAL_MODEL)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@if [ -t 0 ] && [ -t 1 ]; then exec $(BIN)/pymllm chat $(REAL_MODEL); fi; \
-	printf '%s\n' 'What is 2 + 2?' 'Name three colours.' | $(BIN)/pymllm chat $(REAL_MODEL) --temperature 0
+	printf '%s\n' 'What is 2 + 2?' /clear 'Write a sentence about the sea.' | \
+	  $(BIN)/pymllm chat $(REAL_MODEL) --temperature 0 --max-tokens 64
 
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
