@@ -114,6 +114,8 @@ def _counts(least: int) -> Any:
 def execute(args: argparse.Namespace) -> int:
     if args.prompts == [0] and args.answers == [0]:
         args.parser.error("nothing to measure: --prompt-tokens and --answer-tokens are both 0")
+    if args.threads is not None and args.tensor_parallel_size > 1:
+        args.parser.error("--threads is for one rank; OMP_NUM_THREADS sets the threads of every rank")
     import torch
 
     from pymllm.api import LLM
@@ -385,7 +387,7 @@ def warnings(llm: LLM, measured: Measured) -> list[str]:
             "disturbed."
         )
     if llm.parallel.size > 1:
-        said.append("no limits: the model is divided over ranks, which share or do not share memory.")
+        said.append("no limits: the model is divided over ranks.")
     elif plan.strategy.get("name") != "autoregressive":
         said.append(
             f"no limits: the strategy {plan.strategy.get('name')} makes more or fewer tokens of a step than one."

@@ -210,6 +210,7 @@ def test_the_cache_gets_the_room_that_is_needed_unless_the_user_says_how_much(fl
         (["tune", "--shape", "1x1"], "pymllm kernels tune"),
         (["table", "gpu_linear"], "pymllm kernels table"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
+        (["-t", "2", "--tensor-parallel-size", "2"], "one rank"),
         (["-b", "0"], "at least 1"),
         (["-p", "5,x"], "commas"),
         (["--json", "--csv"], "not allowed"),

@@ -1,7 +1,7 @@
 """Make the pictures of the page in docs/images/: python -m tests.page.screenshots MODEL [NAME]
 
-MODEL: a checkpoint that chats; NAME: what it is called in the pictures.  The picture of thinking and tools shows
-scripted answers, as a small model gives none.
+MODEL: a checkpoint that chats: the file that `make real-model` fetches.  NAME: what it is called in the pictures.
+The picture of thinking and tools shows scripted answers, as a small model gives none.
 """
 
 from __future__ import annotations
