@@ -23,8 +23,9 @@ VERBS = {
     "search": "find the rules that harm a model least within so many bits a weight",
     "serve": "answer OpenAI-style requests over HTTP",
     "batch": "answer a file of OpenAI-style requests into another",
-    "bench": "build, tune and measure kernels (for those who work on them)",
+    "bench": "measure prefill and decode, beside the limits of the machine",
     "doctor": "show what this machine and this installation can do",
+    "kernels": "build, tune and measure kernels (for those who work on them)",
 }
 FIRST_STEPS = """first steps:
   pymllm run --demo              the small model that comes along answers
