@@ -24,13 +24,11 @@ from pymllm.loading.progress import progress_bar
 from pymllm.loading.reading import Reader, Reading
 from pymllm.loading.stored import check_placed, check_skipped
 from pymllm.models.language_model import LanguageModel
-from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
 from pymllm.weights.resolution import apply_resolved_weight
 from pymllm.weights.spec import ExpertsShape, LinearShape
-from pymllm.weights.tensor_file import TensorInfo
 
 logger = logging.getLogger("pymllm")
 
@@ -118,7 +116,9 @@ def _load_unit(
     for placement in unit.placements:
         name = placement.tensor.name
         first = name not in read
-        read[name] += _read(placement, reading) if placement.resolved is None else _read_resolved(placement, first)
+        read[name] += (
+            _read(placement, reading) if placement.resolved is None else _read_resolved(placement, first)
+        )
     for tensor, nbytes in read.items():
         reason = f"also read for {unit.name}, which is tied to it" if tensor in report.loaded else ""
         report.tensors.append(TensorRecord(tensor, "tied" if reason else "loaded", nbytes, reason))

@@ -44,8 +44,8 @@ class Reading:
         for key, module in params.items():
             _materialise(module, key[1], device, key in resolved, scratch if key in packed else None)
         self._begun: dict[int, deque[Future[None]]] = {}
-        for placement in unit.placements if pool is not None else ():
-            if placement.resolved is None and _reads_straight(placement, device):
+        for placement in unit.placements:
+            if pool is not None and placement.resolved is None and _reads_straight(placement, device):
                 target = placement.slot.view(getattr(placement.module, placement.param).data)
                 self._begun[id(placement)] = deque(
                     pool.submit(_read_piece, placement.tensor, index, out)

@@ -97,7 +97,9 @@ def _rows_of_a_slab(
 ) -> int | None:
     """Count the outputs of a slab; None where the tensors cannot be cut, or need not be."""
     outputs, inputs = shape.out_features_local, shape.in_features_local
-    whole = math.lcm(BLOCK_ROWS, *(dim.granule or 1 for spec in specs for dim in spec.dims if dim.axis is Axis.OUT))
+    whole = math.lcm(
+        BLOCK_ROWS, *(dim.granule or 1 for spec in specs for dim in spec.dims if dim.axis is Axis.OUT)
+    )
     wanted = SLAB_BYTES * torch.get_num_threads() // max(inputs, 1)
     rows = max(wanted // whole, 1) * whole
     if rows >= outputs or any(span.size % whole for span in shape.outputs[:-1]):

@@ -290,7 +290,7 @@ class Descriptor:
         for first in range(0, len(buffers), MAX_BUFFERS):
             batch = buffers[first : first + MAX_BUFFERS]
             wanted, done = sum(map(len, batch)), 0
-            if 1 < len(batch) and wanted <= MAX_READ_BYTES:
+            if len(batch) > 1 and wanted <= MAX_READ_BYTES:
                 try:
                     done = os.preadv(self.fd, batch, offset)
                 except OSError as error:

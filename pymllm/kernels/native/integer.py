@@ -317,7 +317,8 @@ def pack_blocks(
 ) -> Tensor:
     """Pack the problem's weight.  codes: [O, I].  scales, zeros (or offsets): [O, I/G].
 
-    blocks: to be filled; None: new ones.  Returns [ceil(O/16), ceil(I/G), bytes] uint8; of codes on the meta device, on meta.
+    blocks: to be filled; None: new ones.
+    Returns [ceil(O/16), ceil(I/G), bytes] uint8; of codes on the meta device, on meta.
     """
     plan = blocks_of(problem)
     if codes.is_meta:

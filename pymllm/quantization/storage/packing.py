@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.activations import nearest_e2m1
+from pymllm.kernels.canonical import has_nan_e4m3
 from pymllm.kernels.native.stored_codes import split_fields, split_rows, splits_here
 
 # Values of the 4-bit codes 0..15; codes from 8 on are the negatives of those from 0.
@@ -123,6 +124,8 @@ def refuse_nan_scales(scales: Tensor, shape: object) -> str | None:
 
 def refuse_nan_codes(stored: Tensor, shape: object) -> str | None:
     """Refuse float8_e4m3 codes that are NaN, which no writer makes of a weight.  For a `WeightSpec.refuse`."""
+    if not has_nan_e4m3(stored):
+        return None
     count = 0
     for codes in stored.view(torch.uint8).split(ROWS_AT_A_TIME):
         count += int(((codes & 0x7F) == 0x7F).sum())
