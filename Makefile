@@ -196,7 +196,7 @@ endef
 # A second build, with a copy of the package around it. The editable install's finder stands in sys.meta_path and would
 # answer with the source tree before PYTHONPATH is looked at: sitecustomize drops it, in pytest's workers as well.
 # Leaks are not looked for: Python itself keeps memory to its end.
-SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,bounds int4 integer experts float elementwise attention) \
+SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,bounds int4 integer stored_codes experts float elementwise attention) \
   tests/kernels/test_sampling.py tests/kernels/test_recurrence.py
 # Seconds of wrong native calls under the sanitizers.
 SANITIZE_FUZZ ?= 30

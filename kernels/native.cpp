@@ -16,6 +16,7 @@ void register_float(nb::module_ &m);
 void register_integer(nb::module_ &m);
 void register_recurrence(nb::module_ &m);
 void register_sampling(nb::module_ &m);
+void register_stored_codes(nb::module_ &m);
 void register_tape(nb::module_ &m);
 void register_watch(nb::module_ &m);
 } // namespace pymllm
@@ -80,6 +81,7 @@ NB_MODULE(_native, m) {
   pymllm::register_integer(m);
   pymllm::register_recurrence(m);
   pymllm::register_sampling(m);
+  pymllm::register_stored_codes(m);
   pymllm::register_tape(m);
   pymllm::register_watch(m);
 }

@@ -26,6 +26,7 @@ from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
+from pymllm.loading.scratch import scratch_bytes
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
 from pymllm.models import file_name, find_definition
 from pymllm.models.generic.classes import GenericConfig
@@ -88,6 +89,7 @@ def make_plan(
     binder = Binder(prepared.execution)
     holders = [holder for _, holder in weight_holders(prepared.model)]
     weight_bytes = transient = 0
+    ahead: list[int] = []
     for unit in prepared.units:
         holder = unit.holder
         weight_bytes += holder.kept_bytes() + holder.packed_bytes(binder)
@@ -95,6 +97,10 @@ def make_plan(
         if converting is not None:
             stored = sum(placement.tensor.nbytes * _share(placement.slot) for placement in unit.placements)
             transient = max(transient, int(stored) + converting)
+        ahead.append(scratch_bytes(holder))
+    if prepared.execution.device == "cpu":
+        # While one unit is packed, the next one is read: two memories, which grow to the two largest.
+        transient += sorted(ahead)[-2] if len(ahead) > 1 else 0
     layers = [_row(described, prepared) for holder in holders for described in holder.describe(binder)]
     layers.sort(
         key=lambda layer: layer.kind in ("attention", "recurrence")

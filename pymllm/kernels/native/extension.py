@@ -55,6 +55,9 @@ NATIVE_PARTS = (
     "rotate",
     "sample_tokens",
     "silu_and_mul",
+    "split_columns",
+    "split_fields",
+    "split_rows",
     "store_kv",
     "widen",
 )

@@ -198,6 +198,7 @@ class NativeIntegerLinear:
     device_type = "cpu"
     name: ClassVar[str]
     layout: ClassVar[str] = "native_integer 16-row blocks"
+    by_rows: ClassVar[tuple[str, ...]] = ("row_scales", "row_factors")  # packed beside the blocks, [O]
     # By the dtype of the activations, how many tokens are multiplied float-exactly at no cost.
     exact_tokens: ClassVar[dict[torch.dtype, int]] = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 2}
 
@@ -220,7 +221,8 @@ class NativeIntegerLinear:
         rounds = 5e-2 if "fp8" in said else 1.2e-2 if problem.compute == "auto" or "int8" in said else 0.0
         return TOLERANCES[problem.dtype] + rounds
 
-    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem, blocks: Tensor | None = None) -> Packed:
+        """Pack a weight.  blocks: those of its rows within a larger weight's, to be filled; None: its own."""
         assert isinstance(weight, IntWeight | CodebookWeight)
         kept = {name: t for name, t in weight.tensors().items() if name in ("input_scales", "input_zeros")}
         zeros = None
@@ -228,7 +230,7 @@ class NativeIntegerLinear:
             zeros = weight.zeros if weight.offsets is None else weight.offsets.float()
             if weight.offsets is not None and weight.offsets.dtype is not torch.float32:
                 kept["offsets"] = weight.offsets.new_empty(0)  # tells `unpack` their dtype
-        return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem), **kept}
+        return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem, blocks), **kept}
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
@@ -301,9 +303,21 @@ class NativeIntegerLinear:
         return y
 
 
-def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: LinearProblem) -> Tensor:
+def empty_blocks(problem: LinearProblem) -> Tensor:
+    """Allocate the packed form of the problem's weight on the CPU, without values."""
+    return empty_packed(blocks_of(problem).shape)
+
+
+def pack_blocks(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    problem: LinearProblem,
+    blocks: Tensor | None = None,
+) -> Tensor:
     """Pack the problem's weight.  codes: [O, I].  scales, zeros (or offsets): [O, I/G].
 
+    blocks: to be filled; None: new ones.
     Returns [ceil(O/16), ceil(I/G), bytes] uint8; of codes on the meta device, on meta.
     """
     plan = blocks_of(problem)
@@ -325,7 +339,8 @@ def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: Li
             raise unfit(name, tensor, shape, dtype)
     codes, scales, *rest = (contiguous(name, tensor) for name, tensor, _, _ in wanted)
     zeros = rest[0] if rest else None
-    blocks = empty_packed(plan.shape)
+    if blocks is None:
+        blocks = empty_packed(plan.shape)
     native().integer_pack(
         blocks_address(blocks, plan.shape, plan.size),
         outputs,
