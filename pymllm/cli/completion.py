@@ -20,9 +20,9 @@ from pymllm.cli.usage import add_verb_arguments, options_of, parsers_within
 
 # The line that asks the shell for the names of files.
 FILES = ":files"
-EXAMPLES = """to have it in every shell from now on:
+EXAMPLES = """to have it in every shell from now on (in zsh, after compinit):
   bash  echo 'eval "$(pymllm completion bash)"' >> ~/.bashrc
-  zsh   echo 'eval "$(pymllm completion zsh)"' >> ~/.zshrc       (after compinit)
+  zsh   echo 'eval "$(pymllm completion zsh)"' >> ~/.zshrc
   fish  pymllm completion fish > ~/.config/fish/completions/pymllm.fish"""
 
 SCRIPTS = {
