@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pymllm.api.adaptable import Adaptable
-from pymllm.api.shipped import shipped_model
+from pymllm.arguments import checked
 from pymllm.embedding.embedder import Embedder
 from pymllm.engine.asking import Asked, ask, check_record, gather
 from pymllm.engine.engine import Engine
@@ -81,6 +81,7 @@ class LLM(Adaptable):
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
 
+    @checked()
     @ends_ranks
     def __init__(
         self,
@@ -128,8 +129,7 @@ class LLM(Adaptable):
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
         self._own_ranks()
         with self.parallel:
-            path = shipped_model() if model is None else model
-            prepared, self.plan = decide(self.parallel, path, options, **beside)
+            prepared, self.plan = decide(self.parallel, model, options, **beside)
             self.tokenizer = open_tokenizer(prepared.checkpoint, chat_template)
             self.model = load_prepared(prepared, progress=progress)
         self.prepared = prepared
@@ -221,6 +221,7 @@ class LLM(Adaptable):
             self.tokenizer.check_length(prompt)
         return self.encode(prompt)
 
+    @checked()
     def embed(
         self,
         texts: Prompt | Sequence[Prompt],
@@ -247,6 +248,7 @@ class LLM(Adaptable):
         options = self.embedder.options(pooling, normalize, dimensions, self.check_adapter(adapter))
         return self.embedder.embed(texts, options, prompt_name, prompt)
 
+    @checked()
     def logits(self, token_ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Compute the logits after each of the tokens, in one forward without a cache.
 
@@ -260,6 +262,7 @@ class LLM(Adaptable):
         with self._lock:
             return self.engine.runner.logits(ids, adapter).float().cpu()
 
+    @checked({"params": SamplingParams})
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -282,6 +285,7 @@ class LLM(Adaptable):
         pieces = ((place, piece.index, piece.output) for place, piece in self._run(asked, outputs))
         return gather({(place, index): output for place, index, output in pieces if output is not None})
 
+    @checked({"params": SamplingParams})
     def stream(
         self,
         prompt: Prompt,
@@ -298,6 +302,7 @@ class LLM(Adaptable):
         """
         return (piece for _, piece in self.stream_all([prompt], params, adapter=adapter, outputs=outputs))
 
+    @checked({"params": SamplingParams})
     def stream_all(
         self,
         prompts: Sequence[Prompt],
@@ -314,6 +319,7 @@ class LLM(Adaptable):
         check_record(outputs, asked)
         return self._run(asked, outputs)
 
+    @checked({"params": SamplingParams})
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -330,6 +336,7 @@ class LLM(Adaptable):
         prompt = self.tokenizer.apply_chat_template(messages, **template)
         return self.generate([prompt], params, adapter=adapter)[0]
 
+    @checked()
     def score(
         self,
         prompts: Prompt | Sequence[Prompt],

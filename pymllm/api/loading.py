@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pymllm.arguments import checked
 from pymllm.loading.load import load_prepared
 from pymllm.loading.options import LoadOptions
 from pymllm.models.language_model import LanguageModel
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked()
 def load_model(
-    path: str | Path,
+    path: str | Path | None = None,
     quant: RuleSource = None,
     *,
     progress: bool | None = None,
@@ -26,7 +28,8 @@ def load_model(
 ) -> LanguageModel:
     """Load a checkpoint into a model whose every weight is packed for the best kernel.
 
-    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small
+    model that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     progress: whether to show a bar while loading; None: on a terminal.

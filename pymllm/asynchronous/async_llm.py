@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pymllm.adapters import LoadedAdapter
 from pymllm.api import LLM
+from pymllm.arguments import checked
 from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.engine.asking import Asked, ask, gather
 from pymllm.engine.request import RequestOutput
@@ -71,6 +72,7 @@ class AsyncLLM:
         self._closing = False
         self._done: list[asyncio.Future[None]] = []
 
+    @checked({"params": SamplingParams})
     async def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -89,6 +91,7 @@ class AsyncLLM:
                 {(one.place, one.index): output for one, output in zip(asked, outputs, strict=True)}
             )
 
+    @checked({"params": SamplingParams})
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> AsyncIterator[StreamPiece]:

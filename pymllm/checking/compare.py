@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymllm.arguments import checked
 from pymllm.checking.divergence import EndToEnd
 from pymllm.checking.figures import require_matplotlib, save_figure
 from pymllm.checking.verify import Verification, verify
+from pymllm.errors import ConfigError
 from pymllm.loading.options import LoadOptions
 from pymllm.planning.make_plan import plan
 from pymllm.planning.plan import Plan
+from pymllm.weights.shipped import shipped_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -135,9 +138,10 @@ def _label(index: int, candidate: Candidate) -> str:
     return f"{_letter(index)}: {candidate.name or 'as stored'}"
 
 
+@checked()
 def compare(
-    path: str | Path,
-    candidates: Sequence[str],
+    path: str | Path | None = None,
+    candidates: Sequence[str] = (),
     *,
     text: str | Path | None = None,
     tokens: int = 2048,
@@ -146,7 +150,8 @@ def compare(
 ) -> Comparison:
     """Load the model under each set of rules in turn, verify it and measure its answers.
 
-    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small
+    model that comes with the package.
     candidates: the sets of rules; a set is "PATTERN=METHOD" rules separated by ";", or "@FILE"; "": as stored.
     text: a file to measure on, with its perplexity; None: random token ids.
     tokens: how many token ids to measure on.
@@ -164,8 +169,16 @@ def compare(
     strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
 
     Returns the `Comparison`; str() says it in a table.
-    Raises whatever loading would raise under any of the rules.
+    Raises whatever loading would raise under any of the rules; ConfigError without candidates.
     """
+    if not candidates or isinstance(candidates, str):
+        raise ConfigError(
+            "there are no sets of rules to compare",
+            code="compare-argument",
+            expected='a list of them, ["", "**.mlp.**=fp8"] say',
+            found=repr(candidates),
+        )
+    path = shipped_model() if path is None else path
     found = []
     for name in candidates:
         rules = split_rules(name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.arguments import checked
 from pymllm.checking.divergence import EndToEnd, measure_end_to_end
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import relative_error
@@ -103,8 +104,9 @@ class Verification:
         return "\n".join(lines + (self.end_to_end.lines() if self.end_to_end else []))
 
 
+@checked()
 def verify(
-    path_or_model: str | Path | Any,
+    path_or_model: str | Path | Any = None,
     quant: RuleSource = None,
     *,
     end_to_end: bool = False,
@@ -117,8 +119,8 @@ def verify(
     """Check every layer that holds weights against float64 over the checkpoint's own tensors.
 
     path_or_model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name", which is loaded;
-    or a loaded model (`load_model`'s, or an `LLM`), whose checkpoint is read again. The other arguments go with a path
-    alone:
+    None: the small model that comes with the package; or a loaded model (`load_model`'s, or an `LLM`), whose checkpoint
+    is read again. The other arguments go with a path alone:
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     end_to_end: whether to compare next-token distributions, too, with those of the weights in float32, as they are read
@@ -143,7 +145,7 @@ def verify(
     Raises whatever loading would raise; ConfigError for arguments that do not go together.
     """
     whole = None
-    if isinstance(path_or_model, (str, Path)):
+    if path_or_model is None or isinstance(path_or_model, (str, Path)):
         prepared = prepare(path_or_model, quant, **options)
         if check_memory:
             check_fits(prepared, make_plan(prepared))

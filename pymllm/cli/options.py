@@ -12,9 +12,23 @@ ABOUT_RULES = """PATTERN is a layer's name in the checkpoint, as `pymllm plan --
 between dots, ** for any number of them. METHOD: int4, int8, fp8, ..., or none for floats."""
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log one line for each phase; print long lists whole"
+def add_common_options(parser: argparse.ArgumentParser, *, everywhere: bool = False) -> None:
+    """Add -v and -q.  everywhere: to the command itself, whose defaults are those of every verb."""
+    default: Any = False if everywhere else argparse.SUPPRESS
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=default,
+        help="log one line for each phase; print long lists whole",
+    )
+    group.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        default=default,
+        help="nothing on stderr but warnings and errors: no bars, no notes",
     )
 
 

@@ -13,15 +13,19 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pymllm.errors import escaped
+from pymllm.loading import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Columns of a table that is not printed to a terminal.
 PIPE_WIDTH = 200
+
+# Whether the command runs with --quiet.
+_quiet = False
 
 
 def rank() -> int:
@@ -43,8 +47,16 @@ def first_rank_only() -> Iterator[None]:
         yield
 
 
-def start_logging(verbose: bool) -> None:
-    """Send the `pymllm` logger to stderr: one line for each phase if `verbose`, else warnings only."""
+def start_output(verbose: bool, quiet: bool = False) -> None:
+    """Send the `pymllm` logger to stderr: one line for each phase if `verbose`, else warnings only.
+
+    quiet: whether `say` says nothing, and no bar is shown.
+    """
+    global _quiet
+    _quiet = quiet
+    progress.hidden = quiet
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logger = logging.getLogger("pymllm")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if rank():
@@ -63,7 +75,13 @@ class _Lines(logging.Formatter):
 
 
 def say(text: str = "") -> None:
-    """Print a text for people, to stderr."""
+    """Print a text for people, to stderr; nothing under --quiet."""
+    if not _quiet:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a text for people that matters, to stderr, under --quiet too."""
     print(escaped(text, "\n"), file=sys.stderr, flush=True)
 
 
@@ -125,7 +143,32 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Escaping(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    styled = has_styles(stream)
+    return Escaping(
+        file=stream,
+        width=width,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        soft_wrap=False,
+        force_terminal=None if stream.isatty() else styled,
+        color_system="auto" if styled else None,
+        no_color=False,
+    )
+
+
+def has_styles(stream: TextIO) -> bool:
+    """Tell whether what is printed to a stream may have colours and bold type.
+
+    In a terminal, unless NO_COLOR is set, CLICOLOR is 0, or TERM is dumb; elsewhere where FORCE_COLOR or CLICOLOR_FORCE
+    asks for it (no-color.org, force-color.org, bixense.com/clicolors).
+    """
+    setting = os.environ.get
+    if setting("NO_COLOR"):
+        return False
+    if any(setting(name, "0") not in ("", "0") for name in ("FORCE_COLOR", "CLICOLOR_FORCE")):
+        return True
+    return setting("CLICOLOR") != "0" and setting("TERM") != "dumb" and stream.isatty()
 
 
 def readable_size(nbytes: float) -> str:

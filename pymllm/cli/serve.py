@@ -23,7 +23,7 @@ from pymllm.cli.options import (
     model_arguments,
     positive,
 )
-from pymllm.cli.output import say
+from pymllm.cli.output import say, warn
 from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
 from pymllm.cli.serve_options import add_operation_options, limits_of
 
@@ -320,7 +320,7 @@ def _serve(
 
 def _warn_if_open(args: argparse.Namespace) -> None:
     if args.host not in LOOPBACK and args.api_key is None:
-        say("warning: other machines can reach this server, and it has no API key.")
+        warn("warning: other machines can reach this server, and it has no API key.")
 
 
 def make_app(args: argparse.Namespace, ranks: Ranks | None = None) -> tuple[LLM, FastAPI]:

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pymllm.arguments import checked
 from pymllm.errors import ConfigError, RequestError
 from pymllm.text.grammars import Grammar, Kind
 
@@ -191,6 +192,8 @@ class SamplingParams:
         seed = None if self.seed is None else (self.seed + index) % 2**64
         return replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
 
+
+SamplingParams.__init__ = checked(kinds=False)(SamplingParams.__init__)  # type: ignore[method-assign]
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 

@@ -81,7 +81,7 @@ class Prepared:
 @names_files
 @bounded_steps()
 def prepare(
-    path: str | Path,
+    path: str | Path | None,
     quant: RuleSource = None,
     *,
     device: str = "auto",

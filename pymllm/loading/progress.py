@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
+
+# Whether whoever runs this process wants no bar at all.
+hidden = False
+
+
+def shows_bars() -> bool:
+    """Tell whether a bar is shown where nobody asks for one or none: in a terminal that can go back in a line."""
+    return not hidden and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager
@@ -13,10 +22,10 @@ def progress_bar(
 ) -> Iterator[Callable[[int], object]]:
     """Show a bar over `total` bytes.  Yields a function that takes the number of bytes just done.
 
-    doing: the word before the bar.  show: whether to; None: only where standard error is a terminal.
+    doing: the word before the bar.  show: whether to; None: as `shows_bars` says.
     total: None where nobody knows it.  unit: what is counted in place of bytes.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if not (shows_bars() if show is None else show):
         yield lambda nbytes: None
         return
     from tqdm import tqdm

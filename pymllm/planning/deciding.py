@@ -15,7 +15,7 @@ from pymllm.planning.plan import Plan
 
 def decide(
     parallel: Parallel,
-    model: str | Path,
+    model: str | Path | None,
     options: Mapping[str, Any],
     *,
     adapters: Mapping[str, str | Path] | None = None,

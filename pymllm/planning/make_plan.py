@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pymllm.arguments import checked
 from pymllm.embedding.settings import read_settings
 from pymllm.engine.graphs import why_not_captured
 from pymllm.engine.kv_memory import choose_cache_size
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked()
 def plan(
-    path: str | Path,
+    path: str | Path | None = None,
     quant: RuleSource = None,
     *,
     max_model_len: int | None = None,
@@ -54,7 +56,8 @@ def plan(
 
     No tensor is read, but for a head that the config ties and the files hold all the same (loading/head.py).
 
-    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small
+    model that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.

@@ -180,7 +180,7 @@ def read_kv_rules(source: RuleSource) -> tuple[Rule, ...]:
     """Read rules for attention layers, as `read_rules` does.  A method alone is for all layers: "fp8" is "**=fp8"."""
     if isinstance(source, str) and source and "=" not in RULE_OPTIONS.sub("", source) and source[0] != "@":
         source = f"**={source}"
-    if source is None or isinstance(source, (str, Path, Mapping)):
+    if source is None or isinstance(source, (str, Path, Mapping)) or not isinstance(source, Iterable):
         return read_rules(source)
     return tuple(rule for line in source for rule in read_kv_rules(line))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pymllm.arguments import checked
 from pymllm.errors import ConfigError
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.progress import progress_bar
@@ -40,6 +41,7 @@ POINTS = 6  # of the curve
 BATCH = 4  # choices that are measured together
 
 
+@checked()
 def search_rules(
     model: str | Path,
     bits: float,

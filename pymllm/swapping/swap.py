@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pymllm.arguments import checked
 from pymllm.errors import ConfigError, RuleError
 from pymllm.layers.held import HolderState, WeightHolder, weight_holders
 from pymllm.layers.weighted import weighted_layers
@@ -32,6 +33,7 @@ from pymllm.weights.spec import LinearShape
 logger = logging.getLogger("pymllm")
 
 
+@checked()
 def swap(model: Any, pattern: RuleSource, method: str | None = None) -> Swap:
     """Run every weight whose checkpoint name matches `pattern` in another format, from now on.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pymllm.arguments import checked
 from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, RequestError
 from pymllm.text.chat_template import ChatTemplate
@@ -187,6 +188,7 @@ class Tokenizer:
         """Choose the template for a chat, with tools or None.  ConfigError if there is none."""
         return choose_template(self.chat_templates, tools is not None, self.folder)
 
+    @checked(kinds=False)
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, ConfigError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
     CONFIG,
@@ -29,6 +30,7 @@ from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.gguf_checkpoint import open_gguf
 from pymllm.weights.json_text import parse_json
 from pymllm.weights.safetensors_file import SafetensorsFile
+from pymllm.weights.shipped import shipped_model
 from pymllm.weights.tensor_file import read_small_file
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -37,13 +39,23 @@ NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
 
 
 @names_files
-def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
+def resolve_model_path(model: str | Path | None, revision: str | None = None) -> Path:
     """Find the folder (or .gguf file) of a model: the path itself, or a hub id's folder in the hub's cache.
 
     model: a Path is always local; a str is local if that folder, or .gguf file, exists, and else a hub id "org/name",
-    of which the files that loading needs are downloaded.  HF_HUB_OFFLINE and the hub's other settings hold.
+    of which the files that loading needs are downloaded; None is the small model that comes with the package.
+    HF_HUB_OFFLINE and the hub's other settings hold.
     Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local model.
     """
+    if model is None:
+        model = shipped_model()
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            "the model is neither a path nor a hub id",
+            code="argument-type",
+            expected='a folder, a .gguf file, or "org/name"',
+            found=reprlib.repr(model),
+        )
     folder = Path(model)
     if (folder.is_dir() and model != "") or (is_gguf(folder) and os.path.lexists(folder)):
         if revision is not None:

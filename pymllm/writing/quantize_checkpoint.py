@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pymllm.arguments import checked
 from pymllm.config import DTYPES
 from pymllm.disk import cannot_write, free_bytes, reading
 from pymllm.errors import ConfigError
@@ -56,6 +57,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+@checked()
 def quantize_checkpoint(
     model: str | Path,
     out: str | Path,
