@@ -21,6 +21,7 @@ from pymllm.cli.options import (
     model_arguments,
 )
 from pymllm.cli.output import console, print_json, readable_size, say, show_text
+from pymllm.cli.sampling_options import add_sampling_options, sampling_arguments
 
 if TYPE_CHECKING:
     from pymllm.api import LLM
@@ -60,29 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="answer with this LoRA adapter, as PEFT writes them",
     )
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most; default: 128")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
-    group.add_argument(
-        "--top-p", type=float, metavar="P", help="only the likeliest tokens that have probability P together"
-    )
-    group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
-    group.add_argument(
-        "--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest"
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens already there are less likely"
-    )
-    group.add_argument(
-        "--confidence-threshold",
-        type=float,
-        metavar="P",
-        help="of models decoded by blocks: accept tokens that are likelier; lower takes fewer steps",
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="give the same answer each time")
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable"
-    )
+    add_sampling_options(parser, "128")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--stats", action="store_true", help="also print the plan before and the speeds after, to stderr"
@@ -93,12 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_template_option(parser)
     add_engine_options(parser)
     add_model_options(parser, positional=False)
-
-
-SAMPLING = (
-    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("confidence_threshold", "seed", "stop"),
-)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -113,7 +86,7 @@ def execute(args: argparse.Namespace) -> int:
     from pymllm.api import LLM
     from pymllm.engine.outputs import GenerationOutputs
 
-    chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    chosen = sampling_arguments(args)
     started = time.perf_counter()
     adapters = dict([args.adapter] if args.adapter else [])
     name = next(iter(adapters), None)
