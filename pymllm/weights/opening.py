@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pymllm.disk import names_files
+from pymllm.disk import names_files, near_paths
 from pymllm.errors import CheckpointError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
@@ -66,7 +66,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> Path:
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
             code="model-not-found",
             expected='a folder, a .gguf file, or "org/name"',
-            fix="Check the spelling and the working directory.",
+            fix=" ".join(filter(None, (near_paths(folder), "Check the spelling and the working directory."))),
         )
 
     import huggingface_hub
