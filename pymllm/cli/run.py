@@ -106,19 +106,21 @@ def execute(args: argparse.Namespace) -> int:
         return run_lines(args, model, prompt)
     text = read_prompt(args, model, prompt)
     check_text(args, text)
-    ready: list[Ready] = []
+    askers: list[Asker] = []
+    ready: Ready | None = None
 
     def check(prepared: Prepared, plan: Plan, tokenizer: Tokenizer) -> None:
-        asker = Asker(args, model, prepared, plan, tokenizer)
+        nonlocal ready
+        askers.append(Asker(args, model, prepared, plan, tokenizer))
         # torchrun gives stdin to one rank only.
         if rank() == 0:
-            ready.append(asker.ask(Question(text)))
+            ready = askers[0].ask(Question(text))
 
     started = time.perf_counter()
     llm = load(args, model, check)
     startup_seconds = time.perf_counter() - started
-    asked: Ready = llm.parallel.broadcast(ready[0] if ready else None)
-    ids, params, chats = asked.ids, asked.params, asked.chats
+    ids, chats = llm.parallel.broadcast(None if ready is None else (ready.ids, ready.chats))
+    params = askers[0].params({}, chats)
     name = args.adapter[0] if args.adapter else None
     if args.stats and not args.json:
         print_plan_summary(llm.plan)
