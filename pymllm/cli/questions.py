@@ -115,9 +115,7 @@ def read_words(args: argparse.Namespace) -> tuple[str | None, str | None]:
     CheckpointError for a MODEL that looks like a path, and is none.
     """
     words, prompt = args.words, args.prompt
-    bare = (
-        prompt is not None or args.prompt_ids is not None or args.prompt_file is not None or names_lines(args)
-    )
+    bare = prompt is not None or args.prompt_ids is not None or names_lines(args)
     if len(words) > (2 if prompt is None and args.prompt_ids is None else 1):
         args.parser.error(
             "expected at most MODEL and one PROMPT; put quotes around a prompt of several words"
