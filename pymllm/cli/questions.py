@@ -8,15 +8,17 @@ import re
 import select
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymllm.cli.options import engine_arguments, model_arguments, text_arguments
 from pymllm.cli.output import rank, say
 from pymllm.cli.sampling_options import sampling_arguments
 
 if TYPE_CHECKING:
+    from pymllm.api import LLM
     from pymllm.engine.sampling import SamplingParams
     from pymllm.loading.prepare import Prepared
     from pymllm.planning.plan import Plan
@@ -32,7 +34,10 @@ MOST_IN_CHAT, MOST_RAW = 1024, 128
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.  content: a text, token ids, or messages.  settings: of sampling, of this question alone."""
+    """A question to a model.
+
+    content: a text, token ids, or messages.  settings: of sampling, of this question alone.
+    """
 
     content: str | Sequence[int] | Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -214,8 +219,27 @@ def check_text(args: argparse.Namespace, prompt: str | Sequence[int]) -> None:
             args.parser.error("the prompt, --system and --stop must be UTF-8")
 
 
+def load(
+    args: argparse.Namespace, model: str | None, check: Callable[[Prepared, Plan, Tokenizer], object]
+) -> LLM:
+    """Load the model.  check: is called before a tensor is read, with what is known then."""
+    from pymllm.api import LLM
+
+    return LLM(
+        model,
+        tensor_parallel_size=args.tensor_parallel_size,
+        expert_parallel=args.expert_parallel,
+        adapters=dict([args.adapter] if args.adapter else []),
+        **model_arguments(args),
+        **engine_arguments(args),
+        check_memory=args.check_memory,
+        **text_arguments(args),
+        before_loading=check,
+    )
+
+
 class Asker:
-    """What makes questions ready for a model whose weights are not read yet.
+    """The reader of questions to a model whose weights are not read yet.
 
     ConfigError for a model that generates no text, a chat without a template, or thoughts without a switch.
     """

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,6 @@ from pymllm.cli.options import (
     add_engine_options,
     add_model_options,
     add_template_option,
-    engine_arguments,
-    model_arguments,
-    text_arguments,
 )
 from pymllm.cli.output import console, print_json, rank, readable_size, say, show_text
 from pymllm.cli.questions import (
@@ -29,6 +25,7 @@ from pymllm.cli.questions import (
     add_prompt_options,
     check_options,
     check_text,
+    load,
     names_lines,
     read_prompt,
     read_words,
@@ -154,25 +151,6 @@ def execute(args: argparse.Namespace) -> int:
         if output.finish_reason == "length":
             say(why_cut(output, params))
     return 0
-
-
-def load(
-    args: argparse.Namespace, model: str | None, check: Callable[[Prepared, Plan, Tokenizer], object]
-) -> LLM:
-    """Load the model.  check: is called before a tensor is read, with what is known then."""
-    from pymllm.api import LLM
-
-    return LLM(
-        model,
-        tensor_parallel_size=args.tensor_parallel_size,
-        expert_parallel=args.expert_parallel,
-        adapters=dict([args.adapter] if args.adapter else []),
-        **model_arguments(args),
-        **engine_arguments(args),
-        check_memory=args.check_memory,
-        **text_arguments(args),
-        before_loading=check,
-    )
 
 
 def answer(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pymllm.cli.output import say
-from pymllm.cli.questions import STDIN, Asker, Question, Ready, check_text, read_stdin
+from pymllm.cli.questions import STDIN, Asker, Question, Ready, check_text, load, read_stdin
 from pymllm.cli.sampling_options import SAMPLING
 from pymllm.disk import write_whole, writing
 
@@ -37,7 +37,6 @@ LINE_SETTINGS = (*SAMPLING, "min_tokens", "presence_penalty", "frequency_penalty
 
 def run_lines(args: argparse.Namespace, model: str | None, prompt: str | None) -> int:
     """Answer the lines of --batch, or of a --prompt-file of JSON lines."""
-    from pymllm.cli.run import load
     from pymllm.errors import ConfigError
 
     if prompt is not None:
