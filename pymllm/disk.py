@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from pymllm.errors import CheckpointError, ConfigError, PymllmError
+from pymllm.errors import NEAREST, CheckpointError, ConfigError, PymllmError, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,6 +126,18 @@ def cannot_write(path: Path, error: OSError, nbytes: int = 0, *, again: str = ""
 def reason(error: OSError) -> str:
     """Say why, as the system does."""
     return error.strerror or str(error) or type(error).__name__
+
+
+def near_paths(path: Path) -> str:
+    """Make a hint that names the paths most like one that is not there, or the first of its folders that is not."""
+    for folder in (path, *path.parents):
+        try:
+            names = [entry.name for entry in folder.parent.iterdir()]
+        except OSError:
+            continue
+        hint = nearest(folder.name, names) if folder.name not in names else ""
+        return hint.replace(NEAREST, f"Nearest in {folder.parent}:") if hint else ""
+    return ""
 
 
 def free_bytes(path: Path) -> int | None:

@@ -117,12 +117,22 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_template_option(parser: argparse.ArgumentParser) -> None:
-    """Add --chat-template, a keyword of `LLM`."""
+    """Add --chat-template and --tokenizer, keywords of `LLM`; `text_arguments` reads them back."""
     parser.add_argument(
         "--chat-template",
         metavar="FILE",
         help="a file of Jinja text, or such text, in place of the checkpoint's chat template",
     )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="a folder, tokenizer.json, .gguf file or hub id whose tokenizer takes the place of the checkpoint's",
+    )
+
+
+def text_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that `add_template_option` added."""
+    return {"chat_template": args.chat_template, "tokenizer": args.tokenizer}
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -137,7 +147,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--kv-memory",
         metavar="SIZE",
-        help="what the KV cache may take, e.g. 2GB or 512MiB; default: a quarter of what is free beside the weights, "
+        help="what the KV cache may take, e.g. 2GB, 512MiB, or 30%% of what is free beside the weights; default: 25%%, "
         "but no more than 16384 tokens, or one request of the longest context, need",
     )
     return group

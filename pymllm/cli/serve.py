@@ -22,6 +22,7 @@ from pymllm.cli.options import (
     engine_arguments,
     model_arguments,
     positive,
+    text_arguments,
 )
 from pymllm.cli.output import say, warn
 from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
@@ -358,7 +359,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         **_model_options(args),
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         "pooling": args.pooling,
-        "chat_template": args.chat_template,
+        **text_arguments(args),
         "tensor_parallel_size": args.tensor_parallel_size,
     }
 

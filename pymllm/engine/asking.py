@@ -72,6 +72,26 @@ def ask(
     ]
 
 
+def check_length(tokens: int, longest: int, answers: bool = True) -> None:
+    """Refuse, with a RequestError, a prompt that leaves no room for an answer.
+
+    longest: the most tokens of a request.  answers: False: the prompt alone needs room.
+    """
+    if tokens + answers <= longest:
+        return
+    # Clients tell by these words that a prompt is too long.
+    limit = f"this model's maximum context length is {longest} tokens"
+    problem = "does not leave room for an answer" if answers else "is too long"
+    raise RequestError(
+        f"the prompt {problem}: {limit}",
+        code="prompt-too-long",
+        tensor="prompt",
+        expected=f"fewer than {longest + (not answers)} tokens",
+        found=str(tokens),
+        fix="Shorten the prompt.",
+    )
+
+
 def check_record(outputs: GenerationOutputs | None, asked: Sequence[Asked]) -> None:
     """Refuse, with a RequestError, a record of steps that has too few trajectories; None is no record."""
     if outputs is not None and outputs.num_prompts < len(asked):

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from pymllm.adapters.loading import loaded_adapters, why_adapter_is_gone
+from pymllm.engine.asking import check_length
 from pymllm.engine.choosing import TokenLogprobs, cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
@@ -221,18 +222,7 @@ class Engine:
             )
         self.strategy.check(params)
         longest = self.longest
-        if len(prompt) + answers > longest:
-            # Clients tell by these words that a prompt is too long.
-            limit = f"this model's maximum context length is {longest} tokens"
-            problem = "does not leave room for an answer" if answers else "is too long"
-            raise RequestError(
-                f"the prompt {problem}: {limit}",
-                code="prompt-too-long",
-                tensor="prompt",
-                expected=f"fewer than {longest + (not answers)} tokens",
-                found=str(len(prompt)),
-                fix="Shorten the prompt.",
-            )
+        check_length(len(prompt), longest, answers)
         vocabulary = self.model.config.size("vocab_size")
         if max(prompt) >= vocabulary:
             # A tokenizer may have more tokens than the model, and a text any of them.

@@ -76,7 +76,7 @@ class Tokenizer:
             code="tokenizer-missing",
             file=str(self.folder),
             expected="tokenizer.json",
-            fix="Pass token ids, or copy the model's tokenizer files beside its weights.",
+            fix="Pass token ids (--prompt-ids), another tokenizer (--tokenizer), or copy its files beside the weights.",
         )
 
     @property

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pymllm.disk import names_files
+from pymllm.disk import names_files, near_paths
 from pymllm.errors import CheckpointError, ConfigError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
@@ -78,7 +78,7 @@ def resolve_model_path(model: str | Path | None, revision: str | None = None) ->
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
             code="model-not-found",
             expected='a folder, a .gguf file, or "org/name"',
-            fix="Check the spelling and the working directory.",
+            fix=" ".join(filter(None, (near_paths(folder), "Check the spelling and the working directory."))),
         )
 
     import huggingface_hub

@@ -14,6 +14,7 @@ from pymllm.cli.options import (
     add_template_option,
     engine_arguments,
     model_arguments,
+    text_arguments,
     model_or_shipped,
 )
 from pymllm.cli.sampling_options import add_sampling_options, sampling_arguments
@@ -89,7 +90,7 @@ def execute(args: argparse.Namespace) -> int:
             **model_arguments(args),
             **engine_arguments(args),
             check_memory=args.check_memory,
-            chat_template=args.chat_template,
+            **text_arguments(args),
         )
         with llm:
             answerer = Answerer(llm, dialect, next(iter(adapters), None))
@@ -112,6 +113,7 @@ def check_before_loading(args: argparse.Namespace, settings: Settings) -> tuple[
 
     Returns how it writes, and what is to be said of its thinking.  ConfigError, CheckpointError or RequestError.
     """
+    from pymllm.api.texts import choose_tokenizer
     from pymllm.cli.chat.answering import render
     from pymllm.cli.chat.conversation import Conversation
     from pymllm.cli.chat.settings import check_thinking
@@ -119,12 +121,11 @@ def check_before_loading(args: argparse.Namespace, settings: Settings) -> tuple[
     from pymllm.errors import ConfigError
     from pymllm.loading.prepare import prepare
     from pymllm.text.dialect import dialect_of
-    from pymllm.text.gguf_tokenizer import open_tokenizer
 
     SamplingParams(**sampling_arguments(args))
     prepared = prepare(model_or_shipped(args.model), **model_arguments(args))
     prepared.model.check_generates()
-    tokenizer = open_tokenizer(prepared.checkpoint, args.chat_template)
+    tokenizer = choose_tokenizer(prepared, args.tokenizer, args.chat_template)
     tokenizer.encode("x")
     if tokenizer.chat_template is None:
         raise ConfigError(
