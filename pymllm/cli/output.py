@@ -154,6 +154,7 @@ def console(*, stderr: bool = False) -> Console:
         force_terminal=None if stream.isatty() else styled,
         color_system="auto" if styled else None,
         no_color=False,
+        quiet=stderr and _quiet,
     )
 
 
