@@ -115,7 +115,7 @@ class Attention(WeightHolder):
             method,
             "no KV cache" if problem.bidirectional else cache,
             self.selection,
-            rounding + ("float32 accumulation" if numerics is None else numerics(problem)),
+            rounding + ("sums in float32" if numerics is None else numerics(problem)),
             False,
             (self.num_heads * self.parallel.size, self.shape.out_features, self.head_dim),
             (self.num_heads, self.num_kv_heads, self.head_dim),

@@ -23,7 +23,7 @@ from torch import Tensor
 from pymllm.embedding.pooling import Projection, pool
 from pymllm.embedding.settings import Dense, EmbeddingSettings, Normalize, Pooling, read_modes, read_settings
 from pymllm.engine.runner import Runner
-from pymllm.errors import ConfigError, RequestError, nearest
+from pymllm.errors import ConfigError, RequestError, choices, nearest
 from pymllm.text.prompts import Prompt, as_prompts, is_prompt
 from pymllm.text.tokenizer import Tokenizer
 
@@ -265,7 +265,7 @@ class Embedder:
                 f"the model has no prompt {name[:140]!r}",
                 code="prompt-name",
                 tensor="prompt_name",
-                expected=" or ".join(prompts) or "none, as the checkpoint has no prompts",
+                expected=choices(prompts, name[:140]) or "none, as the checkpoint has no prompts",
                 found=repr(name[:140]),
                 fix=nearest(name[:140], prompts),
             )

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, choices, nearest
 from pymllm.text.grammars import Grammar, Kind
 
 MAX_STOP_STRINGS = 16
@@ -147,8 +147,9 @@ class SamplingParams:
                 "remasking is out of range",
                 code="parameter",
                 tensor="remasking",
-                expected=" or ".join(REMASKING),
+                expected=choices(REMASKING),
                 found=repr(self.remasking),
+                fix=nearest(str(self.remasking), REMASKING),
             )
 
         if sum(getattr(self, name) is not None for name in GRAMMARS) > 1:

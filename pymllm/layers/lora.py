@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.quantization.binding import BoundWeight, bind_for, bound_weight
 from pymllm.weights.loader import place, track
@@ -327,7 +327,7 @@ class LoRAMixin:
             raise ConfigError(
                 f"{self.prefix or 'the layer'} has no adapter {name!r} to merge",
                 code="lora-unknown",
-                expected=" or ".join(self.adapters) or "a layer with adapters",
+                expected=choices(self.adapters, name) or "a layer with adapters",
                 fix=nearest(name, self.adapters),
             )
         if self.merged is not None:

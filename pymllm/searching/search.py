@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.progress import progress_bar
 from pymllm.parallel import Parallel
@@ -287,7 +287,11 @@ def _list_options(
     """List what each weight can be, with its bits.  ConfigError for a weight that can be nothing."""
     if format is not None and format not in SPELLINGS:
         raise ConfigError(
-            "unknown format to write", code="spelling", expected=" or ".join(SPELLINGS), found=format
+            "unknown format to write",
+            code="spelling",
+            expected=choices(SPELLINGS, format),
+            found=format,
+            fix=nearest(str(format), SPELLINGS),
         )
     found = []
     for weight in weights:

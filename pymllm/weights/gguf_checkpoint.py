@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import CheckpointError, first_few, nearest
+from pymllm.errors import CheckpointError, choices, first_few, nearest
 from pymllm.weights.checkpoint import Checkpoint, merge_tensors
 from pymllm.weights.gguf_architecture import Change, GGUFArchitecture, Interleaved
 from pymllm.weights.gguf_config import ConfigReader
@@ -48,7 +48,7 @@ def open_gguf(path: Path, architectures: Mapping[str, GGUFArchitecture]) -> Chec
             f"GGUF files of the architecture {reprlib.repr(name)} cannot be read",
             code="architecture",
             file=str(path),
-            expected=" or ".join(sorted(architectures)) or "a file that is opened with a model definition",
+            expected=choices(sorted(architectures), name) or "a file that is opened with a model definition",
             found=reprlib.repr(name),
             fix=nearest(str(name), architectures),
         )

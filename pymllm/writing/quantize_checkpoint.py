@@ -18,7 +18,7 @@ from typing import Any
 
 from pymllm.config import DTYPES
 from pymllm.disk import cannot_write, free_bytes, reading
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models import gguf_architectures
 from pymllm.parallel import Parallel
@@ -181,8 +181,9 @@ def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
         raise ConfigError(
             "unknown format to write",
             code="spelling",
-            expected="auto or " + " or ".join(SPELLINGS),
+            expected=choices(["auto", *SPELLINGS], name),
             found=name,
+            fix=nearest(str(name), SPELLINGS),
         )
     if (name == "gguf") is not file:
         raise ConfigError(

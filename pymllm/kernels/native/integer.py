@@ -205,13 +205,12 @@ class NativeIntegerLinear:
         kind: Any = problem.weight
         if problem.compute == "checkpoint" and kind.activations != "float":
             element = "fp8" if kind.activations.endswith(" fp8") else "int8"
-            return f"activations rounded to {element} ({kind.activations}), products summed exactly, float32 scales"
-        exact = "float-exact activations"
+            return f"inputs rounded to {element} ({kind.activations}), products summed exactly, scales in float32"
         if problem.compute != "auto":
-            return f"{exact}, float32 accumulation"
+            return "inputs as they are, sums in float32"
         return (
-            f"{exact} for up to {self.exact_tokens[problem.dtype]} tokens, above that int8 activations per group "
-            "(relative error about 6e-3), float32 accumulation"
+            f"inputs as they are for up to {self.exact_tokens[problem.dtype]} tokens at a time, for more rounded to "
+            "int8 in groups (relative error about 6e-3), sums in float32"
         )
 
     def tolerance(self, problem: LinearProblem) -> float:
