@@ -178,9 +178,15 @@ def read_rules(source: RuleSource) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+def is_method_alone(text: str) -> bool:
+    """Tell whether a text is a method with its options, and no pattern before it: "int4:group_size=64"."""
+    plain = bool(text) and text[0] != "@" and not text.startswith("re:")
+    return plain and "=" not in RULE_OPTIONS.sub("", text)
+
+
 def read_kv_rules(source: RuleSource) -> tuple[Rule, ...]:
     """Read rules for attention layers, as `read_rules` does.  A method alone is for all layers: "fp8" is "**=fp8"."""
-    if isinstance(source, str) and source and "=" not in RULE_OPTIONS.sub("", source) and source[0] != "@":
+    if isinstance(source, str) and is_method_alone(source):
         source = f"**={source}"
     if source is None or isinstance(source, (str, Path, Mapping)):
         return read_rules(source)
@@ -379,7 +385,9 @@ class RuledConfig(QuantizationConfig):
         found = nearest_pattern(rule.pattern, names)
         if found is None:
             return nearest(rule.pattern, names)
-        return f"{NEAREST} {found}, which names {counted(sum(_means(found, name) for name in names), 'layer')}."
+        return (
+            f"{NEAREST} {found}, which names {counted(sum(_means(found, name) for name in names), 'layer')}."
+        )
 
 
 def nearest_pattern(pattern: str, names: Sequence[str]) -> str | None:
