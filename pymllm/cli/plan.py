@@ -17,7 +17,7 @@ from pymllm.cli.options import (
     model_or_shipped,
 )
 from pymllm.cli.output import console, print_json, readable_size
-from pymllm.cli.table import Column, table_lines
+from pymllm.cli.table import Column, print_table
 from pymllm.errors import counted
 
 if TYPE_CHECKING:
@@ -44,14 +44,13 @@ KIND, METHOD, KERNEL, WHY = Column("kind"), Column("method"), Column("kernel"), 
 GROUPS = (COUNT, NAMES, KIND, METHOD, KERNEL, SIZE, WHY)
 SHAPES = Column("shape", numeric=True), Column("on this rank", numeric=True)
 LAYERS = (Column("layer", name=True), KIND, *SHAPES, METHOD, KERNEL, SIZE, WHY)
-DIFFERENCE = (COUNT, NAMES, METHOD, KERNEL, Column("size"))
+DIFFERENCE = (COUNT, NAMES, METHOD, KERNEL, SIZE)
 # What of a layer may change beside its method, kernel and size, and what to call it.
 FURTHER = {
     "numerics": "computes with",
-    "rounds_activations": "rounds its inputs to fewer bits",
+    "rounds_activations": "rounds inputs to fewer bits",
     "rule": "rule",
     "source": "decided by",
-    "source_method": "stored as",
     "kind": "kind",
     "shape": "shape",
     "shape_local": "shape on this rank",
@@ -118,7 +117,7 @@ def print_plan(
     out.print(f"{plan.model}", style="bold")
     out.print(f"{plan.what_runs} on {plan.device}{ranks}")
     out.print(plan.describe_numbers())
-    _print_table(*(_layer_table(plan.layers) if every_layer else _group_table(plan)), out)
+    print_table(*(_layer_table(plan.layers) if every_layer else _group_table(plan)), out)
     totals = plan.totals
     weights, peak = readable_size(totals["weight_bytes"]), readable_size(totals["peak_load_bytes"])
     out.print(
@@ -162,8 +161,8 @@ def print_difference(difference: PlanDifference, out: Console) -> None:
     if difference.empty:
         out.print("nothing would change")
         return
-    for name, (before, after) in difference.settings.items():
-        out.print(f"{name}: {before} -> {after}")
+    for name, (before, after) in (difference.settings | difference.further).items():
+        out.print(f"{name}: {_plain(before)} -> {_plain(after)}")
     if difference.changed:
         rows, further = [], []
         for first, names, old, new in difference.groups():
@@ -172,11 +171,14 @@ def print_difference(difference: PlanDifference, out: Console) -> None:
                 _arrow(first.before.get(key), first.after.get(key)) for key in ("method_detail", "kernel")
             )
             rows.append([str(len(names)), pattern, method, kernel, _arrow(_sizes(old), _sizes(new))])
-            for key, title in FURTHER.items():
-                if first.before.get(key) != first.after.get(key):
-                    change = f"{_plain(first.before.get(key))} -> {_plain(first.after.get(key))}"
-                    further.append(f"{counted(len(names), 'layer')}, {pattern}: {title}: {change}")
-        _print_table(DIFFERENCE, rows, out)
+            changes = [
+                f"{title}: {_plain(first.before[key])} -> {_plain(first.after[key])}"
+                for key, title in FURTHER.items()
+                if key in first.after and first.before.get(key) != first.after[key]
+            ]
+            if changes:
+                further.append(f"{counted(len(names), 'layer')}, {pattern}: {'; '.join(changes)}")
+        print_table(DIFFERENCE, rows, out)
         for line in further:
             out.print(line)
     for sign, names in (
@@ -213,15 +215,9 @@ def _sizes(sums: Mapping[str, int]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
-    return {None: "none", True: "yes", False: "no"}.get(value, str(value))
-
-
-def _print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], out: Console) -> None:
-    lines = table_lines(columns, rows, out.width)
-    if out.options.ascii_only:
-        lines = [line.replace("─", "-") for line in lines]
-    for line in lines:
-        out.print(line, no_wrap=True, overflow="ignore", crop=False)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def _group_table(plan: Plan) -> tuple[Sequence[Column], list[list[str]]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from pymllm.cli.options import ABOUT_RULES, add_common_options, add_rule_options, positive
 from pymllm.cli.output import print_json, say, show
 
-EXAMPLES = """METHOD is for every layer in the model's blocks that no --quant names; embeddings, the head, routers and norms
-keep their weights. Without it, only what --quant names changes. If a run was stopped (Ctrl+C too), the same command
-goes on where it was.
+EXAMPLES = """METHOD is for every layer in the model's blocks that no --quant names; embeddings, the head, routers and
+norms keep their weights. Without it, only what --quant names changes. If a run was stopped (Ctrl+C too), the same
+command goes on where it was.
 
 examples:
   pymllm quantize org/name OUT int4

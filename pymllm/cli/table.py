@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pymllm.errors import escaped
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 GAP = "  "
 INDENT = "    "
@@ -47,6 +51,13 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
     if widths is not None:
         return _laid_out(columns, cells, widths)
     return [line for row in cells for line in _block(columns, row, width)]
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], out: Console) -> None:
+    """Print a table as wide as the console at most, with plain signs where it shows no others."""
+    for line in table_lines(columns, rows, out.width):
+        shown = line.replace("─", "-") if out.options.ascii_only else line
+        out.print(shown, no_wrap=True, overflow="ignore", crop=False)
 
 
 def fold(text: str, width: int) -> list[str]:
@@ -121,5 +132,13 @@ def _block(columns: Sequence[Column], row: Sequence[str], width: int) -> list[st
     named = dict(zip((column.title for column in columns), row, strict=True))
     count = f"{named.pop('#')} x " if "#" in named else ""
     name = "".join(named.pop(column.title) for column in columns if column.name)
-    rest = ", ".join(f"{title} {cell}" for title, cell in named.items())
-    return [*fold(f"{count}{name}", width), *(INDENT + line for line in fold(rest, width - len(INDENT)))]
+    lines = fold(f"{count}{name}", width)
+    line = ""
+    for index, (title, cell) in enumerate(named.items()):
+        item = f"{title} {cell}" + ("," if index < len(named) - 1 else "")
+        if line and len(INDENT) + len(line) + 1 + len(item) > width:
+            lines.append(INDENT + line)
+            line = ""
+        *full, line = fold(f"{line} {item}".lstrip(), width - len(INDENT))
+        lines += [INDENT + part for part in full]
+    return [*lines, INDENT + line]

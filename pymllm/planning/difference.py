@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class PlanDifference:
 
     settings, totals: [before, after] of what differs.  changed: layers that both have.
     added, removed: names of layers that only the newer, or the older, one has.
+    further: [before, after] of what differs in the plan's objects, as "kv_cache.tokens".
     notes: those of the older plan alone, and those of the newer one alone.
     """
 
@@ -60,12 +61,13 @@ class PlanDifference:
     changed: list[ChangedLayer]
     added: list[str]
     removed: list[str]
-    notes: tuple[list[str], list[str]] = ((), ())  # type: ignore[assignment]
+    further: dict[str, list[Any]] = field(default_factory=dict)
+    notes: list[list[str]] = field(default_factory=lambda: [[], []])
 
     @property
     def empty(self) -> bool:
         layers = self.changed or self.added or self.removed
-        return not (self.settings or self.totals or layers or any(self.notes))
+        return not (self.settings or self.totals or layers or self.further or any(self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -130,15 +132,17 @@ def compare_plans(before: Mapping[str, Any], after: Plan) -> PlanDifference:
         old = old_layers.get(prefix)
         differing = [key for key in COMPARED if old is not None and key in old and old[key] != layer[key]]
         if old is not None and differing:
-            keys = list(dict.fromkeys(["method_detail", "kernel", *SIZES, *differing]))
+            sizes = [key for key in SIZES if key == "bytes" or old.get(key) or layer[key]]
+            keys = list(dict.fromkeys(["method_detail", "kernel", *sizes, *differing]))
             changed.append(
                 ChangedLayer(prefix, {key: old.get(key) for key in keys}, {key: layer[key] for key in keys})
             )
     totals, notes = before.get("totals") or {}, before.get("notes") or []
     was, now = _settings(before), _settings(new)
+    # What an older version did not save cannot be compared.
+    changes = {key: [was[key], value] for key, value in now.items() if key in was and was[key] != value}
     return PlanDifference(
-        # What an older version did not save cannot be compared.
-        {key: [was[key], value] for key, value in now.items() if key in was and was[key] != value},
+        {key: changes.pop(key) for key in SETTINGS if key in changes},
         {
             key: [totals.get(key, 0), value]
             for key, value in new["totals"].items()
@@ -147,7 +151,8 @@ def compare_plans(before: Mapping[str, Any], after: Plan) -> PlanDifference:
         changed,
         [prefix for prefix in new_layers if prefix not in old_layers],
         [prefix for prefix in old_layers if prefix not in new_layers],
-        ([note for note in notes if note not in after.notes], [n for n in after.notes if n not in notes]),
+        changes,
+        [[note for note in notes if note not in after.notes], [n for n in after.notes if n not in notes]],
     )
 
 

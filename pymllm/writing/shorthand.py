@@ -77,7 +77,8 @@ class Expanded:
 class _Weight:
     """A weight that a rule could name.
 
-    block: the number of its block, or None.  stacked: of all experts in one.  floats: stored so.  tied: to the embedding.
+    block: the number of its block, or None.  stacked: of all experts in one.  floats: whether it is stored so.
+    tied: to the embedding.
     """
 
     name: str
@@ -162,6 +163,10 @@ def _block_rules(asked: Rule, weights: list[_Weight], file: bool) -> Expanded:
     prefixes = list(dict.fromkeys(_above(weight.name) for weight in changed))
     rules = [f"{pattern}=none" for pattern in dict.fromkeys(_pattern(w.name) for w in kept)]
     rules += [f"{prefix}={method}" for prefix in prefixes]
+    if not file and asked.method != "mlx":
+        # Other folders have no quantised embeddings; a head that is tied to one follows it.
+        tables = [w for w in weights if (w.kind == "embedding" or w.tied) and not w.floats]
+        rules += [f"{weight.name}=none" for weight in tables]
     stay = [w.name for w in weights if w.block is None and w.kind != "router" and not w.tied]
     stay += list(dict.fromkeys(_pattern(w.name) for w in kept))
     said = f"{method} for {counted(len(changed), 'layer')} ({first_few(prefixes)})"
