@@ -90,11 +90,16 @@ class Comparison:
             if math.isfinite(kl) and not any(_beats(other, (size, kl)) for other in points)
         }
 
-    def rows(self) -> list[list[str]]:
-        """Write a row of cells for each set of rules, the smallest model first; `titles` names the cells."""
-        best = self.best()
-        rows = []
-        for index in sorted(
+    def rows(self, *, sort: bool = True) -> list[list[str]]:
+        """Write a row of cells for each set of rules; `titles` names the cells.
+
+        sort: whether the smallest model comes first; else they are in the order given.
+        """
+        best, rows = self.best(), []
+        order = list(range(len(self.candidates)))
+        if sort:
+            order.sort(key=lambda index: self.candidates[index].weight_bytes)
+        for index in order:
             range(len(self.candidates)), key=lambda index: self.candidates[index].weight_bytes
         ):
             candidate = self.candidates[index]

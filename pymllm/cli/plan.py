@@ -153,7 +153,7 @@ def _print_ranks(sizes: Mapping[str, Any], out: Console) -> None:
         )
         out.print(f"weights a rank, by tensor-parallel size: {each}", style="dim")
     for size, why in sizes["refused_sizes"].items():
-        out.print(f"not {size} ranks: {why}", style="dim")
+        out.print(f"not {counted(size, 'rank')}: {why}", style="dim")
 
 
 def print_difference(difference: PlanDifference, out: Console) -> None:

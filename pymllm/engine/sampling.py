@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pymllm.errors import ConfigError, RequestError, choices, nearest
+from pymllm.errors import ConfigError, RequestError, choices, counted, nearest
 from pymllm.text.grammars import Grammar, Kind
 
 MAX_STOP_STRINGS = 16
@@ -253,7 +253,7 @@ def _at_most(name: str, values: tuple[Any, ...], count: int) -> None:
             f"{name} is out of range",
             code="parameter",
             tensor=name,
-            expected=f"at most {count} tokens",
+            expected=f"at most {counted(count, 'token')}",
             found=str(len(values)),
         )
 

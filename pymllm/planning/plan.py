@@ -145,8 +145,8 @@ class Plan:
     def describe_rates(self) -> str:
         """Say what a token takes in the KV cache, and a request beside it."""
         state = self.totals.get("state_bytes_per_request", 0)
-        return f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token" + (
-            f", state: {state} bytes a request" if state else ""
+        return f"KV cache {counted(self.totals['kv_cache_bytes_per_token'], 'byte')} a token" + (
+            f", state: {counted(state, 'byte')} a request" if state else ""
         )
 
     def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
@@ -167,9 +167,9 @@ class Plan:
         for first, names in self.groups():
             group = [layer for layer in self.layers if layer.prefix in set(names)]
             if first.kind == "attention":
-                size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
+                size = f"{counted(sum(layer.kv_bytes_per_token for layer in group), 'byte')} a token"
             elif first.kind == "recurrence":
-                size = f"{sum(layer.state_bytes for layer in group)} bytes a request"
+                size = f"{counted(sum(layer.state_bytes for layer in group), 'byte')} a request"
             else:
                 size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
             why = f"rule {first.rule}" if first.rule else first.source
@@ -189,7 +189,8 @@ class Plan:
             draft = self.strategy["draft"]
             lines.append(
                 f"  drafts by {draft['model']} ({draft['model_type']}, {draft['dtype']}): of the totals, weights "
-                f"{draft['weight_bytes'] / 1e6:.1f} MB, KV cache {draft['kv_cache_bytes_per_token']} bytes a token"
+                f"{draft['weight_bytes'] / 1e6:.1f} MB, KV cache "
+                f"{counted(draft['kv_cache_bytes_per_token'], 'byte')} a token"
             )
             lines += [
                 f"    {group['count']:4d} x {group['kind']:<9} {group['method']} -> {group['kernel']}"

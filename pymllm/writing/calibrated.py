@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, choices, nearest
+from pymllm.errors import ConfigError, choices, counted, nearest
 from pymllm.kernels.canonical import CanonicalWeight, relative_error
 from pymllm.loading.prepare import Prepared
 from pymllm.quantization.rounding.calibrated import InputStatistics, needs_inputs, quantize_calibrated
@@ -56,7 +56,7 @@ class Calibration:
     def describe(self) -> str:
         order = ", in act order" if self.act_order else ""
         tokens = sum(map(len, self.windows))
-        return f"{self.algorithm}{order}, on {tokens} tokens of {self.source or 'text'}"
+        return f"{self.algorithm}{order}, on {counted(tokens, 'token')} of {self.source or 'text'}"
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ class CheckpointWriter:
     def describe_stop(self, output: Output) -> str:
         """Say how far a run came that was stopped, and how to go on."""
         done = sum(step.name in output.pieces for step in self.steps)
-        part = f"{done} of {len(self.steps)} blocks and other parts are done"
+        part = f"{done} of {counted(len(self.steps), 'block')} and other parts are done"
         if output.assembling or output.publishing:
             part = "all parts are done, and are being put together"
         return (
