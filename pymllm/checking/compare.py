@@ -100,8 +100,6 @@ class Comparison:
         if sort:
             order.sort(key=lambda index: self.candidates[index].weight_bytes)
         for index in order:
-            range(len(self.candidates)), key=lambda index: self.candidates[index].weight_bytes
-        ):
             candidate = self.candidates[index]
             whole = candidate.end_to_end
             cells = [

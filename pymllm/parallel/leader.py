@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pymllm.errors import ConfigError, RankError, counted
+from pymllm.errors import ConfigError, RankError
 from pymllm.parallel.away import Looks
 from pymllm.parallel.children import Child, is_stopped
 from pymllm.parallel.link import Link, encode
@@ -357,7 +357,9 @@ class Leader:
         if not isinstance(key, str) or not hmac.compare_digest(*map(_bytes_of, (key, self.key))):
             refused = "the key is not rank 0's (PYMLLM_RANK_KEY)"
         elif size != self.size:
-            refused = f"rank 0 has {counted(self.size, 'rank')}, and rank {rank} has {size}: --tensor-parallel-size differs"
+            refused = (
+                f"rank 0 has {self.size} ranks, and rank {rank} has {size}: --tensor-parallel-size differs"
+            )
         elif not isinstance(rank, int) or not 0 < rank < self.size or rank in self.links:
             refused = f"there is a rank {rank} already, or none can be"
         else:

@@ -43,9 +43,8 @@ class AccessLog:
             dropped, self._dropped = self._dropped, 0
             try:
                 if dropped:
-                    self.stream.write(
-                        f"{counted(dropped, 'line of the access log was', 'lines of the access log were')} dropped\n"
-                    )
+                    lines = counted(dropped, "line of the access log was", "lines of the access log were")
+                    self.stream.write(f"{lines} dropped\n")
                 self.stream.write(self._spell(record) + "\n")
                 self.stream.flush()
             except (BrokenPipeError, ValueError):

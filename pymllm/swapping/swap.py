@@ -142,7 +142,8 @@ class Swap:
 
     def __str__(self) -> str:
         if self.nothing_to_do:
-            return f"swap {self.name}: nothing to do, {counted(len(self.unchanged), 'weight runs', 'weights run')} in that method already"
+            there = counted(len(self.unchanged), "weight runs", "weights run")
+            return f"swap {self.name}: nothing to do, {there} in that method already"
         already = f", {len(self.unchanged)} ran in it already" if self.unchanged else ""
         return f"swap {self.name}: {counted(len(self.changed), 'weight')} changed{already}; {self.state}"
 

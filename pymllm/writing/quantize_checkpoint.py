@@ -146,11 +146,11 @@ def expand_rules(
     model, out, quant, revision: as of `quantize_checkpoint`.  Returns the rules, and what to tell the user, or "".
     ConfigError for two methods alone, and what `pymllm.writing.shorthand.expand` refuses.
     """
-    listed = [quant] if isinstance(quant, str | Path) else quant
+    listed: Any = [quant] if isinstance(quant, str | Path) else quant
     if listed is None or isinstance(listed, Mapping):
         return Expanded([str(rule) for rule in read_rules(listed)], "")
     lines = list(listed)
-    alone = [line for line in lines if isinstance(line, str) and is_method_alone(line.strip())]
+    alone = [str(line) for line in lines if isinstance(line, str) and is_method_alone(line.strip())]
     rules = [str(rule) for rule in read_rules([line for line in lines if line not in alone])]
     if not alone:
         return Expanded(rules, "")
