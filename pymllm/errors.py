@@ -17,6 +17,7 @@ from typing import Any
 
 NEAREST = "Nearest:"
 BRIEF = 8  # items of a long list that a terminal is shown
+LONGEST_LIST = 260  # characters of an "a or b or c" that an error holds whole
 LISTED = "\n  "  # before each item of a list in a message
 
 
@@ -159,13 +160,13 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
 
 
 def choices(known: Iterable[str], name: object = "") -> str:
-    """Write what may be chosen, "a or b or c"; of many names those most like `name`, and how many others."""
+    """Write what may be chosen, "a or b or c"; a long list has those most like `name` first, and may end early."""
     names = list(dict.fromkeys(known))
-    if len(names) > BRIEF + 1:
+    if len(names) > BRIEF:
         like = str(name).casefold()
         names.sort(key=lambda one: -difflib.SequenceMatcher(None, like, one.casefold()).ratio())
-        names = [*names[:BRIEF], counted(len(names) - BRIEF, "other")]
-    return " or ".join(names)
+    text = " or ".join(names)
+    return text if len(text) <= LONGEST_LIST else first_few(names, " or ").replace("or and ", "or ")
 
 
 def unknown_name(

@@ -126,7 +126,7 @@ class Comparison:
 
     @property
     def legend(self) -> str:
-        """What the cells of `rows` mean, in a line."""
+        """The meaning of the cells of `rows`, in a line."""
         text = "; perplexity: on the text, lower is better" if self.with_text else ""
         return (
             "*: no other set has both fewer bytes and a lower KL; KL: how far the probabilities of next tokens are "
