@@ -17,7 +17,7 @@ COMPARED = (
     *("kv_bytes_per_token", "state_bytes"),
 )
 SIZES = ("bytes", "kv_bytes_per_token", "state_bytes")
-SETTINGS = ("model", "model_type", "definition", "device", "dtype", "compute")
+SETTINGS = ("model", "model_type", "device", "dtype", "compute")
 # Of the plan's objects, the settings that are compared, as "tensor_parallel.size".
 OBJECTS = {
     "tensor_parallel": ("rank", "size", "expert_parallel", "legal_sizes"),
@@ -158,7 +158,7 @@ def compare_plans(before: Mapping[str, Any], after: Plan) -> PlanDifference:
 
 def _settings(plan: Mapping[str, Any]) -> dict[str, Any]:
     """List a plan's settings by name, those of its objects as "kv_cache.tokens"."""
-    found = {key: plan[key] for key in SETTINGS if key in plan}
+    found = {key: plan[key] for key in (*SETTINGS, "definition") if key in plan}
     for name, keys in OBJECTS.items():
         value = plan.get(name)
         if isinstance(value, Mapping):

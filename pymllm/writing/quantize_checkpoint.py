@@ -217,7 +217,7 @@ def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
         raise ConfigError(
             "unknown format to write",
             code="spelling",
-            expected=choices(["auto", *SPELLINGS], name),
+            expected="auto or " + choices(SPELLINGS, name),
             found=name,
             fix=nearest(str(name), SPELLINGS),
         )
