@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, choices, nearest
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Their short names elsewhere.
@@ -72,7 +72,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     short = SHORT_DTYPES.get(short, short)
     if short not in DTYPES:
         raise ConfigError(
-            f"activations cannot have the dtype {name!r}",
+            f"layers cannot pass the dtype {name!r} to each other",
             code="dtype-unknown",
             expected="auto or " + " or ".join(DTYPES),
             found=str(name),
@@ -424,7 +424,7 @@ class RopeParameters:
                     code="config-ignored",
                     file="config.json",
                     tensor=f"rope_parameters.{name}",
-                    expected=", ".join(sorted(ROPE_NAMES)),
+                    expected=choices(sorted(ROPE_NAMES), name),
                     found=reprlib.repr(value),
                     fix=nearest(str(name), ROPE_NAMES),
                 )

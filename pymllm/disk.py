@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from pymllm.errors import NEAREST, CheckpointError, ConfigError, PymllmError, nearest
+from pymllm.errors import NEAREST, CheckpointError, ConfigError, PymllmError, counted, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,10 +107,10 @@ def cannot_write(path: Path, error: OSError, nbytes: int = 0, *, again: str = ""
     fix, expected, found = FIXES[code], None, None
     if code == "disk-full":
         free = free_bytes(path)
-        expected = f"room for {nbytes} bytes" if nbytes else None
-        found = None if free is None else f"{free} bytes free"
+        expected = f"room for {counted(nbytes, 'byte')}" if nbytes else None
+        found = None if free is None else f"{counted(free, 'byte')} free"
         if nbytes and free is not None and nbytes > free:
-            fix = f"Free at least {nbytes - free} bytes."
+            fix = f"Free at least {counted(nbytes - free, 'byte')}."
         if error.errno == errno.EDQUOT:
             fix = f"{fix} It is your quota that is used up."
     return ConfigError(

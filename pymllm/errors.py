@@ -18,6 +18,7 @@ from typing import Any
 DISTRIBUTION = "pymllm-dispatch"  # what the package index calls this package
 NEAREST = "Nearest:"
 BRIEF = 8  # items of a long list that a terminal is shown
+LONGEST_LIST = 260  # characters of an "a or b or c" that an error holds whole
 LISTED = "\n  "  # before each item of a list in a message
 
 
@@ -174,10 +175,32 @@ def first_few(items: Sequence[str], separator: str = ", ", count: int = BRIEF) -
     return separator.join([*items[:count], f"and {more} more"] if more > 0 else items)
 
 
+def counted(count: int, one: str, more: str = "") -> str:
+    """Write a number and what it counts: "1 layer", "2 layers".  more: the plural, where it is not `one` and an s."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Make a hint such as "Nearest: a, b." that names the candidates most like `name`; "" where none is like it."""
-    close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.6)
+    """Make a hint such as "Nearest: a, b." that names the candidates most like `name`; "" where none is like it.
+
+    Small and capital letters count as the same.
+    """
+    spelled: dict[str, list[str]] = {}
+    for candidate in candidates:
+        spelled.setdefault(candidate.casefold(), []).append(candidate)
+    alike = difflib.get_close_matches(name.casefold(), list(spelled), n=count, cutoff=0.6)
+    close = [candidate for key in alike for candidate in dict.fromkeys(spelled[key])][:count]
     return f"{NEAREST} {', '.join(close)}." if close else ""
+
+
+def choices(known: Iterable[str], name: object = "") -> str:
+    """Write what may be chosen, "a or b or c"; a long list has those most like `name` first, and may end early."""
+    names = list(dict.fromkeys(known))
+    if len(names) > BRIEF:
+        like = str(name).casefold()
+        names.sort(key=lambda one: -difflib.SequenceMatcher(None, like, one.casefold()).ratio())
+    text = " or ".join(names)
+    return text if len(text) <= LONGEST_LIST else first_few(names, " or ").replace("or and ", "or ")
 
 
 def unknown_name(
@@ -188,7 +211,7 @@ def unknown_name(
     return error(
         f"there is no {what} {name!r}",
         code=code,
-        expected=" or ".join(known),
+        expected=choices(known, name),
         found=name,
         fix=nearest(name, known),
     )

@@ -42,7 +42,9 @@ def test_types_travel_along():
 
 
 def test_a_missing_extra_is_installed_by_the_names_of_its_packages(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED if name == DISTRIBUTION else None)
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: REQUIRED if name == DISTRIBUTION else None
+    )
     ask = install_command.__wrapped__
     assert ask("server") == "pip install 'fastapi>=0.115' 'uvicorn<0.55,>=0.30'"
     assert ask("ray") == "pip install 'fastapi>=0.115' 'ray[serve]>=2.60' 'uvicorn<0.55,>=0.30'"
@@ -65,12 +67,16 @@ def test_links_of_the_readme_live_on_an_index_page():
     source = PYPROJECT["project"]["urls"]["Source"]
     assert links and all(link.startswith(("https://", "#")) for link in links)
     for link in links:
-        if link.startswith((f"{source}/blob/main/", source.replace("github.com", "raw.githubusercontent.com"))):
+        if link.startswith(
+            (f"{source}/blob/main/", source.replace("github.com", "raw.githubusercontent.com"))
+        ):
             path = link.partition("/main/")[2].partition("#")[0]
             assert (ROOT / path).exists(), link
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
 def test_no_page_installs_another_project_s_package(page):
     """`pymllm` on the package index is not this project."""
     assert not re.search(r"pip install (-\S+ )*'?pymllm(\b(?!-dispatch))", page.read_text("utf-8"))

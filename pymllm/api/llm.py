@@ -53,11 +53,12 @@ class LLM(Adaptable):
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
-    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
+    quantised one.
     tensor_parallel_size: how many ranks share the model: those of torchrun, or processes that are started here and end
     with this one.  ranks: where they meet; None: on this machine.
     expert_parallel: whether ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
-    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"
     demands what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of

@@ -22,7 +22,7 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import MAX_REQUESTS
 from pymllm.engine.scoring import Score
 from pymllm.engine.session import StreamPiece
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, counted
 from pymllm.text.prompts import Prompt, as_prompts
 
 
@@ -65,7 +65,7 @@ class AsyncLLM:
                 "AsyncLLM cannot run on ranks that all have its requests, as those of torchrun would",
                 code="async-parallel",
                 expected="AsyncLLM(..., tensor_parallel_size=N), which starts the other ranks itself",
-                found=f"{self.llm.parallel.size} ranks of torchrun",
+                found=f"{counted(self.llm.parallel.size, 'rank')} of torchrun",
             )
         self._worker = Worker(self.llm, max_running, max_running)
         self._open = 0

@@ -48,15 +48,15 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument(
         "--dtype",
         default="auto",
-        help="the dtype of activations: float32, float16, bfloat16 or auto (the checkpoint's; "
+        help="what layers pass to each other: float32, float16, bfloat16 or auto (the checkpoint's dtype; "
         "on a CPU, float32 if the checkpoint is quantised)",
     )
     group.add_argument(
         "--compute",
         choices=("auto", "exact", "checkpoint"),
         default="auto",
-        help="whether kernels may round activations to fewer bits: where that is faster (auto, the default), never "
-        "(exact), or only as the checkpoint asks for (checkpoint)",
+        help="whether kernels may round their inputs to fewer bits inside: where that is faster (auto, the default), "
+        "never (exact), or only as the checkpoint asks for (checkpoint)",
     )
     group.add_argument(
         "--kernel",

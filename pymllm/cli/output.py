@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ def console(*, stderr: bool = False) -> Console:
             return super().render_str(escaped(text, "\n"), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
+    # Not rich's own width, which is 80 for TERM=dumb however wide the terminal is.
+    width = shutil.get_terminal_size().columns if stream.isatty() else PIPE_WIDTH
     styled = has_styles(stream)
     return Escaping(
         file=stream,

@@ -285,7 +285,8 @@ def _serve(
     # One line: whoever starts the server waits for it.
     address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
     greeting = (
-        f"Serving {model_names(args)[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+        f"Serving {model_names(args)[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}; "
+        f"{llm.plan.describe_numbers()}."
     )
     if args.chat_template is not None:
         greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from pymllm.engine.scheduler import MAX_REQUESTS
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.attention import PAGE_SIZE
 
 # How many tokens a cache has by default, if the context is not longer.
@@ -142,7 +142,7 @@ def choose_cache_size(
     elif context >= DEFAULT_CACHE_TOKENS:
         pages, decided_by = wanted, "one request of the longest context"
     else:
-        pages, decided_by = wanted, f"{DEFAULT_CACHE_TOKENS} tokens by default"
+        pages, decided_by = wanted, f"{counted(DEFAULT_CACHE_TOKENS, 'token')} by default"
     tokens = pages * PAGE_SIZE
     most = min(context, tokens // block_length * block_length)
     return CacheSize(tokens, pages * page_bytes, most, decided_by, requests, remembered, states)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymllm.arguments import checked
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, choices, counted, nearest
 from pymllm.text.grammars import Grammar, Kind
 
 MAX_STOP_STRINGS = 16
@@ -148,8 +148,9 @@ class SamplingParams:
                 "remasking is out of range",
                 code="parameter",
                 tensor="remasking",
-                expected=" or ".join(REMASKING),
+                expected=choices(REMASKING),
                 found=repr(self.remasking),
+                fix=nearest(str(self.remasking), REMASKING),
             )
 
         if sum(getattr(self, name) is not None for name in GRAMMARS) > 1:
@@ -255,7 +256,7 @@ def _at_most(name: str, values: tuple[Any, ...], count: int) -> None:
             f"{name} is out of range",
             code="parameter",
             tensor=name,
-            expected=f"at most {count} tokens",
+            expected=f"at most {counted(count, 'token')}",
             found=str(len(values)),
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pymllm.arguments import checked
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError, RequestError
+from pymllm.errors import CheckpointError, RequestError, counted
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.encoders import AutoEncoder as AutoEncoder
 from pymllm.text.encoders import Encoder, FastEncoder
@@ -98,14 +98,14 @@ class Tokenizer:
             too_long, tokens = len(text) > most, f"more than the {most} that are encoded for a prompt here"
         else:
             fewest = bound.fewest_tokens(text)
-            too_long, tokens = fewest > longest, f"which are at least {fewest} tokens"
+            too_long, tokens = fewest > longest, f"which are at least {counted(fewest, 'token')}"
         if too_long:
             raise RequestError(
                 # Clients tell by these words that a prompt is too long.
-                f"the prompt is too long: this model's maximum context length is {longest} tokens",
+                f"the prompt is too long: this model's maximum context length is {counted(longest, 'token')}",
                 code="prompt-too-long",
                 tensor=tensor,
-                expected=f"at most {longest} tokens",
+                expected=f"at most {counted(longest, 'token')}",
                 found=f"{len(text)} characters, {tokens}",
                 fix="Shorten the prompt.",
             )

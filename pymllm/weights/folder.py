@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pymllm.errors import CheckpointError, first_few
+from pymllm.errors import CheckpointError, counted, first_few
 from pymllm.weights.json_text import read_json_object
 from pymllm.weights.links import check_link
 from pymllm.weights.tensor_file import TensorInfo, check_tensor_name
@@ -173,7 +173,7 @@ def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
         fix = "Download the missing files"
         if SINGLE not in missing and os.path.exists(path / SINGLE):
             fix += f", or delete the index to use {SINGLE}"
-        head = f"{len(missing)} of {len(shards)} shards are missing:"
+        head = f"{len(missing)} of {counted(len(shards), 'shard is', 'shards are')} missing:"
         raise CheckpointError(
             f"{head} {', '.join(missing)}",
             code="shards-missing",

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, counted
 from pymllm.weights.links import check_link
 
 MAX_NAME_LENGTH = 1000
@@ -242,7 +242,7 @@ class TensorFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}, {len(self.tensors)} tensors)"
+        return f"{type(self).__name__}({str(self.path)!r}, {counted(len(self.tensors), 'tensor')})"
 
 
 class Descriptor:
@@ -355,7 +355,7 @@ def truncated(path: Path, tensor: str | None, expected: int, found: int) -> Chec
     """Make the error for a file of another size than its header describes.  expected, found: in bytes."""
     message = "the file does not have the size that its header describes"
     fix = "Download or copy the file again; nothing may write to it while it is used."
-    return fault(path, "truncated", message, f"{expected} bytes", f"{found} bytes", tensor, fix)
+    return fault(path, "truncated", message, f"{counted(expected, 'byte')}", f"{found} bytes", tensor, fix)
 
 
 def _unreadable(path: Path, error: OSError, tensor: str | None = None) -> CheckpointError:
@@ -391,4 +391,4 @@ def check_layout(
         raise truncated(path, cut_off.name, end, size)
     if size - data_start > -(-(end - data_start) // alignment) * alignment:
         message = "the file has bytes after its last tensor"
-        raise fault(path, "trailing-bytes", message, f"{end} bytes", f"{size} bytes")
+        raise fault(path, "trailing-bytes", message, f"{counted(end, 'byte')}", f"{size} bytes")

@@ -14,8 +14,8 @@ from pymllm.cli.options import (
     add_template_option,
     engine_arguments,
     model_arguments,
-    text_arguments,
     model_or_shipped,
+    text_arguments,
 )
 from pymllm.cli.sampling_options import add_sampling_options, sampling_arguments
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
@@ -154,7 +154,7 @@ def group_reason(kind: IntType | CodebookType, in_features: int, out_features: i
     if kind.group_size <= 0 or kind.group_size % smallest:
         return f"takes groups of a multiple of {smallest}, the weight has {kind.group_size}"
     if in_features % kind.group_size:
-        return f"takes whole groups, not {in_features} inputs in groups of {kind.group_size}"
+        return f"takes whole groups, not {counted(in_features, 'input')} in groups of {kind.group_size}"
     return None
 
 
@@ -206,13 +206,12 @@ class NativeIntegerLinear:
         kind: Any = problem.weight
         if problem.compute == "checkpoint" and kind.activations != "float":
             element = "fp8" if kind.activations.endswith(" fp8") else "int8"
-            return f"activations rounded to {element} ({kind.activations}), products summed exactly, float32 scales"
-        exact = "float-exact activations"
+            return f"inputs rounded to {element} ({kind.activations}), products summed exactly, scales in float32"
         if problem.compute != "auto":
-            return f"{exact}, float32 accumulation"
+            return "inputs as they are, sums in float32"
         return (
-            f"{exact} for up to {self.exact_tokens[problem.dtype]} tokens, above that int8 activations per group "
-            "(relative error about 6e-3), float32 accumulation"
+            f"inputs as they are for up to {counted(self.exact_tokens[problem.dtype], 'token')} at a time, for more "
+            "rounded to int8 in groups (relative error about 6e-3), sums in float32"
         )
 
     def tolerance(self, problem: LinearProblem) -> float:
