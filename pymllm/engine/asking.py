@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
-from pymllm.errors import RequestError
+from pymllm.errors import RequestError, counted
 from pymllm.text.prompts import Prompt
 
 
@@ -80,13 +80,13 @@ def check_length(tokens: int, longest: int, answers: bool = True) -> None:
     if tokens + answers <= longest:
         return
     # Clients tell by these words that a prompt is too long.
-    limit = f"this model's maximum context length is {longest} tokens"
+    limit = f"this model's maximum context length is {counted(longest, 'token')}"
     problem = "does not leave room for an answer" if answers else "is too long"
     raise RequestError(
         f"the prompt {problem}: {limit}",
         code="prompt-too-long",
         tensor="prompt",
-        expected=f"fewer than {longest + (not answers)} tokens",
+        expected=f"fewer than {counted(longest + (not answers), 'token')}",
         found=str(tokens),
         fix="Shorten the prompt.",
     )
