@@ -98,6 +98,7 @@ class LLM(Adaptable):
         definition: str = "auto",
         strategy: str | None = None,
         progress: bool | None = None,
+        packed_cache: str | Path = "off",
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
         max_model_len: int | None = None,
@@ -124,6 +125,7 @@ class LLM(Adaptable):
             adapters=adapters, check_memory=check_memory, max_model_len=max_model_len, kv_memory=kv_memory
         )
         told = {**options, **beside, "expert_parallel": expert_parallel, "progress": False}
+        told["packed_cache"] = packed_cache
         settings = settings_for_ranks(model, told) if tensor_parallel_size > 1 else None
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
         self._own_ranks()
@@ -131,7 +133,7 @@ class LLM(Adaptable):
             path = shipped_model() if model is None else model
             prepared, self.plan = decide(self.parallel, path, options, **beside)
             self.tokenizer = open_tokenizer(prepared.checkpoint, chat_template)
-            self.model = load_prepared(prepared, progress=progress)
+            self.model = load_prepared(prepared, progress=progress, packed_cache=packed_cache)
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path

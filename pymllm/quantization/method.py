@@ -131,7 +131,10 @@ class LinearMethodBase(QuantizeMethodBase):
         if bound_weight(layer) is None:
             shape: Any = layer.shape
             names = [spec.name for spec in self.weight_specs(shape)]
-            weight = self.to_canonical({name: getattr(layer, name).data for name in names}, shape)
+            tensors = {name: getattr(layer, name).data for name in names}
+            weight = self.to_canonical(tensors, shape)
+            if any(tensor.is_meta for tensor in tensors.values()):  # no part of it may have data then
+                weight = on_meta(weight)
             for name in names:
                 delattr(layer, name)
             bind_layer(layer, weight)
