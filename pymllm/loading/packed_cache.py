@@ -31,7 +31,7 @@ from pymllm.weights.report import LoadReport, TensorRecord
 logger = logging.getLogger("pymllm")
 
 SUFFIX = ".packed"
-LEAST = 256 << 20  # bytes of packed weights; less is packed in a second
+LEAST = 256 << 20  # bytes of packed weights; less is packed in little time
 MOST_KEPT = 50 << 30  # bytes of all models together, or a fifth of the disk
 ABANDONED = 24 * 3600  # seconds, after which a file that was never finished is removed
 
@@ -148,8 +148,11 @@ class PackedCache:
         try:
             nbytes = sum(tensor.untyped_storage().nbytes() for tensor in found)
             _make_room(self.folder, self.path, nbytes, self.asked)
-            account = {"tensors_described": self.tensors, "report": _write_report(report),
-                       "model": str(self.prepared.checkpoint.path)}
+            account = {
+                "tensors_described": self.tensors,
+                "report": _write_report(report),
+                "model": str(self.prepared.checkpoint.path),
+            }
             own = self.path.with_name(f"{self.path.stem}.{os.getpid()}")
             written = write_packed(own, self.key, found, account, self.threads)
             os.replace(own, self.path)
@@ -160,7 +163,9 @@ class PackedCache:
         else:
             logger.warning(
                 "kept %.1f GB of packed weights for the next start: %s (to be rid of it, delete the file; "
-                "--packed-cache off keeps none)", written / 1e9, self.path,
+                "--packed-cache off keeps none)",
+                written / 1e9,
+                self.path,
             )
 
 
@@ -198,8 +203,10 @@ def _make_room(folder: Path, path: Path, nbytes: int, asked: bool) -> None:
     disk = shutil.disk_usage(folder)
     # Who names a folder has chosen its disk.
     if asked and disk.free < nbytes or not asked and disk.free - nbytes < max(nbytes, disk.total // 10):
-        raise UnfitError(f"the disk of {folder} has {disk.free / 1e9:.1f} GB free; "
-                         f"they take {nbytes / 1e9:.1f} GB" + ("" if asked else ", and a tenth of it stays free"))
+        raise UnfitError(
+            f"the disk of {folder} has {disk.free / 1e9:.1f} GB free; "
+            f"they take {nbytes / 1e9:.1f} GB" + ("" if asked else ", and a tenth of it stays free")
+        )
     most = min(MOST_KEPT, disk.total // 5)
     if nbytes > most:
         raise UnfitError(f"they take {nbytes / 1e9:.1f} GB, and {most / 1e9:.1f} GB is the most that is kept")
@@ -219,5 +226,10 @@ def _write_report(report: LoadReport) -> dict[str, Any]:
 
 def _read_report(stored: dict[str, Any]) -> LoadReport:
     tensors = [TensorRecord(**record) for record in stored["tensors"]]
-    return LoadReport(tensors, set(stored["loaded"]), Counter(stored["methods"]),
-                      bytes_read=stored["bytes_read"], final_bytes=stored["final_bytes"])
+    return LoadReport(
+        tensors,
+        set(stored["loaded"]),
+        Counter(stored["methods"]),
+        bytes_read=stored["bytes_read"],
+        final_bytes=stored["final_bytes"],
+    )

@@ -41,11 +41,16 @@ class UnfitError(Exception):
 
 def sums_of(pieces: Sequence[Tensor], threads: int) -> list[str]:
     """Return the digest of the sums of each of these bytes, CHUNK by CHUNK.  pieces: 1-D uint8 tensors on the CPU."""
-    chunks = [(piece.data_ptr() + at, min(CHUNK, piece.numel() - at), index)
-              for index, piece in enumerate(pieces) for at in range(0, piece.numel(), CHUNK)]
+    chunks = [
+        (piece.data_ptr() + at, min(CHUNK, piece.numel() - at), index)
+        for index, piece in enumerate(pieces)
+        for at in range(0, piece.numel(), CHUNK)
+    ]
     digests = [hashlib.sha256(str(piece.numel()).encode()) for piece in pieces]
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for (_, _, index), found in zip(chunks, pool.map(lambda c: native().lane_sums(c[0], c[1]), chunks), strict=True):
+        for (_, _, index), found in zip(
+            chunks, pool.map(lambda c: native().lane_sums(c[0], c[1]), chunks), strict=True
+        ):
             digests[index].update(found)
     return [digest.hexdigest()[:32] for digest in digests]
 
@@ -112,7 +117,13 @@ def map_packed(path: Path, key: str, threads: int) -> tuple[list[Tensor], Any]:
         memory.madvise(mmap.MADV_WILLNEED)
     pieces = [whole[start + at : start + at + nbytes] for at, nbytes, _ in places]
     _populate(memory, threads)
-    gaps = [whole[length:start], *(whole[start + at + nbytes : start + at + -(-nbytes // ALIGNED) * ALIGNED] for at, nbytes, _ in places)]
+    gaps = [
+        whole[length:start],
+        *(
+            whole[start + at + nbytes : start + at + -(-nbytes // ALIGNED) * ALIGNED]
+            for at, nbytes, _ in places
+        ),
+    ]
     if any(bool(gap.any()) for gap in gaps if gap.numel()):
         raise UnfitError("there is something between its tensors")
     for index, (found, (_, _, wanted)) in enumerate(zip(sums_of(pieces, threads), places, strict=True)):
@@ -126,7 +137,9 @@ def map_packed(path: Path, key: str, threads: int) -> tuple[list[Tensor], Any]:
         if piece.numel() == 0:
             tensors.append(torch.empty(shape, dtype=kind).as_strided(shape, strides))
             continue
-        tensors.append(_at(memory, start + places[index][0], piece.numel(), kind).as_strided(shape, strides, offset))
+        tensors.append(
+            _at(memory, start + places[index][0], piece.numel(), kind).as_strided(shape, strides, offset)
+        )
     return tensors, header["account"]
 
 

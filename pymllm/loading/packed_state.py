@@ -107,7 +107,13 @@ class Rehearsal:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._before = [
-            (module, dict(vars(module)), dict(module._parameters), dict(module._buffers), dict(module._modules))
+            (
+                module,
+                dict(vars(module)),
+                dict(module._parameters),
+                dict(module._buffers),
+                dict(module._modules),
+            )
             for module in model.modules()
         ]
         self._data = [(param, param.data) for param in model.parameters() if param.is_meta]
