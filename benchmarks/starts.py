@@ -1,7 +1,7 @@
-"""How long a start takes, with and without kept packed weights: `python benchmarks/starts.py [--layers 32] [--json FILE]`.
+"""How long a start takes, with and without kept packed weights: `python benchmarks/starts.py [--json FILE]`.
 
-It writes an AWQ checkpoint of a 7 B shape with random codes (4096 wide, 11008 inside, groups of 128) into a temporary
-folder, and runs each start in a process of its own, from the first import to 32 tokens: kept nothing, kept, then off and
+It writes an AWQ checkpoint of a 7 B shape with random codes (4096 wide, 11008 inside, groups of 128) into a
+temporary folder, and runs each start in a process of its own, from the first import to 32 tokens: kept nothing, kept, then off and
 taken by turns. The rate at which this machine reads the same file from its page cache is measured in the same run.
 """
 
@@ -156,9 +156,7 @@ def main() -> None:
         for _ in range(args.rounds):
             runs += [{"what": "off", **start(model, "off")}, {"what": "taken", **start(model, cache)}]
     print(f"{weights.stat().st_size / 1e9:.2f} GB of weights; the page cache gives {rate / 1e9:.2f} GB/s\n")
-    print(
-        "| start | imports s | load s | first token s | wall s | decode tokens/s | taken |\n|---|---|---|---|---|---|---|"
-    )
+    print("| start | imports | load | first token | wall | tokens/s | taken |\n|---|---|---|---|---|---|---|")
     for run in runs:
         print(
             f"| {run['what']} | {run['imports']:.2f} | {run['load']:.2f} | {run['first']:.2f} | {run['wall']:.2f} | "

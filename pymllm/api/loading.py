@@ -32,8 +32,8 @@ def load_model(
     "@FILE"; None: as stored.
     progress: whether to show a bar while loading; None: on a terminal.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
-    packed_cache: where packed weights are kept, so that the next start is quick: "auto" (docs/starting.md), a folder, or
-    "off".
+    packed_cache: where packed weights are kept, so that the next start is quick: "auto" (docs/starting.md), a folder,
+    or "off".
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
     compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"

@@ -24,7 +24,7 @@ from pymllm.errors import ConfigError, PymllmError
 from pymllm.kernels.native.extension import native_available
 from pymllm.loading.packed_file import UnfitError, map_packed, write_packed
 from pymllm.loading.packed_key import describe_decisions, digest, key_of, name_of
-from pymllm.loading.packed_state import Rehearsal, alike, describe_modules, describe_tensors, tensors_of
+from pymllm.loading.packed_state import Rehearsal, alike, tensors_of
 from pymllm.loading.prepare import Prepared
 from pymllm.weights.report import LoadReport, TensorRecord
 
@@ -202,7 +202,8 @@ def _make_room(folder: Path, path: Path, nbytes: int, asked: bool) -> None:
                 left.unlink()
     disk = shutil.disk_usage(folder)
     # Who names a folder has chosen its disk.
-    if asked and disk.free < nbytes or not asked and disk.free - nbytes < max(nbytes, disk.total // 10):
+    left = 0 if asked else max(nbytes, disk.total // 10)
+    if disk.free - nbytes < left:
         raise UnfitError(
             f"the disk of {folder} has {disk.free / 1e9:.1f} GB free; "
             f"they take {nbytes / 1e9:.1f} GB" + ("" if asked else ", and a tenth of it stays free")

@@ -56,7 +56,7 @@ def sums_of(pieces: Sequence[Tensor], threads: int) -> list[str]:
 
 
 def write_packed(path: Path, key: str, tensors: Sequence[Tensor], account: Any, threads: int) -> int:
-    """Write tensors, and what else there is to say, as JSON.  Returns the bytes of the file.  ConfigError as `write_whole`.
+    """Write tensors, and what else there is to say.  Returns the bytes of the file.  ConfigError as `write_whole`.
 
     A storage that several of them share is written once.
     """
@@ -81,7 +81,7 @@ def write_packed(path: Path, key: str, tensors: Sequence[Tensor], account: Any, 
     def chunks() -> Iterator[bytes | memoryview]:
         yield head + bytes(-len(head) % ALIGNED)
         for piece in storages:
-            data = memoryview(piece.numpy())
+            data = memoryview(piece.numpy())  # type: ignore[arg-type]
             for start in range(0, len(data), CHUNK):
                 yield data[start : start + CHUNK]
             yield bytes(-len(data) % ALIGNED)

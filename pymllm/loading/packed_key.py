@@ -52,7 +52,7 @@ def describe_decisions(prepared: Prepared) -> tuple[list[str], list[list[Any]]]:
 
 
 def name_of(prepared: Prepared, decisions: str) -> str:
-    """Return the name under which a model is kept: of its path, and of what was decided; not of what is in its files."""
+    """Return the name under which a model is kept: of its path and of what was decided, not of its content."""
     return digest([os.path.realpath(prepared.checkpoint.path), decisions])[:32]
 
 

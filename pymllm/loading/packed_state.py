@@ -90,9 +90,11 @@ def describe_modules(model: nn.Module) -> Iterator[str]:
                 yield f" {key}={type(kernel).__qualname__} {kernel.layout} {value.problem!r}"
             elif key.startswith("_") or key == "training":
                 continue
-            elif key == "quant_method" or isinstance(value, PLAIN):
-                yield f" {key}={value!r}"
-            elif isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value):
+            elif (
+                key == "quant_method"
+                or isinstance(value, PLAIN)
+                or (isinstance(value, (tuple, list)) and all(isinstance(item, PLAIN) for item in value))
+            ):
                 yield f" {key}={value!r}"
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 yield f" {key}:{type(value).__qualname__}"
@@ -106,7 +108,7 @@ class Rehearsal:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._before = [
+        self._before: list[tuple[Any, ...]] = [
             (
                 module,
                 dict(vars(module)),
