@@ -1,7 +1,7 @@
 """How long a start takes, with and without kept packed weights: `python benchmarks/starts.py [--json FILE]`.
 
-It writes an AWQ checkpoint of a 7 B shape with random codes (4096 wide, 11008 inside, groups of 128) into a
-temporary folder, and runs each start in a process of its own, from the first import to 32 tokens: kept nothing, kept, then off and
+It writes an AWQ checkpoint of a 7 B shape with random codes (4096 wide, 11008 inside, groups of 128) into a temporary
+folder, and runs each start in a process of its own, from the first import to 32 tokens: one that keeps, then off and
 taken by turns. The rate at which this machine reads the same file from its page cache is measured in the same run.
 """
 

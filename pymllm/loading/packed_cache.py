@@ -75,7 +75,7 @@ class PackedCache:
 
     @classmethod
     def of(cls, prepared: Prepared, choice: str | Path) -> PackedCache | None:
-        """Rehearse a load.  choice: "auto", "off" or a folder.  None: nothing is kept of this model, nor taken.
+        """Make the cache of a model, by a load that is rehearsed.  choice: "auto", "off" or a folder.  None: nothing is kept of this model, nor taken.
 
         The model is then as it was; else it is as it will be, until `take` or `leave`.
         """
@@ -202,8 +202,8 @@ def _make_room(folder: Path, path: Path, nbytes: int, asked: bool) -> None:
                 left.unlink()
     disk = shutil.disk_usage(folder)
     # Who names a folder has chosen its disk.
-    left = 0 if asked else max(nbytes, disk.total // 10)
-    if disk.free - nbytes < left:
+    spare = 0 if asked else max(nbytes, disk.total // 10)
+    if disk.free - nbytes < spare:
         raise UnfitError(
             f"the disk of {folder} has {disk.free / 1e9:.1f} GB free; "
             f"they take {nbytes / 1e9:.1f} GB" + ("" if asked else ", and a tenth of it stays free")

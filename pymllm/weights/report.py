@@ -48,8 +48,8 @@ class LoadReport:
     """The account of one load, filled while loading; `model.load_report` afterwards.
 
     loaded: the names of the tensors that were read.  methods: how many layers have each method.
-    final_bytes: the size of this rank's packed weights.  taken_from: the file of kept weights that was mapped in
-    place of a load; "": there was none.
+    final_bytes: the size of this rank's packed weights.
+    taken_from: the file of kept weights that was mapped in place of a load; "": there was none.
     """
 
     tensors: list[TensorRecord] = field(default_factory=list)
