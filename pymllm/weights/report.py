@@ -67,8 +67,8 @@ class LoadReport:
         methods = ", ".join(f"{count} x {name}" for name, count in self.methods.most_common())
         if self.taken_from:
             return (
-                f"took {self.final_bytes / 1e6:.1f} MB of packed weights in {self.seconds:.2f} s from {self.taken_from}; "
-                f"tensors: {states}; methods: {methods}"
+                f"took {self.final_bytes / 1e6:.1f} MB of packed weights in {self.seconds:.2f} s "
+                f"from {self.taken_from}; tensors: {states}; methods: {methods}"
             )
         rate = self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
         return (
