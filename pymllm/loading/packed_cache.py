@@ -77,7 +77,8 @@ class PackedCache:
     def of(cls, prepared: Prepared, choice: str | Path) -> PackedCache | None:
         """Make the cache of a model, by a load that is rehearsed.
 
-        choice: "auto", "off" or a folder.  None: nothing is kept of this model, nor taken. The model is then as it was; else it is as it will be, until `take` or `leave`.
+        choice: "auto", "off" or a folder.  None: nothing is kept of this model, nor taken.
+        The model is then as it was; else it is as it will be, until `take` or `leave`.
         """
         reason = None
         if str(choice) == "off":
