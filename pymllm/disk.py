@@ -153,11 +153,17 @@ def free_bytes(path: Path) -> int | None:
 
 
 def write_whole(
-    path: Path, chunks: Iterable[bytes | memoryview], nbytes: int = 0, *, again: str = ""
+    path: Path,
+    chunks: Iterable[bytes | memoryview],
+    nbytes: int = 0,
+    *,
+    again: str = "",
+    sync: bool = True,
 ) -> None:
     """Write a file that is there, with all of its bytes on the disk, or not at all.
 
     chunks: its bytes.  nbytes: how many they are, as far as that is known.  again: what a further try would do.
+    sync: False where whoever reads the file finds for himself that bytes are missing: they are then written later.
     Raises ConfigError as `cannot_write` makes it, and what `chunks` raises; nothing is left then, not even a part.
     """
     temporary = path.with_name(f"{path.name}.tmp")
@@ -173,14 +179,16 @@ def write_whole(
                 done += len(chunk)
             with writing(path, max(nbytes, done), again=again):
                 out.flush()
-                os.fsync(out.fileno())
+                if sync:
+                    os.fsync(out.fileno())
         finally:
             # What is still to be written would fail again.
             with contextlib.suppress(OSError):
                 out.close()
         with writing(path, again=again):
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            if sync:
+                sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

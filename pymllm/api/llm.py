@@ -67,6 +67,8 @@ class LLM(Adaptable):
     definition: "auto" runs the page of the model's type, or transformers' class if there is none; "transformers" that.
     strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
     progress: whether to show a bar while loading; None: on a terminal.
+    packed_cache: where packed weights are kept, so that the next start is quick: "auto", a folder, or "off"
+    (docs/starting.md).
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     max_model_len: the most tokens of a request and its answer; None: as many as the model, and the KV cache, can have.
@@ -100,6 +102,7 @@ class LLM(Adaptable):
         definition: str = "auto",
         strategy: str | None = None,
         progress: bool | None = None,
+        packed_cache: str | Path = "off",
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
         max_model_len: int | None = None,
@@ -128,6 +131,7 @@ class LLM(Adaptable):
             adapters=adapters, check_memory=check_memory, max_model_len=max_model_len, kv_memory=kv_memory
         )
         told = {**options, **beside, "expert_parallel": expert_parallel, "progress": False}
+        told["packed_cache"] = str(packed_cache)
         settings = settings_for_ranks(model, told) if tensor_parallel_size > 1 else None
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
         self._own_ranks()
@@ -140,7 +144,7 @@ class LLM(Adaptable):
                     before_loading(prepared, plan, self.tokenizer)
 
             prepared, self.plan = decide(self.parallel, model, options, before_loading=open_text, **beside)
-            self.model = load_prepared(prepared, progress=progress)
+            self.model = load_prepared(prepared, progress=progress, packed_cache=packed_cache)
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path

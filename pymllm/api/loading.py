@@ -24,6 +24,7 @@ def load_model(
     *,
     progress: bool | None = None,
     check_memory: bool = True,
+    packed_cache: str | Path = "off",
     **options: Unpack[LoadOptions],
 ) -> LanguageModel:
     """Load a checkpoint into a model whose every weight is packed for the best kernel.
@@ -34,6 +35,8 @@ def load_model(
     "@FILE"; None: as stored.
     progress: whether to show a bar while loading; None: on a terminal.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
+    packed_cache: where packed weights are kept, so that the next start is quick: "auto" (docs/starting.md), a folder,
+    or "off".
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
@@ -51,4 +54,4 @@ def load_model(
     RuleError, ShardingError or KernelError for what cannot be honoured.
     """
     decided = decide(current_parallel(), path, {"quant": quant, **options}, check_memory=check_memory)
-    return load_prepared(decided[0], progress=progress)
+    return load_prepared(decided[0], progress=progress, packed_cache=packed_cache)

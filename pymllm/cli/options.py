@@ -114,6 +114,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="on",
         help="whether a request takes over what others have computed of the same first tokens; default: on",
     )
+    add_packed_cache_option(parser)
+
+
+def add_packed_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add --packed-cache, a keyword of `LLM`."""
+    parser.add_argument(
+        "--packed-cache",
+        metavar="auto|off|DIR",
+        default="auto",
+        help="where packed weights are kept, so that the next start maps them: auto (models from 256 MiB on, in "
+        "~/.cache/pymllm/packed), off, or a folder; default: auto",
+    )
 
 
 def add_template_option(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +172,8 @@ def cache_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the keywords of `LLM` that `add_engine_options` added."""
-    return {"prefix_reuse": args.prefix_reuse == "on", **cache_arguments(args)}
+    reuse = args.prefix_reuse == "on"
+    return {"prefix_reuse": reuse, "packed_cache": args.packed_cache, **cache_arguments(args)}
 
 
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:

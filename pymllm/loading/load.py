@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
 from pymllm.loading.boundary import reading_checkpoint
 from pymllm.loading.match import Placement, Unit
+from pymllm.loading.packed_cache import PackedCache
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
 from pymllm.loading.reading import Reader, Reading
@@ -34,10 +36,13 @@ logger = logging.getLogger("pymllm")
 
 
 @names_files
-def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> LanguageModel:
+def load_prepared(
+    prepared: Prepared, *, progress: bool | None = None, packed_cache: str | Path = "off"
+) -> LanguageModel:
     """Read, slice and pack what `prepare` has decided, a layer at a time.
 
     progress: whether to show a bar on the first rank; None: on a terminal.
+    packed_cache: where packed weights are kept for the next start: "auto", a folder, or "off".
     Returns the model, which carries `load_report` and `prepared`.
     Raises CheckpointError for values that cannot be right, ConfigError for a device that is not here.
     """
@@ -50,6 +55,25 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
             found=where.spec,
         )
     lower_to_quota_once()
+    cache = PackedCache.of(prepared, packed_cache)
+    report = None if cache is None else cache.take()
+    if report is None:
+        report = _load_units(prepared, progress)
+        if cache is not None:
+            cache.keep(report)
+    model = prepared.model
+    model.requires_grad_(False)
+    model.eval()
+    model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
+    logger.info(report.summary())
+    if prepared.draft is not None:
+        second = load_prepared(prepared.draft, progress=progress, packed_cache=packed_cache)
+        model.strategy = replace(model.strategy, draft=second)
+    return model
+
+
+def _load_units(prepared: Prepared, progress: bool | None) -> LoadReport:
+    """Read, slice and pack every unit.  Returns the report."""
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
@@ -92,15 +116,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
                 "divide the model over ranks (--tensor-parallel-size), or free memory.",
             ) from error
     report.seconds = time.perf_counter() - started
-    model = prepared.model
-    model.requires_grad_(False)
-    model.eval()
-    model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
-    logger.info(report.summary())
-    if prepared.draft is not None:
-        second = load_prepared(prepared.draft, progress=progress)
-        model.strategy = replace(model.strategy, draft=second)
-    return model
+    return report
 
 
 def _load_unit(

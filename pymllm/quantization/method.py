@@ -133,10 +133,13 @@ class LinearMethodBase(QuantizeMethodBase):
             shape: Any = layer.shape
             names = [spec.name for spec in self.weight_specs(shape)]
             stored = {name: getattr(layer, name).data for name in names}
+            without_data = any(tensor.is_meta for tensor in stored.values())
             bound = None
-            if self.source_method() is self:
+            if self.source_method() is self and not without_data:
                 bound = bind_in_slabs(self, stored, shape, *bound_as(layer, "cpu"))
             weight = None if bound is not None else self.to_canonical(stored, shape)
+            if without_data and weight is not None:  # no part of it may have data then
+                weight = on_meta(weight)
             for name in names:
                 delattr(layer, name)
             del stored

@@ -50,6 +50,7 @@ NATIVE_PARTS = (
     "integer_pack",
     "integer_unpack",
     "isa_code",
+    "lane_sums",
     "log_probabilities",
     "mamba2_scan",
     "pointwise",
