@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from pymllm.text.tokenizer import Tokenizer
 
 DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+# org/name, org/name:TAG or org/name/FILE.gguf, as `weights/hub.py` reads them; not imported, for a quick --help.
+HUB_ID = re.compile(
+    r"(?i:(?:https://)?(?:hf|huggingface)\.co/)?[A-Za-z0-9][\w.-]*/[\w.-]+"
+    r"(?::[\w.-]+(?:/[\w.-]+)*|/(?:[\w.-]+/)*[\w.-]+\.(?i:gguf))?"
+)
 STDIN = "-"
 LINES = (".jsonl", ".ndjson")
 # The most tokens of an answer by default: a raw text has no end of its own.

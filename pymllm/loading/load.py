@@ -26,6 +26,7 @@ from pymllm.loading.progress import progress_bar
 from pymllm.loading.reading import Reader, Reading
 from pymllm.loading.stored import check_placed, check_skipped
 from pymllm.models.language_model import LanguageModel
+from pymllm.weights.hub import download_weights
 from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
@@ -55,6 +56,7 @@ def load_prepared(
             found=where.spec,
         )
     lower_to_quota_once()
+    download_weights(prepared.checkpoint)
     cache = PackedCache.of(prepared, packed_cache)
     report = None if cache is None else cache.take()
     if report is None:

@@ -101,7 +101,7 @@ def prepare(
     for one that stands in another program.  The others: see `LoadOptions`.
     Raises CheckpointError, ConfigError, RuleError, ShardingError or KernelError.
     """
-    place = resolve_model_path(path, revision)
+    place = resolve_model_path(path, revision, download=False)
     # What another program's builder raises is its own.
     with reading_checkpoint(place / CONFIG if place.is_dir() else place) if build is None else nullcontext():
         checkpoint = open_checkpoint(place, gguf_architectures())

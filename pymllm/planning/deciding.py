@@ -12,6 +12,7 @@ from pymllm.parallel import Parallel
 from pymllm.planning.make_plan import check_fits, make_plan
 from pymllm.planning.plan import Plan
 from pymllm.planning.slow_kernels import tell_slow_kernels
+from pymllm.weights.hub import download_weights
 
 
 def decide(
@@ -37,6 +38,8 @@ def decide(
             check_fits(prepared, plan)
         if before_loading is not None:
             before_loading(prepared, plan)
+        if parallel.size > 1:  # ranks compare what lies in their files
+            download_weights(prepared.checkpoint)
         return prepared, plan
 
     prepared, plan = prepare_alike(parallel, make, lambda made: made[0], adapters)

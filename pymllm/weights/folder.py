@@ -15,6 +15,7 @@ from typing import Any
 from pymllm.errors import CheckpointError, counted, first_few
 from pymllm.weights.json_text import read_json_object
 from pymllm.weights.links import check_link
+from pymllm.weights.remote import remote_file, remote_names
 from pymllm.weights.tensor_file import TensorInfo, check_tensor_name
 
 CONFIG = "config.json"
@@ -76,9 +77,9 @@ def module_path(path: Any, file: Path) -> str:
 
 
 def list_names(path: Path) -> list[str]:
-    """List the names in a folder, sorted.  Raises CheckpointError "unreadable"."""
+    """List the names in a folder, also those of a hub's files that are to lie there.  CheckpointError "unreadable"."""
     try:
-        return sorted(os.listdir(path))
+        return sorted({*os.listdir(path), *remote_names(path)})
     except OSError as error:
         raise CheckpointError(
             f"cannot list the folder: {error.strerror}",
@@ -164,7 +165,8 @@ def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
     missing = []
     for name in shards:
         try:
-            os.stat(path / name)
+            if remote_file(path / name) is None:
+                os.stat(path / name)
         except FileNotFoundError:  # also a link whose target is gone
             missing.append(name)
         except OSError:

@@ -24,6 +24,7 @@ from pymllm.weights.gguf_architecture import Change, GGUFArchitecture, Interleav
 from pymllm.weights.gguf_config import ConfigReader
 from pymllm.weights.gguf_file import GGUFFile
 from pymllm.weights.links import check_link
+from pymllm.weights.remote import remote_file
 from pymllm.weights.tensor_file import TensorInfo
 
 QUANTISED = torch.uint8  # the dtype that blocks are read as
@@ -179,7 +180,7 @@ def _open_parts(path: Path) -> list[GGUFFile]:
             fix="Give the model's files the names that they were made with.",
         )
     paths = [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
-    missing = [other.name for other in paths if not other.exists()]
+    missing = [other.name for other in paths if remote_file(other) is None and not other.exists()]
     if missing:
         head = (
             f"{len(missing)} of {counted(count, 'file of the model is', 'files of the model are')} missing:"

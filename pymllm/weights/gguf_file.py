@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from pymllm.errors import CheckpointError, counted
+from pymllm.weights.remote import RemoteFile
 from pymllm.weights.tensor_file import (
     Descriptor,
     TensorFile,
@@ -32,6 +33,7 @@ from pymllm.weights.tensor_file import (
     check_tensor_name,
     fault,
     is_plain,
+    open_to_read,
 )
 
 MAGIC = b"GGUF"
@@ -40,6 +42,7 @@ MAX_HEADER_BYTES = 100_000_000  # vocabularies of a million tokens take 40 MB
 MAX_RANK = 4
 MAX_ALIGNMENT = 1 << 20
 CHUNK_BYTES = 1 << 20  # of the header, read at a time
+REMOTE_SHARE, LEAST_REMOTE_BYTES = 16, 512  # of a hub's file: the part of what was read that may be too much
 LEAST_ENTRY_BYTES = 8 + 1 + 4 + 1  # key length, key, type, value
 LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, rank, one size, type, offset
 
@@ -128,7 +131,7 @@ class GGUFFile(TensorFile):
         header-short, header-magic, header-version, header-length, header-utf8, header-duplicate-key, header-entry,
         header-dtype, header-metadata; size-overflow; overlap, hole, offsets-out-of-file, trailing-bytes, truncated.
         """
-        return cls(Path(path), _Header(Descriptor(Path(path))))
+        return cls(Path(path), _Header(open_to_read(Path(path))))
 
     def __init__(self, path: Path, header: _Header) -> None:
         super().__init__(path, header.identity)
@@ -219,13 +222,15 @@ class _Header:
     """The start of a file, read as far as it is asked for.
 
     position: the index of the next byte.  limit: how many bytes a header may take at most.
+    certain: how many bytes from `position` on it takes at least, as far as is known.
     """
 
-    def __init__(self, descriptor: Descriptor) -> None:
+    def __init__(self, descriptor: Descriptor | RemoteFile) -> None:
         self.path, self.identity = descriptor.path, descriptor.identity
         self.limit = min(MAX_HEADER_BYTES, self.identity[2])
         self.buffer = bytearray()
         self.position = 0
+        self.certain = 0
         self._descriptor = descriptor
 
     def need(self, count: int) -> int:
@@ -237,7 +242,12 @@ class _Header:
             code = "header-short" if short else "header-length"
             raise fault(self.path, code, message, f"at least {counted(end, 'byte')}", f"{self.limit} bytes")
         if end > len(self.buffer):
-            size = min(max(end - len(self.buffer), CHUNK_BYTES), self.limit - len(self.buffer))
+            size = max(end - len(self.buffer), CHUNK_BYTES)
+            if isinstance(self._descriptor, RemoteFile):
+                # What is certainly wanted, and a little more: no answer may hold many bytes that nobody needs.
+                certain = max(end, start + self.certain) - len(self.buffer)
+                size = max(certain, len(self.buffer) // REMOTE_SHARE, LEAST_REMOTE_BYTES)
+            size = min(size, self.limit - len(self.buffer))
             self.buffer += self._descriptor.read(len(self.buffer), size)
         self.position = end
         return start

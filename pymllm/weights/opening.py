@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pymllm.disk import names_files, near_paths
@@ -28,23 +28,26 @@ from pymllm.weights.folder import (
 )
 from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.gguf_checkpoint import open_gguf
+from pymllm.weights.hub import find_model, parse_hub_name
 from pymllm.weights.json_text import parse_json
+from pymllm.weights.remote import remote_file
 from pymllm.weights.safetensors_file import SafetensorsFile
 from pymllm.weights.shipped import shipped_model
 from pymllm.weights.tensor_file import read_small_file
 
-DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-# Other copies of the weights (original/, onnx/); sentence-transformers numbers its modules (2_Dense/).
-NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
+PARALLEL_REQUESTS = 8
 
 
 @names_files
-def resolve_model_path(model: str | Path | None, revision: str | None = None) -> Path:
+def resolve_model_path(
+    model: str | Path | None, revision: str | None = None, *, download: bool = True
+) -> Path:
     """Find the folder (or .gguf file) of a model: the path itself, or a hub id's folder in the hub's cache.
 
     model: a Path is always local; a str is local if that folder, or .gguf file, exists, and else a hub id "org/name",
-    of which the files that loading needs are downloaded; None is the small model that comes with the package.
+    "org/name:Q4_K_M" or "org/name/file.gguf"; None is the small model that comes with the package.
     HF_HUB_OFFLINE and the hub's other settings hold.
+    download: whether to download all files that loading needs; else only the small ones (`weights/hub.py`).
     Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local model.
     """
     if model is None:
@@ -73,36 +76,17 @@ def resolve_model_path(model: str | Path | None, revision: str | None = None) ->
             file=str(model),
             fix="Run the same `pymllm quantize` again: it goes on where it was.",
         )
-    if isinstance(model, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or folder.exists():
+    name = None if isinstance(model, Path) or folder.exists() else parse_hub_name(model)
+    if name is None:
         raise CheckpointError(
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
             code="model-not-found",
-            expected='a folder, a .gguf file, or "org/name"',
+            expected='a folder, a .gguf file, "org/name" or "org/name:Q4_K_M"',
             fix=" ".join(filter(None, (near_paths(folder), "Check the spelling and the working directory."))),
         )
 
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    # HfHubHTTPError's base is the HTTP library's own error, which e.g. a proxy's refusal is.
-    failures: tuple[type[BaseException], ...] = (OSError, EntryNotFoundError, HFValidationError)
-    failures += HfHubHTTPError.__bases__
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=DOWNLOADED,
-            ignore_patterns=NOT_DOWNLOADED,
-        )
-    except failures as error:
-        reason = " ".join(str(error).split())[:500]
-        raise CheckpointError(
-            f"{model!r} is not a local folder, and the hub did not give it: {reason}",
-            code="model-not-found",
-            fix="Check the id, the revision, the access rights and the network. "
-            "With HF_HUB_OFFLINE=1 the model must be in the cache already.",
-        ) from error
-    return _transformer_in(Path(snapshot))
+    found = find_model(name, revision, download)
+    return found if is_gguf(found) else _transformer_in(found)
 
 
 def _transformer_in(folder: Path) -> Path:
@@ -148,7 +132,16 @@ def open_checkpoint(
         weight_map = read_index(path / INDEX)
         shards = sorted(set(weight_map.values()))
         check_shards_exist(path, shards)
-        checkpoint = Checkpoint(path, config, [SafetensorsFile.open(path / name) for name in shards])
+        checkpoint = Checkpoint(path, config, _open_all(path, shards))
         check_index(path / INDEX, weight_map, checkpoint.tensors)
         return checkpoint
-    return Checkpoint(path, config, [SafetensorsFile.open(path / name) for name in pick_files(path, names)])
+    return Checkpoint(path, config, _open_all(path, pick_files(path, names)))
+
+
+def _open_all(folder: Path, names: Sequence[str]) -> list[SafetensorsFile]:
+    """Read the headers of files; those of a hub's files several at a time."""
+    paths = [folder / name for name in names]
+    if len(paths) == 1 or all(remote_file(path) is None for path in paths):
+        return [SafetensorsFile.open(path) for path in paths]
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        return list(pool.map(SafetensorsFile.open, paths))

@@ -17,12 +17,12 @@ from pymllm.errors import CheckpointError, counted
 from pymllm.weights.json_text import parse_json_object
 from pymllm.weights.links import check_link
 from pymllm.weights.tensor_file import (
-    Descriptor,
     TensorFile,
     TensorInfo,
     check_layout,
     check_tensor_name,
     fault,
+    open_to_read,
 )
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -80,7 +80,7 @@ class SafetensorsFile(TensorFile):
         trailing-bytes, truncated.
         """
         path = Path(path)
-        descriptor = Descriptor(path)
+        descriptor = open_to_read(path)
         check_link(path)
         size = descriptor.identity[2]
         if size < 8:

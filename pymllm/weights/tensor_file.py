@@ -10,6 +10,7 @@ gives a CheckpointError instead of SIGBUS, its pages do not count as this proces
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import reprlib
@@ -25,6 +26,7 @@ import torch
 
 from pymllm.errors import CheckpointError, counted
 from pymllm.weights.links import check_link
+from pymllm.weights.remote import RemoteFile, remote_file
 
 MAX_NAME_LENGTH = 1000
 MAX_BUFFERS = 1024  # Linux, macOS and the BSDs take no more at a time
@@ -208,12 +210,16 @@ class TensorFile:
         self._identity = identity
         self._lock = threading.Lock()
         self._descriptor: Descriptor | None = None
+        self._remote = remote_file(path)
 
     def source(self, tensor: TensorInfo) -> Source:
         """Open the file, unless it is open, and make a function that fills arrays from it on behalf of `tensor`.
 
         Raises CheckpointError "changed" or "truncated" if the file is not the one whose header was read.
         """
+        remote = self._remote
+        if remote is not None:
+            return lambda arrays, offset: remote.scatter([array.data for array in arrays], offset)
         with self._lock:
             if self._descriptor is None:
                 descriptor = Descriptor(self.path)
@@ -229,6 +235,23 @@ class TensorFile:
         return lambda arrays, offset: descriptor.scatter(
             [array.data for array in arrays], offset, tensor.name
         )
+
+    def settle(self) -> None:
+        """Read on from the downloaded file of one that was remote.  CheckpointError "changed" if it is another."""
+        remote = self._remote
+        if remote is None:
+            return
+        descriptor = Descriptor(self.path)
+        same = descriptor.identity[2] == remote.size and all(
+            hashlib.sha256(descriptor.read(piece.offset, piece.count)).digest() == piece.digest
+            for piece in remote.pieces
+        )
+        if not same:
+            message = "the downloaded file is not the one whose header was read on the hub"
+            size = f"{descriptor.identity[2]} bytes"
+            fix = "Remove the model from the hub's cache (`pymllm rm`), and try again."
+            raise fault(self.path, "changed", message, f"{remote.size} bytes", size, fix=fix)
+        self._identity, self._remote = descriptor.identity, None
 
     def close(self) -> None:
         """Release the open file; reads that other threads have begun still finish."""
@@ -308,6 +331,11 @@ class Descriptor:
         buffer = bytearray(count)
         self.read_into(memoryview(buffer), offset)
         return buffer
+
+
+def open_to_read(path: Path) -> Descriptor | RemoteFile:
+    """Open a file that lies at `path`, or one of the hub that will."""
+    return remote_file(path) or Descriptor(path)
 
 
 def read_small_file(path: Path, limit: int, what: str) -> bytearray:
