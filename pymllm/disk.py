@@ -133,7 +133,7 @@ def near_paths(path: Path) -> str:
     for folder in (path, *path.parents):
         try:
             names = [entry.name for entry in folder.parent.iterdir()]
-        except OSError:
+        except (OSError, ValueError):  # or a path that no folder can hold
             continue
         hint = nearest(folder.name, names) if folder.name not in names else ""
         return hint.replace(NEAREST, f"Nearest in {folder.parent}:") if hint else ""
