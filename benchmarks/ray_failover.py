@@ -2,10 +2,10 @@
 
     python benchmarks/ray_failover.py [MODEL] [--clients 8] [--tokens 200] [--rounds 3] [--results DIR]
 
-Needs pymllm[ray]. Three nodes of Ray run on this machine: one with Ray's proxy alone, and one for each replica. Clients
-stream completions one after another; then every process of a replica's node gets SIGKILL. Ray starts another replica on
-the node that is left, which has room for two. A request is lost if it ends in an error, and hung if nothing comes for
-30 seconds. The script writes DIR/ray_failover.json and .md.
+Needs the extra `ray`. Three nodes of Ray run on this machine: one with Ray's proxy alone, and one for each replica.
+Clients stream completions one after another; then every process of a replica's node gets SIGKILL. Ray starts another
+replica on the node that is left, which has room for two. A request is lost if it ends in an error, and hung if
+nothing comes for 30 seconds. The script writes DIR/ray_failover.json and .md.
 """
 
 from __future__ import annotations

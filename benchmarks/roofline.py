@@ -2,67 +2,31 @@
 
     python benchmarks/roofline.py [--threads 1 2] [--repeats 15]
 
-The script writes results/roofline.json and .md beside this file. The probes are in kernels/roofline.cpp.
+The script writes results/roofline.json and .md beside this file. The probes are in pymllm/kernels/limits.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pymllm import _native
+from pymllm.kernels.limits import ReadProbe, machine
 from pymllm.kernels.native.extension import probe
 
+__all__ = ["RESULTS", "ReadProbe", "describe", "machine"]
+
 RESULTS = Path(__file__).parent / "results"
-PROBE_BYTES = 64 << 20  # read at a time, from a buffer of four times that: beyond the caches
 READS = {
     "read, 1 stream, 4 KiB pages": (1, False),
     "read, 8 streams, 4 KiB pages": (8, False),
     "read, 1 stream, huge pages": (1, True),
     "read, 8 streams, huge pages": (8, True),
 }
-
-
-class ReadProbe:
-    """A probe of the bandwidth of cold memory: every read takes the next part of a buffer larger than the caches."""
-
-    def __init__(self, *, huge: bool, bytes_at_a_time: int = PROBE_BYTES) -> None:
-        self.size = bytes_at_a_time
-        self.buffer = torch.empty(4 * self.size, dtype=torch.uint8)
-        _native.roofline_pages(self.buffer.data_ptr(), self.buffer.nbytes, huge)
-        self.buffer.fill_(1)
-        self.turn = 0
-
-    def __call__(self, streams: int, threads: int) -> float:
-        """Measure the bytes per second."""
-        self.turn = (self.turn + 1) % 4
-        address = self.buffer.data_ptr() + self.turn * self.size
-        return self.size / _native.roofline_read(address, self.size, streams, threads)
-
-
-def machine() -> dict[str, Any]:
-    """Describe where and with what a result was measured."""
-    cpu = probe()
-    return {
-        "cpu": cpu.brand,
-        "logical_cpus": cpu.logical_cpus,
-        "path": cpu.best_path,
-        "l2_bytes": cpu.l2_bytes,
-        "l3_bytes": cpu.l3_bytes,
-        "huge_pages": cpu.transparent_huge_pages,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_average": round(os.getloadavg()[0], 2),
-    }
 
 
 def describe(info: dict[str, Any]) -> str:

@@ -6,6 +6,25 @@
 #include "threads.h"
 
 namespace pymllm::integer {
+namespace {
+
+// Four codes at a time go to the lines of a block, which are 64 bytes apart.
+void pack_words(const std::uint8_t *from, std::int64_t words, std::uint8_t *to) {
+  for (std::int64_t j = 0; j < words; ++j) std::memcpy(to + 64 * j, from + 4 * j, 4);
+}
+
+// The codes of the first half of a group become low nibbles, those of the second half high ones.
+void pack_nibbles(const std::uint8_t *from, std::int64_t half, std::uint8_t *to) {
+  for (std::int64_t j = 0; j < half; j += 4) {
+    std::uint32_t low, high;
+    std::memcpy(&low, from + j, 4);
+    std::memcpy(&high, from + half + j, 4);
+    const std::uint32_t both = (low & 0x0f0f0f0fu) | (high << 4 & 0xf0f0f0f0u);
+    std::memcpy(to + 16 * j, &both, 4);
+  }
+}
+
+} // namespace
 
 void pack(const Weights &shape, const Stored &stored, std::uint8_t *blocks, int threads) {
   const Format &format = shape.format;
@@ -13,7 +32,9 @@ void pack(const Weights &shape, const Stored &stored, std::uint8_t *blocks, int 
   const std::int64_t stored_groups = (stored.inputs + stored.group - 1) / stored.group;
   const std::int64_t scale_bytes = format.scale_bytes(), zero_bytes = format.zeros == Zeros::offsets ? 4 : 1;
   const std::int64_t bytes = shape.row_blocks() * groups * shape.block_bytes();
-  parallel_for(shape.row_blocks(), worthwhile_threads(bytes, threads), [&](std::int64_t first, std::int64_t last) {
+  // Packing takes long enough to wake threads that sleep, so the pool is not told of how few bytes.
+  const Team team{worthwhile_threads(bytes, threads).threads};
+  parallel_for(shape.row_blocks(), team, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t row_block = first; row_block < last; ++row_block) {
       const std::int64_t outputs = std::min(kBlockRows, shape.out_features - row_block * kBlockRows);
       for (std::int64_t g = 0; g < groups; ++g) {
@@ -34,11 +55,12 @@ void pack(const Weights &shape, const Stored &stored, std::uint8_t *blocks, int 
           }
           const std::uint8_t *from = stored.codes + output * stored.inputs + g * group;
           std::uint8_t *to = block + format.header_bytes() + 4 * r;
-          if (format.codes == Codes::bytes)
+          if (format.codes == Codes::bytes && inputs % 4 == 0)
+            pack_words(from, inputs / 4, to);
+          else if (format.codes == Codes::bytes)
             for (std::int64_t k = 0; k < inputs; ++k) to[k / 4 * 64 + k % 4] = from[k];
           else if (inputs == group)
-            for (std::int64_t k = 0; k < half; ++k)
-              to[k / 4 * 64 + k % 4] = static_cast<std::uint8_t>((from[k] & 15) | (from[half + k] << 4));
+            pack_nibbles(from, half, to);
           else
             for (std::int64_t k = 0; k < inputs; ++k) {
               std::uint8_t &byte = to[k % half / 4 * 64 + k % half % 4];

@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cpu_probe.h"
+#include "lane_sums.h"
 
 namespace nb = nanobind;
 
@@ -16,6 +17,7 @@ void register_float(nb::module_ &m);
 void register_integer(nb::module_ &m);
 void register_recurrence(nb::module_ &m);
 void register_sampling(nb::module_ &m);
+void register_stored_codes(nb::module_ &m);
 void register_tape(nb::module_ &m);
 void register_watch(nb::module_ &m);
 } // namespace pymllm
@@ -47,6 +49,17 @@ nb::dict probe() {
   return result;
 }
 
+nb::bytes lane_sums(std::uintptr_t address, std::size_t count) {
+  const auto *bytes = reinterpret_cast<const unsigned char *>(address);
+  pymllm::check_address("the bytes to sum", bytes, count > 0);
+  pymllm::LaneSums sums;
+  {
+    nb::gil_scoped_release others_run;
+    sums = pymllm::lane_sums(bytes, count);
+  }
+  return nb::bytes(sums.data(), sizeof sums);
+}
+
 // A refusal is an error of ours in Python. Where our errors cannot be had, what stands in the way is raised instead.
 void raise_refusal(const std::exception_ptr &thrown, void *) {
   try {
@@ -75,11 +88,13 @@ NB_MODULE(_native, m) {
   nb::register_exception_translator(raise_refusal);
   // std::invalid_argument becomes ValueError.
   m.def("probe", &probe, "What this CPU can run; PYMLLM_CPU_ISA forces a kernel path (ValueError if it cannot).");
+  m.def("lane_sums", &lane_sums, "The sums of lane_sums.h over `count` bytes at an address: 16 words of 64 bits.");
   pymllm::register_attention(m);
   pymllm::register_float(m);
   pymllm::register_integer(m);
   pymllm::register_recurrence(m);
   pymllm::register_sampling(m);
+  pymllm::register_stored_codes(m);
   pymllm::register_tape(m);
   pymllm::register_watch(m);
 }

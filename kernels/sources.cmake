@@ -15,7 +15,7 @@ macro(add_kernels flags)
 endmacro()
 
 add_kernels("" attention checks cpu_probe elementwise float_linear integer integer_experts integer_portable isa
-  pointwise sampling threads)
+  lane_sums pointwise sampling stored_codes threads)
 set(roofline_flags "")
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(roofline_flags "-Wno-uninitialized")

@@ -51,7 +51,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'pymllm' has no attribute {name!r}")
+    from pymllm.errors import nearest
+
+    found = f"module 'pymllm' has no attribute {name!r}. {nearest(name, __all__)}".rstrip()
+    raise AttributeError(found, name=name)
 
 
 def __dir__() -> list[str]:

@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, choices, nearest
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Their short names elsewhere.
+SHORT_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,18 @@ def current_execution() -> Execution | None:
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """Turn a name into a torch dtype.  ConfigError for anything that is no dtype of activations."""
+    """Turn a name into a torch dtype, by its short names too.  ConfigError for what is no dtype of activations."""
     if isinstance(name, torch.dtype):
         name = str(name)
     short = str(name).removeprefix("torch.")
+    short = SHORT_DTYPES.get(short, short)
     if short not in DTYPES:
         raise ConfigError(
-            f"activations cannot have the dtype {name!r}",
+            f"layers cannot pass the dtype {name!r} to each other",
             code="dtype-unknown",
             expected="auto or " + " or ".join(DTYPES),
             found=str(name),
-            fix=nearest(short, DTYPES),
+            fix=nearest(short.lower(), DTYPES),
         )
     return DTYPES[short]
 
@@ -415,7 +424,7 @@ class RopeParameters:
                     code="config-ignored",
                     file="config.json",
                     tensor=f"rope_parameters.{name}",
-                    expected=", ".join(sorted(ROPE_NAMES)),
+                    expected=choices(sorted(ROPE_NAMES), name),
                     found=reprlib.repr(value),
                     fix=nearest(str(name), ROPE_NAMES),
                 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from pymllm.errors import CheckpointError, ConfigError, PymllmError
+from pymllm.errors import NEAREST, CheckpointError, ConfigError, PymllmError, counted, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,10 +107,10 @@ def cannot_write(path: Path, error: OSError, nbytes: int = 0, *, again: str = ""
     fix, expected, found = FIXES[code], None, None
     if code == "disk-full":
         free = free_bytes(path)
-        expected = f"room for {nbytes} bytes" if nbytes else None
-        found = None if free is None else f"{free} bytes free"
+        expected = f"room for {counted(nbytes, 'byte')}" if nbytes else None
+        found = None if free is None else f"{counted(free, 'byte')} free"
         if nbytes and free is not None and nbytes > free:
-            fix = f"Free at least {nbytes - free} bytes."
+            fix = f"Free at least {counted(nbytes - free, 'byte')}."
         if error.errno == errno.EDQUOT:
             fix = f"{fix} It is your quota that is used up."
     return ConfigError(
@@ -128,6 +128,18 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def near_paths(path: Path) -> str:
+    """Make a hint that names the paths most like one that is not there, or the first of its folders that is not."""
+    for folder in (path, *path.parents):
+        try:
+            names = [entry.name for entry in folder.parent.iterdir()]
+        except (OSError, ValueError):  # or a path that no folder can hold
+            continue
+        hint = nearest(folder.name, names) if folder.name not in names else ""
+        return hint.replace(NEAREST, f"Nearest in {folder.parent}:") if hint else ""
+    return ""
+
+
 def free_bytes(path: Path) -> int | None:
     """Return how many bytes there is room for where `path` is, or is to be; None where the system does not say."""
     for place in (path, *path.absolute().parents):
@@ -141,11 +153,17 @@ def free_bytes(path: Path) -> int | None:
 
 
 def write_whole(
-    path: Path, chunks: Iterable[bytes | memoryview], nbytes: int = 0, *, again: str = ""
+    path: Path,
+    chunks: Iterable[bytes | memoryview],
+    nbytes: int = 0,
+    *,
+    again: str = "",
+    sync: bool = True,
 ) -> None:
     """Write a file that is there, with all of its bytes on the disk, or not at all.
 
     chunks: its bytes.  nbytes: how many they are, as far as that is known.  again: what a further try would do.
+    sync: False where whoever reads the file finds for himself that bytes are missing: they are then written later.
     Raises ConfigError as `cannot_write` makes it, and what `chunks` raises; nothing is left then, not even a part.
     """
     temporary = path.with_name(f"{path.name}.tmp")
@@ -161,14 +179,16 @@ def write_whole(
                 done += len(chunk)
             with writing(path, max(nbytes, done), again=again):
                 out.flush()
-                os.fsync(out.fileno())
+                if sync:
+                    os.fsync(out.fileno())
         finally:
             # What is still to be written would fail again.
             with contextlib.suppress(OSError):
                 out.close()
         with writing(path, again=again):
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            if sync:
+                sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -15,8 +15,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+DISTRIBUTION = "pymllm-dispatch"  # what the package index calls this package
 NEAREST = "Nearest:"
 BRIEF = 8  # items of a long list that a terminal is shown
+LONGEST_LIST = 260  # characters of an "a or b or c" that an error holds whole
 LISTED = "\n  "  # before each item of a list in a message
 
 
@@ -75,6 +77,10 @@ class ConfigError(PymllmError, ValueError):
     """A setting, a model config or a quantisation config that we cannot honour."""
 
 
+class ArgumentError(ConfigError, TypeError):
+    """A call with an argument that the function does not have, or one of the wrong type."""
+
+
 class IndicesError(ConfigError, IndexError):
     """Numbers of rows, experts, pages, slots or tokens outside of what they name."""
 
@@ -110,8 +116,37 @@ class MissingExtraError(PymllmError, ImportError):
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed",
             code="missing-extra",
-            fix=f"Install it with: pip install 'pymllm[{extra}]'.",
+            fix=f"Install it with: {install_command(extra)}.",
         )
+
+
+@functools.cache
+def install_command(extra: str) -> str:
+    """Return the command that installs what an extra brings, by the names that the package index knows.
+
+    The packages themselves are named, so that it holds wherever pymllm was installed from.
+    """
+    return " ".join(["pip install", *(f"'{needed}'" for needed in sorted(_brought_by(extra)))])
+
+
+def _brought_by(extra: str) -> set[str]:
+    """Collect the requirements of an extra and of the extras that it names; without metadata, the extra itself."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    try:
+        needed = [Requirement(text) for text in requires(DISTRIBUTION) or ()]
+    except PackageNotFoundError:
+        return {f"{DISTRIBUTION}[{extra}]"}
+    brought: set[str] = set()
+    for one in needed:
+        marker = one.marker
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
+            continue
+        one.marker = None
+        brought |= set().union(*map(_brought_by, one.extras)) if one.name == DISTRIBUTION else {str(one)}
+    return brought or {f"{DISTRIBUTION}[{extra}]"}
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -140,10 +175,32 @@ def first_few(items: Sequence[str], separator: str = ", ", count: int = BRIEF) -
     return separator.join([*items[:count], f"and {more} more"] if more > 0 else items)
 
 
+def counted(count: int, one: str, more: str = "") -> str:
+    """Write a number and what it counts: "1 layer", "2 layers".  more: the plural, where it is not `one` and an s."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Make a hint such as "Nearest: a, b." that names the candidates most like `name`; "" where none is like it."""
-    close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.6)
+    """Make a hint such as "Nearest: a, b." that names the candidates most like `name`; "" where none is like it.
+
+    Small and capital letters count as the same.
+    """
+    spelled: dict[str, list[str]] = {}
+    for candidate in candidates:
+        spelled.setdefault(candidate.casefold(), []).append(candidate)
+    alike = difflib.get_close_matches(name.casefold(), list(spelled), n=count, cutoff=0.6)
+    close = [candidate for key in alike for candidate in dict.fromkeys(spelled[key])][:count]
     return f"{NEAREST} {', '.join(close)}." if close else ""
+
+
+def choices(known: Iterable[str], name: object = "") -> str:
+    """Write what may be chosen, "a or b or c"; a long list has those most like `name` first, and may end early."""
+    names = list(dict.fromkeys(known))
+    if len(names) > BRIEF:
+        like = str(name).casefold()
+        names.sort(key=lambda one: -difflib.SequenceMatcher(None, like, one.casefold()).ratio())
+    text = " or ".join(names)
+    return text if len(text) <= LONGEST_LIST else first_few(names, " or ").replace("or and ", "or ")
 
 
 def unknown_name(
@@ -154,7 +211,7 @@ def unknown_name(
     return error(
         f"there is no {what} {name!r}",
         code=code,
-        expected=" or ".join(known),
+        expected=choices(known, name),
         found=name,
         fix=nearest(name, known),
     )

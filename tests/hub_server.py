@@ -57,7 +57,7 @@ class MockHub:
         self._server.server_close()
         self._thread.join()
 
-    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+    def _handler(hub) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             wbufsize = -1  # one packet for a head and its body, or each waits for the other's acknowledgement
@@ -88,7 +88,9 @@ class MockHub:
                     path, at_cdn = path.removeprefix("/cdn"), True
                 else:
                     at_cdn = False
-                api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+).*)?)?", path)
+                api = re.fullmatch(
+                    r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/([^/]+).*)?)?", path
+                )
                 file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
                 found = api or file
                 if found is None:
@@ -97,7 +99,9 @@ class MockHub:
                 if repo in hub.moved:
                     return self.reply(307, Location=self.path.replace(repo, hub.moved[repo]))
                 if repo not in hub.repositories:
-                    return self.reply(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+                    return self.reply(
+                        401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found"
+                    )
                 files = hub.repositories[repo]
                 if api and api[2] == "refs":
                     refs = [{"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}]

@@ -13,7 +13,7 @@ from torch import nn
 
 from pymllm.adapters.config import WEIGHTS_FILE, LoRAConfig, load_lora_config
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError, ConfigError, nearest
+from pymllm.errors import CheckpointError, ConfigError, choices, counted, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.layers.lora import DEFAULT_ADAPTER, LayerAdapter, LoRAPart
 from pymllm.layers.weighted import WeightedLayer, weighted_layers
@@ -47,7 +47,7 @@ class LoadedAdapter:
     unmerged: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        size = f"{len(self.layers)} weights, {self.nbytes / 1e6:.1f} MB"
+        size = f"{counted(len(self.layers), 'weight')}, {self.nbytes / 1e6:.1f} MB"
         return f"adapter {self.name!r}: rank {self.config.rank} on {size}"
 
 
@@ -236,7 +236,7 @@ def _adapter(model: nn.Module, name: str) -> LoadedAdapter:
         raise ConfigError(
             f"the model holds no adapter {name!r}",
             code="lora-unknown",
-            expected=" or ".join(known) or "an adapter that was loaded",
+            expected=choices(known, name) or "an adapter that was loaded",
             found=name,
             fix=nearest(name, known),
         )

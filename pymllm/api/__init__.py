@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from pymllm.api.llm import LLM
 from pymllm.api.loading import load_model
-from pymllm.api.shipped import shipped_model
+from pymllm.weights.shipped import shipped_model
 
 __all__ = ["LLM", "load_model", "shipped_model"]

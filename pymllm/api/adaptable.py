@@ -14,7 +14,7 @@ from pymllm.adapters import (
     unmerge_lora_weights,
 )
 from pymllm.adapters.loading import merged_adapter
-from pymllm.errors import RequestError, nearest
+from pymllm.errors import RequestError, choices, nearest
 from pymllm.loading.agreement import describe_adapter
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel.ranked import Ranked
@@ -72,7 +72,7 @@ class Adaptable(Ranked):
                 f"there is no adapter {name!r}",
                 code="adapter-unknown",
                 tensor="adapter",
-                expected=" or ".join(self.adapters) or "no adapter, as none is loaded",
+                expected=choices(self.adapters, name) or "no adapter, as none is loaded",
                 fix=nearest(str(name), self.adapters),
             )
         merged = merged_adapter(self.model)

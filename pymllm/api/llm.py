@@ -7,15 +7,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pymllm.api.adaptable import Adaptable
-from pymllm.api.shipped import shipped_model
+from pymllm.api.texts import choose_tokenizer, default_params, encode, end_tokens
+from pymllm.arguments import checked
 from pymllm.embedding.embedder import Embedder
 from pymllm.engine.asking import Asked, ask, check_record, gather
 from pymllm.engine.engine import Engine
@@ -23,26 +24,23 @@ from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.pace import STEP_MS, check_step_ms
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.runner import Runner
-from pymllm.engine.sampling import SamplingParams, recommended_settings
+from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scoring import PairEncoder, Score, Scoring, pair_up
 from pymllm.engine.session import Session, StreamPiece
 from pymllm.errors import RequestError
 from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.agreement import settings_for_ranks
 from pymllm.loading.load import load_prepared
+from pymllm.loading.prepare import Prepared
 from pymllm.parallel import Ranks, choose_parallel
 from pymllm.parallel.ranked import ends_ranks
 from pymllm.planning.deciding import decide
+from pymllm.planning.plan import Plan
 from pymllm.quantization.rules import RuleSource
-from pymllm.text.end_tokens import end_tokens_of
-from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.text.grammars import GrammarCompiler
-from pymllm.text.prompts import Prompt, as_prompts, token_ids_of
-from pymllm.text.tokenizer import read_json
+from pymllm.text.prompts import Prompt, as_prompts
+from pymllm.text.tokenizer import Tokenizer, read_json
 from pymllm.weights.report import LoadReport
-
-if TYPE_CHECKING:
-    pass
 
 
 class LLM(Adaptable):
@@ -55,11 +53,12 @@ class LLM(Adaptable):
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
-    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
+    dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
+    quantised one.
     tensor_parallel_size: how many ranks share the model: those of torchrun, or processes that are started here and end
     with this one.  ranks: where they meet; None: on this machine.
     expert_parallel: whether ranks hold whole experts, some each, instead of a share of every one (docs/moe.md).
-    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"
     demands what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
@@ -68,19 +67,24 @@ class LLM(Adaptable):
     definition: "auto" runs the page of the model's type, or transformers' class if there is none; "transformers" that.
     strategy: how answers are decoded, "block_diffusion:block_length=32" say; None: as the model was trained for.
     progress: whether to show a bar while loading; None: on a terminal.
+    packed_cache: where packed weights are kept, so that the next start is quick: "auto", a folder, or "off"
+    (docs/starting.md).
     adapters: LoRA adapters by the names that requests choose them by: folders, as PEFT writes them, or hub ids.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     max_model_len: the most tokens of a request and its answer; None: as many as the model, and the KV cache, can have.
-    kv_memory: what the KV cache may take, "2GB" or "512MiB" say, or a number of bytes; None: a quarter of what is free
+    kv_memory: what the KV cache may take, "2GB", "512MiB", "30%" or a number of bytes; None: a quarter of what is free
     beside the weights, but no more than 16384 tokens, or one request of that length, need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
     chat_template: a file of Jinja text, or such text, in place of the checkpoint's chat template.
+    tokenizer: a folder, a tokenizer.json, a .gguf file or a hub id whose tokenizer takes the place of the checkpoint's.
+    before_loading: is called with what was decided, its plan and the tokenizer before a tensor is read; it may raise.
     `plan` says what runs, and why. Several threads may use one LLM; they take turns. An encoder only embeds.
     Raises what `load_model` raises, and ConfigError for a tensor_parallel_size that is not the job's.
     """
 
+    @checked()
     @ends_ranks
     def __init__(
         self,
@@ -98,6 +102,7 @@ class LLM(Adaptable):
         definition: str = "auto",
         strategy: str | None = None,
         progress: bool | None = None,
+        packed_cache: str | Path = "off",
         adapters: Mapping[str, str | Path] | None = None,
         check_memory: bool = True,
         max_model_len: int | None = None,
@@ -106,6 +111,8 @@ class LLM(Adaptable):
         step_ms: float = STEP_MS,
         pooling: str | Sequence[str] | None = None,
         chat_template: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        before_loading: Callable[[Prepared, Plan, Tokenizer], object] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         check_step_ms(step_ms)
@@ -124,14 +131,20 @@ class LLM(Adaptable):
             adapters=adapters, check_memory=check_memory, max_model_len=max_model_len, kv_memory=kv_memory
         )
         told = {**options, **beside, "expert_parallel": expert_parallel, "progress": False}
+        told["packed_cache"] = str(packed_cache)
         settings = settings_for_ranks(model, told) if tensor_parallel_size > 1 else None
         self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
         self._own_ranks()
         with self.parallel:
-            path = shipped_model() if model is None else model
-            prepared, self.plan = decide(self.parallel, path, options, **beside)
-            self.tokenizer = open_tokenizer(prepared.checkpoint, chat_template)
-            self.model = load_prepared(prepared, progress=progress)
+
+            def open_text(prepared: Prepared, plan: Plan) -> None:
+                self.tokenizer = choose_tokenizer(prepared, tokenizer, chat_template)
+                self.tokenizer.longest_prompt = plan.kv_cache.get("max_model_len")
+                if before_loading is not None:
+                    before_loading(prepared, plan, self.tokenizer)
+
+            prepared, self.plan = decide(self.parallel, model, options, before_loading=open_text, **beside)
+            self.model = load_prepared(prepared, progress=progress, packed_cache=packed_cache)
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path
@@ -186,34 +199,22 @@ class LLM(Adaptable):
         return read_json(self.path / "generation_config.json")
 
     def _end_tokens(self) -> frozenset[int]:
-        return end_tokens_of(self.prepared.checkpoint.config_file, self.generation_config, self.config.raw)
+        return end_tokens(self.prepared)
 
     def default_params(self, **overrides: Any) -> SamplingParams:
         """Make the sampling parameters that the checkpoint's generation_config recommends.
 
         overrides: fields of `SamplingParams` that are to be others.
         """
-        file = str(self.path / "generation_config.json")
-        recommended = recommended_settings(self.generation_config, self.engine.strategy.refuses, file)
-        return SamplingParams(**{**recommended, **overrides})
+        self.model.check_generates()
+        return default_params(self.prepared, **overrides)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into token ids; a prompt of ids is checked against the vocabulary.
 
         RequestError for an id outside of it, or a prompt that is neither text nor ids.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids_of(prompt)
-        vocabulary = self.config.size("vocab_size")
-        bad = next((token for token in ids if not 0 <= token < vocabulary), None)
-        if bad is not None:
-            raise RequestError(
-                "a token id lies outside the vocabulary",
-                code="token-id",
-                tensor="prompt",
-                expected=f"0 to {vocabulary - 1}",
-                found=str(bad),
-            )
-        return ids
+        return encode(self.tokenizer, prompt, self.config.size("vocab_size"))
 
     def encode_to_answer(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into token ids; a text that is far too long to be answered is refused unread (RequestError)."""
@@ -221,6 +222,7 @@ class LLM(Adaptable):
             self.tokenizer.check_length(prompt)
         return self.encode(prompt)
 
+    @checked()
     def embed(
         self,
         texts: Prompt | Sequence[Prompt],
@@ -247,6 +249,7 @@ class LLM(Adaptable):
         options = self.embedder.options(pooling, normalize, dimensions, self.check_adapter(adapter))
         return self.embedder.embed(texts, options, prompt_name, prompt)
 
+    @checked()
     def logits(self, token_ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Compute the logits after each of the tokens, in one forward without a cache.
 
@@ -260,6 +263,7 @@ class LLM(Adaptable):
         with self._lock:
             return self.engine.runner.logits(ids, adapter).float().cpu()
 
+    @checked({"params": SamplingParams})
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -282,6 +286,7 @@ class LLM(Adaptable):
         pieces = ((place, piece.index, piece.output) for place, piece in self._run(asked, outputs))
         return gather({(place, index): output for place, index, output in pieces if output is not None})
 
+    @checked({"params": SamplingParams})
     def stream(
         self,
         prompt: Prompt,
@@ -298,15 +303,19 @@ class LLM(Adaptable):
         """
         return (piece for _, piece in self.stream_all([prompt], params, adapter=adapter, outputs=outputs))
 
+    @checked({"params": SamplingParams})
     def stream_all(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None = None,
         outputs: GenerationOutputs | None = None,
     ) -> Generator[tuple[int, StreamPiece], None, None]:
-        """Answer several prompts at a time, piece by piece, each with the index of its prompt; else as `stream`."""
+        """Answer several prompts at a time, piece by piece, each with the index of its prompt; else as `stream`.
+
+        params: one for all, or one each.
+        """
         self.model.check_generates()
         # Here, so that a bad one fails at once, not at the first piece.
         params = self.default_params() if params is None else params
@@ -314,6 +323,7 @@ class LLM(Adaptable):
         check_record(outputs, asked)
         return self._run(asked, outputs)
 
+    @checked({"params": SamplingParams})
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -330,6 +340,7 @@ class LLM(Adaptable):
         prompt = self.tokenizer.apply_chat_template(messages, **template)
         return self.generate([prompt], params, adapter=adapter)[0]
 
+    @checked()
     def score(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pymllm.adapters import LoadedAdapter
 from pymllm.api import LLM
+from pymllm.arguments import checked
 from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.engine.asking import Asked, ask, gather
 from pymllm.engine.request import RequestOutput
@@ -21,7 +22,7 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import MAX_REQUESTS
 from pymllm.engine.scoring import Score
 from pymllm.engine.session import StreamPiece
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, counted
 from pymllm.text.prompts import Prompt, as_prompts
 
 
@@ -64,13 +65,14 @@ class AsyncLLM:
                 "AsyncLLM cannot run on ranks that all have its requests, as those of torchrun would",
                 code="async-parallel",
                 expected="AsyncLLM(..., tensor_parallel_size=N), which starts the other ranks itself",
-                found=f"{self.llm.parallel.size} ranks of torchrun",
+                found=f"{counted(self.llm.parallel.size, 'rank')} of torchrun",
             )
         self._worker = Worker(self.llm, max_running, max_running)
         self._open = 0
         self._closing = False
         self._done: list[asyncio.Future[None]] = []
 
+    @checked({"params": SamplingParams})
     async def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -89,6 +91,7 @@ class AsyncLLM:
                 {(one.place, one.index): output for one, output in zip(asked, outputs, strict=True)}
             )
 
+    @checked({"params": SamplingParams})
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> AsyncIterator[StreamPiece]:

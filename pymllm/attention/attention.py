@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import Execution, current_execution
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVStoreKernel, PagedKV
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.native.addresses import unfit
@@ -62,7 +62,7 @@ class Attention(WeightHolder):
                 "the query heads cannot be divided evenly over the key heads",
                 code="config-value",
                 tensor=prefix or None,
-                expected=f"a divisor of {num_heads} heads",
+                expected=f"a divisor of {counted(num_heads, 'head')}",
                 found=str(num_kv_heads),
             )
         self.parallel = current_parallel()
@@ -115,7 +115,7 @@ class Attention(WeightHolder):
             method,
             "no KV cache" if problem.bidirectional else cache,
             self.selection,
-            rounding + ("float32 accumulation" if numerics is None else numerics(problem)),
+            rounding + ("sums in float32" if numerics is None else numerics(problem)),
             False,
             (self.num_heads * self.parallel.size, self.shape.out_features, self.head_dim),
             (self.num_heads, self.num_kv_heads, self.head_dim),

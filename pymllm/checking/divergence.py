@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pymllm.engine.runner import Runner
+from pymllm.errors import counted
 from pymllm.loading.load import load_prepared
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models.language_model import LanguageModel
@@ -65,7 +66,7 @@ class EndToEnd:
     def lines(self) -> list[str]:
         """Write a few lines for people."""
         where = self.text or "random ids"
-        found = [f"end to end on {self.tokens} tokens of {where}:"]
+        found = [f"end to end on {counted(self.tokens, 'token')} of {where}:"]
         references = (("the same weights in float32", self.kernels), ("the stored weights", self.rules))
         for name, one in references:
             if one is not None:

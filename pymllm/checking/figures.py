@@ -19,7 +19,11 @@ def require_matplotlib() -> Any:
 
 def save_figure(figure: Any, file: str | Path) -> None:
     """Write a figure as SVG, or what the file's ending says.  ConfigError for a file that cannot be written."""
+    import matplotlib
+
     try:
-        figure.savefig(file)
+        # Words in an SVG stay words, that can be read and found.
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            figure.savefig(file)
     except (OSError, ValueError) as error:  # an ending that matplotlib does not know
         raise ConfigError(f"the plot cannot be written: {error}", code="plot", file=str(file)) from None

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pymllm.arguments import checked
 from pymllm.checking.divergence import EndToEnd, measure_end_to_end
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.canonical import relative_error
 from pymllm.layers.held import HeldWeight, Trial
 from pymllm.loading.load import load_prepared
@@ -29,6 +30,14 @@ from pymllm.quantization.rules import RuleSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+TITLES = ["error", "large", "allowed", "by rule", "layer (method -> kernel)"]
+LEGEND = (
+    "error: of the kernel's answers, relative to float64 (1e-2 is 1 %), for ordinary inputs; large: for large ones;",
+    "allowed: what the dtype and the kernel's own rounding explain; by rule: how far the weights that run are from",
+    "the stored ones, where a rule converts them.",
+)
 
 
 @dataclass(frozen=True)
@@ -87,24 +96,31 @@ class Verification:
 
     def table(self, top: int | None = None) -> str:
         """List the worst `top` layers (None: all), one a line, for people."""
-        lines = [f"{'error':>9} {'(large)':>9} {'allowed':>9} {'requant.':>9}  layer"]
+        lines = ["  ".join([*(title.rjust(8) for title in TITLES[:-1]), TITLES[-1]])]
+        lines += ["  ".join([*(cell.rjust(8) for cell in row[:-1]), row[-1]]) for row in self.rows(top)]
+        return "\n".join([*lines, *LEGEND])
+
+    def rows(self, top: int | None = None) -> list[list[str]]:
+        """Write a row of cells for each of the worst `top` layers (None: all); `TITLES` names the cells."""
+        rows = []
         for layer in self.layers[:top]:
             state = "" if layer.ok else "  FAILS" + ("" if layer.packed_exact else ": packed weight differs")
-            lines.append(
-                f"{layer.errors['ordinary']:9.2e} {layer.errors['large']:9.2e} {layer.tolerance:9.1e} "
-                f"{layer.quantisation_error:9.2e}  {layer.prefix} ({layer.method} -> {layer.kernel}){state}"
-            )
-        return "\n".join(lines)
+            errors = layer.errors["ordinary"], layer.errors["large"]
+            cells = [f"{value:.2e}" for value in (*errors, layer.tolerance, layer.quantisation_error)]
+            rows.append([*cells, f"{layer.prefix} ({layer.method} -> {layer.kernel}){state}"])
+        return rows
 
     def __str__(self) -> str:
         failed = sum(not layer.ok for layer in self.layers)
         verdict = "all within tolerance" if self.ok else f"{failed} FAIL"
-        lines = [f"{self.table(10)}\n{self.model}: {len(self.layers)} layers against float64, {verdict}"]
+        checked = counted(len(self.layers), "layer")
+        lines = [f"{self.table(10)}\n{self.model}: {checked} against float64, {verdict}"]
         return "\n".join(lines + (self.end_to_end.lines() if self.end_to_end else []))
 
 
+@checked()
 def verify(
-    path_or_model: str | Path | Any,
+    path_or_model: str | Path | Any = None,
     quant: RuleSource = None,
     *,
     end_to_end: bool = False,
@@ -117,8 +133,8 @@ def verify(
     """Check every layer that holds weights against float64 over the checkpoint's own tensors.
 
     path_or_model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name", which is loaded;
-    or a loaded model (`load_model`'s, or an `LLM`), whose checkpoint is read again. The other arguments go with a path
-    alone:
+    None: the small model that comes with the package; or a loaded model (`load_model`'s, or an `LLM`), whose checkpoint
+    is read again. The other arguments go with a path alone:
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     end_to_end: whether to compare next-token distributions, too, with those of the weights in float32, as they are read
@@ -128,8 +144,9 @@ def verify(
     window: how many of these are run together, as a text of its own.
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     device: "auto" (a GPU where there is one), "cpu" or "cuda".
-    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
-    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
+    quantised one.
+    compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"
     demands just what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
@@ -143,7 +160,7 @@ def verify(
     Raises whatever loading would raise; ConfigError for arguments that do not go together.
     """
     whole = None
-    if isinstance(path_or_model, (str, Path)):
+    if path_or_model is None or isinstance(path_or_model, (str, Path)):
         prepared = prepare(path_or_model, quant, **options)
         if check_memory:
             check_fits(prepared, make_plan(prepared))

@@ -19,6 +19,7 @@ from pymllm.cli.options import (
     engine_arguments,
     model_arguments,
     positive,
+    text_arguments,
 )
 from pymllm.cli.output import say
 from pymllm.cli.serve import SHIPPED_NAME, served_name
@@ -147,7 +148,7 @@ def _load(args: argparse.Namespace, show: bool | None) -> Service:
         check_memory=args.check_memory,
         progress=show,
         pooling=args.pooling,
-        chat_template=args.chat_template,
+        **text_arguments(args),
     )
     name = args.model_name or (SHIPPED_NAME if args.model is None else served_name(args.model))
     return Service(llm, name, args.max_running, max(args.max_running, LEAST_WAITING))

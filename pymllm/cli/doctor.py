@@ -15,6 +15,7 @@ from typing import Any
 
 from pymllm.cli.options import add_common_options
 from pymllm.cli.output import print_json
+from pymllm.errors import install_command
 
 SCHEMA_VERSION = 1
 CORE = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
@@ -158,20 +159,24 @@ def _list_formats(problems: list[str]) -> list[str]:
 def _list_kernels(problems: list[str], *, elsewhere: bool = False) -> dict[str, list[str]]:
     """List kernels by operation, the preferred one first.
 
-    elsewhere: only the kernels for a device that this machine lacks.
+    elsewhere: only the kernels for a device that this machine lacks, and native ones where they are not built.
     """
     if problems:
         return {}
     import torch
 
+    from pymllm.kernels.native.extension import native_available
     from pymllm.kernels.registry import KERNELS, kernels_for
 
+    lacking = not native_available()
     here = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     return {
         operation: [
             kernel.name
             for kernel in kernels_for(operation)
-            if not elsewhere or getattr(kernel, "device_type", "cpu") not in here
+            if not elsewhere
+            or getattr(kernel, "device_type", "cpu") not in here
+            or (lacking and kernel.name.startswith("native"))
         ]
         for operation in KERNELS
     }
@@ -222,10 +227,14 @@ def lines(report: dict[str, Any]) -> list[str]:
         lacking = f"; not on this machine: {', '.join(others)}" if others else ""
         text.append(f"kernels    {operation}: {usable}{lacking}")
     for extra, state in report["extras"].items():
-        absent = f"no {', '.join(state['missing'])}: pip install 'pymllm[{extra}]'"
+        absent = f"no {', '.join(state['missing'])}: {install_command(extra)}"
         text.append(f"extra      {extra} ({state['purpose']}): {'present' if state['present'] else absent}")
     text += [f"PROBLEM    {problem}" for problem in report["problems"]]
-    if not report["problems"]:
+    if not report["problems"] and not native["present"]:
+        text.append(
+            "SLOW       pymllm runs here, but quantised models run slowly on the CPU: see native above"
+        )
+    elif not report["problems"]:
         text.append("all well   pymllm runs here; to see it: pymllm run --demo")
     return text
 

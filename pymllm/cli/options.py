@@ -12,9 +12,23 @@ ABOUT_RULES = """PATTERN is a layer's name in the checkpoint, as `pymllm plan --
 between dots, ** for any number of them. METHOD: int4, int8, fp8, ..., or none for floats."""
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log one line for each phase; print long lists whole"
+def add_common_options(parser: argparse.ArgumentParser, *, everywhere: bool = False) -> None:
+    """Add -v and -q.  everywhere: to the command itself, whose defaults are those of every verb."""
+    default: Any = False if everywhere else argparse.SUPPRESS
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=default,
+        help="log one line for each phase; print long lists whole",
+    )
+    group.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        default=default,
+        help="nothing on stderr but warnings and errors: no bars, no notes",
     )
 
 
@@ -34,15 +48,15 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument(
         "--dtype",
         default="auto",
-        help="the dtype of activations: float32, float16, bfloat16 or auto (the checkpoint's; "
+        help="what layers pass to each other: float32, float16, bfloat16 or auto (the checkpoint's dtype; "
         "on a CPU, float32 if the checkpoint is quantised)",
     )
     group.add_argument(
         "--compute",
         choices=("auto", "exact", "checkpoint"),
         default="auto",
-        help="whether kernels may round activations to fewer bits: where that is faster (auto, the default), never "
-        "(exact), or only as the checkpoint asks for (checkpoint)",
+        help="whether kernels may round their inputs to fewer bits inside: where that is faster (auto, the default), "
+        "never (exact), or only as the checkpoint asks for (checkpoint)",
     )
     group.add_argument(
         "--kernel",
@@ -100,15 +114,37 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="on",
         help="whether a request takes over what others have computed of the same first tokens; default: on",
     )
+    add_packed_cache_option(parser)
+
+
+def add_packed_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add --packed-cache, a keyword of `LLM`."""
+    parser.add_argument(
+        "--packed-cache",
+        metavar="auto|off|DIR",
+        default="auto",
+        help="where packed weights are kept, so that the next start maps them: auto (models from 256 MiB on, in "
+        "~/.cache/pymllm/packed), off, or a folder; default: auto",
+    )
 
 
 def add_template_option(parser: argparse.ArgumentParser) -> None:
-    """Add --chat-template, a keyword of `LLM`."""
+    """Add --chat-template and --tokenizer, keywords of `LLM`; `text_arguments` reads them back."""
     parser.add_argument(
         "--chat-template",
         metavar="FILE",
         help="a file of Jinja text, or such text, in place of the checkpoint's chat template",
     )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="a folder, tokenizer.json, .gguf file or hub id whose tokenizer takes the place of the checkpoint's",
+    )
+
+
+def text_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the keywords of `LLM` that `add_template_option` added."""
+    return {"chat_template": args.chat_template, "tokenizer": args.tokenizer}
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -123,7 +159,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--kv-memory",
         metavar="SIZE",
-        help="what the KV cache may take, e.g. 2GB or 512MiB; default: a quarter of what is free beside the weights, "
+        help="what the KV cache may take, e.g. 2GB, 512MiB, or 30%% of what is free beside the weights; default: 25%%, "
         "but no more than 16384 tokens, or one request of the longest context, need",
     )
     return group
@@ -136,7 +172,8 @@ def cache_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the keywords of `LLM` that `add_engine_options` added."""
-    return {"prefix_reuse": args.prefix_reuse == "on", **cache_arguments(args)}
+    reuse = args.prefix_reuse == "on"
+    return {"prefix_reuse": reuse, "packed_cache": args.packed_cache, **cache_arguments(args)}
 
 
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:

@@ -10,18 +10,23 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pymllm.errors import escaped
+from pymllm.loading import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Columns of a table that is not printed to a terminal.
 PIPE_WIDTH = 200
+
+# Whether the command runs with --quiet.
+_quiet = False
 
 
 def rank() -> int:
@@ -43,8 +48,16 @@ def first_rank_only() -> Iterator[None]:
         yield
 
 
-def start_logging(verbose: bool) -> None:
-    """Send the `pymllm` logger to stderr: one line for each phase if `verbose`, else warnings only."""
+def start_output(verbose: bool, quiet: bool = False) -> None:
+    """Send the `pymllm` logger to stderr: one line for each phase if `verbose`, else warnings only.
+
+    quiet: whether `say` says nothing, and no bar is shown.
+    """
+    global _quiet
+    _quiet = quiet
+    progress.hidden = quiet
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logger = logging.getLogger("pymllm")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if rank():
@@ -63,7 +76,13 @@ class _Lines(logging.Formatter):
 
 
 def say(text: str = "") -> None:
-    """Print a text for people, to stderr."""
+    """Print a text for people, to stderr; nothing under --quiet."""
+    if not _quiet:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a text for people that matters, to stderr, under --quiet too."""
     print(escaped(text, "\n"), file=sys.stderr, flush=True)
 
 
@@ -74,9 +93,14 @@ def show(text: str) -> None:
 
 def show_text(text: str) -> None:
     """Print a piece of a model's text to stdout, as it is; to a terminal, control characters `escaped`."""
-    if sys.stdout.isatty() and not text.isprintable():
-        text = "".join(escaped(letter, "\n\t") if is_control(letter) else letter for letter in text)
-    print(text, end="", flush=True)
+    print(readable_text(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def readable_text(text: str) -> str:
+    """Write a model's text for a terminal: control characters `escaped`, all else as it is."""
+    if text.isprintable():
+        return text
+    return "".join(escaped(letter, "\n\t") if is_control(letter) else letter for letter in text)
 
 
 def is_control(letter: str) -> bool:
@@ -119,8 +143,35 @@ def console(*, stderr: bool = False) -> Console:
             return super().render_str(escaped(text, "\n"), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
-    return Escaping(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    # Not rich's own width, which is 80 for TERM=dumb however wide the terminal is.
+    width = shutil.get_terminal_size().columns if stream.isatty() else PIPE_WIDTH
+    styled = has_styles(stream)
+    return Escaping(
+        file=stream,
+        width=width,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        soft_wrap=False,
+        force_terminal=None if stream.isatty() else styled,
+        color_system="auto" if styled else None,
+        no_color=False,
+        quiet=stderr and _quiet,
+    )
+
+
+def has_styles(stream: TextIO) -> bool:
+    """Tell whether what is printed to a stream may have colours and bold type.
+
+    In a terminal, unless NO_COLOR is set, CLICOLOR is 0, or TERM is dumb; elsewhere where FORCE_COLOR or CLICOLOR_FORCE
+    asks for it (no-color.org, force-color.org, bixense.com/clicolors).
+    """
+    setting = os.environ.get
+    if setting("NO_COLOR"):
+        return False
+    if any(setting(name, "0") not in ("", "0") for name in ("FORCE_COLOR", "CLICOLOR_FORCE")):
+        return True
+    return setting("CLICOLOR") != "0" and setting("TERM") != "dumb" and stream.isatty()
 
 
 def readable_size(nbytes: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from pymllm.cli.options import (
     model_or_shipped,
 )
 from pymllm.cli.output import console, print_json, readable_size
+from pymllm.cli.table import Column, print_table
+from pymllm.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from pymllm.planning.difference import PlanDifference
     from pymllm.planning.plan import Plan, PlannedLayer
@@ -38,6 +39,24 @@ examples:
 
 # How many lines of refused kernels are shown without --why.
 MOST_OFFERS = 2
+COUNT, SIZE, NAMES = Column("#", numeric=True), Column("size", numeric=True), Column("layers", name=True)
+KIND, METHOD, KERNEL, WHY = Column("kind"), Column("method"), Column("kernel"), Column("decided by")
+GROUPS = (COUNT, NAMES, KIND, METHOD, KERNEL, SIZE, WHY)
+SHAPES = Column("shape", numeric=True), Column("on this rank", numeric=True)
+LAYERS = (Column("layer", name=True), KIND, *SHAPES, METHOD, KERNEL, SIZE, WHY)
+DIFFERENCE = (COUNT, NAMES, METHOD, KERNEL, SIZE)
+# What of a layer may change beside its method, kernel and size, and what to call it.
+FURTHER = {
+    "numerics": "computes with",
+    "rounds_activations": "rounds inputs to fewer bits",
+    "rule": "rule",
+    "source": "decided by",
+    "kind": "kind",
+    "shape": "shape",
+    "shape_local": "shape on this rank",
+    "fused_with": "in one product with",
+    "tied_to": "tied to",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +115,9 @@ def print_plan(
     size = plan.tensor_parallel
     ranks = f", rank {size['rank']} of {size['size']}" if size["size"] > 1 else ""
     out.print(f"{plan.model}", style="bold")
-    out.print(f"{plan.what_runs} on {plan.device}, {plan.dtype} activations, compute {plan.compute}{ranks}")
-    out.print(_layer_table(plan.layers) if every_layer else _group_table(plan, named=out.width >= 120))
+    out.print(f"{plan.what_runs} on {plan.device}{ranks}")
+    out.print(plan.describe_numbers())
+    print_table(*(_layer_table(plan.layers) if every_layer else _group_table(plan)), out)
     totals = plan.totals
     weights, peak = readable_size(totals["weight_bytes"]), readable_size(totals["peak_load_bytes"])
     out.print(
@@ -111,7 +131,8 @@ def print_plan(
         for rule in plan.rules:
             if rule["decides"] < rule["matches"]:
                 out.print(
-                    f"rule {rule['rule']} decides {rule['decides']} of the {rule['matches']} layers it names, "
+                    f"rule {rule['rule']} decides {rule['decides']} of the "
+                    f"{counted(rule['matches'], 'layer')} it names, "
                     f"the others go to {', '.join(rule['shadowed_by'])}",
                     style="yellow",
                 )
@@ -132,7 +153,7 @@ def _print_ranks(sizes: Mapping[str, Any], out: Console) -> None:
         )
         out.print(f"weights a rank, by tensor-parallel size: {each}", style="dim")
     for size, why in sizes["refused_sizes"].items():
-        out.print(f"not {size} ranks: {why}", style="dim")
+        out.print(f"not {counted(size, 'rank')}: {why}", style="dim")
 
 
 def print_difference(difference: PlanDifference, out: Console) -> None:
@@ -140,32 +161,39 @@ def print_difference(difference: PlanDifference, out: Console) -> None:
     if difference.empty:
         out.print("nothing would change")
         return
-    for name, (before, after) in difference.settings.items():
-        out.print(f"{name}: {before} -> {after}")
+    for name, (before, after) in (difference.settings | difference.further).items():
+        out.print(f"{name}: {_plain(before)} -> {_plain(after)}")
     if difference.changed:
-        table = _table("#", "layers", "method", "kernel", "size")
+        rows, further = [], []
         for first, names, old, new in difference.groups():
+            pattern = common_pattern(names)
             method, kernel = (
                 _arrow(first.before.get(key), first.after.get(key)) for key in ("method_detail", "kernel")
             )
-            table.add_row(
-                str(len(names)),
-                common_pattern(names),
-                method,
-                kernel,
-                f"{readable_size(old)} -> {readable_size(new)}",
-            )
-        out.print(table)
+            rows.append([str(len(names)), pattern, method, kernel, _arrow(_sizes(old), _sizes(new))])
+            changes = [
+                f"{title}: {_plain(first.before[key])} -> {_plain(first.after[key])}"
+                for key, title in FURTHER.items()
+                if key in first.after and first.before.get(key) != first.after[key]
+            ]
+            if changes:
+                further.append(f"{counted(len(names), 'layer')}, {pattern}: {'; '.join(changes)}")
+        print_table(DIFFERENCE, rows, out)
+        for line in further:
+            out.print(line)
     for sign, names in (
         ("only in this plan", difference.added),
         ("only in the saved one", difference.removed),
     ):
         if names:
-            out.print(f"{len(names)} layers {sign}: {common_pattern(names)}")
+            out.print(f"{counted(len(names), 'layer')} {sign}: {common_pattern(names)}")
     for name, (before, after) in difference.totals.items():
         out.print(
             f"{name}: {readable_size(before)} -> {readable_size(after)} ({readable_change(after - before)})"
         )
+    for sign, notes in zip(("saved plan", "this plan"), difference.notes, strict=True):
+        for note in notes:
+            out.print(f"note, only in {'the ' if sign == 'saved plan' else ''}{sign}: {note}", style="yellow")
 
 
 def readable_change(nbytes: int) -> str:
@@ -176,46 +204,40 @@ def _arrow(before: Any, after: Any) -> str:
     return str(after) if before == after else f"{before} -> {after}"
 
 
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        numeric = column in ("#", "size")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    return table
+def _sizes(sums: Mapping[str, int]) -> str:
+    """Write the size of some alike layers: of their weights, or for each token or request."""
+    for key, unit in (("kv_bytes_per_token", "token"), ("state_bytes", "request")):
+        if sums[key]:
+            return f"{sums[key]} B/{unit}"
+    return readable_size(sums["bytes"])
 
 
-def _group_table(plan: Plan, *, named: bool) -> Table:
-    """Make a table with alike layers on one line.
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
-    named: whether it shows the pattern of their names, which takes a wide terminal.
-    """
-    table = _table("#", *(["layers"] if named else []), "kind", "method", "kernel", "size", "decided by")
+
+def _group_table(plan: Plan) -> tuple[Sequence[Column], list[list[str]]]:
+    """Make a table with alike layers on one line: its columns and rows."""
+    rows = []
     by_prefix = {layer.prefix: layer for layer in plan.layers}
     for first, names in plan.groups():
         size = sum(_memory(by_prefix[name]) for name in names)
-        cells = (first.kind, first.method_detail, first.kernel, _size(first, size), _why(first))
-        table.add_row(str(len(names)), *([common_pattern(names)] if named else []), *cells)
-    return table
+        cells = [first.kind, first.method_detail, first.kernel, _size(first, size), _why(first)]
+        rows.append([str(len(names)), common_pattern(names), *cells])
+    return GROUPS, rows
 
 
-def _layer_table(layers: list[PlannedLayer]) -> Table:
-    table = _table("layer", "kind", "shape", "on this rank", "method", "kernel", "size", "decided by")
+def _layer_table(layers: list[PlannedLayer]) -> tuple[Sequence[Column], list[list[str]]]:
+    rows = []
     for layer in layers:
         shape, local = ("×".join(map(str, sides)) for sides in (layer.shape, layer.shape_local))
-        cells = (
-            layer.kind,
-            shape,
-            local,
-            layer.method_detail,
-            layer.kernel,
-            _size(layer, _memory(layer)),
-            _why(layer),
-        )
-        table.add_row(layer.prefix, *cells)
-    return table
+        method = [layer.method_detail, layer.kernel, _size(layer, _memory(layer)), _why(layer)]
+        rows.append([layer.prefix, layer.kind, shape, local, *method])
+    return LAYERS, rows
 
 
 def _memory(layer: PlannedLayer) -> int:
@@ -279,7 +301,7 @@ def refusal_lines(plan: Plan, *, every: bool) -> list[str]:
     more = len(refused) - sum(map(len, list(offers.values())[:MOST_OFFERS]))
     if more:
         devices = f", {len(elsewhere)} of them by kernels for other devices" if elsewhere else ""
-        lines.append(f"{more} more refusals{devices}: see --why")
+        lines.append(f"{counted(more, 'more refusal')}{devices}: see --why")
     return lines
 
 

@@ -6,11 +6,16 @@ import argparse
 from pathlib import Path
 
 from pymllm.cli.options import ABOUT_RULES, add_common_options, add_rule_options, positive
-from pymllm.cli.output import print_json, show
+from pymllm.cli.output import print_json, say, show
 
-EXAMPLES = """A layer that no rule names keeps its weights. If a run was stopped, the same command goes on where it was.
+EXAMPLES = """METHOD is for every layer in the model's blocks that no --quant names; embeddings, the head, routers and
+norms keep their weights. Without it, only what --quant names changes. If a run was stopped (Ctrl+C too), the same
+command goes on where it was.
 
 examples:
+  pymllm quantize org/name OUT int4
+  pymllm quantize org/name OUT int4:group_size=64 --quant 'lm_head=int8'
+  pymllm quantize org/name OUT.gguf Q4_K_M
   pymllm quantize org/name OUT --quant '**.layers.**=int4'
   pymllm quantize org/name OUT --quant '**.layers.**=awq' --calibrate text.txt
   pymllm quantize org/name OUT --quant '**.mlp.**=fp8' --quant '**.self_attn.**=int8'
@@ -18,13 +23,20 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage, parser.epilog = "pymllm quantize MODEL OUT --quant PATTERN=METHOD [options]", EXAMPLES
+    parser.usage, parser.epilog = "pymllm quantize MODEL OUT [METHOD] [options]", EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="a folder, or a hub id org/name")
     parser.add_argument(
         "out",
         metavar="OUT",
         type=Path,
         help="the folder, or .gguf file, to write: new, or of a stopped run",
+    )
+    parser.add_argument(
+        "method",
+        nargs="?",
+        metavar="METHOD",
+        help="int4, int8:group_size=64, awq, fp8, ..., or for OUT.gguf Q4_K_M, Q8_0, ...: for the layers of all blocks "
+        "that no --quant names",
     )
     group = parser.add_argument_group("what to write", ABOUT_RULES)
     add_rule_options(group, "'**.layers.**=int4:scale=mse'")
@@ -77,14 +89,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    if not args.quant:
-        args.parser.error("say what to quantise, e.g. --quant '**.layers.**=int4'")
-    from pymllm.writing.quantize_checkpoint import quantize_checkpoint
+    if not (args.quant or args.method):
+        args.parser.error(
+            "say what to quantise: METHOD for the whole model, e.g. int4, or --quant PATTERN=METHOD"
+        )
+    from pymllm.quantization.rules import is_method_alone
 
+    if args.method and not is_method_alone(args.method):
+        args.parser.error(f"METHOD has no pattern before it; for some layers say --quant {args.method!r}")
+    try:
+        return _quantize(args)
+    except KeyboardInterrupt as stop:
+        say(f"\n{stop}" if stop.args else "\nStopped before anything was written.")
+        return 130
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from pymllm.writing.quantize_checkpoint import expand_rules, quantize_checkpoint
+
+    expanded = expand_rules(
+        args.model, args.out, [*(args.quant or []), *([args.method] if args.method else [])], args.revision
+    )
+    if expanded.said:
+        say(expanded.said)
     written = quantize_checkpoint(
         args.model,
         args.out,
-        args.quant,
+        expanded.rules,
         format=args.format,
         shard_size=args.shard_size,
         calibrate=args.calibrate,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
 import time
 from collections import Counter
@@ -17,44 +15,58 @@ from pymllm.cli.options import (
     add_engine_options,
     add_model_options,
     add_template_option,
-    engine_arguments,
-    model_arguments,
 )
-from pymllm.cli.output import console, print_json, readable_size, say, show_text
+from pymllm.cli.output import console, print_json, rank, readable_size, say, show_text
+from pymllm.cli.questions import (
+    DEMO_PROMPT,
+    Asker,
+    Question,
+    Ready,
+    add_prompt_options,
+    check_options,
+    check_text,
+    load,
+    names_lines,
+    read_prompt,
+    read_words,
+)
+from pymllm.cli.sampling_options import add_sampling_options
 
 if TYPE_CHECKING:
     from pymllm.api import LLM
     from pymllm.engine.outputs import GenerationOutputs
     from pymllm.engine.request import RequestOutput
+    from pymllm.engine.sampling import SamplingParams
+    from pymllm.loading.prepare import Prepared
     from pymllm.planning.plan import Plan
+    from pymllm.text.tokenizer import Tokenizer
 
 EPILOG = """A single word is MODEL if it is an existing path, starts like one (/, ./, ../, ~) or is a hub id org/name;
-otherwise it is a prompt for the small model that comes with pymllm. With --prompt it is always MODEL. Without a prompt,
-pymllm reads the prompt from stdin, unless that is a terminal. Sampling options that are not given are as the
+otherwise it is a prompt for the small model that comes with pymllm. With --prompt it is always MODEL.
+
+The prompt is a user's message where the model has a chat template (--raw: the text is continued instead); the small
+model that comes along completes code, so its prompts are raw without --chat. What is piped into stdin, and
+--prompt-file, come before PROMPT, with an empty line between. Sampling options that are not given are as the
 checkpoint's generation_config.json recommends.
+
+A line of a batch is {"prompt": ...} or {"messages": [...]}, with an "id" and sampling settings of its own where they
+are wanted, or a text in quotes. Answers come in the order of the lines; with --output the file appears when all are
+there, and the same command goes on after an interruption.
 
 examples:
   pymllm run --demo
-  pymllm run "def fibonacci(n):" --max-tokens 64
-  pymllm run org/name --chat "What is a monad?" --stats
-  pymllm run ./model --quant '**.mlp.**=fp8' < prompt.txt"""
-DEMO_PROMPT = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self):\n'
+  pymllm run org/name "What is a monad?" --system "Answer in one sentence."
+  cat notes.txt | pymllm run ./model "Summarise this."
+  pymllm run ./model --batch questions.jsonl --output answers.jsonl
+  pymllm run ./model --raw "Once upon a time" --max-tokens 64 --stats"""
 DEMO_SEED, DEMO_TOKENS = 2, 52
-# org/name, org/name:TAG or org/name/FILE.gguf, as `weights/hub.py` reads them; not imported, for a quick --help.
-HUB_ID = re.compile(
-    r"(?i:(?:https://)?(?:hf|huggingface)\.co/)?[A-Za-z0-9][\w.-]*/[\w.-]+"
-    r"(?::[\w.-]+(?:/[\w.-]+)*|/(?:[\w.-]+/)*[\w.-]+\.(?i:gguf))?"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "pymllm run [MODEL] [PROMPT] [options]"
     parser.epilog = EPILOG
     parser.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help=f"default MODEL: {SHIPPED}")
-    parser.add_argument("-p", "--prompt", help="the prompt, whatever it looks like")
-    parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a user's message for the chat template"
-    )
+    add_prompt_options(parser)
     parser.add_argument(
         "--demo", action="store_true", help="run the shipped model on a fixed prompt and seed, with --stats"
     )
@@ -64,29 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="answer with this LoRA adapter, as PEFT writes them",
     )
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most; default: 128")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
-    group.add_argument(
-        "--top-p", type=float, metavar="P", help="only the likeliest tokens that have probability P together"
-    )
-    group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
-    group.add_argument(
-        "--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest"
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens already there are less likely"
-    )
-    group.add_argument(
-        "--confidence-threshold",
-        type=float,
-        metavar="P",
-        help="of models decoded by blocks: accept tokens that are likelier; lower takes fewer steps",
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="give the same answer each time")
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable"
-    )
+    add_sampling_options(parser, "1024 for an answer in a chat, 128 for a raw text")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--stats", action="store_true", help="also print the plan before and the speeds after, to stderr"
@@ -99,56 +89,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, positional=False)
 
 
-SAMPLING = (
-    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("confidence_threshold", "seed", "stop"),
-)
-
-
 def execute(args: argparse.Namespace) -> int:
+    check_options(args)
     model, prompt = read_words(args)
     if args.demo:
+        args.raw = not args.chat
         prompt = DEMO_PROMPT if prompt is None else prompt
         args.stats, args.seed = True, DEMO_SEED if args.seed is None else args.seed
         args.max_tokens = DEMO_TOKENS if args.max_tokens is None else args.max_tokens
-    if prompt is None:
-        prompt = read_stdin(args, model)
-    check_text(args, prompt)
-    from pymllm.api import LLM
-    from pymllm.engine.outputs import GenerationOutputs
+    if names_lines(args):
+        from pymllm.cli.run_lines import run_lines
 
-    chosen = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+        return run_lines(args, model, prompt)
+    text = read_prompt(args, model, prompt)
+    check_text(args, text)
+    askers: list[Asker] = []
+    ready: Ready | None = None
+
+    def check(prepared: Prepared, plan: Plan, tokenizer: Tokenizer) -> None:
+        nonlocal ready
+        askers.append(Asker(args, model, prepared, plan, tokenizer))
+        # torchrun gives stdin to one rank only.
+        if rank() == 0:
+            ready = askers[0].ask(Question(text))
+
     started = time.perf_counter()
-    adapters = dict([args.adapter] if args.adapter else [])
-    name = next(iter(adapters), None)
-    llm = LLM(
-        model,
-        tensor_parallel_size=args.tensor_parallel_size,
-        expert_parallel=args.expert_parallel,
-        adapters=adapters,
-        **model_arguments(args),
-        **engine_arguments(args),
-        check_memory=args.check_memory,
-        chat_template=args.chat_template,
-    )
-    llm.model.check_generates()
+    llm = load(args, model, check)
     startup_seconds = time.perf_counter() - started
-    params = llm.default_params(**chosen)
-    # torchrun gives stdin to one rank only.
-    prompt = llm.parallel.broadcast(prompt)
-    ids = (
-        llm.encode_to_answer(prompt)
-        if not args.chat
-        else llm.tokenizer.apply_chat_template([message(prompt)])
-    )
+    ids, chats = llm.parallel.broadcast(None if ready is None else (ready.ids, ready.chats))
+    params = askers[0].params({}, chats)
+    name = args.adapter[0] if args.adapter else None
     if args.stats and not args.json:
         print_plan_summary(llm.plan)
         for loaded in llm.adapters.values():
             say(str(loaded))
     show = not args.json
-    if show and not args.chat and (args.stats or sys.stdout.isatty()):
+    if show and not chats and isinstance(text, str) and (args.stats or sys.stdout.isatty()):
         # The answer continues this line.
-        print(prompt, end="", file=sys.stderr, flush=True)
+        print(text, end="", file=sys.stderr, flush=True)
+    output, outputs, first_token_seconds = answer(llm, ids, params, name, show)
+    speeds = measure(llm, outputs, startup_seconds, first_token_seconds)
+    if args.json:
+        print_json(
+            {
+                "schema_version": 1,
+                "model": str(llm.path),
+                "adapter": name,
+                "chat": chats,
+                "prompt_tokens": len(output.prompt_token_ids),
+                "text": output.text,
+                "token_ids": list(output.token_ids),
+                "finish_reason": output.finish_reason,
+                "sampling": asdict(params),
+                "plan": summarise(llm.plan),
+                "speeds": speeds,
+            }
+        )
+    else:
+        if args.stats:
+            print_speeds(output, speeds)
+        if output.finish_reason == "length":
+            say(why_cut(output, params))
+    return 0
+
+
+def answer(
+    llm: LLM, ids: list[int], params: SamplingParams, name: str | None, show: bool
+) -> tuple[RequestOutput, GenerationOutputs, float]:
+    """Answer one prompt, to stdout if `show`.  Returns the answer, its steps, and the seconds to the first token."""
+    from pymllm.engine.outputs import GenerationOutputs
+
     outputs = GenerationOutputs(1)
     started, first_token_seconds, output = time.perf_counter(), 0.0, None
     for piece in llm.stream(ids, params, adapter=name, outputs=outputs):
@@ -159,76 +169,19 @@ def execute(args: argparse.Namespace) -> int:
     assert output is not None
     if show:
         print(flush=True)
-    speeds = measure(llm, outputs, startup_seconds, first_token_seconds)
-    if args.json:
-        print_json(
-            {
-                "schema_version": 1,
-                "model": str(llm.path),
-                "adapter": name,
-                "prompt_tokens": len(output.prompt_token_ids),
-                "text": output.text,
-                "token_ids": list(output.token_ids),
-                "finish_reason": output.finish_reason,
-                "sampling": asdict(params),
-                "plan": summarise(llm.plan),
-                "speeds": speeds,
-            }
-        )
-    elif args.stats:
-        print_speeds(output, speeds)
-    return 0
+    return output, outputs, first_token_seconds
 
 
-def message(prompt: str) -> dict[str, str]:
-    return {"role": "user", "content": prompt}
-
-
-def read_words(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """Read (model, prompt) from the positional words and --prompt; None: not given."""
-    words, prompt = args.words, args.prompt
-    if len(words) > (2 if prompt is None else 1):
-        args.parser.error(
-            "expected at most MODEL and one PROMPT; put quotes around a prompt of several words"
-        )
-    if len(words) == 2:
-        return words[0], words[1]
-    if len(words) == 1:
-        return (words[0], prompt) if prompt is not None or names_a_model(words[0]) else (None, words[0])
-    return None, prompt
-
-
-def names_a_model(word: str) -> bool:
-    """Decide whether a lone word is MODEL rather than PROMPT; `--help` states the rule."""
-    path_like = word.startswith(("/", "./", "../", "~")) and not any(
-        character.isspace() for character in word
+def why_cut(output: RequestOutput, params: SamplingParams) -> str:
+    """Say why an answer ended by its length, and what gives a longer one."""
+    made = len(output.token_ids)
+    if params.max_tokens is not None and made >= params.max_tokens:
+        return f"(ended after {made} tokens, the most that were asked for; --max-tokens N gives more)"
+    room = len(output.prompt_token_ids) + made
+    return (
+        f"(ended after {made} tokens: the context of {room} tokens is full; a shorter prompt, or --max-model-len and "
+        "--kv-memory where they were the limit, give more)"
     )
-    return path_like or os.path.exists(word) or HUB_ID.fullmatch(word) is not None
-
-
-def read_stdin(args: argparse.Namespace, model: str | None) -> str:
-    """Read the prompt from a pipe.  If there is none, the shipped model gets its demo prompt; others are an error."""
-    text = ""
-    if sys.stdin is not None and not sys.stdin.isatty():
-        data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            args.parser.error(f"the prompt on stdin is not UTF-8: {error}")
-    if not text and model is None:
-        say("(no prompt given: this is the built-in one)")
-        return DEMO_PROMPT
-    if not text and not int(os.environ.get("RANK", "0")):
-        args.parser.error("no prompt: give one after MODEL, with --prompt, or on stdin")
-    return text
-
-
-def check_text(args: argparse.Namespace, prompt: str) -> None:
-    for text in (prompt, *(args.stop or ())):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            args.parser.error("the prompt and --stop must be UTF-8")
 
 
 def summarise(plan: Plan) -> dict[str, Any]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pymllm.cli.options import add_common_options, positive
 from pymllm.cli.output import print_json, say, show
+
+if TYPE_CHECKING:
+    from pymllm.searching.result import SearchResult
 
 EXAMPLES = """Rules go to stdout, or to --out FILE; every verb reads them with --quant-file FILE. Measurements are
 kept: the same command goes on where it was stopped, and another budget needs few more. docs/searching.md has the rest.
@@ -73,13 +77,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from pymllm.searching.result import write_text
-    from pymllm.searching.search import search_rules
 
     if args.plot is not None:
         from pymllm.checking.figures import require_matplotlib
 
         require_matplotlib()
-    result = search_rules(
+    try:
+        result = _search(args)
+    except KeyboardInterrupt:
+        say("\nStopped. What was measured is kept: the same command goes on from there.")
+        return 130
+    if args.out is not None:
+        write_text(args.out, result.rules_file)
+    if args.plot is not None:
+        result.save_plot(args.plot)
+    if args.json:
+        print_json(result.to_dict())
+    elif args.out is not None:
+        show(str(result))
+    else:
+        say(str(result))
+        print(result.rules_file, end="")
+    return 0
+
+
+def _search(args: argparse.Namespace) -> SearchResult:
+    from pymllm.searching.search import search_rules
+
+    return search_rules(
         args.model,
         args.bits,
         text=args.text,
@@ -96,15 +121,3 @@ def execute(args: argparse.Namespace) -> int:
         restart=args.restart,
         revision=args.revision,
     )
-    if args.out is not None:
-        write_text(args.out, result.rules_file)
-    if args.plot is not None:
-        result.save_plot(args.plot)
-    if args.json:
-        print_json(result.to_dict())
-    elif args.out is not None:
-        show(str(result))
-    else:
-        say(str(result))
-        print(result.rules_file, end="")
-    return 0

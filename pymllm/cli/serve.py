@@ -22,8 +22,9 @@ from pymllm.cli.options import (
     engine_arguments,
     model_arguments,
     positive,
+    text_arguments,
 )
-from pymllm.cli.output import say
+from pymllm.cli.output import say, warn
 from pymllm.cli.ray_serve import add_ray_options, check_ray, check_ray_options, serve_on_ray
 from pymllm.cli.serve_options import add_operation_options, limits_of
 
@@ -284,7 +285,8 @@ def _serve(
     # One line: whoever starts the server waits for it.
     address, cache = f"http://{shown}:{port}", llm.plan.describe_cache()
     greeting = (
-        f"Serving {model_names(args)[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}."
+        f"Serving {model_names(args)[0]} at {address}/v1 (a page to chat: {address}/). Ctrl+C stops. {cache}; "
+        f"{llm.plan.describe_numbers()}."
     )
     if args.chat_template is not None:
         greeting += f" Chats go through {llm.tokenizer.template_for(None).file}."
@@ -320,7 +322,7 @@ def _serve(
 
 def _warn_if_open(args: argparse.Namespace) -> None:
     if args.host not in LOOPBACK and args.api_key is None:
-        say("warning: other machines can reach this server, and it has no API key.")
+        warn("warning: other machines can reach this server, and it has no API key.")
 
 
 def make_app(args: argparse.Namespace, ranks: Ranks | None = None) -> tuple[LLM, FastAPI]:
@@ -358,7 +360,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         **_model_options(args),
         **({} if args.step_ms is None else {"step_ms": args.step_ms}),
         "pooling": args.pooling,
-        "chat_template": args.chat_template,
+        **text_arguments(args),
         "tensor_parallel_size": args.tensor_parallel_size,
     }
 

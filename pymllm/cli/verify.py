@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from pymllm.cli.options import add_model_options, model_arguments, model_or_shipped, positive
-from pymllm.cli.output import print_json, show
+from pymllm.cli.output import console, print_json, show
+from pymllm.cli.table import Column, print_table
+from pymllm.errors import counted
 
 EXAMPLES = """The exit code is 1 if a layer's error is larger than its kernel's rounding explains.
 
@@ -48,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "@FILE, and '' is the model as it is stored",
     )
     group.add_argument(
-        "--plot", type=Path, metavar="FILE", help="with --compare: draw error against bytes, as SVG"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="with --compare: draw what answers lose against bytes, as SVG",
     )
     parser.add_argument("--json", action="store_true", help="all of it as JSON (docs/verify-schema.md)")
 
@@ -60,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
         args.parser.error("--plot draws what --compare finds; give --compare too")
     if args.compare:
         return _compare(args)
-    from pymllm.checking.verify import verify
+    from pymllm.checking.verify import LEGEND, TITLES, verify
     from pymllm.parallel import choose_parallel
 
     with choose_parallel(args.tensor_parallel_size, args.expert_parallel):
@@ -76,13 +81,22 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print_json(verification.to_dict())
     else:
-        show(verification.table(args.top))
+        _print_rows(TITLES, verification.rows(args.top), " ".join(LEGEND))
         failed = sum(not layer.ok for layer in verification.layers)
         verdict = f"{failed} FAIL" if failed else "all within what rounding explains"
-        show(f"{verification.model}: {len(verification.layers)} layers against float64, {verdict}")
+        checked = counted(len(verification.layers), "layer")
+        show(f"{verification.model}: {checked} against float64, {verdict}")
         if verification.end_to_end is not None:
             show("\n".join(verification.end_to_end.lines()))
     return 0 if verification.ok else 1
+
+
+def _print_rows(titles: list[str], rows: list[list[str]], legend: str) -> None:
+    """Print a table whose last column is text, and what its titles mean."""
+    out = console()
+    columns = [Column(title, numeric=True) for title in titles[:-1]] + [Column(titles[-1], name=True)]
+    print_table(columns, rows, out)
+    out.print(legend, style="dim")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -91,7 +105,7 @@ def _compare(args: argparse.Namespace) -> int:
         args.parser.error("--compare takes rules of its own; leave --quant out")
     if args.tensor_parallel_size > 1:
         args.parser.error("--compare runs in one process")
-    from pymllm.checking.compare import compare
+    from pymllm.checking.compare import LAYER_LEGEND, compare
     from pymllm.checking.figures import require_matplotlib
 
     if args.plot:
@@ -109,5 +123,9 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found.to_dict())
     else:
-        show(f"{found.table()}\n\n{found.layer_table(args.top)}")
+        _print_rows(found.titles, found.rows(), found.legend)
+        show("")
+        _print_rows(found.layer_titles(), found.layer_rows(args.top), LAYER_LEGEND)
+        if args.plot:
+            show(f"\n{args.plot}: the same as a picture")
     return 0 if found.ok else 1

@@ -23,7 +23,7 @@ from torch import Tensor
 from pymllm.embedding.pooling import Projection, pool
 from pymllm.embedding.settings import Dense, EmbeddingSettings, Normalize, Pooling, read_modes, read_settings
 from pymllm.engine.runner import Runner
-from pymllm.errors import ConfigError, RequestError, nearest
+from pymllm.errors import ConfigError, RequestError, choices, counted, nearest
 from pymllm.text.prompts import Prompt, as_prompts, is_prompt
 from pymllm.text.tokenizer import Tokenizer
 
@@ -116,7 +116,7 @@ class Embedder:
                     "there are too many token ids" if long else "a text has no tokens of its own",
                     code="prompt-too-long" if long else "prompt-empty",
                     tensor=f"input {place}",
-                    expected=f"{one.prompt + 1} to {length} tokens",
+                    expected=f"{one.prompt + 1} to {counted(length, 'token')}",
                     found=str(len(one.ids)),
                 )
             found.append(one)
@@ -265,7 +265,7 @@ class Embedder:
                 f"the model has no prompt {name[:140]!r}",
                 code="prompt-name",
                 tensor="prompt_name",
-                expected=" or ".join(prompts) or "none, as the checkpoint has no prompts",
+                expected=choices(prompts, name[:140]) or "none, as the checkpoint has no prompts",
                 found=repr(name[:140]),
                 fix=nearest(name[:140], prompts),
             )

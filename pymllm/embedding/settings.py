@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError, ConfigError, nearest
+from pymllm.errors import CheckpointError, ConfigError, choices, nearest
 from pymllm.weights.folder import MODULES, module_path
 from pymllm.weights.json_text import parse_json, read_json_object
 from pymllm.weights.tensor_file import read_small_file
@@ -184,7 +184,7 @@ def read_modes(pooling: str | Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(
             f"there is no pooling {reprlib.repr(wrong)}",
             code="pooling",
-            expected=" or ".join(MODES),
+            expected=choices(MODES, wrong),
             found=reprlib.repr(pooling),
             fix=nearest(str(wrong), MODES),
         )
@@ -209,7 +209,7 @@ def _kind(entry: Mapping[str, Any], folder: Path) -> str:
             f"embeddings of this model need the module {full!r}, which pymllm does not have",
             code="embedding-module",
             file=str(folder / MODULES),
-            expected=" or ".join(("Transformer", *READERS)),
+            expected=choices(("Transformer", *READERS), kind),
             found=full,
             fix="Code that a checkpoint brings along is never run.",
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pymllm.engine.outputs import GenerationOutputs
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
-from pymllm.errors import RequestError
+from pymllm.errors import RequestError, counted
 from pymllm.text.prompts import Prompt
 
 
@@ -70,6 +70,26 @@ def ask(
         for place, (ids, p, name) in enumerate(zip(encoded, each, names, strict=True))
         for index in range(p.n)
     ]
+
+
+def check_length(tokens: int, longest: int, answers: bool = True) -> None:
+    """Refuse, with a RequestError, a prompt that leaves no room for an answer.
+
+    longest: the most tokens of a request.  answers: False: the prompt alone needs room.
+    """
+    if tokens + answers <= longest:
+        return
+    # Clients tell by these words that a prompt is too long.
+    limit = f"this model's maximum context length is {counted(longest, 'token')}"
+    problem = "does not leave room for an answer" if answers else "is too long"
+    raise RequestError(
+        f"the prompt {problem}: {limit}",
+        code="prompt-too-long",
+        tensor="prompt",
+        expected=f"fewer than {counted(longest + (not answers), 'token')}",
+        found=str(tokens),
+        fix="Shorten the prompt.",
+    )
 
 
 def check_record(outputs: GenerationOutputs | None, asked: Sequence[Asked]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from pymllm.adapters.loading import loaded_adapters, why_adapter_is_gone
+from pymllm.engine.asking import check_length
 from pymllm.engine.choosing import TokenLogprobs, cut, describe
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.pace import STEP_MS, Pace
@@ -21,7 +22,7 @@ from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.scheduler import MAX_REQUESTS, Scheduler
 from pymllm.engine.states import StatePool
 from pymllm.engine.strategies import Autoregressive, DecodingStrategy, make_strategy
-from pymllm.errors import RequestError
+from pymllm.errors import RequestError, counted
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import select
 from pymllm.kernels.sampling import SamplingKernel, SamplingProblem
@@ -187,10 +188,10 @@ class Engine:
         # Dynamic scaling of positions is there for texts beyond them.
         if tokens > longest and not self.model.scales_with_length:
             raise RequestError(
-                f"the text is too long: this model's maximum context length is {longest} tokens",
+                f"the text is too long: this model's maximum context length is {counted(longest, 'token')}",
                 code="prompt-too-long",
                 tensor="token_ids",
-                expected=f"up to {longest} tokens",
+                expected=f"up to {counted(longest, 'token')}",
                 found=str(tokens),
                 fix="Take the text in pieces.",
             )
@@ -200,7 +201,7 @@ class Engine:
                 f"the logits of the text take {needed / 1e9:.2f} GB, but only {available / 1e9:.2f} GB are free",
                 code="out-of-memory",
                 tensor="token_ids",
-                expected=f"up to {available // (vocabulary * LOGIT_BYTES)} tokens",
+                expected=f"up to {counted(available // (vocabulary * LOGIT_BYTES), 'token')}",
                 found=str(tokens),
                 fix="Take the text in pieces.",
             )
@@ -221,18 +222,7 @@ class Engine:
             )
         self.strategy.check(params)
         longest = self.longest
-        if len(prompt) + answers > longest:
-            # Clients tell by these words that a prompt is too long.
-            limit = f"this model's maximum context length is {longest} tokens"
-            problem = "does not leave room for an answer" if answers else "is too long"
-            raise RequestError(
-                f"the prompt {problem}: {limit}",
-                code="prompt-too-long",
-                tensor="prompt",
-                expected=f"fewer than {longest + (not answers)} tokens",
-                found=str(len(prompt)),
-                fix="Shorten the prompt.",
-            )
+        check_length(len(prompt), longest, answers)
         vocabulary = self.model.config.size("vocab_size")
         if max(prompt) >= vocabulary:
             # A tokenizer may have more tokens than the model, and a text any of them.

@@ -10,7 +10,7 @@ import numpy as np
 from pymllm.engine.engine import Engine
 from pymllm.engine.runner import Runner
 from pymllm.engine.runs import Run
-from pymllm.errors import RankError
+from pymllm.errors import RankError, counted
 
 
 class Follower:
@@ -34,7 +34,7 @@ class Follower:
             raise RankError(
                 "this rank's KV cache is not as large as rank 0's",
                 code="ranks-disagree",
-                expected=f"{message['pages']} pages",
+                expected=f"{counted(message['pages'], 'page')}",
                 found=str(self.engine.cache.num_pages),
                 fix="Run the same version with the same options on every rank.",
             )

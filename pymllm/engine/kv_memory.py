@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from pymllm.engine.scheduler import MAX_REQUESTS
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.attention import PAGE_SIZE
 
 # How many tokens a cache has by default, if the context is not longer.
@@ -25,6 +25,7 @@ MOST_REMEMBERED = 16
 UNKNOWN_MEMORY = 4 << 30
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|[kmg]i?)b?", re.IGNORECASE)
 
 
@@ -51,19 +52,22 @@ class CacheSize:
         return self.tokens // PAGE_SIZE
 
 
-def read_size(size: int | str) -> int:
+def read_size(size: int | str, available: int | None = None) -> int:
     """Read a number of bytes: an integer, or text such as "2GB" (a thousand of one to the next) or "512MiB" (1024).
 
-    ConfigError for anything else, and below 1.
+    available: what a share such as "30%" is of; None: nobody knows.  ConfigError for anything else, and below 1.
     """
     match = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    share = SHARE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match is not None:
         size = int(float(match[1]) * UNITS[match[2].lower()])
+    elif share is not None and 0 < float(share[1]) <= 100:
+        size = int((UNKNOWN_MEMORY if available is None else available) * float(share[1]) / 100)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ConfigError(
             "kv_memory is no size of memory",
             code="kv-memory",
-            expected="a number of bytes, or text such as '2GB' or '512MiB'",
+            expected="a number of bytes, text such as '2GB' or '512MiB', or a share such as '30%'",
             found=repr(size),
         )
     return size
@@ -106,7 +110,9 @@ def choose_cache_size(
         )
     context = longest if max_model_len is None else max_model_len
     if kv_memory is not None:
-        budget, source = read_size(kv_memory), "kv_memory"
+        budget = read_size(kv_memory, available)
+        share = isinstance(kv_memory, str) and kv_memory.strip().endswith("%")
+        source = f"kv_memory, {kv_memory} of what is free beside the weights" if share else "kv_memory"
     else:
         budget = int((UNKNOWN_MEMORY if available is None else available) * CACHE_MEMORY_SHARE)
         source = f"{CACHE_MEMORY_SHARE:.0%} of the memory that is free beside the weights"
@@ -136,7 +142,7 @@ def choose_cache_size(
     elif context >= DEFAULT_CACHE_TOKENS:
         pages, decided_by = wanted, "one request of the longest context"
     else:
-        pages, decided_by = wanted, f"{DEFAULT_CACHE_TOKENS} tokens by default"
+        pages, decided_by = wanted, f"{counted(DEFAULT_CACHE_TOKENS, 'token')} by default"
     tokens = pages * PAGE_SIZE
     most = min(context, tokens // block_length * block_length)
     return CacheSize(tokens, pages * page_bytes, most, decided_by, requests, remembered, states)

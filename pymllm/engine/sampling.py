@@ -7,7 +7,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pymllm.errors import ConfigError, RequestError
+from pymllm.arguments import checked
+from pymllm.errors import ConfigError, RequestError, choices, counted, nearest
 from pymllm.text.grammars import Grammar, Kind
 
 MAX_STOP_STRINGS = 16
@@ -147,8 +148,9 @@ class SamplingParams:
                 "remasking is out of range",
                 code="parameter",
                 tensor="remasking",
-                expected=" or ".join(REMASKING),
+                expected=choices(REMASKING),
                 found=repr(self.remasking),
+                fix=nearest(str(self.remasking), REMASKING),
             )
 
         if sum(getattr(self, name) is not None for name in GRAMMARS) > 1:
@@ -191,6 +193,8 @@ class SamplingParams:
         seed = None if self.seed is None else (self.seed + index) % 2**64
         return replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
 
+
+SamplingParams.__init__ = checked(kinds=False)(SamplingParams.__init__)  # type: ignore[method-assign]
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
@@ -252,7 +256,7 @@ def _at_most(name: str, values: tuple[Any, ...], count: int) -> None:
             f"{name} is out of range",
             code="parameter",
             tensor=name,
-            expected=f"at most {count} tokens",
+            expected=f"at most {counted(count, 'token')}",
             found=str(len(values)),
         )
 

@@ -11,7 +11,7 @@ from pymllm.engine.asking import Asked
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.engine.session import Session
-from pymllm.errors import RequestError
+from pymllm.errors import RequestError, counted
 from pymllm.text.prompts import Prompt, as_prompts
 from pymllm.text.tokenizer import Tokenizer
 
@@ -262,7 +262,7 @@ def _check_length(text: ScoredText, place: int, longest: int) -> None:
             "a prompt and its continuation are too long together",
             code="prompt-too-long",
             tensor=f"prompts[{place}]",
-            expected=f"at most {longest + 1} tokens",
+            expected=f"at most {counted(longest + 1, 'token')}",
             found=str(len(text.ids)),
             fix="Shorten the prompt from its beginning, or score the whole text, which is read in windows.",
         )

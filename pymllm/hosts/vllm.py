@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from pymllm.errors import ConfigError, RuleError, nearest
+from pymllm.errors import ConfigError, RuleError, choices, nearest
 from pymllm.hosts.vllm_layers import HostedLinearMethod, refuse_tied
 from pymllm.loading.prepare import hoist_settings, read_quantization_config
 from pymllm.loading.side_settings import method_name
@@ -71,7 +71,7 @@ class PymllmConfig(QuantizationConfig):  # type: ignore[misc]
                     f"the quantisation pymllm has no setting {key!r}",
                     code="config-value",
                     tensor=f"{ROOT}.{key}",
-                    expected=" or ".join(OPTIONS),
+                    expected=choices(OPTIONS, key),
                     fix=nearest(key, OPTIONS),
                 )
         self.rules = read_rules(options.get("quant"))

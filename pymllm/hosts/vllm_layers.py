@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from pymllm.config import Execution
-from pymllm.errors import CheckpointError, ConfigError
+from pymllm.errors import CheckpointError, ConfigError, counted
 from pymllm.quantization.method import LinearMethodBase as OurMethod
 from pymllm.weights.loader import copy_full_tensor, slots_of, written_of
 from pymllm.weights.spec import LinearShape, Span, side_by_side
@@ -227,7 +227,7 @@ def layer_share(
         outputs = whole if layer.tp_size == 1 else side_by_side(outputs)
     elif len(parts) != len(outputs):
         raise ConfigError(
-            f"vLLM's model fuses {len(outputs)} parts in this layer",
+            f"vLLM's model fuses {counted(len(outputs), 'part')} in this layer",
             code="not-hosted",
             tensor=layer.prefix,
             expected=f"{len(outputs)} checkpoint names",
@@ -279,7 +279,7 @@ def _check_written(weight: HeldWeights, param: Tensor) -> None:
             "part of the parameter was not written",
             code="half-written",
             tensor=slots[0].tensor,
-            expected=f"{wanted} elements",
+            expected=f"{counted(wanted, 'element')}",
             found=str(found),
         )
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, IndicesError
+from pymllm.errors import ConfigError, IndicesError, counted
 from pymllm.kernels.hardware import Device
 
 PAGE_SIZE = 16
@@ -274,7 +274,7 @@ class AttentionStep:
             if table.ndim != 2 or request >= len(table) or length > table.shape[1] * self.page_size:
                 raise _wrong_step(
                     f"page_tables has too few pages for request {request}",
-                    f"pages of {self.page_size} tokens for {length} tokens",
+                    f"pages of {counted(self.page_size, 'token')} for {length} tokens",
                     str(list(table.shape)),
                     IndicesError,
                 )

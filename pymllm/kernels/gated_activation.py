@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices, nearest
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def activation_of(hidden_act: Any) -> GatedActivation:
             code="config-value",
             file="config.json",
             tensor="hidden_act",
-            expected=" or ".join(ACTIVATIONS),
+            expected=choices(ACTIVATIONS, hidden_act),
             found=repr(hidden_act),
+            fix=nearest(str(hidden_act), ACTIVATIONS),
         )
     return ACTIVATIONS[hidden_act]

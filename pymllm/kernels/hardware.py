@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pymllm.errors import ConfigError, unknown_name
+from pymllm.errors import ConfigError, nearest, unknown_name
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def probe_device(device: str = "auto") -> Device:
         code="device",
         expected="auto, cpu" + (" or cuda" if torch.cuda.is_available() else " (torch sees no GPU)"),
         found=device,
+        fix="A GPU is called cuda here." if kind == "gpu" else nearest(kind.lower(), ("auto", "cpu", "cuda")),
     )
 
 

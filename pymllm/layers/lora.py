@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, choices, counted, nearest
 from pymllm.kernels.canonical import DenseWeight
 from pymllm.quantization.binding import BoundWeight, bind_for, bound_weight
 from pymllm.weights.loader import place, track
@@ -279,7 +279,9 @@ class LoRAMixin:
         """Yield the adapters to apply to a step of so many rows, each with the indices of its rows (None: all)."""
         batch = _batch.get()
         groups = ((None, None),) if batch is None else batch.groups
-        assert batch is None or batch.rows == rows, f"{self.prefix}: {rows} rows in a step of {batch.rows}"
+        assert batch is None or batch.rows == rows, (
+            f"{self.prefix}: {counted(rows, 'row')} in a step of {batch.rows}"
+        )
         for name, indices in groups:
             chosen = self.active_adapter if name is None else name
             adapter = self.adapters.get(chosen or "")
@@ -327,7 +329,7 @@ class LoRAMixin:
             raise ConfigError(
                 f"{self.prefix or 'the layer'} has no adapter {name!r} to merge",
                 code="lora-unknown",
-                expected=" or ".join(self.adapters) or "a layer with adapters",
+                expected=choices(self.adapters, name) or "a layer with adapters",
                 fix=nearest(name, self.adapters),
             )
         if self.merged is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices
 from pymllm.kernels.registry import Operation, Selection
 from pymllm.layers.held import (
     TRIAL_ROWS,
@@ -153,7 +153,7 @@ class WeightedLayer(LoRAMixin, WeightHolder):
         raise ConfigError(
             f"{self.prefix or type(self).__name__} has no part {shard_id!r}",
             code="shard-id",
-            expected=" or ".join(names),
+            expected=choices(names, shard_id),
             found=str(shard_id),
         )
 

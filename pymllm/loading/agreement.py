@@ -17,7 +17,7 @@ import torch
 
 import pymllm
 from pymllm.adapters.config import load_lora_config
-from pymllm.errors import ConfigError, RankError, first_few
+from pymllm.errors import ConfigError, RankError, counted, first_few
 from pymllm.kernels.hardware import probe_device
 from pymllm.loading.prepare import Prepared
 from pymllm.parallel import Parallel
@@ -158,7 +158,7 @@ def _file(file: TensorFile) -> str:
             for start in (tensor.start, (tensor.start + tensor.end) // 2):
                 opened.seek(start)
                 found.update(opened.read(min(SAMPLED_BYTES, tensor.end - start)))
-    return f"{size} bytes, sha256 {found.hexdigest()[:16]} of its header and samples"
+    return f"{counted(size, 'byte')}, sha256 {found.hexdigest()[:16]} of its header and samples"
 
 
 def describe_adapter(folder: str | Path) -> str:

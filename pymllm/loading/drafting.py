@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from pymllm.config import ModelConfig
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.models.language_model import LanguageModel
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.weights.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ def check_drafts(
     sizes = config.size("vocab_size"), model.config.size("vocab_size")
     if not first.available and not second.available:
         if sizes[0] != sizes[1]:
-            _refuse(drafting, f"a vocabulary of {sizes[0]} tokens", str(sizes[1]))
+            _refuse(drafting, f"a vocabulary of {counted(sizes[0], 'token')}", str(sizes[1]))
         return
     if not first.available or not second.available:
         _refuse(

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +20,30 @@ from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
 from pymllm.loading.boundary import reading_checkpoint
 from pymllm.loading.match import Placement, Unit
+from pymllm.loading.packed_cache import PackedCache
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
-from pymllm.loading.stored import check_placed, check_skipped, read_slot
+from pymllm.loading.reading import Reader, Reading
+from pymllm.loading.stored import check_placed, check_skipped
 from pymllm.models.language_model import LanguageModel
 from pymllm.weights.hub import download_weights
-from pymllm.weights.loader import Slot, Written, write
 from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
 from pymllm.weights.resolution import apply_resolved_weight
 from pymllm.weights.spec import ExpertsShape, LinearShape
-from pymllm.weights.tensor_file import TensorInfo
 
 logger = logging.getLogger("pymllm")
 
 
 @names_files
-def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> LanguageModel:
+def load_prepared(
+    prepared: Prepared, *, progress: bool | None = None, packed_cache: str | Path = "off"
+) -> LanguageModel:
     """Read, slice and pack what `prepare` has decided, a layer at a time.
 
     progress: whether to show a bar on the first rank; None: on a terminal.
+    packed_cache: where packed weights are kept for the next start: "auto", a folder, or "off".
     Returns the model, which carries `load_report` and `prepared`.
     Raises CheckpointError for values that cannot be right, ConfigError for a device that is not here.
     """
@@ -52,15 +57,39 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
         )
     lower_to_quota_once()
     download_weights(prepared.checkpoint)
+    cache = PackedCache.of(prepared, packed_cache)
+    report = None if cache is None else cache.take()
+    if report is None:
+        report = _load_units(prepared, progress)
+        if cache is not None:
+            cache.keep(report)
+    model = prepared.model
+    model.requires_grad_(False)
+    model.eval()
+    model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
+    logger.info(report.summary())
+    if prepared.draft is not None:
+        second = load_prepared(prepared.draft, progress=progress, packed_cache=packed_cache)
+        model.strategy = replace(model.strategy, draft=second)
+    return model
+
+
+def _load_units(prepared: Prepared, progress: bool | None) -> LoadReport:
+    """Read, slice and pack every unit.  Returns the report."""
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
     show = False if prepared.parallel.rank else progress
-    with prepared.checkpoint, progress_bar("Loading", total, show) as advance:
+    device = torch.device(prepared.execution.device)
+    with (
+        prepared.checkpoint,
+        progress_bar("Loading", total, show) as advance,
+        Reader(device) as reader,
+    ):
         try:
             with reading_checkpoint(prepared.checkpoint.config_file):
                 check_skipped(prepared.skipped)
-            for unit in prepared.units:
+            for unit, following in zip_longest(prepared.units, prepared.units[1:]):
                 # Another rank may have failed meanwhile.
                 prepared.parallel.check()
                 # What a module's own resolver raises is its own.
@@ -70,7 +99,7 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
                     if own
                     else reading_checkpoint(prepared.checkpoint.config_file, counted=True)
                 ):
-                    _load_unit(unit, prepared, report)
+                    _load_unit(unit, following, prepared, report, reader)
                 return_freed_memory()
                 advance(sum(placement.tensor.nbytes for placement in unit.placements))
         except CheckpointError as error:
@@ -89,29 +118,25 @@ def load_prepared(prepared: Prepared, *, progress: bool | None = None) -> Langua
                 "divide the model over ranks (--tensor-parallel-size), or free memory.",
             ) from error
     report.seconds = time.perf_counter() - started
-    model = prepared.model
-    model.requires_grad_(False)
-    model.eval()
-    model.load_report, model.prepared = report, prepared  # type: ignore[assignment]
-    logger.info(report.summary())
-    if prepared.draft is not None:
-        second = load_prepared(prepared.draft, progress=progress)
-        model.strategy = replace(model.strategy, draft=second)
-    return model
+    return report
 
 
-def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
-    """Read a holder's tensors, check them, pack them, and add them to the report."""
-    device = torch.device(prepared.execution.device)
+def _load_unit(
+    unit: Unit, following: Unit | None, prepared: Prepared, report: LoadReport, reader: Reader
+) -> None:
+    """Read a holder's tensors, check them, pack them, and add them to the report.
+
+    following: the unit that is loaded next; None: this is the last one.
+    """
     params = {(id(p.module), p.param): p.module for p in unit.placements}
-    resolved = {(id(p.module), p.param) for p in unit.placements if p.resolved is not None}
-    for (_, name), module in params.items():
-        _materialise(module, name, device, keep=(id(module), name) in resolved)
+    reading = reader.reading(unit)
     read: Counter[str] = Counter()  # one tensor may hold several parts of the layer
     for placement in unit.placements:
         name = placement.tensor.name
         first = name not in read
-        read[name] += _read(placement) if placement.resolved is None else _read_resolved(placement, first)
+        read[name] += (
+            _read(placement, reading) if placement.resolved is None else _read_resolved(placement, first)
+        )
     for tensor, nbytes in read.items():
         reason = f"also read for {unit.name}, which is tied to it" if tensor in report.loaded else ""
         report.tensors.append(TensorRecord(tensor, "tied" if reason else "loaded", nbytes, reason))
@@ -119,6 +144,9 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     report.bytes_read += read.total()
     for (_, name), module in params.items():
         _check_all_written(module, name)
+    del reading
+    if following is not None:
+        reader.begin(following)  # is read while this one is packed
     holder = unit.holder
     holder.finish()
     if holder.borrows_from is not None:
@@ -129,48 +157,11 @@ def _load_unit(unit: Unit, prepared: Prepared, report: LoadReport) -> None:
     report.final_bytes += holder.loaded_bytes() + holder.kept_bytes()
 
 
-def _materialise(module: nn.Module, name: str, device: torch.device, keep: bool = False) -> None:
-    """Give a meta parameter its memory: zeros where a share is padded, else unset until it is written.
-
-    keep: stay the same object, as a resolver has it.
-    """
-    meta = getattr(module, name)
-    if name in module._buffers:
-        buffer = torch.empty_like(meta, device=device)
-        buffer.slots, buffer.written = None, Written()  # type: ignore[attr-defined]
-        torch.utils.swap_tensors(meta, buffer)
-        return
-    param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
-    slots = getattr(meta, "slots", None)
-    if slots is not None and sum(slot.elements for slot in slots) != meta.numel():
-        param.data.zero_()
-    param.slots, param.written = slots, Written()  # type: ignore[attr-defined]
-    if hasattr(meta, "weight_loader"):
-        param.weight_loader = meta.weight_loader  # type: ignore[attr-defined]
-    if keep:
-        torch.utils.swap_tensors(meta, param)
-    else:
-        setattr(module, name, param)
-
-
-CHUNK_BYTES = 16 << 20  # what is read at a time where a dtype changes
-
-
-def _read(placement: Placement) -> int:
+def _read(placement: Placement, reading: Reading) -> int:
     """Read this rank's slice into its parameter.  Returns the bytes read."""
     slot, tensor = placement.slot, placement.tensor
-    param = getattr(placement.module, placement.param)
-    target = slot.view(param.data)
-    if len(tensor.shape) != len(slot.source) or tuple(target.shape) != slot.local_shape:
-        # A scalar, or one part's row: it has dimensions of one element more or fewer.
-        write(param.data, slot, read_slot(tensor, slot).to(param.device), param.written)
-    else:
-        param.written.add(slot.target, tensor.name)
-        if tensor.dtype is param.dtype:
-            tensor.read(slot.source, out=target)
-        else:
-            _read_converted(tensor, slot, target)
-    _check_values(placement, target)
+    reading.finish(placement)
+    _check_values(placement, slot.view(getattr(placement.module, placement.param).data))
     return slot.elements * tensor.nbytes // max(math.prod(tensor.shape), 1)
 
 
@@ -195,19 +186,6 @@ def _check_values(placement: Placement, target: Tensor) -> None:
     """Refuse values that cannot be right.  target: what the tensor has filled of its parameter."""
     shape = getattr(placement.module, "shape", None)
     check_placed(placement, target, shape if isinstance(shape, (LinearShape, ExpertsShape)) else None)
-
-
-def _read_converted(tensor: TensorInfo, slot: Slot, target: Tensor) -> None:
-    """Read a slice into another dtype, a few rows at a time."""
-    if not slot.source or not slot.elements:
-        target.copy_(tensor.read(slot.source))
-        return
-    rows, *rest = slot.source
-    row_bytes = slot.elements // (rows.stop - rows.start) * tensor.dtype.itemsize
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(rows.start, rows.stop, step):
-        chunk = slice(start, min(start + step, rows.stop))
-        target[chunk.start - rows.start : chunk.stop - rows.start] = tensor.read((chunk, *rest))
 
 
 def _check_all_written(module: nn.Module, name: str) -> None:

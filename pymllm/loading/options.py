@@ -14,8 +14,9 @@ class LoadOptions(TypedDict, total=False):
     """The options of loading, beside a checkpoint's path and the rules for its weights.
 
     device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.
-    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
-    compute: "auto" lets kernels round activations to fewer bits where that is faster (the plan says which do), "exact"
+    dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
+    quantised one.
+    compute: "auto" lets kernels round their inputs to fewer bits where that is faster (the plan says which do), "exact"
     forbids it, "checkpoint" demands just what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none" (floats, of the checkpoint's 16 bits unless float32

@@ -15,7 +15,7 @@ import torch
 
 from pymllm.config import Execution, ModelConfig, parse_dtype
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError, ConfigError, ShardingError
+from pymllm.errors import CheckpointError, ConfigError, ShardingError, choices
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.native.extension import native_missing_reason
 from pymllm.kernels.native.float_linear import FAST_PATHS, NativeFloatLinear
@@ -81,7 +81,7 @@ class Prepared:
 @names_files
 @bounded_steps()
 def prepare(
-    path: str | Path,
+    path: str | Path | None,
     quant: RuleSource = None,
     *,
     device: str = "auto",
@@ -155,9 +155,11 @@ def _prepare(
     )
     if execution.dtype not in stored.get_supported_act_dtypes():
         raise ConfigError(
-            f"the checkpoint's format, {stored.get_name()}, cannot run with {execution.dtype} activations",
+            f"the checkpoint's format, {stored.get_name()}, cannot run with {execution.dtype} between layers",
             code="dtype-unsupported",
-            expected=" or ".join(map(str, stored.get_supported_act_dtypes())),
+            expected=" or ".join(
+                str(dtype).removeprefix("torch.") for dtype in stored.get_supported_act_dtypes()
+            ),
             fix="Choose another dtype.",
         )
     rules = RuledConfig(stored, read_rules(quant), read_kv_rules(kv_cache))
@@ -272,7 +274,7 @@ def read_quantization_config(checkpoint: Checkpoint) -> QuantizationConfig:
             code="unknown-method",
             file="config.json",
             tensor="quantization_config.quant_method",
-            expected=" or ".join(list_quantization_methods()),
+            expected=choices(list_quantization_methods()),
         )
     try:
         format = get_quantization_config(method_name(name))

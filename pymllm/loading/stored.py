@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -133,6 +134,11 @@ def check_scale(tensor: TensorInfo, scale: Tensor, spec: WeightSpec) -> None:
     in_bytes = spec.scale == "or zero" and scale.dtype is torch.float8_e4m3fn and scale.numel() > 0
     if in_bytes and int(scale.view(torch.uint8).max()) <= E4M3_LARGEST:
         return  # the millions of scales of NVFP4 in one pass
+    if spec.scale != "signed" and scale.dtype in FLOATS and scale.numel():
+        # NaN is neither above nor below; it is both edges where any value is.
+        low, high = (float(edge) for edge in torch.aminmax(scale))
+        if (low >= 0 if spec.scale == "or zero" else low > 0) and high < math.inf:
+            return
     values = scale.float()
     usable, expected = SCALES[spec.scale]
     bad = values.numel() - int((torch.isfinite(values) & usable(values)).sum())

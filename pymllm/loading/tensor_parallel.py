@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pymllm.errors import ShardingError
+from pymllm.errors import ShardingError, counted
 from pymllm.layers.held import WeightHolder, weight_holders
 from pymllm.models.language_model import LanguageModel
 from pymllm.weights.loader import place
@@ -22,7 +22,7 @@ def refused_tp_sizes(model: LanguageModel) -> dict[int, str]:
     # Names apart, a deep model repeats a few layers.
     distinct = {holder.likeness(): holder for _, holder in weight_holders(model)}
     reasons = {
-        size: f"{heads} attention heads cannot be divided over {size} ranks"
+        size: f"{counted(heads, 'attention head')} cannot be divided over {size} ranks"
         for size in (2**power for power in range(1, heads.bit_length()))
         if heads % size
     }

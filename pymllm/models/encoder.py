@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pymllm.attention.attention import Attention
 from pymllm.config import ModelConfig
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.layers.linear import QKVParallelLinear
 from pymllm.models.language_model import LanguageModel
 from pymllm.quantization.base import QuantizationConfig
@@ -44,7 +44,7 @@ def activation_of(config: ModelConfig, setting: str) -> Callable[[Tensor], Tenso
             code="config-value",
             file="config.json",
             tensor=setting,
-            expected=" or ".join(ACTIVATIONS),
+            expected=choices(ACTIVATIONS, name),
             found=repr(name),
             fix=nearest(str(name), ACTIVATIONS),
         )

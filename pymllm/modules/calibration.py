@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.quantization.rounding.calibrated import InputStatistics
 
 ALGORITHMS = ("gptq", "clip")
@@ -28,8 +28,9 @@ def read_calibration(calibration: Iterable[Any], algorithm: str, act_order: bool
         raise ConfigError(
             "the calibration algorithm is unknown",
             code="calibration",
-            expected=" or ".join(ALGORITHMS),
+            expected=choices(ALGORITHMS),
             found=str(algorithm),
+            fix=nearest(str(algorithm), ALGORITHMS),
         )
     if act_order and algorithm != "gptq":
         raise ConfigError(

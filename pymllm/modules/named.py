@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import RuleError, first_few
+from pymllm.errors import RuleError, counted, first_few
 from pymllm.modules.experts import QuantizedExperts
 from pymllm.modules.experts_job import PRODUCTS, ExpertsJob
 from pymllm.modules.foreign_experts import read_experts, stacks_of
@@ -128,7 +128,7 @@ class Named:
             alike.setdefault((each.rule, reason), []).append(each.name)
         lines = [f"{', '.join(names)} ({rule}): {reason}" for (rule, reason), names in alike.items()]
         briefly = [f"{first_few(names)} ({rule}): {reason}" for (rule, reason), names in alike.items()]
-        many = f"{len(named)} weights that" if len(named) > 1 else "a weight that"
+        many = f"{counted(len(named), 'weight')} that" if len(named) > 1 else "a weight that"
         raise RuleError(
             f"{many} the rules name cannot be quantised: " + "; ".join(lines),
             brief=f"{many} the rules name cannot be quantised: " + first_few(briefly, "; "),

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pymllm.arguments import checked
 from pymllm.errors import ConfigError, KernelError
 from pymllm.modules.calibration import portions, read_calibration, record
 from pymllm.modules.jobs import Job, rounding_by
@@ -31,6 +32,7 @@ from pymllm.quantization.rules import RuledConfig, RuleSource, read_rules
 M = TypeVar("M", bound=nn.Module)
 
 
+@checked()
 def quantize_model(
     module: M,
     rules: RuleSource,

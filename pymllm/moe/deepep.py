@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.moe.dispatcher import DispatcherOutput, TokenDispatcher, check_routed
 from pymllm.moe.metadata import DispatcherStage, DispatchMetadata
 from pymllm.moe.topk import TopKOutput
@@ -30,7 +30,7 @@ class DeepEPDispatcher(TokenDispatcher):
         super().__init__(parallel, num_experts)
         if num_experts % parallel.size:
             raise ConfigError(
-                f"DeepEP cannot divide {num_experts} experts over {parallel.size} ranks",
+                f"DeepEP cannot divide {counted(num_experts, 'expert')} over {parallel.size} ranks",
                 code="dispatcher",
                 expected="equally many experts on every rank",
                 fix="Use the naive dispatcher.",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, unknown_name
+from pymllm.errors import ConfigError, counted, unknown_name
 from pymllm.kernels.aten.routing import TorchRouting
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.registry import Selection, select
@@ -130,12 +130,12 @@ class GroupLimitedTopKRouter(TopKRouter):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise _bad(name, "a whole number of at least 1", value)
         if num_experts % n_group:
-            raise _bad("n_group", f"a divisor of the {num_experts} experts", n_group)
+            raise _bad("n_group", f"a divisor of the {counted(num_experts, 'expert')}", n_group)
         if topk_group > n_group:
             raise _bad("topk_group", f"at most n_group, {n_group}", topk_group)
         self.group_size = num_experts // n_group
         if top_k > topk_group * self.group_size:
-            raise _bad("num_experts_per_tok", f"at most the experts of {topk_group} groups", top_k)
+            raise _bad("num_experts_per_tok", f"at most the experts of {counted(topk_group, 'group')}", top_k)
         if group_score not in ("top2", "max"):
             raise _bad("group_score", "top2 or max", group_score)
         self.n_group, self.topk_group, self.group_score = n_group, topk_group, group_score

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError, ShardingError, counted
 from pymllm.parallel.groups import Group, ThreadGroup
 from pymllm.parallel.heartbeat import Heartbeat
 from pymllm.parallel.leader import Leader
@@ -217,7 +217,7 @@ def choose_parallel(
         raise ConfigError(
             f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",
             code="tp-processes",
-            expected=f"{size} processes",
+            expected=f"{counted(size, 'process', 'processes')}",
             found=str(parallel.size),
             fix=f"Start with: torchrun --nproc-per-node {size} -m pymllm ... (or your script).",
         )

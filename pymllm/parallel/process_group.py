@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, RankError
+from pymllm.errors import ConfigError, RankError, counted
 from pymllm.parallel.heartbeat import Heartbeat
 from pymllm.parallel.ranks import LOOPBACK
 
@@ -152,7 +152,7 @@ def choose_backend(device: str = "auto", here: int = 1) -> str:
         raise ConfigError(
             "there are fewer GPUs than ranks",
             code="rank-devices",
-            expected=f"a GPU for each of the {here} ranks of this machine",
+            expected=f"a GPU for each of the {counted(here, 'rank')} of this machine",
             found=str(torch.cuda.device_count()),
             fix="Lower --tensor-parallel-size, or run on the CPU with --device cpu.",
         )

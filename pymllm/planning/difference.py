@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pymllm.errors import ConfigError
 from pymllm.planning.plan import SCHEMA_VERSION, Plan
 
-COMPARED = ("kind", "method", "method_detail", "source_method", "kernel", "shape", "shape_local", "bytes")
+COMPARED = (
+    *("kind", "rule", "source", "method", "method_detail", "source_method", "kernel", "numerics"),
+    *("rounds_activations", "shape", "shape_local", "bytes", "fused_with", "tied_to"),
+    *("kv_bytes_per_token", "state_bytes"),
+)
+SIZES = ("bytes", "kv_bytes_per_token", "state_bytes")
 SETTINGS = ("model", "model_type", "device", "dtype", "compute")
+# Of the plan's objects, the settings that are compared, as "tensor_parallel.size".
+OBJECTS = {
+    "tensor_parallel": ("rank", "size", "expert_parallel", "legal_sizes"),
+    "elementwise": ("kernel",),
+    "sampling": ("kernel",),
+    "decoding_graph": ("captured", "why_not"),
+    "strategy": ("name", "settings", "draft"),
+    "kv_cache": (
+        "tokens",
+        "bytes",
+        "max_model_len",
+        "decided_by",
+        "requests",
+        "remembered_states",
+        "state_bytes",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,8 @@ class PlanDifference:
 
     settings, totals: [before, after] of what differs.  changed: layers that both have.
     added, removed: names of layers that only the newer, or the older, one has.
+    further: [before, after] of what differs in the plan's objects, as "kv_cache.tokens".
+    notes: those of the older plan alone, and those of the newer one alone.
     """
 
     settings: dict[str, list[Any]]
@@ -37,20 +61,23 @@ class PlanDifference:
     changed: list[ChangedLayer]
     added: list[str]
     removed: list[str]
+    further: dict[str, list[Any]] = field(default_factory=dict)
+    notes: list[list[str]] = field(default_factory=lambda: [[], []])
 
     @property
     def empty(self) -> bool:
-        return not (self.settings or self.totals or self.changed or self.added or self.removed)
+        layers = self.changed or self.added or self.removed
+        return not (self.settings or self.totals or layers or self.further or any(self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
-    def groups(self) -> list[tuple[ChangedLayer, list[str], int, int]]:
-        """Group the layers whose method and kernel change alike: (the first, all names, bytes before, bytes after)."""
+    def groups(self) -> list[tuple[ChangedLayer, list[str], dict[str, int], dict[str, int]]]:
+        """Group the layers that change alike: (the first, all names, the sums of `SIZES` before, and after)."""
         grouped: dict[str, list[ChangedLayer]] = {}
         for layer in self.changed:
             same = [
-                {k: v for k, v in side.items() if k not in ("bytes", "shape_local")}
+                {k: v for k, v in side.items() if k not in (*SIZES, "shape_local", "fused_with")}
                 for side in (layer.before, layer.after)
             ]
             grouped.setdefault(repr(same), []).append(layer)
@@ -58,11 +85,16 @@ class PlanDifference:
             (
                 group[0],
                 [layer.prefix for layer in group],
-                sum(layer.before.get("bytes", 0) for layer in group),
-                sum(layer.after.get("bytes", 0) for layer in group),
+                _sums(layer.before for layer in group),
+                _sums(layer.after for layer in group),
             )
             for group in grouped.values()
         ]
+
+
+def _sums(layers: Iterable[dict[str, Any]]) -> dict[str, int]:
+    listed = list(layers)
+    return {key: sum(layer.get(key) or 0 for layer in listed) for key in SIZES}
 
 
 def read_plan(file: Path) -> dict[str, Any]:
@@ -98,15 +130,19 @@ def compare_plans(before: Mapping[str, Any], after: Plan) -> PlanDifference:
     changed = []
     for prefix, layer in new_layers.items():
         old = old_layers.get(prefix)
-        differing = [key for key in COMPARED if old is not None and old.get(key) != layer[key]]
+        differing = [key for key in COMPARED if old is not None and key in old and old[key] != layer[key]]
         if old is not None and differing:
-            keys = list(dict.fromkeys(["method_detail", "kernel", "bytes", *differing]))
+            sizes = [key for key in SIZES if key == "bytes" or old.get(key) or layer[key]]
+            keys = list(dict.fromkeys(["method_detail", "kernel", *sizes, *differing]))
             changed.append(
                 ChangedLayer(prefix, {key: old.get(key) for key in keys}, {key: layer[key] for key in keys})
             )
-    totals = before.get("totals") or {}
+    totals, notes = before.get("totals") or {}, before.get("notes") or []
+    was, now = _settings(before), _settings(new)
+    # What an older version did not save cannot be compared.
+    changes = {key: [was[key], value] for key, value in now.items() if key in was and was[key] != value}
     return PlanDifference(
-        {key: [before.get(key), new[key]] for key in SETTINGS if before.get(key) != new[key]},
+        {key: changes.pop(key) for key in SETTINGS if key in changes},
         {
             key: [totals.get(key, 0), value]
             for key, value in new["totals"].items()
@@ -115,4 +151,22 @@ def compare_plans(before: Mapping[str, Any], after: Plan) -> PlanDifference:
         changed,
         [prefix for prefix in new_layers if prefix not in old_layers],
         [prefix for prefix in old_layers if prefix not in new_layers],
+        changes,
+        [[note for note in notes if note not in after.notes], [n for n in after.notes if n not in notes]],
     )
+
+
+def _settings(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """List a plan's settings by name, those of its objects as "kv_cache.tokens"."""
+    found = {key: plan[key] for key in (*SETTINGS, "definition") if key in plan}
+    for name, keys in OBJECTS.items():
+        value = plan.get(name)
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{key}": value.get(key) for key in keys if key in value}
+        elif name in plan:
+            found |= {f"{name}.{key}": None for key in keys}
+    routing = plan.get("routing")
+    if isinstance(routing, list):
+        kernels = (entry.get("kernel") for entry in routing if isinstance(entry, Mapping))
+        found["routing.kernel"] = sorted({str(kernel) for kernel in kernels})
+    return found

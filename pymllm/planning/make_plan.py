@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pymllm.arguments import checked
 from pymllm.embedding.settings import read_settings
 from pymllm.engine.graphs import why_not_captured
 from pymllm.engine.kv_memory import choose_cache_size
-from pymllm.errors import ConfigError, PymllmError
+from pymllm.errors import ConfigError, PymllmError, counted
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
 from pymllm.kernels.registry import Selection, select
@@ -26,6 +27,7 @@ from pymllm.layers.elementwise import select_elementwise
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
 from pymllm.loading.options import LoadOptions
 from pymllm.loading.prepare import Prepared, prepare
+from pymllm.loading.scratch import scratch_bytes
 from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
 from pymllm.models import file_name, find_definition
 from pymllm.models.generic.classes import GenericConfig
@@ -41,8 +43,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked()
 def plan(
-    path: str | Path,
+    path: str | Path | None = None,
     quant: RuleSource = None,
     *,
     max_model_len: int | None = None,
@@ -53,12 +56,14 @@ def plan(
 
     No tensor is read, but for a head that the config ties and the files hold all the same (loading/head.py).
 
-    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name".
+    path: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small
+    model that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
     device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.
-    dtype: of activations, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a quantised one.
-    compute: "auto" lets kernels round activations to fewer bits where that is faster, "exact" forbids it, "checkpoint"
+    dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
+    quantised one.
+    compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"
     demands just what the checkpoint asks for.
     kernels: the kernel of an operation by name, {"linear": "reference"} say; None: the best that can.
     kv_cache: how keys and values are stored: "fp8", "int8", "none", a dtype's name, or such methods for patterns of
@@ -88,6 +93,7 @@ def make_plan(
     binder = Binder(prepared.execution)
     holders = [holder for _, holder in weight_holders(prepared.model)]
     weight_bytes = transient = 0
+    ahead: list[int] = []
     for unit in prepared.units:
         holder = unit.holder
         weight_bytes += holder.kept_bytes() + holder.packed_bytes(binder)
@@ -95,6 +101,10 @@ def make_plan(
         if converting is not None:
             stored = sum(placement.tensor.nbytes * _share(placement.slot) for placement in unit.placements)
             transient = max(transient, int(stored) + converting)
+        ahead.append(scratch_bytes(holder))
+    if prepared.execution.device == "cpu":
+        # While one unit is packed, the next one is read: two memories, which grow to the two largest.
+        transient += sorted(ahead)[-2] if len(ahead) > 1 else 0
     layers = [_row(described, prepared) for holder in holders for described in holder.describe(binder)]
     layers.sort(
         key=lambda layer: layer.kind in ("attention", "recurrence")
@@ -268,7 +278,7 @@ def _embedding_notes(prepared: Prepared) -> list[str]:
     except PymllmError as error:
         return [f"no embeddings: {error}"]
     if settings.modules:
-        return [f"embeddings: {settings}; texts are cut at {settings.max_length} tokens"]
+        return [f"embeddings: {settings}; texts are cut at {counted(settings.max_length, 'token')}"]
     if prepared.model.why_no_text is None:
         return []
     return ["the checkpoint does not say how to make vectors: embed(texts, pooling=...) has to choose"]
@@ -333,39 +343,42 @@ def _notes(
             if all(holder.copies_states for holder in stateful)
             else "prefixes are not reused, as what the layers keep cannot be copied"
         )
-        notes.append(f"{len(stateful)} layers keep a state of each request: {limit}")
+        notes.append(
+            f"{counted(len(stateful), 'layer keeps', 'layers keep')} a state of each request: {limit}"
+        )
     split = [holder.prefix for holder in holders if holder.split]
     if split:
         notes.append(
-            f"{len(split)} fused layers keep separate weights, as their parts have different methods: {split[0]}"
-        )
-    rounded = Counter((layer.kernel, layer.numerics) for layer in layers if layer.rounds_activations)
-    for (kernel, numerics), count in rounded.items():
-        notes.append(
-            f"{count} layers run {kernel}: {numerics}. compute=exact or dtype=float32 forbids the rounding"
+            counted(len(split), "fused layer keeps", "fused layers keep")
+            + f" separate weights, as their parts have different methods: {split[0]}"
         )
     caches = [layer for layer in layers if layer.kind == "attention"]
     unscaled = [layer for layer in caches if layer.method_detail.endswith("scale 1")]
     if unscaled:
         notes.append(
-            f"{len(unscaled)} attention layers store keys and values in {unscaled[0].method} with scale 1, "
+            counted(len(unscaled), "attention layer stores", "attention layers store")
+            + f" keys and values in {unscaled[0].method} with scale 1, "
             "as the checkpoint has no scales for them: large values are clamped"
         )
     left = sum(layer.source == "compute=exact" for layer in caches)
     if left:
         notes.append(
-            f"{left} attention layers keep keys and values in floats: compute=exact forbids the checkpoint's own "
+            counted(left, "attention layer keeps", "attention layers keep")
+            + " keys and values in floats: compute=exact forbids the checkpoint's own "
             "KV cache rounding; kv_cache=fp8 or int8 asks for it all the same"
         )
     references = Counter(layer.method_detail for layer in layers if layer.kernel == "reference")
     for method, count in references.items():
-        notes.append(f"{count} layers ({method}) run the reference kernel, which is right but slow")
+        layers_run = f"layer ({method}) runs", f"layers ({method}) run"
+        notes.append(f"{counted(count, *layers_run)} the reference kernel, which is right but slow")
     notes += _embedding_notes(prepared)
     for rule, weights in prepared.quant.swept().items():
         for why, count in Counter(weights.values()).items():
             first = next(name for name, reason in weights.items() if reason == why)
-            notes.append(f"{count} weights that {rule} names stay as they are: {first}: {why}")
+            stay = f"weight that {rule} names stays as it is", f"weights that {rule} names stay as they are"
+            notes.append(f"{counted(count, *stay)}: {first}: {why}")
     notes += prepared.quant.checkpoint_config.notes
     for reason, count in Counter(record.reason for record in prepared.records).items():
-        notes.append(f"{count} checkpoint tensors are not needed: {reason}")
+        unneeded = counted(count, "checkpoint tensor is", "checkpoint tensors are")
+        notes.append(f"{unneeded} not needed: {reason}")
     return notes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pymllm.errors import escaped
+from pymllm.errors import counted, escaped
 from pymllm.models.strategy import Strategy
 
 SCHEMA_VERSION = 1
@@ -105,6 +105,22 @@ class Plan:
                 return layer
         raise KeyError(prefix)
 
+    def describe_numbers(self) -> str:
+        """Say in what dtype layers pass values to each other, and how many of them round these inside, in a line."""
+        weighted = self.weighted_layers
+        rounding = sum(layer.rounds_activations for layer in weighted)
+        if not rounding:
+            inside = "no layer rounds its inputs to fewer bits"
+        else:
+            why = (
+                "as the checkpoint asks (compute=checkpoint)"
+                if self.compute == "checkpoint"
+                else "where that is faster (compute=exact forbids it)"
+            )
+            does = "rounds its" if len(weighted) == 1 else "round their"
+            inside = f"{rounding} of {counted(len(weighted), 'layer')} {does} inputs to fewer bits {why}"
+        return f"between layers {self.dtype}; inside, {inside}"
+
     def describe_cache(self) -> str:
         """Say how large the KV cache is and what decided so, in a line."""
         cache = self.kv_cache
@@ -113,12 +129,13 @@ class Plan:
         states = ""
         if cache.get("state_bytes"):
             states = (
-                f"; states of {cache['requests']} requests and {cache['remembered_states']} prefixes, "
+                f"; states of {counted(cache['requests'], 'request')} and "
+                f"{counted(cache['remembered_states'], 'prefix', 'prefixes')}, "
                 f"{cache['state_bytes'] / 1e6:.1f} MB"
             )
         return (
-            f"KV cache of {cache['tokens']} tokens, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
-            f"a request has at most {cache['max_model_len']} tokens{states}"
+            f"KV cache of {counted(cache['tokens'], 'token')}, {cache['bytes'] / 1e6:.1f} MB ({cache['decided_by']}); "
+            f"a request has at most {counted(cache['max_model_len'], 'token')}{states}"
         )
 
     def describe_strategy(self) -> str:
@@ -128,8 +145,8 @@ class Plan:
     def describe_rates(self) -> str:
         """Say what a token takes in the KV cache, and a request beside it."""
         state = self.totals.get("state_bytes_per_request", 0)
-        return f"KV cache {self.totals['kv_cache_bytes_per_token']} bytes a token" + (
-            f", state: {state} bytes a request" if state else ""
+        return f"KV cache {counted(self.totals['kv_cache_bytes_per_token'], 'byte')} a token" + (
+            f", state: {counted(state, 'byte')} a request" if state else ""
         )
 
     def groups(self) -> list[tuple[PlannedLayer, list[str]]]:
@@ -143,15 +160,16 @@ class Plan:
     def __str__(self) -> str:
         ranks = self.tensor_parallel
         lines = [
-            f"{self.model} ({self.what_runs}) on {self.device}, {self.dtype} activations, "
-            f"rank {ranks['rank']} of {ranks['size']} (sizes that work: {', '.join(map(str, ranks['legal_sizes']))})"
+            f"{self.model} ({self.what_runs}) on {self.device}, rank {ranks['rank']} of {ranks['size']} "
+            f"(sizes that work: {', '.join(map(str, ranks['legal_sizes']))})",
+            f"  {self.describe_numbers()}",
         ]
         for first, names in self.groups():
             group = [layer for layer in self.layers if layer.prefix in set(names)]
             if first.kind == "attention":
-                size = f"{sum(layer.kv_bytes_per_token for layer in group)} bytes a token"
+                size = f"{counted(sum(layer.kv_bytes_per_token for layer in group), 'byte')} a token"
             elif first.kind == "recurrence":
-                size = f"{sum(layer.state_bytes for layer in group)} bytes a request"
+                size = f"{counted(sum(layer.state_bytes for layer in group), 'byte')} a request"
             else:
                 size = f"{sum(layer.bytes for layer in group) / 1e6:.1f} MB"
             why = f"rule {first.rule}" if first.rule else first.source
@@ -171,7 +189,8 @@ class Plan:
             draft = self.strategy["draft"]
             lines.append(
                 f"  drafts by {draft['model']} ({draft['model_type']}, {draft['dtype']}): of the totals, weights "
-                f"{draft['weight_bytes'] / 1e6:.1f} MB, KV cache {draft['kv_cache_bytes_per_token']} bytes a token"
+                f"{draft['weight_bytes'] / 1e6:.1f} MB, KV cache "
+                f"{counted(draft['kv_cache_bytes_per_token'], 'byte')} a token"
             )
             lines += [
                 f"    {group['count']:4d} x {group['kind']:<9} {group['method']} -> {group['kernel']}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from pymllm.errors import ConfigError, fetch_factory_name, nearest
+from pymllm.errors import ConfigError, choices, fetch_factory_name, nearest, unknown_name
 from pymllm.quantization.method import LinearMethodBase, QuantizeMethodBase, StoredTensor, kind_of
 from pymllm.quantization.storage.kinds import checking_kinds
 from pymllm.quantization.storage.settings import HarmlessSettings, refusing_unread
@@ -91,10 +91,13 @@ class QuantizationConfig(ABC):
 
         ConfigError for an unknown option, and for a format that can only be read.
         """
+        name, targets = cls.get_name(), list_target_methods()
         raise ConfigError(
-            f"{cls.get_name()} cannot be the method of a rule",
+            f"{name} cannot be the method of a rule, as pymllm only reads it",
             code="not-a-target",
-            fix="Choose another method.",
+            expected=choices(targets, name),
+            found=name,
+            fix=nearest(name, targets) or "Choose another method.",
         )
 
     def get_kv_cache_method(self, layer: nn.Module, prefix: str) -> KVCacheMethodBase | None:
@@ -266,12 +269,26 @@ def get_quantization_config(name: str) -> type[QuantizationConfig]:
         raise ConfigError(
             f"unknown quantisation method {name!r}",
             code="unknown-method",
-            expected=" or ".join(known),
+            expected=choices(known, name),
             found=name,
             fix=nearest(str(name), known)
             or "Use a checkpoint in one of these formats; this one's tensors would be read as something else.",
         )
     return _registry[name]
+
+
+def get_target_config(name: str) -> type[QuantizationConfig]:
+    """Return the config registered under `name`, for a rule.  ConfigError for an unknown name."""
+    if name not in list_quantization_methods():
+        raise unknown_name("quantisation method", name, list_target_methods(), code="unknown-method")
+    return _registry[name]
+
+
+def list_target_methods() -> list[str]:
+    """List the names of the formats that a rule may ask for."""
+    base = QuantizationConfig.from_options.__func__  # type: ignore[attr-defined]
+    named = ((name, _registry[name].from_options) for name in list_quantization_methods())
+    return [name for name, reader in named if getattr(reader, "__func__", reader) is not base]
 
 
 def list_quantization_methods() -> list[str]:

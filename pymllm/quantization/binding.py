@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pymllm.config import Execution
-from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.kernels.canonical import CanonicalWeight, IntWeight, WeightType
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.native.addresses import check_memory, unfit
@@ -63,17 +63,24 @@ def bind(weight: CanonicalWeight, execution: Execution, operation: Operation) ->
     input_order = weight.input_order if isinstance(weight, IntWeight) else None
     if isinstance(weight, IntWeight):
         weight = replace(weight, input_order=None)
-    out_features, in_features = weight.shape
+    selection, problem = choose_kernel(weight.type, weight.shape, execution, operation)
+    return BoundWeight(selection, problem, selection.kernel.pack(weight, problem), input_order)
+
+
+def choose_kernel(
+    kind: WeightType, shape: tuple[int, int], execution: Execution, operation: Operation
+) -> tuple[Selection[Any], LinearProblem]:
+    """Choose the kernel for a weight of this kind and shape, [O, I].  Returns it, and the problem that it solves."""
+    out_features, in_features = shape
     problem = LinearProblem(
-        weight.type,
+        kind,
         in_features,
         out_features,
         execution.dtype,
         probe_device(execution.device),
         execution.compute,
     )
-    selection = select(operation, problem, execution.forced_kernel(operation))
-    return BoundWeight(selection, problem, selection.kernel.pack(weight, problem), input_order)
+    return select(operation, problem, execution.forced_kernel(operation)), problem
 
 
 def bind_shared(bound: BoundWeight, execution: Execution, operation: Operation) -> BoundWeight:
@@ -97,10 +104,13 @@ def bind_layer(layer: Any, weight: CanonicalWeight) -> None:
 
 def bind_for(layer: Any, weight: CanonicalWeight) -> BoundWeight:
     """Pack `weight` for the kernel that fits the layer, and leave the layer as it is."""
-    execution = getattr(layer, "execution", None) or Execution(
-        dtype=layer.shape.dtype, device=weight_device(weight)
-    )
-    return bind(weight, execution, getattr(layer, "operation", "linear"))
+    return bind(weight, *bound_as(layer, weight_device(weight)))
+
+
+def bound_as(layer: Any, device: str) -> tuple[Execution, Operation]:
+    """Return how a layer is run, and as what.  device: where its weights are, for a module that does not say."""
+    execution = getattr(layer, "execution", None) or Execution(dtype=layer.shape.dtype, device=device)
+    return execution, getattr(layer, "operation", "linear")
 
 
 def weight_device(weight: CanonicalWeight) -> str:

@@ -119,7 +119,8 @@ class Product(nn.Module):
 
         def one(position: int) -> CanonicalWeight:
             mine = {name: shape.in_order(specs[name], tensor[position]) for name, tensor in held.items()}
-            return reader.to_canonical(mine, shape.expert(shape.ids[position]))
+            weight = reader.to_canonical(mine, shape.expert(shape.ids[position]))
+            return on_meta(weight) if any(tensor.is_meta for tensor in mine.values()) else weight
 
         return LazyWeights(one, len(shape.ids))
 

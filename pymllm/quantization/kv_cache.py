@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, unknown_name
+from pymllm.errors import ConfigError, counted, unknown_name
 from pymllm.kernels.attention import AttentionStep, KVType, PagedKV, Scaling
 from pymllm.kernels.registry import select
 from pymllm.quantization.method import QuantizeMethodBase, StoredTensor
@@ -61,7 +61,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         raise ConfigError(
             "the KV cache is larger than the memory that the system gives",
             code="out-of-memory",
-            expected=f"{nbytes} bytes for a layer's keys or values",
+            expected=f"{counted(nbytes, 'byte')} for a layer's keys or values",
             found=error.strerror or str(error),
             fix="Choose a shorter context (--max-model-len), or a smaller cache (--kv-memory 1GB).",
         ) from error

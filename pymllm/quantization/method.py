@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, on_meta
-from pymllm.quantization.binding import BoundWeight, bind_layer, bound_weight
+from pymllm.quantization.binding import BoundWeight, bind_for, bound_as, bound_weight
 from pymllm.quantization.parameters import add_weight, layer_shape
+from pymllm.quantization.slabs import bind_in_slabs
 from pymllm.weights.loader import place
 from pymllm.weights.spec import LinearShape, WeightSpec
 
@@ -131,10 +132,20 @@ class LinearMethodBase(QuantizeMethodBase):
         if bound_weight(layer) is None:
             shape: Any = layer.shape
             names = [spec.name for spec in self.weight_specs(shape)]
-            weight = self.to_canonical({name: getattr(layer, name).data for name in names}, shape)
+            stored = {name: getattr(layer, name).data for name in names}
+            without_data = any(tensor.is_meta for tensor in stored.values())
+            bound = None
+            if self.source_method() is self and not without_data:
+                bound = bind_in_slabs(self, stored, shape, *bound_as(layer, "cpu"))
+            weight = None if bound is not None else self.to_canonical(stored, shape)
+            if without_data and weight is not None:  # no part of it may have data then
+                weight = on_meta(weight)
             for name in names:
                 delattr(layer, name)
-            bind_layer(layer, weight)
+            del stored
+            if weight is not None:
+                bound = bind_for(layer, weight)
+            layer.bound = bound  # type: ignore[assignment]
 
     def planned(self, shape: LinearShape) -> CanonicalWeight:
         """Make the canonical weight of a layer of this shape without its data, on the meta device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pymllm.errors import ConfigError, nearest
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.quantization.storage.fields import is_group_size
 from pymllm.weights.spec import LinearShape
 
@@ -34,7 +34,7 @@ def parse_options(
             raise ConfigError(
                 f"{name} has no option {key!r}",
                 code="unknown-option",
-                expected=" or ".join(allowed),
+                expected=choices(allowed, key) or "no option",
                 found=key,
                 fix=nearest(key, allowed),
             )
@@ -54,12 +54,12 @@ def read_group_size(text: str) -> int:
     return int(text)
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
+def one_of(*names: str) -> Callable[[str], str]:
     """Make a converter for `parse_options` that takes one of a few words."""
 
     def convert(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"Choose one of {', '.join(choices)}.")
+        if text not in names:
+            raise ValueError(f"{nearest(text, names)} Choose one of {', '.join(names)}.".lstrip())
         return text
 
     return convert

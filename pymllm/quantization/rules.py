@@ -12,19 +12,21 @@ within one segment, `**` any number of segments), or `re:` and a regular express
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pymllm.config import current_execution
-from pymllm.errors import ConfigError, RuleError, first_few, nearest
+from pymllm.errors import NEAREST, ConfigError, RuleError, counted, first_few, nearest
 from pymllm.patterns import EXPECTED, Pattern
-from pymllm.quantization.base import QuantizationConfig, get_quantization_config
+from pymllm.quantization.base import QuantizationConfig, get_target_config
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
 from pymllm.quantization.kv_cache import (
@@ -103,7 +105,7 @@ class Rule:
 
     def build(self) -> LinearMethodBase:
         """Make the method that the rule asks for.  ConfigError for an unknown method or option."""
-        return get_quantization_config(self.method).from_options(dict(self.options))
+        return get_target_config(self.method).from_options(dict(self.options))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -176,11 +178,17 @@ def read_rules(source: RuleSource) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+def is_method_alone(text: str) -> bool:
+    """Tell whether a text is a method with its options, and no pattern before it: "int4:group_size=64"."""
+    plain = bool(text) and text[0] != "@" and not text.startswith("re:")
+    return plain and "=" not in RULE_OPTIONS.sub("", text)
+
+
 def read_kv_rules(source: RuleSource) -> tuple[Rule, ...]:
     """Read rules for attention layers, as `read_rules` does.  A method alone is for all layers: "fp8" is "**=fp8"."""
-    if isinstance(source, str) and source and "=" not in RULE_OPTIONS.sub("", source) and source[0] != "@":
+    if isinstance(source, str) and is_method_alone(source):
         source = f"**={source}"
-    if source is None or isinstance(source, (str, Path, Mapping)):
+    if source is None or isinstance(source, (str, Path, Mapping)) or not isinstance(source, Iterable):
         return read_rules(source)
     return tuple(rule for line in source for rule in read_kv_rules(line))
 
@@ -372,14 +380,35 @@ class RuledConfig(QuantizationConfig):
     def _hint(rule: Rule, names: list[str]) -> str:
         if any(name.startswith(rule.pattern + ".") for name in names):
             return f"A pattern is a whole name: write {rule.pattern + '.**'!r} for everything below it."
-        plain = rule.pattern.replace("**.", "").replace(".**", "").replace("*", "0")
-        return nearest(rule.pattern, names) or nearest(plain, _suffixes(names))
+        if rule.pattern.startswith("re:"):
+            return "A regular expression must match the whole name."
+        found = nearest_pattern(rule.pattern, names)
+        if found is None:
+            return nearest(rule.pattern, names)
+        return (
+            f"{NEAREST} {found}, which names {counted(sum(_means(found, name) for name in names), 'layer')}."
+        )
 
 
-def _suffixes(names: Iterable[str]) -> list[str]:
-    """List every dotted tail of every name, each once."""
-    tails: dict[str, None] = {}
-    for name in names:
-        segments = name.split(".")
-        tails |= dict.fromkeys(".".join(segments[start:]) for start in range(len(segments)))
-    return list(tails)
+def nearest_pattern(pattern: str, names: Sequence[str]) -> str | None:
+    """Find the pattern most like one that matches no name, and that matches some; None where there is none.
+
+    Each part between dots that no name has becomes the most alike that one has; and what stands before or behind may be
+    missing.
+    """
+    known = sorted(
+        {part for name in names for part in name.split(".")}, key=lambda part: (part.isdigit(), part)
+    )
+    alike: list[list[str]] = []
+    for part in pattern.split("."):
+        if "*" in part or "?" in part or part in known:
+            alike.append([part])
+            continue
+        close = [part for part in get_close_matches(part.casefold(), known, n=3, cutoff=0.5)]
+        alike.append(close or (["*"] if part.isdigit() else [part]))
+    for parts in itertools.islice(itertools.product(*alike), 64):
+        here = ".".join(parts)
+        for found in (here, f"**.{here}", f"{here}.**", f"**.{here}.**"):
+            if any(_means(found, name) for name in names):
+                return found
+    return None

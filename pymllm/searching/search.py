@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import ConfigError
+from pymllm.arguments import checked
+from pymllm.errors import ConfigError, choices, counted, nearest
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.loading.progress import progress_bar
 from pymllm.parallel import Parallel
@@ -40,6 +41,7 @@ POINTS = 6  # of the curve
 BATCH = 4  # choices that are measured together
 
 
+@checked()
 def search_rules(
     model: str | Path,
     bits: float,
@@ -273,8 +275,8 @@ def _read_text(
             "there is too little text to hold some of it out",
             code="text",
             file=str(file),
-            expected=f"{HELD_OUT} windows of {window} tokens",
-            found=f"{sum(map(len, windows))} tokens",
+            expected=f"{counted(HELD_OUT, 'window')} of {window} tokens",
+            found=f"{counted(sum(map(len, windows)), 'token')}",
             fix="Take a longer text or more tokens, shorter windows (--window), or another text to measure on "
             "(--held-out).",
         )
@@ -287,7 +289,11 @@ def _list_options(
     """List what each weight can be, with its bits.  ConfigError for a weight that can be nothing."""
     if format is not None and format not in SPELLINGS:
         raise ConfigError(
-            "unknown format to write", code="spelling", expected=" or ".join(SPELLINGS), found=format
+            "unknown format to write",
+            code="spelling",
+            expected=choices(SPELLINGS, format),
+            found=format,
+            fix=nearest(str(format), SPELLINGS),
         )
     found = []
     for weight in weights:
@@ -391,7 +397,7 @@ def _result(
         w for w, row in zip(search.weights, search.kept, strict=True) if [m.text for m in row] == [STORED]
     ]
     if fixed:
-        notes.append(f"{len(fixed)} weights can only stay as they are stored: {fixed[0].name}")
+        notes.append(f"{counted(len(fixed), 'weight')} can only stay as stored: {fixed[0].name}")
     if left:
         notes.append(f"{len(left)} routers stay as they are stored")
     if kl > 2 * choice.harm + 1e-6:
@@ -403,11 +409,11 @@ def _result(
     everything = sum(tensor.nbytes for tensor in search.prepared.checkpoint.tensors.values())
     head = comment(
         f"Rules for {model}, by `pymllm search --bits {bits:g}`.",
-        f"{size:.4f} bits a weight as stored (codes, scales, zero points) over {of_all} weights: "
-        f"{-(-choice.bits // 8)} bytes.",
+        f"{size:.4f} bits a weight as stored (codes, scales, zero points) over {counted(of_all, 'weight')}: "
+        f"{counted(-(-choice.bits // 8), 'byte')}.",
         f"Expected KL from the stored weights: {kl:.4g} nats a token, on {held_tokens} held-out tokens "
         f"(estimated {choice.harm:.4g}).",
-        f"Text: {text}; {fitted_tokens} tokens to estimate on.",
+        f"Text: {text}; {counted(fitted_tokens, 'token')} to estimate on.",
         "Methods: "
         + ", ".join(map(str, methods))
         + ("." if format is None else f"; as {format} holds them."),

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from pymllm.errors import counted
+
 # Lines that may wait to be written; more are dropped, and their number is written instead.
 WAITING_LINES = 10_000
 
@@ -41,7 +43,8 @@ class AccessLog:
             dropped, self._dropped = self._dropped, 0
             try:
                 if dropped:
-                    self.stream.write(f"{dropped} lines of the access log were dropped\n")
+                    lines = counted(dropped, "line of the access log was", "lines of the access log were")
+                    self.stream.write(f"{lines} dropped\n")
                 self.stream.write(self._spell(record) + "\n")
                 self.stream.flush()
             except (BrokenPipeError, ValueError):

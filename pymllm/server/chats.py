@@ -11,14 +11,12 @@ from pymllm.errors import RequestError
 from pymllm.server.protocol.base import refuse
 from pymllm.server.protocol.chat import ChatRequest
 from pymllm.text.conversation import for_template
-from pymllm.text.dialect import Dialect
+from pymllm.text.dialect import SWITCHES, Dialect
 from pymllm.text.parts import PartReader
 from pymllm.text.tokenizer import Tokenizer
 
 # Variables that the request has in other places.
 TAKEN = ("messages", "tools", "xml_tools", "add_generation_prompt", "continue_final_message")
-# Variables by which templates turn thoughts on and off.
-SWITCHES = ("enable_thinking", "thinking")
 TAIL = 16  # tokens of a prompt, in which a mark that it ends with is
 
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pymllm.asynchronous.places import Busy
-from pymllm.errors import PymllmError
+from pymllm.errors import PymllmError, counted
 from pymllm.server.refusals import error_body, refusal_of
 
 logger = logging.getLogger("pymllm")
@@ -51,7 +51,7 @@ async def read_body(http: Request) -> bytes:
     if not (declared.isascii() and declared.isdecimal()):
         raise HTTPException(400, "Content-Length is not a number")
     if len(declared) > 15 or int(declared) > limits.body_bytes:
-        raise HTTPException(413, f"the body is larger than {limits.body_bytes} bytes")
+        raise HTTPException(413, f"the body is larger than {counted(limits.body_bytes, 'byte')}")
     try:
         return await asyncio.wait_for(_read_at_most(http, limits.body_bytes), limits.body_seconds)
     except asyncio.TimeoutError:
@@ -65,7 +65,7 @@ async def _read_at_most(http: Request, limit: int) -> bytes:
             body += piece
             traffic.arriving += len(piece)
             if len(body) > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes")
+                raise HTTPException(413, f"the body is larger than {counted(limit, 'byte')}")
             if traffic.arriving > traffic.limits.arriving_bytes:
                 http.state.refusal = "bodies"
                 headers = {"Retry-After": traffic.retry_after()}
@@ -90,7 +90,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self.header_bytes:
-            return error_response(431, f"the headers are larger than {self.header_bytes} bytes")
+            return error_response(431, f"the headers are larger than {counted(self.header_bytes, 'byte')}")
         names = {name for name, _ in scope["headers"]}
         if b"transfer-encoding" in names and b"content-length" in names:
             # Whatever is before this server may go by the other one, and take the rest for a request of its own.

@@ -16,7 +16,7 @@ from pymllm.asynchronous.worker import Generation, Worker
 from pymllm.embedding.embedder import EmbeddingInput, EmbeddingOptions
 from pymllm.engine.asking import Asked
 from pymllm.engine.sampling import SamplingParams
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, choices, nearest
 from pymllm.server.answers.anthropic import MessagesAnswer
 from pymllm.server.answers.base import Answer, Shown
 from pymllm.server.answers.chat import ChatAnswer
@@ -142,7 +142,8 @@ class Service:
                 f"there is no model {name[:140]!r} here",
                 code="model_not_found",
                 tensor="model",
-                expected=" or ".join(map(repr, (*self.names, *self.llm.adapters))),
+                expected=choices(map(repr, (*self.names, *self.llm.adapters)), name[:140]),
+                fix=nearest(name[:140], (*self.names, *self.llm.adapters)),
             )
         return self.llm.check_adapter(name)
 

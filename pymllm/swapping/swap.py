@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymllm.errors import ConfigError, RuleError
+from pymllm.arguments import checked
+from pymllm.errors import ConfigError, RuleError, counted
 from pymllm.layers.held import HolderState, WeightHolder, weight_holders
 from pymllm.layers.weighted import weighted_layers
 from pymllm.loading.match import Placement, Unit
@@ -32,6 +33,7 @@ from pymllm.weights.spec import LinearShape
 logger = logging.getLogger("pymllm")
 
 
+@checked()
 def swap(model: Any, pattern: RuleSource, method: str | None = None) -> Swap:
     """Run every weight whose checkpoint name matches `pattern` in another format, from now on.
 
@@ -134,7 +136,7 @@ class Swap:
     @property
     def name(self) -> str:
         """The rule, or how many there are."""
-        return str(self.rules[0]) if len(self.rules) == 1 else f"by {len(self.rules)} rules"
+        return str(self.rules[0]) if len(self.rules) == 1 else f"by {counted(len(self.rules), 'rule')}"
 
     @property
     def nothing_to_do(self) -> bool:
@@ -142,11 +144,10 @@ class Swap:
 
     def __str__(self) -> str:
         if self.nothing_to_do:
-            return (
-                f"swap {self.name}: nothing to do, {len(self.unchanged)} weights run in that method already"
-            )
+            there = counted(len(self.unchanged), "weight runs", "weights run")
+            return f"swap {self.name}: nothing to do, {there} in that method already"
         already = f", {len(self.unchanged)} ran in it already" if self.unchanged else ""
-        return f"swap {self.name}: {len(self.changed)} weights changed{already}; {self.state}"
+        return f"swap {self.name}: {counted(len(self.changed), 'weight')} changed{already}; {self.state}"
 
     def undo(self) -> None:
         """Put the very tensors back that ran before.  ConfigError after `commit`, or under a later swap."""

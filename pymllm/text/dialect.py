@@ -26,6 +26,8 @@ from pymllm.text.tool_calls.plain_json import PlainJson
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 # The variables in which templates take tools.
 TOOLS = ("tools", "xml_tools")
+# Variables by which templates turn thoughts on and off.
+SWITCHES = ("enable_thinking", "thinking")
 # Where a template has the names under which thoughts of earlier turns may come.
 THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")
 

@@ -77,6 +77,9 @@ class Encoder(Protocol):
     def piece(self, token: int) -> str | None:
         """Return a token as the vocabulary spells it; None: there is none."""
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token, of those that were added too."""
+
     @property
     def bound(self) -> TextBound | None:
         """The bound on how much text a token may hold; None: no such bound is known."""
@@ -139,6 +142,9 @@ class FastEncoder:
     def piece(self, token: int) -> str | None:
         return self.tokenizer.id_to_token(token)
 
+    def vocabulary(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab(with_added_tokens=True)
+
 
 class AutoEncoder:
     """Any tokenizer that transformers can read without running a checkpoint's code."""
@@ -194,6 +200,9 @@ class AutoEncoder:
     def piece(self, token: int) -> str | None:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return piece if isinstance(piece, str) else None
+
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self.tokenizer.get_vocab())
 
 
 def in_lower_case(tokenizer: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, RequestError
+from pymllm.errors import ConfigError, RequestError, install_command
 from pymllm.text.bounded import Program, Stopped, encoded
 from pymllm.text.children.grammars import SPACE as SPACE
 from pymllm.text.children.grammars import compile_grammar
@@ -307,7 +307,7 @@ def _llguidance() -> Any:
         raise ConfigError(
             "holding answers to a grammar needs the package llguidance, which is not installed",
             code="missing-package",
-            fix="pip install 'pymllm[grammar]'",
+            fix=install_command("grammar"),
         ) from None
     return llguidance
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pymllm.arguments import checked
 from pymllm.disk import names_files
-from pymllm.errors import CheckpointError, RequestError
+from pymllm.errors import CheckpointError, RequestError, counted
 from pymllm.text.chat_template import ChatTemplate
 from pymllm.text.encoders import AutoEncoder as AutoEncoder
 from pymllm.text.encoders import Encoder, FastEncoder
@@ -75,7 +76,7 @@ class Tokenizer:
             code="tokenizer-missing",
             file=str(self.folder),
             expected="tokenizer.json",
-            fix="Pass token ids, or copy the model's tokenizer files beside its weights.",
+            fix="Pass token ids (--prompt-ids), another tokenizer (--tokenizer), or copy its files beside the weights.",
         )
 
     @property
@@ -97,14 +98,14 @@ class Tokenizer:
             too_long, tokens = len(text) > most, f"more than the {most} that are encoded for a prompt here"
         else:
             fewest = bound.fewest_tokens(text)
-            too_long, tokens = fewest > longest, f"which are at least {fewest} tokens"
+            too_long, tokens = fewest > longest, f"which are at least {counted(fewest, 'token')}"
         if too_long:
             raise RequestError(
                 # Clients tell by these words that a prompt is too long.
-                f"the prompt is too long: this model's maximum context length is {longest} tokens",
+                f"the prompt is too long: this model's maximum context length is {counted(longest, 'token')}",
                 code="prompt-too-long",
                 tensor=tensor,
-                expected=f"at most {longest} tokens",
+                expected=f"at most {counted(longest, 'token')}",
                 found=f"{len(text)} characters, {tokens}",
                 fix="Shorten the prompt.",
             )
@@ -187,6 +188,7 @@ class Tokenizer:
         """Choose the template for a chat, with tools or None.  ConfigError if there is none."""
         return choose_template(self.chat_templates, tools is not None, self.folder)
 
+    @checked(kinds=False)
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pymllm.config import ModelConfig
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.text.gguf_tokenizer import open_tokenizer
 from pymllm.weights.checkpoint import Checkpoint
 
@@ -47,7 +47,7 @@ def read_windows(
             code="text",
             file=str(file),
             expected=f"windows of at least {LEAST_WINDOW} tokens, and one of them",
-            found=f"{len(ids)} tokens of text, {tokens} asked for, in windows of {window}",
+            found=f"{counted(len(ids), 'token')} of text, {tokens} asked for, in windows of {window}",
         )
     count = max(1, min(tokens, len(ids)) // window)
     last = len(ids) - window

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pymllm.errors import CheckpointError, first_few
+from pymllm.errors import CheckpointError, counted, first_few
 from pymllm.weights.json_text import read_json_object
 from pymllm.weights.links import check_link
 from pymllm.weights.remote import remote_file, remote_names
@@ -77,7 +77,7 @@ def module_path(path: Any, file: Path) -> str:
 
 
 def list_names(path: Path) -> list[str]:
-    """List the names in a folder, sorted; also those of a hub's files that are to lie there.  Raises CheckpointError "unreadable"."""
+    """List the names in a folder, also those of a hub's files that are to lie there.  CheckpointError "unreadable"."""
     try:
         return sorted({*os.listdir(path), *remote_names(path)})
     except OSError as error:
@@ -175,7 +175,7 @@ def check_shards_exist(path: Path, shards: Sequence[str]) -> None:
         fix = "Download the missing files"
         if SINGLE not in missing and os.path.exists(path / SINGLE):
             fix += f", or delete the index to use {SINGLE}"
-        head = f"{len(missing)} of {len(shards)} shards are missing:"
+        head = f"{len(missing)} of {counted(len(shards), 'shard is', 'shards are')} missing:"
         raise CheckpointError(
             f"{head} {', '.join(missing)}",
             code="shards-missing",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import CheckpointError, first_few, nearest
+from pymllm.errors import CheckpointError, choices, counted, first_few, nearest
 from pymllm.weights.checkpoint import Checkpoint, merge_tensors
 from pymllm.weights.gguf_architecture import Change, GGUFArchitecture, Interleaved
 from pymllm.weights.gguf_config import ConfigReader
@@ -49,7 +49,7 @@ def open_gguf(path: Path, architectures: Mapping[str, GGUFArchitecture]) -> Chec
             f"GGUF files of the architecture {reprlib.repr(name)} cannot be read",
             code="architecture",
             file=str(path),
-            expected=" or ".join(sorted(architectures)) or "a file that is opened with a model definition",
+            expected=choices(sorted(architectures), name) or "a file that is opened with a model definition",
             found=reprlib.repr(name),
             fix=nearest(str(name), architectures),
         )
@@ -134,7 +134,7 @@ def _rows(stored: TensorInfo, names: Sequence[str], config: Mapping[str, Any]) -
             file=str(stored.file.path),
             tensor=stored.name,
             expected=f"{' + '.join(map(str, sizes))} rows",
-            found=f"{rows} rows",
+            found=f"{counted(rows, 'row')}",
         )
     return _cut(stored, sizes)
 
@@ -182,7 +182,9 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     paths = [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
     missing = [other.name for other in paths if remote_file(other) is None and not other.exists()]
     if missing:
-        head = f"{len(missing)} of {count} files of the model are missing:"
+        head = (
+            f"{len(missing)} of {counted(count, 'file of the model is', 'files of the model are')} missing:"
+        )
         raise CheckpointError(
             f"{head} {', '.join(missing)}",
             code="shards-missing",
@@ -216,7 +218,7 @@ def _open_parts(path: Path) -> list[GGUFFile]:
             "the files of the model do not hold as many tensors as the first one announces",
             code="split-disagrees",
             file=str(path),
-            expected=f"{announced} tensors",
+            expected=f"{counted(announced, 'tensor')}",
             found=str(total),
             fix="The files are of different models: download them again.",
         )

@@ -29,7 +29,9 @@ class GGUFModel:
     @property
     def tag(self) -> str:
         """The tag that names it: the last part of its name that is a type, else its folder, else its name."""
-        found = [match[0] for match in re.finditer(rf"(?<![A-Za-z0-9]){TAG.pattern}(?![A-Za-z0-9])", self.stem)]
+        found = [
+            match[0] for match in re.finditer(rf"(?<![A-Za-z0-9]){TAG.pattern}(?![A-Za-z0-9])", self.stem)
+        ]
         return found[-1].upper() if found else self.stem
 
 
@@ -41,7 +43,12 @@ def gguf_models(sizes: Mapping[str, int]) -> list[GGUFModel]:
     groups: dict[str, list[str]] = {}
     for name in sorted(sizes):
         last = name.rpartition("/")[2].lower()
-        if not last.endswith(".gguf") or last.startswith("mmproj") or "-mmproj" in last or last.startswith("imatrix"):
+        if (
+            not last.endswith(".gguf")
+            or last.startswith("mmproj")
+            or "-mmproj" in last
+            or last.startswith("imatrix")
+        ):
             continue
         split = SPLIT_NAME.fullmatch(name)
         groups.setdefault(f"{split['stem']} {split['count']}" if split else name, []).append(name)
@@ -60,7 +67,9 @@ def choose_gguf(repo: str, asked: str | None, sizes: Mapping[str, int]) -> tuple
     else:
         wanted = asked.lower()
         found = [model for model in models if wanted in (file.lower() for file in model.files)]
-        found = found or [model for model in models if wanted in {f.lower().rpartition("/")[2] for f in model.files}]
+        found = found or [
+            model for model in models if wanted in {f.lower().rpartition("/")[2] for f in model.files}
+        ]
         found = found or [model for model in models if model.tag.lower() == wanted]
         found = found or [model for model in models if _ends(model.stem.lower(), wanted)]
     if len(found) == 1:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, counted
 from pymllm.weights.gguf_architecture import GGUFArchitecture
 from pymllm.weights.tensor_file import TensorInfo
 
@@ -229,7 +229,7 @@ class ConfigReader:
             config["model_type"] = self.known.windowed_type
         if isinstance(pattern, np.ndarray):
             if pattern.shape != (layers,):
-                raise self._bad(PATTERN, f"{layers} values, one for each layer")
+                raise self._bad(PATTERN, f"{counted(layers, 'value')}, one for each layer")
             slides = [bool(value) for value in pattern]
         elif pattern is not None or sliding:
             every = sliding if pattern is None else pattern

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, counted
 from pymllm.weights.remote import RemoteFile
 from pymllm.weights.tensor_file import (
     Descriptor,
@@ -145,9 +145,11 @@ class GGUFFile(TensorFile):
         tensors, entries = header.number("Q"), header.number("Q")
         least = tensors * LEAST_TENSOR_BYTES + entries * LEAST_ENTRY_BYTES
         if least > header.limit:
-            found = f"{tensors} tensors and {entries} entries"
+            found = f"{counted(tensors, 'tensor')} and {entries} entries"
             message = "the header announces more tensors and metadata entries than the file has room for"
-            raise fault(path, "header-length", message, f"at most {header.limit} bytes of header", found)
+            raise fault(
+                path, "header-length", message, f"at most {counted(header.limit, 'byte')} of header", found
+            )
         header.rest = tensors * LEAST_TENSOR_BYTES
         self.spans = {}
         self.metadata = _read_metadata(header, entries, self.spans)
@@ -182,7 +184,7 @@ class GGUFFile(TensorFile):
                 self.path,
                 "header-dtype",
                 "the file has Q2_0 as a fork of llama.cpp wrote it before llama.cpp had it",
-                f"blocks of {values} values in {nbytes} bytes",
+                f"blocks of {counted(values, 'value')} in {nbytes} bytes",
                 "blocks of {} values in {} bytes".format(*EARLIER_Q2_0),
                 first.name,
                 "Convert the model again, with llama.cpp itself.",
@@ -206,7 +208,7 @@ class GGUFFile(TensorFile):
         if math.prod(size or 1 for size in sizes) * nbytes >= 1 << 63:
             raise bad("size-overflow", "too large", "less than 2^63 bytes", f"{type_name} {list(sizes)}")
         if 0 in sizes or (values > 1 and not sizes) or (sizes and sizes[0] % values):
-            expected = f"rows of whole blocks of {values} values"
+            expected = f"rows of whole blocks of {counted(values, 'value')}"
             raise bad("header-entry", "bad sizes", expected, f"{type_name} {list(sizes)}")
         if offset % self.alignment:
             raise bad("header-entry", "bad offset", f"a multiple of {self.alignment}", str(offset))
@@ -240,7 +242,7 @@ class _Header:
             short = self.limit < MAX_HEADER_BYTES
             message = "the file ends within its header" if short else "the header is too long"
             code = "header-short" if short else "header-length"
-            raise fault(self.path, code, message, f"at least {end} bytes", f"{self.limit} bytes")
+            raise fault(self.path, code, message, f"at least {counted(end, 'byte')}", f"{self.limit} bytes")
         if end > len(self.buffer):
             size = max(end - len(self.buffer), CHUNK_BYTES)
             if isinstance(self._descriptor, RemoteFile):

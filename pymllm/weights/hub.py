@@ -134,7 +134,9 @@ def _find_cached(name: HubName, revision: str | None, error: BaseException) -> P
     except hub_failures():
         raise refused(str(name), error, revision=revision) from error
     folder = Path(found)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
     if name.asked is not None or _is_only_gguf(files):
         return folder / choose_gguf(name.repo, name.asked, files)[0].files[0]
     if not any(file.endswith((".safetensors", ".bin")) for file in files):  # a plan has left its small files

@@ -24,14 +24,19 @@ def is_offline(error: BaseException) -> bool:
     return not isinstance(error, (HfHubHTTPError, HFValidationError))
 
 
-def refused(name: str, error: BaseException, *, revision: str | None = None, near: str = "") -> CheckpointError:
+def refused(
+    name: str, error: BaseException, *, revision: str | None = None, near: str = ""
+) -> CheckpointError:
     """Make the error for a model that the hub did not give.  near: a sentence with names like the one asked for."""
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     where = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, errors.GatedRepoError):
-        said, fix = f"{name!r} is gated", f"Accept its terms at {where}, and log in (`hf auth login`, or HF_TOKEN)."
+        said, fix = (
+            f"{name!r} is gated",
+            f"Accept its terms at {where}, and log in (`hf auth login`, or HF_TOKEN).",
+        )
     elif isinstance(error, errors.DisabledRepoError):
         said, fix = f"the hub has disabled {name!r}", "Choose another model."
     elif isinstance(error, errors.RevisionNotFoundError):
@@ -42,7 +47,10 @@ def refused(name: str, error: BaseException, *, revision: str | None = None, nea
     elif isinstance(error, errors.EntryNotFoundError) and status == 404:
         said, fix = f"the hub has no {name!r}", near or "Check the spelling."
     elif status in (401, 403):
-        said, fix = f"the hub does not let you read {name!r} (status {status})", "Check HF_TOKEN and its rights."
+        said, fix = (
+            f"the hub does not let you read {name!r} (status {status})",
+            "Check HF_TOKEN and its rights.",
+        )
     elif status == 429:
         said, fix = "the hub refuses further requests for now (status 429)", "Wait, or log in (HF_TOKEN)."
     elif status is not None:

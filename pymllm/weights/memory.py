@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pymllm.control_groups import group_folders
-from pymllm.errors import ConfigError, PymllmError
+from pymllm.errors import ConfigError, PymllmError, counted
 
 # The files of a control group, version 2, then version 1: limit, usage, statistics, and the statistic that counts the
 # part of the usage that is only cache.
@@ -48,8 +48,8 @@ def refuse_too_large(needed: int, device: str, model: str) -> None:
             f"loading would take up to {needed / 1e9:.2f} GB on {device}, but only {available / 1e9:.2f} GB are free",
             code="out-of-memory",
             file=model,
-            expected=f"at most {available} bytes",
-            found=f"{needed} bytes, as `pymllm plan` predicts",
+            expected=f"at most {counted(available, 'byte')}",
+            found=f"{counted(needed, 'byte')}, as `pymllm plan` predicts",
             fix="Choose smaller formats (--quant '**.layers.**=int4'), divide the model over ranks "
             "(--tensor-parallel-size), free memory, or load without this check: --no-memory-check "
             "(check_memory=False).",

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pymllm.errors import CheckpointError, ConfigError, nearest
+from pymllm.errors import CheckpointError, ConfigError, counted, nearest
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.loader import slots_of, track, written_of
 from pymllm.weights.opening import open_checkpoint, resolve_model_path
@@ -146,6 +146,6 @@ def _check_written(model: nn.Module, path: str) -> None:
         slots, found = slots_of(param), written_of(param).elements
         wanted = param.numel() if slots is None else sum(slot.elements for slot in slots)
         if found not in (wanted, param.numel()):
-            text = f"half-written; expected {wanted} elements to be written, found {found}"
+            text = f"half-written; expected {counted(wanted, 'element')} to be written, found {found}"
             problems.append(Problem("half-written", name, text))
     raise_problems(path, problems)

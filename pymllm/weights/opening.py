@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pymllm.disk import names_files
-from pymllm.errors import CheckpointError
+from pymllm.disk import names_files, near_paths
+from pymllm.errors import CheckpointError, ConfigError
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.folder import (
     CONFIG,
@@ -31,20 +32,33 @@ from pymllm.weights.hub import find_model, parse_hub_name
 from pymllm.weights.json_text import parse_json
 from pymllm.weights.remote import remote_file
 from pymllm.weights.safetensors_file import SafetensorsFile
+from pymllm.weights.shipped import shipped_model
 from pymllm.weights.tensor_file import read_small_file
 
 PARALLEL_REQUESTS = 8
 
 
 @names_files
-def resolve_model_path(model: str | Path, revision: str | None = None, *, download: bool = True) -> Path:
+def resolve_model_path(
+    model: str | Path | None, revision: str | None = None, *, download: bool = True
+) -> Path:
     """Find the folder (or .gguf file) of a model: the path itself, or a hub id's folder in the hub's cache.
 
     model: a Path is always local; a str is local if that folder, or .gguf file, exists, and else a hub id "org/name",
-    "org/name:Q4_K_M" or "org/name/file.gguf".  HF_HUB_OFFLINE and the hub's other settings hold.
+    "org/name:Q4_K_M" or "org/name/file.gguf"; None is the small model that comes with the package.
+    HF_HUB_OFFLINE and the hub's other settings hold.
     download: whether to download all files that loading needs; else only the small ones (`weights/hub.py`).
     Raises CheckpointError "model-not-found" if it is neither, "revision" for a revision of a local model.
     """
+    if model is None:
+        model = shipped_model()
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            "the model is neither a path nor a hub id",
+            code="argument-type",
+            expected='a folder, a .gguf file, or "org/name"',
+            found=reprlib.repr(model),
+        )
     folder = Path(model)
     if (folder.is_dir() and model != "") or (is_gguf(folder) and os.path.lexists(folder)):
         if revision is not None:
@@ -68,7 +82,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None, *, downlo
             f"{str(model)!r} is neither a local folder nor a hub id, nor a .gguf file",
             code="model-not-found",
             expected='a folder, a .gguf file, "org/name" or "org/name:Q4_K_M"',
-            fix="Check the spelling and the working directory.",
+            fix=" ".join(filter(None, (near_paths(folder), "Check the spelling and the working directory."))),
         )
 
     found = find_model(name, revision, download)

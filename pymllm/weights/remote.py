@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +62,14 @@ class RemoteFile:
 
     def read_into(self, buffer: memoryview, offset: int, tensor: str | None = None) -> None:
         """Fill `buffer` from `offset` on, as `Descriptor.read_into`."""
-        buffer[:] = self.read(offset, len(buffer))
+        self.scatter([buffer], offset)
+
+    def scatter(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill buffers (contiguous), one after the other, from `offset` on."""
+        raw, done = memoryview(self.read(offset, sum(buffer.nbytes for buffer in buffers))), 0
+        for buffer in buffers:
+            buffer.cast("B")[:] = raw[done : done + buffer.nbytes]
+            done += buffer.nbytes
 
     def _ask(self, offset: int, count: int) -> bytearray:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -133,7 +141,9 @@ def remote_file(path: Path) -> RemoteFile | None:
 
 def remote_files(folder: Path) -> list[RemoteFile]:
     """List the files that are to lie in a folder, or within it, and do not yet."""
-    return [file for path, file in _REMOTE.items() if folder in path.parents and remote_file(path) is not None]
+    return [
+        file for path, file in _REMOTE.items() if folder in path.parents and remote_file(path) is not None
+    ]
 
 
 def remote_names(folder: Path) -> list[str]:

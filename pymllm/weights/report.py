@@ -49,6 +49,7 @@ class LoadReport:
 
     loaded: the names of the tensors that were read.  methods: how many layers have each method.
     final_bytes: the size of this rank's packed weights.
+    taken_from: the file of kept weights that was mapped in place of a load; "": there was none.
     """
 
     tensors: list[TensorRecord] = field(default_factory=list)
@@ -57,12 +58,18 @@ class LoadReport:
     seconds: float = 0.0
     bytes_read: int = 0
     final_bytes: int = 0
+    taken_from: str = ""
 
     def summary(self) -> str:
         """Sum the report up in one line for a log."""
         counts = Counter(record.status for record in self.tensors)
         states = ", ".join(f"{count} {status}" for status, count in counts.items())
         methods = ", ".join(f"{count} x {name}" for name, count in self.methods.most_common())
+        if self.taken_from:
+            return (
+                f"took {self.final_bytes / 1e6:.1f} MB of packed weights in {self.seconds:.2f} s "
+                f"from {self.taken_from}; tensors: {states}; methods: {methods}"
+            )
         rate = self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
         return (
             f"loaded {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s ({rate:.2f} GB/s), "

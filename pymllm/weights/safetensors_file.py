@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, counted
 from pymllm.weights.json_text import parse_json_object
 from pymllm.weights.links import check_link
 from pymllm.weights.tensor_file import (
@@ -85,12 +85,12 @@ class SafetensorsFile(TensorFile):
         size = descriptor.identity[2]
         if size < 8:
             message = "the file has no room for a header"
-            raise fault(path, "header-short", message, "at least 8 bytes", f"{size} bytes")
+            raise fault(path, "header-short", message, "at least 8 bytes", f"{counted(size, 'byte')}")
         length = int.from_bytes(descriptor.read(0, 8), "little")
         limit = min(MAX_HEADER_BYTES, size - 8)
         if not 0 < length <= limit:
-            message = f"a file of {size} bytes cannot have a header as long as this one claims"
-            raise fault(path, "header-length", message, f"1 to {limit} bytes", f"{length} bytes")
+            message = f"a file of {counted(size, 'byte')} cannot have a header as long as this one claims"
+            raise fault(path, "header-length", message, f"1 to {counted(limit, 'byte')}", f"{length} bytes")
         header = parse_json_object(descriptor.read(8, length), path, "header")
         return cls(path, descriptor.identity, header, 8 + length)
 
@@ -127,8 +127,10 @@ def _parse_entry(file: SafetensorsFile, name: str, entry: object, data_start: in
         raise bad("size-overflow", "too large", "less than 2^63 bytes", f"{dtype_name} {reprlib.repr(shape)}")
     (start, end), expected_bits = offsets, math.prod(shape) * bits
     if expected_bits != (end - start) * 8:
-        expected = f"{-(-expected_bits // 8)} bytes for {dtype_name} {reprlib.repr(shape)}"
-        raise bad("size-mismatch", "shape and data_offsets disagree", expected, f"{end - start} bytes")
+        expected = f"{counted(-(-expected_bits // 8), 'byte')} for {dtype_name} {reprlib.repr(shape)}"
+        raise bad(
+            "size-mismatch", "shape and data_offsets disagree", expected, f"{counted(end - start, 'byte')}"
+        )
     return TensorInfo(name, dtype_name, dtype, tuple(shape), file, data_start + start, data_start + end)
 
 

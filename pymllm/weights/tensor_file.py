@@ -24,11 +24,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pymllm.errors import CheckpointError
+from pymllm.errors import CheckpointError, counted
 from pymllm.weights.links import check_link
 from pymllm.weights.remote import RemoteFile, remote_file
 
 MAX_NAME_LENGTH = 1000
+MAX_BUFFERS = 1024  # Linux, macOS and the BSDs take no more at a time
 MAX_READ_BYTES = 1 << 30  # Linux ends one read at 2^31 - 4096 bytes
 BLOCK_BYTES = 4 << 20  # scratch for slices narrower than a page
 WIDE_BYTES = 4096  # a segment this long is read by itself: the disk reads whole pages anyway
@@ -141,9 +142,8 @@ class TensorInfo:
         )
 
 
-Source = Callable[
-    [np.ndarray, int], None
-]  # fills a contiguous uint8 array from an absolute offset in the file
+# Fills contiguous uint8 arrays, one after the other, from an absolute offset in the file on.
+Source = Callable[[Sequence[np.ndarray], int], None]
 
 
 def _merge_dims(
@@ -171,10 +171,13 @@ def _merge_dims(
 def _fill(dest: np.ndarray, extents: list[int], starts: list[int], offset: int, source: Source) -> None:
     """Read a slice of the row-major bytes at `offset`, of sizes `extents`; the slice begins at `starts`."""
     if dest.ndim == 1:
-        source(dest, offset + starts[0])
+        source([dest], offset + starts[0])
         return
     rows, row_bytes = dest.shape[0], math.prod(extents[1:])
     offset += starts[0] * row_bytes
+    if dest.ndim == 2 and dest.shape[1] == row_bytes and rows > 1:
+        source([dest[row] for row in range(rows)], offset)  # they adjoin in the file, not in memory
+        return
     if rows == 1 or dest.shape[-1] >= WIDE_BYTES or row_bytes > LONG_ROW_BYTES:
         for row in range(rows):
             _fill(dest[row], extents[1:], starts[1:], offset + row * row_bytes, source)
@@ -186,7 +189,7 @@ def _fill(dest: np.ndarray, extents: list[int], starts: list[int], offset: int, 
     for row in range(0, rows, rows_per_block):
         count = min(rows_per_block, rows - row)
         block = scratch[: count * row_bytes]
-        source(block, offset + row * row_bytes)
+        source([block], offset + row * row_bytes)
         dest[row : row + count] = block.reshape(count, *extents[1:])[cut]
 
 
@@ -216,7 +219,7 @@ class TensorFile:
         """
         remote = self._remote
         if remote is not None:
-            return lambda array, offset: remote.read_into(array.data, offset, tensor.name)
+            return lambda arrays, offset: remote.scatter([array.data for array in arrays], offset)
         with self._lock:
             if self._descriptor is None:
                 descriptor = Descriptor(self.path)
@@ -229,7 +232,9 @@ class TensorFile:
         expected, found = self._identity[2], os.fstat(descriptor.fd).st_size
         if found != expected:
             raise truncated(self.path, tensor.name, expected, found)
-        return lambda array, offset: descriptor.read_into(array.data, offset, tensor.name)
+        return lambda arrays, offset: descriptor.scatter(
+            [array.data for array in arrays], offset, tensor.name
+        )
 
     def settle(self) -> None:
         """Read on from the downloaded file of one that was remote.  CheckpointError "changed" if it is another."""
@@ -260,7 +265,7 @@ class TensorFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}, {len(self.tensors)} tensors)"
+        return f"{type(self).__name__}({str(self.path)!r}, {counted(len(self.tensors), 'tensor')})"
 
 
 class Descriptor:
@@ -302,6 +307,25 @@ class Descriptor:
             if count == 0:
                 raise truncated(self.path, tensor, offset + len(buffer), offset + done)
             done += count
+
+    def scatter(self, buffers: Sequence[memoryview], offset: int, tensor: str | None = None) -> None:
+        """Fill buffers, one after the other, from `offset` on, many with one call.  CheckpointError as `read_into`."""
+        for first in range(0, len(buffers), MAX_BUFFERS):
+            batch = buffers[first : first + MAX_BUFFERS]
+            wanted, done = sum(map(len, batch)), 0
+            if len(batch) > 1 and wanted <= MAX_READ_BYTES:
+                try:
+                    done = os.preadv(self.fd, batch, offset)
+                except OSError as error:
+                    raise _unreadable(self.path, error, tensor) from error
+            if done == wanted:
+                offset += wanted
+                continue
+            for buffer in batch:  # what one call has not done
+                mine = min(done, len(buffer))
+                done -= mine
+                self.read_into(buffer[mine:], offset + mine, tensor)
+                offset += len(buffer)
 
     def read(self, offset: int, count: int) -> bytearray:
         buffer = bytearray(count)
@@ -359,7 +383,7 @@ def truncated(path: Path, tensor: str | None, expected: int, found: int) -> Chec
     """Make the error for a file of another size than its header describes.  expected, found: in bytes."""
     message = "the file does not have the size that its header describes"
     fix = "Download or copy the file again; nothing may write to it while it is used."
-    return fault(path, "truncated", message, f"{expected} bytes", f"{found} bytes", tensor, fix)
+    return fault(path, "truncated", message, f"{counted(expected, 'byte')}", f"{found} bytes", tensor, fix)
 
 
 def _unreadable(path: Path, error: OSError, tensor: str | None = None) -> CheckpointError:
@@ -395,4 +419,4 @@ def check_layout(
         raise truncated(path, cut_off.name, end, size)
     if size - data_start > -(-(end - data_start) // alignment) * alignment:
         message = "the file has bytes after its last tensor"
-        raise fault(path, "trailing-bytes", message, f"{end} bytes", f"{size} bytes")
+        raise fault(path, "trailing-bytes", message, f"{counted(end, 'byte')}", f"{size} bytes")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices, counted, nearest
 from pymllm.kernels.canonical import CanonicalWeight, relative_error
 from pymllm.loading.prepare import Prepared
 from pymllm.quantization.rounding.calibrated import InputStatistics, needs_inputs, quantize_calibrated
@@ -46,8 +46,9 @@ class Calibration:
             raise ConfigError(
                 "unknown calibration algorithm",
                 code="calibration",
-                expected=" or ".join(ALGORITHMS),
+                expected=choices(ALGORITHMS),
                 found=self.algorithm,
+                fix=nearest(str(self.algorithm), ALGORITHMS),
             )
         if self.act_order and self.algorithm != "gptq":
             raise ConfigError("act order belongs to gptq", code="calibration", found=self.algorithm)
@@ -55,7 +56,7 @@ class Calibration:
     def describe(self) -> str:
         order = ", in act order" if self.act_order else ""
         tokens = sum(map(len, self.windows))
-        return f"{self.algorithm}{order}, on {tokens} tokens of {self.source or 'text'}"
+        return f"{self.algorithm}{order}, on {counted(tokens, 'token')} of {self.source or 'text'}"
 
 
 @dataclass(frozen=True)

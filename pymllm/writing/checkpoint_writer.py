@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import pymllm
 from pymllm.disk import reading
+from pymllm.errors import counted
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, Fp8Weight, IntWeight, relative_error
 from pymllm.loading.prepare import Prepared
 from pymllm.loading.progress import progress_bar
@@ -135,7 +136,7 @@ class CheckpointWriter:
         }
         config = hashlib.blake2b(repr(sorted(checkpoint.config.items())).encode(), digest_size=16)
         return {
-            "pymllm": importlib.metadata.version("pymllm"),
+            "pymllm": pymllm.__version__,
             "model": str(checkpoint.path.resolve()),
             "model files": files,
             "model config": config.hexdigest(),
@@ -266,12 +267,24 @@ class CheckpointWriter:
             self._notes(notes),
         )
 
+    def describe_stop(self, output: Output) -> str:
+        """Say how far a run came that was stopped, and how to go on."""
+        done = sum(step.name in output.pieces for step in self.steps)
+        part = f"{done} of {counted(len(self.steps), 'block')} and other parts are done"
+        if output.assembling or output.publishing:
+            part = "all parts are done, and are being put together"
+        return (
+            f"Stopped: {part} and kept in {output.staging}. The same command goes on from there; with --restart it "
+            "begins anew."
+        )
+
     def _make_pieces(self, output: Output, progress: bool | None) -> None:
         check_skipped(self.prepared.skipped)
         make = self._make if self.calibration is None else self._calibrated(output, self.calibration)
         total = sum(step.nbytes for step in self.steps)  # of the source
         with progress_bar("Quantising", total, progress) as advance:
             for step in self.steps:
+                advance.at(step.name)
                 if step.name not in output.pieces:
                     tensors, notes = make(step)
                     output.add(step.name, self.final(step, tensors), notes)
@@ -378,7 +391,7 @@ class CheckpointWriter:
             spelling=self.spelling.name,
             calibration=None if self.calibration is None else self.calibration.describe(),
             notes=self._notes(notes),
-            version=importlib.metadata.version("pymllm"),
+            version=pymllm.__version__,
         )
         output.add_file("README.md", card)
         if quantization is not None and isinstance(self.spelling, WithSideConfigs):
@@ -400,12 +413,16 @@ class CheckpointWriter:
         unreached = [layer for layer, note in notes.items() if note.get("unreached")]
         if unreached:
             found.append(
-                f"{len(unreached)} layers were rounded by themselves, as no calibration input was seen at them: "
+                counted(len(unreached), "layer was", "layers were")
+                + " rounded without calibration, as no input of it was seen there: "
                 f"{unreached[0]}."
             )
         kept = {tensor.name for tensor in kept_parts(self.prepared)}
         dropped = Counter(record.reason for record in self.prepared.records if record.name not in kept)
-        found += [f"{count} tensors were not carried over: {reason}." for reason, count in dropped.items()]
+        found += [
+            f"{counted(count, 'tensor was', 'tensors were')} not carried over: {reason}."
+            for reason, count in dropped.items()
+        ]
         return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.weights.gguf_file import ARRAY, BOOL, MAGIC, SCALARS, STRING, TYPES, VERSIONS
 
 ALIGNMENT = 32
@@ -113,7 +113,7 @@ def padded(chunks: Iterator[bytes | memoryview], tensor: FileTensor) -> Iterator
             "a tensor has not the size that was planned for it",
             code="spelling",
             tensor=tensor.name,
-            expected=f"{tensor.nbytes} bytes of {tensor.type} {list(tensor.shape)}",
-            found=f"{count} bytes",
+            expected=f"{counted(tensor.nbytes, 'byte')} of {tensor.type} {list(tensor.shape)}",
+            found=f"{counted(count, 'byte')}",
         )
     yield b"\0" * (tensor.padded - count)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pymllm.config import ModelConfig, RopeParameters
-from pymllm.errors import ConfigError, PymllmError
+from pymllm.errors import ConfigError, PymllmError, choices, nearest
 from pymllm.layers.rotary_embedding import default_frequencies, get_rope, llama3_frequencies
 from pymllm.models import gguf_architectures, read_model_config
 from pymllm.weights.gguf_architecture import GGUFArchitecture
@@ -71,9 +71,9 @@ def find_architecture(config: ModelConfig) -> tuple[str, GGUFArchitecture]:
         code="spelling",
         file="config.json",
         tensor="model_type",
-        expected=" or ".join(sorted(names)),
+        expected=choices(sorted(names), model_type),
         found=model_type,
-        fix="Write another format: --format compressed-tensors.",
+        fix=f"{nearest(str(model_type), names)} Write another format: --format compressed-tensors.".lstrip(),
     )
 
 

@@ -7,13 +7,13 @@ quantization/gptq/README.md.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
+import pymllm
 from pymllm.kernels.canonical import CanonicalWeight, DenseWeight, IntWeight
 from pymllm.quantization.formats.gptq import BITS, GPTQLinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -90,7 +90,7 @@ class GPTQSpelling:
         if (
             not self.zeros_minus_one
         ):  # transformers takes any config with `meta` for one that AutoRound cannot read
-            config["meta"] = {"quantizer": [f"pymllm:{importlib.metadata.version('pymllm')}"]}
+            config["meta"] = {"quantizer": [f"pymllm:{pymllm.__version__}"]}
         return config
 
     def side_configs(self, quantization: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ The settings are in config.json and in hf_quant_config.json. The layouts: quanti
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+import pymllm
 from pymllm.kernels.canonical import CHANNEL, TENSOR, CanonicalWeight, DenseWeight, Fp8Weight
 from pymllm.quantization.formats.modelopt import BLOCK, GROUP, NVFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
@@ -83,7 +83,7 @@ class ModelOptSpelling:
             "quant_algo": next(iter(used)) if len(used) == 1 else "MIXED_PRECISION",
             "kv_cache_quant_algo": None,
             "ignore": left,
-            "producer": {"name": "pymllm", "version": importlib.metadata.version("pymllm")},
+            "producer": {"name": "pymllm", "version": pymllm.__version__},
         }
         if any("NVFP4" in algorithm for algorithm in used):
             common["group_size"] = GROUP

@@ -12,13 +12,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pymllm.arguments import checked
 from pymllm.config import DTYPES
 from pymllm.disk import cannot_write, free_bytes, reading
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, choices, nearest
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models import gguf_architectures
 from pymllm.parallel import Parallel
@@ -27,7 +28,7 @@ from pymllm.quantization.formats.gptq import GPTQLinearMethod
 from pymllm.quantization.formats.mlx import MLXLinearMethod
 from pymllm.quantization.formats.mxfp4 import MXFP4LinearMethod
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
-from pymllm.quantization.rules import RuleSource, read_rules
+from pymllm.quantization.rules import RuleSource, is_method_alone, read_rules
 from pymllm.text.gguf_tokenizer import GGUFTokenizer, open_tokenizer
 from pymllm.text.windows import read_windows
 from pymllm.weights.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ from pymllm.writing.mlx import MLXSpelling, MLXWriter
 from pymllm.writing.modelopt import ModelOptSpelling
 from pymllm.writing.mxfp4 import MODEL_TYPE, MXFP4Spelling, MXFP4Writer
 from pymllm.writing.output import AGAIN
+from pymllm.writing.shorthand import Expanded, expand
 from pymllm.writing.spelling import Spelling
 
 SPELLINGS: dict[str, type[Spelling]] = {
@@ -56,6 +58,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+@checked()
 def quantize_checkpoint(
     model: str | Path,
     out: str | Path,
@@ -79,7 +82,8 @@ def quantize_checkpoint(
     out: the folder to write, which must be new or empty, or hold an unfinished run of the same request; or the .gguf
     file to write, which must be new.
     quant: rules, {"**.layers.**": "int4:scale=mse"} say; also a list of "PATTERN=METHOD" lines, or "@FILE". A layer
-    without a rule keeps its weights.
+    without a rule keeps its weights. A method alone, "int4" or for a GGUF file "Q4_K_M", is for all layers of the
+    model's blocks that no rule names.
     format: "awq", "gptq", "gptq_v2", "modelopt", "mlx", "mxfp4", "compressed-tensors", "gguf", or "auto": GGUF where
     `out` ends in .gguf, AWQ, GPTQ or MLX where all rules ask for it, MXFP4 where they do and the model is gpt-oss, else
     compressed-tensors.
@@ -99,7 +103,7 @@ def quantize_checkpoint(
     Raises RuleError, ConfigError (a weight that the format cannot hold, say) or CheckpointError.
     """
     folder = resolve_model_path(model, revision)
-    rules = [str(rule) for rule in read_rules(quant)]
+    rules = expand_rules(folder, out, quant).rules
     with Parallel():
         prepared = prepare(folder, rules, device="cpu", dtype=_model_dtype(folder), compute="exact")
     spelling = choose_spelling(format, prepared, Path(out))
@@ -129,7 +133,41 @@ def quantize_checkpoint(
         request = writer.request(rules)
         _check_place(Path(out), folder, writer.estimated_bytes())
         with writer.output(Path(out), request, restart) as output:
-            return writer.write(output, str(model), rules, progress)
+            try:
+                return writer.write(output, str(model), rules, progress)
+            except KeyboardInterrupt as stop:
+                stop.args = (writer.describe_stop(output),)
+                raise
+
+
+def expand_rules(
+    model: str | Path, out: str | Path, quant: RuleSource, revision: str | None = None
+) -> Expanded:
+    """Read rules, and find those that a method alone among them stands for.
+
+    model, out, quant, revision: as of `quantize_checkpoint`.  Returns the rules, and what to tell the user, or "".
+    ConfigError for two methods alone, and what `pymllm.writing.shorthand.expand` refuses.
+    """
+    listed: Any = [quant] if isinstance(quant, str | Path) else quant
+    if listed is None or isinstance(listed, Mapping):
+        return Expanded([str(rule) for rule in read_rules(listed)], "")
+    lines = list(listed)
+    alone = [str(line) for line in lines if isinstance(line, str) and is_method_alone(line.strip())]
+    rules = [str(rule) for rule in read_rules([line for line in lines if line not in alone])]
+    if not alone:
+        return Expanded(rules, "")
+    if len(alone) > 1:
+        raise ConfigError(
+            "two methods are given without patterns",
+            code="rule-syntax",
+            expected="one method for the whole model, and a pattern before every other: PATTERN=METHOD",
+            found=" and ".join(alone),
+        )
+    folder = resolve_model_path(model, revision)
+    with Parallel():
+        prepared = prepare(folder, device="cpu", dtype=_model_dtype(folder), compute="exact")
+    with prepared.checkpoint:
+        return expand(prepared, alone[0].strip(), rules, Path(out))
 
 
 @contextlib.contextmanager
@@ -181,8 +219,9 @@ def choose_spelling(name: str, prepared: Prepared, out: Path) -> Spelling:
         raise ConfigError(
             "unknown format to write",
             code="spelling",
-            expected="auto or " + " or ".join(SPELLINGS),
+            expected="auto or " + choices(SPELLINGS, name),
             found=name,
+            fix=nearest(str(name), SPELLINGS),
         )
     if (name == "gguf") is not file:
         raise ConfigError(

@@ -72,7 +72,7 @@ def chunks_of(info: TensorInfo) -> Iterator[memoryview]:
     source = info.file.source(info)
     for start in range(info.start, info.end, COPY_BYTES):
         chunk = np.empty(min(COPY_BYTES, info.end - start), np.uint8)
-        source(chunk, start)
+        source([chunk], start)
         yield chunk.data
 
 

@@ -109,12 +109,21 @@ def test_a_comparison_has_bytes_and_errors_of_every_layer(model, comparison):
 def test_a_comparison_is_a_table_a_plot_and_json(comparison, tmp_path):
     lines = comparison.table().splitlines()
     assert len(lines) == 4 and lines[1].endswith("A: as stored") and "perplexity" in lines[0]
+    by_size = sorted(c.weight_bytes for c in comparison.candidates)
+    assert [row[1] for row in comparison.rows()] == [f"{size / 1e6:.1f} MB" for size in by_size]
+    best = [c["name"] for c in comparison.to_dict()["candidates"] if c["best"]]
+    sizes = {c.name: (c.weight_bytes, c.kl) for c in comparison.candidates}
+    for name, (size, kl) in sizes.items():
+        beaten = any(s <= size and k <= kl and (s, k) != (size, kl) for s, k in sizes.values())
+        assert (name in best) is not beaten
+    assert all(f"{title}:" in str(comparison) for title in ("KL", "top 1", "perplexity", "*", "kB", "error"))
     first = comparison.layer_table(2).splitlines()
     assert len(first) == 3 and "mlp" in first[1]  # the largest errors first
     assert json.loads(json.dumps(comparison.to_dict()))["schema_version"] == 1
     pytest.importorskip("matplotlib")
     comparison.save_plot(tmp_path / "plot.svg")
-    assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.count("<svg") == 1 and all(f"{letter}: " in drawn for letter in "ABC")  # a point a candidate
     with pytest.raises(ConfigError, match="plot"):
         comparison.save_plot(tmp_path / "plot.nothing")
 
@@ -124,7 +133,7 @@ def test_a_plot_without_matplotlib_names_the_extra_before_anything_runs(model, c
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ["verify", str(model.folder), "--compare", "", "--plot", "plot.svg"]
     assert main(arguments) == 1
-    assert "pymllm[plot]" in capsys.readouterr().err
+    assert "pip install 'matplotlib>=" in capsys.readouterr().err
     with pytest.raises(MissingExtraError):
         Comparison("m", []).save_plot("plot.svg")
 

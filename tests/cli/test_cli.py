@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 import pymllm
-from pymllm.cli import VERBS, _parse, _parser, main
+from pymllm.cli import EXIT_CODES, VERBS, _parse, _parser, main, output, whole_parser
+from pymllm.cli.usage import called_within, options_of, parsers_within
 from pymllm.errors import BRIEF
 from pymllm.kernels.registry import KERNELS
+from pymllm.loading import progress
 from tests.checkpoints import edit_config, write_checkpoint
 from tests.cli.commands import assert_one_error
 from tests.processes import python, run
@@ -54,7 +57,11 @@ def test_help_fits_a_narrow_terminal_and_its_examples_are_understood(verb, monke
 
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"pymllm {pymllm.__version__}\n"
+    out = capsys.readouterr().out
+    assert (
+        re.fullmatch(r"pymllm (\S+) \(Python 3\S+, torch \S+, (no )?native kernels\)\n", out)[1]
+        == pymllm.__version__
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,90 @@ def test_wrong_usage_is_2_and_names_the_verb(arguments, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("usage: pymllm")
+    if arguments:
+        _, error, where = captured.err.splitlines()
+        assert "error: " in error and "--help" in where and ".." not in error
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("rn", "there is no verb 'rn'. Nearest: run."),
+        ("org/name hello", "A model's answer: pymllm run MODEL."),
+        ("run --qaunt x", "there is no option --qaunt. Nearest: --quant, "),
+        ("run --max-tok 3", "Nearest: --max-tokens."),
+        ("run --compute exct", "expected auto or exact or checkpoint, not 'exct'. Nearest: exact."),
+        ("plan --host x", "--host is an option of serve."),
+        ("plan --frobnicate", "there is no option --frobnicate."),
+        ("plan --json=yes", "--json: takes no value, not 'yes'"),
+        ("plan one two", "there is no place for 'two' behind [MODEL]."),
+        ("--verson", "there is no option --verson. Nearest: --version"),
+    ],
+)
+def test_a_wrong_word_gets_the_nearest_one(line, hint, capsys):
+    assert main(line.split()) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_verbose_and_quiet_before_and_behind_it(verb):
+    within = parsers_within(parsers_within(whole_parser())[verb])
+    behind = [verb, *list(within)[:1]]
+    known = {action.dest for action in options_of(called_within(whole_parser(), behind))}
+    assert {"verbose", "quiet"} <= known
+    for name, flag in (("quiet", "-q"), ("verbose", "-v")):
+        assert getattr(_parser([]).parse_args([flag, "completion"]), name)
+    assert not _parser([]).parse_args(["completion"]).quiet
+
+
+def test_quiet_says_nothing_but_what_matters(awq, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["-q", "verify", str(awq)]) == 0
+    assert progress.hidden and capsys.readouterr().err == ""
+    output.say("a note")
+    output.warn("what matters")
+    assert capsys.readouterr().err == "what matters\n"
+    assert main(["plan", "/no/such/folder", "-q"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    output.start_output(False)
+    assert not progress.hidden
+
+
+@pytest.mark.parametrize(
+    ("settings", "terminal", "styled"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"NO_COLOR": ""}, True, True),
+        ({"CLICOLOR": "0"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({"FORCE_COLOR": "1"}, False, True),
+        ({"CLICOLOR_FORCE": "1", "CLICOLOR": "0"}, False, True),
+        ({"FORCE_COLOR": "0"}, False, False),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+    ],
+)
+def test_colours_are_as_the_environment_asks(settings, terminal, styled, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm-256color", "COLORTERM": "", **settings}.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    output.console().print("text", style="bold red")
+    assert ("\x1b" in stream.getvalue()) == styled and "text" in stream.getvalue()
+    assert output.has_styles(stream) == styled
+    assert progress.shows_bars() is False
+
+
+def test_the_help_has_the_exit_codes(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(
+        re.search(rf"^  {code} +{re.escape(meaning)}$", text, re.M) for code, meaning in EXIT_CODES.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,6 +188,7 @@ def test_wrong_usage_is_2_and_names_the_verb(arguments, capsys):
         (["plan", "--kernel", "convolution=fast"], "convolution"),
         (["plan", "--dtype", "float8"], "float8"),
         (["plan", "--device", "tpu"], "tpu"),
+        (["plan", "--device", "gpu"], "A GPU is called cuda here."),
         (["plan", "--tensor-parallel-size", "3"], "1, 2, 4"),
         (["plan", "--rank", "1"], "rank"),
         (["plan", "--revision", "main"], "revision"),

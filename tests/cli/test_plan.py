@@ -81,6 +81,33 @@ def test_plan_names_the_refusals_that_a_user_can_change_and_all_of_them_with_why
     assert sum("for other devices" in line for line in lines) == 1
 
 
+def test_another_compute_shows_what_kernels_round_and_another_cache_what_a_token_takes(awq, tmp_path, capsys):
+    saved = tmp_path / "before.json"
+    assert main(["plan", str(awq), "--json"]) == 0
+    saved.write_text(capsys.readouterr().out)
+    assert main(["plan", str(awq), "--diff", str(saved)]) == 0
+    assert capsys.readouterr().out == "nothing would change\n"
+    changed = ["--compute", "exact", "--kv-cache", "fp8", "--max-model-len", "64"]
+    assert main(["plan", str(awq), *changed, "--diff", str(saved)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for needle in (
+        "compute: auto -> exact",
+        "kv_cache.max_model_len: ",
+        "rounded to int8 in groups (relative error about 6e-3), sums in float32 -> inputs as they are",
+        "rounds inputs to fewer bits: yes -> no",
+        "KV cache in fp8",
+    ):
+        assert needle in text, needle
+    assert main(["plan", str(awq), *changed, "--diff", str(saved), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["settings"] == {"compute": ["auto", "exact"]}
+        and found["further"]["kv_cache.max_model_len"][1] == 64
+    )
+    attention = next(layer for layer in found["changed"] if layer["prefix"].endswith("attn"))
+    assert attention["after"]["kv_bytes_per_token"] < attention["before"]["kv_bytes_per_token"]
+
+
 def test_plan_says_what_to_install_once(awq):
     script = (
         "import sys; sys.modules['pymllm._native'] = None\nfrom pymllm.cli import main\nmain(sys.argv[1:])"

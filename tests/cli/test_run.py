@@ -10,7 +10,7 @@ import pytest
 
 from pymllm.api import shipped_model
 from pymllm.cli import main
-from pymllm.cli.run import DEMO_PROMPT, names_a_model
+from pymllm.cli.questions import DEMO_PROMPT, names_a_model
 from tests.cli.commands import assert_one_error
 from tests.processes import python
 
@@ -20,7 +20,9 @@ def test_run_prints_the_answer_and_nothing_else(llm, capsys):
     expected = llm.generate("import os\n", llm.default_params(max_tokens=12, temperature=0.0))[0].text
     captured = capsys.readouterr()
     assert captured.out == expected + "\n"
-    assert captured.err == ""
+    assert captured.err == (
+        "(ended after 12 tokens, the most that were asked for; --max-tokens N gives more)\n"
+    )
 
 
 def test_run_takes_the_options_of_requests(llm, capsys):

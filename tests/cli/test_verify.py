@@ -11,11 +11,12 @@ from pymllm.cli import main
 def test_verify_passes_and_prints_the_worst_first(awq, capsys):
     assert main(["verify", str(awq), "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5  # a head, three layers, the verdict
+    assert len(lines) == 8  # titles, a rule, three layers, two lines on the titles, the verdict
     assert main(["verify", str(awq), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
-    assert report["layers"][0]["prefix"] in lines[1]
+    assert report["layers"][0]["prefix"] in lines[2]
+    assert all(f"{title}:" in " ".join(lines[5:7]) for title in ("error", "large", "allowed", "by rule"))
     assert [layer["worst"] for layer in report["layers"]] == sorted(
         (layer["worst"] for layer in report["layers"]), reverse=True
     )

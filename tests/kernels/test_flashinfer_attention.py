@@ -238,7 +238,7 @@ def test_where_it_is_not_installed_the_reason_says_what_brings_it(monkeypatch):
     found = {"flashinfer": None, "flashinfer_jit_cache": None}
     monkeypatch.setattr(family.importlib.util, "find_spec", lambda name: found[name])
     look = family._why_not_installed.__wrapped__
-    assert look() == "needs the package flashinfer (pip install 'pymllm[flashinfer]')"
+    assert look() == "needs the package flashinfer (pip install 'flashinfer-python>=0.5')"
     found["flashinfer"] = object()
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     assert "needs nvcc" in look() and "flashinfer-jit-cache" in look()

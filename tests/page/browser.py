@@ -76,7 +76,8 @@ class Browser:
         self.process = subprocess.Popen(
             [chromium, f"--user-data-dir={profile}", *FLAGS],
             preexec_fn=place,
-            pass_fds=(3, 4),
+            # pass_fds wants 3 and 4 to be open before `place`: what this process had there may be closed by a fork.
+            close_fds=False,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

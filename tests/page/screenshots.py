@@ -1,7 +1,7 @@
 """Make the pictures of the page in docs/images/: python -m tests.page.screenshots MODEL [NAME]
 
-MODEL: a checkpoint that chats; NAME: what it is called in the pictures.  The picture of thinking and tools shows
-scripted answers, as a small model gives none.
+MODEL: a checkpoint that chats: the file that `make real-model` fetches.  NAME: what it is called in the pictures.
+The picture of thinking and tools shows scripted answers, as a small model gives none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.server.conftest import serve
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 DONE = "document.querySelector('.answer:last-child')?.dataset.state === 'done'"
 RULES = {"**.layers.0.**": "none", "**.mlp.down_proj": "int8", "**.layers.1.**": "nvfp4"}
-QUESTION = "List three uses of a paper clip, in a few words each."
+QUESTIONS = ("What is 2 + 2?", "Write a sentence about the sea.")
 THOUGHT = "The user asks for the weather in Bern. There is a tool for that, which needs the name of a city."
 CALL = {
     "index": 0,
@@ -64,14 +64,15 @@ def main(model: str, name: str) -> None:
     if chromium is None:
         sys.exit(why_not)
     llm = pymllm.LLM(model, quant=RULES, progress=False)
+    llm.chat([{"role": "user", "content": "Hello!"}])  # what is made once is made
     with serve(llm, model_name=name) as served, started_browser(chromium) as browser:
         with browser.page(served.url) as page:
             page.wait("document.querySelector('#model').value")
             page.run(
                 "document.querySelector('#temperature').value = 0; document.querySelector('#max_tokens').value = 160"
             )
-            ask(page, "Hello! What can you do?")
-            ask(page, QUESTION)
+            for question in QUESTIONS:
+                ask(page, question)
             take(page, "chat")
             page.click("#plan-link")
             page.wait("document.querySelectorAll('.layer').length")

@@ -21,7 +21,9 @@ from ..checkpoints import edit_config, load_tensors, save_tensors, write_checkpo
 def refusals(monkeypatch, ask, size=2):
     """What each rank is told; none gets as far as reading."""
     read = []
-    monkeypatch.setattr("pymllm.api.llm.load_prepared", lambda *a, **k: read.append(1) or load_prepared(*a, **k))
+    monkeypatch.setattr(
+        "pymllm.api.llm.load_prepared", lambda *a, **k: read.append(1) or load_prepared(*a, **k)
+    )
 
     def work(parallel):
         try:

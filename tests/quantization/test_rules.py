@@ -19,7 +19,7 @@ from pymllm.quantization.base import (
     register_quantization,
 )
 from pymllm.quantization.formats.none import UnquantizedLinearMethod
-from pymllm.quantization.rules import Rule, read_rules
+from pymllm.quantization.rules import Rule, nearest_pattern, read_rules
 
 from ..checkpoints import AWQ, edit_config, random_model, relative_error, save_tensors, write_checkpoint
 from ..forward import logits_of
@@ -459,3 +459,30 @@ def test_every_format_knows_its_name_and_reads_an_empty_config_or_refuses_it():
         assert cls.get_name() == name
         with contextlib.suppress(ConfigError):
             assert isinstance(cls.from_config({}), QuantizationConfig)
+
+
+@pytest.mark.parametrize(
+    ("written", "nearest"),
+    [
+        ("**.mpl.**", "**.mlp.**"),
+        ("mlp.*", "**.mlp.*"),
+        ("**.self_atn.q_porj", "**.self_attn.q_proj"),
+        ("model.layer.0.**", "model.layers.0.**"),
+        ("lmhead", "lm_head"),
+        ("zzzz", None),
+    ],
+)
+def test_a_pattern_that_names_nothing_has_a_nearest_one(written, nearest):
+    layers = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    names = [f"model.layers.{n}.{layer}" for n in range(2) for layer in layers] + ["lm_head"]
+    assert nearest_pattern(written, names) == nearest
+
+
+def test_a_rule_with_an_unknown_method_lists_what_rules_may_have_the_nearest_first():
+    with pytest.raises(ConfigError) as caught:
+        Rule.parse("**=fp9").build()
+    assert caught.value.expected.startswith("fp8 or ") and "Nearest: fp8" in str(caught.value)
+    for only_read in ("bitsandbytes", "quark", "torchao"):
+        assert only_read not in str(caught.value)
+    with pytest.raises(ConfigError, match="only reads it"):
+        Rule.parse("**=bitsandbytes").build()

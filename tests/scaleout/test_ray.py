@@ -19,7 +19,7 @@ from pathlib import Path
 import openai
 import pytest
 
-pytest.importorskip("ray.serve", reason="needs pymllm[ray]")
+pytest.importorskip("ray.serve", reason="needs the extra ray")
 
 from tests.processes import ROOT, SECONDS, environment, python
 

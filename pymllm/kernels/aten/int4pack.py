@@ -43,8 +43,8 @@ class TorchInt4Pack:
 
     def numerics(self, problem: LinearProblem) -> str:
         if problem.dtype is torch.float32:
-            return "weights dequantised exactly, float32 accumulation"
-        return f"scales rounded to {str(problem.dtype).removeprefix('torch.')}, float32 accumulation"
+            return "weights dequantised exactly, sums in float32"
+        return f"scales rounded to {str(problem.dtype).removeprefix('torch.')}, sums in float32"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, IntWeight)

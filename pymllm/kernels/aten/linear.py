@@ -24,7 +24,7 @@ class TorchLinear:
         return None
 
     def numerics(self, problem: LinearProblem) -> str:
-        return "torch's matmul, float32 accumulation"
+        return "torch's matmul, sums in float32"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         return weight.tensors()

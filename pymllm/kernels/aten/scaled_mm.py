@@ -43,7 +43,7 @@ class TorchScaledMM:
         return None
 
     def numerics(self, problem: LinearProblem) -> str:
-        return "activations rounded to fp8 per token, accumulated on tensor cores"
+        return "inputs rounded to fp8 per token, sums on tensor cores"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, Fp8Weight)

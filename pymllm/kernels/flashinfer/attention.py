@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import KernelError
+from pymllm.errors import KernelError, install_command
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, PagedKV
 from pymllm.kernels.triton.attention import TritonGroupedAttention
 
@@ -165,7 +165,7 @@ def _why_not_installed() -> str | None:
     Its kernels come compiled in a package of their own, or nvcc compiles them.
     """
     if importlib.util.find_spec("flashinfer") is None:
-        return "needs the package flashinfer (pip install 'pymllm[flashinfer]')"
+        return f"needs the package flashinfer ({install_command('flashinfer')})"
     if importlib.util.find_spec("flashinfer_jit_cache") is None:
         from torch.utils.cpp_extension import CUDA_HOME
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, IndicesError
+from pymllm.errors import ConfigError, IndicesError, counted
 
 CODE = "native-tensor"
 INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
@@ -238,7 +238,7 @@ def describe_tensor(tensor: Any) -> str:
             told.append("negated when it is read")
         needed, there = _end(tensor) * tensor.element_size(), tensor.untyped_storage().nbytes()
         if there < needed:
-            told.append(f"with {there} of its {needed} bytes of memory")
+            told.append(f"with {there} of its {counted(needed, 'byte')} of memory")
     except RuntimeError:
         told.append("without memory of its own")
     return ", ".join(told)

@@ -48,7 +48,7 @@ class NativeCodebook:
         return native_missing_reason()
 
     def numerics(self, problem: LinearProblem) -> str:
-        return "weights dequantised exactly, activations as they are, float32 arithmetic"
+        return "weights dequantised exactly, inputs as they are, float32 arithmetic"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, CodebookWeight)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.experts import ExpertsBias, ExpertsProblem
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.linear_experts import LinearExperts
@@ -51,7 +51,7 @@ class NativeIntegerExperts(LinearExperts):
             if linear.compute == "checkpoint" and linear.weight.activations != "float":  # type: ignore[union-attr]
                 return "quantises activations in its own way, which compute=checkpoint forbids"
             if blocks_of(linear).in_features != linear.in_features:
-                return f"takes inputs in whole blocks, {product} has {linear.in_features} inputs"
+                return f"takes inputs in whole blocks, {product} has {counted(linear.in_features, 'input')}"
         if "gate_up" not in products:
             return "takes gate and up as one weight, the layer has two"
         if problem.reordered:

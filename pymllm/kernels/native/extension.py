@@ -25,6 +25,9 @@ _PATHS: Mapping[str, tuple[str, ...]] = {
     "portable": (),
 }
 
+# How pymllm is installed again; pip would take what it has built before, without kernels.
+AGAIN = "in a clone: make native; else: pip install --force-reinstall --no-cache-dir --no-deps, with what you installed"
+
 # The features that are looked for; on ARM, /proc/cpuinfo has names of its own for some.
 _X86_FEATURES = frozenset(
     {"sse4_2", "avx2", "fma", "f16c", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"}
@@ -47,6 +50,7 @@ NATIVE_PARTS = (
     "integer_pack",
     "integer_unpack",
     "isa_code",
+    "lane_sums",
     "log_probabilities",
     "mamba2_scan",
     "pointwise",
@@ -55,6 +59,9 @@ NATIVE_PARTS = (
     "rotate",
     "sample_tokens",
     "silu_and_mul",
+    "split_columns",
+    "split_fields",
+    "split_rows",
     "store_kv",
     "widen",
 )
@@ -126,19 +133,18 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
             raise
         return None, (
             "the native CPU kernels are not built: quantised layers run on slower torch operations on the CPU. "
-            "Install a C++ compiler (gcc 10 or newer, clang, or MSVC) and install pymllm again "
-            "(in a clone: make native)"
+            f"Install a C++ compiler (gcc 10 or newer, clang, or MSVC), and install pymllm again ({AGAIN})"
         )
     except ImportError as error:
         return None, (
             f"the native CPU kernels are built but do not load ({error}): quantised layers run on slower torch "
-            "operations on the CPU. Install pymllm again with this Python (in a clone: make native)"
+            f"operations on the CPU. Install pymllm again with this Python ({AGAIN})"
         )
     missing = [part for part in NATIVE_PARTS if not hasattr(extension, part)]
     if missing:
         return None, (
             f"the native CPU kernels are older than the Python code: they lack {', '.join(missing)}. Quantised layers "
-            "run on slower torch operations on the CPU. Install pymllm again (in a clone, rebuild: make native)"
+            f"run on slower torch operations on the CPU. Install pymllm again ({AGAIN})"
         )
     return extension, None
 

@@ -164,7 +164,7 @@ class NativeFloatLinear:
         if _may_leave_to_torch(problem):
             return (
                 f"float32 arithmetic for up to {TORCH_TOKENS} tokens, above that torch's bf16 matmul "
-                "(products exact, float32 accumulation)"
+                "(products exact, sums in float32)"
             )
         return "weights widened exactly, float32 arithmetic"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight
+from pymllm.kernels.canonical import CanonicalWeight, Fp8Type, Fp8Weight, has_nan_e4m3
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.native.addresses import floats_address, unfit
 from pymllm.kernels.native.extension import native_missing_reason
@@ -44,7 +44,7 @@ class NativeFp8Linear:
         return native_missing_reason()
 
     def numerics(self, problem: LinearProblem) -> str:
-        return "weights dequantised exactly, activations as they are, float32 arithmetic"
+        return "weights dequantised exactly, inputs as they are, float32 arithmetic"
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, Fp8Weight)
@@ -93,6 +93,8 @@ def _row_nan(weight: Tensor) -> Tensor:
     if weight.is_meta:
         return torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
     row_nan = torch.zeros(weight.shape[0], dtype=torch.float32)
+    if not has_nan_e4m3(weight):
+        return row_nan
     for codes, rows in zip(
         weight.view(torch.uint8).split(ROWS_AT_A_TIME), row_nan.split(ROWS_AT_A_TIME), strict=True
     ):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.activations import quantise_activations
 from pymllm.kernels.canonical import CanonicalWeight, CodebookType, CodebookWeight, IntType, IntWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
@@ -154,7 +154,7 @@ def group_reason(kind: IntType | CodebookType, in_features: int, out_features: i
     if kind.group_size <= 0 or kind.group_size % smallest:
         return f"takes groups of a multiple of {smallest}, the weight has {kind.group_size}"
     if in_features % kind.group_size:
-        return f"takes whole groups, not {in_features} inputs in groups of {kind.group_size}"
+        return f"takes whole groups, not {counted(in_features, 'input')} in groups of {kind.group_size}"
     return None
 
 
@@ -198,6 +198,7 @@ class NativeIntegerLinear:
     device_type = "cpu"
     name: ClassVar[str]
     layout: ClassVar[str] = "native_integer 16-row blocks"
+    by_rows: ClassVar[tuple[str, ...]] = ("row_scales", "row_factors")  # packed beside the blocks, [O]
     # By the dtype of the activations, how many tokens are multiplied float-exactly at no cost.
     exact_tokens: ClassVar[dict[torch.dtype, int]] = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 2}
 
@@ -205,13 +206,12 @@ class NativeIntegerLinear:
         kind: Any = problem.weight
         if problem.compute == "checkpoint" and kind.activations != "float":
             element = "fp8" if kind.activations.endswith(" fp8") else "int8"
-            return f"activations rounded to {element} ({kind.activations}), products summed exactly, float32 scales"
-        exact = "float-exact activations"
+            return f"inputs rounded to {element} ({kind.activations}), products summed exactly, scales in float32"
         if problem.compute != "auto":
-            return f"{exact}, float32 accumulation"
+            return "inputs as they are, sums in float32"
         return (
-            f"{exact} for up to {self.exact_tokens[problem.dtype]} tokens, above that int8 activations per group "
-            "(relative error about 6e-3), float32 accumulation"
+            f"inputs as they are for up to {counted(self.exact_tokens[problem.dtype], 'token')} at a time, for more "
+            "rounded to int8 in groups (relative error about 6e-3), sums in float32"
         )
 
     def tolerance(self, problem: LinearProblem) -> float:
@@ -220,7 +220,8 @@ class NativeIntegerLinear:
         rounds = 5e-2 if "fp8" in said else 1.2e-2 if problem.compute == "auto" or "int8" in said else 0.0
         return TOLERANCES[problem.dtype] + rounds
 
-    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem, blocks: Tensor | None = None) -> Packed:
+        """Pack a weight.  blocks: those of its rows within a larger weight's, to be filled; None: its own."""
         assert isinstance(weight, IntWeight | CodebookWeight)
         kept = {name: t for name, t in weight.tensors().items() if name in ("input_scales", "input_zeros")}
         zeros = None
@@ -228,7 +229,7 @@ class NativeIntegerLinear:
             zeros = weight.zeros if weight.offsets is None else weight.offsets.float()
             if weight.offsets is not None and weight.offsets.dtype is not torch.float32:
                 kept["offsets"] = weight.offsets.new_empty(0)  # tells `unpack` their dtype
-        return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem), **kept}
+        return {"blocks": pack_blocks(weight.codes, weight.scales, zeros, problem, blocks), **kept}
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
@@ -301,9 +302,21 @@ class NativeIntegerLinear:
         return y
 
 
-def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: LinearProblem) -> Tensor:
+def empty_blocks(problem: LinearProblem) -> Tensor:
+    """Allocate the packed form of the problem's weight on the CPU, without values."""
+    return empty_packed(blocks_of(problem).shape)
+
+
+def pack_blocks(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    problem: LinearProblem,
+    blocks: Tensor | None = None,
+) -> Tensor:
     """Pack the problem's weight.  codes: [O, I].  scales, zeros (or offsets): [O, I/G].
 
+    blocks: to be filled; None: new ones.
     Returns [ceil(O/16), ceil(I/G), bytes] uint8; of codes on the meta device, on meta.
     """
     plan = blocks_of(problem)
@@ -325,7 +338,8 @@ def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor | None, problem: Li
             raise unfit(name, tensor, shape, dtype)
     codes, scales, *rest = (contiguous(name, tensor) for name, tensor, _, _ in wanted)
     zeros = rest[0] if rest else None
-    blocks = empty_packed(plan.shape)
+    if blocks is None:
+        blocks = empty_packed(plan.shape)
     native().integer_pack(
         blocks_address(blocks, plan.shape, plan.size),
         outputs,

@@ -46,7 +46,7 @@ class NativeIntegerCodebook(NativeIntegerLinear):
             return f"takes scales in e8m0, e4m3 or a float dtype, the weight has {kind.scales}"
         return group_reason(kind, problem.in_features, problem.out_features) or device_reason(problem)
 
-    def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
+    def pack(self, weight: CanonicalWeight, problem: LinearProblem, blocks: Tensor | None = None) -> Packed:
         assert isinstance(weight, CodebookWeight)
         codebook = INTEGER_CODEBOOKS[weight.codebook]
         if not weight.table.is_meta and not codebook.is_table(weight.table):
@@ -56,7 +56,7 @@ class NativeIntegerCodebook(NativeIntegerLinear):
             )
         if weight.scales.element_size() == 1 and not weight.scales.is_meta and has_nan(weight.scales):
             raise ConfigError("some scales of the weight are NaN", code=CODE)
-        packed = {**super().pack(weight, problem), "table": weight.table}
+        packed = {**super().pack(weight, problem, blocks), "table": weight.table}
         rows, unit = weight.row_scales, codebook.unit
         if rows is not None:
             packed["row_scales"] = rows

@@ -23,11 +23,16 @@ def empty_packed(shape: Sequence[int]) -> Tensor:
     size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=torch.uint8)
+    memory, start = map_memory(size)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start).view(tuple(shape))
+
+
+def map_memory(size: int) -> tuple[mmap.mmap, int]:
+    """Map memory for `size` bytes, zeros.  Returns it, and where in it the first huge page begins."""
     # The mapping is larger than the weight: memory before the first huge page and behind the end is never written to,
     # and so costs nothing.
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     with contextlib.suppress(OSError):  # this is only advice, which a kernel without huge pages refuses
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
-    return whole[start : start + size].view(tuple(shape))
+    return memory, start

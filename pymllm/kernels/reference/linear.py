@@ -122,8 +122,8 @@ class ReferenceLinear:
             element = {"fp8": "fp8", "int": "int8", "codebook": "fp4"}[kind.family]
             if kind.activations.endswith(" fp8") or kind.activations == "group mx":
                 element = "fp8"
-            return f"activations rounded to {element} ({kind.activations}), float32 accumulation"
-        return "weights dequantised exactly, float32 accumulation"
+            return f"inputs rounded to {element} ({kind.activations}), sums in float32"
+        return "weights dequantised exactly, sums in float32"
 
     def tolerance(self, problem: LinearProblem) -> float:
         """Return the relative error that `verify` allows: the dtype's, and twice what rounded activations explain."""

@@ -92,7 +92,7 @@ class EightBit:
     def numerics(self, problem: LinearProblem) -> str:
         kind = problem.weight
         assert isinstance(kind, (Fp8Type, IntType))
-        return f"activations rounded to {self.element} ({kind.activations}), float32 accumulation of every 128 inputs"
+        return f"inputs rounded to {self.element} ({kind.activations}), sums of every 128 in float32"
 
     def tolerance(self, problem: LinearProblem) -> float:
         return TOLERANCES[problem.dtype] + self.error

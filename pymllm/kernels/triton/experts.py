@@ -116,7 +116,7 @@ class TritonExperts(LinearExperts):
 
     def numerics(self, problem: ExpertsProblem) -> str:
         return (
-            f"weights rounded to the activations' dtype from {FEW_SLOTS} slots on, float32 accumulation, "
+            f"weights rounded to the activations' dtype from {FEW_SLOTS} slots on, sums in float32, "
             "the gated product rounded to the activations' dtype"
         )
 

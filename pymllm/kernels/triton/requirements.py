@@ -7,6 +7,7 @@ import importlib.util
 
 import torch
 
+from pymllm.errors import install_command
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton.launch import interpreting
@@ -24,7 +25,7 @@ def why_not_device(device: Device) -> str | None:
     if device.architecture is None:
         return f"is not built for {device.name}, compute capability {device.capability}"
     if device.present and not interpreting() and not triton_installed():
-        return "needs the package triton (pip install 'pymllm[triton]')"
+        return f"needs the package triton ({install_command('triton')})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Finding the fastest tiles of the weight-only kernels on the GPU that is here, for `pymllm bench tune`."""
+"""Finding the fastest tiles of the weight-only kernels on the GPU that is here, for `pymllm kernels tune`."""
 
 # T tokens, O out_features, I in_features
 

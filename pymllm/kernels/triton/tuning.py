@@ -1,4 +1,4 @@
-"""The sizes of kernels' tiles: by rule, or as `pymllm bench tune` measured them on this very device.
+"""The sizes of kernels' tiles: by rule, or as `pymllm kernels tune` measured them on this very device.
 
 Tuned choices are data: `configs/<device>.json` beside this file maps a shape to a configuration. No kernel tunes
 itself while it runs, so the same call does the same everywhere.
@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Tile]:
             code="tuned-config",
             file=str(path),
             expected='{"tiles": {"family shape": {"outputs": ..., "tokens": ..., ...}}}',
-            fix="Delete the file, or make it again with: pymllm bench tune.",
+            fix="Delete the file, or make it again with: pymllm kernels tune.",
         ) from None
 
 

@@ -43,7 +43,7 @@ class WeightOnlyLinear(ABC):
         """Make weights on meta, one for each thing that makes kernels differ: these are compiled ahead of time."""
 
     def numerics(self, problem: LinearProblem) -> str:
-        return "weights rounded to the activations' dtype from two rows on, float32 accumulation"
+        return "weights rounded to the activations' dtype from two rows on, sums in float32"
 
     def operands(self, packed: Packed) -> Operands:
         """Return the packed tensors as kernels read them; those of several experts at once too."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
+from pymllm.kernels.native.stored_codes import split_columns, splits_here
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.options import one_of, parse_options, read_group_size
@@ -115,6 +116,8 @@ def unpack_columns(words: Tensor) -> Tensor:
 
     Words are transposed first, then taken apart byte by byte into whole rows: twice as fast as moving single codes.
     """
+    if splits_here(words):
+        return split_columns(words, NIBBLE_COLUMNS)
     octets = words.t().flatten().view(torch.uint8).view(words.shape[1], words.shape[0], 4)  # [O/8, N, 4]
     codes = torch.empty((words.shape[1], PER_WORD, words.shape[0]), dtype=torch.uint8, device=words.device)
     # A plan needs the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).

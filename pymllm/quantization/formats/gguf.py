@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError, ShardingError, counted
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, IntWeight
 from pymllm.kernels.codebooks import INTEGER_CODEBOOKS
 from pymllm.quantization.base import QuantizationConfig, register_quantization
@@ -99,7 +99,11 @@ class GGUFLinearMethod(LinearMethodBase):
     def _refuse(self, stored: Tensor, shape: LinearShape) -> str | None:
         """Refuse blocks whose scale or minimum is not finite.  Zero is right: a block of zeros has it."""
         bad = self.block.count_bad(stored.unflatten(1, (-1, self.block.size)))
-        return f"{bad} blocks of {self.kind} whose scale or minimum is NaN or infinite" if bad else None
+        return (
+            f"{counted(bad, 'block')} of {self.kind} whose scale or minimum is NaN or infinite"
+            if bad
+            else None
+        )
 
     def check(self, shape: LinearShape) -> None:
         values = self.block.values

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError, ShardingError, counted
 from pymllm.kernels.canonical import CanonicalWeight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase
@@ -69,10 +69,10 @@ class HQQLinearMethod(LinearMethodBase):
             groups = span.total * shape.in_features // self.group_size
             if self.bits != 3 and groups % per_word:
                 raise ConfigError(
-                    f"HQQ packs {per_word} groups an element, which do not divide {groups}",
+                    f"HQQ packs {counted(per_word, 'group')} an element, which do not divide {groups}",
                     code="packing",
                     tensor=part,
-                    expected=f"a multiple of {per_word} groups",
+                    expected=f"a multiple of {counted(per_word, 'group')}",
                     found=str(groups),
                 )
         size, start, stop = self.group_size, shape.inputs.start, shape.inputs.stop

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.kernels.canonical import CanonicalWeight, CodebookWeight, Fp8Weight, IntWeight
 from pymllm.quantization.base import QuantizationConfig, register_quantization
 from pymllm.quantization.method import LinearMethodBase, StoredTensor
@@ -165,7 +165,7 @@ def offsets_of(weight: IntWeight) -> Tensor:
 def _refuse_infinite(values: Tensor, shape: object) -> str | None:
     """Refuse scales and biases that are NaN or infinite."""
     bad = values.numel() - int(torch.isfinite(values).sum())
-    return f"{bad} of {values.numel()} values that are NaN or infinite" if bad else None
+    return f"{bad} of {counted(values.numel(), 'value')} that are NaN or infinite" if bad else None
 
 
 def _refuse_words(words: Tensor, shape: object) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError
+from pymllm.errors import ConfigError, counted
 from pymllm.patterns import EXPECTED, Pattern
 
 
@@ -150,7 +150,7 @@ def read_stored(tensor: Any) -> Tensor:
 def refuse_other_than_zeros(stored: Tensor) -> str | None:
     """Return how many values of a tensor are not zero, or None if all are zero.  For a `Skip`."""
     other = int((stored.float() != 0).sum())
-    return f"{other} of {stored.numel()} values that are not 0" if other else None
+    return f"{other} of {counted(stored.numel(), 'value')} that are not 0" if other else None
 
 
 def read_names(config: Mapping[str, Any], field: str, *, regex: str | None = None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pymllm.kernels.native.stored_codes import split_fields, splits_here
 from pymllm.quantization.storage.gguf_grids import grid
 
 # What blocks [N, K, bytes] hold: codes [N, K, values], scales [N, K, groups], and offsets alike where groups have them.
@@ -28,6 +29,9 @@ def _half(blocks: Tensor, start: int) -> Tensor:
 
 def _fields(bytes_: Tensor, bits: int) -> Tensor:
     """Unpack fields of `bits` bits: [..., n] bytes -> [..., 8/bits, n], all bytes' lowest fields, then the next."""
+    rows = bytes_.flatten(0, -2) if bytes_.is_cpu and bytes_.ndim > 1 else bytes_
+    if splits_here(rows):
+        return split_fields(rows, bits, planes=True).view(*bytes_.shape[:-1], 8 // bits, bytes_.shape[-1])
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=bytes_.device)
     return (bytes_.unsqueeze(-2) >> shifts.unsqueeze(-1)) & (2**bits - 1)
 

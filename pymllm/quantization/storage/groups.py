@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pymllm.errors import ConfigError, ShardingError
+from pymllm.errors import ConfigError, ShardingError, counted
 from pymllm.weights.spec import LinearShape
 
 OTHER_SIZE = "Use a group size that divides every layer's inputs, or -1 for whole rows."
@@ -28,7 +28,7 @@ def check_groups(size: int, shape: LinearShape, *, what: str = "groups", fix: st
             f"{what} of {size} do not divide the {shape.in_features} inputs",
             code="group-size",
             tensor=shape.name,
-            expected=f"a multiple of {size} inputs",
+            expected=f"a multiple of {counted(size, 'input')}",
             found=f"a weight of {shape.out_features} outputs x {shape.in_features} inputs",
             fix=fix,
         )

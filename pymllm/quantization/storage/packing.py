@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.activations import nearest_e2m1
+from pymllm.kernels.canonical import has_nan_e4m3
+from pymllm.kernels.native.stored_codes import split_fields, split_rows, splits_here
 
 # Values of the 4-bit codes 0..15; codes from 8 on are the negatives of those from 0.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+SPLIT = (2, 4, 8)  # bits of fields that native code takes out of words
 
 
 def as_bytes(words: Tensor) -> Tensor:
@@ -26,9 +31,13 @@ def unpack_fields(words: Tensor, bits: int) -> Tensor:
 
     It works on bytes, so that no temporary is larger than the result.
     """
+    if bits in SPLIT and splits_here(words.t()):
+        return split_rows(words.t(), bits)  # words that lie the other way, as GPTQ has them
     octets = as_bytes(words)
     if bits == 8:
         return octets
+    if splits_here(octets):
+        return split_fields(octets, bits)
     fields = torch.empty((*octets.shape, 8 // bits), dtype=torch.uint8, device=octets.device)
     # A plan needs the shape alone, and torch's bit operations on meta tensors would load its compiler (0.7 s).
     for index in range(0 if fields.is_meta else 8 // bits):
@@ -38,6 +47,8 @@ def unpack_fields(words: Tensor, bits: int) -> Tensor:
 
 def unpack_nibbles_low_first(packed: Tensor) -> Tensor:
     """Unpack [N, K/2] bytes to [N, K] uint8 codes, the low nibble first."""
+    if packed.dtype is torch.uint8 and splits_here(packed):
+        return split_fields(packed, 4)
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
@@ -113,6 +124,8 @@ def refuse_nan_scales(scales: Tensor, shape: object) -> str | None:
 
 def refuse_nan_codes(stored: Tensor, shape: object) -> str | None:
     """Refuse float8_e4m3 codes that are NaN, which no writer makes of a weight.  For a `WeightSpec.refuse`."""
+    if not has_nan_e4m3(stored):
+        return None
     count = 0
     for codes in stored.view(torch.uint8).split(ROWS_AT_A_TIME):
         count += int(((codes & 0x7F) == 0x7F).sum())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from pymllm.errors import ConfigError, first_few, nearest
+from pymllm.errors import ConfigError, choices, first_few, nearest
 
 QUANT_METHOD = "quant_method"  # names the format; who reads it has chosen the format by it
 ROOT = "quantization_config"
@@ -158,7 +158,7 @@ class Settings(Mapping[str, Any]):
             code="unknown-setting",
             file=self.file,
             tensor=self.place((*within.path, name)),
-            expected=f"one of {', '.join(sorted(within._names)) or 'no settings'}, which are read here",
+            expected=f"{choices(sorted(within._names), name) or 'no settings'}, which are read here",
             found=brief(value),
             fix=f"{nearest(name, here)} Write the checkpoint again without it; if its writer says that it does not "
             "matter to whoever reads the weights, take it out of the file.".lstrip(),

@@ -43,7 +43,14 @@ export async function showPlan() {
 /** Write what a plan runs, in a line. */
 export function summaryOf(plan) {
   const ours = plan.definition.startsWith("pymllm.");
-  return [plan.model_type, ours ? null : plan.definition, plan.device, `${plan.dtype} activations`].filter(Boolean);
+  return [plan.model_type, ours ? null : plan.definition, plan.device, numbersOf(plan)].filter(Boolean);
+}
+
+/** Say what layers pass to each other, and how many of them round it inside. */
+function numbersOf(plan) {
+  const layers = plan.layers.filter((layer) => !["attention", "recurrence"].includes(layer.kind));
+  const rounding = layers.filter((layer) => layer.rounds_activations).length;
+  return `${plan.dtype} between layers; inside, ${rounding || "none"} of ${layers.length} round their inputs to fewer bits`;
 }
 
 function showHead(plan) {

@@ -30,7 +30,7 @@ def test_too_much_shared_memory_and_spills_in_hot_kernels_are_verdicts():
 
 def test_the_command_compiles_for_nvidia_and_amd_and_says_what_came_out(tmp_path):
     """In a process of its own: this one may run Triton's interpreter."""
-    command = ["-m", "pymllm", "bench", "aot", "--arch", "sm90", "--arch", "gfx942"]
+    command = ["-m", "pymllm", "kernels", "aot", "--arch", "sm90", "--arch", "gfx942"]
     command += ["--only", "triton_int", "--limit", "6", "--workers", "1", "--json"]
     launches = json.loads(python(*command, check=True, TRITON_INTERPRET=None).stdout)["launches"]
     assert {row["architecture"] for row in launches} == {"sm90", "gfx942"}
@@ -44,5 +44,5 @@ def test_the_command_compiles_for_nvidia_and_amd_and_says_what_came_out(tmp_path
 def test_an_unknown_architecture_is_an_error_that_lists_the_known_ones(capsys):
     from pymllm.cli import main
 
-    assert main(["bench", "aot", "--arch", "sm91"]) == 1
+    assert main(["kernels", "aot", "--arch", "sm91"]) == 1
     assert "sm90" in capsys.readouterr().err

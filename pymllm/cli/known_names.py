@@ -1,0 +1,71 @@
+"""Names that a shell offers on Tab, kept here as to ask for them would import torch; tests/cli/test_completion.py
+holds them equal to what they name.
+"""
+
+from __future__ import annotations
+
+METHODS = ("int2", "int3", "int4", "int5", "int6", "int8", "fp8", "mxfp4", "mxfp8", "nvfp4", "none")
+KV_METHODS = ("auto", "none", "fp8", "int8", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+STRATEGIES = ("autoregressive", "block_diffusion", "prompt_lookup", "draft_model")
+KERNELS = (
+    "linear=triton_fp8_w8a8",
+    "linear=triton_int8_w8a8",
+    "linear=triton_int",
+    "linear=triton_int2",
+    "linear=triton_fp8",
+    "linear=triton_fp4",
+    "linear=triton_integer_codebook",
+    "linear=native_bf16",
+    "linear=torch",
+    "linear=torch_scaled_mm",
+    "linear=native_int4",
+    "linear=native_int8",
+    "linear=native_fp4",
+    "linear=native_integer_codebook",
+    "linear=torch_int4pack",
+    "linear=native_fp8",
+    "linear=native_codebook",
+    "linear=reference",
+    "embedding=triton_int",
+    "embedding=triton_fp8",
+    "embedding=triton_integer_codebook",
+    "embedding=torch",
+    "embedding=native_int4",
+    "embedding=native_int8",
+    "embedding=native_fp4",
+    "embedding=native_integer_codebook",
+    "embedding=native_fp8",
+    "embedding=reference",
+    "experts=triton_experts",
+    "experts=native_experts",
+    "experts=linear",
+    "experts=reference",
+    "routing=triton_routing",
+    "routing=torch",
+    "attention=flashinfer",
+    "attention=triton_grouped",
+    "attention=triton",
+    "attention=native",
+    "attention=torch_sdpa",
+    "attention=reference",
+    "kv_store=triton",
+    "kv_store=native",
+    "kv_store=torch",
+    "gated_delta=triton",
+    "gated_delta=native",
+    "gated_delta=reference",
+    "mamba2_scan=triton",
+    "mamba2_scan=native",
+    "mamba2_scan=reference",
+    "causal_conv=triton",
+    "causal_conv=native",
+    "causal_conv=reference",
+    "elementwise=vllm",
+    "elementwise=triton",
+    "elementwise=native",
+    "elementwise=torch",
+    "sampling=native",
+    "sampling=torch",
+)
