@@ -18,7 +18,7 @@ from pymllm.errors import CheckpointError, nearest
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_choice import choose_gguf, gguf_models
 from pymllm.weights.hub_errors import hub_failures, is_offline, refused
-from pymllm.weights.remote import RemoteFile, register, remote_file
+from pymllm.weights.remote import RemoteFile, register, remote_file, remote_files
 
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -48,7 +48,10 @@ class HubName:
 def parse_hub_name(text: str) -> HubName | None:
     """Read a hub id; None for what is none."""
     match = HUB_NAME.fullmatch(text)
-    return None if match is None else HubName(match["repo"], match["tag"] or match["file"])
+    asked = None if match is None else match["tag"] or match["file"]
+    if match is None or not {".", ".."}.isdisjoint((asked or "").split("/")):
+        return None
+    return HubName(match["repo"], asked)
 
 
 def find_model(name: HubName, revision: str | None, download: bool) -> Path:
@@ -176,8 +179,6 @@ def download_weights(checkpoint: Checkpoint) -> None:
 
 def _module_weights(folder: Path) -> list[RemoteFile]:
     """Find the weights of sentence-transformers' modules, which lie in numbered folders beside the model."""
-    from pymllm.weights.remote import remote_files
-
     return [file for file in remote_files(folder) if MODULE_WEIGHTS.fullmatch(file.name)]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pymllm.errors import CheckpointError, ConfigError, nearest
 from pymllm.weights.folder import CONFIG, INDEX
-from pymllm.weights.gguf_choice import choose_gguf, gguf_models
 from pymllm.weights.gguf_checkpoint import SPLIT_NAME
+from pymllm.weights.gguf_choice import choose_gguf, gguf_models
 from pymllm.weights.hub import HubName, parse_hub_name
 
 
@@ -162,7 +162,12 @@ def plan_removal(names: Sequence[str]) -> Removal:
     whole = [repo.repo_path for repo in repositories if any(r.commit_hash in commits for r in repo.revisions)]
     apart = {path for path in files if not any(folder in path.parents for folder in whole)}
     size = sum(freed[path] for path in apart if path in freed)
-    return Removal(tuple(names), size + (strategy.expected_freed_size if strategy else 0), tuple(commits), tuple(sorted(apart)))
+    return Removal(
+        tuple(names),
+        size + (strategy.expected_freed_size if strategy else 0),
+        tuple(commits),
+        tuple(sorted(apart)),
+    )
 
 
 def _gguf_files(repo: Any, name: HubName) -> list[tuple[Path, Path, int]]:
@@ -177,7 +182,10 @@ def _gguf_files(repo: Any, name: HubName) -> list[tuple[Path, Path, int]]:
         except CheckpointError as error:
             failure = error
             continue
-        found += [(Path(files[part].file_path), Path(os.path.realpath(files[part].blob_path)), sizes[part]) for part in model.files]
+        found += [
+            (Path(files[part].file_path), Path(os.path.realpath(files[part].blob_path)), sizes[part])
+            for part in model.files
+        ]
     if not found and failure is not None:
         raise failure
     return found

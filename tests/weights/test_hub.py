@@ -8,9 +8,7 @@ import struct
 import huggingface_hub.constants as constants
 import pytest
 import torch
-from hub_server import MockHub, Sparse
 from safetensors.torch import save
-from shipped_model import SHIPPED
 
 import pymllm
 from pymllm.cli import main
@@ -21,7 +19,13 @@ from pymllm.weights import hub as hub_module
 from pymllm.weights.gguf_choice import choose_gguf
 from pymllm.weights.gguf_file import GGUFFile
 from pymllm.weights.hub import HubName, parse_hub_name
+from pymllm.weights.opening import resolve_model_path
+from pymllm.weights.shipped import shipped_model
 
+from ..gguf_models import write_model
+from ..hub_server import MockHub, Sparse
+
+SHIPPED = shipped_model()
 FILES = {path.name: path.read_bytes() for path in SHIPPED.iterdir() if path.is_file()}
 WEIGHTS = "model.safetensors"
 
@@ -35,7 +39,11 @@ def serve(tmp_path, monkeypatch):
         hub = MockHub(repositories)
         started.append(hub)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("pymllm.weights.remote.RETRIES", 0)
@@ -69,7 +77,11 @@ def test_a_plan_reads_headers_and_a_load_the_rest(serve):
 
 def large_model(shards, layers, hidden, inner, vocabulary):
     """Make the config, the index and the headers of a Llama of bfloat16, without its tensors."""
-    tensors = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    tensors = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "lm_head.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(layers):
         own = f"model.layers.{layer}"
         tensors |= {f"{own}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
@@ -82,14 +94,21 @@ def large_model(shards, layers, hidden, inner, vocabulary):
         for tensor in list(tensors)[shard::shards]:
             shape = tensors[tensor]
             start, end = end, end + 2 * torch.Size(shape).numel()
-            header[tensor], weight_map[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}, name
+            header[tensor], weight_map[tensor] = (
+                {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]},
+                name,
+            )
         text = json.dumps(header).encode()
         files[name] = Sparse(struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": inner,
               "num_hidden_layers": layers, "num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 128,
               "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}  # fmt: skip
     index = {"metadata": {}, "weight_map": weight_map}
-    return {**files, "config.json": json.dumps(config).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
+    return {
+        **files,
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors.index.json": json.dumps(index).encode(),
+    }
 
 
 def test_a_model_of_hundreds_of_gigabytes_is_refused_before_any_of_it_is_downloaded(serve):
@@ -100,7 +119,9 @@ def test_a_model_of_hundreds_of_gigabytes_is_refused_before_any_of_it_is_downloa
     assert caught.value.code == "out-of-memory"
     weights = {name: data for name, data in files.items() if isinstance(data, Sparse)}
     assert sum(len(data) for data in weights.values()) > 140e9
-    assert {name: hub.given[name] for name in weights} == {name: len(data.start) for name, data in weights.items()}
+    assert {name: hub.given[name] for name in weights} == {
+        name: len(data.start) for name, data in weights.items()
+    }
 
 
 def test_weights_that_the_disk_has_no_room_for_are_not_begun(serve, monkeypatch):
@@ -139,7 +160,17 @@ def test_a_stored_head_that_the_config_ties_is_compared_by_its_ranges(serve):
     assert hub.given[WEIGHTS] < len(raw)
 
 
-FAULTS = [("whole", None), ("short", "range|cannot be reached"), ("elsewhere", "part of the file"), (403, "status 403"),
+def test_only_the_needed_files_are_downloaded(serve):
+    wanted = ["config.json", WEIGHTS, "tokenizer.model", "merges.txt", "chat_template.jinja",
+              "1_Pooling/config.json", "2_Dense/model.safetensors"]  # fmt: skip
+    others = ["pytorch_model.bin", "modeling.py", "original/model.safetensors", "onnx/model.safetensors"]
+    hub = serve({"org/name": {name: b"{}" for name in [*wanted, *others]}})
+    folder = resolve_model_path("org/name")
+    assert (folder / WEIGHTS).read_bytes() == b"{}"
+    assert sorted(hub.given) == sorted(wanted)
+
+
+FAULTS = [("whole", None), ("short", "part of the file"), ("elsewhere", "part of the file"), (403, "status 403"),
           (404, "hub has no"), (429, "429"), (500, "500"), (416, "part of the file")]  # fmt: skip
 
 
@@ -160,8 +191,9 @@ def test_repositories_that_are_not_given_say_why(serve, monkeypatch):
     hub.gated.add("org/secret")
     hub.moved["old/name"] = "org/tiny"
     assert prepare("old/name").checkpoint.tensors
-    for model, revision, said in [("org/absent", None, "no such model"), ("org/secret", None, "is gated"),
-                                  ("org/tiny", "mian", "Nearest: main")]:  # fmt: skip
+    cases = [("org/absent", None, "no such model"), ("org/secret", None, "is gated"),
+             ("org/tiny", "mian", "Nearest: main")]  # fmt: skip
+    for model, revision, said in cases:
         with pytest.raises(CheckpointError, match=said) as caught:
             prepare(model, revision=revision)
         assert len(str(caught.value)) < 400
@@ -207,16 +239,16 @@ def test_a_gguf_model_goes_by_its_tag(asked, files):
     assert list(choose_gguf("org/repo", asked, SIZES)[0].files) == files
 
 
-@pytest.mark.parametrize("asked, said", [("Q4_K_N", "Nearest: Q4_K_M"), ("F16", "Q8_0 .0.00 GB"), ("mmproj-F16.gguf", "no GGUF")])
+@pytest.mark.parametrize(
+    "asked, said", [("Q4_K_N", "Nearest: Q4_K_M"), ("F16", "Q8_0 .0.00 GB"), ("mmproj-F16.gguf", "no GGUF")]
+)
 def test_an_unknown_tag_lists_those_that_there_are(asked, said):
     with pytest.raises(CheckpointError, match=said):
         choose_gguf("org/repo", asked, SIZES)
 
 
 def test_only_the_gguf_file_that_is_asked_for_is_read(serve, tmp_path, capsys):
-    from gguf_models import write_small_model
-
-    path = write_small_model(tmp_path)
+    write_model(path := tmp_path / "m.gguf", "llama")
     raw = path.read_bytes()
     header = min(info.start for info in GGUFFile.open(path).tensors.values())
     hub = serve({"org/g": {"m-Q8_0.gguf": raw, "m-F16.gguf": raw, "README.md": b"#"}})
