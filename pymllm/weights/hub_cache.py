@@ -115,7 +115,7 @@ def _is_complete(folder: Path, files: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Removal:
-    """What is about to be removed.  names: as they were asked for.  size: bytes that this frees."""
+    """Models about to be removed.  names: as they were asked for.  size: bytes that this frees."""
 
     names: tuple[str, ...]
     size: int
