@@ -11,16 +11,20 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from pymllm.disk import free_bytes
-from pymllm.errors import CheckpointError, nearest
+from pymllm.errors import CheckpointError, first_few, nearest
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_choice import choose_gguf, gguf_models
 from pymllm.weights.hub_errors import hub_failures, is_offline, refused
-from pymllm.weights.remote import RemoteFile, register, remote_file
+from pymllm.weights.remote import RemoteFile, register, remote_file, remote_files
 
-SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+SMALL = ["*.json", "*.jinja"]
+# Of tens of megabytes, and nothing that a plan needs.
+VOCABULARIES = ["*tokenizer.json", "*vocab.json", "*.txt", "*.model"]
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other copies of the weights (original/, onnx/); sentence-transformers numbers its modules (2_Dense/).
 NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
@@ -69,7 +73,12 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
     files = {one.rfilename: one.size or 0 for one in info.siblings or ()}
     if name.asked is None and not _is_only_gguf(files):
         chosen = None
-        folder = _snapshot(name.repo, revision, commit, DOWNLOADED if download else SMALL)
+        if not any(file.endswith("config.json") for file in files):
+            raise _no_model(name.repo, list(files))
+        if download:
+            folder = _snapshot(name.repo, revision, commit, DOWNLOADED)
+        else:
+            folder = _snapshot(name.repo, revision, commit, SMALL, [*NOT_DOWNLOADED, *VOCABULARIES])
     else:
         model, several = choose_gguf(name.repo, name.asked, files)
         chosen = model.files
@@ -87,6 +96,16 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
     return folder if chosen is None else folder / chosen[0]
 
 
+def _no_model(repo: str, files: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"the repository {repo!r} holds no model",
+        code="model-not-found",
+        expected="config.json with safetensors files, or .gguf files",
+        found=first_few(sorted(files)) or "no files",
+        fix="Choose another repository.",
+    )
+
+
 def _folder(repo: str, commit: str) -> Path:
     """Return the folder that the cache has for a commit of a repository."""
     from huggingface_hub import constants
@@ -101,19 +120,18 @@ def _is_only_gguf(files: Sequence[str] | dict[str, int]) -> bool:
     return not weights and bool(gguf_models(dict.fromkeys(files, 0)))
 
 
-def _snapshot(repo: str, revision: str | None, commit: str, patterns: list[str]) -> Path:
+def _snapshot(
+    repo: str, revision: str | None, commit: str, patterns: list[str], without: Sequence[str] = NOT_DOWNLOADED
+) -> Path:
     """Download the files of a commit that patterns name, with the hub's own progress, resumption and locks."""
     import huggingface_hub
 
+    settings: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": list(without)}
     try:
         # By its revision's name, so that the cache knows that name offline, too.
-        found = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED
-        )
+        found = huggingface_hub.snapshot_download(repo, revision=revision, **settings)
         if Path(found).name != commit:
-            found = huggingface_hub.snapshot_download(
-                repo, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED
-            )
+            found = huggingface_hub.snapshot_download(repo, revision=commit, **settings)
     except hub_failures() as error:
         raise refused(repo, error, revision=revision) from error
     return Path(found)
@@ -138,7 +156,10 @@ def _find_cached(name: HubName, revision: str | None, error: BaseException) -> P
         str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
     }
     if name.asked is not None or _is_only_gguf(files):
-        return folder / choose_gguf(name.repo, name.asked, files)[0].files[0]
+        model = choose_gguf(name.repo, name.asked, files)[0]
+        if name.asked is None:  # the hub may have the usual one
+            logger.warning("the hub was not reached: this is %s, as the cache has it", model.tag)
+        return folder / model.files[0]
     if not any(file.endswith((".safetensors", ".bin")) for file in files):  # a plan has left its small files
         raise refused(str(name), error, revision=revision)
     return folder
@@ -170,14 +191,26 @@ def download_weights(checkpoint: Checkpoint) -> None:
         wanted += _module_weights(checkpoint.path)
         _check_room(first, sum(file.size for file in wanted))
         _snapshot(first.repo, first.revision, first.commit, sorted({file.name for file in wanted}))
+    if checkpoint.path.is_dir():
+        download_vocabularies(checkpoint.path)
     for file in checkpoint.files:
         file.settle()
 
 
+def download_vocabularies(folder: Path) -> None:
+    """Download the tokenizer of a model whose other small files lie in a folder; nothing where it is there."""
+    wanted = [
+        file
+        for file in remote_files(folder)
+        if file.path.parent == folder and any(fnmatch(file.path.name, name) for name in VOCABULARIES)
+    ]
+    if wanted:
+        first = wanted[0]
+        _snapshot(first.repo, first.revision, first.commit, sorted(file.name for file in wanted))
+
+
 def _module_weights(folder: Path) -> list[RemoteFile]:
     """Find the weights of sentence-transformers' modules, which lie in numbered folders beside the model."""
-    from pymllm.weights.remote import remote_files
-
     return [file for file in remote_files(folder) if MODULE_WEIGHTS.fullmatch(file.name)]
 
 
