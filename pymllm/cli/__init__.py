@@ -36,6 +36,8 @@ VERBS = {
     "serve": "answer OpenAI-style requests over HTTP",
     "batch": "answer a file of OpenAI-style requests into another",
     "bench": "measure prefill and decode, beside the limits of the machine",
+    "list": "list the models in the hub's cache",
+    "rm": "remove models from the hub's cache",
     "doctor": "show what this machine and this installation can do",
     "kernels": "build, tune and measure kernels (for those who work on them)",
     "completion": "print what lets a shell complete pymllm's words on Tab",

@@ -84,7 +84,8 @@ def parser_of(name: str, summary: str, verbs: argparse._SubParsersAction) -> arg
 
 def add_verb_arguments(verb: argparse.ArgumentParser, name: str) -> None:
     """Import a verb's file and add its arguments to the verb's parser."""
-    module = importlib.import_module(f"pymllm.cli.{name}")
+    # A file list.py would take the place of Python's own list in this package.
+    module = importlib.import_module(f"pymllm.cli.{'list_models' if name == 'list' else name}")
     module.add_arguments(verb)
     verb.set_defaults(execute=module.execute, parser=verb)
 

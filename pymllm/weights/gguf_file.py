@@ -150,9 +150,11 @@ class GGUFFile(TensorFile):
             raise fault(
                 path, "header-length", message, f"at most {counted(header.limit, 'byte')} of header", found
             )
+        header.rest = tensors * LEAST_TENSOR_BYTES
         self.spans = {}
         self.metadata = _read_metadata(header, entries, self.spans)
         self.alignment = _alignment(path, self.metadata.get("general.alignment", 32))
+        header.certain, header.rest = header.position + header.rest, 0
         described = [_read_tensor(header) for _ in range(tensors)]
         data_start = -(-header.position // self.alignment) * self.alignment
         infos = [self._info(data_start, *entry) for entry in described]
@@ -222,7 +224,7 @@ class _Header:
     """The start of a file, read as far as it is asked for.
 
     position: the index of the next byte.  limit: how many bytes a header may take at most.
-    certain: how many bytes from `position` on it takes at least, as far as is known.
+    certain, rest: where what is read now ends at the earliest, and how many bytes come behind it at least.
     """
 
     def __init__(self, descriptor: Descriptor | RemoteFile) -> None:
@@ -230,7 +232,7 @@ class _Header:
         self.limit = min(MAX_HEADER_BYTES, self.identity[2])
         self.buffer = bytearray()
         self.position = 0
-        self.certain = 0
+        self.certain = self.rest = 0
         self._descriptor = descriptor
 
     def need(self, count: int) -> int:
@@ -245,7 +247,7 @@ class _Header:
             size = max(end - len(self.buffer), CHUNK_BYTES)
             if isinstance(self._descriptor, RemoteFile):
                 # What is certainly wanted, and a little more: no answer may hold many bytes that nobody needs.
-                certain = max(end, start + self.certain) - len(self.buffer)
+                certain = max(end, self.certain + self.rest) - len(self.buffer)
                 size = max(certain, len(self.buffer) // REMOTE_SHARE, LEAST_REMOTE_BYTES)
             size = min(size, self.limit - len(self.buffer))
             self.buffer += self._descriptor.read(len(self.buffer), size)
@@ -274,8 +276,9 @@ class _Header:
             self.need(count * 8)  # raises the error
         length = struct.Struct("<Q")
         found = []
+        self.certain = max(self.certain, self.position + count * 8)
         # There may be hundreds of thousands: strings within the buffer are read without further calls.
-        for _ in range(count):
+        for done in range(count):
             start = self.position + 8
             if start <= len(self.buffer):
                 end = start + length.unpack_from(self.buffer, self.position)[0]
@@ -286,6 +289,7 @@ class _Header:
                         found.append(self.string())  # raises the error
                     self.position = end
                     continue
+            self.certain = self.position + (count - done) * 8
             found.append(self.string())
         return found
 

@@ -52,7 +52,10 @@ class HubName:
 def parse_hub_name(text: str) -> HubName | None:
     """Read a hub id; None for what is none."""
     match = HUB_NAME.fullmatch(text)
-    return None if match is None else HubName(match["repo"], match["tag"] or match["file"])
+    asked = None if match is None else match["tag"] or match["file"]
+    if match is None or not {".", ".."}.isdisjoint((asked or "").split("/")):
+        return None
+    return HubName(match["repo"], asked)
 
 
 def find_model(name: HubName, revision: str | None, download: bool) -> Path:

@@ -46,7 +46,7 @@ def refused(
     elif isinstance(error, errors.RepositoryNotFoundError):
         said = f"{name!r} is not a local folder, and the hub has no such model, or not for you"
         fix = "Check the spelling; for a private model, log in (`hf auth login`, or HF_TOKEN)."
-    elif isinstance(error, errors.EntryNotFoundError) and status == 404:
+    elif status == 404:
         said, fix = f"the hub has no {name!r}", near or "Check the spelling."
     elif status in (401, 403):
         said, fix = (

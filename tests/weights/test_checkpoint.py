@@ -9,7 +9,6 @@ from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.constants
-import huggingface_hub.utils
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -192,24 +191,3 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path, monkeypatch):
     assert resolve_model_path(tmp_path) == tmp_path
     with pytest.raises(CheckpointError, match="revision 'main'"):
         resolve_model_path(tmp_path, revision="main")
-
-
-def test_only_the_needed_files_are_downloaded(tmp_path, monkeypatch):
-    calls = []
-
-    def download(repo_id, **options):
-        calls.append((repo_id, options))
-        return str(tmp_path)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model_path("org/name", revision="v2") == tmp_path
-    (repo_id, options), *_ = calls
-    assert (repo_id, options["revision"]) == ("org/name", "v2")
-    names = ["config.json", "model.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja",
-             "1_Pooling/config.json", "2_Dense/model.safetensors",
-             "pytorch_model.bin", "modeling.py", "original/model.safetensors", "onnx/model.safetensors"]  # fmt: skip
-    kept = huggingface_hub.utils.filter_repo_objects(
-        names, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
-    )
-    assert list(kept) == names[:7]
