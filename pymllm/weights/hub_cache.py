@@ -129,7 +129,7 @@ def _is_complete(folder: Path, files: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Removal:
-    """What is about to be removed.  names: as they were asked for.  size: bytes that this frees.
+    """Models about to be removed.  names: as they were asked for.  size: bytes that this frees.
 
     folders: repositories.  files: of others.  opened: what a model is opened by, for each that is removed alone.
     """

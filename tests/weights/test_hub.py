@@ -102,7 +102,8 @@ def large_model(shards, layers, hidden, inner, vocabulary):
             )
         text = json.dumps(header).encode()
         files[name] = Sparse(struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": inner,
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+              "intermediate_size": inner,
               "num_hidden_layers": layers, "num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 128,
               "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}  # fmt: skip
     index = {"metadata": {}, "weight_map": weight_map}
