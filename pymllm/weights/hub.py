@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -79,6 +79,8 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
         if not any(file.endswith("config.json") for file in files):
             raise _no_model(name.repo, list(files))
         if download:
+            weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+            _check_room(name.repo, _folder(name.repo, commit), weights, files)
             folder = _snapshot(name.repo, revision, commit, DOWNLOADED)
         else:
             folder = _snapshot(name.repo, revision, commit, SMALL, [*NOT_DOWNLOADED, *VOCABULARIES])
@@ -89,6 +91,7 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
             logger.warning("%s holds several models: this is %s", name.repo, model.tag)
         folder = _folder(name.repo, commit)
         if download and not all((folder / file).exists() for file in chosen):
+            _check_room(name.repo, folder, chosen, files)
             folder = _snapshot(name.repo, revision, commit, list(chosen))
     for file, size in files.items():
         if not (folder / file).exists():
@@ -192,7 +195,8 @@ def download_weights(checkpoint: Checkpoint) -> None:
     if wanted:
         first = wanted[0]
         wanted += _module_weights(checkpoint.path)
-        _check_room(first, sum(file.size for file in wanted))
+        sizes = {os.fspath(file.path): file.size for file in wanted}
+        _check_room(first.repo, first.path.parent, list(sizes), sizes)
         _snapshot(first.repo, first.revision, first.commit, sorted({file.name for file in wanted}))
     if checkpoint.path.is_dir():
         download_vocabularies(checkpoint.path)
@@ -217,13 +221,15 @@ def _module_weights(folder: Path) -> list[RemoteFile]:
     return [file for file in remote_files(folder) if MODULE_WEIGHTS.fullmatch(file.name)]
 
 
-def _check_room(file: RemoteFile, needed: int) -> None:
-    free = free_bytes(file.path)
+def _check_room(repo: str, folder: Path, files: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Raise CheckpointError "disk-full" unless those of the files that a folder lacks have room on its disk."""
+    needed = sum(sizes[file] for file in files if not (folder / file).exists())
+    free = free_bytes(folder)
     if free is not None and needed > free:
         raise CheckpointError(
-            f"the disk has no room for the weights of {file.repo!r}",
+            f"the disk has no room for the weights of {repo!r}",
             code="disk-full",
-            file=os.fspath(file.path.parent),
+            file=os.fspath(folder),
             expected=f"room for {needed / 1e9:.2f} GB",
             found=f"{free / 1e9:.2f} GB free",
             fix=f"Free {(needed - free) / 1e9:.2f} GB (`pymllm list` and `pymllm rm` show and remove models), "

@@ -135,6 +135,9 @@ def test_weights_that_the_disk_has_no_room_for_are_not_begun(serve, monkeypatch)
     with pytest.raises(CheckpointError, match="GB free") as caught:
         load_prepared(prepared, progress=False)
     assert caught.value.code == "disk-full" and not hub.given
+    with pytest.raises(CheckpointError, match="GB free"):  # as `quantize` opens a model: whole
+        resolve_model_path("org/tiny")
+    assert not hub.given
 
 
 def test_weights_that_change_between_plan_and_load_are_refused(serve):
