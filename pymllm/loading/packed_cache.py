@@ -152,7 +152,7 @@ class PackedCache:
             account = {
                 "tensors_described": self.tensors,
                 "report": _write_report(report),
-                "model": str(self.prepared.checkpoint.path),
+                "model": os.path.abspath(self.prepared.checkpoint.path),
             }
             own = self.path.with_name(f"{self.path.stem}.{os.getpid()}")
             written = write_packed(own, self.key, found, account, self.threads)

@@ -20,6 +20,7 @@ from pymllm.text.encoders import auto_tokenizer_from_pretrained as auto_tokenize
 from pymllm.text.json_files import read_json as read_json
 from pymllm.text.template_files import choose_template, read_templates
 from pymllm.text.text_bounds import most_characters
+from pymllm.weights.hub import download_vocabularies
 
 # Files that transformers makes a tokenizer of, where there is no tokenizer.json.
 VOCABULARIES = ("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
@@ -63,6 +64,7 @@ class Tokenizer:
     @names_files
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        download_vocabularies(folder)
         self.settings = read_json(folder / "tokenizer_config.json")
 
     @functools.cached_property

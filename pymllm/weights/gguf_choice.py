@@ -10,7 +10,11 @@ from pymllm.errors import CheckpointError, nearest
 from pymllm.weights.gguf_checkpoint import SPLIT_NAME
 
 USUAL = "Q4_K_M"
-TAG = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|BF16|F16|F32|FP16|FP32)", re.IGNORECASE)
+# The types of GGUF files, as their makers put them into names, in capitals or not.
+TAG = re.compile(
+    r"(?<![A-Za-z0-9])(?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|BF16|F16|F32|FP16|FP32)(?![A-Za-z0-9])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,7 @@ class GGUFModel:
     @property
     def tag(self) -> str:
         """The tag that names it: the last part of its name that is a type, else its folder, else its name."""
-        found = [
-            match[0] for match in re.finditer(rf"(?<![A-Za-z0-9]){TAG.pattern}(?![A-Za-z0-9])", self.stem)
-        ]
+        found = TAG.findall(self.stem)
         return found[-1].upper() if found else self.stem
 
 
@@ -88,7 +90,12 @@ def choose_gguf(repo: str, asked: str | None, sizes: Mapping[str, int]) -> tuple
         file=repo,
         expected=" or ".join(tags.values()) or "a repository with .gguf files",
         found=asked,
-        fix=(nearest(asked, tags) if asked else "") or f"Name one: {repo}:{next(iter(tags), 'TAG')}.",
+        fix=(nearest(asked, tags) if asked else "")
+        or (
+            f"Name one: {repo}:{next(iter(tags))}."
+            if tags
+            else "Leave the tag out, or name another repository."
+        ),
     )
 
 

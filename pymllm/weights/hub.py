@@ -9,18 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from pymllm.disk import free_bytes
-from pymllm.errors import CheckpointError, nearest
+from pymllm.errors import CheckpointError, first_few, nearest
 from pymllm.weights.checkpoint import Checkpoint
 from pymllm.weights.gguf_choice import choose_gguf, gguf_models
 from pymllm.weights.hub_errors import hub_failures, is_offline, refused
 from pymllm.weights.remote import RemoteFile, register, remote_file, remote_files
 
-SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+SMALL = ["*.json", "*.jinja"]
+# Of tens of megabytes, and nothing that a plan needs.
+VOCABULARIES = ["*tokenizer.json", "*vocab.json", "*.txt", "*.model"]
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other copies of the weights (original/, onnx/); sentence-transformers numbers its modules (2_Dense/).
 NOT_DOWNLOADED = ["[!0-9]*/*.safetensors"]
@@ -72,7 +76,14 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
     files = {one.rfilename: one.size or 0 for one in info.siblings or ()}
     if name.asked is None and not _is_only_gguf(files):
         chosen = None
-        folder = _snapshot(name.repo, revision, commit, DOWNLOADED if download else SMALL)
+        if not any(file.endswith("config.json") for file in files):
+            raise _no_model(name.repo, list(files))
+        if download:
+            weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+            _check_room(name.repo, _folder(name.repo, commit), weights, files)
+            folder = _snapshot(name.repo, revision, commit, DOWNLOADED)
+        else:
+            folder = _snapshot(name.repo, revision, commit, SMALL, [*NOT_DOWNLOADED, *VOCABULARIES])
     else:
         model, several = choose_gguf(name.repo, name.asked, files)
         chosen = model.files
@@ -80,6 +91,7 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
             logger.warning("%s holds several models: this is %s", name.repo, model.tag)
         folder = _folder(name.repo, commit)
         if download and not all((folder / file).exists() for file in chosen):
+            _check_room(name.repo, folder, chosen, files)
             folder = _snapshot(name.repo, revision, commit, list(chosen))
     for file, size in files.items():
         if not (folder / file).exists():
@@ -88,6 +100,16 @@ def find_model(name: HubName, revision: str | None, download: bool) -> Path:
             )
             register(RemoteFile(folder / file, file, name.repo, commit, url, size, revision))
     return folder if chosen is None else folder / chosen[0]
+
+
+def _no_model(repo: str, files: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"the repository {repo!r} holds no model",
+        code="model-not-found",
+        expected="config.json with safetensors files, or .gguf files",
+        found=first_few(sorted(files)) or "no files",
+        fix="Choose another repository.",
+    )
 
 
 def _folder(repo: str, commit: str) -> Path:
@@ -104,19 +126,18 @@ def _is_only_gguf(files: Sequence[str] | dict[str, int]) -> bool:
     return not weights and bool(gguf_models(dict.fromkeys(files, 0)))
 
 
-def _snapshot(repo: str, revision: str | None, commit: str, patterns: list[str]) -> Path:
+def _snapshot(
+    repo: str, revision: str | None, commit: str, patterns: list[str], without: Sequence[str] = NOT_DOWNLOADED
+) -> Path:
     """Download the files of a commit that patterns name, with the hub's own progress, resumption and locks."""
     import huggingface_hub
 
+    settings: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": list(without)}
     try:
         # By its revision's name, so that the cache knows that name offline, too.
-        found = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED
-        )
+        found = huggingface_hub.snapshot_download(repo, revision=revision, **settings)
         if Path(found).name != commit:
-            found = huggingface_hub.snapshot_download(
-                repo, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED
-            )
+            found = huggingface_hub.snapshot_download(repo, revision=commit, **settings)
     except hub_failures() as error:
         raise refused(repo, error, revision=revision) from error
     return Path(found)
@@ -141,7 +162,10 @@ def _find_cached(name: HubName, revision: str | None, error: BaseException) -> P
         str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
     }
     if name.asked is not None or _is_only_gguf(files):
-        return folder / choose_gguf(name.repo, name.asked, files)[0].files[0]
+        model = choose_gguf(name.repo, name.asked, files)[0]
+        if name.asked is None:  # the hub may have the usual one
+            logger.warning("the hub was not reached: this is %s, as the cache has it", model.tag)
+        return folder / model.files[0]
     if not any(file.endswith((".safetensors", ".bin")) for file in files):  # a plan has left its small files
         raise refused(str(name), error, revision=revision)
     return folder
@@ -171,10 +195,25 @@ def download_weights(checkpoint: Checkpoint) -> None:
     if wanted:
         first = wanted[0]
         wanted += _module_weights(checkpoint.path)
-        _check_room(first, sum(file.size for file in wanted))
+        sizes = {os.fspath(file.path): file.size for file in wanted}
+        _check_room(first.repo, first.path.parent, list(sizes), sizes)
         _snapshot(first.repo, first.revision, first.commit, sorted({file.name for file in wanted}))
+    if checkpoint.path.is_dir():
+        download_vocabularies(checkpoint.path)
     for file in checkpoint.files:
         file.settle()
+
+
+def download_vocabularies(folder: Path) -> None:
+    """Download the tokenizer of a model whose other small files lie in a folder; nothing where it is there."""
+    wanted = [
+        file
+        for file in remote_files(folder)
+        if file.path.parent == folder and any(fnmatch(file.path.name, name) for name in VOCABULARIES)
+    ]
+    if wanted:
+        first = wanted[0]
+        _snapshot(first.repo, first.revision, first.commit, sorted(file.name for file in wanted))
 
 
 def _module_weights(folder: Path) -> list[RemoteFile]:
@@ -182,13 +221,15 @@ def _module_weights(folder: Path) -> list[RemoteFile]:
     return [file for file in remote_files(folder) if MODULE_WEIGHTS.fullmatch(file.name)]
 
 
-def _check_room(file: RemoteFile, needed: int) -> None:
-    free = free_bytes(file.path)
+def _check_room(repo: str, folder: Path, files: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Raise CheckpointError "disk-full" unless those of the files that a folder lacks have room on its disk."""
+    needed = sum(sizes[file] for file in files if not (folder / file).exists())
+    free = free_bytes(folder)
     if free is not None and needed > free:
         raise CheckpointError(
-            f"the disk has no room for the weights of {file.repo!r}",
+            f"the disk has no room for the weights of {repo!r}",
             code="disk-full",
-            file=os.fspath(file.path.parent),
+            file=os.fspath(folder),
             expected=f"room for {needed / 1e9:.2f} GB",
             found=f"{free / 1e9:.2f} GB free",
             fix=f"Free {(needed - free) / 1e9:.2f} GB (`pymllm list` and `pymllm rm` show and remove models), "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pymllm.disk import CODES, FIXES
+from pymllm.disk import reason as why
 from pymllm.errors import CheckpointError
 
 LONGEST_REASON = 200  # characters of what the client says
@@ -57,6 +59,12 @@ def refused(
         said, fix = f"the hub did not give {name!r}: status {status}", "Try again later."
     elif isinstance(error, errors.HFValidationError):
         said, fix = f"{name!r} is neither a local folder nor a hub id", "Check the spelling."
+    elif isinstance(error, OSError) and error.errno in CODES:
+        said = f"the hub's cache cannot be written: {error.filename or constants.HF_HUB_CACHE}: {why(error)}"
+        fix = f"{FIXES[CODES[error.errno]]} HF_HOME names another place."
+    elif type(error) is OSError:  # of a file that came, but not whole
+        said = f"the hub did not give {name!r} whole: {' '.join(str(error).split())[:LONGEST_REASON]}"
+        fix = "Try again; if it stays, remove the model from the cache (`pymllm rm`)."
     elif constants.HF_HUB_OFFLINE:
         said = f"{name!r} is not in the hub's cache, and HF_HUB_OFFLINE is set"
         fix = f"Unset HF_HUB_OFFLINE, or download it first. The cache is {constants.HF_HUB_CACHE}."

@@ -65,7 +65,9 @@ def test_a_plan_reads_headers_and_a_load_the_rest(serve):
     prepared = prepare("org/tiny")
     assert hub.given[WEIGHTS] == header_bytes(FILES[WEIGHTS])
     assert not prepared.checkpoint.files[0].path.exists()
+    assert not hub.given["tokenizer.json"]
     model = load_prepared(prepared, progress=False)
+    assert hub.given["tokenizer.json"] == len(FILES["tokenizer.json"])
     assert prepared.checkpoint.files[0].path.read_bytes() == FILES[WEIGHTS]
     local = load_prepared(prepare(SHIPPED), progress=False)
     for (name, one), (_, other) in zip(model.state_dict().items(), local.state_dict().items(), strict=True):
@@ -133,6 +135,9 @@ def test_weights_that_the_disk_has_no_room_for_are_not_begun(serve, monkeypatch)
     with pytest.raises(CheckpointError, match="GB free") as caught:
         load_prepared(prepared, progress=False)
     assert caught.value.code == "disk-full" and not hub.given
+    with pytest.raises(CheckpointError, match="GB free"):  # as `quantize` opens a model: whole
+        resolve_model_path("org/tiny")
+    assert not hub.given
 
 
 def test_weights_that_change_between_plan_and_load_are_refused(serve):
@@ -224,6 +229,12 @@ def test_hub_names():
     assert parse_hub_name("org/repo/a/b.gguf") == parse_hub_name("org/repo:a/b.gguf") == file
     assert parse_hub_name("org/repo") == HubName("org/repo", None)
     assert [parse_hub_name(text) for text in ("a/b/c", "a", "a/b:", "a/b:../c", "./a/b", "")] == [None] * 6
+
+
+def test_tags_in_small_letters_are_tags():
+    sizes = {f"qwen2.5-7b-instruct-{tag}.gguf": 1 for tag in ("q4_k_m", "q8_0", "fp16")}
+    model, several = choose_gguf("org/repo", None, sizes)
+    assert (model.tag, several) == ("Q4_K_M", True)
 
 
 SIZES = {"m-Q4_K_M.gguf": 1, "m-Q8_0.gguf": 2, "mmproj-F16.gguf": 3, "BF16/m-BF16-00001-of-00002.gguf": 4,
