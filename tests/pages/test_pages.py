@@ -24,7 +24,16 @@ except ImportError:
 import pymllm
 
 from .blocks import LANGUAGES, Block, read_blocks
-from .commands import COLUMNS, ROOT, agrees, read_commands, read_shown, run_command, show_command, split_command
+from .commands import (
+    COLUMNS,
+    ROOT,
+    agrees,
+    read_commands,
+    read_shown,
+    run_command,
+    show_command,
+    split_command,
+)
 from .desk import lay_out
 from .served import Server, one_server
 
