@@ -36,7 +36,7 @@ logger = logging.getLogger("pymllm")
 
 @dataclass(frozen=True)
 class HubName:
-    """What a hub id names.  asked: a tag or file of a GGUF model; None: the repository's only, or usual, model."""
+    """A hub id taken apart.  asked: a tag or file of a GGUF model; None: the repository's only, or usual, model."""
 
     repo: str
     asked: str | None
