@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,17 +61,20 @@ def _verb(title: str, verb: argparse.ArgumentParser) -> Iterator[str]:
 
     yield from ("", f"## {title}", "", verb.description or "", "")
     if verb.usage:
-        yield from ("```", verb.usage, "```", "")
+        yield from ("```text", verb.usage, "```", "")
     yield from _options(title, verb)
     if verb.epilog:
-        # Examples and all: as the help prints it.
         prose, _, examples = verb.epilog.partition("examples:\n")
+        examples, _, behind = examples.partition("\n\n")
         if "\n  " not in prose:
             yield from ("", " ".join(prose.split()))
         else:
-            yield from ("", "```", prose.strip(), "```")
+            yield from ("", "```text", prose.strip(), "```")
         if examples:
-            yield from ("", "```", inspect.cleandoc("  " + examples.lstrip()), "```")
+            commands = re.sub(r"(?<=\S) {3,}(?=\S)", "    # ", textwrap.dedent(examples))
+            yield from ("", "<!-- not run: examples of the help -->", "```sh", commands, "```")
+        if behind:
+            yield from ("", " ".join(behind.split()))
     for name, action in parsers_within(verb).items():
         yield from _verb(f"{title} {name}", action)
 
@@ -197,7 +201,7 @@ def _text(docstring: str, parameters: dict[str, Any]) -> Iterator[str]:
     """Turn a docstring into paragraphs, code, and a list of arguments."""
     for paragraph in docstring.split("\n\n"):
         if re.match(r"(    )?(\w+ = |async with |with |for |print|pymllm\.|import )\S", paragraph):
-            yield from ("```", inspect.cleandoc(paragraph), "```", "")
+            yield from ("```python", textwrap.dedent(paragraph), "```", "")
             continue
         marks = [m for m in NAMED.finditer(paragraph) if set(re.split(r",\s+", m[1])) & set(parameters)]
         ends = [*(mark.start() for mark in marks[1:]), len(paragraph)] if marks else []

@@ -46,7 +46,7 @@ from pymllm.weights.report import LoadReport
 class LLM(Adaptable):
     """A checkpoint, loaded for generation.
 
-    llm = LLM("path/to/model", quant={"**.mlp.**": "fp8"})
+    llm = pymllm.LLM("path/to/model", quant={"**.mlp.**": "fp8"})
 
     model: a folder of config.json and safetensors files, a .gguf file, or a hub id "org/name"; None: the small model
     that comes with the package.

@@ -30,7 +30,7 @@ class AsyncLLM:
     """A model whose steps all tasks share: their requests join and leave between two steps.
 
     async with pymllm.AsyncLLM("path/to/model") as llm:
-        answers = await asyncio.gather(*(llm.generate(prompt) for prompt in prompts))
+        answers = await asyncio.gather(*(llm.generate(prompt) for prompt in ("x = ", "y = ")))
 
     model: as `LLM` takes it, or an LLM that is loaded already.
     max_running: how many answers are made together.  Any number of calls may be open: those beyond twice as many wait

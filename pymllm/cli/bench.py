@@ -19,7 +19,8 @@ from pymllm.cli.options import (
     model_or_shipped,
     positive,
 )
-from pymllm.cli.output import print_json, readable_size, say, show
+from pymllm.cli.output import console, print_json, readable_size, say, show
+from pymllm.cli.table import Column, table_lines
 
 if TYPE_CHECKING:
     from pymllm.api import LLM
@@ -41,6 +42,7 @@ examples:
   pymllm bench MODEL -p 0 -n 64 --threads 1,2 --depth 0,1024 --json"""
 # The actions of `pymllm kernels`, which once was called bench.
 DEVELOPERS_ACTIONS = ("aot", "tune", "table")
+WIDTH = 80  # columns at most, but for names
 COLUMNS = ("test", "batch", "threads", "tokens/s", "limit", "of it", "limited by")
 
 
@@ -154,7 +156,8 @@ def execute(args: argparse.Namespace) -> int:
     elif args.csv:
         show(csv_of(measured))
     else:
-        show("\n".join(lines_of(llm, measured, markdown=args.markdown)))
+        width = console().width if sys.stdout.isatty() else WIDTH
+        show("\n".join(lines_of(llm, measured, markdown=args.markdown, width=min(width, WIDTH))))
     return 0
 
 
@@ -248,9 +251,9 @@ def csv_of(measured: Measured) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def lines_of(llm: LLM, measured: Measured, *, markdown: bool = False) -> list[str]:
-    """Write the header, the table and what ran, for people: at most 80 columns, but for names."""
-    head = [_wrapped(name, text) for name, text in _head(llm, measured)]
+def lines_of(llm: LLM, measured: Measured, *, markdown: bool = False, width: int = WIDTH) -> list[str]:
+    """Write the header, the table and what ran, for people: at most `width` columns, but for names."""
+    head = [_wrapped(name, text, width) for name, text in _head(llm, measured)]
     cells = [list(COLUMNS), *map(_cells, measured.rows)]
     if markdown:
         table = ["| " + " | ".join(row) + " |" for row in cells]
@@ -259,10 +262,15 @@ def lines_of(llm: LLM, measured: Measured, *, markdown: bool = False) -> list[st
     else:
         widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
         table = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
+        if max(map(len, table)) > width:
+            kinds = [
+                Column(title, 0 < index < len(COLUMNS) - 1, index == 0) for index, title in enumerate(COLUMNS)
+            ]
+            table = table_lines(kinds, cells[1:], width)
     kernels = ["kernels", *_kernel_lines(llm)]
     if markdown:
         kernels = [f"    {line}" for line in kernels]
-    said = [textwrap.fill(text, 80, break_on_hyphens=False) for text in warnings(llm, measured)]
+    said = [textwrap.fill(text, width, break_on_hyphens=False) for text in warnings(llm, measured)]
     return [*head, "", *table, "", *kernels, *([""] if said and markdown else []), *said]
 
 
@@ -274,9 +282,9 @@ def _aligned(row: list[str], widths: list[int]) -> list[str]:
     ]
 
 
-def _wrapped(name: str, text: str) -> str:
+def _wrapped(name: str, text: str, width: int) -> str:
     return textwrap.fill(
-        f"{name:9}{text}", 80, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        f"{name:9}{text}", width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -306,7 +314,7 @@ def _head(llm: LLM, measured: Measured) -> list[tuple[str, str]]:
             f"reads {read} of weights, and {plan.totals['kv_cache_bytes_per_token']} bytes of keys and values for "
             "each token before it",
         ),
-        ("machine", f"{place}; {plan.dtype} activations, compute {plan.compute}"),
+        ("machine", f"{place}; {plan.dtype} between layers, compute {plan.compute}"),
         ("memory", f"is read at {rates}"),
         (
             "versions",

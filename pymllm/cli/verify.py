@@ -85,9 +85,9 @@ def execute(args: argparse.Namespace) -> int:
         failed = sum(not layer.ok for layer in verification.layers)
         verdict = f"{failed} FAIL" if failed else "all within what rounding explains"
         checked = counted(len(verification.layers), "layer")
-        show(f"{verification.model}: {checked} against float64, {verdict}")
+        console().print(f"{verification.model}: {checked} against float64, {verdict}")
         if verification.end_to_end is not None:
-            show("\n".join(verification.end_to_end.lines()))
+            console().print("\n".join(verification.end_to_end.lines()))
     return 0 if verification.ok else 1
 
 

@@ -165,6 +165,14 @@ def test_the_table_is_narrow_and_names_what_ran(floats, capsys):
     assert "slow:" not in printed.out
 
 
+def test_a_narrow_terminal_gets_whole_words(floats, capsys, monkeypatch):
+    monkeypatch.setattr("pymllm.cli.bench.WIDTH", 60)
+    assert main(["bench", str(floats), *ARGUMENTS, "--depth", "32", "-t", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 60] == []
+    assert "pp40 @ d32" in map(str.strip, lines) and "between layers" in " ".join(" ".join(lines).split())
+
+
 def test_a_reference_kernel_is_said(floats, capsys):
     assert main(["bench", str(floats), *ARGUMENTS, "--kernel", "linear=reference"]) == 0
     text = " ".join(capsys.readouterr().out.split())

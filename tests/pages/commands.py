@@ -20,6 +20,22 @@ SHELL = re.compile(r"[|<>;&`$*?~]|^(export|cd) ")
 COLUMNS = 100
 
 
+def split_command(command: str) -> list[list[str]]:
+    """Split what a shell is told into the words of its programs, without their redirections."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    programs: list[list[str]] = [[]]
+    words = iter(lexer)
+    for word in words:
+        if set(word) <= set("<>"):
+            next(words)
+        elif set(word) <= set("|&;"):
+            programs.append([])
+        else:
+            programs[-1].append(word)
+    return [program for program in programs if program]
+
+
 @dataclass(frozen=True)
 class Shown:
     """A command of a `console` block, and what stands below it."""

@@ -24,7 +24,16 @@ except ImportError:
 import pymllm
 
 from .blocks import LANGUAGES, Block, read_blocks
-from .commands import COLUMNS, ROOT, agrees, read_commands, read_shown, run_command, show_command
+from .commands import (
+    COLUMNS,
+    ROOT,
+    agrees,
+    read_commands,
+    read_shown,
+    run_command,
+    show_command,
+    split_command,
+)
 from .desk import lay_out
 from .served import Server, one_server
 
@@ -104,8 +113,7 @@ def run_line(
     elif words[:2] == ["pip", "install"]:
         assert_installs(block, words[2:])
     elif block.not_run is not None:
-        if words[0] == "pymllm":
-            assert_parses(block, command)
+        assert_parses(block, command)
     elif words[:2] == ["pymllm", "serve"]:
         assert server is not None
         server.start(command, desk)
@@ -121,11 +129,12 @@ def assert_parses(block: Block, command: str) -> None:
     """Look whether the command line knows all words of a command."""
     from pymllm.cli import _parse, _parser
 
-    words = shlex.split(command)[1:]
-    try:
-        _parse(_parser(words), words)
-    except SystemExit:
-        raise AssertionError(f"{block.where}: {command} is not understood") from None
+    for one in split_command(command):
+        if one[0] == "pymllm":
+            try:
+                _parse(_parser(one[1:]), one[1:])
+            except SystemExit:
+                raise AssertionError(f"{block.where}: {command} is not understood") from None
 
 
 def assert_installs(block: Block, words: list[str]) -> None:

@@ -20,7 +20,7 @@ class TorchLinear:
         if not isinstance(problem.weight, DenseType):
             return f"multiplies plain floats only, the weight is {problem.weight}"
         if problem.weight.dtype is not problem.dtype:
-            return f"needs weights in the activations' dtype, the weight is {problem.weight}"
+            return f"needs weights in the inputs' dtype, the weight is {problem.weight}"
         return None
 
     def numerics(self, problem: LinearProblem) -> str:

@@ -49,7 +49,7 @@ class NativeIntegerExperts(LinearExperts):
             if not isinstance(kernel, NativeIntegerLinear):
                 return f"takes products of native integer kernels, {product} goes to {kernel.name}"
             if linear.compute == "checkpoint" and linear.weight.activations != "float":  # type: ignore[union-attr]
-                return "quantises activations in its own way, which compute=checkpoint forbids"
+                return "rounds its inputs in its own way, which compute=checkpoint forbids"
             if blocks_of(linear).in_features != linear.in_features:
                 return f"takes inputs in whole blocks, {product} has {counted(linear.in_features, 'input')}"
         if "gate_up" not in products:

@@ -137,7 +137,7 @@ def why_not_floats(problem: LinearProblem, wanted: str) -> str | None:
     """
     here = why_not_here(problem)
     if here is None and problem.compute == "checkpoint" and wanted != "float":
-        return f"keeps activations as floats, compute=checkpoint wants them quantised ({wanted})"
+        return f"keeps its inputs as floats, compute=checkpoint wants them quantised ({wanted})"
     return here
 
 

@@ -185,10 +185,10 @@ def integer_reason(problem: LinearProblem) -> str | None:
         return f"takes scales in float16, bfloat16 or float32, the weight has {kind.scales}"
     if problem.compute == "checkpoint" and kind.activations != "float":
         if "product" in kind.activations:
-            return f"rounds activations before it multiplies, the checkpoint wants {kind.activations}"
+            return f"rounds its inputs before it multiplies, the checkpoint wants {kind.activations}"
         # W8A8 logits: with exact weights 3.6e-2 from the writer's, with rounded ones 3.1e-2.
         if problem.dtype is not torch.float32:
-            return f"keeps weights exact, which writers of quantised activations round to {problem.dtype}"
+            return f"keeps weights exact, which writers that quantise inputs round to {problem.dtype}"
     return group_reason(kind, problem.in_features, problem.out_features) or device_reason(problem)
 
 

@@ -39,9 +39,7 @@ class NativeIntegerCodebook(NativeIntegerLinear):
         if not isinstance(kind, CodebookType) or kind.codebook not in self.codebooks:
             return f"multiplies codes of {' or '.join(self.codebooks)} only, the weight is {kind}"
         if problem.compute == "checkpoint" and kind.activations != "float":
-            return (
-                f"keeps activations as floats, compute=checkpoint wants them quantised ({kind.activations})"
-            )
+            return f"keeps its inputs as floats, compute=checkpoint wants them quantised ({kind.activations})"
         if kind.scales not in SCALES:
             return f"takes scales in e8m0, e4m3 or a float dtype, the weight has {kind.scales}"
         return group_reason(kind, problem.in_features, problem.out_features) or device_reason(problem)

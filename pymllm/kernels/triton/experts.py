@@ -63,7 +63,7 @@ class DenseWords(WeightOnlyLinear):
     def why_not(self, problem: LinearProblem) -> str | None:
         kind = problem.weight
         if not isinstance(kind, DenseType) or kind.dtype is not problem.dtype:
-            return f"takes weights in the activations' dtype, the weight is {kind}"
+            return f"takes weights in the inputs' dtype, the weight is {kind}"
         if problem.in_features % 16:
             return f"needs multiples of 16 inputs, the weight has {problem.in_features}"
         return why_not_float_activations(problem, "float")
