@@ -106,12 +106,12 @@ def execute(args: argparse.Namespace) -> int:
             answerer.params(settings.sampling)
             reader = choose_reader()
             if reader.interactive:
-                screen.note(
+                screen.remark(
                     f"{llm.plan.model}, {llm.engine.longest} tokens of context. /help lists the commands, "
                     "Ctrl+C ends an answer, Ctrl+D leaves."
                 )
             if said is not None:
-                screen.note(said)
+                screen.remark(said)
             talk = Talk(answerer, Conversation(args.system), settings, reader, screen)
             talk.run()
     return int(talk.failed and not reader.interactive)

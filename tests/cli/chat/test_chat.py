@@ -56,6 +56,15 @@ def test_each_line_of_a_pipe_is_a_turn_and_only_answers_go_to_stdout(llm, stdin,
     assert ">>>" not in captured.out + captured.err
 
 
+def test_a_quiet_chat_says_what_is_asked_for_alone(stdin, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("a = 1\n")
+    stdin(f"def f( @{tmp_path}/notes.txt\n/stats on\n/nonsense\n".encode())
+    assert main(["chat", "-q", *GREEDY]) == 1
+    captured = capsys.readouterr()
+    shown = captured.err.splitlines()
+    assert captured.out and len(shown) == 2 and shown[0] == "Statistics are on." and "error: " in shown[1]
+
+
 def test_a_refused_line_of_a_pipe_is_the_exit_code_and_the_rest_is_answered(stdin, capsys):
     stdin(b"/nonsense\n\xff\xfe\nSee @nothing.txt\ndef f(\n")
     code = main(["chat", *GREEDY])
