@@ -75,6 +75,11 @@ class _Lines(logging.Formatter):
         return escaped(super().formatMessage(record))
 
 
+def is_quiet() -> bool:
+    """Tell whether the command runs with --quiet."""
+    return _quiet
+
+
 def say(text: str = "") -> None:
     """Print a text for people, to stderr; nothing under --quiet."""
     if not _quiet:

@@ -16,7 +16,16 @@ from pymllm.cli.options import (
     add_model_options,
     add_template_option,
 )
-from pymllm.cli.output import console, print_json, rank, readable_size, say, show_text
+from pymllm.cli.output import (
+    console,
+    is_quiet,
+    print_json,
+    rank,
+    readable_size,
+    readable_text,
+    say,
+    show_text,
+)
 from pymllm.cli.questions import (
     DEMO_PROMPT,
     Asker,
@@ -124,9 +133,10 @@ def execute(args: argparse.Namespace) -> int:
         for loaded in llm.adapters.values():
             say(str(loaded))
     show = not args.json
-    if show and not chats and isinstance(text, str) and (args.stats or sys.stdout.isatty()):
+    continued = show and not chats and isinstance(text, str) and not is_quiet()
+    if continued and (args.stats or sys.stdout.isatty()):
         # The answer continues this line.
-        print(text, end="", file=sys.stderr, flush=True)
+        print(readable_text(str(text)), end="", file=sys.stderr, flush=True)
     output, outputs, first_token_seconds = answer(llm, ids, params, name, show)
     speeds = measure(llm, outputs, startup_seconds, first_token_seconds)
     if args.json:

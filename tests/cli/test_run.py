@@ -33,6 +33,12 @@ def test_run_takes_the_options_of_requests(llm, capsys):
     assert_one_error(main(["run", "import os\n" * 9, *options]), capsys.readouterr(), "fewer than 20 tokens")
 
 
+def test_a_quiet_run_prints_its_answer_alone(capsys):
+    assert main(["run", "-q", "--stats", "import os\n", "--max-tokens", "4", "--seed", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out and captured.err == ""
+
+
 def test_run_stats_go_to_stderr_the_plan_first(capsys):
     assert main(["run", "--stats", "import os\n", "--max-tokens", "4", "--seed", "1"]) == 0
     captured = capsys.readouterr()

@@ -14,14 +14,16 @@ from pymllm.cli.options import (
     add_template_option,
     engine_arguments,
     model_arguments,
-    model_or_shipped,
     text_arguments,
 )
 from pymllm.cli.sampling_options import add_sampling_options, sampling_arguments
 
 if TYPE_CHECKING:
     from pymllm.cli.chat.settings import Settings
+    from pymllm.loading.prepare import Prepared
+    from pymllm.planning.plan import Plan
     from pymllm.text.dialect import Dialect
+    from pymllm.text.tokenizer import Tokenizer
 
 EPILOG = """In the chat, /help lists the commands, Ctrl+C ends an answer, and Ctrl+D leaves. @PATH puts the text of a
 file into a message. Where stdin is no terminal, each line is a message or a command, and answers alone go to stdout;
@@ -65,21 +67,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    from pymllm.api import LLM
     from pymllm.cli.chat.answering import Answerer, ends_on_signals
     from pymllm.cli.chat.conversation import Conversation
     from pymllm.cli.chat.reading import choose_reader
     from pymllm.cli.chat.screen import Screen
     from pymllm.cli.chat.settings import Settings
     from pymllm.cli.chat.talk import Talk
+    from pymllm.engine.sampling import SamplingParams
 
     if sys.stdin is None or sys.stdin.closed:
         args.parser.error("stdin is closed: there is nobody to chat with")
     _refuse_torchrun()
     settings = Settings(sampling_arguments(args), args.thinking, args.stats)
-    dialect, said = check_before_loading(args, settings)
-    from pymllm.api import LLM
-
+    SamplingParams(**settings.sampling)
     screen = Screen()
+    checked: list[tuple[Dialect, str | None]] = []
+
+    def check(prepared: Prepared, plan: Plan, tokenizer: Tokenizer) -> None:
+        checked.append(check_before_loading(args, settings, prepared, tokenizer))
+
     with ends_on_signals():
         adapters = dict([args.adapter] if args.adapter else [])
         llm = LLM(
@@ -91,41 +98,39 @@ def execute(args: argparse.Namespace) -> int:
             **engine_arguments(args),
             check_memory=args.check_memory,
             **text_arguments(args),
+            before_loading=check,
         )
+        dialect, said = checked[0]
         with llm:
             answerer = Answerer(llm, dialect, next(iter(adapters), None))
             answerer.params(settings.sampling)
             reader = choose_reader()
             if reader.interactive:
-                screen.note(
+                screen.remark(
                     f"{llm.plan.model}, {llm.engine.longest} tokens of context. /help lists the commands, "
                     "Ctrl+C ends an answer, Ctrl+D leaves."
                 )
             if said is not None:
-                screen.note(said)
+                screen.remark(said)
             talk = Talk(answerer, Conversation(args.system), settings, reader, screen)
             talk.run()
     return int(talk.failed and not reader.interactive)
 
 
-def check_before_loading(args: argparse.Namespace, settings: Settings) -> tuple[Dialect, str | None]:
+def check_before_loading(
+    args: argparse.Namespace, settings: Settings, prepared: Prepared, tokenizer: Tokenizer
+) -> tuple[Dialect, str | None]:
     """Check what can be known before weights are read: the model talks, and its template takes what was asked for.
 
     Returns how it writes, and what is to be said of its thinking.  ConfigError, CheckpointError or RequestError.
     """
-    from pymllm.api.texts import choose_tokenizer
     from pymllm.cli.chat.answering import render
     from pymllm.cli.chat.conversation import Conversation
     from pymllm.cli.chat.settings import check_thinking
-    from pymllm.engine.sampling import SamplingParams
     from pymllm.errors import ConfigError
-    from pymllm.loading.prepare import prepare
     from pymllm.text.dialect import dialect_of
 
-    SamplingParams(**sampling_arguments(args))
-    prepared = prepare(model_or_shipped(args.model), **model_arguments(args))
     prepared.model.check_generates()
-    tokenizer = choose_tokenizer(prepared, args.tokenizer, args.chat_template)
     tokenizer.encode("x")
     if tokenizer.chat_template is None:
         raise ConfigError(

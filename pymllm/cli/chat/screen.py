@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from pymllm.cli.output import readable_text
+from pymllm.cli.output import is_quiet, readable_text
 from pymllm.errors import PymllmError, escaped
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ class Screen:
         """Show a remark in lines that fit.  indent: before what continues a line."""
         self.end()
         self._put(sys.stderr, f"{fill(escaped(text, NEWLINE), indent)}\n", None, dim=True)
+
+    def remark(self, text: str) -> None:
+        """Show a remark that nobody asked for; nothing under --quiet."""
+        if not is_quiet():
+            self.note(text)
 
     def error(self, error: PymllmError | str) -> None:
         """Show an error."""

@@ -83,7 +83,7 @@ class Talk:
         elif line.strip():
             text, files = attach(line.strip())
             for file in files:
-                self.screen.note(f"Read: {file}")
+                self.screen.remark(f"Read: {file}")
             self.ask(text)
 
     def check(self, conversation: Conversation) -> None:
@@ -135,7 +135,7 @@ class Talk:
             screen.end()
         nothing = answer.ended == "stopped" and not answer.said and not answer.thought
         for line in self._remarks(answer, nothing):
-            screen.note(line)
+            screen.remark(line)
         if self.reader.interactive:
             screen.note("")
         return None if nothing else answer

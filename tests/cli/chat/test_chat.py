@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import sys
 
 import pytest
 
+from pymllm.api import shipped_model
 from pymllm.cli import main
 from pymllm.cli.chat.history import MOST_BYTES, MOST_LINES, InputHistory
 from pymllm.cli.chat.screen import Screen
@@ -54,6 +56,15 @@ def test_each_line_of_a_pipe_is_a_turn_and_only_answers_go_to_stdout(llm, stdin,
     assert ">>>" not in captured.out + captured.err
 
 
+def test_a_quiet_chat_says_what_is_asked_for_alone(stdin, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("a = 1\n")
+    stdin(f"def f( @{tmp_path}/notes.txt\n/stats on\n/nonsense\n".encode())
+    assert main(["chat", "-q", *GREEDY]) == 1
+    captured = capsys.readouterr()
+    shown = captured.err.splitlines()
+    assert captured.out and len(shown) == 2 and shown[0] == "Statistics are on." and "error: " in shown[1]
+
+
 def test_a_refused_line_of_a_pipe_is_the_exit_code_and_the_rest_is_answered(stdin, capsys):
     stdin(b"/nonsense\n\xff\xfe\nSee @nothing.txt\ndef f(\n")
     code = main(["chat", *GREEDY])
@@ -76,6 +87,16 @@ def test_a_refused_line_of_a_pipe_is_the_exit_code_and_the_rest_is_answered(stdi
 def test_what_can_be_known_is_refused_before_weights_are_read(no_load, stdin, capsys, options, words):
     stdin(b"hello\n")
     assert_one_error(main(["chat", *options]), capsys.readouterr(), words)
+
+
+def test_a_chat_is_decided_once_with_the_tokenizer_that_was_given(stdin, capsys, tmp_path):
+    """A second look at the model would say again what is doubtful about its tokenizer."""
+    folder = shutil.copytree(shipped_model(), tmp_path / "other")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "def"}))
+    stdin(b"def f(\n")
+    code = main(["chat", *GREEDY, "--tokenizer", str(folder)])
+    assert code == 0 and capsys.readouterr().err.count("ends no answer") == 1
 
 
 def test_models_that_cannot_chat_are_refused_before_weights_are_read(
