@@ -35,6 +35,7 @@ VERBS = {
     "search": "find the rules that harm a model least within so many bits a weight",
     "serve": "answer OpenAI-style requests over HTTP",
     "batch": "answer a file of OpenAI-style requests into another",
+    "pack": "keep a model's packed weights, so that its next start is quick",
     "bench": "measure prefill and decode, beside the limits of the machine",
     "list": "list the models in the hub's cache",
     "rm": "remove models from the hub's cache",

@@ -123,8 +123,9 @@ def add_packed_cache_option(parser: argparse.ArgumentParser) -> None:
         "--packed-cache",
         metavar="auto|off|DIR",
         default="auto",
-        help="where packed weights are kept, so that the next start maps them: auto (models from 256 MiB on, in "
-        "~/.cache/pymllm/packed), off, or a folder; default: auto",
+        help="where packed weights are kept, so that the next start maps them: auto (a file as large as the packed "
+        "weights of each model from 256 MiB on, in ~/.cache/pymllm/packed or $PYMLLM_CACHE; at most 50 GB, and a tenth "
+        "of the disk stays free), off (nothing is written), or a folder; default: auto",
     )
 
 

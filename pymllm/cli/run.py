@@ -215,12 +215,14 @@ def measure(
 ) -> dict[str, Any]:
     """Collect seconds, and tokens per second.
 
-    load: reading and packing weights.  startup: from the call of `LLM` until it is ready, imports left out.
+    load: reading and packing weights, or taking those that were kept.
+    startup: from the call of `LLM` until it is ready, imports left out.
     """
     report = llm.load_report
     return {
         "load_seconds": report.seconds,
         "load_bytes": report.bytes_read,
+        "load_taken_from": report.taken_from,
         "startup_seconds": startup_seconds,
         "time_to_first_token_seconds": first_token_seconds,
         "time_per_output_token_seconds": outputs.tpot,
@@ -239,7 +241,9 @@ def print_plan_summary(plan: Plan) -> None:
 def print_speeds(output: RequestOutput, speeds: dict[str, Any]) -> None:
     prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
     say()
-    say(f"load     {speeds['load_seconds']:.2f} s, {readable_size(speeds['load_bytes'])} read and packed")
+    size, kept = readable_size(speeds["load_bytes"]), speeds["load_taken_from"]
+    done = f"{size} read and packed" if not kept else f"packed weights taken from {kept}, nothing read"
+    say(f"load     {speeds['load_seconds']:.2f} s, {done}")
     say(f"first    token after {speeds['time_to_first_token_seconds'] * 1000:.0f} ms")
     say(f"prefill  {speeds['prefill_tokens_per_second']:.0f} tokens/s ({prompt} tokens)")
     say(

@@ -162,6 +162,7 @@ class PackedCache:
         except (OSError, PymllmError) as error:
             logger.warning("packed weights are not kept in %s: %s", self.folder, error)
         else:
+            report.kept_in = str(self.path)
             logger.warning(
                 "kept %.1f GB of packed weights for the next start: %s (to be rid of it, delete the file; "
                 "--packed-cache off keeps none)",

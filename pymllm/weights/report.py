@@ -50,6 +50,7 @@ class LoadReport:
     loaded: the names of the tensors that were read.  methods: how many layers have each method.
     final_bytes: the size of this rank's packed weights.
     taken_from: the file of kept weights that was mapped in place of a load; "": there was none.
+    kept_in: the file in which this load's packed weights were kept; "": they were not.
     """
 
     tensors: list[TensorRecord] = field(default_factory=list)
@@ -59,6 +60,7 @@ class LoadReport:
     bytes_read: int = 0
     final_bytes: int = 0
     taken_from: str = ""
+    kept_in: str = ""
 
     def summary(self) -> str:
         """Sum the report up in one line for a log."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pymllm import load_model
+from pymllm.cli import main
 from pymllm.kernels.native.extension import native, native_available
 from pymllm.loading import packed_file, packed_key
 from pymllm.parallel import Parallel
@@ -183,6 +184,36 @@ def test_where_nothing_can_be_written_it_is_a_warning(good, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     assert not taken(load(good, tmp_path / "file" / "kept"))
     assert "not kept" in caplog.text
+
+
+def test_pack_keeps_ahead_what_a_start_takes(good, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    verb = ["pack", str(good), "--packed-cache"]
+    assert main([*verb, str(kept)]) == 0
+    (file,) = kept.glob("*.packed")
+    assert capsys.readouterr().out.strip() == str(file)
+    assert taken(load(good, kept))
+    assert main([*verb, str(kept)]) == 0 and "kept before" in capsys.readouterr().out
+    assert main([*verb, "off"]) == 1
+    (tmp_path / "file").write_text("")
+    assert main([*verb, str(tmp_path / "file" / "kept")]) == 1
+    assert (
+        main(
+            [
+                "run",
+                str(good),
+                "--prompt-ids",
+                "1,2",
+                "--max-tokens",
+                "1",
+                "--stats",
+                "--packed-cache",
+                str(kept),
+            ]
+        )
+        == 0
+    )
+    assert f"taken from {file}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 63, 64, 65, 200])
