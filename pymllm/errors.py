@@ -77,10 +77,6 @@ class ConfigError(PymllmError, ValueError):
     """A setting, a model config or a quantisation config that we cannot honour."""
 
 
-class ArgumentError(ConfigError, TypeError):
-    """A call with an argument that the function does not have, or one of the wrong type."""
-
-
 class IndicesError(ConfigError, IndexError):
     """Numbers of rows, experts, pages, slots or tokens outside of what they name."""
 
@@ -107,6 +103,10 @@ class RequestError(PymllmError, ValueError):
     @property
     def param(self) -> str | None:
         return self.tensor
+
+
+class ArgumentError(ConfigError, RequestError, TypeError):
+    """A call with an argument that the function does not have, or one of the wrong type."""
 
 
 class MissingExtraError(PymllmError, ImportError):

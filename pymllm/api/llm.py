@@ -207,7 +207,7 @@ class LLM(Adaptable):
         overrides: fields of `SamplingParams` that are to be others.
         """
         self.model.check_generates()
-        return default_params(self.prepared, **overrides)
+        return default_params(self.prepared, self.generation_config, **overrides)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into token ids; a prompt of ids is checked against the vocabulary.

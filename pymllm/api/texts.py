@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,19 @@ def end_tokens(prepared: Prepared) -> frozenset[int]:
     return end_tokens_of(checkpoint.config_file, generation_config(prepared), prepared.config.raw)
 
 
-def default_params(prepared: Prepared, **overrides: Any) -> SamplingParams:
+def default_params(
+    prepared: Prepared, generation: Mapping[str, Any] | None = None, /, **overrides: Any
+) -> SamplingParams:
     """Make the sampling parameters that the checkpoint recommends, but for `overrides`.
+
+    generation: its generation_config.json; None: as the file is now.
 
     RequestError for what no request may have; ConfigError for what the checkpoint may not recommend.
     """
     file = str(prepared.checkpoint.path / "generation_config.json")
     refused = refused_settings(prepared.model.strategy.name)
-    return SamplingParams(**{**recommended_settings(generation_config(prepared), refused, file), **overrides})
+    found = generation_config(prepared) if generation is None else dict(generation)
+    return SamplingParams(**{**recommended_settings(found, refused, file), **overrides})
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt, vocabulary: int) -> list[int]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from pymllm.cli.options import add_model_options, add_packed_cache_option, model_arguments, model_or_shipped
 from pymllm.cli.output import show
+
+if TYPE_CHECKING:
+    from pymllm.weights.report import LoadReport
 
 EXAMPLES = """A start takes what was kept if it has the same options of the model (docs/starting.md).
 
@@ -47,7 +51,7 @@ def execute(args: argparse.Namespace) -> int:
         check_memory=args.check_memory,
         **model_arguments(args),
     )
-    report = model.load_report
+    report: LoadReport = model.load_report  # type: ignore[assignment]
     if not (report.kept_in or report.taken_from):
         raise ConfigError(
             "the packed weights of this model were not kept",

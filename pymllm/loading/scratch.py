@@ -10,7 +10,9 @@ import functools
 import math
 import mmap
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from pymllm.layers.held import HeldWeight, WeightHolder
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.weights.spec import LinearShape
+
+if TYPE_CHECKING:
+    from pymllm.loading.match import Unit
 
 LEAST = 1 << 16  # bytes of a tensor that takes scratch: what is small may be kept as it is
 ALIGNMENT = 64
@@ -64,16 +69,31 @@ def scratch_parameters(holder: WeightHolder) -> set[tuple[int, str]]:
     return found
 
 
-def scratch_bytes(holder: WeightHolder) -> int:
-    """Count the bytes of `scratch_parameters`."""
-    modules = {id(weight.stored_in): weight.stored_in for weight in holder.held()}
-    return sum(getattr(modules[module], name).nbytes for module, name in scratch_parameters(holder))
+def scratch_bytes(unit: Unit) -> int:
+    """Count the bytes of `scratch_parameters`, from what is stored: also of a unit that is packed already."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return 0
+    read_only: Counter[tuple[int, str]] = Counter()
+    for weight in unit.holder.held():
+        if _is_repacked(weight):
+            read_only |= Counter({(id(weight.stored_in), name): 1 for name in _names(weight)})
+    sizes: Counter[tuple[int, str]] = Counter()
+    for placement in unit.placements:
+        if read_only[id(placement.module), placement.param]:
+            slot, tensor = placement.slot, placement.tensor
+            sizes[id(placement.module), placement.param] += (
+                slot.elements * tensor.nbytes // max(math.prod(tensor.shape), 1)
+            )
+    return sum(size for size in sizes.values() if size >= LEAST)
+
+
+def _names(weight: HeldWeight) -> list[str]:
+    shape = weight.shape if isinstance(weight.shape, LinearShape) else weight.shape.one
+    return [spec.name for spec in weight.method.weight_specs(shape)]
 
 
 def _large(weight: HeldWeight) -> list[str]:
-    shape = weight.shape if isinstance(weight.shape, LinearShape) else weight.shape.one
-    names = (spec.name for spec in weight.method.weight_specs(shape))
-    params = {name: weight.stored_in._parameters.get(name) for name in names}
+    params = {name: weight.stored_in._parameters.get(name) for name in _names(weight)}
     return [name for name, param in params.items() if param is not None and param.nbytes >= LEAST]
 
 

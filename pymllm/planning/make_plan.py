@@ -101,7 +101,7 @@ def make_plan(
         if converting is not None:
             stored = sum(placement.tensor.nbytes * _share(placement.slot) for placement in unit.placements)
             transient = max(transient, int(stored) + converting)
-        ahead.append(scratch_bytes(holder))
+        ahead.append(scratch_bytes(unit))
     if prepared.execution.device == "cpu":
         # While one unit is packed, the next one is read: two memories, which grow to the two largest.
         transient += sorted(ahead)[-2] if len(ahead) > 1 else 0

@@ -148,7 +148,7 @@ def test_only_a_rule_that_names_a_router_quantises_it(tmp_path):
 
 def test_a_rule_that_matches_no_expert_names_the_nearest(tmp_path):
     checkpoint = write_moe(tmp_path / "m", "mixtral")
-    with pytest.raises(RuleError, match=r"experts\.\d\.w1"):
+    with pytest.raises(RuleError, match=r"experts\.\d\.w\d"):
         plan(checkpoint.folder, "model.layers.0.block_sparse_moe.experts.0.w9=int8", device="cpu")
 
 
