@@ -185,7 +185,7 @@ def read_ids(args: argparse.Namespace, text: str) -> list[int]:
 def read_file(args: argparse.Namespace, file: Path) -> str:
     """Read a file of text."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or f"it is not UTF-8: {error}"
         args.parser.error(f"{file}: the prompt cannot be read: {why}")
@@ -209,7 +209,7 @@ def read_stdin(args: argparse.Namespace) -> str:
         return ""
     data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         args.parser.error(f"the prompt on stdin is not UTF-8: {error}")
     return text

@@ -296,7 +296,7 @@ def _read(file: Path) -> str:
     from pymllm.errors import ConfigError
 
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"the batch cannot be read: {why}", code="batch-input", file=str(file)) from None

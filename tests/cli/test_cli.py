@@ -317,3 +317,15 @@ def test_the_extras_that_doctor_knows_are_those_of_pyproject():
     declared = dict(re.findall(r"^(\w+) = \[(.*)\]", section, re.MULTILINE))
     for name, extra in EXTRAS.items():
         assert re.findall(r'"([\w-]+)', declared[name]) == [pip for _, pip in extra.packages]
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_it_in_silence(monkeypatch, capsys):
+    from pymllm.__main__ import main as start
+
+    def interrupted(name, *given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    code = start()
+    monkeypatch.undo()
+    assert code == 130 and capsys.readouterr().err == ""

@@ -74,6 +74,18 @@ def test_a_file_and_a_pipe_come_before_the_prompt(llm, tmp_path, monkeypatch, ca
         assert run_json(capsys, "b")["prompt_tokens"] == len(llm.encode("b"))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(llm, tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("a = 1", encoding="utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a = 1", "max_tokens": 1}', encoding="utf-8-sig")
+    expected = len(llm.encode("a = 1"))
+    assert run_json(capsys, "--prompt-file", tmp_path / "notes.txt")["prompt_tokens"] == expected
+    with open(tmp_path / "notes.txt") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run_json(capsys, "--prompt-file", "-")["prompt_tokens"] == expected
+    assert main(["run", "--batch", str(tmp_path / "lines.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == expected
+
+
 def test_token_ids_need_no_tokenizer(awq, capsys):
     for ids in ("1,2,3", "[1, 2, 3]"):
         assert run_json(capsys, awq, "--prompt-ids", ids)["prompt_tokens"] == 3
