@@ -74,8 +74,8 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
   tests/parallel/test_follower.py tests/parallel/test_torchrun.py tests/moe/test_torchrun.py tests/server/test_crowds.py \
   tests/server/test_slow_clients.py tests/faults tests/attacks tests/fuzz tests/engine/test_stale_recordings.py \
-  tests/adapters/test_hostile_adapters.py tests/cli/chat/test_terminal.py tests/pages tests/real \
-  tests/loading/test_packed_cache.py
+  tests/adapters/test_hostile_adapters.py tests/cli/chat tests/pages tests/real \
+  tests/loading/test_packed_cache.py tests/measuring tests/weights/test_hub.py tests/writing/test_shorthand.py
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
