@@ -9,6 +9,7 @@ there: in the order in which they finish. Lines whose answers are there already 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import hashlib
 import json
@@ -113,6 +114,7 @@ def read_lines(source: IO[bytes]) -> Iterator[Line | None]:
             return source.readline(most)
 
     for number, raw in enumerate(iter(lambda: read(MAX_LINE_BYTES + 1), b""), 1):
+        raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
         long = len(raw) > MAX_LINE_BYTES
         while long and not raw.endswith(b"\n"):
             raw = read(MAX_LINE_BYTES)

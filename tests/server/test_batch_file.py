@@ -277,3 +277,9 @@ def test_files_that_cannot_be_are_named(tmp_path, capsys):
     ]:
         assert_one_error(main(["batch", *arguments]), capsys.readouterr(), *words)
     assert not (tmp_path / "out").exists() and source.read_bytes() == lines_of(PLAIN)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_request():
+    text = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
+    first, second = read_lines(io.BytesIO(b"\xef\xbb\xbf" + text + b"\xef\xbb\xbf" + text))
+    assert first.fault is None and first.custom_id == "a" and second.fault is not None
