@@ -107,9 +107,6 @@ def test_sigterm_gives_the_terminal_back(start, answering):
 def test_a_terminal_that_knows_no_commands_gets_none(start):
     terminal = start(*SHORT, TERM="dumb")
     say(terminal, "def f(\r")
-    terminal.type("\x03")
-    terminal.wait_for("leaves.")
-    terminal.wait_for_prompt()
     terminal.type("\x04")
     assert terminal.end() == 0 and b"\x1b" not in terminal.written
 
