@@ -251,17 +251,19 @@ arm-check:
 CLIENTS ?= .venv-clients
 define CLIENT_PACKAGES
 import importlib.metadata, re
-for line in importlib.metadata.requires("pymllm"):
+for line in importlib.metadata.requires("pymllm-dispatch"):
     name, _, extra = line.partition(";")
     if re.search("extra == .test-clients.", extra):
         print(name.strip())
 endef
 export CLIENT_PACKAGES
 
-$(CLIENTS)/.stamp: $(VENV)/.stamp-core
+build/clients.txt: $(VENV)/.stamp-core
+	@mkdir -p build; $(BIN)/python -c "$$CLIENT_PACKAGES" > $@ && test -s $@
+
+$(CLIENTS)/.stamp: build/clients.txt
 	@echo '*** setting up $(CLIENTS) with clients of the server'
 	@$(PYTHON) -m venv $(CLIENTS)
-	@mkdir -p build; $(BIN)/python -c "$$CLIENT_PACKAGES" > build/clients.txt
 	@$(CLIENTS)/bin/python -m pip install -qq --no-input --disable-pip-version-check $(PIP_ARGS) -r build/clients.txt \
 	  -c tests/clients/constraints.txt
 	@touch $@

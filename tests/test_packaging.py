@@ -74,9 +74,19 @@ def test_links_of_the_readme_live_on_an_index_page():
             assert (ROOT / path).exists(), link
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
-)
+READ = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "Makefile",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+READ += [*sorted((ROOT / "deploy").iterdir()), *sorted((ROOT / "quantization").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_page_installs_another_project_s_package(page):
     """`pymllm` on the package index is not this project."""
-    assert not re.search(r"pip install (-\S+ )*'?pymllm(\b(?!-dispatch))", page.read_text("utf-8"))
+    text = page.read_text("utf-8")
+    assert not re.search(r"pip install (-\S+ )*'?pymllm(\b(?!-dispatch))", text)
+    # Nor does the installed package have that name.
+    assert not re.search(r"metadata\.\w+\([\"']pymllm[\"']\)", text)

@@ -5,6 +5,10 @@ What begins with three quotes goes on to the line that ends with three.
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import socket
 import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -101,25 +105,46 @@ class PipeReader(Reader):
 
 
 class PlainReader(Reader):
-    """A reader of a terminal that knows no commands."""
+    """A reader of a terminal that knows no commands: the terminal itself edits the line."""
 
     def _line(self, prompt: str) -> str:
-        if not sys.stdout.isatty():
-            # Answers alone go there.
-            print(prompt, end="", file=sys.stderr, flush=True)
-            prompt = ""
         try:
-            return input(prompt)
+            # Answers alone go to a stdout that is no terminal.
+            shown = sys.stdout if sys.stdout.isatty() else sys.stderr
+            print(prompt, end="", file=shown, flush=True)
+            wait_for_input()
+            data = sys.stdin.buffer.readline()
         except KeyboardInterrupt:
             say()
             raise EmptyInterrupt from None
-        except EOFError:
+        if not data:
             say()
-            raise
+            raise EOFError
+        try:
+            return data.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise RequestError(
                 "a line is no text in UTF-8", code="input", tensor="input", found=str(error)
             ) from None
+
+
+def wait_for_input() -> None:
+    """Wait until stdin has something to read, or a signal comes, whose handler then runs.
+
+    Unlike in `input`, a Ctrl+C just before the wait is not left until the next key: what a signal writes ends the wait.
+    """
+    if os.name == "nt":  # where a console cannot be waited for
+        return
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        receiver.setblocking(False)
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            while sys.stdin not in select.select([sys.stdin, receiver], [], [])[0]:
+                receiver.recv(4096)
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 class EditedReader(Reader):

