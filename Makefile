@@ -70,12 +70,13 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/pymllm run --demo
 
 # Servers and ranks that are killed and come back, crowds of clients, the page in a browser, disks that are full, models
-# that are edited under way, attacks that were mended: apart, for the sake of time.
+# that are edited under way, attacks that were mended, checkpoints that are written: apart, for the sake of time.
 SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
   tests/parallel/test_follower.py tests/parallel/test_torchrun.py tests/moe/test_torchrun.py tests/server/test_crowds.py \
   tests/server/test_slow_clients.py tests/faults tests/attacks tests/fuzz tests/engine/test_stale_recordings.py \
   tests/adapters/test_hostile_adapters.py tests/cli/chat tests/pages tests/real \
-  tests/loading/test_packed_cache.py tests/measuring tests/weights/test_hub.py tests/writing/test_shorthand.py
+  tests/loading/test_packed_cache.py tests/loading/test_config_faults.py tests/loading/test_bad_values.py \
+  tests/measuring tests/weights/test_hub.py tests/writing
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
