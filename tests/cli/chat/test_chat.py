@@ -42,12 +42,12 @@ def no_load(monkeypatch):
 
 
 def test_each_line_of_a_pipe_is_a_turn_and_only_answers_go_to_stdout(llm, stdin, capsys):
-    stdin("def é(\n\n/stats on\ndef g(".encode())
+    stdin("def é(\n\nimport\n/stats on\ndef g(".encode())
     code = main(["chat", *GREEDY])
     captured = capsys.readouterr()
     params = llm.default_params(temperature=0.0, max_tokens=6, repetition_penalty=1.0)
     messages, texts = [], []
-    for line in ("def é(", "def g("):
+    for line in ("def é(", "import", "def g("):
         messages.append({"role": "user", "content": line})
         texts.append(llm.chat(messages, params).text)
         messages.append({"role": "assistant", "content": texts[-1]})
