@@ -55,6 +55,12 @@ CASTS: dict[str, tuple[int, dict[str, str]]] = {
 }
 
 
+def _as_a_shell_starts() -> None:
+    """Give a new process the terminal, and Ctrl+C: whoever runs in the background may have been told to ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program in a terminal of so many columns.
 
@@ -83,7 +89,7 @@ class Terminal:
             stderr=slave,
             cwd=folder,
             env=dict(environment),
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_a_shell_starts,
             start_new_session=True,
         )
         os.close(slave)
