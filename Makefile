@@ -40,7 +40,7 @@ help:
 	@echo 'make sanitize  run the tests of the C++ kernels under AddressSanitizer and UBSan'
 	@echo 'make thread-check  run the kernels'"'"' pool of threads under ThreadSanitizer (sanitize does, too)'
 	@echo 'make arm-check  check the C++ kernels on an emulated ARM processor'
-	@echo 'make serve-check    servers and ranks that are killed, crowds of clients, the page in a Chromium, where there is one'
+	@echo 'make serve-check    the long tests: servers and ranks that are killed, crowds of clients, the page in a Chromium'
 	@echo 'make faults-check   run the tests that docs/faults.md names, as they are and under python -O'
 	@echo 'make clients-check  let openai, anthropic, litellm, langchain and others talk to a real `pymllm serve`'
 	@echo 'make fuzz    change good files, requests and native calls for a minute, and see how each ends'
@@ -69,14 +69,16 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 	@$(BIN)/python -c "$$THIS_FOLDER"
 	@$(BIN)/pymllm run --demo
 
-# Servers and ranks that are killed and come back, crowds of clients, the page in a browser, disks that are full, models
-# that are edited under way, attacks that were mended, checkpoints that are written: apart, for the sake of time.
+# What takes seconds each, apart, so that `make test` stays under ten minutes: servers and ranks that are killed and come
+# back, crowds of clients, the page in a browser, disks that are full, models that are edited under way, attacks that were
+# mended, checkpoints that are written, every decoder of transformers, other programs that run our methods.
 SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
   tests/parallel/test_follower.py tests/parallel/test_torchrun.py tests/moe/test_torchrun.py tests/server/test_crowds.py \
   tests/server/test_slow_clients.py tests/faults tests/attacks tests/fuzz tests/engine/test_stale_recordings.py \
   tests/adapters/test_hostile_adapters.py tests/cli/chat tests/pages tests/real \
   tests/loading/test_packed_cache.py tests/loading/test_config_faults.py tests/loading/test_bad_values.py \
-  tests/measuring tests/weights/test_hub.py tests/writing
+  tests/measuring tests/weights/test_hub.py tests/writing tests/searching tests/generic tests/hosts tests/checking \
+  tests/modules tests/examples
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
