@@ -22,6 +22,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory):
+    """Keeps what verbs keep for their user, packed weights and lines of chats, out of the home of the tester."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYMLLM_CACHE", str(tmp_path_factory.mktemp("packed") / "weights"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture
 def torch_threads():
     """Sets torch's number of threads, for one test."""

@@ -49,6 +49,7 @@ def serve(tmp_path, monkeypatch):
         monkeypatch.setattr("pymllm.weights.remote.RETRIES", 0)
         return hub
 
+    monkeypatch.setenv("PYMLLM_CACHE", str(tmp_path / "packed"))
     monkeypatch.chdir(tmp_path)
     yield start
     for hub in started:
