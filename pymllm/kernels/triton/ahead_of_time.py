@@ -184,9 +184,8 @@ def build_one(task: Task) -> Built:
     registers = stack = shared = 0
     error = ""
     try:
-        compiled = _compile(task)
-        shared = compiled.metadata.shared
-        registers, stack = (_cuda_usage if task.architecture.is_nvidia else _hip_usage)(compiled)
+        compiled = compile_task(task)
+        registers, stack, shared = usage_of(task.architecture, compiled)
     except Exception as problem:  # Triton and its tools fail in many ways; each is a row of the table
         said = [line for line in str(problem).splitlines() if line.strip(" ^")] or [""]
         error = f"{type(problem).__name__}: {getattr(problem, 'error_message', None) or said[-1]}"
@@ -213,7 +212,13 @@ def _row(
     )
 
 
-def _compile(task: Task) -> Any:
+def usage_of(architecture: Architecture, compiled: Any) -> tuple[int, int, int]:
+    """Read a compiled launch's registers and stack bytes of a thread, and the shared bytes of a block."""
+    registers, stack = (_cuda_usage if architecture.is_nvidia else _hip_usage)(compiled)
+    return registers, stack, compiled.metadata.shared
+
+
+def compile_task(task: Task) -> Any:
     """Compile as `JITFunction.run` does, but for a target that is not the current one."""
     import triton
     from triton.backends.compiler import GPUTarget
