@@ -108,6 +108,8 @@ def load(folder, **options):
 def test_ranks_answer_as_transformers(tiny, model_type, whole_experts):
     """With two key heads, which four ranks share; each rank has its share of heads and of the KV cache."""
     one = tiny(model_type)
+    if not one.model.config.base_model_tp_plan:
+        pytest.skip(f"transformers {transformers.__version__} does not say how to divide the class")
     with_one = make_plan(prepare(one.folder, device="cpu", dtype="float32"))
     assert with_one.tensor_parallel["legal_sizes"] == [1, 2, 4]
 

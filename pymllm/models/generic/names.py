@@ -26,8 +26,6 @@ def rename(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
     model: transformers', on the meta device, before any of our layers are in it.
     CheckpointError where two tensors would have one name.
     """
-    from transformers.core_model_loading import apply_converters, apply_renamings
-
     renamings, converters = _conversions(model)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     known = set(shapes)
@@ -65,6 +63,22 @@ def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
     mapping = get_model_conversion_mapping(model)
     converters: list[Any] = [one for one in mapping if isinstance(one, WeightConverter)]
     return [one for one in mapping if not isinstance(one, WeightConverter)], converters
+
+
+def apply_renamings(name: str, renamings: Iterable[Any]) -> str:
+    """Rename a stored tensor by every one of transformers' renamings, in their order."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def apply_converters(name: str, converters: Iterable[Any]) -> tuple[str, str | None]:
+    """Rename a tensor by the first of transformers' converters that takes it.
+
+    Returns the new name and the converter's pattern, or the name as it is and None.
+    """
+    found = (converter.rename_source_key(name) for converter in converters)
+    return next(((renamed, pattern) for renamed, pattern in found if pattern is not None), (name, None))
 
 
 def _tied(model: Any, renamed: Mapping[str, TensorInfo], quantised: Set[str]) -> dict[str, TensorInfo]:
@@ -107,8 +121,6 @@ def names_in_class(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, s
 
 def _name_finder(model: Any) -> Callable[[str], tuple[str, str]]:
     """Return what finds the names of one tensor for `names_in_class`."""
-    from transformers.core_model_loading import apply_converters, apply_renamings
-
     renamings, converters = _conversions(model)
     known = set(model.state_dict())
 
@@ -136,8 +148,6 @@ def stored_spelling(model: Any, pairs: Iterable[tuple[str, str]]) -> Callable[[s
         return [one for one in turned if isinstance(one, WeightRenaming)]
 
     def turn(name: str) -> str:
-        from transformers.core_model_loading import apply_renamings
-
         return str(apply_renamings(name, renamings()))
 
     @functools.cache
