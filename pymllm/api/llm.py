@@ -133,7 +133,7 @@ class LLM(Adaptable):
         told = {**options, **beside, "expert_parallel": expert_parallel, "progress": False}
         told["packed_cache"] = str(packed_cache)
         settings = settings_for_ranks(model, told) if tensor_parallel_size > 1 else None
-        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
+        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings, device)
         self._own_ranks()
         with self.parallel:
 
