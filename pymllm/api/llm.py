@@ -36,6 +36,7 @@ from pymllm.parallel import Ranks, choose_parallel
 from pymllm.parallel.ranked import ends_ranks
 from pymllm.planning.deciding import decide
 from pymllm.planning.plan import Plan
+from pymllm.planning.room import measure_cache
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.prompts import Prompt, as_prompts
@@ -52,7 +53,7 @@ class LLM(Adaptable):
     that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
-    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1".
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     tensor_parallel_size: how many ranks share the model: those of torchrun, or processes that are started here and end
@@ -145,6 +146,7 @@ class LLM(Adaptable):
 
             prepared, self.plan = decide(self.parallel, model, options, before_loading=open_text, **beside)
             self.model = load_prepared(prepared, progress=progress, packed_cache=packed_cache)
+            self.plan = measure_cache(self.plan, prepared, max_model_len, kv_memory)
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path

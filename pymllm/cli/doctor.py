@@ -54,12 +54,15 @@ EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="also say whether pymllm can run on it: auto, cpu, cuda or, of several GPUs, cuda:1"
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     add_common_options(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
-    report = examine()
+    report = examine(args.device)
     if args.json:
         print_json(report)
     else:
@@ -67,14 +70,18 @@ def execute(args: argparse.Namespace) -> int:
     return 1 if report["problems"] else 0
 
 
-def examine() -> dict[str, Any]:
-    """Look at everything.  Returns JSON values; `problems` says what keeps pymllm from running here."""
+def examine(device: str | None = None) -> dict[str, Any]:
+    """Look at everything.  Returns JSON values; `problems` says what keeps pymllm from running here.
+
+    device: on which it shall run; None: on any.
+    """
     problems: list[str] = []
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": _versions(),
         "cpu": _examine_cpu(problems),
         "gpus": _examine_gpus(problems),
+        "device": _examine_device(device, problems),
         "formats": _list_formats(problems),
         "kernels": _list_kernels(problems),
         "kernels_for_other_devices": _list_kernels(problems, elsewhere=True),
@@ -138,14 +145,39 @@ def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
         # OSError: a shared library of torch does not load.
         problems.append(f"torch cannot be imported: {error}")
         return []
+    from pymllm.weights.memory import available_memory
+
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = [properties.major, properties.minor]
         gpus.append(
-            {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory}
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": capability,
+                "memory_bytes": properties.total_memory,
+                "free_bytes": available_memory(f"cuda:{index}"),
+            }
         )
     return gpus
+
+
+def _examine_device(device: str | None, problems: list[str]) -> dict[str, Any] | None:
+    """Find what the device's name means here: the one that was asked for, or else auto; None: there is none."""
+    if problems:
+        return None
+    from pymllm.errors import PymllmError
+    from pymllm.kernels.hardware import probe_device
+
+    try:
+        found = probe_device(device or "auto")
+    except PymllmError as error:
+        problems.append(str(error))
+        return None
+    if not found.present:
+        problems.append(f"{found.spec} can be planned for, but not run on: it names no device of this machine")
+    return {"asked": device or "auto", "device": found.spec, "name": found.name}
 
 
 def _list_formats(problems: list[str]) -> list[str]:
@@ -216,10 +248,13 @@ def lines(report: dict[str, Any]) -> list[str]:
     for gpu in report["gpus"]:
         major, minor = gpu["capability"]
         text.append(
-            f"gpu        {gpu['name']}, capability {major}.{minor}, {gpu['memory_bytes'] / 1e9:.1f} GB"
+            f"gpu        {gpu['device']}: {gpu['name']}, capability {major}.{minor}, "
+            f"{gpu['free_bytes'] / 1e9:.1f} of {gpu['memory_bytes'] / 1e9:.1f} GB free"
         )
     if not report["gpus"]:
         text.append("gpu        none that torch can use")
+    if device := report["device"]:
+        text.append(f"device     {device['asked']} is {device['device']}: {device['name']}")
     text.append(f"formats    {', '.join(report['formats'])}")
     for operation, names in report["kernels"].items():
         others = report["kernels_for_other_devices"][operation]

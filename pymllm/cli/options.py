@@ -43,7 +43,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument(
         "--device",
         default="auto",
-        help="auto (a GPU where torch has one), cpu or cuda; cuda:sm90, hip:gfx942, ... only to plan",
+        help="auto (a GPU where torch has one), cpu, cuda or, of several GPUs, cuda:1; cuda:sm90, hip:gfx942, ... only "
+        "to plan",
     )
     group.add_argument(
         "--dtype",

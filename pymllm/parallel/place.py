@@ -101,7 +101,7 @@ class Parallel:
                 code="rank-devices",
                 expected=f"cuda, or cuda:{self.gpu} on this rank",
                 found=device,
-                fix="With --device cuda rank i of a machine runs on its GPU i; CUDA_VISIBLE_DEVICES says which these are.",
+                fix="With --device cuda rank i of a machine runs on its GPU i, of those in CUDA_VISIBLE_DEVICES.",
             )
         return f"cuda:{self.gpu}"
 
