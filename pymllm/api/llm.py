@@ -74,7 +74,8 @@ class LLM(Adaptable):
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     max_model_len: the most tokens of a request and its answer; None: as many as the model, and the KV cache, can have.
     kv_memory: what the KV cache may take, "2GB", "512MiB", "30%" or a number of bytes; None: a quarter of what is free
-    beside the weights, but no more than 16384 tokens, or one request of that length, need.
+    beside the weights, but no more than 16384 tokens, or one request of that length, need; on a GPU nine tenths of what
+    steps leave, but no more than 64 such requests need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.

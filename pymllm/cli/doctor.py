@@ -81,11 +81,11 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "versions": _versions(),
         "cpu": _examine_cpu(problems),
         "gpus": _examine_gpus(problems),
-        "device": _examine_device(device, problems),
         "formats": _list_formats(problems),
         "kernels": _list_kernels(problems),
         "kernels_for_other_devices": _list_kernels(problems, elsewhere=True),
         "extras": _list_extras(),
+        "device": _examine_device(device, problems),
         "problems": problems,
     }
 
@@ -145,8 +145,6 @@ def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
         # OSError: a shared library of torch does not load.
         problems.append(f"torch cannot be imported: {error}")
         return []
-    from pymllm.weights.memory import available_memory
-
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -157,10 +155,20 @@ def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
                 "name": properties.name,
                 "capability": capability,
                 "memory_bytes": properties.total_memory,
-                "free_bytes": available_memory(f"cuda:{index}"),
+                "free_bytes": _free_memory(index),
             }
         )
     return gpus
+
+
+def _free_memory(index: int) -> int | None:
+    """Return how many bytes of a GPU are free; None where it cannot even be asked, as it is full."""
+    from pymllm.weights.memory import available_memory
+
+    try:
+        return available_memory(f"cuda:{index}")
+    except RuntimeError:
+        return None
 
 
 def _examine_device(device: str | None, problems: list[str]) -> dict[str, Any] | None:
@@ -176,7 +184,9 @@ def _examine_device(device: str | None, problems: list[str]) -> dict[str, Any] |
         problems.append(str(error))
         return None
     if not found.present:
-        problems.append(f"{found.spec} can be planned for, but not run on: it names no device of this machine")
+        problems.append(
+            f"{found.spec} can be planned for, but not run on: it names no device of this machine"
+        )
     return {"asked": device or "auto", "device": found.spec, "name": found.name}
 
 
@@ -247,9 +257,10 @@ def lines(report: dict[str, Any]) -> list[str]:
     )
     for gpu in report["gpus"]:
         major, minor = gpu["capability"]
+        free = "none" if gpu["free_bytes"] is None else f"{gpu['free_bytes'] / 1e9:.1f}"
         text.append(
             f"gpu        {gpu['device']}: {gpu['name']}, capability {major}.{minor}, "
-            f"{gpu['free_bytes'] / 1e9:.1f} of {gpu['memory_bytes'] / 1e9:.1f} GB free"
+            f"{free} of {gpu['memory_bytes'] / 1e9:.1f} GB free"
         )
     if not report["gpus"]:
         text.append("gpu        none that torch can use")

@@ -72,7 +72,9 @@ def check_ray_options(args: argparse.Namespace) -> None:
     if args.ray and args.nnodes > 1:
         args.parser.error("--nnodes is for ranks without Ray; the ranks of a replica on Ray share a machine")
     if args.ray and named_gpu(args.device) is not None:
-        args.parser.error(f"--device {args.device} with --ray: Ray chooses the GPUs of a replica; ask for --device cuda")
+        args.parser.error(
+            f"--device {args.device}: Ray chooses the GPUs of its replicas; ask for --device cuda"
+        )
     if args.ray and args.port == 0 and args.ray_address is not None:
         args.parser.error("--port 0 takes a free port of this machine alone: choose one for the cluster")
 

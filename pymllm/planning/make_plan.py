@@ -58,8 +58,8 @@ def plan(
     model that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
-    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1"; "cuda:sm90", say, to plan for
-    another machine.
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1"; to plan for another
+    machine, "cuda:sm90" say.
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"
