@@ -40,8 +40,8 @@ def largest_step(model: LanguageModel, max_model_len: int | None) -> int:
     return min(STEP_TOKENS, model.max_length if max_model_len is None else max_model_len)
 
 
-def assume_step_bytes(tokens: int, widest: int, itemsize: int) -> int:
-    """Assume what a step takes of a model that is not loaded.  widest: the outputs and inputs of its widest layer."""
+def estimate_step_bytes(tokens: int, widest: int, itemsize: int) -> int:
+    """Estimate what a step takes of a model that is not loaded.  widest: the outputs and inputs of its widest layer."""
     return tokens * widest * itemsize * ASSUMED_LIVE
 
 

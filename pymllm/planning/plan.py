@@ -56,8 +56,8 @@ class Plan:
     """The plan of one rank; `to_dict` is the JSON, `str` a summary for people.
 
     model, model_type: the checkpoint, and its config's.  definition: what runs the type: a page of ours, as
-    "pymllm.models.llama", or a class of transformers'.  device, dtype, compute: what it would run with.
-    device_name: what the maker calls the device.
+    "pymllm.models.llama", or a class of transformers'.  device, dtype, compute: what it would run with.  device_name:
+    what the maker calls the device.
     tensor_parallel: this rank, and the sizes that the model can and cannot be divided over.
     elementwise, routing, sampling: the kernels of what has no weights, of routers, and of the choice of tokens.
     layers: attention layers last.
@@ -72,6 +72,7 @@ class Plan:
     model_type: str
     definition: str
     device: str
+    device_name: str
     dtype: str
     compute: str
     tensor_parallel: dict[str, Any]
@@ -85,13 +86,11 @@ class Plan:
     sampling: dict[str, Any] = field(default_factory=dict)
     kv_cache: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
-    device_name: str = ""
 
     @property
     def where(self) -> str:
         """The device, and for a GPU that is here what its maker calls it."""
-        named = self.device_name and named_gpu(self.device) is not None
-        return f"{self.device} ({self.device_name})" if named else self.device
+        return self.device if named_gpu(self.device) is None else f"{self.device} ({self.device_name})"
 
     @property
     def weighted_layers(self) -> list[PlannedLayer]:

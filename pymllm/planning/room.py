@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pymllm.engine.graphs import why_not_captured
 from pymllm.engine.kv_memory import CacheSize, choose_cache_size
 from pymllm.engine.working_memory import (
-    assume_step_bytes,
+    estimate_step_bytes,
     largest_step,
     measure_step_bytes,
     working_bytes,
@@ -48,7 +48,7 @@ def assume_room(
         return Room(left)
     tokens = largest_step(model, max_model_len)
     widest = max((sum(layer.shape_local[-2:]) for layer in layers if layer.kind == "linear"), default=0)
-    step = assume_step_bytes(tokens, widest, execution.dtype.itemsize)
+    step = estimate_step_bytes(tokens, widest, execution.dtype.itemsize)
     return Room(left, _working(prepared, step, tokens, captured))
 
 
