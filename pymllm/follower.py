@@ -33,12 +33,13 @@ from typing import Any
 from pymllm.api import LLM
 from pymllm.engine.following import Follower
 from pymllm.errors import PymllmError
+from pymllm.gpus import count_gpus
 from pymllm.loading.agreement import describe_adapter
 from pymllm.parallel.children import end_with_parent
 from pymllm.parallel.leader import SILENCE
 from pymllm.parallel.led import LOST, Led
 from pymllm.parallel.place import Parallel
-from pymllm.parallel.process_group import join, leave_process_group
+from pymllm.parallel.process_group import choose_gpu, join, leave_process_group
 
 __all__ = ["LOST", "SILENCE", "follow"]
 
@@ -57,7 +58,8 @@ def follow(
     """Run rank `rank` of `size` until rank 0 says that it is over.
 
     model, options: as for `LLM`; without any, what rank 0 loads.  host, port: where rank 0 listens.
-    key: what rank 0 demands.  local_rank: which of the machine's GPUs is used; None: the rank counts them through.
+    key: what rank 0 demands.  local_rank: which of the machine's GPUs is used; None: the rank counts them through; a
+    device of `options` that names one comes first.
     Raises RankError where rank 0 does not come or refuses this rank, and what loading raises. The process ends, with
     exit code LOST, if rank 0 is lost once it has been reached.
     """
@@ -65,12 +67,14 @@ def follow(
     try:
         welcome, _ = led.next()
         try:
-            place = rank if local_rank is None else local_rank
-            group = join(rank, size, host, int(welcome["store"]), welcome["backend"], place)
             if model is None and not options:
                 model, options = welcome["settings"]["model"], welcome["settings"]["options"]
+            if local_rank is None and count_gpus():
+                local_rank = rank % count_gpus()
+            gpu = choose_gpu(str(options.get("device", "auto")), local_rank)
+            group = join(rank, size, host, int(welcome["store"]), welcome["backend"], gpu)
             whole = bool(options.get("expert_parallel", False))
-            with Parallel(rank, size, group, whole, led=True):
+            with Parallel(rank, size, group, whole, led=True, gpu=gpu):
                 llm = LLM(model, **options)
             led.tell({"is": "ready"})
             _obey(led, llm)

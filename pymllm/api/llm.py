@@ -36,6 +36,7 @@ from pymllm.parallel import Ranks, choose_parallel
 from pymllm.parallel.ranked import ends_ranks
 from pymllm.planning.deciding import decide
 from pymllm.planning.plan import Plan
+from pymllm.planning.room import measure_cache
 from pymllm.quantization.rules import RuleSource
 from pymllm.text.grammars import GrammarCompiler
 from pymllm.text.prompts import Prompt, as_prompts
@@ -52,7 +53,7 @@ class LLM(Adaptable):
     that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say, or a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
-    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1".
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     tensor_parallel_size: how many ranks share the model: those of torchrun, or processes that are started here and end
@@ -73,7 +74,8 @@ class LLM(Adaptable):
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     max_model_len: the most tokens of a request and its answer; None: as many as the model, and the KV cache, can have.
     kv_memory: what the KV cache may take, "2GB", "512MiB", "30%" or a number of bytes; None: a quarter of what is free
-    beside the weights, but no more than 16384 tokens, or one request of that length, need.
+    beside the weights, but no more than 16384 tokens, or one request of that length, need; on a GPU nine tenths of what
+    steps leave, but no more than 64 such requests need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
@@ -133,7 +135,7 @@ class LLM(Adaptable):
         told = {**options, **beside, "expert_parallel": expert_parallel, "progress": False}
         told["packed_cache"] = str(packed_cache)
         settings = settings_for_ranks(model, told) if tensor_parallel_size > 1 else None
-        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings)
+        self.parallel = choose_parallel(tensor_parallel_size, expert_parallel, ranks, settings, device)
         self._own_ranks()
         with self.parallel:
 
@@ -145,6 +147,7 @@ class LLM(Adaptable):
 
             prepared, self.plan = decide(self.parallel, model, options, before_loading=open_text, **beside)
             self.model = load_prepared(prepared, progress=progress, packed_cache=packed_cache)
+            self.plan = measure_cache(self.plan, prepared, max_model_len, kv_memory)
         self.prepared = prepared
         self.config = prepared.config
         self.path = prepared.checkpoint.path

@@ -37,7 +37,7 @@ def load_model(
     check_memory: whether to refuse, with numbers, a model that the plan says does not fit into what is free.
     packed_cache: where packed weights are kept, so that the next start is quick: "auto" (docs/starting.md), a folder,
     or "off".
-    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1".
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"

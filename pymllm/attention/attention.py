@@ -195,7 +195,7 @@ def reference_torch_attention(
     cache: pages that hold this step's keys and values already; None: all tokens of every request are new.
     """
     problem = problem_of(
-        q, k, v, metadata, probe_device(q.device.type), scale, cache, sliding_window, soft_cap, sinks
+        q, k, v, metadata, probe_device(str(q.device)), scale, cache, sliding_window, soft_cap, sinks
     )
     return ReferenceAttention().run(problem, q, k, v, metadata, cache, sinks)
 

@@ -23,15 +23,17 @@ def triton_attention(
     scale: float,
     cache: PagedKV | None = None,
     sinks: Tensor | None = None,
-    device: str = "cuda",
+    device: str | None = None,
     **features: Any,
 ) -> Tensor:
     """Attend as `reference_torch_attention` does, with each head by itself.
 
-    device: the device whose tiles are chosen; under Triton's interpreter "cuda:sm90", for example.
+    device: the device whose tiles are chosen; None: that of q; under Triton's interpreter "cuda:sm90", for example.
     features: sliding_window and soft_cap, as there.
     """
-    problem = problem_of(q, k, v, metadata, probe_device(device), scale, cache, sinks=sinks, **features)
+    problem = problem_of(
+        q, k, v, metadata, probe_device(device or str(q.device)), scale, cache, sinks=sinks, **features
+    )
     return TritonAttention().run(problem, q, k, v, metadata, cache, sinks)
 
 
@@ -44,9 +46,11 @@ def triton_grouped_attention(
     scale: float,
     cache: PagedKV | None = None,
     sinks: Tensor | None = None,
-    device: str = "cuda",
+    device: str | None = None,
     **features: Any,
 ) -> Tensor:
     """Attend as `triton_attention` does, but read keys and values once for all heads that share them."""
-    problem = problem_of(q, k, v, metadata, probe_device(device), scale, cache, sinks=sinks, **features)
+    problem = problem_of(
+        q, k, v, metadata, probe_device(device or str(q.device)), scale, cache, sinks=sinks, **features
+    )
     return TritonGroupedAttention().run(problem, q, k, v, metadata, cache, sinks)

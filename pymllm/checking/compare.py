@@ -271,7 +271,7 @@ def compare(
     text: a file to measure on, with its perplexity; None: random token ids.
     tokens: how many token ids to measure on.
     window: how many of these are run together, as a text of its own.
-    device: "auto" (a GPU where there is one), "cpu" or "cuda".
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1".
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"

@@ -326,7 +326,7 @@ def _head(llm: LLM, measured: Measured) -> list[tuple[str, str]]:
 def _device_name(llm: LLM) -> str:
     from pymllm.kernels.hardware import probe_device
 
-    return probe_device(llm.plan.device).name
+    return probe_device(llm.plan.device).describe()
 
 
 def _number(count: int, noun: str) -> str:

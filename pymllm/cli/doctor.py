@@ -54,12 +54,15 @@ EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="also say whether pymllm can run on it: auto, cpu, cuda or, of several GPUs, cuda:1"
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     add_common_options(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
-    report = examine()
+    report = examine(args.device)
     if args.json:
         print_json(report)
     else:
@@ -67,8 +70,11 @@ def execute(args: argparse.Namespace) -> int:
     return 1 if report["problems"] else 0
 
 
-def examine() -> dict[str, Any]:
-    """Look at everything.  Returns JSON values; `problems` says what keeps pymllm from running here."""
+def examine(device: str | None = None) -> dict[str, Any]:
+    """Look at everything.  Returns JSON values; `problems` says what keeps pymllm from running here.
+
+    device: on which it shall run; None: on any.
+    """
     problems: list[str] = []
     return {
         "schema_version": SCHEMA_VERSION,
@@ -79,6 +85,7 @@ def examine() -> dict[str, Any]:
         "kernels": _list_kernels(problems),
         "kernels_for_other_devices": _list_kernels(problems, elsewhere=True),
         "extras": _list_extras(),
+        "device": _examine_device(device, problems),
         "problems": problems,
     }
 
@@ -143,9 +150,44 @@ def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
         properties = torch.cuda.get_device_properties(index)
         capability = [properties.major, properties.minor]
         gpus.append(
-            {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory}
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": capability,
+                "memory_bytes": properties.total_memory,
+                "free_bytes": _free_memory(index),
+            }
         )
     return gpus
+
+
+def _free_memory(index: int) -> int | None:
+    """Return how many bytes of a GPU are free; None where it cannot even be asked, as it is full."""
+    from pymllm.weights.memory import available_memory
+
+    try:
+        return available_memory(f"cuda:{index}")
+    except RuntimeError:
+        return None
+
+
+def _examine_device(device: str | None, problems: list[str]) -> dict[str, Any] | None:
+    """Find what the device's name means here: the one that was asked for, or else auto; None: there is none."""
+    if problems:
+        return None
+    from pymllm.errors import PymllmError
+    from pymllm.kernels.hardware import probe_device
+
+    try:
+        found = probe_device(device or "auto")
+    except PymllmError as error:
+        problems.append(str(error))
+        return None
+    if not found.present:
+        problems.append(
+            f"{found.spec} can be planned for, but not run on: it names no device of this machine"
+        )
+    return {"asked": device or "auto", "device": found.spec, "name": found.name}
 
 
 def _list_formats(problems: list[str]) -> list[str]:
@@ -215,11 +257,15 @@ def lines(report: dict[str, Any]) -> list[str]:
     )
     for gpu in report["gpus"]:
         major, minor = gpu["capability"]
+        free = "none" if gpu["free_bytes"] is None else f"{gpu['free_bytes'] / 1e9:.1f}"
         text.append(
-            f"gpu        {gpu['name']}, capability {major}.{minor}, {gpu['memory_bytes'] / 1e9:.1f} GB"
+            f"gpu        {gpu['device']}: {gpu['name']}, capability {major}.{minor}, "
+            f"{free} of {gpu['memory_bytes'] / 1e9:.1f} GB free"
         )
     if not report["gpus"]:
         text.append("gpu        none that torch can use")
+    if device := report["device"]:
+        text.append(f"device     {device['asked']} is {device['device']}: {device['name']}")
     text.append(f"formats    {', '.join(report['formats'])}")
     for operation, names in report["kernels"].items():
         others = report["kernels_for_other_devices"][operation]

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows of the input; default: 1 16 64",
     )
+    tune.add_argument("--device", default="cuda", help="cuda or, of several GPUs, cuda:1; default: cuda")
     tune.add_argument("--out", type=Path, metavar="FILE", help="default: the file that this device reads")
     add_common_options(tune)
     table = _action(actions, "table", "run a script of benchmarks/, from a clone")
@@ -74,30 +75,39 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from pymllm.kernels.hardware import probe_device
+    from pymllm.errors import ConfigError
+    from pymllm.kernels.hardware import current, probe_device
     from pymllm.kernels.triton.experts import WEIGHTS
     from pymllm.kernels.triton.timing import seconds_each
     from pymllm.kernels.triton.tune import tune
     from pymllm.kernels.triton.tuning import device_file, write_tuned
 
-    # A ConfigError without a GPU.
-    device = probe_device("cuda")
+    device = probe_device(args.device)
+    if device.type == "cpu" or not device.present:
+        raise ConfigError(
+            f"tiles are measured on a GPU that is here, not on {device}",
+            code="device",
+            expected="--device cuda, or cuda:N with a GPU's number",
+            found=args.device,
+        )
     path = args.out or device_file(device)
-    for kernel in (kernel for kernel in WEIGHTS if kernel.name != "dense"):
-        for out_features, in_features in args.shape or SHAPES_8B:
-            for tokens in args.tokens:
-                key, tile, seconds, default = tune(
-                    kernel,
-                    kernel.examples()[0],
-                    out_features,
-                    in_features,
-                    tokens,
-                    device,
-                    where=device.torch_device,
-                    clock=seconds_each,
-                )
-                write_tuned(path, {key: tile}, device)
-                print(f"{key}: {seconds * 1e6:.1f} us with {tile} (by rule: {default * 1e6:.1f} us)")
+    print(f"on {device.describe()}")
+    with current(device.torch_device):
+        for kernel in (kernel for kernel in WEIGHTS if kernel.name != "dense"):
+            for out_features, in_features in args.shape or SHAPES_8B:
+                for tokens in args.tokens:
+                    key, tile, seconds, default = tune(
+                        kernel,
+                        kernel.examples()[0],
+                        out_features,
+                        in_features,
+                        tokens,
+                        device,
+                        where=device.torch_device,
+                        clock=seconds_each,
+                    )
+                    write_tuned(path, {key: tile}, device)
+                    print(f"{key}: {seconds * 1e6:.1f} us with {tile} (by rule: {default * 1e6:.1f} us)")
     print(f"kept in {path}")
     return 0
 

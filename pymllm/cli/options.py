@@ -43,7 +43,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     group.add_argument(
         "--device",
         default="auto",
-        help="auto (a GPU where torch has one), cpu or cuda; cuda:sm90, hip:gfx942, ... only to plan",
+        help="auto (a GPU where torch has one), cpu, cuda or, of several GPUs, cuda:1; cuda:sm90, hip:gfx942, ... only "
+        "to plan",
     )
     group.add_argument(
         "--dtype",
@@ -161,7 +162,8 @@ def add_cache_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--kv-memory",
         metavar="SIZE",
         help="what the KV cache may take, e.g. 2GB, 512MiB, or 30%% of what is free beside the weights; default: 25%%, "
-        "but no more than 16384 tokens, or one request of the longest context, need",
+        "but no more than 16384 tokens, or one request of the longest context, need; on a GPU 90%% of what "
+        "steps leave, but no more than 64 requests need",
     )
     return group
 

@@ -115,7 +115,7 @@ def print_plan(
     size = plan.tensor_parallel
     ranks = f", rank {size['rank']} of {size['size']}" if size["size"] > 1 else ""
     out.print(f"{plan.model}", style="bold")
-    out.print(f"{plan.what_runs} on {plan.device}{ranks}")
+    out.print(f"{plan.what_runs} on {plan.where}{ranks}")
     out.print(plan.describe_numbers())
     print_table(*(_layer_table(plan.layers) if every_layer else _group_table(plan)), out)
     totals = plan.totals

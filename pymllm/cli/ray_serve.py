@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymllm.cli.output import say
+from pymllm.gpus import named_gpu
 
 if TYPE_CHECKING:
     from pymllm.server.ray_app import Scale
@@ -70,6 +71,10 @@ def check_ray_options(args: argparse.Namespace) -> None:
             args.parser.error(f"{option} needs --ray")
     if args.ray and args.nnodes > 1:
         args.parser.error("--nnodes is for ranks without Ray; the ranks of a replica on Ray share a machine")
+    if args.ray and named_gpu(args.device) is not None:
+        args.parser.error(
+            f"--device {args.device}: Ray chooses the GPUs of its replicas; ask for --device cuda"
+        )
     if args.ray and args.port == 0 and args.ray_address is not None:
         args.parser.error("--port 0 takes a free port of this machine alone: choose one for the cluster")
 

@@ -198,6 +198,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
     """Summarise a plan: its totals, and how many layers each method and kernel has."""
     return {
         "device": plan.device,
+        "device_name": plan.device_name,
         "dtype": plan.dtype,
         "compute": plan.compute,
         **plan.totals,

@@ -188,6 +188,7 @@ def execute(args: argparse.Namespace) -> int:
 def _check_ranks(args: argparse.Namespace) -> None:
     """Refuse ranks that are not started by this verb, and machines that do not fit them.  ConfigError."""
     from pymllm.errors import ConfigError
+    from pymllm.gpus import refuse_one_gpu
     from pymllm.parallel.ranks import ranks_of_node
 
     if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
@@ -197,7 +198,7 @@ def _check_ranks(args: argparse.Namespace) -> None:
             expected="--tensor-parallel-size N, without torchrun",
             found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
         )
-    ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)
+    refuse_one_gpu(args.device, len(ranks_of_node(args.tensor_parallel_size, args.nnodes, args.node_rank)))
     if args.nnodes > 1 and not args.master_port:
         args.parser.error("--nnodes needs --master-addr and --master-port, the same on all machines")
 

@@ -68,7 +68,7 @@ def execute(args: argparse.Namespace) -> int:
     from pymllm.checking.verify import LEGEND, TITLES, verify
     from pymllm.parallel import choose_parallel
 
-    with choose_parallel(args.tensor_parallel_size, args.expert_parallel):
+    with choose_parallel(args.tensor_parallel_size, args.expert_parallel, device=args.device):
         verification = verify(
             model_or_shipped(args.model),
             **model_arguments(args),

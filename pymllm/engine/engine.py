@@ -96,7 +96,7 @@ class Engine:
         longest = -(-max_length // block) * block
         self.runner = Runner(model, device, longest, self.strategy, parallel.leader)
         self.runner.score_prompts = self._score_prompts
-        problem = SamplingProblem(probe_device(device.type))
+        problem = SamplingProblem(probe_device(str(device)))
         self.sampling_kernel: SamplingKernel = select("sampling", problem, sampling_kernel).kernel
 
     @made_once
@@ -195,7 +195,7 @@ class Engine:
                 found=str(tokens),
                 fix="Take the text in pieces.",
             )
-        needed, available = tokens * vocabulary * LOGIT_BYTES, available_memory(self.device.type)
+        needed, available = tokens * vocabulary * LOGIT_BYTES, available_memory(str(self.device))
         if available is not None and needed > available:
             raise RequestError(
                 f"the logits of the text take {needed / 1e9:.2f} GB, but only {available / 1e9:.2f} GB are free",
@@ -273,7 +273,7 @@ class Engine:
         chosen = self._choose(ready, logits)
         if self.device.type == "cuda" and not ready:
             # Nothing has waited for the step yet.
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         # A step that failed ran several times.
         if len(ran) == len(batch):
             self.pace.note(self.clock() - started, sum(pieces), len(batch) - len(pieces))

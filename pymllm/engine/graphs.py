@@ -38,7 +38,7 @@ def capture_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # torch's own is of the first GPU that captured
         result = run()
 
     def replay() -> Tensor:

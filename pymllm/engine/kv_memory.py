@@ -18,6 +18,9 @@ DEFAULT_CACHE_TOKENS = 16384
 # What the cache takes at most by default, of the memory that is free beside the weights.
 CACHE_MEMORY_SHARE = 0.25
 
+# The same on a GPU, whose memory is there for the model, of what steps leave.
+GPU_MEMORY_SHARE = 0.9
+
 # How many states are remembered at most, for the prefixes of requests to come.
 MOST_REMEMBERED = 16
 
@@ -82,6 +85,8 @@ def choose_cache_size(
     kv_memory: int | str | None = None,
     state_bytes: int = 0,
     block_length: int = 1,
+    on_gpu: bool = False,
+    working: int = 0,
 ) -> CacheSize:
     """Choose the size of a rank's cache, and how many states of requests there are beside it.
 
@@ -90,7 +95,10 @@ def choose_cache_size(
     None: as many as the model and the cache allow.  kv_memory: what the cache may take; None: CACHE_MEMORY_SHARE of
     what is available, and no more than DEFAULT_CACHE_TOKENS or one request need.  state_bytes: of one request's state.
     block_length: of how many tokens those are that run together; a request's last block has positions and pages, too.
-    ConfigError, with the numbers, for a max_model_len beyond the model's positions or the memory.
+    on_gpu: whether the cache is on a GPU: by default it takes GPU_MEMORY_SHARE of what is available, but no more than
+    MAX_REQUESTS of the longest context need.  working: of what is available there, the bytes that steps take.
+    ConfigError, with the numbers, for a max_model_len beyond the model's positions or the memory, and for a kv_memory
+    that a GPU does not have.
     """
     positions, longest = longest, longest // block_length * block_length
     if not longest:
@@ -109,17 +117,14 @@ def choose_cache_size(
             found=repr(max_model_len),
         )
     context = longest if max_model_len is None else max_model_len
-    if kv_memory is not None:
-        budget = read_size(kv_memory, available)
-        share = isinstance(kv_memory, str) and kv_memory.strip().endswith("%")
-        source = f"kv_memory, {kv_memory} of what is free beside the weights" if share else "kv_memory"
-    else:
-        budget = int((UNKNOWN_MEMORY if available is None else available) * CACHE_MEMORY_SHARE)
-        source = f"{CACHE_MEMORY_SHARE:.0%} of the memory that is free beside the weights"
-    wanted = -(-max(_whole(context, block_length), DEFAULT_CACHE_TOKENS) // PAGE_SIZE)
-    page_bytes, needed = PAGE_SIZE * token_bytes, -(-_whole(context, block_length) // PAGE_SIZE)
+    budget, source = _choose_budget(available, kv_memory, on_gpu, working)
+    whole = _whole(context, block_length)
+    wanted = -(-(MAX_REQUESTS * whole if on_gpu else max(whole, DEFAULT_CACHE_TOKENS)) // PAGE_SIZE)
+    page_bytes, needed = PAGE_SIZE * token_bytes, -(-whole // PAGE_SIZE)
     least = -(-block_length // PAGE_SIZE)  # what the shortest request needs
     asked = 0 if max_model_len is None else needed * page_bytes
+    if on_gpu and available is None and kv_memory is None:
+        budget = max(budget, asked + 2 * state_bytes)  # nobody knows that it has no room
     requests, remembered, states = _choose_states(budget, asked, state_bytes)
     left = budget - states
     affordable = max(left, 0) // page_bytes if page_bytes else wanted * (left >= 0)
@@ -139,6 +144,8 @@ def choose_cache_size(
         pages, decided_by = affordable if page_bytes else wanted, source
     elif affordable < wanted:
         pages, decided_by = affordable, source
+    elif on_gpu:
+        pages, decided_by = wanted, f"{MAX_REQUESTS} requests of the longest context"
     elif context >= DEFAULT_CACHE_TOKENS:
         pages, decided_by = wanted, "one request of the longest context"
     else:
@@ -146,6 +153,34 @@ def choose_cache_size(
     tokens = pages * PAGE_SIZE
     most = min(context, tokens // block_length * block_length)
     return CacheSize(tokens, pages * page_bytes, most, decided_by, requests, remembered, states)
+
+
+def _choose_budget(
+    available: int | None, kv_memory: int | str | None, on_gpu: bool, working: int
+) -> tuple[int, str]:
+    """Return how many bytes the cache may take, and what says so.  The arguments: see `choose_cache_size`."""
+    left = UNKNOWN_MEMORY if available is None else max(available - working, 0)
+    if kv_memory is None:
+        share, of = CACHE_MEMORY_SHARE, "the memory that is free beside the weights"
+        if on_gpu:
+            share, of = GPU_MEMORY_SHARE, "the GPU's memory that weights and steps leave free"
+        if on_gpu and available is None:
+            of = f"{_size(UNKNOWN_MEMORY)}, as the memory of that GPU is not known here"
+        return int(left * share), f"{share:.0%} of {of}"
+    budget = read_size(kv_memory, available)
+    is_share = isinstance(kv_memory, str) and kv_memory.strip().endswith("%")
+    source = f"kv_memory, {kv_memory} of what is free beside the weights" if is_share else "kv_memory"
+    if not on_gpu or available is None or budget <= left:
+        return budget, source
+    if is_share:
+        return left, f"{source}, less {_size(working)} that steps take"
+    raise ConfigError(
+        "kv_memory is more than the GPU has left beside the weights",
+        code="kv-memory",
+        expected=f"at most {_size(left)}: {_size(available)} are free, and steps take {_size(working)}",
+        found=str(kv_memory),
+        fix="Ask for less (--kv-memory, kv_memory=), or leave it out: the cache then takes what there is.",
+    )
 
 
 def _choose_states(budget: int, asked: int, state_bytes: int) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ from pymllm.engine.tape import HOOKED, NotRepeatable, why_not_recorded
 from pymllm.engine.tape_memory import StepMemory
 from pymllm.engine.watch import Watch
 from pymllm.errors import RankError
+from pymllm.kernels.hardware import on_own_device
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.language_model import LanguageModel
@@ -82,6 +83,7 @@ class Runner:
         self._watch: Watch | None = None
         self._stale = self._patience = 0
 
+    @on_own_device
     @torch.no_grad()
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
         """Run the model over one text without a cache.  Returns float32 [T, V], on every rank.
@@ -106,6 +108,7 @@ class Runner:
         with self._led():
             return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
 
+    @on_own_device
     @torch.no_grad()
     def hidden_states(self, texts: Sequence[Sequence[int]], adapter: str | None = None) -> Tensor:
         """Run the model over several texts side by side, without a cache.
@@ -139,6 +142,7 @@ class Runner:
         finally:
             _metadata.reset(token)
 
+    @on_own_device
     def step(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
         """Run the tokens that the scheduler gave each request.
 
@@ -172,6 +176,7 @@ class Runner:
                 raise self.leader.explain(error) from error
             raise self.leader.explain(error) from None
 
+    @on_own_device
     @torch.no_grad()
     def run(self, run: Run, cache: PagedKVCache, requests: Sequence[Request] = ()) -> Tensor:
         """Run a step that is given in numbers.

@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pymllm.errors import ConfigError, nearest
 from pymllm.hosts.hosted_model import HostedModel
+from pymllm.kernels.hardware import probe_device
 from pymllm.loading.load import load_prepared
 from pymllm.loading.prepare import Prepared, prepare
 from pymllm.models.generic.layers import replace_module
@@ -95,11 +96,13 @@ class PymllmQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> dict[str, Any]:
-        """Return the one device that is asked for; without a choice, the first GPU, or the CPU."""
+        """Return the one device that is asked for; without a choice, the GPU that "cuda" means, or the CPU."""
         place = next(iter(device_map.values())) if isinstance(device_map, Mapping) else device_map
         if isinstance(place, str) and place in ("auto", "balanced", "balanced_low_0", "sequential"):
-            place = 0 if torch.cuda.is_available() else "cpu"
+            place = probe_device("auto").torch_device
         self._device = torch.device("cpu" if place is None else place)
+        if self._device == torch.device("cuda"):
+            self._device = probe_device("cuda").torch_device
         return {"": self._device}
 
     def _process_model_before_weight_loading(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from pymllm.errors import ConfigError, nearest, unknown_name
+from pymllm.gpus import count_gpus, describe_gpus, named_gpu, own_gpu
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Device:
     isa: the native CPU path in use ("avx512_vnni", ...), or None without native kernels.
     architecture: that of a GPU which pymllm's own GPU kernels are built for.  processors: a GPU's multiprocessors.
     present: False for a device known by its architecture's name alone, which can be planned for but not run on.
+    index: the number of a GPU that is present.  memory: a GPU's bytes; 0: they are not known.
     """
 
     type: str
@@ -69,61 +76,93 @@ class Device:
     architecture: Architecture | None = None
     processors: int = 0
     present: bool = True
+    index: int | None = None
+    memory: int = 0
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.type)
+        return torch.device(self.type) if self.index is None else torch.device(self.type, self.index)
 
     @property
     def spec(self) -> str:
-        """The name by which `probe_device` makes this device."""
+        """The name by which `probe_device` makes this device, in every process that sees the same GPUs."""
+        if self.index is not None:
+            return f"{self.type}:{self.index}"
         return self.type if self.present or self.architecture is None else self.architecture.spec
+
+    def describe(self) -> str:
+        """Say what the device is called, and for one of several GPUs its number too."""
+        return self.name if self.index is None else f"{self.name} ({self.spec})"
 
     def __str__(self) -> str:
         return self.name
 
 
-@functools.cache
 def probe_device(device: str = "auto") -> Device:
     """Find the device that a name means on this machine.
 
-    device: "auto" (the GPU where torch has one, else the CPU), "cpu" or "cuda"; or, for a plan, the name of an
-    architecture such as "cuda:sm90" or "hip:gfx942", which means any GPU of it.
-    Raises ConfigError "device" for a device that torch cannot use, or an unknown architecture.
+    device: "auto" (the GPU that "cuda" means where torch has one, else the CPU), "cpu", "cuda:1" for a GPU by its
+    number, or "cuda": under torchrun the GPU of LOCAL_RANK, else the current one of the calling thread; or, for a plan,
+    the name of an architecture such as "cuda:sm90" or "hip:gfx942", which means any GPU of it.
+    Raises ConfigError "device" for a device that torch cannot use, or an unknown architecture; "rank-devices" where
+    LOCAL_RANK has no GPU.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{own_gpu()}"
+    return _known_device(device)
+
+
+@functools.cache
+def _known_device(device: str) -> Device:
+    """Find the device of a name that means the same for as long as the process runs."""
     kind, _, which = device.partition(":")
-    if kind in ("cuda", "hip") and which and not which.isdecimal():
-        return _named_device(device, which)
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu":
+    index = named_gpu(device)
+    if device in ("cpu", "cpu:0"):
         from pymllm.kernels.native.extension import native_available, probe
 
         info = probe()
         return Device("cpu", info.brand, isa=info.best_path if native_available() else None)
-    if kind == "cuda" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties()
+    if index is not None and index < count_gpus():
+        properties = torch.cuda.get_device_properties(index)
         return Device(
             "cuda",
             properties.name,
             capability=(properties.major, properties.minor),
             architecture=_architecture_of(properties),
             processors=properties.multi_processor_count,
+            index=index,
+            memory=properties.total_memory,
         )
+    if kind in ("cuda", "hip") and which[:1].isalpha():
+        return _named_device(device, which)
     raise ConfigError(
         f"torch cannot use the device {device!r} on this machine",
         code="device",
-        expected="auto, cpu" + (" or cuda" if torch.cuda.is_available() else " (torch sees no GPU)"),
-        found=device,
-        fix="A GPU is called cuda here." if kind == "gpu" else nearest(kind.lower(), ("auto", "cpu", "cuda")),
+        expected="auto, cpu"
+        + (", cuda or cuda:N with a GPU's number" if count_gpus() else " (torch sees no GPU)"),
+        found=f"{device}; {describe_gpus()}" if count_gpus() else device,
+        fix=_right_name(kind, which),
     )
+
+
+def _right_name(kind: str, which: str) -> str:
+    """Say what a device that is called by a wrong name is called here; "" where the name is right, but not there."""
+    if kind in ("gpu", "hip", "rocm"):
+        return "A GPU is called cuda here." if kind == "gpu" else "torch calls AMD's GPUs cuda, too."
+    number = which.strip().lstrip("0") or which[-1:]
+    if kind == "cuda" and number.isascii() and number.isdecimal():
+        return f"Write the number as torch does: cuda:{number}." if number != which else ""
+    return nearest(kind.lower(), ("auto", "cpu", "cuda"))
 
 
 def _named_device(device: str, which: str) -> Device:
     architecture = ARCHITECTURES.get(which)
     if architecture is None or architecture.spec != device:
-        names = [known.spec for known in ARCHITECTURES.values()]
-        raise unknown_name("architecture", device, names, code="device")
+        gpus = [f"cuda:{index}" for index in range(count_gpus())]
+        names = [*gpus, *(known.spec for known in ARCHITECTURES.values())]
+        raise unknown_name("GPU or architecture", device, names, code="device")
     return Device(
         "cuda",
         f"a GPU of architecture {which}",
@@ -143,3 +182,22 @@ def _architecture_of(properties: object) -> Architecture | None:
     nvidia = [a for a in ARCHITECTURES.values() if a.is_nvidia]
     usable = [a for a in nvidia if a.capability[0] == capability[0] and a.capability <= capability]
     return max(usable, key=lambda a: a.capability, default=None)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one of this thread for a `with` block; for a CPU do nothing.
+
+    Streams, graphs and Triton's launches go to the current GPU, and every thread has its own, at first GPU 0.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_own_device(method: Method) -> Method:
+    """Have a method run with the GPU of its object's `device` as the current one."""
+
+    @functools.wraps(method)
+    def run(self: Any, *given: Any, **named: Any) -> Any:
+        with current(self.device):
+            return method(self, *given, **named)
+
+    return run  # type: ignore[return-value]

@@ -57,7 +57,7 @@ class TorchReadProbe:
 def settle(device: torch.device) -> None:
     """Wait until a GPU has done what it was asked to do; a CPU has."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, Any]:

@@ -156,7 +156,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         assert self.tied_to is not None
         bound = bound_weight(self.tied_to)
         assert bound is not None
-        execution = self.execution or Execution(dtype=self.params_dtype, device=bound.problem.device.type)
+        execution = self.execution or Execution(dtype=self.params_dtype, device=bound.problem.device.spec)
         self.bound = bind_shared(bound, execution, "linear")
 
     def _table(self) -> VocabParallelEmbedding:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pymllm.disk import names_files
 from pymllm.errors import CheckpointError, ConfigError
-from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.hardware import current, probe_device
 from pymllm.kernels.native.thread_count import lower_to_quota_once
 from pymllm.loading.boundary import reading_checkpoint
 from pymllm.loading.match import Placement, Unit
@@ -60,7 +60,8 @@ def load_prepared(
     cache = PackedCache.of(prepared, packed_cache)
     report = None if cache is None else cache.take()
     if report is None:
-        report = _load_units(prepared, progress)
+        with current(where.torch_device):
+            report = _load_units(prepared, progress)
         if cache is not None:
             cache.keep(report)
     model = prepared.model

@@ -13,7 +13,8 @@ from pymllm.quantization.rules import RuleSource
 class LoadOptions(TypedDict, total=False):
     """The options of loading, beside a checkpoint's path and the rules for its weights.
 
-    device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1"; to plan for another
+    machine, "cuda:sm90" say.
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     compute: "auto" lets kernels round their inputs to fewer bits where that is faster (the plan says which do), "exact"

@@ -314,7 +314,7 @@ def choose_execution(
         raise ConfigError(
             "unknown compute mode", code="compute", expected="auto, exact or checkpoint", found=compute
         )
-    where = probe_device(device)
+    where = probe_device(current_parallel().device_of(device))
     if dtype != "auto":
         chosen = parse_dtype(dtype)
         if chosen is torch.float32 and compute == "auto":

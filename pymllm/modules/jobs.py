@@ -86,7 +86,7 @@ class Job(ABC):
         """Note what the replacement is for.  dtype: of its arithmetic; None: that of its weight."""
         weight = next(iter(self.weights().values()))
         own = weight.dtype if weight.dtype in FLOATS else torch.float32
-        self.execution = Execution(weight.device.type, own if dtype is None else parse_dtype(dtype), compute)
+        self.execution = Execution(str(weight.device), own if dtype is None else parse_dtype(dtype), compute)
 
 
 @dataclass(eq=False)

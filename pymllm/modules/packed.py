@@ -72,7 +72,7 @@ class PackedBuffers(nn.Module):
         if (like.device, like.dtype) != (first.device, bound.problem.dtype):
             dtype = like.dtype if like.dtype in FLOATS else bound.problem.dtype
             assert self.execution is not None
-            execution = replace(self.execution, device=like.device.type, dtype=dtype)
+            execution = replace(self.execution, device=str(like.device), dtype=dtype)
             self._hold(self._bind_again(execution, like.device), execution)
         return self
 

@@ -79,10 +79,11 @@ class Leader:
         leader._watcher.start()
         return leader
 
-    def join(self, settings: Mapping[str, Any]) -> None:
+    def join(self, settings: Mapping[str, Any], gpu: int | None = None) -> None:
         """Wait until all ranks have come, and join torch.distributed's group with them.
 
         settings: {"model": ..., "options": {...}}, which the ranks load that were started here.
+        gpu: the number of this rank's GPU; None: it has none, or the current one.
         Raises RankError for a rank that does not come, or ends; ConfigError where this process has a group already.
         """
         import torch
@@ -96,12 +97,12 @@ class Leader:
                     fix="Close the other model first (llm.close()).",
                 )
             self._wait(lambda: len(self.links) == self.size - 1, JOIN_SECONDS, "come")
-            self._join(settings)
+            self._join(settings, gpu)
         except BaseException:
             self.close()
             raise
 
-    def _join(self, settings: Mapping[str, Any]) -> None:
+    def _join(self, settings: Mapping[str, Any], gpu: int | None) -> None:
         from pymllm.parallel.process_group import choose_backend, join, open_store
 
         backend = choose_backend(str(settings["options"].get("device", "auto")), self.started + 1)
@@ -111,7 +112,7 @@ class Leader:
 
         def work() -> None:
             try:
-                join(0, self.size, self.host, store, backend)
+                join(0, self.size, self.host, store, backend, gpu)
                 self._joined = True
                 done.append(None)
             except Exception as error:

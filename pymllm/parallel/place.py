@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError, ShardingError, counted
+from pymllm.gpus import local_rank, local_ranks, named_gpu, refuse_one_gpu
 from pymllm.parallel.groups import Group, ThreadGroup
 from pymllm.parallel.heartbeat import Heartbeat
 from pymllm.parallel.leader import Leader
-from pymllm.parallel.process_group import TIMEOUT, ProcessGroup, join_environment
+from pymllm.parallel.process_group import TIMEOUT, ProcessGroup, choose_backend, choose_gpu, join_environment
 from pymllm.parallel.ranks import Ranks
 
 R = TypeVar("R")
@@ -40,6 +41,7 @@ class Parallel:
     group: None: weights can be sharded and loaded, but the model cannot run.
     expert_parallel: every rank holds some of a layer's experts whole, instead of a share of each.
     led: rank 0 alone decides, and the others run what it says.  leader: rank 0's hold of the others, where it is led.
+    gpu: the number of the GPU that this rank has; None: none of its own.
     """
 
     rank: int = 0
@@ -48,6 +50,7 @@ class Parallel:
     expert_parallel: bool = False
     led: bool = False
     leader: Leader | None = field(default=None, compare=False)
+    gpu: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
@@ -60,20 +63,47 @@ class Parallel:
 
     @classmethod
     def from_environment(
-        cls, backend: str | None = None, *, expert_parallel: bool = False, timeout: float = TIMEOUT
+        cls,
+        backend: str | None = None,
+        *,
+        expert_parallel: bool = False,
+        timeout: float = TIMEOUT,
+        device: str = "auto",
     ) -> Parallel:
         """Take rank and size from torchrun's RANK and WORLD_SIZE and join the group; one rank without them.
 
         backend: torch.distributed's; None: nccl where torch sees a GPU, else gloo.
         timeout: seconds after which a rank that waits for another one gives up, with a RankError.
+        device: that the model is loaded to. On GPUs the rank has that of LOCAL_RANK; ConfigError where there is none.
         """
         size = world_size()
         if size == 1:
             return cls(expert_parallel=expert_parallel)
+        if named_gpu(device) != local_rank():
+            refuse_one_gpu(device, local_ranks())
         if not torch.distributed.is_initialized():
-            _heartbeats[:] = [join_environment(backend, timeout)]
-        check = _heartbeats[0].check if _heartbeats else None
-        return cls(torch.distributed.get_rank(), size, ProcessGroup(size, check), expert_parallel)
+            _heartbeats[:] = [join_environment(backend, timeout, device)]
+        check, gpu = _heartbeats[0].check if _heartbeats else None, choose_gpu(device, local_rank())
+        rank = torch.distributed.get_rank()
+        return cls(rank, size, ProcessGroup(size, check), expert_parallel, gpu=gpu)
+
+    def device_of(self, device: str) -> str:
+        """Return the name of the device that a name means on this rank: "cuda" and "auto" are the GPU that it has.
+
+        ConfigError for a GPU that another rank has.
+        """
+        named = named_gpu(device)
+        if self.gpu is None or (named is None and device not in ("auto", "cuda")):
+            return device
+        if named not in (None, self.gpu):
+            raise ConfigError(
+                f"rank {self.rank} of {self.size} has cuda:{self.gpu}, and cannot load to {device}",
+                code="rank-devices",
+                expected=f"cuda, or cuda:{self.gpu} on this rank",
+                found=device,
+                fix="With --device cuda rank i of a machine runs on its GPU i, of those in CUDA_VISIBLE_DEVICES.",
+            )
+        return f"cuda:{self.gpu}"
 
     def _group(self) -> Group:
         if self.group is None:
@@ -196,23 +226,30 @@ def choose_parallel(
     expert_parallel: bool = False,
     ranks: Ranks | None = None,
     settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
 ) -> Parallel:
     """Choose the current `Parallel`, or the one that torchrun started, or else start the other ranks.
 
     size: how many ranks were asked for; ConfigError if there are more or fewer.  1: as many as there are.
     expert_parallel: whether to divide experts whole; the current `Parallel` may also say so.
     ranks: where the ranks meet that follow this one.  settings: what they load (`Leader.join`); None: nobody is.
+    device: that the model is loaded to.
     """
     parallel = current_parallel()
     if parallel.size == 1:
-        parallel = Parallel.from_environment()
+        parallel = Parallel.from_environment(device=device)
     if parallel.size == 1 and size > 1 and settings is not None:
         ranks = ranks or Ranks()
+        here = size if ranks.started is None else ranks.started + 1
+        if ranks.begun is None:
+            choose_backend(device, here)  # refuses what cannot be before processes are started
         leader = ranks.begun or Leader.start(size, ranks)
-        leader.join(settings)
+        # Of several ranks of a machine, rank 0 has GPU 0; alone it may have any.
+        gpu = choose_gpu(device, 0 if here > 1 else local_rank())
+        leader.join(settings, gpu)
         # Ranks that are lost are killed where this process has started them, and collectives end then.
         check = None if leader.started == size - 1 else leader.check
-        return Parallel(0, size, ProcessGroup(size, check), expert_parallel, led=True, leader=leader)
+        return Parallel(0, size, ProcessGroup(size, check), expert_parallel, True, leader, gpu)
     if size not in (1, parallel.size):
         raise ConfigError(
             f"tensor_parallel_size is {size}, but this job has {parallel.size} process{'es' * (parallel.size > 1)}",

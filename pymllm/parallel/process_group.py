@@ -17,6 +17,15 @@ import torch
 from torch import Tensor
 
 from pymllm.errors import ConfigError, RankError, counted
+from pymllm.gpus import (
+    check_local_rank,
+    count_gpus,
+    describe_gpus,
+    local_rank,
+    named_gpu,
+    own_gpu,
+    refuse_one_gpu,
+)
 from pymllm.parallel.heartbeat import Heartbeat
 from pymllm.parallel.ranks import LOOPBACK
 
@@ -40,6 +49,7 @@ class ProcessGroup:
     def __init__(self, size: int, check: Callable[[], None] | None = None) -> None:
         self.size = size
         self.check = check
+        self.device = _device_of_group()
         self._waits = check is not None and torch.distributed.get_backend() == "gloo"
 
     def _finish(self, work: torch.distributed.Work | None) -> None:
@@ -80,20 +90,20 @@ class ProcessGroup:
         return received
 
     def exchange_json(self, rank: int, value: Any) -> list[Any]:
-        text = _bytes_of(value)
-        sizes = [int(size) for size in self.exchange(rank, torch.tensor([len(text)], device=_device()))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=_device())
+        text = _bytes_of(value).to(self.device)
+        sizes = [int(size) for size in self.exchange(rank, torch.tensor([len(text)], device=self.device))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: len(text)] = text
         texts = self.exchange(rank, padded)
         return [_value_of(each[:size]) for each, size in zip(texts, sizes, strict=True)]
 
     def broadcast_json(self, rank: int, value: Any) -> Any:
-        text = _bytes_of(value) if rank == 0 else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(text)], device=_device())
+        text = _bytes_of(value).to(self.device) if rank == 0 else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(text)], device=self.device)
         with _together(rank, self.size):
             self._finish(torch.distributed.broadcast(size, 0, async_op=self._waits))
             if rank:
-                text = torch.empty(int(size), dtype=torch.uint8, device=_device())
+                text = torch.empty(int(size), dtype=torch.uint8, device=self.device)
             self._finish(torch.distributed.broadcast(text, 0, async_op=self._waits))
         return value if rank == 0 else _value_of(text)
 
@@ -110,16 +120,20 @@ def _abandon(work: torch.distributed.Work) -> None:
 
 
 def _bytes_of(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def _value_of(text: Tensor) -> Any:
     return json.loads(text.cpu().numpy().tobytes())
 
 
-def _device() -> torch.device:
-    """Return where the group's tensors have to be."""
-    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+def _device_of_group() -> torch.device:
+    """Return where the tensors of the default group have to be: on the GPU that it was joined with, for NCCL."""
+    if torch.distributed.get_backend() != "nccl":
+        return torch.device("cpu")
+    world = torch.distributed.group.WORLD
+    bound: torch.device | None = None if world is None else world.bound_device_id
+    return bound or torch.device("cuda", own_gpu())
 
 
 @contextlib.contextmanager
@@ -144,19 +158,37 @@ def _together(rank: int, size: int) -> Iterator[None]:
 def choose_backend(device: str = "auto", here: int = 1) -> str:
     """Return nccl where torch sees a GPU, else gloo, as a model on the CPU needs it.
 
-    device: that the model is loaded to.  here: how many ranks this machine has; ConfigError for fewer GPUs.
+    device: that the model is loaded to.  here: how many ranks this machine has; ConfigError for fewer GPUs, or where
+    the device is one of them.
     """
-    if device.partition(":")[0] == "cpu" or not torch.cuda.is_available():
+    refuse_one_gpu(device, here)
+    if device.partition(":")[0] == "cpu" or not count_gpus():
         return "gloo"
-    if torch.cuda.device_count() < here:
+    if count_gpus() < here:
         raise ConfigError(
             "there are fewer GPUs than ranks",
             code="rank-devices",
             expected=f"a GPU for each of the {counted(here, 'rank')} of this machine",
-            found=str(torch.cuda.device_count()),
+            found=describe_gpus(),
             fix="Lower --tensor-parallel-size, or run on the CPU with --device cpu.",
         )
     return "nccl"
+
+
+def choose_gpu(device: str, place: int | None) -> int | None:
+    """Choose the GPU of a rank; None: it has none, or, without a place, whichever is current.
+
+    device: that the model is loaded to; a GPU that it names by its number is taken.  place: which of its machine's
+    ranks this one is.  ConfigError where the machine has no GPU for it.
+    """
+    if device.partition(":")[0] == "cpu" or not count_gpus():
+        return None
+    named = named_gpu(device)
+    if named is not None and named < count_gpus():
+        return named
+    if place is not None:
+        check_local_rank(place)
+    return place
 
 
 def open_store(host: str) -> tuple[torch.distributed.Store, int]:
@@ -177,32 +209,57 @@ def open_store(host: str) -> tuple[torch.distributed.Store, int]:
 
 
 def join(
-    rank: int, size: int, host: str, store: torch.distributed.Store | int, backend: str, local_rank: int = 0
+    rank: int,
+    size: int,
+    host: str,
+    store: torch.distributed.Store | int,
+    backend: str,
+    gpu: int | None = None,
 ) -> ProcessGroup:
     """Join the default group through a store, or the one behind a port of `host`.
 
-    local_rank: which of this machine's GPUs the rank has.
+    gpu: the number of the GPU that the rank has, for NCCL; None: the current one.
     """
-    if backend == "nccl":
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    device = _take_gpu(backend, gpu)
     if isinstance(store, int):
         store = torch.distributed.TCPStore(
             host, store, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT)
         )
     with _on_interface(INTERFACES.get(sys.platform) if host == LOOPBACK else None):
         torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=TIMEOUT),
+            device_id=device,
         )
     return ProcessGroup(size)
 
 
-def join_environment(backend: str | None, timeout: float) -> Heartbeat:
-    """Join the default group that torchrun's variables describe, and leave it when the process exits."""
-    torch.distributed.init_process_group(backend or choose_backend(), timeout=timedelta(seconds=timeout))
+def join_environment(backend: str | None, timeout: float, device: str = "auto") -> Heartbeat:
+    """Join the default group that torchrun's variables describe, and leave it when the process exits.
+
+    device: that the model is loaded to.
+    """
+    gpu = choose_gpu(device, local_rank())
+    backend = backend or choose_backend(device)
+    torch.distributed.init_process_group(
+        backend, timeout=timedelta(seconds=timeout), device_id=_take_gpu(backend, gpu)
+    )
     atexit.register(leave_process_group)  # a process that exits inside its group may abort
     heartbeat = Heartbeat(torch.distributed.get_rank(), torch.distributed.get_world_size())
     atexit.register(heartbeat.stop)
     return heartbeat
+
+
+def _take_gpu(backend: str, gpu: int | None) -> torch.device | None:
+    """Make a rank's GPU the current one of this thread, for NCCL.  Returns it; None for another backend."""
+    if backend != "nccl":
+        return None
+    taken = torch.device("cuda", own_gpu() if gpu is None else gpu)
+    torch.cuda.set_device(taken)
+    return taken
 
 
 @contextlib.contextmanager

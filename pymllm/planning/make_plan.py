@@ -12,12 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pymllm.arguments import checked
 from pymllm.embedding.settings import read_settings
 from pymllm.engine.graphs import why_not_captured
-from pymllm.engine.kv_memory import choose_cache_size
 from pymllm.errors import ConfigError, PymllmError, counted
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
@@ -32,12 +29,13 @@ from pymllm.loading.tensor_parallel import legal_tp_sizes, refused_tp_sizes
 from pymllm.models import file_name, find_definition
 from pymllm.models.generic.classes import GenericConfig
 from pymllm.planning.plan import Plan, PlannedLayer
+from pymllm.planning.room import assume_room, size_cache
 from pymllm.quantization.converted import ConvertedLinearMethod
 from pymllm.quantization.kv_cache import KVCacheMethodBase
 from pymllm.quantization.method import LinearMethodBase
 from pymllm.quantization.rules import RuleSource
 from pymllm.weights.loader import Slot
-from pymllm.weights.memory import available_memory, refuse_too_large
+from pymllm.weights.memory import refuse_too_large
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +58,8 @@ def plan(
     model that comes with the package.
     quant: rules over the checkpoint's own config, {"**.mlp.**": "fp8"} say; also a list of "PATTERN=METHOD" lines, or
     "@FILE"; None: as stored.
-    device: "auto" (a GPU where there is one), "cpu" or "cuda", or, to plan for another machine, "cuda:sm90" say.
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or, of several GPUs, "cuda:1"; to plan for another
+    machine, "cuda:sm90" say.
     dtype: of what layers pass to each other, "bfloat16" say; "auto": the checkpoint's own, but float32 on a CPU for a
     quantised one.
     compute: "auto" lets kernels round their inputs to fewer bits where that is faster, "exact" forbids it, "checkpoint"
@@ -125,18 +124,13 @@ def make_plan(
         weight_bytes += draft.totals["weight_bytes"]
         totals["weight_bytes"] = weight_bytes
         totals["kv_cache_bytes_per_token"] += draft.totals["kv_cache_bytes_per_token"]
+    device = probe_device(prepared.execution.device)
+    on_gpu = device.type != "cpu" and prepared.model.why_no_text is None
+    eager = why_not_captured(prepared.model, binder) if on_gpu else None
     cache = {}
     if prepared.model.why_no_text is None:
-        size = choose_cache_size(
-            prepared.model.max_length,
-            totals["kv_cache_bytes_per_token"],
-            _free_beside(weight_bytes, prepared.execution.device),
-            max_model_len=max_model_len,
-            kv_memory=kv_memory,
-            state_bytes=totals["state_bytes_per_request"],
-            block_length=prepared.model.strategy.block_length,
-        )
-        cache = asdict(size)
+        room = assume_room(prepared, weight_bytes, layers, max_model_len, captured=eager is None)
+        cache = asdict(size_cache(prepared, totals, room, max_model_len, kv_memory))
     elif max_model_len is not None or kv_memory is not None:
         raise ConfigError(
             f"max_model_len and kv_memory are for a KV cache, which this model has not: {prepared.model.why_no_text}",
@@ -145,15 +139,13 @@ def make_plan(
         )
     parallel, legal = prepared.parallel, legal_tp_sizes(prepared.model)
     elementwise = select_elementwise(prepared.execution)
-    device = probe_device(prepared.execution.device)
-    on_gpu = device.type != "cpu" and prepared.model.why_no_text is None
     sampling = select("sampling", SamplingProblem(device), prepared.execution.forced_kernel("sampling"))
-    eager = why_not_captured(prepared.model, binder) if on_gpu else None
     return Plan(
         model=str(prepared.checkpoint.path),
         model_type=str(prepared.checkpoint.config.get("model_type")),
         definition=prepared.model.definition,
         device=prepared.execution.device,
+        device_name=device.name,
         dtype=str(prepared.execution.dtype).removeprefix("torch."),
         compute=prepared.execution.compute,
         tensor_parallel={
@@ -207,17 +199,6 @@ def _describe_draft(plan: Plan) -> dict[str, Any]:
         ],
         "notes": plan.notes,
     }
-
-
-def _free_beside(weight_bytes: int, device: str) -> int | None:
-    """Return how many bytes this machine has free on `device`, less those of the weights.
-
-    None: the device is another machine's, or the weights do not fit into this one, which loading refuses.
-    """
-    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        return None
-    available = available_memory(device)
-    return None if available is None or available <= weight_bytes else available - weight_bytes
 
 
 def _row(described: Description, prepared: Prepared) -> PlannedLayer:

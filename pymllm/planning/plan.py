@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pymllm.errors import counted, escaped
+from pymllm.gpus import named_gpu
 from pymllm.models.strategy import Strategy
 
 SCHEMA_VERSION = 1
@@ -55,7 +56,8 @@ class Plan:
     """The plan of one rank; `to_dict` is the JSON, `str` a summary for people.
 
     model, model_type: the checkpoint, and its config's.  definition: what runs the type: a page of ours, as
-    "pymllm.models.llama", or a class of transformers'.  device, dtype, compute: what it would run with.
+    "pymllm.models.llama", or a class of transformers'.  device, dtype, compute: what it would run with.  device_name:
+    what the maker calls the device.
     tensor_parallel: this rank, and the sizes that the model can and cannot be divided over.
     elementwise, routing, sampling: the kernels of what has no weights, of routers, and of the choice of tokens.
     layers: attention layers last.
@@ -70,6 +72,7 @@ class Plan:
     model_type: str
     definition: str
     device: str
+    device_name: str
     dtype: str
     compute: str
     tensor_parallel: dict[str, Any]
@@ -83,6 +86,11 @@ class Plan:
     sampling: dict[str, Any] = field(default_factory=dict)
     kv_cache: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """The device, and for a GPU that is here what its maker calls it."""
+        return self.device if named_gpu(self.device) is None else f"{self.device} ({self.device_name})"
 
     @property
     def weighted_layers(self) -> list[PlannedLayer]:
@@ -160,7 +168,7 @@ class Plan:
     def __str__(self) -> str:
         ranks = self.tensor_parallel
         lines = [
-            f"{self.model} ({self.what_runs}) on {self.device}, rank {ranks['rank']} of {ranks['size']} "
+            f"{self.model} ({self.what_runs}) on {self.where}, rank {ranks['rank']} of {ranks['size']} "
             f"(sizes that work: {', '.join(map(str, ranks['legal_sizes']))})",
             f"  {self.describe_numbers()}",
         ]

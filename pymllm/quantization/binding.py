@@ -114,4 +114,4 @@ def bound_as(layer: Any, device: str) -> tuple[Execution, Operation]:
 
 
 def weight_device(weight: CanonicalWeight) -> str:
-    return next(iter(weight.tensors().values())).device.type
+    return str(next(iter(weight.tensors().values())).device)

@@ -13,6 +13,7 @@ import torch
 
 from pymllm.control_groups import group_folders
 from pymllm.errors import ConfigError, PymllmError, counted
+from pymllm.gpus import named_gpu
 
 # The files of a control group, version 2, then version 1: limit, usage, statistics, and the statistic that counts the
 # part of the usage that is only cache.
@@ -26,12 +27,14 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def available_memory(device: str) -> int | None:
-    """Return how many bytes this process could still take on `device` ("cpu" or "cuda").
+    """Return how many bytes this process could still take on `device`: "cpu", or a GPU by its number, "cuda:1".
 
-    None where the system does not say.
+    Of a GPU that includes what torch's allocator holds without using it.  None where the system does not say, and for a
+    GPU that is not here ("cuda:sm90").
     """
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+    if device != "cpu":
+        index = named_gpu(device)
+        return None if index is None else _gpu_memory(index)
     found = [_system_memory(Path("/proc/meminfo")), *map(_cgroup_memory, group_folders("memory"))]
     known = [nbytes for nbytes in found if nbytes is not None]
     return min(known) if known else None
@@ -71,7 +74,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(doing: str, error: BaseException, *, fix: str) -> ConfigError:
     """Make the error for memory that could not be had.  doing: what needed it, as "loading".  fix: what to do."""
-    device = "cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"
+    device = "cpu"
+    if isinstance(error, torch.OutOfMemoryError):
+        number = re.search(r"\bGPU (\d+)", str(error))  # "GPU 1 has a total capacity of ..."
+        device = f"cuda:{torch.cuda.current_device() if number is None else int(number[1])}"
     asked = re.search(r"allocate\s+([\d.]+ ?(?:[KMGT]i?B|bytes))", str(error))
     try:
         free = available_memory(device)
@@ -84,6 +90,12 @@ def out_of_memory(doing: str, error: BaseException, *, fix: str) -> ConfigError:
         found=None if free is None else f"{free / 1e9:.2f} GB free",
         fix=fix,
     )
+
+
+def _gpu_memory(index: int) -> int:
+    """Return how many bytes of a GPU are free, or held by torch's allocator without use."""
+    free, _ = torch.cuda.mem_get_info(index)
+    return int(free + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index))
 
 
 def _system_memory(meminfo: Path) -> int | None:

@@ -61,6 +61,40 @@ def test_by_default_it_holds_16384_tokens_or_the_longest_request_within_a_quarte
     assert chosen(512, token_bytes=0, available=0) == (16384, 512)
 
 
+def test_on_a_gpu_it_takes_nine_tenths_of_what_steps_leave_or_what_64_longest_requests_need():
+    gpu = {"on_gpu": True}
+    assert chosen(available=10**12, **gpu) == (64 * 4096, 4096)
+    assert chosen(available=10**12, working=10**11, max_model_len=100, **gpu) == (64 * 100, 100)
+    assert chosen(available=100_000_000, working=20_000_000, **gpu) == (72_000, 4096)
+    assert chosen(10**6, available=100_000_000, working=20_000_000, **gpu) == (72_000, 72_000)
+    assert chosen(available=20_000_000, working=30_000_000, **gpu) == (16, 16)
+    size = choose_cache_size(4096, 1000, 10**8, working=2 * 10**7, **gpu)
+    assert size.decided_by == "90% of the GPU's memory that weights and steps leave free"
+    assert choose_cache_size(4096, 1, 10**9, **gpu).decided_by == "64 requests of the longest context"
+
+
+def test_on_a_gpu_a_share_is_of_what_is_free_beside_the_weights_as_far_as_steps_leave_it():
+    free = {"available": 100_000_000, "working": 20_000_000, "on_gpu": True}
+    assert chosen(kv_memory="30%", **free) == (30_000, 4096)
+    assert chosen(kv_memory="80%", **free) == chosen(kv_memory="100%", **free) == (80_000, 4096)
+    size = choose_cache_size(4096, 1000, kv_memory="100%", **free)
+    assert size.decided_by.endswith("less 20.00 MB that steps take")
+    assert chosen(kv_memory="80MB", **free) == (80_000, 4096)
+    with pytest.raises(ConfigError, match=r"at most 80.00 MB: 100.00 MB are free, and steps take 20.00 MB"):
+        chosen(kv_memory="80.1MB", **free)
+    with pytest.raises(ConfigError, match=r"4096 tokens of 20000 bytes: 81.92 MB"):
+        chosen(token_bytes=20_000, max_model_len=4096, **free)
+
+
+def test_a_gpu_whose_memory_nobody_knows_is_taken_to_hold_what_is_asked_for():
+    size = choose_cache_size(10**7, 1000, None, on_gpu=True, working=10**12)
+    assert size.bytes == (4 << 30) * 9 // 10 // 16_000 * 16_000
+    assert size.decided_by == "90% of 4.29 GB, as the memory of that GPU is not known here"
+    assert chosen(10**7, available=None, on_gpu=True, max_model_len=10**7)[1] == 10**7
+    assert chosen(10**7, available=None, on_gpu=True, max_model_len=10**7, state_bytes=10**9)[1] == 10**7
+    assert chosen(10**7, available=None, on_gpu=True, kv_memory="32MB") == (32_000, 32_000)
+
+
 def test_asked_for_it_is_what_was_asked_for():
     assert chosen(available=0, kv_memory=320_000) == (320, 320)
     assert chosen(available=0, kv_memory="5MB") == (4992, 4096)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pymllm.errors import MissingExtraError
@@ -101,9 +102,10 @@ class Kernel(DeviceFunction):
         recorded = _recorded.get()
         if recorded is not None:
             recorded.append(Launch(self, grid, arguments, constants))
-        elif not next(argument for argument in arguments if isinstance(argument, Tensor)).is_meta:
+        elif not (first := next(argument for argument in arguments if isinstance(argument, Tensor))).is_meta:
             constants = {name: _compiled(value) for name, value in constants.items()}
-            self.compiled[grid](*arguments, **constants)
+            with torch.cuda.device_of(first):  # Triton launches on the thread's current GPU
+                self.compiled[grid](*arguments, **constants)
 
 
 def _compiled(value: Any) -> Any:

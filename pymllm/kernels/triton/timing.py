@@ -25,7 +25,7 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
             calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     graph.replay()

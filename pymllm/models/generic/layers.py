@@ -34,7 +34,7 @@ class ReadWeight:
         bound = bound_weight(packed_in)
         assert bound is not None
         self.bound = bound
-        self.dtype, self.device = layer.params_dtype, torch.device(bound.problem.device.type)
+        self.dtype, self.device = layer.params_dtype, bound.problem.device.torch_device
         shape = layer.shape.part(part)
         self.shape = torch.Size((self._table or shape.out_features_local, shape.in_features_local))
 
