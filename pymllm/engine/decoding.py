@@ -24,6 +24,10 @@ from pymllm.engine.tape_memory import StepMemory
 RECORDED_STEP = 3
 
 
+class CaptureFailed(NotRepeatable):
+    """The failure of a capture, which would fail again."""
+
+
 class DecodingBatch:
     """The tensors of a step of `size` requests of `width` tokens each, filled anew for each step.
 
@@ -116,25 +120,21 @@ class DecodingBatch:
         forward: Callable[[], Tensor],
         capture: Capture | None,
         rewind: Callable[[], None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Run the filled batch, by `forward` until its step can be replayed.  Returns [size * width, V].
 
         capture: captures the first step (on a GPU). Without it a tape is recorded at the third step and tried at the
-        fourth. Raises NotRepeatable if the step has what a tape cannot have.
+        fourth. Raises NotRepeatable if the step has what a tape cannot have, CaptureFailed if it cannot be captured.
         rewind: puts the requests' states back, so that the step can run again; for tapes alone, where there are states.
+        check: is called once the step is recorded, and raises NotRepeatable where that is of no use.
         """
         if self.replay is not None and self.trusted:
             return self.replay()
         if capture is not None:
-            if self.step.state_slots is None:
-                self.replay = capture(forward)
-            else:
-                # What runs to warm up must leave the requests' states alone.
-                own = self.step.state_slots.clone()
-                self.step.state_slots.fill_(NOBODY)
-                self.replay = capture(forward)
-                self.step.state_slots.copy_(own)
-            self.trusted = True
+            replay = self._captured(forward, capture)
+            check()
+            self.replay, self.trusted = replay, True
             return self.replay()
         self.steps += 1
         logits = forward()
@@ -148,5 +148,24 @@ class DecodingBatch:
             tape = record(forward, logits, rewind, self.memory)
             mine = {there.untyped_storage().data_ptr() for there, _ in self._filled}
             self.outside = [one for one in tape.outside if one.untyped_storage().data_ptr() not in mine]
+            check()
             self.replay, self.bytes = tape.play, self.bytes + tape.bytes
         return logits
+
+    def _captured(self, forward: Callable[[], Tensor], capture: Capture) -> Callable[[], Tensor]:
+        """Capture the step over rows of nobody: what runs to warm up leaves the requests' keys and states alone.
+
+        Raises CaptureFailed, with everything as it was, if that fails: whether the step itself is to blame, running it
+        eagerly tells.
+        """
+        targets = [slots for slots in (self.step.slot_mapping, self.step.state_slots) if slots is not None]
+        own = [slots.clone() for slots in targets]
+        try:
+            for slots in targets:
+                slots.fill_(NOBODY)
+            return capture(forward)
+        except Exception as error:
+            raise CaptureFailed(f"its capture failed: {type(error).__name__}: {error}") from error
+        finally:
+            for slots, kept in zip(targets, own, strict=True):
+                slots.copy_(kept)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import accumulate
@@ -15,8 +16,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
-from pymllm.engine.decoding import RECORDED_STEP, DecodingBatch
-from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not_captured
+from pymllm.engine.decoding import RECORDED_STEP, CaptureFailed, DecodingBatch
+from pymllm.engine.graphs import (
+    Capture,
+    bucket_of,
+    capture_cuda_graph,
+    scales_span_rows,
+    why_not_captured,
+)
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.runs import Run
@@ -30,6 +37,8 @@ from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Leader
+
+logger = logging.getLogger("pymllm")
 
 # The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
@@ -81,6 +90,15 @@ class Runner:
         # replayed.  patience: how many steps will run eagerly for that.
         self._watch: Watch | None = None
         self._stale = self._patience = 0
+        self._exact = False  # whether graphs have no spare rows
+        # Why captures have failed, as far as it was said.
+        self._said: set[str] = set()
+
+    @property
+    def why_eager(self) -> str | None:
+        """The first reason for decoding steps that are not replayed; None: all that were met are, or will be."""
+        refused = (batch.refused for batch in self._decoding.values() if batch.refused is not None)
+        return self.eager_reason or next(refused, None)
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:
@@ -229,7 +247,7 @@ class Runner:
             return None
         if not self._still_stands(cache):
             return None
-        rows = len(requests) if self.capture is None else bucket_of(len(requests))
+        rows = len(requests) if self.capture is None else bucket_of(len(requests), self._exact)
         if rows is None or self.eager_reason is not None:
             return None
         key = (rows, width, torch.get_num_threads())
@@ -261,17 +279,24 @@ class Runner:
             self._watch = Watch(model=self.model)
         rewind = self._rewind(requests) if self.capture is None and not batch.trusted else None
         try:
-            logits = batch.run(lambda: self._forward_decoding(batch), self.capture, rewind)
-            if records and self._watch is not None:
-                self._watch.hold(batch.outside)
-                if self._watch.changed():
-                    raise NotRepeatable("the step changes attributes of the model")
-            elif batch.trusted:
+            logits = batch.run(
+                lambda: self._forward_decoding(batch),
+                self.capture,
+                rewind,
+                lambda: self._check_recorded(batch),
+            )
+            if not records and batch.trusted:
                 self._stale = 0
         except NotRepeatable as reason:
             if rewind is not None:
                 rewind()
             batch.replay, batch.refused = None, str(reason)
+            if isinstance(reason, CaptureFailed):
+                self._note_failure(batch.refused)
+                # What the attempt itself has changed does not make it worth another.
+                self.notice()
+                self._decoding_of = self._made_for(cache)
+                self._decoding[key] = batch
             return None
         while self.capture is None and len(self._decoding) > 1 and self._keeps_too_much():
             del self._decoding[next(iter(self._decoding))]
@@ -279,6 +304,19 @@ class Runner:
         if len(wanted) == len(requests) * width:
             return logits[: len(wanted)]
         return logits[torch.tensor(wanted, device=self.device)]
+
+    def _check_recorded(self, batch: DecodingBatch) -> None:
+        """Raise NotRepeatable if recording the batch's step has changed the model."""
+        assert self._watch is not None
+        self._watch.hold(batch.outside)
+        if self._watch.changed():
+            raise NotRepeatable("the step changes attributes of the model")
+
+    def _note_failure(self, reason: str) -> None:
+        """Say once why decoding steps are not captured."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("decoding is slower, without a captured graph: %s", reason)
 
     def forget(self) -> None:
         """Drop all that is recorded, and with it the memory of weights that it read."""
@@ -299,17 +337,22 @@ class Runner:
             # Somebody watches torch's operations, or gives others in their place.
             return False
         self.notice()
-        made_for = (
-            *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
-            *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
-        )
+        made_for = self._made_for(cache)
         if made_for != self._decoding_of or self.eager_reason == HOOKED:
             self._decoding_of = made_for
             self.forget()
             why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
             self.eager_reason = self.model.why_not_repeated or why_not(self.model)
+            self._exact = self.capture is not None and scales_span_rows(self.model)
         self._patience = max(0, self._patience - 1)
         return not self._patience
+
+    def _made_for(self, cache: PagedKVCache) -> tuple[Any, ...]:
+        """Return what must stay as it is for all that is recorded."""
+        return (
+            *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
+            *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
+        )
 
     def _keeps_too_much(self) -> bool:
         kept = self._decoding.values()
