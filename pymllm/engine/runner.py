@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from pymllm.adapters.loading import loaded_adapters
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
 from pymllm.engine.decoding import RECORDED_STEP, CaptureFailed, DecodingBatch
 from pymllm.engine.graphs import (
@@ -33,6 +34,7 @@ from pymllm.engine.tape import HOOKED, NotRepeatable, why_not_recorded
 from pymllm.engine.tape_memory import StepMemory
 from pymllm.engine.watch import Watch
 from pymllm.errors import RankError
+from pymllm.kernels.copies import upload
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.language_model import LanguageModel
@@ -81,9 +83,9 @@ class Runner:
         self.states: StatePool | None = None
         # Takes logits [R, V] after tokens of prompts, those that are wanted, in order, and whose each is.
         self.score_prompts: Callable[[Sequence[Request], Tensor], None] | None = None
-        # By requests, tokens of each and threads, the last used at the end; and what must be as it was when they were
-        # made.
-        self._decoding: dict[tuple[int, int, int], DecodingBatch] = {}
+        # By requests, tokens of each, threads and adapters, the last used at the end; and what must be as it was when
+        # they were made.
+        self._decoding: dict[tuple[int | str, ...], DecodingBatch] = {}
         self._decoding_of: tuple[Any, ...] = ()
         self._memory = StepMemory() if self.capture is None else None
         # What all of it rests on, from the first recording on.  stale: how often it has changed since a step was last
@@ -122,7 +124,8 @@ class Runner:
             **self.strategy.step_settings,
         )
         with self._led():
-            return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
+            ids = torch.tensor(token_ids, device=self.device)
+            return self._forward(ids, torch.arange(count, device=self.device), metadata, [adapter] * count)
 
     @torch.no_grad()
     def hidden_states(self, texts: Sequence[Sequence[int]], adapter: str | None = None) -> Tensor:
@@ -162,14 +165,14 @@ class Runner:
 
         Returns the logits [N, V] of the rows that each request wants; the next step overwrites them.
         """
-        if all(r.adapter is None and r.rows and not self.strategy.is_reading(r) for r in requests):
+        if all(r.rows and not self.strategy.is_reading(r) for r in requests):
             logits = self._decode(requests, cache)
             if logits is not None:
                 return logits
         return self._read(requests, cache)
 
     def _read(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """Run a step eagerly: one that reads prompts, has adapters, or cannot be replayed."""
+        """Run a step eagerly: one that reads prompts, or cannot be replayed."""
         run = Run.of(requests, None if self.states is None else self._slots(requests))
         if self.leader is not None:
             integers, names = run.to_integers()
@@ -210,37 +213,46 @@ class Runner:
         bounds_q, bounds_k = ([0, *accumulate(each)] for each in (counts, lengths))
         most = max(map(len, run.pages))
         tables = [[*pages, *[0] * (most - len(pages))] for pages in run.pages]
+        wanted = [begin + row for begin, rows in zip(bounds_q, run.rows, strict=False) for row in rows]
+        flat = [token for tokens in run.tokens for token in tokens]
+        narrow = (bounds_q, bounds_k, lengths, tables)
+        wide = (slots, flat, positions, wanted, run.slots or [])
+        starts, all_starts, reached, pages, targets, ids, places, rows, states = upload(
+            [
+                *(torch.tensor(values, dtype=torch.int32) for values in narrow),
+                *(torch.tensor(values, dtype=torch.int64) for values in wide),
+            ],
+            self.device,
+        )
         metadata = self.strategy.metadata(
             is_prefill=run.prefilling,
-            cu_seqlens_q=self._int32(bounds_q),
-            cu_seqlens_k=self._int32(bounds_k),
+            cu_seqlens_q=starts,
+            cu_seqlens_k=all_starts,
             max_seqlen_q=max(counts),
             max_seqlen_k=max(lengths),
-            slot_mapping=torch.tensor(slots, device=self.device),
-            context_lens=self._int32(lengths),
-            page_tables=self._int32(tables),
+            slot_mapping=targets,
+            context_lens=reached,
+            page_tables=pages,
             page_size=size,
             query_starts=bounds_q,
             lengths=lengths,
-            state_slots=None if run.slots is None else torch.tensor(run.slots, device=self.device),
+            state_slots=None if run.slots is None else states,
             **self.strategy.step_settings,
         )
-        wanted = [begin + row for begin, rows in zip(bounds_q, run.rows, strict=False) for row in rows]
-        flat = [token for tokens in run.tokens for token in tokens]
         first = [bound - start for bound, start in zip(bounds_q, run.starts, strict=False)]
         scored = [
-            (number, range(before + places.start, before + places.stop))
-            for number, (places, before) in enumerate(zip(run.scored, first, strict=True))
-            if places
+            (number, range(before + span.start, before + span.stop))
+            for number, (span, before) in enumerate(zip(run.scored, first, strict=True))
+            if span
         ]
-        rows = torch.tensor(wanted, dtype=torch.int64)
-        return self._forward(flat, positions, metadata, rows, run.adapters, counts, scored, requests)
+        names = [name for name, count in zip(run.adapters, counts, strict=True) for _ in range(count)]
+        return self._forward(ids, places, metadata, names, (rows, wanted), run.adapters, scored, requests)
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
         """Run as many tokens of each request by replaying a recorded step, and return the rows that are wanted.
 
         Returns None where this model, or a batch of this size, cannot be replayed, or where requests run fewer tokens
-        than others.
+        than others.  On a CPU a step with adapters is not: eagerly each is applied to its own rows alone.
         """
         width = len(requests[0].running_sequence)
         if any(len(request.running_sequence) != width for request in requests):
@@ -250,7 +262,12 @@ class Runner:
         rows = len(requests) if self.capture is None else bucket_of(len(requests), self._exact)
         if rows is None or self.eager_reason is not None:
             return None
-        key = (rows, width, torch.get_num_threads())
+        adapters: tuple[str, ...] = ()
+        if any(request.adapter is not None for request in requests):
+            adapters = tuple(sorted(loaded_adapters(self.model)))
+            if self.capture is None or any(r.adapter not in (None, *adapters) for r in requests):
+                return None
+        key = (rows, width, torch.get_num_threads(), *adapters)
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)
@@ -265,6 +282,7 @@ class Runner:
                 width=width,
                 strategy=self.strategy,
                 memory=self._memory,
+                adapters=adapters,
             )
             size = 0 if self.states is None else rows * self.states.bytes_each
             if self.capture is None and size > MAX_COPIED_BYTES:
@@ -303,7 +321,7 @@ class Runner:
         wanted = _wanted(requests, range(0, len(requests) * width, width))
         if len(wanted) == len(requests) * width:
             return logits[: len(wanted)]
-        return logits[torch.tensor(wanted, device=self.device)]
+        return logits[upload([torch.tensor(wanted)], self.device)[0]]
 
     def _check_recorded(self, batch: DecodingBatch) -> None:
         """Raise NotRepeatable if recording the batch's step has changed the model."""
@@ -378,7 +396,8 @@ class Runner:
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(batch.step)
         try:
-            logits = self.model.compute_logits(self.model(batch.ids, batch.positions), gather_all=True)
+            with use_adapters(batch.adapter_batch()):
+                logits = self.model.compute_logits(self.model(batch.ids, batch.positions), gather_all=True)
         finally:
             _metadata.reset(token)
             batch.step.restart()  # what its layers shared makes room
@@ -390,37 +409,35 @@ class Runner:
 
     def _forward(
         self,
-        tokens: list[int],
-        positions: list[int],
+        ids: Tensor,
+        positions: Tensor,
         metadata: AttnMetaDataBase,
-        rows: Tensor | None,
-        adapters: Sequence[str | None],
-        counts: list[int],
+        names: Sequence[str | None],
+        wanted: tuple[Tensor, Sequence[int]] | None = None,
+        adapters: Sequence[str | None] = (),
         scored: Sequence[tuple[int, range]] = (),
         requests: Sequence[Request] = (),
     ) -> Tensor:
-        """Run `tokens` at `positions` and compute logits.
+        """Run the tokens `ids` at `positions`, both [T], and compute logits.
 
-        rows: the tokens whose logits are wanted; None: all.  adapters, counts: each request's adapter, and how many of
-        the tokens are its own.  scored: the numbers of requests whose logits `score_prompts` gets, and after which of
+        names: each token's adapter.  wanted: the tokens whose logits are wanted, on the device and here; None: all.
+        adapters: each request's.  scored: the numbers of requests whose logits `score_prompts` gets, and after which of
         the tokens; nobody gets them without the requests.
         """
-        names = [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)]
         wide = AdapterBatch.of(names, self.device)
-        narrow = wide if rows is None else AdapterBatch.of([names[row] for row in rows.tolist()], self.device)
+        narrow = wide if wanted is None else AdapterBatch.of([names[row] for row in wanted[1]], self.device)
         # Each time: another runner may have installed its own.
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(metadata)
         try:
             with use_adapters(wide):
-                hidden = self.model(
-                    torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
-                )
+                hidden = self.model(ids, positions)
             self._score(scored, hidden, adapters, requests)
-            if rows is not None and not len(rows):
-                return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
-            if rows is not None:
-                hidden = hidden[rows.to(self.device)]
+            if wanted is not None:
+                rows = wanted[0]
+                if not len(rows):
+                    return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
+                hidden = hidden[rows]
             with use_adapters(narrow):
                 logits = self.model.compute_logits(hidden, gather_all=True)
         finally:
@@ -437,7 +454,9 @@ class Runner:
     ) -> None:
         """Hand the logits after tokens of prompts over, a few at a time, whosever they are.  hidden: [T, H]."""
         owners = [number for number, places in scored for _ in places]
-        rows = torch.tensor([place for _, places in scored for place in places], device=self.device)
+        if not owners:
+            return
+        (rows,) = upload([torch.tensor([place for _, places in scored for place in places])], self.device)
         for start in range(0, len(owners), SCORED_ROWS):
             part = owners[start : start + SCORED_ROWS]
             with use_adapters(AdapterBatch.of([adapters[number] for number in part], self.device)):

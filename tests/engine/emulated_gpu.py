@@ -84,7 +84,7 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 class NoHost(TorchFunctionMode):
-    """A guard against Python that reads a tensor, and against tensors of the host: numbers of Python's, or no device."""
+    """A guard against Python that reads a tensor, and against tensors that Python makes on the host."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in READS:
