@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pymllm.kernels import hardware
+from pymllm.kernels import hardware, recurrence
 from pymllm.kernels.attention import AttentionStep
 from pymllm.kernels.triton.launch import Kernel
 from pymllm.layers.rotary_embedding import RotaryEmbedding
@@ -55,6 +55,7 @@ def emulated_gpu(monkeypatch):
     # On a GPU nobody looks at these.
     for look in ("slots", "check_tokens"):
         monkeypatch.setattr(AttentionStep, look, lambda *_: None)
+    monkeypatch.setattr(recurrence, "_check_slots", lambda *_: None)
     monkeypatch.setattr(AttentionStep, "stored_slots", lambda step, *_: step.slot_mapping)
     monkeypatch.setattr(hardware, "Device", emulated_device)
     hardware.probe_device.cache_clear()
