@@ -23,9 +23,9 @@ def is_separate(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def make_pinned(size: int) -> Tensor:
-    """Make `size` bytes of the host's memory that a device can read beside the host."""
-    return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+def make_pinned(size: int, device: torch.device) -> Tensor:
+    """Make `size` bytes of the host's memory, which a GPU can read beside the host."""
+    return torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def send(there: Tensor, here: Tensor) -> None:
@@ -48,7 +48,7 @@ def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if not is_separate(device):
         return list(tensors)
     kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    image = make_pinned(_room(kinds))
+    image = make_pinned(_room(kinds), device)
     for part, tensor in zip(_divide(image, kinds), tensors, strict=True):
         part.copy_(tensor)
     there = torch.empty_like(image, device=device)
@@ -65,7 +65,7 @@ class Staged:
 
     def __init__(self, parts: Sequence[Kind], device: torch.device) -> None:
         size, self._separate = _room(parts), is_separate(device)
-        self._image = make_pinned(size) if self._separate else torch.zeros(size, dtype=torch.uint8)
+        self._image = make_pinned(size, device) if self._separate else torch.zeros(size, dtype=torch.uint8)
         self.region = torch.zeros_like(self._image, device=device) if self._separate else self._image
         self.there, here = (_divide(region, parts) for region in (self.region, self._image))
         self.here = [part.numpy() for part in here]

@@ -34,7 +34,9 @@ KINDS = {
     "experts and latents": lambda folder: LLM(write_moe(folder, "deepseek_v3").folder, dtype="bfloat16"),
     "experts and sinks": lambda folder: LLM(write_moe(folder, "gpt_oss").folder, dtype="bfloat16"),
     "states": lambda folder: LLM(write_checkpoint(folder, "qwen3_5_text").folder, dtype="bfloat16"),
-    "blocks": lambda folder: LLM(write_blocks(folder, "llada2_moe").folder, dtype="bfloat16"),
+    "blocks": lambda folder: LLM(
+        write_blocks(folder, "sdar").folder, dtype="bfloat16", strategy="block_diffusion:block_length=4"
+    ),
 }
 
 

@@ -65,7 +65,7 @@ def wire(monkeypatch):
     made = Wire()
     for module in (copies, sampling, choosing):
         monkeypatch.setattr(module, "is_separate", lambda device: True)
-    monkeypatch.setattr(copies, "make_pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(copies, "make_pinned", lambda size, device: torch.zeros(size, dtype=torch.uint8))
     monkeypatch.setattr(copies, "make_event", lambda: made)
     monkeypatch.setattr(copies, "send", made.send)
     monkeypatch.setattr(choosing, "receive", made.receive)
