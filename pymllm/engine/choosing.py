@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import KernelError, RequestError
+from pymllm.kernels.copies import is_separate, receive, upload
 from pymllm.kernels.sampling import SETTINGS, SamplingBatch, SamplingKernel
 from pymllm.text.grammars import Matcher
 
@@ -160,14 +161,14 @@ def choose(
     counts = [state.params.logprobs for state in states]
     wanted = [row for row, count in enumerate(counts) if count is not None]
     if not wanted:
-        return [(token if token >= 0 else None, None) for token in tokens.tolist()]
+        return [(token if token >= 0 else None, None) for token in receive(tokens)]
     rows, chosen = logits, tokens.clamp(min=0)
     if len(wanted) < len(states):
-        index = torch.tensor(wanted, device=logits.device)
+        (index,) = upload([torch.tensor(wanted)], logits.device)
         rows, chosen = logits[index], chosen[index]
     parts = kernel.log_probabilities(rows, chosen, max(count for count in counts if count is not None))
     # One copy from the device; a token is exact in float64.
-    flat = torch.cat([part.double().flatten() for part in (tokens, *parts)]).tolist()
+    flat = receive(torch.cat([part.double().flatten() for part in (tokens, *parts)]))
     found = [int(token) for token in flat[: len(states)]]
     described = _describe(flat[len(states) :], [found[row] for row in wanted])
     entries: list[tuple[int | None, TokenLogprobs | None]] = [
@@ -185,8 +186,7 @@ def _allowed(logits: Tensor, states: Sequence[SamplerState], masks: Mapping[int,
     if not matched:
         return logits
     known = [masks[row] if row in masks else matcher.allowed() for row, matcher in matched]
-    allowed = torch.stack(known).to(logits.device)
-    rows = torch.tensor([row for row, _ in matched], device=logits.device)
+    allowed, rows = upload([torch.stack(known), torch.tensor([row for row, _ in matched])], logits.device)
     return logits.index_put((rows,), torch.where(allowed, logits[rows], -torch.inf))
 
 
@@ -197,8 +197,9 @@ def describe(
 
     logits: [R, V], one row for each of the tokens.  KernelError if they are not numbers.
     """
-    parts = kernel.log_probabilities(logits, torch.tensor(tokens, device=logits.device), count)
-    flat = torch.cat([part.double().flatten() for part in parts]).tolist()
+    (following,) = upload([torch.tensor(tokens)], logits.device)
+    parts = kernel.log_probabilities(logits, following, count)
+    flat = receive(torch.cat([part.double().flatten() for part in parts]))
     entries = _describe(flat, tokens)
     if any(entry.logprob != entry.logprob for entry in entries):
         raise no_numbers()
@@ -249,7 +250,7 @@ def cut(entry: TokenLogprobs, count: int) -> TokenLogprobs:
 
 def _likeliest(logits: Tensor) -> list[int | None]:
     """Take the first of the highest logits of each row; None where the highest is no number."""
-    if logits.device.type == "cpu":
+    if not is_separate(logits.device):
         # NumPy's argmax takes a tenth of the time of torch's.
         rows = logits.detach().float().numpy()
         tokens = rows.argmax(-1)
@@ -257,7 +258,7 @@ def _likeliest(logits: Tensor) -> list[int | None]:
         found = tokens.tolist()
     else:
         index = logits.argmax(-1, keepdim=True)
-        found, highest = torch.cat((index.double(), logits.gather(-1, index).double()), -1).T.tolist()
+        found, highest = receive(torch.cat((index.double(), logits.gather(-1, index).double()), -1).T)
     # NaN counts as the highest in both.
     return [
         int(token) if abs(most) < float("inf") else None for token, most in zip(found, highest, strict=True)

@@ -8,7 +8,7 @@ A CPU replays a tape (`tape.py`), a GPU a captured graph (`graphs.py`); `Runner`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,15 @@ from pymllm.engine.states import NOBODY
 from pymllm.engine.strategies import Autoregressive, DecodingStrategy
 from pymllm.engine.tape import NotRepeatable, record, repeated
 from pymllm.engine.tape_memory import StepMemory
+from pymllm.kernels.copies import Staged
+from pymllm.layers.lora import AdapterBatch
 
 # Which step of a batch is recorded: a batch of the same size has then come twice before.
 RECORDED_STEP = 3
+
+
+class CaptureFailed(NotRepeatable):
+    """The failure of a capture, which would fail again."""
 
 
 class DecodingBatch:
@@ -29,6 +35,7 @@ class DecodingBatch:
 
     columns: how many pages a request may have.  max_length: how many tokens it may have.
     has_states: whether layers keep states of requests.
+    adapters: the names of those that its requests may have; (): all have the layers' active ones.
     replay: runs the recorded step over what the tensors hold now; None until a step is recorded.
     trusted: whether a tape has been tried on a second step.  steps: how often the batch was run without a trusted tape.
     bytes: what its tensors and its tape take.  refused: why its step cannot be replayed.
@@ -46,17 +53,25 @@ class DecodingBatch:
         width: int = 1,
         strategy: DecodingStrategy | None = None,
         memory: StepMemory | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         strategy = strategy or Autoregressive()
         # `fill` writes through NumPy, whose assignments cost a tenth of torch's; on a CPU these are the step's tensors.
-        tokens = torch.zeros((3, size * width), dtype=torch.int64)
-        states = torch.zeros(size, dtype=torch.int64)
-        lengths = torch.zeros((2, size + 1), dtype=torch.int32)
-        pages = torch.zeros((size, columns), dtype=torch.int32)
-        host = (tokens, lengths, pages, states)
-        self._tokens, self._lengths, self._pages, self._states = (tensor.numpy() for tensor in host)
-        self._filled = [(there, here) for here in host for there in (here.to(device),)]
-        (tokens, _), (lengths, _), (pages, _), (states, _) = self._filled
+        self._numbers = Staged(
+            (
+                ((3, size * width), torch.int64),
+                ((size,), torch.int64),
+                ((2, size + 1), torch.int32),
+                ((size * width,), torch.int64),
+            ),
+            device,
+        )
+        self._names: tuple[str | None, ...] = (None, *adapters) if adapters else ()
+        self._page_tables = Staged((((size, columns), torch.int32),), device)
+        self._tokens, self._states, self._lengths, self._places = self._numbers.here
+        (self._pages,) = self._page_tables.here
+        tokens, states, lengths, self._adapters = self._numbers.there
+        (pages,) = self._page_tables.there
         self.ids, self.positions, slots = tokens
         self._width = width
         step_of = repeated(strategy.metadata)  # type: ignore[arg-type]
@@ -74,7 +89,7 @@ class DecodingBatch:
         )
         self.replay: Callable[[], Tensor] | None = None
         self.trusted, self.steps = False, 0
-        self.bytes = sum(tensor.nbytes for tensor in host)
+        self.bytes = self._numbers.nbytes + self._page_tables.nbytes
         self.memory, self.outside = memory, list[Tensor]()
         self.refused: str | None = None
         # Whose pages each row holds: the request, how often it had lost its pages, and how many they are. A request
@@ -84,6 +99,7 @@ class DecodingBatch:
     def fill(self, requests: list[Request]) -> None:
         """Write the runs of these requests; rows that no request has store nothing of anyone's."""
         size, rows, width = self.step.page_size, len(self._rows), self._width
+        self._numbers.open()
         first = [request.computed for request in requests]
         spare = rows - len(requests)
         if width == 1:
@@ -102,39 +118,48 @@ class DecodingBatch:
             self._states[:] = [request.state_slot for request in requests] + [NOBODY] * spare
         self._lengths[0, :rows] = self._tokens[1, width - 1 :: width] + 1
         self._lengths[0, :rows].cumsum(out=self._lengths[1, 1:])
-        for row, request in enumerate(requests):
-            held = (weakref.ref(request), request.preemptions, len(request.pages))
-            if self._rows[row] != held:
-                self._pages[row, : held[2]] = request.pages
-                self._rows[row] = held
-        for there, here in self._filled:
-            if there is not here:
-                there.copy_(here)
+        if self._names:
+            places = [self._names.index(request.adapter) for request in requests for _ in range(width)]
+            self._places[:] = places + [-1] * spare * width
+        self._numbers.send()
+        self._fill_pages(requests)
+
+    def adapter_batch(self) -> AdapterBatch | None:
+        """Return the adapters of the rows, as the tensors have them; None: the active ones."""
+        return AdapterBatch.masked(self._names, self._adapters) if self._names else None
+
+    def _fill_pages(self, requests: list[Request]) -> None:
+        """Write the pages of these requests, where they are others than before."""
+        each = [(weakref.ref(request), request.preemptions, len(request.pages)) for request in requests]
+        changed = [row for row, held in enumerate(each) if self._rows[row] != held]
+        if not changed:
+            return
+        self._page_tables.open()
+        for row in changed:
+            self._pages[row, : each[row][2]] = requests[row].pages
+            self._rows[row] = each[row]
+        self._page_tables.send(range(changed[0], changed[-1] + 1))
 
     def run(
         self,
         forward: Callable[[], Tensor],
         capture: Capture | None,
         rewind: Callable[[], None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Run the filled batch, by `forward` until its step can be replayed.  Returns [size * width, V].
 
         capture: captures the first step (on a GPU). Without it a tape is recorded at the third step and tried at the
-        fourth. Raises NotRepeatable if the step has what a tape cannot have.
+        fourth. Raises NotRepeatable if the step has what a tape cannot have, CaptureFailed if it cannot be captured.
         rewind: puts the requests' states back, so that the step can run again; for tapes alone, where there are states.
+        check: is called once the step is recorded, and raises NotRepeatable where that is of no use.
         """
         if self.replay is not None and self.trusted:
             return self.replay()
         if capture is not None:
-            if self.step.state_slots is None:
-                self.replay = capture(forward)
-            else:
-                # What runs to warm up must leave the requests' states alone.
-                own = self.step.state_slots.clone()
-                self.step.state_slots.fill_(NOBODY)
-                self.replay = capture(forward)
-                self.step.state_slots.copy_(own)
-            self.trusted = True
+            replay = self._captured(forward, capture)
+            check()
+            self.replay, self.trusted = replay, True
             return self.replay()
         self.steps += 1
         logits = forward()
@@ -146,7 +171,26 @@ class DecodingBatch:
                 raise NotRepeatable("played back on another step, it gives other logits")
         elif self.steps == RECORDED_STEP:
             tape = record(forward, logits, rewind, self.memory)
-            mine = {there.untyped_storage().data_ptr() for there, _ in self._filled}
+            mine = {one.region.untyped_storage().data_ptr() for one in (self._numbers, self._page_tables)}
             self.outside = [one for one in tape.outside if one.untyped_storage().data_ptr() not in mine]
+            check()
             self.replay, self.bytes = tape.play, self.bytes + tape.bytes
         return logits
+
+    def _captured(self, forward: Callable[[], Tensor], capture: Capture) -> Callable[[], Tensor]:
+        """Capture the step over rows of nobody: what runs to warm up leaves the requests' keys and states alone.
+
+        Raises CaptureFailed, with everything as it was, if that fails: whether the step itself is to blame, running it
+        eagerly tells.
+        """
+        targets = [slots for slots in (self.step.slot_mapping, self.step.state_slots) if slots is not None]
+        own = [slots.clone() for slots in targets]
+        try:
+            for slots in targets:
+                slots.fill_(NOBODY)
+            return capture(forward)
+        except Exception as error:
+            raise CaptureFailed(f"its capture failed: {type(error).__name__}: {error}") from error
+        finally:
+            for slots, kept in zip(targets, own, strict=True):
+                slots.copy_(kept)

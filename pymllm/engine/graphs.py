@@ -1,12 +1,13 @@
 """Decoding steps as CUDA graphs, captured once for each of a few batch sizes (buckets) and replayed over new numbers.
 
 Where a bucket has more rows than there are requests, the spare rows store nothing (slot -1) and see one position; their
-logits are dropped. A model whose kernels look at the host within a step cannot be captured, and runs eagerly:
-`why_not_captured` says why.
+logits are dropped. Where a scale of activations is that of all rows, there are no spare ones (`scales_span_rows`). A
+model whose kernels look at the host within a step cannot be captured, and runs eagerly: `why_not_captured` says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -24,28 +25,79 @@ WARM_UPS = 2
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
-def bucket_of(requests: int) -> int | None:
-    """Return the rows of the smallest bucket that holds so many requests, or None if every one is too small."""
+def bucket_of(requests: int, exact: bool = False) -> int | None:
+    """Return the rows of the smallest bucket that holds so many requests, or None if every one is too small.
+
+    exact: without spare rows, so that there are as many buckets as numbers of requests.
+    """
+    if exact:
+        return requests if requests <= BUCKETS[-1] else None
     return next((size for size in BUCKETS if size >= requests), None)
 
 
+def scales_span_rows(model: nn.Module) -> bool:
+    """Tell whether a scale of activations follows from all rows of a step: spare ones would change the others."""
+    selections = (selection for _, holder in weight_holders(model) for selection in holder.selections())
+    problems = (
+        problem
+        for selection in selections
+        for problem in (
+            selection.problem.products().values()
+            if selection.operation == "experts"
+            else (selection.problem,)
+        )
+    )
+    weights = (getattr(problem, "weight", None) for problem in problems)
+    return any(getattr(weight, "activations", "").startswith("tensor") for weight in weights)
+
+
 def capture_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Warm up on a stream of its own, then capture.  Returns what replays `run`, into the same tensor each time."""
+    """Warm up on a stream of its own, then capture.  Returns what replays `run`, into the same tensor each time.
+
+    If either fails, its error is raised, on the stream that was current before.
+    """
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # torch's own is of the first GPU that captured
-        result = run()
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+    finally:
+        current.wait_stream(stream)
+    graph, result = _captured(run, stream)
 
     def replay() -> Tensor:
         graph.replay()
         return result
 
     return replay
+
+
+def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture a step.  Returns the graph, and the tensor that a replay fills.
+
+    stream: of this GPU; torch's own is of the first GPU that captured.
+    """
+    current, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    graph, failure = torch.cuda.CUDAGraph(), None
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            try:
+                result = run()
+            except BaseException as error:
+                failure = error
+                raise
+    except BaseException as error:
+        # Ending a capture that CUDA has given up raises an error of its own, which says less, and torch then leaves
+        # the capture's stream the current one, and its pool open to allocations.
+        torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(current.device_index, pool)
+        raise failure or error from None
+    finally:
+        failure = None  # it has this frame, and so the step's tensors
+    return graph, result
 
 
 # Operations whose kernels say whether they are `capturable`.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import accumulate
@@ -14,9 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from pymllm.adapters.loading import loaded_adapters
 from pymllm.attention import AttnMetaDataBase, set_fetch_fn_for_attn_metadata
-from pymllm.engine.decoding import RECORDED_STEP, DecodingBatch
-from pymllm.engine.graphs import Capture, bucket_of, capture_cuda_graph, why_not_captured
+from pymllm.engine.decoding import RECORDED_STEP, CaptureFailed, DecodingBatch
+from pymllm.engine.graphs import (
+    Capture,
+    bucket_of,
+    capture_cuda_graph,
+    scales_span_rows,
+    why_not_captured,
+)
 from pymllm.engine.kv_cache import PagedKVCache
 from pymllm.engine.request import Request
 from pymllm.engine.runs import Run
@@ -26,11 +34,14 @@ from pymllm.engine.tape import HOOKED, NotRepeatable, why_not_recorded
 from pymllm.engine.tape_memory import StepMemory
 from pymllm.engine.watch import Watch
 from pymllm.errors import RankError
+from pymllm.kernels.copies import upload
 from pymllm.kernels.hardware import on_own_device
 from pymllm.layers.held import RevisedModule
 from pymllm.layers.lora import AdapterBatch, use_adapters
 from pymllm.models.language_model import LanguageModel
 from pymllm.parallel import Leader
+
+logger = logging.getLogger("pymllm")
 
 # The metadata of the step that this thread runs; ranks that threads simulate each have their own.
 _metadata: ContextVar[AttnMetaDataBase] = ContextVar("attention_metadata")
@@ -73,15 +84,24 @@ class Runner:
         self.states: StatePool | None = None
         # Takes logits [R, V] after tokens of prompts, those that are wanted, in order, and whose each is.
         self.score_prompts: Callable[[Sequence[Request], Tensor], None] | None = None
-        # By requests, tokens of each and threads, the last used at the end; and what must be as it was when they were
-        # made.
-        self._decoding: dict[tuple[int, int, int], DecodingBatch] = {}
+        # By requests, tokens of each, threads and adapters, the last used at the end; and what must be as it was when
+        # they were made.
+        self._decoding: dict[tuple[int | str, ...], DecodingBatch] = {}
         self._decoding_of: tuple[Any, ...] = ()
         self._memory = StepMemory() if self.capture is None else None
         # What all of it rests on, from the first recording on.  stale: how often it has changed since a step was last
         # replayed.  patience: how many steps will run eagerly for that.
         self._watch: Watch | None = None
         self._stale = self._patience = 0
+        self._exact = False  # whether graphs have no spare rows
+        # Why captures have failed, as far as it was said.
+        self._said: set[str] = set()
+
+    @property
+    def why_eager(self) -> str | None:
+        """The first reason for decoding steps that are not replayed; None: all that were met are, or will be."""
+        refused = (batch.refused for batch in self._decoding.values() if batch.refused is not None)
+        return self.eager_reason or next(refused, None)
 
     @on_own_device
     @torch.no_grad()
@@ -106,7 +126,8 @@ class Runner:
             **self.strategy.step_settings,
         )
         with self._led():
-            return self._forward(token_ids, list(range(count)), metadata, None, [adapter], [count])
+            ids = torch.tensor(token_ids, device=self.device)
+            return self._forward(ids, torch.arange(count, device=self.device), metadata, [adapter] * count)
 
     @on_own_device
     @torch.no_grad()
@@ -148,14 +169,14 @@ class Runner:
 
         Returns the logits [N, V] of the rows that each request wants; the next step overwrites them.
         """
-        if all(r.adapter is None and r.rows and not self.strategy.is_reading(r) for r in requests):
+        if all(r.rows and not self.strategy.is_reading(r) for r in requests):
             logits = self._decode(requests, cache)
             if logits is not None:
                 return logits
         return self._read(requests, cache)
 
     def _read(self, requests: list[Request], cache: PagedKVCache) -> Tensor:
-        """Run a step eagerly: one that reads prompts, has adapters, or cannot be replayed."""
+        """Run a step eagerly: one that reads prompts, or cannot be replayed."""
         run = Run.of(requests, None if self.states is None else self._slots(requests))
         if self.leader is not None:
             integers, names = run.to_integers()
@@ -197,47 +218,61 @@ class Runner:
         bounds_q, bounds_k = ([0, *accumulate(each)] for each in (counts, lengths))
         most = max(map(len, run.pages))
         tables = [[*pages, *[0] * (most - len(pages))] for pages in run.pages]
+        wanted = [begin + row for begin, rows in zip(bounds_q, run.rows, strict=False) for row in rows]
+        flat = [token for tokens in run.tokens for token in tokens]
+        narrow = (bounds_q, bounds_k, lengths, tables)
+        wide = (slots, flat, positions, wanted, run.slots or [])
+        starts, all_starts, reached, pages, targets, ids, places, rows, states = upload(
+            [
+                *(torch.tensor(values, dtype=torch.int32) for values in narrow),
+                *(torch.tensor(values, dtype=torch.int64) for values in wide),
+            ],
+            self.device,
+        )
         metadata = self.strategy.metadata(
             is_prefill=run.prefilling,
-            cu_seqlens_q=self._int32(bounds_q),
-            cu_seqlens_k=self._int32(bounds_k),
+            cu_seqlens_q=starts,
+            cu_seqlens_k=all_starts,
             max_seqlen_q=max(counts),
             max_seqlen_k=max(lengths),
-            slot_mapping=torch.tensor(slots, device=self.device),
-            context_lens=self._int32(lengths),
-            page_tables=self._int32(tables),
+            slot_mapping=targets,
+            context_lens=reached,
+            page_tables=pages,
             page_size=size,
             query_starts=bounds_q,
             lengths=lengths,
-            state_slots=None if run.slots is None else torch.tensor(run.slots, device=self.device),
+            state_slots=None if run.slots is None else states,
             **self.strategy.step_settings,
         )
-        wanted = [begin + row for begin, rows in zip(bounds_q, run.rows, strict=False) for row in rows]
-        flat = [token for tokens in run.tokens for token in tokens]
         first = [bound - start for bound, start in zip(bounds_q, run.starts, strict=False)]
         scored = [
-            (number, range(before + places.start, before + places.stop))
-            for number, (places, before) in enumerate(zip(run.scored, first, strict=True))
-            if places
+            (number, range(before + span.start, before + span.stop))
+            for number, (span, before) in enumerate(zip(run.scored, first, strict=True))
+            if span
         ]
-        rows = torch.tensor(wanted, dtype=torch.int64)
-        return self._forward(flat, positions, metadata, rows, run.adapters, counts, scored, requests)
+        names = [name for name, count in zip(run.adapters, counts, strict=True) for _ in range(count)]
+        return self._forward(ids, places, metadata, names, (rows, wanted), run.adapters, scored, requests)
 
     def _decode(self, requests: list[Request], cache: PagedKVCache) -> Tensor | None:
         """Run as many tokens of each request by replaying a recorded step, and return the rows that are wanted.
 
         Returns None where this model, or a batch of this size, cannot be replayed, or where requests run fewer tokens
-        than others.
+        than others.  On a CPU a step with adapters is not: eagerly each is applied to its own rows alone.
         """
         width = len(requests[0].running_sequence)
         if any(len(request.running_sequence) != width for request in requests):
             return None
         if not self._still_stands(cache):
             return None
-        rows = len(requests) if self.capture is None else bucket_of(len(requests))
+        rows = len(requests) if self.capture is None else bucket_of(len(requests), self._exact)
         if rows is None or self.eager_reason is not None:
             return None
-        key = (rows, width, torch.get_num_threads())
+        adapters: tuple[str, ...] = ()
+        if any(request.adapter is not None for request in requests):
+            adapters = tuple(sorted(loaded_adapters(self.model)))
+            if self.capture is None or any(r.adapter not in (None, *adapters) for r in requests):
+                return None
+        key = (rows, width, torch.get_num_threads(), *adapters)
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)
@@ -252,6 +287,7 @@ class Runner:
                 width=width,
                 strategy=self.strategy,
                 memory=self._memory,
+                adapters=adapters,
             )
             size = 0 if self.states is None else rows * self.states.bytes_each
             if self.capture is None and size > MAX_COPIED_BYTES:
@@ -266,24 +302,44 @@ class Runner:
             self._watch = Watch(model=self.model)
         rewind = self._rewind(requests) if self.capture is None and not batch.trusted else None
         try:
-            logits = batch.run(lambda: self._forward_decoding(batch), self.capture, rewind)
-            if records and self._watch is not None:
-                self._watch.hold(batch.outside)
-                if self._watch.changed():
-                    raise NotRepeatable("the step changes attributes of the model")
-            elif batch.trusted:
+            logits = batch.run(
+                lambda: self._forward_decoding(batch),
+                self.capture,
+                rewind,
+                lambda: self._check_recorded(batch),
+            )
+            if not records and batch.trusted:
                 self._stale = 0
         except NotRepeatable as reason:
             if rewind is not None:
                 rewind()
             batch.replay, batch.refused = None, str(reason)
+            if isinstance(reason, CaptureFailed):
+                self._note_failure(batch.refused)
+                # What the attempt itself has changed does not make it worth another.
+                self.notice()
+                self._decoding_of = self._made_for(cache)
+                self._decoding[key] = batch
             return None
         while self.capture is None and len(self._decoding) > 1 and self._keeps_too_much():
             del self._decoding[next(iter(self._decoding))]
         wanted = _wanted(requests, range(0, len(requests) * width, width))
         if len(wanted) == len(requests) * width:
             return logits[: len(wanted)]
-        return logits[torch.tensor(wanted, device=self.device)]
+        return logits[upload([torch.tensor(wanted)], self.device)[0]]
+
+    def _check_recorded(self, batch: DecodingBatch) -> None:
+        """Raise NotRepeatable if recording the batch's step has changed the model."""
+        assert self._watch is not None
+        self._watch.hold(batch.outside)
+        if self._watch.changed():
+            raise NotRepeatable("the step changes attributes of the model")
+
+    def _note_failure(self, reason: str) -> None:
+        """Say once why decoding steps are not captured."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("decoding is slower, without a captured graph: %s", reason)
 
     def forget(self) -> None:
         """Drop all that is recorded, and with it the memory of weights that it read."""
@@ -304,17 +360,22 @@ class Runner:
             # Somebody watches torch's operations, or gives others in their place.
             return False
         self.notice()
-        made_for = (
-            *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
-            *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
-        )
+        made_for = self._made_for(cache)
         if made_for != self._decoding_of or self.eager_reason == HOOKED:
             self._decoding_of = made_for
             self.forget()
             why_not = why_not_recorded if self.device.type == "cpu" else why_not_captured
             self.eager_reason = self.model.why_not_repeated or why_not(self.model)
+            self._exact = self.capture is not None and scales_span_rows(self.model)
         self._patience = max(0, self._patience - 1)
         return not self._patience
+
+    def _made_for(self, cache: PagedKVCache) -> tuple[Any, ...]:
+        """Return what must stay as it is for all that is recorded."""
+        return (
+            *(cache, self.states, self.capture, RevisedModule.revision, RemovableHandle.next_id),
+            *(torch.get_default_dtype(), torch.is_autocast_enabled(self.device.type)),
+        )
 
     def _keeps_too_much(self) -> bool:
         kept = self._decoding.values()
@@ -340,7 +401,8 @@ class Runner:
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(batch.step)
         try:
-            logits = self.model.compute_logits(self.model(batch.ids, batch.positions), gather_all=True)
+            with use_adapters(batch.adapter_batch()):
+                logits = self.model.compute_logits(self.model(batch.ids, batch.positions), gather_all=True)
         finally:
             _metadata.reset(token)
             batch.step.restart()  # what its layers shared makes room
@@ -352,37 +414,35 @@ class Runner:
 
     def _forward(
         self,
-        tokens: list[int],
-        positions: list[int],
+        ids: Tensor,
+        positions: Tensor,
         metadata: AttnMetaDataBase,
-        rows: Tensor | None,
-        adapters: Sequence[str | None],
-        counts: list[int],
+        names: Sequence[str | None],
+        wanted: tuple[Tensor, Sequence[int]] | None = None,
+        adapters: Sequence[str | None] = (),
         scored: Sequence[tuple[int, range]] = (),
         requests: Sequence[Request] = (),
     ) -> Tensor:
-        """Run `tokens` at `positions` and compute logits.
+        """Run the tokens `ids` at `positions`, both [T], and compute logits.
 
-        rows: the tokens whose logits are wanted; None: all.  adapters, counts: each request's adapter, and how many of
-        the tokens are its own.  scored: the numbers of requests whose logits `score_prompts` gets, and after which of
+        names: each token's adapter.  wanted: the tokens whose logits are wanted, on the device and here; None: all.
+        adapters: each request's.  scored: the numbers of requests whose logits `score_prompts` gets, and after which of
         the tokens; nobody gets them without the requests.
         """
-        names = [name for name, count in zip(adapters, counts, strict=True) for _ in range(count)]
         wide = AdapterBatch.of(names, self.device)
-        narrow = wide if rows is None else AdapterBatch.of([names[row] for row in rows.tolist()], self.device)
+        narrow = wide if wanted is None else AdapterBatch.of([names[row] for row in wanted[1]], self.device)
         # Each time: another runner may have installed its own.
         set_fetch_fn_for_attn_metadata(_metadata.get)
         token = _metadata.set(metadata)
         try:
             with use_adapters(wide):
-                hidden = self.model(
-                    torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
-                )
+                hidden = self.model(ids, positions)
             self._score(scored, hidden, adapters, requests)
-            if rows is not None and not len(rows):
-                return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
-            if rows is not None:
-                hidden = hidden[rows.to(self.device)]
+            if wanted is not None:
+                rows = wanted[0]
+                if not len(rows):
+                    return torch.empty((0, self.model.config.size("vocab_size")), device=self.device)
+                hidden = hidden[rows]
             with use_adapters(narrow):
                 logits = self.model.compute_logits(hidden, gather_all=True)
         finally:
@@ -399,7 +459,9 @@ class Runner:
     ) -> None:
         """Hand the logits after tokens of prompts over, a few at a time, whosever they are.  hidden: [T, H]."""
         owners = [number for number, places in scored for _ in places]
-        rows = torch.tensor([place for _, places in scored for place in places], device=self.device)
+        if not owners:
+            return
+        (rows,) = upload([torch.tensor([place for _, places in scored for place in places])], self.device)
         for start in range(0, len(owners), SCORED_ROWS):
             part = owners[start : start + SCORED_ROWS]
             with use_adapters(AdapterBatch.of([adapters[number] for number in part], self.device)):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pymllm.errors import ConfigError, choices, counted, nearest
 from pymllm.kernels.canonical import DenseWeight
+from pymllm.kernels.copies import upload
 from pymllm.quantization.binding import BoundWeight, bind_for, bound_weight
 from pymllm.weights.loader import place, track
 from pymllm.weights.spec import FLOATS, IN, OUT, LinearShape, WeightSpec, whole
@@ -43,8 +44,8 @@ DEFAULT_ADAPTER = "default"
 class AdapterBatch:
     """The adapter of each row of a step.
 
-    groups: an adapter's name (None: the layers' active one) and the indices of its rows (None: all rows).
-    rows: the number of rows.
+    groups: an adapter's name (None: the layers' active one) and its rows: their indices, [n] int64, a mask of all rows,
+    [T] bool, or None: all rows.  rows: the number of rows.
     """
 
     groups: tuple[tuple[str | None, Tensor | None], ...]
@@ -56,11 +57,20 @@ class AdapterBatch:
         distinct = dict.fromkeys(names)
         if len(distinct) == 1:
             return cls(((next(iter(distinct)), None),), len(names))
-        rows = {
-            name: torch.tensor([row for row, other in enumerate(names) if other == name], device=device)
+        rows = [
+            torch.tensor([row for row, other in enumerate(names) if other == name], dtype=torch.int64)
             for name in distinct
-        }
-        return cls(tuple(rows.items()), len(names))
+        ]
+        return cls(tuple(zip(distinct, upload(rows, device), strict=True)), len(names))
+
+    @classmethod
+    def masked(cls, names: Sequence[str | None], places: Tensor) -> AdapterBatch:
+        """Mark the rows of every adapter, for a step that is captured: other rows may have it when that is replayed.
+
+        names: of all adapters that a row may have.  places: [T], where each row's stands among them; below 0: it has
+        none.
+        """
+        return cls(tuple((name, places == place) for place, name in enumerate(names)), len(places))
 
 
 _batch: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=None)
@@ -154,20 +164,28 @@ class LayerAdapter(nn.Module):
             for part, A in zip(self.parts, self.stacked.split([p.rank for p in self.parts]), strict=True):
                 part.A.data = A
 
-    def add_to(self, x: Tensor, y: Tensor) -> None:
-        """Add this adapter's product with x [T, I_local] to y [T, O_local], in place."""
+    def add_to(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+        """Add this adapter's product with x [T, I_local] to y [T, O_local], in place.
+
+        mask: [T] bool, to which rows; None: to all.
+        """
         ranks = [part.rank for part in self.parts]
         if self.stacked is None:
             lows: Sequence[Tensor] = [F.linear(x, part.A) for part in self.parts]
         else:
             lows = F.linear(x, self.stacked).split(ranks, dim=-1)
         for part, low in zip(self.parts, lows, strict=True):
-            y[:, part.rows].addmm_(low, part.B.t(), alpha=part.scaling)
+            y[:, part.rows].addmm_(_where(mask, low), part.B.t(), alpha=part.scaling)
 
-    def add_rows_to(self, ids: Tensor, y: Tensor) -> None:
-        """Add an embedding's adapter to y [T, H], in place.  ids: [T], within this rank's share."""
+    def add_rows_to(self, ids: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+        """Add an embedding's adapter to y [T, H], in place.  ids: [T], within this rank's share.  mask: as above."""
         for part in self.parts:
-            y.addmm_(part.A[:, ids].t(), part.B.t(), alpha=part.scaling)
+            y.addmm_(_where(mask, part.A[:, ids].t()), part.B.t(), alpha=part.scaling)
+
+
+def _where(mask: Tensor | None, rows: Tensor) -> Tensor:
+    """Return the rows, [T, r], with zeros for those that a mask leaves out: what they hold may be infinite."""
+    return rows if mask is None else torch.where(mask.unsqueeze(-1), rows, 0)
 
 
 @dataclass(frozen=True)
@@ -276,7 +294,7 @@ class LoRAMixin:
             self.active_adapter = None
 
     def _groups(self, rows: int) -> Iterator[tuple[LayerAdapter, Tensor | None]]:
-        """Yield the adapters to apply to a step of so many rows, each with the indices of its rows (None: all)."""
+        """Yield the adapters to apply to a step of so many rows, each with its rows as `AdapterBatch` has them."""
         batch = _batch.get()
         groups = ((None, None),) if batch is None else batch.groups
         assert batch is None or batch.rows == rows, (
@@ -292,8 +310,8 @@ class LoRAMixin:
         """Add the products of the step's adapters to y, in place, and return y.  x: [*, I_local]; y: [*, O_local]."""
         inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for adapter, rows in self._groups(len(inputs)):
-            if rows is None:
-                adapter.add_to(inputs, outputs)
+            if rows is None or rows.dtype is torch.bool:
+                adapter.add_to(inputs, outputs, rows)
             else:
                 part = outputs[rows]
                 adapter.add_to(inputs[rows], part)
@@ -307,8 +325,8 @@ class LoRAMixin:
         """
         flat, outputs = ids.reshape(-1), y.view(-1, y.shape[-1])
         for adapter, rows in self._groups(len(flat)):
-            if rows is None:
-                adapter.add_rows_to(flat, outputs)
+            if rows is None or rows.dtype is torch.bool:
+                adapter.add_rows_to(flat, outputs, rows)
             else:
                 part = outputs[rows]
                 adapter.add_rows_to(flat[rows], part)

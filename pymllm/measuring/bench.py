@@ -118,7 +118,7 @@ def measure(
         if (rates := limits.operations(case.threads)) is not None:
             measured.operation_rates[case.threads] = rates
     measured.other_cpus = everyone.cpus()
-    measured.eager_reason = llm.engine.runner.eager_reason
+    measured.eager_reason = llm.engine.runner.why_eager
     return measured
 
 

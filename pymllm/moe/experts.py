@@ -162,6 +162,7 @@ class Experts(WeightHolder):
             self.execution.dtype if self.execution else torch.get_default_dtype()
         )
         self.bound: BoundExperts | None = None
+        self._tables: dict[torch.device, Tensor] = {}  # of `positions`
         self.products = nn.ModuleDict()
         quant_method.create_weights(self, self.shapes(self.parallel.rank, self.parallel.size))
         self._add_biases()
@@ -356,6 +357,8 @@ class Experts(WeightHolder):
                 spec = WeightSpec("bias", param.dtype, (OUT,))
                 param.data = torch.stack([shape.in_order(spec, row) for row in param.data]).contiguous()
         self.quant_method.process_weights_after_loading(self)
+        if self.bound is not None and not self.empty:
+            self._table(next(iter(self.bound.packed.values())).device)
 
     def bias(self) -> ExpertsBias:
         """Return the biases that this rank adds.  Rank 0 alone adds down's, so that the ranks' sum has it once."""
@@ -380,10 +383,16 @@ class Experts(WeightHolder):
         """Turn indices in the layer into positions among the experts here; -1: not here."""
         if self.ids == tuple(range(self.size.num_experts)):
             return topk_ids
-        # One element more than there are experts, for the index -1 of an expert that is nowhere.
-        table = torch.full((self.size.num_experts + 1,), -1, dtype=torch.int64)
-        table[list(self.ids)] = torch.arange(len(self.ids))
-        return table.to(topk_ids.device)[topk_ids]
+        return self._table(topk_ids.device)[topk_ids]
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Return the positions by index in the layer, made once for a device: a captured step cannot copy them."""
+        if device not in self._tables:
+            # One element more than there are experts, for the index -1 of an expert that is nowhere.
+            table = torch.full((self.size.num_experts + 1,), -1, dtype=torch.int64, device="cpu")
+            table[list(self.ids)] = torch.arange(len(self.ids), device="cpu")
+            self._tables[device] = table.to(device)
+        return self._tables[device]
 
     def extra_repr(self) -> str:
         return f"experts={len(self.ids)}/{self.size.num_experts}, method={self.quant_method.describe()}"

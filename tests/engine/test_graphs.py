@@ -91,13 +91,70 @@ def test_a_plan_says_whether_a_gpu_would_capture_its_decoding_steps(
     assert plan(folder, device="cpu", dtype=dtype).decoding_graph is None
 
 
+def step_logits(llm, prompts, count):
+    """The logits of each step, and the answers."""
+    runner, found = llm.engine.runner, []
+    run = runner.step
+
+    def step(requests, cache):
+        found.append(run(requests, cache).clone())
+        return found[-1]
+
+    runner.step = step
+    return found, answers(llm, prompts, count)
+
+
+SPANNING = {
+    "fp8 of a tensor": ("fp8:granularity=tensor,activations=tensor", True),
+    "fp8 of tokens": ("fp8:granularity=tensor,activations=token", False),
+}
+
+
+@pytest.mark.parametrize("kind", SPANNING)
+def test_spare_rows_change_no_scale_that_is_one_of_all_rows(kind):
+    """Three requests: a fourth row of a bucket would have its part in the scales of activations."""
+    method, spans = SPANNING[kind]
+
+    def make():
+        return LLM(quant={"**": method}, dtype="bfloat16", compute="checkpoint")
+
+    (expected, tokens), captures = step_logits(make(), PROMPTS, 6), []
+    found, others = step_logits(with_graphs(make(), captures), PROMPTS, 6)
+    assert captures == [3 if spans else 4]
+    assert others == tokens
+    for logits, wanted in zip(found, expected, strict=True):
+        assert torch.equal(logits, wanted)
+
+
+def short_of_the_likeliest(llm, prompts, answered):
+    """By how much the logits of answers fall short of the highest, by an eager run, in parts of the largest logit."""
+    worst = 0.0
+    for prompt, answer in zip(prompts, answered, strict=True):
+        logits = llm.logits([*prompt, *answer])[len(prompt) - 1 : -1].float()
+        short = logits.amax(-1) - logits[torch.arange(len(answer)), torch.tensor(answer)]
+        worst = max(worst, float((short / logits.abs().amax(-1)).max()))
+    return worst
+
+
+# A captured step has other splits than an eager one, and sums in another order: two tokens that are as likely as each
+# other within rounding to bfloat16 may change places, others may not.
+LEVEL = 2**-5
+
+
+def test_answers_of_another_model_fall_short_of_the_likeliest():
+    llm = LLM(dtype="bfloat16")
+    found = answers(with_graphs(llm, []), PROMPTS)
+    assert short_of_the_likeliest(llm, PROMPTS, found) <= LEVEL
+    shifted = [tuple((token + 1) % 200 for token in answer) for answer in found]
+    assert short_of_the_likeliest(llm, PROMPTS, shifted) > 4 * LEVEL
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_gives_the_logits_of_an_eager_one():
+def test_a_captured_step_chooses_what_an_eager_one_finds_likeliest():
     llm = LLM(device="cuda", dtype="bfloat16")
-    expected = answers(llm, PROMPTS)
+    found = answers(llm, PROMPTS)
     runner = llm.engine.runner
-    assert runner.eager_reason is None and any(batch.replay for batch in runner._decoding.values())
+    assert runner.why_eager is None and any(batch.replay for batch in runner._decoding.values())
     assert llm.plan.decoding_graph == {"captured": True, "why_not": None}
-    runner.eager_reason = "this test wants none"
-    assert answers(llm, PROMPTS) == expected
+    assert short_of_the_likeliest(llm, PROMPTS, found) <= LEVEL

@@ -197,6 +197,46 @@ def test_each_row_gets_its_adapter(kind):
     assert layer(x[:0]).shape == (0, layer.out_features)
 
 
+MASKED = [*KINDS, "embedding"]
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_rows_that_are_marked_get_what_rows_that_are_named_get(kind):
+    """As a captured step has it: every row is multiplied by every adapter, and keeps one."""
+    layer = VocabParallelEmbedding(10, 24) if kind == "embedding" else KINDS[kind]()
+    if kind == "embedding":
+        layer.weight_loader(layer.weight, random(10, 24))
+    else:
+        fill(layer)
+    for seed, name in enumerate(("one", "two", "active")):
+        layer.init_lora(2 + seed, 4, name=name)
+        for part in layer.adapters[name].parts:
+            part.A.data.copy_(random(*part.A.shape, seed=seed))
+            part.B.data.copy_(random(*part.B.shape, seed=seed + 5))
+    x = torch.tensor([3, 0, 9, 3, 5]) if kind == "embedding" else random(5, 16, seed=3)
+    names = (None, "one", "two")
+    for places in ([2, 0, 1, 2, 0], [1, 1, 1, 1, 1], [0, -1, -1, 2, 1]):
+        rows = [names[place] if place >= 0 else "none of them" for place in places]
+        with use_adapters(AdapterBatch.of(rows, torch.device("cpu"))):
+            expected = layer(x)
+        with use_adapters(AdapterBatch.masked(names, torch.tensor(places))):
+            assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_what_is_infinite_in_another_row_s_adapter_stays_there():
+    layer = Linear(16, 24)
+    fill(layer)
+    layer.init_lora(2, 2, name="one")
+    set_b(layer, random(24, 2))
+    layer.active_adapter = None
+    x = random(3, 16)
+    plain = layer(x)
+    layer.adapters["one"].parts[0].A.data.fill_(float("inf"))
+    with use_adapters(AdapterBatch.masked((None, "one"), torch.tensor([0, 1, -1]))):
+        y = layer(x)
+    assert torch.equal(y[[0, 2]], plain[[0, 2]]) and not y[1].isfinite().all()
+
+
 @pytest.mark.parametrize("size", (1, 2, 4))
 def test_an_embedding_adds_rows_of_a_times_b(size):
     """A vocabulary of 10 that four ranks cannot share evenly: the last one has none of it."""

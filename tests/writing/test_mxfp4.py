@@ -23,7 +23,9 @@ def transformers_reading(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.float32
     )
-    return model.float()  # before 5.21 the experts are bfloat16, whatever is asked for; no code is rounded by it
+    return (
+        model.float()
+    )  # before 5.21 the experts are bfloat16, whatever is asked for; no code is rounded by it
 
 
 def distance(found: torch.Tensor, weight: torch.Tensor) -> float:

@@ -30,6 +30,7 @@ from pymllm.engine.strategies.blocks import (
     scheduled,
 )
 from pymllm.errors import RequestError
+from pymllm.kernels.copies import receive, upload
 from pymllm.kernels.sampling import SETTINGS, SamplingBatch, SamplingKernel
 from pymllm.layers.step import AttnMetaDataBase
 from pymllm.models.strategy import Strategy
@@ -82,7 +83,7 @@ class BlockDiffusionMetaData(AttnMetaDataBase):
         if self.status_table is None and self.cu_seqlens_q is not None:
             reads = self.is_prefill
             states = [not reads] * self.num_reqs if isinstance(reads, bool) else [not each for each in reads]
-            self.status_table = torch.tensor(states, dtype=torch.int32, device=self.cu_seqlens_q.device)
+            (self.status_table,) = upload([torch.tensor(states, dtype=torch.int32)], self.cu_seqlens_q.device)
 
     @property
     def is_block_causal(self) -> bool:
@@ -206,7 +207,7 @@ class BlockDiffusionStrategy(DecodingStrategy):
             some = slice(first, first + PROPOSED_ROWS)
             parts.append(kernel.propose(logits[some], _batch(settings[some], biases[some])))
         # One copy from the device; a token is exact in float64.
-        found = torch.cat([torch.stack((tokens.double(), chances)) for tokens, chances in parts], 1).tolist()
+        found = receive(torch.cat([torch.stack((tokens.double(), chances)) for tokens, chances in parts], 1))
         entries: list[Any] = []
         done = 0
         for request in requests:

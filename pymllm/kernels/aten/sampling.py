@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymllm.kernels.copies import is_separate, upload
 from pymllm.kernels.sampling import LEAST_EXPONENT, PIECE, SETTINGS, SamplingBatch, SamplingProblem
 
 # A temperature's inverse is at most this: 0 times it is 0, and it is a float32.
@@ -36,36 +40,44 @@ class TorchSampling:
     def _sample(self, logits: Tensor, batch: SamplingBatch, with_chances: bool) -> tuple[Tensor, Tensor]:
         """Choose a token of each row.  Returns [R] int64, and [R] float64, which hold chances only if wanted."""
         # What no row asks for is known without a copy from the device.
-        asked = dict(zip(SETTINGS, batch.settings.unbind(-1), strict=True))
-        settings = batch.settings.to(logits.device)
+        asked = dict(zip(SETTINGS, batch.settings.numpy().T, strict=True))
+        settings, *edits = upload(
+            [
+                batch.settings,
+                *(_row_of_each(batch.bias_starts), batch.bias_tokens, batch.bias_values),
+                *(_row_of_each(batch.seen_starts), batch.seen_tokens, batch.seen_counts),
+            ],
+            logits.device,
+        )
         column = {name: settings[:, index, None] for index, name in enumerate(SETTINGS)}
-        values = _edited(logits.detach().float(), batch, column)
+        values = _edited(logits.detach().float(), edits, column)
         highest, likeliest = values.max(-1, keepdim=True)
         first = _first(values, highest, likeliest)
         # Of the likeliest token of a row that is not drawn.
         chances = highest.new_zeros(highest.shape, dtype=torch.float64)
         if with_chances:
             chances = 1 / (values - highest).exp().sum(-1, keepdim=True, dtype=torch.float64)
-        if not bool((asked["temperature"] > 0).any()):
+        if not (asked["temperature"] > 0).any():
             return torch.where(highest.isfinite(), first, -1).squeeze(-1), chances.squeeze(-1)
         scale = (1 / column["temperature"]).clamp(max=LARGEST_SCALE).float()
         x = (values - highest) * scale
         vocabulary = values.shape[-1]
         least = torch.full_like(highest, LEAST_EXPONENT)
-        if bool((asked["min_p"] > 0).any()):
+        if (asked["min_p"] > 0).any():
             least = torch.maximum(least, column["min_p"].log().float())
-        cuts_k = (asked["top_k"] > 0) & (asked["top_k"] < vocabulary)
-        if bool(cuts_k.any()):
-            most = int(asked["top_k"][cuts_k].max())
+        cut = asked["top_k"][(asked["top_k"] > 0) & (asked["top_k"] < vocabulary)]
+        if len(cut):
+            most = int(cut.max())
             best = x.topk(most, dim=-1).values
             place = (column["top_k"].long() - 1).clamp(0, most - 1)
             kth = best.gather(-1, place)
-            least = torch.where(cuts_k.to(x.device)[:, None], torch.maximum(least, kth), least)
+            cuts_k = (column["top_k"] > 0) & (column["top_k"] < vocabulary)
+            least = torch.where(cuts_k, torch.maximum(least, kth), least)
         # NaN stays out, too: whatever row has it gets no token.
         weights = torch.where(x >= least, x.exp(), 0.0).double()
-        if bool((asked["top_p"] < 1).any()):
+        if (asked["top_p"] < 1).any():
             weights = _cut_top_p(x, weights, column["top_p"])
-        if bool((asked["typical_p"] < 1).any()):
+        if (asked["typical_p"] < 1).any():
             weights = _cut_typical(x, weights, column["typical_p"])
         draws, drawn = column["temperature"] > 0, _draw(weights, column["number"])
         if with_chances:
@@ -126,19 +138,20 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 def _first(values: Tensor, highest: Tensor, likeliest: Tensor) -> Tensor:
     """Return the first of the highest values of each row, [R, 1]; on a GPU, `max` may return another."""
-    return likeliest if values.device.type == "cpu" else (values == highest).int().argmax(-1, keepdim=True)
+    return (values == highest).int().argmax(-1, keepdim=True) if is_separate(values.device) else likeliest
 
 
-def _edited(values: Tensor, batch: SamplingBatch, column: dict[str, Tensor]) -> Tensor:
-    """Return the logits with biases and penalties, [R, V], a copy if there are any."""
-    device = values.device
-    if batch.bias_tokens.numel():
-        rows = _row_of_each(batch.bias_starts).to(device)
-        biases = batch.bias_values.to(device)
-        values = values.index_put((rows, batch.bias_tokens.to(device)), biases, accumulate=True)
-    if batch.seen_tokens.numel():
-        rows, tokens = _row_of_each(batch.seen_starts).to(device), batch.seen_tokens.to(device)
-        counts = batch.seen_counts.to(device).double()
+def _edited(values: Tensor, edits: Sequence[Tensor], column: dict[str, Tensor]) -> Tensor:
+    """Return the logits with biases and penalties, [R, V], a copy if there are any.
+
+    edits: the row, the token and the value of each bias, then of each seen token, on the logits' device.
+    """
+    rows, tokens, biases = edits[:3]
+    if tokens.numel():
+        values = values.index_put((rows, tokens), biases, accumulate=True)
+    rows, tokens, counts = edits[3:]
+    if tokens.numel():
+        counts = counts.double()
         penalty, frequency, presence = (
             column[f"{name}_penalty"].squeeze(-1)[rows] for name in ("repetition", "frequency", "presence")
         )
@@ -151,7 +164,8 @@ def _edited(values: Tensor, batch: SamplingBatch, column: dict[str, Tensor]) -> 
 
 
 def _row_of_each(starts: Tensor) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    counts = np.diff(starts.numpy())
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
 
 def _cut_top_p(x: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
