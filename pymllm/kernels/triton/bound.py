@@ -14,8 +14,10 @@ from torch.nn import Parameter
 # Whose launch path and rules of specialising these are. Another version may compile for more than a key holds.
 VERSIONS = ((3, 6), (3, 7))
 
-# What a key holds of an argument that is no tensor. Of a tensor it holds the dtype, and an integer of 0 or more.
-_ONE, _SIXTEENTH, _INTEGER, _LONG_SIXTEENTH, _LONG, _UNSIGNED_SIXTEENTH, _UNSIGNED, _FLOAT, _BOOL = range(-9, 0)
+# What a key holds of an argument that is no tensor. Of a tensor it holds the dtype, and 1 if it is aligned, or 0.
+_ONE, _SIXTEENTH, _INTEGER, _LONG_SIXTEENTH, _LONG, _UNSIGNED_SIXTEENTH, _UNSIGNED, _FLOAT, _BOOL = range(
+    -9, 0
+)
 
 
 def why_not_bound(version: str) -> str | None:
@@ -23,7 +25,9 @@ def why_not_bound(version: str) -> str | None:
     numbers = tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
     known = [f"{major}.{minor}" for major, minor in VERSIONS]
     return (
-        None if numbers in VERSIONS else f"launches are bound under Triton {' and '.join(known)}, not {version}"
+        None
+        if numbers in VERSIONS
+        else f"launches are bound under Triton {' and '.join(known)}, not {version}"
     )
 
 
@@ -52,7 +56,7 @@ class BoundLaunches:
 
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         """Launch the kernel of such arguments and constants; one that is not compiled yet, after compiling it."""
-        if not self._binds or self._function.pre_run_hooks or _watches(runtime := self._knobs.runtime):
+        if not self._binds or self._watched():
             self._compile(grid, arguments, constants)
             return
         driver = self._drivers.active
@@ -60,36 +64,27 @@ class BoundLaunches:
             self._kernels.clear()
             self._driver, self._hip = driver, driver.get_current_target().backend == "hip"
         device = driver.get_current_device()
-        key: list[Any] = [device, runtime.debug, self._knobs.compilation.instrumentation_mode]
+        key: list[Any] = [device, self._knobs.runtime.debug, self._knobs.compilation.instrumentation_mode]
         passed: list[Any] = []
         for argument, varies in zip(arguments, self._varies, strict=False):
             kind = type(argument)
-            if kind is Tensor or kind is Parameter or isinstance(argument, Tensor):
-                address, place = argument.data_ptr(), argument.get_device()
-                key.append(argument.dtype)
-                # Where it is, and whether it is aligned: tensors elsewhere are for Triton to refuse.
-                key.append(2 * place + 2 if varies or address & 15 else 2 * place + 3)
-                if self._hip:
-                    key.append(argument.untyped_storage().nbytes() < 2**31)
-                passed.append(argument if place < 0 else address)
-                continue
             if kind is int:
-                if -(2**31) <= argument < 2**31:
-                    key.append(
-                        _INTEGER
-                        if varies
-                        else _ONE
-                        if argument == 1
-                        else _INTEGER
-                        if argument & 15
-                        else _SIXTEENTH
-                    )
-                elif argument < 2**63:
-                    key.append(_LONG if varies or argument & 15 else _LONG_SIXTEENTH)
+                if varies and -(2**31) <= argument < 2**31:
+                    key.append(_INTEGER)
+                elif 1 < argument < 2**31:
+                    key.append(_INTEGER if argument & 15 else _SIXTEENTH)
                 else:
-                    key.append(_UNSIGNED if varies or argument & 15 else _UNSIGNED_SIXTEENTH)
+                    key.append(_size(argument, varies))
             elif argument is None:
                 key.append(None)
+            elif kind is Tensor or kind is Parameter or issubclass(kind, Tensor):
+                address = argument.data_ptr()
+                key += argument.dtype, 0 if varies or address & 15 else 1
+                if self._hip:
+                    key.append(argument.untyped_storage().nbytes() < 2**31)
+                # A tensor that is on no GPU is for the launcher to refuse; an address it takes as it is.
+                passed.append(address if argument.get_device() >= 0 else argument)
+                continue
             elif kind is float:
                 key.append(_FLOAT)
             elif kind is bool:
@@ -126,6 +121,18 @@ class BoundLaunches:
             *rest,
         )
 
+    def _watched(self) -> bool:
+        """Tell whether anything sees launches, or changes how kernels are compiled: all launches are then Triton's."""
+        runtime = self._knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # A chain that has no hooks yet sees nothing.
+        return bool(
+            getattr(enter, "calls", enter)
+            or getattr(leave, "calls", leave)
+            or self._function.pre_run_hooks
+            or getattr(runtime, "add_stages_inspection_hook", None)
+        )
+
     def _compile(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
         """Launch as Triton does, and return the compiled kernel; None if Triton keeps it for itself."""
         used = {name: getattr(value, "compiled", value) for name, value in constants.items()}
@@ -155,12 +162,10 @@ class BoundLaunches:
         return compiled.run, compiled.function, compiled.packed_metadata, tuple(rest)
 
 
-def _watches(runtime: Any) -> bool:
-    """Tell whether anything wants to see launches, or changes how kernels are compiled: Triton then does them all."""
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
-        # A chain of hooks that has none yet watches nothing.
-        getattr(enter, "calls", enter)
-        or getattr(leave, "calls", leave)
-        or getattr(runtime, "add_stages_inspection_hook", None)
-    )
+def _size(number: int, varies: bool) -> int:
+    """Return what becomes of an integer: its type, and whether it is 1 or a multiple of 16 where that counts."""
+    if -(2**31) <= number < 2**31:
+        return _INTEGER if varies else _ONE if number == 1 else _INTEGER if number & 15 else _SIXTEENTH
+    if number < 2**63:
+        return _LONG if varies or number & 15 else _LONG_SIXTEENTH
+    return _UNSIGNED if varies or number & 15 else _UNSIGNED_SIXTEENTH
