@@ -35,7 +35,7 @@ from pymllm.kernels.triton.attention import TritonGroupedAttention, TritonKVStor
 from pymllm.kernels.triton.bound import BoundLaunches
 from pymllm.kernels.triton.elementwise import TritonElementwise
 from pymllm.kernels.triton.int_weights import TritonInt
-from pymllm.kernels.triton.launch import Launch, recording
+from pymllm.kernels.triton.launch import recording
 from pymllm.kernels.triton.linear_cases import random_like
 
 CALLS = 20  # in a batch
