@@ -91,15 +91,20 @@ class Task:
 
     @property
     def key(self) -> str:
-        """A key that is equal for launches that one binary serves.
+        """A key that is equal for launches that one binary serves."""
+        return f"{self.architecture.name} {binary_key(self.launch)}"
 
-        Of a size it says only whether it is 1, a multiple of 16 or neither, and whether it needs 64 bits; of a size
-        that varies from step to step the last alone.
-        """
-        arguments = zip(self.launch.arguments, self.launch.kernel.varies, strict=False)
-        shapes = [_specialisation(argument, varies) for argument, varies in arguments]
-        constants = {name: getattr(value, "name", value) for name, value in self.launch.constants.items()}
-        return f"{self.architecture.name} {self.launch.kernel.name} {shapes} {constants}"
+
+def binary_key(launch: Launch) -> str:
+    """Return a key that is equal for launches that one binary of an architecture serves.
+
+    Of a size it says only whether it is 1, a multiple of 16 or neither, and whether it needs 64 bits; of a size that
+    varies from step to step the last alone.
+    """
+    arguments = zip(launch.arguments, launch.kernel.varies, strict=False)
+    shapes = [_specialisation(_described(argument), varies) for argument, varies in arguments]
+    constants = {name: getattr(value, "name", value) for name, value in launch.constants.items()}
+    return f"{launch.kernel.name} {shapes} {constants}"
 
 
 def _specialisation(argument: Any, varies: bool) -> str:
