@@ -220,6 +220,11 @@ def lines(report: dict[str, Any]) -> list[str]:
         )
     if not report["gpus"]:
         text.append("gpu        none that torch can use")
+    elif versions["triton"]:
+        from pymllm.kernels.triton.bound import why_not_bound
+
+        slower = why_not_bound(versions["triton"])
+        text.append(f"launches   {slower or 'go straight to compiled kernels'}")
     text.append(f"formats    {', '.join(report['formats'])}")
     for operation, names in report["kernels"].items():
         others = report["kernels_for_other_devices"][operation]

@@ -14,7 +14,6 @@ from pymllm.engine.warm_up import StepsWithoutData, launches_of_steps, sizes
 from pymllm.kernels.triton.ahead_of_time import binary_key
 from pymllm.kernels.triton.launch import recording
 from pymllm.loading.prepare import prepare
-from tests.checkpoints import write_checkpoint
 from tests.models.test_hybrid import write as write_hybrid
 from tests.moe_checkpoints import write_moe
 

@@ -1,4 +1,4 @@
-"""Compiling kernels for the GPU that is here before they are launched: several at a time, or from Triton's own cache."""
+"""Compiling kernels for the GPU that is here before they are launched, several at a time, or from Triton's cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def compile_launches(
-    launches: Iterable[Launch], *, workers: int | None = None, advance: Callable[[int], object] = lambda count: None
+    launches: Iterable[Launch],
+    *,
+    workers: int | None = None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> int:
     """Compile what these launches need, and launch nothing.  What is in Triton's cache on disk is read from there.
 

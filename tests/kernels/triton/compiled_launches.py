@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from triton.compiler.errors import CompilationError
 
-from pymllm.kernels.triton.launch import Kernel, inline, interpreting, kernel
+from pymllm.kernels.triton.compile_launches import compile_launches, distinct
+from pymllm.kernels.triton.launch import Kernel, inline, interpreting, kernel, recording
 
 from .fake_driver import FakeDriver, Launched, OnDevice, fake_driver
 
@@ -269,3 +272,45 @@ def test_under_a_triton_whose_path_is_not_known_every_launch_is_triton_s(driver,
     for _ in range(3):
         launch(probe, driver, BASE, bound=True)
     assert not probe.bound._kernels and len(driver.launches) == 3
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again_by_launches_nor_by_the_next_start(driver, monkeypatch):
+    """Triton says of each compiling whether its cache on disk had the result."""
+    from triton import knobs
+
+    events, done = [], []
+    monkeypatch.setattr(
+        knobs.compilation, "listener", lambda *, cache_hit, **others: events.append(cache_hit)
+    )
+    probe, sizes = fresh(), (1, 3, 5, 16, 32, 2**31)
+    with recording() as launches:
+        for size in sizes:
+            data = MEMORY.to("meta")
+            for y in (None, data, data[1:]):
+                constants = {"CHANGE": halved, "BLOCK": 16, "NAME": "scaled", "num_warps": 1, "num_stages": 3}
+                probe.launch((1,), data, y, size, 7, 0.25, True, **constants)
+    assert compile_launches(launches, workers=2, advance=done.append) == 0
+    assert len(events) == len(done) == len(distinct(launches)) == 12, "4 kinds of size, 3 of the other tensor"
+    events.clear()
+    for size in sizes:
+        for y in (None, "aligned", "not aligned"):
+            case = BASE | {"y": y, "size": size, "scale": 0.25, "CHANGE": halved, "num_stages": 3}
+            launch(probe, driver, case, bound=True)
+    assert events == [] and len(driver.launches) == 18
+    again = fresh()
+    compile_launches([replace(one, kernel=again) for one in launches])
+    assert events == [True] * 12
+
+
+def test_a_kernel_that_cannot_be_compiled_ahead_is_counted_and_fails_when_it_is_launched(driver):
+    probe = fresh()
+    with recording() as launches:
+        for change in ("no function", halved):
+            probe.launch(
+                (1,), MEMORY.to("meta"), None, 3, 7, 0.5, True, CHANGE=change, BLOCK=64, NAME="scaled"
+            )
+    assert compile_launches(launches) == 1
+    probe.launch((1,), MEMORY, None, 3, 7, 0.5, True, CHANGE=halved, BLOCK=64, NAME="scaled")
+    with pytest.raises(CompilationError):
+        probe.launch((1,), MEMORY, None, 3, 7, 0.5, True, CHANGE="no function", BLOCK=64, NAME="scaled")
+    assert len(driver.launches) == 1

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pymllm.cli import doctor
 from pymllm.kernels.triton.bound import why_not_bound
 from pymllm.kernels.triton.launch import kernel
 
@@ -34,6 +35,17 @@ def test_bound_launches_are_given_to_the_driver_as_triton_gives_them(tmp_path):
 def test_launches_are_bound_under_the_versions_of_triton_whose_path_is_known(version, bound):
     reason = why_not_bound(version)
     assert reason is None if bound else version in reason
+
+
+@pytest.mark.parametrize("version", ("3.7.1", "3.99.0"))
+def test_doctor_says_whether_launches_are_bound_where_there_is_a_gpu(version):
+    report = doctor.examine()
+    report["versions"]["triton"] = version
+    text = "\n".join(doctor.lines(report | {"gpus": []}))
+    assert "launches" not in text
+    gpu = {"name": "a GPU", "capability": [9, 0], "memory_bytes": 1}
+    text = "\n".join(doctor.lines(report | {"gpus": [gpu]}))
+    assert ("go straight" in text) == (version == "3.7.1") == ("not 3.99.0" not in text)
 
 
 def test_what_varies_must_be_an_argument():

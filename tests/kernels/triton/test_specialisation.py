@@ -45,7 +45,7 @@ def step_of(requests, new, length, **more):
 
 
 def steps(count):
-    """A step in which `count` requests decode, and one that reads a prompt of so many tokens, with the tokens of each."""
+    """A step in which `count` requests decode, and one that reads a prompt of so many tokens."""
     yield step_of(count, 1, 100 + 37 * count, slot_mapping=meta(3, count, dtype=torch.int64)[1])
     yield step_of(1, count, count, slot_mapping=meta(count, dtype=torch.int64))
 
@@ -196,8 +196,8 @@ def test_all_operations_with_triton_kernels_are_here():
 
 @pytest.mark.parametrize("operation", RUNS)
 def test_steps_of_any_number_of_tokens_need_a_binary_for_each_tile(operation):
-    for kernel in of_triton(operation):
-        found = list(tasks(kernel, RUNS[operation](kernel)))
+    for ours in of_triton(operation):
+        found = list(tasks(ours, RUNS[operation](ours)))
         assert_one_binary_a_tile(found)
         names = {task.launch.kernel.name for task in found}
         # A tile for each power of two of tokens and of keys, at most, in two types of cache and two kinds of step.

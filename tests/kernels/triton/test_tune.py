@@ -127,7 +127,9 @@ def test_no_tile_that_works_is_one_error_that_says_why():
 
 def test_at_the_deadline_the_rest_is_left_out_but_one_tile_is_always_tried():
     hours = iter(range(9))
-    found, _ = search({DEFAULT: PTXASError("x")}, [SMALL, LARGE, OTHER], deadline=0.5, now=lambda: next(hours))
+    found, _ = search(
+        {DEFAULT: PTXASError("x")}, [SMALL, LARGE, OTHER], deadline=0.5, now=lambda: next(hours)
+    )
     assert list(found.seconds) == [SMALL, LARGE]
     assert found.skipped["left out, as the time was up"] == 1
 
