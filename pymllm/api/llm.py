@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pymllm.api.adaptable import Adaptable
 from pymllm.api.texts import choose_tokenizer, default_params, encode, end_tokens
+from pymllm.api.warming import compile_kernels, why_not_warmed
 from pymllm.arguments import checked
 from pymllm.embedding.embedder import Embedder
 from pymllm.engine.asking import Asked, ask, check_record, gather
@@ -31,7 +32,7 @@ from pymllm.errors import RequestError
 from pymllm.kernels.attention import PAGE_SIZE
 from pymllm.loading.agreement import settings_for_ranks
 from pymllm.loading.load import load_prepared
-from pymllm.loading.prepare import Prepared
+from pymllm.loading.prepare import Prepared, prepare
 from pymllm.parallel import Ranks, choose_parallel
 from pymllm.parallel.ranked import ends_ranks
 from pymllm.planning.deciding import decide
@@ -78,6 +79,7 @@ class LLM(Adaptable):
     steps leave, but no more than 64 such requests need.
     prefix_reuse: whether a request takes over the keys and values that others have computed of the same first tokens.
     step_ms: how many milliseconds a step may take that reads prompts beside answers.
+    warm_up: whether a GPU's kernels are compiled before the first request; on a CPU there are none to compile.
     pooling: how `embed` makes a vector of a text's hidden states; None: as the checkpoint's folder says.
     chat_template: a file of Jinja text, or such text, in place of the checkpoint's chat template.
     tokenizer: a folder, a tokenizer.json, a .gguf file or a hub id whose tokenizer takes the place of the checkpoint's.
@@ -111,6 +113,7 @@ class LLM(Adaptable):
         kv_memory: int | str | None = None,
         prefix_reuse: bool = True,
         step_ms: float = STEP_MS,
+        warm_up: bool = True,
         pooling: str | Sequence[str] | None = None,
         chat_template: str | Path | None = None,
         tokenizer: str | Path | None = None,
@@ -171,6 +174,9 @@ class LLM(Adaptable):
             )
             self.tokenizer.longest_prompt = self._engine.longest
             self.default_params()  # refused now, where no request could have them
+            if warm_up and why_not_warmed(prepared) is None:
+                with self.parallel:
+                    compile_kernels(lambda: prepare(model, **options), self.plan, progress)
         runner = Runner(self.model, where) if self._engine is None else self._engine.runner
         self.grammars = GrammarCompiler(self.tokenizer, self.config.size("vocab_size"), self._end_tokens())
         self.embedder = Embedder(self.path, runner, self.tokenizer, self.encode, self._lock, pooling)

@@ -264,6 +264,11 @@ def lines(report: dict[str, Any]) -> list[str]:
         )
     if not report["gpus"]:
         text.append("gpu        none that torch can use")
+    elif versions["triton"]:
+        from pymllm.kernels.triton.bound import why_not_bound
+
+        slower = why_not_bound(versions["triton"])
+        text.append(f"launches   {slower or 'go straight to compiled kernels'}")
     if device := report["device"]:
         text.append(f"device     {device['asked']} is {device['device']}: {device['name']}")
     text.append(f"formats    {', '.join(report['formats'])}")

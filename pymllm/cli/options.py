@@ -115,6 +115,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="on",
         help="whether a request takes over what others have computed of the same first tokens; default: on",
     )
+    group.add_argument(
+        "--warm-up",
+        choices=("on", "off"),
+        default="on",
+        help="whether a GPU's kernels are compiled before the first request, which would wait for them; default: on",
+    )
     add_packed_cache_option(parser)
 
 
@@ -176,7 +182,8 @@ def cache_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the keywords of `LLM` that `add_engine_options` added."""
     reuse = args.prefix_reuse == "on"
-    return {"prefix_reuse": reuse, "packed_cache": args.packed_cache, **cache_arguments(args)}
+    settings = {"prefix_reuse": reuse, "warm_up": args.warm_up == "on", "packed_cache": args.packed_cache}
+    return {**settings, **cache_arguments(args)}
 
 
 def add_rule_options(group: argparse._ArgumentGroup, example: str) -> None:

@@ -94,6 +94,9 @@ class Device:
         """Say what the device is called, and for one of several GPUs its number too."""
         return self.name if self.index is None else f"{self.name} ({self.spec})"
 
+    def __hash__(self) -> int:
+        return hash((self.type, self.name))  # kernels look tiles up by it at every launch
+
     def __str__(self) -> str:
         return self.name
 

@@ -1,0 +1,55 @@
+"""Launches: their kernels' declarations, and, in a process that compiles, what reaches the driver."""
+
+from pathlib import Path
+
+import pytest
+
+from pymllm.cli import doctor
+from pymllm.kernels.triton.bound import why_not_bound
+from pymllm.kernels.triton.launch import kernel
+
+from ...processes import python
+
+pytest.importorskip("triton")
+
+
+def test_bound_launches_are_given_to_the_driver_as_triton_gives_them(tmp_path):
+    file = Path(__file__).with_name("compiled_launches.py")
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "version, bound",
+    (
+        ("3.6.0", True),
+        ("3.7.1+git1234", True),
+        ("3.5.1", False),
+        ("3.8.0", False),
+        ("4.0.0", False),
+        ("x", False),
+    ),
+)
+def test_launches_are_bound_under_the_versions_of_triton_whose_path_is_known(version, bound):
+    reason = why_not_bound(version)
+    assert reason is None if bound else version in reason
+
+
+@pytest.mark.parametrize("version", ("3.7.1", "3.99.0"))
+def test_doctor_says_whether_launches_are_bound_where_there_is_a_gpu(version):
+    report = doctor.examine()
+    report["versions"]["triton"] = version
+    text = "\n".join(doctor.lines(report | {"gpus": []}))
+    assert "launches" not in text
+    gpu = {"name": "a GPU", "capability": [9, 0], "memory_bytes": 1}
+    text = "\n".join(doctor.lines(report | {"gpus": [gpu]}))
+    assert ("go straight" in text) == (version == "3.7.1") == ("not 3.99.0" not in text)
+
+
+def test_what_varies_must_be_an_argument():
+    with pytest.raises(TypeError, match="no argument tokenz; it has x, tokens"):
+
+        @kernel(varying=("tokenz",))
+        def made(x, tokens): ...
