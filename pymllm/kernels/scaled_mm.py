@@ -87,7 +87,8 @@ def scaled_mm(
     if scaling == "tensor":
         x_scales = x_scales[:1]
     elif scaling == "row":
-        x_scales, scales = x_scales.contiguous(), scales.contiguous()
+        # torch looks at the second stride even where it is that of an axis of one.
+        x_scales, scales = x_scales.flatten().unsqueeze(1), scales.flatten().unsqueeze(0)
     else:
         codes, x_scales = _to_fours(codes), _scales_to_fours(x_scales)
         scales = scales if scales.stride() == (1, scales.shape[0]) else scales.t().contiguous().t()

@@ -63,7 +63,9 @@ def check_operands(kind, a, b, scale_a, scale_b, bias, out_dtype):
     assert bias is None or (
         bias.dtype is out_dtype and bias.shape == (out_features,) and bias.is_contiguous()
     )
-    if kind not in ("tensor", "row"):
+    if kind == "row":  # torch's `_scaled_rowwise_rowwise`, which multiplies where cuBLAS does not
+        assert scale_a.stride() == (1, 1) and scale_b.stride(1) == 1
+    elif kind != "tensor":
         assert tokens % 4 == 0 and -(-in_features // 128) % 4 == 0
 
 

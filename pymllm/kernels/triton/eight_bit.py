@@ -118,19 +118,11 @@ class EightBit:
         kind = problem.weight
         assert isinstance(kind, (Fp8Type, IntType))
         said = f"inputs rounded to {self.element} ({kind.activations}), sums of every 128 in float32"
-        if self._why_not_torch(problem) is None:
+        scaling = self.groups(problem).scaling(kind.activations in ONE_SCALE)
+        shape = problem.out_features, problem.in_features
+        if scaling and why_not_scaled_mm(scaling, problem.device, *shape, problem.dtype) is None:
             said += f"; from {TORCH_TOKENS} rows on torch's _scaled_mm, unless it refuses"
         return said
-
-    def _why_not_torch(self, problem: LinearProblem) -> str | None:
-        """Return why torch multiplies no number of rows, or None."""
-        kind = problem.weight
-        assert isinstance(kind, (Fp8Type, IntType))
-        scaling = self.groups(problem).scaling(kind.activations in ONE_SCALE)
-        if scaling is None:
-            return "takes other scales"
-        shape = problem.out_features, problem.in_features
-        return why_not_scaled_mm(scaling, problem.device, *shape, problem.dtype)
 
     def tolerance(self, problem: LinearProblem) -> float:
         return TOLERANCES[problem.dtype] + self.error
