@@ -36,7 +36,7 @@ from pymllm.kernels.triton.linear_cases import resized
 
 RESULTS = Path(__file__).parent / "results"
 SIDE = 8192
-ROWS = (1, 16, 64, 128)
+ROWS = (1, 16, 64, 128, 192, 2048)
 
 
 @dataclass(frozen=True)

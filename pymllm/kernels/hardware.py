@@ -21,13 +21,15 @@ class Architecture:
     """A GPU architecture that kernels are built for.
 
     processors: multiprocessors of its usual board, for a device that is known by its architecture's name alone.
-    shared_bytes: shared memory that one block may use.  fp8: whether its matrix units multiply float8_e4m3fn.
+    shared_bytes: shared memory that one block may use.  cache_bytes: of that board's last cache before memory, which
+    all multiprocessors see.  fp8: whether its matrix units multiply float8_e4m3fn.
     """
 
     name: str
     capability: tuple[int, int]
     processors: int
     shared_bytes: int
+    cache_bytes: int
     fp8: bool
 
     @property
@@ -41,19 +43,21 @@ class Architecture:
 
 
 # Shared memory: CUDA C programming guide, "Technical specifications per compute capability"; CDNA ISA guides (LDS).
+# Caches: whitepapers of the A100, GA102 (the A10's is as large), AD102 (RTX 4090), H100, B200 and RTX 5090; AMD's of
+# CDNA 2 (L2 of one die of an MI250), CDNA 3 and CDNA 4 (Infinity Cache: each of the L2s serves but one die).
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("sm80", (8, 0), 108, 166912, fp8=False),
-        Architecture("sm86", (8, 6), 84, 101376, fp8=False),
-        Architecture("sm89", (8, 9), 128, 101376, fp8=True),
-        Architecture("sm90", (9, 0), 132, 232448, fp8=True),
-        Architecture("sm100", (10, 0), 148, 232448, fp8=True),
-        Architecture("sm120", (12, 0), 170, 101376, fp8=True),
-        Architecture("gfx90a", (9, 0), 104, 65536, fp8=False),
+        Architecture("sm80", (8, 0), 108, 166912, 40 << 20, fp8=False),
+        Architecture("sm86", (8, 6), 84, 101376, 6 << 20, fp8=False),
+        Architecture("sm89", (8, 9), 128, 101376, 72 << 20, fp8=True),
+        Architecture("sm90", (9, 0), 132, 232448, 50 << 20, fp8=True),
+        Architecture("sm100", (10, 0), 148, 232448, 126 << 20, fp8=True),
+        Architecture("sm120", (12, 0), 170, 101376, 96 << 20, fp8=True),
+        Architecture("gfx90a", (9, 0), 104, 65536, 8 << 20, fp8=False),
         # fp8=False: gfx942's fp8 is e4m3fnuz, which no checkpoint has.
-        Architecture("gfx942", (9, 4), 304, 65536, fp8=False),
-        Architecture("gfx950", (9, 5), 256, 163840, fp8=True),
+        Architecture("gfx942", (9, 4), 304, 65536, 256 << 20, fp8=False),
+        Architecture("gfx950", (9, 5), 256, 163840, 256 << 20, fp8=True),
     )
 }
 
@@ -65,6 +69,7 @@ class Device:
     type: "cpu" or "cuda" (torch calls AMD's devices "cuda" too).  capability: (major, minor) of a GPU.
     isa: the native CPU path in use ("avx512_vnni", ...), or None without native kernels.
     architecture: that of a GPU which pymllm's own GPU kernels are built for.  processors: a GPU's multiprocessors.
+    cache_bytes: of its last cache before memory, which all of them see.
     present: False for a device known by its architecture's name alone, which can be planned for but not run on.
     index: the number of a GPU that is present.  memory: a GPU's bytes; 0: they are not known.
     """
@@ -75,6 +80,7 @@ class Device:
     isa: str | None = None
     architecture: Architecture | None = None
     processors: int = 0
+    cache_bytes: int = 0
     present: bool = True
     index: int | None = None
     memory: int = 0
@@ -129,12 +135,14 @@ def _known_device(device: str) -> Device:
         return Device("cpu", info.brand, isa=info.best_path if native_available() else None)
     if index is not None and index < count_gpus():
         properties = torch.cuda.get_device_properties(index)
+        architecture = _architecture_of(properties)
         return Device(
             "cuda",
             properties.name,
             capability=(properties.major, properties.minor),
-            architecture=_architecture_of(properties),
+            architecture=architecture,
             processors=properties.multi_processor_count,
+            cache_bytes=_cache_bytes(properties, architecture),
             index=index,
             memory=properties.total_memory,
         )
@@ -172,8 +180,16 @@ def _named_device(device: str, which: str) -> Device:
         capability=architecture.capability,
         architecture=architecture,
         processors=architecture.processors,
+        cache_bytes=architecture.cache_bytes,
         present=False,
     )
+
+
+def _cache_bytes(properties: object, architecture: Architecture | None) -> int:
+    """Return the bytes of a GPU's last cache.  torch knows an NVIDIA GPU's; of an AMD it knows one die's L2."""
+    if architecture is not None and not architecture.is_nvidia:
+        return architecture.cache_bytes
+    return getattr(properties, "L2_cache_size", 0) or (architecture.cache_bytes if architecture else 0)
 
 
 def _architecture_of(properties: object) -> Architecture | None:

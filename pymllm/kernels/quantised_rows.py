@@ -33,7 +33,8 @@ class RowCodes:
 class QuantisedRows:
     """Rows as codes and scales.
 
-    codes: [*, I] int8 or e4m3.  scales: [rows, I/G] float32.  dtype: that of the values, and of their products.
+    codes: [*, I] int8 or e4m3.  scales: [rows, I/G] float32, in any order.
+    dtype: that of the values, and of their products.
     """
 
     codes: Tensor

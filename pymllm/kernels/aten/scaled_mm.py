@@ -10,6 +10,7 @@ from torch import Tensor
 from pymllm.kernels.canonical import E4M3_MAX, CanonicalWeight, Fp8Type, Fp8Weight
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import Packed
+from pymllm.kernels.scaled_mm import scaled_mm, why_not_scaled_mm
 
 
 class TorchScaledMM:
@@ -27,20 +28,14 @@ class TorchScaledMM:
             return "needs a CUDA device"
         if problem.device.capability is None or problem.device.capability < (8, 9):
             return f"needs compute capability 8.9, {problem.device.name} has {problem.device.capability}"
-        architecture = problem.device.architecture
-        if architecture is not None and not architecture.fp8:
-            return f"{problem.device.name} does not multiply float8_e4m3fn"
         if kind.block not in ((0, 0), (1, 0)):
             return f"takes one scale a tensor or channel, the weight has {kind}"
         if kind.activations != "token":
             return f"quantises activations per token, the checkpoint wants {kind.activations!r}"
         if problem.compute == "exact":
             return "quantises activations, which compute=exact forbids"
-        if problem.dtype is not torch.bfloat16:
-            return f"writes bfloat16, the activations are {problem.dtype}"
-        if problem.in_features % 16 or problem.out_features % 16:
-            return f"needs multiples of 16, the weight is {problem.out_features} x {problem.in_features}"
-        return None
+        shape = problem.out_features, problem.in_features
+        return why_not_scaled_mm("row", problem.device, *shape, problem.dtype)
 
     def numerics(self, problem: LinearProblem) -> str:
         return "inputs rounded to fp8 per token, sums on tensor cores"
@@ -57,15 +52,13 @@ class TorchScaledMM:
         return Fp8Weight(packed["weight"], scales, kind.block, kind.activations)
 
     def run(self, packed: Packed, problem: LinearProblem, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight, scales = packed["weight"], packed["scales"].t()
         rows = x.reshape(-1, problem.in_features)
-        scale = (rows.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)
-        codes = (rows / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        result = torch._scaled_mm(
-            codes,
-            packed["weight"].t(),
-            scale_a=scale,
-            scale_b=packed["scales"].t(),
-            bias=bias,
-            out_dtype=torch.bfloat16,
-        )
+        x_scales = (rows.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)
+        codes = (rows / x_scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        result = scaled_mm(codes, x_scales, weight, scales, bias, x.dtype, "row", problem.device)
+        if result is None:
+            # Slower: both sides in bfloat16, which holds every code and any sum.
+            sums = (codes.bfloat16() @ weight.bfloat16().t()).float() * x_scales * scales
+            result = (sums if bias is None else sums + bias).to(x.dtype)
         return result.view(*x.shape[:-1], problem.out_features)

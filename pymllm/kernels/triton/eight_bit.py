@@ -1,7 +1,7 @@
 """8-bit weights and 8-bit activations (W8A8), both with scales of a tensor, a channel, a token, a block or a group.
 
-One kernel quantises activations, to the codes that `activations.quantise_activations` gives. torch multiplies where it
-is faster: from `TORCH_TOKENS` rows on, where both scales are of whole rows.
+One kernel quantises activations, to the codes that `activations.quantise_activations` gives. From `TORCH_TOKENS` rows
+on, torch multiplies fp8 where it takes such scales (`scaled_mm.py`).
 """
 
 # T tokens, O out_features, I in_features
@@ -19,6 +19,7 @@ from torch import Tensor
 from pymllm.kernels.canonical import (
     E4M3_MAX,
     SYMMETRIC_ACTIVATIONS,
+    TENSOR,
     Activations,
     CanonicalWeight,
     Fp8Type,
@@ -30,6 +31,7 @@ from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.linear import TOLERANCES, LinearProblem
 from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
 from pymllm.kernels.registry import Packed
+from pymllm.kernels.scaled_mm import SIDE, Scaling, empty_codes, empty_scales, scaled_mm, why_not_scaled_mm
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.eight_bit_kernels import multiply_scaled, quantise_rows
 from pymllm.kernels.triton.launch import interpreting
@@ -43,6 +45,7 @@ from pymllm.kernels.triton.weight_only_kernels import add_splits
 FAMILY = "eight_bit"
 LONGEST_ROW = 1 << 15  # inputs that one block quantises at once
 TORCH_TOKENS = 128
+ONE_SCALE = ("static", "tensor")  # activations of which all rows share a scale
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,24 @@ class Groups:
         side = math.gcd(self.x_inputs, self.inputs)
         return next((depth for depth in (128, 64, 32) if side % depth == 0), None)
 
+    @property
+    def whole(self) -> bool:
+        """Whether a row of activations, and one of the weight, has one scale."""
+        return self.x_inputs == WHOLE and self.inputs == WHOLE
+
+    def scaling(self, one_scale: bool) -> Scaling | None:
+        """Return how torch calls such scales, or None if it takes none like them.
+
+        one_scale: all rows of activations share one.
+        """
+        if self.integer:
+            return None
+        if self.whole and self.outputs == WHOLE and one_scale:
+            return "tensor"
+        if self.whole and self.outputs in (1, WHOLE):
+            return "row"
+        return "block" if self.x_inputs == self.inputs == self.outputs == SIDE else None
+
 
 class EightBit:
     """The base of the fp8 kernel and the int8 kernel."""
@@ -75,6 +96,10 @@ class EightBit:
 
     def groups(self, problem: LinearProblem) -> Groups:
         raise NotImplementedError
+
+    def scales(self, packed: Packed, problem: LinearProblem) -> Tensor:
+        """Return the weight's scales, [I/G, O/G'], in any order."""
+        return packed["scales"]
 
     def _why_not(self, problem: LinearProblem, activations: Activations) -> str | None:
         if activations not in SYMMETRIC_ACTIVATIONS:
@@ -92,7 +117,12 @@ class EightBit:
     def numerics(self, problem: LinearProblem) -> str:
         kind = problem.weight
         assert isinstance(kind, (Fp8Type, IntType))
-        return f"inputs rounded to {self.element} ({kind.activations}), sums of every 128 in float32"
+        said = f"inputs rounded to {self.element} ({kind.activations}), sums of every 128 in float32"
+        scaling = self.groups(problem).scaling(kind.activations in ONE_SCALE)
+        shape = problem.out_features, problem.in_features
+        if scaling and why_not_scaled_mm(scaling, problem.device, *shape, problem.dtype) is None:
+            said += f"; from {TORCH_TOKENS} rows on torch's _scaled_mm, unless it refuses"
+        return said
 
     def tolerance(self, problem: LinearProblem) -> float:
         return TOLERANCES[problem.dtype] + self.error
@@ -118,7 +148,7 @@ class EightBit:
         groups = self.groups(problem)
         kind = problem.weight
         assert isinstance(kind, (Fp8Type, IntType))
-        weight, scales, zeros = packed["weight"], packed["scales"], packed.get("zeros")
+        weight, scales, zeros = packed["weight"], self.scales(packed, problem), packed.get("zeros")
         sides, device = (groups.x_inputs, groups.inputs, groups.outputs), problem.device.spec
         if isinstance(x, QuantisedRows):
             return multiply_eight_bit(x.codes, x.scales, weight, scales, zeros, bias, x.dtype, *sides, device)
@@ -130,7 +160,7 @@ class TritonFp8Activations(EightBit):
     """Products of fp8 by fp8, on matrix units that multiply float8_e4m3fn."""
 
     name = "triton_fp8_w8a8"
-    layout = "fp8, scales by input group"
+    layout = "fp8, scales of blocks by output, of rows in a row"
     element, error = "fp8", 4e-2
 
     def groups(self, problem: LinearProblem) -> Groups:
@@ -150,13 +180,24 @@ class TritonFp8Activations(EightBit):
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, Fp8Weight)
         static = {} if weight.input_scales is None else {"input_scales": weight.input_scales}
-        return {"weight": weight.weight, "scales": weight.scales.t().contiguous(), **static}
+        scales = weight.scales
+        if weight.block == TENSOR and weight.activations == "token":
+            scales = scales.expand(weight.shape[0], 1)  # torch wants one for each row, if x has that
+        if self.groups(problem).inputs == WHOLE:
+            scales = scales.t()
+        return {"weight": weight.weight, "scales": scales.contiguous(), **static}
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, Fp8Type)
-        scales = packed["scales"].t().contiguous()
+        scales = self.scales(packed, problem).t().contiguous()
+        if kind.block == TENSOR:
+            scales = packed["scales"].flatten()[:1].view(1, 1)
         return Fp8Weight(packed["weight"], scales, kind.block, kind.activations, packed.get("input_scales"))
+
+    def scales(self, packed: Packed, problem: LinearProblem) -> Tensor:
+        # Those of blocks lie as in checkpoints, which is as torch takes them.
+        return packed["scales"] if self.groups(problem).inputs == WHOLE else packed["scales"].t()
 
     def cases(self, device: Device) -> Iterator[Case]:
         kinds: tuple[tuple[int, int, tuple[int, int], Activations], ...] = (
@@ -266,8 +307,9 @@ def eight_bit_linear(
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
     codes, x_scales = quantise(rows, groups, activations, input_scales)
-    y = multiply_eight_bit(
-        codes, x_scales, weight, scales, zeros, bias, x.dtype, x_inputs, inputs, outputs, device
+    one_scale = activations in ONE_SCALE
+    y = _multiply_codes(
+        codes, x_scales, weight, scales, zeros, bias, x.dtype, groups, one_scale, probe_device(device)
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -298,24 +340,48 @@ def multiply_eight_bit(
     """
     groups = Groups(weight.dtype is torch.int8, x_inputs, inputs, outputs)
     rows = codes.reshape(-1, codes.shape[-1])
-    out_features = weight.shape[0]
-    y = codes.new_empty((rows.shape[0], out_features), dtype=dtype)
-    if rows.shape[0]:
-        if _torch_multiplies(rows, weight, groups, y):
-            column = scales.float().expand(1, out_features)
-            torch._scaled_mm(
-                rows, weight.t(), scale_a=x_scales, scale_b=column, bias=bias, out_dtype=dtype, out=y
-            )
-        else:
-            tile = _choose_tile(probe_device(device), rows.shape[0], weight, groups)
-            _multiply(rows, x_scales, weight, scales, zeros, bias, y, groups, tile)
-    return y.view(*codes.shape[:-1], out_features)
+    y = _multiply_codes(
+        rows, x_scales, weight, scales, zeros, bias, dtype, groups, False, probe_device(device)
+    )
+    return y.view(*codes.shape[:-1], weight.shape[0])
+
+
+def _multiply_codes(
+    codes: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    groups: Groups,
+    one_scale: bool,
+    device: Device,
+) -> Tensor:
+    """Multiply codes [T, I] by the weight, by torch where it takes the product.  one_scale: as in `Groups.scaling`."""
+    tokens, scaling = codes.shape[0], groups.scaling(one_scale)
+    if scaling is not None and tokens >= TORCH_TOKENS and _on_gpu(codes):
+        y = scaled_mm(codes, x_scales, weight, scales, bias, dtype, scaling, device)
+        if y is not None:
+            return y
+    y = codes.new_empty((tokens, weight.shape[0]), dtype=dtype)
+    if tokens:
+        tile = _choose_tile(device, tokens, weight, groups)
+        _multiply(codes.contiguous(), x_scales, weight, scales, zeros, bias, y, groups, tile)
+    return y
+
+
+def _on_gpu(codes: Tensor) -> bool:
+    return codes.is_cuda
 
 
 def quantise(
     x: Tensor, groups: Groups, activations: str, input_scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Quantise rows.  x: [T, I] floats.  Returns codes [T, I], and float32 scales [T, I / x_inputs]."""
+    """Quantise rows.  x: [T, I] floats.
+
+    Returns codes [T, I], and float32 scales [T, I / x_inputs], those of a group side by side.
+    """
     tokens, in_features = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -328,8 +394,8 @@ def quantise(
         static = x.abs().amax() / largest
     side = min(groups.x_inputs, in_features)
     count = divide(in_features, side)
-    codes = x.new_empty((tokens, in_features), dtype=torch.int8 if groups.integer else torch.uint8)
-    scales = x.new_empty((tokens, count), dtype=torch.float32)
+    codes = empty_codes(x, (tokens, in_features), torch.int8 if groups.integer else torch.uint8)
+    scales = empty_scales(x, tokens, count)
     hardware = not interpreting()
     block = next_power(side)
     quantise_rows.launch(
@@ -340,7 +406,7 @@ def quantise(
         scales,
         in_features,
         x.stride(0),
-        count,
+        scales.stride(1),
         LARGEST=largest,
         SMALLEST=torch.finfo(x.dtype).smallest_normal,
         LOW=low,
@@ -351,19 +417,6 @@ def quantise(
         num_warps=min(16, max(1, block // 512)),
     )
     return codes if groups.integer else codes.view(torch.float8_e4m3fn), scales
-
-
-def _torch_multiplies(codes: Tensor, weight: Tensor, groups: Groups, y: Tensor) -> bool:
-    whole = groups.x_inputs == WHOLE and groups.inputs == WHOLE
-    return (
-        codes.is_cuda
-        and not groups.integer
-        and whole
-        and codes.shape[0] >= TORCH_TOKENS
-        and y.dtype is torch.bfloat16
-        and weight.shape[0] % 16 == 0
-        and weight.shape[1] % 16 == 0
-    )
 
 
 def _choose_tile(device: Device, tokens: int, weight: Tensor, groups: Groups) -> Tile:
@@ -404,6 +457,8 @@ def _multiply(
     chunk = divide(divide(in_features, tile.splits), tile.depth) * tile.depth
     splits = divide(in_features, chunk)
     whole = splits == 1
+    if x_scales.stride(0) != 1:
+        x_scales = x_scales.t().contiguous().t()
     sums = y if whole else y.new_empty((splits, tokens, out_features), dtype=torch.float32)
     multiply_scaled.launch(
         (divide(out_features, tile.outputs), divide(tokens, tile.tokens), splits),
@@ -418,11 +473,13 @@ def _multiply(
         out_features,
         in_features,
         chunk,
-        x_scales.shape[1],
+        x_scales.stride(1),
+        *scales.stride(),
         X_GROUP=groups.x_inputs,
         GROUP_IN=groups.inputs,
         GROUP_OUT=groups.outputs,
         INTEGER=groups.integer,
+        WHOLE=groups.whole,
         EVEN=in_features % tile.depth == 0,
         BLOCK_O=tile.outputs,
         BLOCK_T=tile.tokens,

@@ -80,7 +80,7 @@ def quantise_rows(
     scales,
     in_features,
     x_stride,
-    groups,
+    scale_stride,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
     LOW: tl.constexpr,
@@ -91,7 +91,7 @@ def quantise_rows(
 ):
     """Quantise one group of a row.
 
-    x: [T, I].  codes: [T, I].  scales: [T, I/G] float32.  Grid: (T, I/G).
+    x: [T, I].  codes: [T, I].  scales: [I/G, T] float32, scale_stride apart.  Grid: (T, I/G).
     static: one scale for all of x, or None: a group's scale is its largest magnitude over LARGEST. Scales and quotients
     are rounded to x's dtype, as the writers of checkpoints do it.
     """
@@ -107,7 +107,7 @@ def quantise_rows(
         scale = tl.maximum(rounded(tl.load(static).to(tl.float32), dtype, HARDWARE), SMALLEST)
     code = encoded(values, tl.full((BLOCK,), 1.0, tl.float32) * scale, dtype, LOW, INTEGER, HARDWARE)
     tl.store(codes + token * in_features + columns, code, mask=mask)
-    tl.store(scales + token * groups + group, scale)
+    tl.store(scales + group.to(tl.int64) * scale_stride + token, scale)
 
 
 @kernel(varying=("tokens",))
@@ -123,11 +123,14 @@ def multiply_scaled(
     out_features,
     in_features,
     chunk,
-    groups,
+    x_scale_stride,
+    scale_in,
+    scale_out,
     X_GROUP: tl.constexpr,
     GROUP_IN: tl.constexpr,
     GROUP_OUT: tl.constexpr,
     INTEGER: tl.constexpr,
+    WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -135,17 +138,23 @@ def multiply_scaled(
 ):
     """Multiply 8-bit activations by an 8-bit weight.
 
-    x: [T, I] codes, x_scales: [T, I/X_GROUP].  weight: [O, I] codes, scales: [I/GROUP_IN, O/GROUP_OUT].
+    x: [T, I] codes, x_scales: [I/X_GROUP, T], x_scale_stride apart.
+    weight: [O, I] codes, scales: [I/GROUP_IN, O/GROUP_OUT], strides scale_in and scale_out.
     y: [T, O], or [S, T, O] float32.  zeros: [I/GROUP_IN, O] uint8, or None.
     Grid: (O / BLOCK_O, T / BLOCK_T, S).
-    A step lies within one group of x and one of the weight, so its sum has one scale of each.
+    A step lies within one group of x and one of the weight, so its sum has one scale of each.  WHOLE: so have all steps
+    together, which are scaled once, at the end; integers are then summed as such: of up to 2^15 inputs, in int32.
     """
     part = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask, token_mask = rows < out_features, token < tokens
-    stride = (out_features + GROUP_OUT - 1) // GROUP_OUT
-    total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+    scale_places = scales + rows // GROUP_OUT * scale_out
+    if WHOLE and INTEGER:
+        total = tl.zeros((BLOCK_O, BLOCK_T), tl.int32)
+    else:
+        total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+    seen = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, in_features), BLOCK_I):
         columns = start + tl.arange(0, BLOCK_I)
         if EVEN:
@@ -162,21 +171,38 @@ def multiply_scaled(
         right = tl.load(
             x + token.to(tl.int64)[None, :] * in_features + columns[:, None], mask=x_mask, other=0.0
         )
-        group, x_group = start // GROUP_IN, start // X_GROUP
-        scale = tl.load(scales + group * stride + rows // GROUP_OUT, mask=row_mask, other=0.0).to(tl.float32)
-        x_scale = tl.load(x_scales + token * groups + x_group, mask=token_mask, other=0.0)
-        if INTEGER:
-            product = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
+        if WHOLE:
+            if zeros is not None:
+                seen += tl.sum(right.to(tl.int32), axis=0)
+            if INTEGER:
+                total = tl.dot(left, right, total, out_dtype=tl.int32)
+            else:
+                # Hopper adds in 14 bits within a dot: at most BLOCK_I products, then float32.
+                total += tl.dot(left, right, max_num_imprecise_acc=BLOCK_I)
         else:
-            # Hopper adds in 14 bits within a dot: at most BLOCK_I products, then float32.
-            product = tl.dot(left, right, max_num_imprecise_acc=BLOCK_I)
+            group, x_group = start // GROUP_IN, start // X_GROUP
+            scale = tl.load(scale_places + group * scale_in, mask=row_mask, other=0.0).to(tl.float32)
+            x_scale = tl.load(x_scales + x_group * x_scale_stride + token, mask=token_mask, other=0.0)
+            if INTEGER:
+                product = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
+            else:
+                product = tl.dot(left, right, max_num_imprecise_acc=BLOCK_I)
+            if zeros is not None:
+                # Codes and zero points count from 128, so that they fit int8.
+                zero = tl.load(zeros + group * out_features + rows, mask=row_mask, other=0).to(tl.float32)
+                sums = tl.sum(right.to(tl.int32), axis=0).to(tl.float32)
+                product -= (zero - 128.0)[:, None] * sums[None, :]
+            total += product * scale[:, None] * x_scale[None, :]
+    if WHOLE:
         if zeros is not None:
-            # Codes and zero points count from 128, so that they fit int8.
-            zero = tl.load(zeros + group * out_features + rows, mask=row_mask, other=0).to(tl.float32) - 128.0
-            seen = tl.sum(right.to(tl.int32), axis=0).to(tl.float32)
-            product -= zero[:, None] * seen[None, :]
-        total += product * scale[:, None] * x_scale[None, :]
+            zero = tl.load(zeros + rows, mask=row_mask, other=0).to(tl.int32) - 128
+            total -= zero[:, None] * seen[None, :]
+        scale = tl.load(scale_places, mask=row_mask, other=0.0).to(tl.float32)
+        x_scale = tl.load(x_scales + token, mask=token_mask, other=0.0)
+        result = total.to(tl.float32) * scale[:, None] * x_scale[None, :]
+    else:
+        result = total
     if bias is not None:
-        total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        result += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     places = (part.to(tl.int64) * tokens + token)[None, :] * out_features + rows[:, None]
-    tl.store(y + places, total.to(y.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
+    tl.store(y + places, result.to(y.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pymllm.kernels.canonical import E4M3_MAX
 from pymllm.kernels.quantised_rows import QuantisedRows, RowCodes
+from pymllm.kernels.scaled_mm import empty_codes, empty_scales
 from pymllm.kernels.triton.eight_bit import LONGEST_ROW
 from pymllm.kernels.triton.eight_bit_kernels import encoded, scale_of
 from pymllm.kernels.triton.elementwise_kernels import gated
@@ -52,9 +53,8 @@ def gate_quantised(x: Tensor, activation: str, codes: RowCodes) -> QuantisedRows
 def _empty(x: Tensor, size: int, integer: bool, group: int) -> tuple[Tensor, Tensor]:
     """Allocate codes [*, size] and scales [rows, size / group] for the rows of x."""
     dtype = torch.int8 if integer else torch.float8_e4m3fn
-    rows = x.shape[:-1].numel()
-    scales = x.new_empty((rows, divide(size, group or max(size, 1))), dtype=torch.float32)
-    return x.new_empty((*x.shape[:-1], size), dtype=dtype), scales
+    scales = empty_scales(x, x.shape[:-1].numel(), divide(size, group or max(size, 1)))
+    return empty_codes(x, (*x.shape[:-1], size), dtype), scales
 
 
 def _coding(codes: Tensor, dtype: torch.dtype, size: int, group: int) -> tuple[Tensor, dict[str, Any]]:
@@ -111,6 +111,7 @@ def norm_and_quantise(
             size,
             rows.stride(0),
             0 if others is None else others.stride(0),
+            scales.stride(1),
             scales.shape[1],
             eps,
             FLOAT_WEIGHT=weight is not None and weight.dtype is torch.float32,
@@ -142,6 +143,7 @@ def gate_and_quantise(x: Tensor, activation: str, integer: bool, group: int) -> 
             scales,
             size,
             rows.stride(0),
+            scales.stride(1),
             scales.shape[1],
             ACTIVATION=activation,
             **constants,
@@ -155,6 +157,7 @@ def store_codes(
     codes,
     scales,
     size,
+    scale_stride,
     groups,
     dtype: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -168,7 +171,7 @@ def store_codes(
 ):
     """Quantise one row.  values: [BLOCK] float32, already rounded to dtype, 0 beyond `size`.
 
-    codes: [size].  scales: [groups], each of GROUP inputs.
+    codes: [size].  scales: [groups], each of GROUP inputs, scale_stride apart.
     """
     tile = tl.reshape(values, (GROUPS, GROUP))
     scale = scale_of(tl.max(tl.abs(tile), axis=1), dtype, LARGEST, SMALLEST, HARDWARE)
@@ -176,7 +179,7 @@ def store_codes(
     columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     wide = tl.zeros((GROUPS, GROUP), tl.float32) + scale[:, None]
     tl.store(codes + columns, encoded(tile, wide, dtype, LOW, INTEGER, HARDWARE), mask=columns < size)
-    tl.store(scales + group, scale, mask=group < groups)
+    tl.store(scales + group.to(tl.int64) * scale_stride, scale, mask=group < groups)
 
 
 @kernel
@@ -190,6 +193,7 @@ def norm_rows_to_codes(
     size,
     x_stride,
     residual_stride,
+    scale_stride,
     groups,
     eps,
     FLOAT_WEIGHT: tl.constexpr,
@@ -204,7 +208,7 @@ def norm_rows_to_codes(
 ):
     """Normalise one row of x, or of x plus the residual, and quantise it.
 
-    x, residual, summed, codes: [T, H].  scales: [T, H/G].  Grid: (T,).
+    x, residual, summed, codes: [T, H].  scales: [H/G, T].  Grid: (T,).
     """
     row = tl.program_id(0).to(tl.int64)
     dtype = x.dtype.element_ty
@@ -225,8 +229,9 @@ def norm_rows_to_codes(
     store_codes(
         result.to(dtype).to(tl.float32),
         codes + row * size,
-        scales + row * groups,
+        scales + row,
         size,
+        scale_stride,
         groups,
         dtype,
         LARGEST,
@@ -247,6 +252,7 @@ def gate_rows_to_codes(
     scales,
     size,
     stride,
+    scale_stride,
     groups,
     ACTIVATION: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -260,7 +266,7 @@ def gate_rows_to_codes(
 ):
     """Multiply activation(gate) by up in one row, and quantise it.
 
-    x: [T, 2N].  codes: [T, N].  scales: [T, N/G].  Grid: (T,).
+    x: [T, 2N].  codes: [T, N].  scales: [N/G, T].  Grid: (T,).
     """
     row = tl.program_id(0).to(tl.int64)
     dtype = x.dtype.element_ty
@@ -271,8 +277,9 @@ def gate_rows_to_codes(
     store_codes(
         gated(gate, up, ACTIVATION).to(tl.float32),
         codes + row * size,
-        scales + row * groups,
+        scales + row,
         size,
+        scale_stride,
         groups,
         dtype,
         LARGEST,

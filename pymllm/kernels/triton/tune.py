@@ -24,7 +24,7 @@ from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton import weight_only
 from pymllm.kernels.triton.linear_cases import random_like
 from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket
-from pymllm.kernels.triton.weight_only import Coding, coding_of, default_tile, shape_key
+from pymllm.kernels.triton.weight_only import Coding, coding_of, default_tile, shape_key, torch_multiplies
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
 
 Clock = Callable[[Sequence[Callable[[], object]]], float]
@@ -103,14 +103,14 @@ def tune(
     Raises ValueError for so many tokens that torch multiplies: there is no tile then. Raises KernelError if no tile
     works, or if one crashes.
     """
+    if torch_multiplies(tokens):
+        raise ValueError(f"{tokens} rows are multiplied by torch, without a tile to tune; tune fewer")
     weights = [random_like(example, out_features, in_features, seed, where) for seed in range(SETS)]
     problem = LinearProblem(weights[0].type, in_features, out_features, torch.bfloat16, device)
     packed = [dict(kernel.pack(weight, problem)) for weight in weights]
     coding: Coding = coding_of(kernel.coding(packed[0], problem))
     words = packed[0]["words"].shape[-1]
     default = default_tile(device, bucket(tokens), out_features, words, coding.per_word)
-    if default is None:
-        raise ValueError(f"{tokens} rows are multiplied by torch, without a tile to tune; tune fewer")
     x = torch.randn(tokens, in_features, device=where, dtype=torch.bfloat16)
     expected = x.float() @ weights[0].dequantize(torch.float32).t()
     del weights

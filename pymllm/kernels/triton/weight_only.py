@@ -3,7 +3,8 @@
 A format says how a code becomes a number (`decode`), and where scales and zero points lie. One row (`multiply_one`)
 takes no matrix unit: reading the weights is all it waits for. For up to a few hundred rows (`multiply_tile`), weights
 are expanded in registers, as the left operand, and the inner dimension is divided over blocks whose sums `add_splits`
-adds in order. For more rows, weights are expanded once (`expand`), and torch multiplies.
+adds in order. From `EXPAND_TOKENS` rows on, weights are expanded once (`expand`), in pieces that stay in the GPU's last
+cache, and torch multiplies.
 """
 
 # T tokens, O out_features, I in_features, W words a row, N codes a word, G inputs of a group, S splits
@@ -36,7 +37,8 @@ from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multip
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAMILY = "weight_only"
-EXPAND_BYTES = 64 << 20  # of weights expanded at a time
+EXPAND_TOKENS = 192  # tiles of 64 rows would expand the weight a fourth time
+PIECE_BYTES = 16 << 20  # a smaller piece's two launches cost more than a small cache saves
 WHOLE = 1 << 30  # a group as long as any axis: kernels of whole-axis scales do not depend on the axis
 
 
@@ -142,7 +144,7 @@ def _multiply(x: Tensor, weight: Operands, bias: Tensor | None, coding: Coding, 
     if tokens:
         tile = choose_tile(device, tokens, out_features, words, coding)
         if tile is None:
-            _expand_and_multiply(rows, weight, bias, y, coding)
+            _expand_and_multiply(rows, weight, bias, y, coding, device)
         else:
             _multiply_tiled(rows, weight, bias, y, coding, tile)
     return y.view(*x.shape[:-1], out_features)
@@ -161,6 +163,11 @@ def forced_tile(tile: Tile) -> Iterator[None]:
         _forced.reset(token)
 
 
+def torch_multiplies(tokens: int) -> bool:
+    """Tell whether weights are expanded, and torch multiplies so many rows: then no tile is chosen or tuned."""
+    return tokens >= EXPAND_TOKENS
+
+
 def shape_key(tokens: int, out_features: int, words: int, coding: Coding) -> str:
     """Make the key by which tuned tiles are found."""
     return f"{FAMILY} t{bucket(tokens)} o{out_features} w{words} b{coding.bits} g{coding.group}"
@@ -168,15 +175,17 @@ def shape_key(tokens: int, out_features: int, words: int, coding: Coding) -> str
 
 def choose_tile(device: Device, tokens: int, out_features: int, words: int, coding: Coding) -> Tile | None:
     """Choose the tile for a shape, as tuned or by rule.  None: expand the weights, and let torch multiply."""
+    if torch_multiplies(tokens):
+        return _forced.get()
     found = _forced.get() or tuned(device, shape_key(tokens, out_features, words, coding))
     return found or default_tile(device, bucket(tokens), out_features, words, coding.per_word)
 
 
 @functools.cache
-def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile | None:
+def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile:
     """Choose the tile by rule: blocks enough to fill every processor several times, each with enough of a row.
 
-    size: a bucket of tokens.  None: as in `choose_tile`.
+    size: a bucket of tokens.
     """
     processors, shared = device.processors, architecture_of(device).shared_bytes
     if size == 1:
@@ -184,14 +193,12 @@ def default_tile(device: Device, size: int, out_features: int, words: int, per_w
         blocks = divide(out_features, tile.outputs)
         splits = _splits(words, 4 * tile.depth, 8 * processors, blocks)
         return Tile(tile.outputs, 1, tile.depth, splits, tile.warps, tile.stages)
-    if size < 512:
-        tokens = min(max(size, 16), 64)
-        blocks = divide(out_features, 64) * divide(size, 64)
-        depth = tile_depth(device, per_word)
-        splits = _splits(words, 4 * depth, 2 * processors, blocks)
-        stages = stages_within(shared, 64, tokens, depth, per_word)
-        return Tile(64, tokens, depth, splits, warps=8, stages=stages)
-    return None
+    tokens = min(max(size, 16), 64)
+    blocks = divide(out_features, 64) * divide(size, 64)
+    depth = tile_depth(device, per_word)
+    splits = _splits(words, 4 * depth, 2 * processors, blocks)
+    stages = stages_within(shared, 64, tokens, depth, per_word)
+    return Tile(64, tokens, depth, splits, warps=8, stages=stages)
 
 
 def tile_depth(device: Device, per_word: int) -> int:
@@ -284,18 +291,32 @@ def _multiply_tiled(
         )
 
 
-def _expand_and_multiply(x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding) -> None:
-    """Expand some rows of the weight at a time, so that the expanded copy stays small, and let torch multiply."""
+def _expand_and_multiply(
+    x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding, device: Device
+) -> None:
+    """Expand some rows of the weight at a time, into the same memory, and let torch multiply them."""
     out_features, words = weight.words.shape
     in_features = words * coding.per_word
-    step = max(64, EXPAND_BYTES // (in_features * x.element_size()) // 64 * 64)
-    dense = x.new_empty((min(step, out_features), in_features))
-    for start in range(0, out_features, step):
-        count = min(step, out_features - start)
-        expand_rows(weight, dense[:count], start, coding)
-        torch.mm(x, dense[:count].t(), out=y[:, start : start + count])
+    rows = piece_rows(device, x.shape[0], out_features, in_features * x.element_size())
+    piece = x.new_empty((rows, in_features))
+    for start in range(0, out_features, rows):
+        dense = piece[: min(rows, out_features - start)]
+        expand_rows(weight, dense, start, coding)
+        torch.mm(x, dense.t(), out=y[:, start : start + dense.shape[0]])
     if bias is not None:
         y += bias
+
+
+def piece_rows(device: Device, tokens: int, out_features: int, row_bytes: int) -> int:
+    """Return how many rows of a weight to expand at a time, all pieces being about as long.
+
+    A piece takes half of the last cache, so that torch reads what was just written, and x, from there. It is no smaller
+    than PIECE_BYTES, nor than what gives each multiprocessor a tile of 64 x 64 of the product.
+    """
+    fitting = max(device.cache_bytes // 2, PIECE_BYTES) // row_bytes
+    busy = 64 * divide(device.processors, divide(tokens, 64))
+    pieces = divide(out_features, max(fitting, busy, 64))
+    return divide(divide(out_features, pieces), 64) * 64
 
 
 def expand_rows(weight: Operands, dense: Tensor, start: int, coding: Coding) -> None:

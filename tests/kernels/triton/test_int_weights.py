@@ -7,7 +7,7 @@ import torch
 
 from pymllm.errors import ConfigError
 from pymllm.kernels.canonical import IntWeight
-from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.hardware import ARCHITECTURES, probe_device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import select
 from pymllm.kernels.triton import tuning, weight_only
@@ -120,6 +120,50 @@ def test_a_tuned_tile_is_found_kept_and_used_without_changing_results(tmp_path, 
     assert found.best == wanted and found.seconds == {found.default: 9.0, wanted: 8.0}
     assert weight_only.choose_tile(DEVICE, 3, 70, 64, int_coding("4", "128", "128")) == wanted
     assert torch.allclose(before, TritonInt().run(packed, problem, x, None), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("rows", (64, 128, 192))
+def test_weights_are_multiplied_in_pieces_of_any_length(rows, monkeypatch):
+    monkeypatch.setattr(weight_only, "piece_rows", lambda *shape: rows)
+    check_products(TritonInt(), make(4, 32, 96, False, out_features=150), torch.bfloat16, tokens=(192, 200))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pieces_cover_the_weight_evenly_and_lie_in_half_of_the_cache_where_that_fills_the_gpu(name):
+    device = probe_device(ARCHITECTURES[name].spec)
+    for out_features, row_bytes in itertools.product(
+        (70, 1000, 4096, 14336, 151936), (192, 8192, 28672, 65536)
+    ):
+        for tokens in (192, 256, 2048, 8192):
+            rows = weight_only.piece_rows(device, tokens, out_features, row_bytes)
+            pieces = -(-out_features // rows)
+            assert rows % 64 == 0 and (pieces - 1) * rows < out_features <= pieces * rows
+            assert pieces * rows < out_features + 64 * pieces  # the last is not much shorter
+            within = rows * row_bytes <= max(device.cache_bytes // 2, 16 << 20) + 64 * row_bytes
+            # Else fewer rows would leave a multiprocessor without a tile of 64 x 64.
+            assert within or (rows // 64 - 2) * -(-tokens // 64) < device.processors
+
+
+def test_from_which_row_on_weights_are_expanded_is_one_number_for_running_and_tuning():
+    coding = int_coding("4", "128", "128")
+    tiles = [
+        weight_only.choose_tile(DEVICE, tokens, 4096, 512, coding) for tokens in (1, 191, 192, 256, 257, 4096)
+    ]
+    assert [tile is None for tile in tiles] == [False, False, True, True, True, True]
+    for tokens in (192, 256, 511):
+        with pytest.raises(ValueError, match=f"{tokens} rows are multiplied by torch"):
+            tune(TritonInt(), TritonInt().examples()[1], 70, 512, tokens, DEVICE, where=HERE, clock=len)
+
+
+def test_a_tile_tuned_for_fewer_rows_of_a_bucket_is_not_used_where_torch_multiplies(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    coding, wanted = int_coding("4", "128", "128"), Tile(outputs=16, tokens=64, depth=16)
+    tuning.write_tuned(
+        tuning.device_file(DEVICE), {weight_only.shape_key(150, 70, 64, coding): wanted}, DEVICE
+    )
+    assert weight_only.choose_tile(DEVICE, 150, 70, 64, coding) == wanted
+    assert weight_only.choose_tile(DEVICE, 200, 70, 64, coding) is None
+    tuning._read.cache_clear()
 
 
 def test_a_file_of_tiles_that_cannot_be_read_is_an_error_with_its_name(tmp_path, monkeypatch):
