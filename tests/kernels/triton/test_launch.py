@@ -43,7 +43,7 @@ def test_doctor_says_whether_launches_are_bound_where_there_is_a_gpu(version):
     report["versions"]["triton"] = version
     text = "\n".join(doctor.lines(report | {"gpus": []}))
     assert "launches" not in text
-    gpu = {"name": "a GPU", "capability": [9, 0], "memory_bytes": 1}
+    gpu = {"device": "cuda:0", "name": "a GPU", "capability": [9, 0], "memory_bytes": 1, "free_bytes": None}
     text = "\n".join(doctor.lines(report | {"gpus": [gpu]}))
     assert ("go straight" in text) == (version == "3.7.1") == ("not 3.99.0" not in text)
 
