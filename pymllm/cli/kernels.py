@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from pymllm.cli.output import print_json
 
 # Outputs and inputs of the linear layers of an 8 B model.
 SHAPES_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+QUICK_TILES = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows of the input; default: 1 16 64",
     )
+    tune.add_argument(
+        "--seconds",
+        type=_seconds,
+        metavar="N",
+        help="stop after about so long, shared over the shapes; the likeliest tiles come first. Default: try all",
+    )
+    tune.add_argument(
+        "--quick", action="store_true", help=f"only the {QUICK_TILES} likeliest tiles of each shape"
+    )
     tune.add_argument("--out", type=Path, metavar="FILE", help="default: the file that this device reads")
     add_common_options(tune)
     table = _action(actions, "table", "run a script of benchmarks/, from a clone")
@@ -73,6 +86,16 @@ def _shape(text: str) -> tuple[int, int]:
     return int(outputs), int(inputs)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
+    return seconds
+
+
 def _tune(args: argparse.Namespace) -> int:
     from pymllm.kernels.hardware import probe_device
     from pymllm.kernels.triton.experts import WEIGHTS
@@ -83,23 +106,34 @@ def _tune(args: argparse.Namespace) -> int:
     # A ConfigError without a GPU.
     device = probe_device("cuda")
     path = args.out or device_file(device)
-    for kernel in (kernel for kernel in WEIGHTS if kernel.name != "dense"):
-        for out_features, in_features in args.shape or SHAPES_8B:
-            for tokens in args.tokens:
-                key, tile, seconds, default = tune(
-                    kernel,
-                    kernel.examples()[0],
-                    out_features,
-                    in_features,
-                    tokens,
-                    device,
-                    where=device.torch_device,
-                    clock=seconds_each,
-                )
-                write_tuned(path, {key: tile}, device)
-                print(f"{key}: {seconds * 1e6:.1f} us with {tile} (by rule: {default * 1e6:.1f} us)")
+    weights = [kernel for kernel in WEIGHTS if kernel.name != "dense"]
+    jobs = list(itertools.product(args.tokens, args.shape or SHAPES_8B, weights))
+    started, wrong = time.monotonic(), 0
+    for number, (tokens, (out_features, in_features), kernel) in enumerate(jobs):
+        now = time.monotonic()
+        left = math.inf if args.seconds is None else started + args.seconds - now
+        if number and left <= 0:
+            print(f"the time is up: {len(jobs) - number} of {len(jobs)} shapes are left as they were")
+            break
+        found = tune(
+            kernel,
+            kernel.examples()[0],
+            out_features,
+            in_features,
+            tokens,
+            device,
+            where=device.torch_device,
+            clock=seconds_each,
+            keep=lambda key, tile: write_tuned(path, {key: tile}, device),
+            limit=QUICK_TILES if args.quick else None,
+            deadline=now + left / (len(jobs) - number),
+        )
+        print(found, flush=True)
+        for line in found.wrong:
+            wrong += 1
+            print(f"{found.key}: wrong result: {line}", file=sys.stderr)
     print(f"kept in {path}")
-    return 0
+    return 1 if wrong else 0
 
 
 def _ahead_of_time(args: argparse.Namespace) -> int:

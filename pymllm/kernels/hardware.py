@@ -79,6 +79,9 @@ class Device:
         """The name by which `probe_device` makes this device."""
         return self.type if self.present or self.architecture is None else self.architecture.spec
 
+    def __hash__(self) -> int:
+        return hash((self.type, self.name))  # kernels look tiles up by it at every launch
+
     def __str__(self) -> str:
         return self.name
 

@@ -93,21 +93,24 @@ class Task:
     def key(self) -> str:
         """A key that is equal for launches that one binary serves.
 
-        Of a size it says only whether it is 1, a multiple of 16 or neither, and whether it needs 64 bits.
+        Of a size it says only whether it is 1, a multiple of 16 or neither, and whether it needs 64 bits; of a size
+        that varies from step to step the last alone.
         """
-        shapes = [_specialisation(argument) for argument in self.launch.arguments]
+        arguments = zip(self.launch.arguments, self.launch.kernel.varies, strict=False)
+        shapes = [_specialisation(argument, varies) for argument, varies in arguments]
         constants = {name: getattr(value, "name", value) for name, value in self.launch.constants.items()}
         return f"{self.architecture.name} {self.launch.kernel.name} {shapes} {constants}"
 
 
-def _specialisation(argument: Any) -> str:
+def _specialisation(argument: Any, varies: bool) -> str:
     if type(argument) is int:
-        return (
-            "1"
-            if argument == 1
-            else f"int{16 if argument % 16 == 0 else ''}{'' if argument < 2**31 else 'long'}"
-        )
-    return str(argument) if isinstance(argument, Pointer) or argument is None else type(argument).__name__
+        long = "" if -(2**31) <= argument < 2**31 else "long"
+        if varies:
+            return f"int{long}"
+        return "1" if argument == 1 else f"int{16 if argument % 16 == 0 else ''}{long}"
+    if isinstance(argument, Pointer):
+        return str(argument.dtype if varies else argument)
+    return "None" if argument is None else type(argument).__name__
 
 
 def gather_tasks(architectures: list[str], *, only: str = "") -> list[Task]:

@@ -29,7 +29,7 @@ def stored_value(stored, dtype: tl.constexpr, BYTES: tl.constexpr):
     return value
 
 
-@kernel
+@kernel(varying=("query_starts", "lengths", "pages", "status", "holes", "hole_ends", "page_stride", "tokens"))
 def attend(
     q,
     k,
@@ -197,7 +197,7 @@ def attend(
         tl.store(y + row[:, None] * DV + value_dims[None, :], result.to(dtype), mask=mask)
 
 
-@kernel
+@kernel(varying=("rows",))
 def join_splits(
     parts, partial_max, partial_sum, y, rows, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
@@ -219,7 +219,7 @@ def join_splits(
     tl.store(y + row * DV + dims, result.to(y.dtype.element_ty), mask=dims < DV)
 
 
-@kernel
+@kernel(varying=("slots",))
 def store(
     new,
     pages,

@@ -110,7 +110,7 @@ def quantise_rows(
     tl.store(scales + token * groups + group, scale)
 
 
-@kernel
+@kernel(varying=("tokens",))
 def multiply_scaled(
     x,
     x_scales,

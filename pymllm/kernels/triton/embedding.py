@@ -111,7 +111,7 @@ def gather(
     return y
 
 
-@kernel
+@kernel(varying=("ids",))
 def gather_rows(
     ids,
     words,

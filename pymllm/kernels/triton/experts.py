@@ -306,7 +306,7 @@ def as_float(words, n: tl.constexpr):
     return words.to(tl.float32)
 
 
-@kernel
+@kernel(varying=("ids", "slots"))
 def count_slots(ids, counts, slots, BLOCK: tl.constexpr):
     """Count the slots of one expert.  ids: [S].  counts: [E].  Grid: (E,)."""
     expert = tl.program_id(0)
@@ -317,7 +317,7 @@ def count_slots(ids, counts, slots, BLOCK: tl.constexpr):
     tl.store(counts + expert, tl.sum(found, axis=0))
 
 
-@kernel
+@kernel(varying=("ids", "slots", "blocks"))
 def place_slots(
     ids,
     counts,
@@ -359,7 +359,7 @@ def place_slots(
         tl.store(order + start_of_mine + rest, tl.full((BLOCK_T,), 0, tl.int32) + slots, mask=rest < padded)
 
 
-@kernel
+@kernel(varying=("ids",))
 def add_answers(answers, ids, weights, y, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """Add up one block of a token's answers, each times its weight.
 

@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
-
-from torch import Tensor
+from typing import Any, overload
 
 from pymllm.errors import MissingExtraError
+from pymllm.kernels.triton.bound import BoundLaunches
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class DeviceFunction:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = function.__name__
+        self.settings: dict[str, Any] = {}  # of `triton.jit`
         self.__doc__ = function.__doc__
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ class DeviceFunction:
                 names[name] = names[name].compiled
         copy = FunctionType(self.function.__code__, names, self.name)
         copy.__annotations__, copy.__qualname__ = self.function.__annotations__, self.function.__qualname__
-        return triton.jit(copy)
+        return triton.jit(copy, **self.settings)
 
 
 def _find(module: str, name: str) -> Any:
@@ -95,23 +95,42 @@ class Inline(DeviceFunction):
 
 
 class Kernel(DeviceFunction):
-    """A device function that is launched over a grid."""
+    """A device function that is launched over a grid.
+
+    varying: arguments that differ from step to step. One binary serves all their values: it is not specialised on
+    whether they are 1 or multiples of 16, nor, where they are tensors, on their alignment.
+    """
+
+    def __init__(self, function: Callable[..., Any], varying: tuple[str, ...] = ()) -> None:
+        super().__init__(function)
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        unknown = [name for name in varying if name not in names]
+        if unknown:
+            raise TypeError(f"{self.name} has no argument {' or '.join(unknown)}; it has {', '.join(names)}")
+        self.varying = frozenset(varying)
+        self.varies = tuple(name in self.varying for name in names)
+        self.settings = {"do_not_specialize": sorted(varying)}
+
+    @functools.cached_property
+    def bound(self) -> BoundLaunches:
+        return BoundLaunches(self.compiled, self.varying)
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch over the grid.  arguments: a tensor first.  constants: all that are known when compiling."""
         recorded = _recorded.get()
         if recorded is not None:
             recorded.append(Launch(self, grid, arguments, constants))
-        elif not next(argument for argument in arguments if isinstance(argument, Tensor)).is_meta:
-            constants = {name: _compiled(value) for name, value in constants.items()}
-            self.compiled[grid](*arguments, **constants)
+        elif not arguments[0].is_meta:
+            self.bound.launch(grid, arguments, constants)
 
 
-def _compiled(value: Any) -> Any:
-    return value.compiled if isinstance(value, DeviceFunction) else value
-
-
-def kernel(function: Callable[..., Any]) -> Kernel:
-    return Kernel(function)
+@overload
+def kernel(function: Callable[..., Any], /) -> Kernel: ...
+@overload
+def kernel(*, varying: tuple[str, ...]) -> Callable[[Callable[..., Any]], Kernel]: ...
+def kernel(function: Callable[..., Any] | None = None, /, *, varying: tuple[str, ...] = ()) -> Any:
+    """Make a kernel of the decorated function.  varying: as in `Kernel`."""
+    return functools.partial(Kernel, varying=varying) if function is None else Kernel(function)
 
 
 def inline(function: Callable[..., Any]) -> Inline:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-@kernel
+@kernel(varying=("starts", "lengths", "slots"))
 def delta_rule(
     q,
     k,
@@ -111,7 +111,7 @@ def softplus(x):
     return tl.where(x > 20.0, x, tl.where(power < 0.5, small, tl.log(1.0 + power)))
 
 
-@kernel
+@kernel(varying=("starts", "lengths", "slots"))
 def scan_tokens(
     x,
     dt,
@@ -201,7 +201,7 @@ def inputs_at(
     return found
 
 
-@kernel
+@kernel(varying=("starts", "lengths", "slots"))
 def convolve(
     x,
     weight,
@@ -249,7 +249,7 @@ def convolve(
     tl.store(y + (first + tokens).to(tl.int64) * C + channels, total.to(y.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel(varying=("starts", "lengths", "slots"))
 def keep_inputs(
     x,
     state,

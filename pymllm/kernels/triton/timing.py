@@ -24,10 +24,7 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
         for _ in range(WARM_UPS):
             calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph = _captured(calls)
     graph.replay()
     times = []
     for _ in range(REPLAYS):
@@ -38,6 +35,26 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
     return statistics.median(times)
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """Capture the calls.  What one of them raises is raised after the capture has ended, so that none stays open."""
+    graph, failed = torch.cuda.CUDAGraph(), None
+    try:
+        with torch.cuda.graph(graph):
+            try:
+                for call in calls:
+                    call()
+            except Exception as error:
+                failed = error
+    except RuntimeError:
+        # A call that breaks its capture lets the end of the capture fail too: the call's own error says more.
+        if failed is None:
+            raise
+    if failed is not None:
+        graph.reset()
+        raise failed
+    return graph
 
 
 def sets_beyond_caches(nbytes: int) -> int:

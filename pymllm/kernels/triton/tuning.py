@@ -71,13 +71,21 @@ def tuned(device: Device, shape: str) -> Tile | None:
 
     shape: "family and sizes", as the device's file names it.
     """
-    return _read(device_file(device)).get(shape)
+    return _tiles_of(device, FOLDER).get(shape)
 
 
-def device_file(device: Device) -> Path:
-    """Name the file of a device's configurations, by the device, or by its architecture if that alone is known."""
+@functools.cache
+def _tiles_of(device: Device, folder: Path) -> dict[str, Tile]:
+    return _read(device_file(device, folder))
+
+
+def device_file(device: Device, folder: Path | None = None) -> Path:
+    """Name the file of a device's configurations, by the device, or by its architecture if that alone is known.
+
+    folder: where it is; None: in FOLDER.
+    """
     name = device.name if device.present else architecture_of(device).name
-    return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    return (folder or FOLDER) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 @functools.cache
@@ -105,3 +113,4 @@ def write_tuned(path: Path, tiles: dict[str, Tile], device: Device) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [raw], len(raw))
     _read.cache_clear()
+    _tiles_of.cache_clear()

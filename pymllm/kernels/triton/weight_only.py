@@ -172,6 +172,7 @@ def choose_tile(device: Device, tokens: int, out_features: int, words: int, codi
     return found or default_tile(device, bucket(tokens), out_features, words, coding.per_word)
 
 
+@functools.cache
 def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile | None:
     """Choose the tile by rule: blocks enough to fill every processor several times, each with enough of a row.
 

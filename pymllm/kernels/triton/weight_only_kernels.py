@@ -67,7 +67,7 @@ def scales_and_zeros(
     return scale, zero
 
 
-@kernel
+@kernel(varying=("experts",))
 def multiply_one(
     x,
     words,
@@ -163,7 +163,7 @@ def multiply_one(
     tl.store(y + place + rows, result.to(y.dtype.element_ty), mask=row_mask)
 
 
-@kernel
+@kernel(varying=("slots", "block_experts", "tokens"))
 def multiply_tile(
     x,
     words,
@@ -271,7 +271,7 @@ def multiply_tile(
     tl.store(y + places, total.to(y.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
-@kernel
+@kernel(varying=("tokens",))
 def add_splits(sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Add the splits of one token's outputs, in order.  sums: [S, T, O] float32.  y: [T, O].  Grid: (O / BLOCK, T)."""
     token = tl.program_id(1).to(tl.int64)
@@ -287,7 +287,7 @@ def add_splits(sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.const
     tl.store(y + token * out_features + rows, result.to(y.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel(varying=("first", "count"))
 def expand(
     words,
     scales,

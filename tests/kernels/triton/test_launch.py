@@ -1,0 +1,43 @@
+"""Launches: their kernels' declarations, and, in a process that compiles, what reaches the driver."""
+
+from pathlib import Path
+
+import pytest
+
+from pymllm.kernels.triton.bound import why_not_bound
+from pymllm.kernels.triton.launch import kernel
+
+from ...processes import python
+
+pytest.importorskip("triton")
+
+
+def test_bound_launches_are_given_to_the_driver_as_triton_gives_them(tmp_path):
+    file = Path(__file__).with_name("compiled_launches.py")
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "version, bound",
+    (
+        ("3.6.0", True),
+        ("3.7.1+git1234", True),
+        ("3.5.1", False),
+        ("3.8.0", False),
+        ("4.0.0", False),
+        ("x", False),
+    ),
+)
+def test_launches_are_bound_under_the_versions_of_triton_whose_path_is_known(version, bound):
+    reason = why_not_bound(version)
+    assert reason is None if bound else version in reason
+
+
+def test_what_varies_must_be_an_argument():
+    with pytest.raises(TypeError, match="no argument tokenz; it has x, tokens"):
+
+        @kernel(varying=("tokenz",))
+        def made(x, tokens): ...
