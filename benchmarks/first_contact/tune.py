@@ -5,58 +5,44 @@ They are written to tiles.json in the folder of results, not to the file that ke
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pymllm.kernels.registry import kernels_for
 from pymllm.kernels.triton.timing import seconds_each
-from pymllm.kernels.triton.tune import candidates, tune
-from pymllm.kernels.triton.tuning import Tile, device_file, write_tuned
+from pymllm.kernels.triton.tune import tune
+from pymllm.kernels.triton.tuning import write_tuned
 
-from .notes import Notes
+from .notes import Notes, WrongResult
 from .place import Place
 
 KERNELS = ("triton_int", "triton_fp8")
-SHAPES, TOKENS = ((4096, 4096), (6144, 4096)), (1, 16)
+SHAPES, TOKENS = ((4096, 4096), (6144, 4096)), (1, 16)  # few: each is made eight times, on the CPU
+REHEARSED_TILES = 2
 
 
 def run(notes: Notes) -> None:
-    place = Place(notes.task.rehearse)
+    """Tune every shape, each in its share of the time, those of one token first."""
+    place, task = Place(notes.task.rehearse), notes.task
     kernels = {kernel.name: kernel for kernel in kernels_for("linear") if kernel.name in KERNELS}
-    shapes: tuple[tuple[int, int], ...] = SHAPES
+    asked = list(itertools.product(TOKENS, SHAPES, KERNELS))
     if place.rehearse:
-        shapes = ((128, 256),)
-    asked = [(name, shape, tokens) for shape in shapes for tokens in TOKENS for name in KERNELS]
-    if place.rehearse:
-        asked = asked[:1]
-    for number, (name, shape, tokens) in enumerate(asked):
-        ends_at = time.monotonic() + (notes.task.left - 1) / (len(asked) - number)
-        kernel = kernels[name]
-        notes.run(
-            f"{name}, {tokens} x {shape[0]} x {shape[1]}",
-            lambda kernel=kernel, shape=shape, tokens=tokens, ends_at=ends_at: measure(  # type: ignore[misc]
-                kernel, shape, tokens, ends_at, place, Path(notes.task.out)
-            ),
-        )
+        asked = [(1, (128, 256), KERNELS[0])]
+    for number, (tokens, shape, name) in enumerate(asked):
+        deadline = time.monotonic() + (task.left - 1) / (len(asked) - number)
+        item = f"{name}, {tokens} x {shape[0]} x {shape[1]}"
+        notes.run(item, partial(measure, kernels[name], shape, tokens, deadline, place, Path(task.out)))
 
 
 def measure(
-    kernel: Any, shape: tuple[int, int], tokens: int, ends_at: float, place: Place, out: Path
+    kernel: Any, shape: tuple[int, int], tokens: int, deadline: float, place: Place, out: Path
 ) -> dict[str, Any]:
-    """Find the best of the tiles that are tried until `ends_at`, the default one in any case."""
-    tried = 0
-
-    def in_time(tokens: int, default: Tile) -> Iterator[Tile]:
-        nonlocal tried
-        for tile in _spread(list(candidates(tokens, default))):
-            if (tried and time.monotonic() > ends_at) or (tried > 1 and place.rehearse):
-                return
-            tried += 1
-            yield tile
-
-    key, tile, seconds, by_rule = tune(
+    """Find the best of the tiles that are tried until the deadline.  WrongResult where one has a wrong result."""
+    found = tune(
         kernel,
         kernel.examples()[0],
         *shape,
@@ -64,28 +50,16 @@ def measure(
         place.device,
         where=place.torch_device,
         clock=_wall_clock if place.rehearse else seconds_each,
-        tiles=in_time,
+        keep=lambda key, tile: write_tuned(out / "tiles.json", {key: tile}, place.device),
+        limit=REHEARSED_TILES if place.rehearse else None,
+        deadline=deadline,
     )
-    write_tuned(out / "tiles.json", {key: tile}, place.device)
-    micros, rule = seconds * 1e6, by_rule * 1e6
-    return {
-        **{"key": key, "tried": tried, "microseconds": round(micros, 1), "by_rule": round(rule, 1)},
-        "say": f"{key}: {micros:.1f} us with {tile}, {rule:.1f} by rule, {tried} tried"
-        + (
-            ""
-            if place.rehearse
-            else f"; to use: pymllm/kernels/triton/configs/{device_file(place.device).name}"
-        ),
-    }
-
-
-def _spread(tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """The first tile, then the others far from each other first, so that few of them tell much."""
-    first, rest = tiles[0], tiles[1:]
-    yield first
-    step = next(step for step in (37, 31, 29, 23, 1) if len(rest) % step or len(rest) <= step or step == 1)
-    for index in range(len(rest)):
-        yield rest[index * step % len(rest)]
+    figures: dict[str, Any] = {"tiles": len(found.seconds), "say": str(found)}
+    if found.seconds:
+        figures["microseconds"] = round(found.seconds[found.best] * 1e6, 2)
+    if found.wrong:
+        raise WrongResult(f"{len(found.wrong)} tiles are wrong: {found.wrong[0]}", figures)
+    return figures
 
 
 def _wall_clock(calls: Sequence[Callable[[], object]]) -> float:
