@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pymllm import LLM, SamplingParams
+from pymllm.engine.runner import Runner
 from pymllm.weights.shipped import shipped_model
 
 from . import models
@@ -124,6 +125,12 @@ def _planned(llm: LLM) -> bool:
     return bool((llm.plan.decoding_graph or {}).get("captured"))
 
 
+def _why_eager(runner: Runner) -> str | None:
+    """Return the first reason for decoding steps that are not replayed, of the model or of a number of requests."""
+    refused = (batch.refused for batch in runner._decoding.values() if batch.refused is not None)
+    return runner.eager_reason or next(refused, None)
+
+
 def _told(found: dict[str, Any]) -> str:
     if not found["graphs"]:
         return f"no graphs ({found['eager_reason'] or 'no step was captured'})"
@@ -143,14 +150,14 @@ def _answers(gpu: LLM, vocabulary: int, asked: dict[str, Any], rehearse: bool) -
     batches = [PROMPTS] if rehearse else [PROMPTS, MANY]
     first = [answers(batch) for batch in batches]
     again = [answers(batch) for batch in batches]
-    reason = runner.eager_reason
-    runner.eager_reason = reason or "asked to"
+    reason, captured = _why_eager(runner), any(batch.replay for batch in runner._decoding.values())
+    before, runner.eager_reason = runner.eager_reason, runner.eager_reason or "asked to"
     eager = [answers(batch) for batch in batches]
-    runner.eager_reason = reason
+    runner.eager_reason = before
     pairs = [pair for one, two in zip(first, eager, strict=True) for pair in zip(one, two, strict=True)]
     found = {
         "repeatable": first == again,
-        "graphs": reason is None and any(batch.replay for batch in runner._decoding.values()),
+        "graphs": reason is None and captured,
         "eager_reason": reason,
         "requests": len(pairs),
         "alike": sum(one[:ALIKE] == two[:ALIKE] for one, two in pairs),
