@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import attention, experts, layers, linear
 from .notes import Notes
-from .place import Place, Unit
+from .place import Check, Place, Unit
 
 
 def units(place: Place) -> list[Unit]:
@@ -16,13 +16,13 @@ def units(place: Place) -> list[Unit]:
 def run(notes: Notes) -> None:
     """Check every unit that is this process's: each of several takes every so-manieth one."""
     place, task = Place(notes.task.rehearse), notes.task
+    found: list[tuple[str, Check]] = []
     for number, (_, group, checks) in enumerate(units(place)):
-        if number % task.parts != task.part:
-            continue
-        try:
-            made = list(checks())
-        except Exception as problem:
-            notes.wrong(f"{group}: making unit {number}", problem, group=group)
-            continue
-        for name, check in made:
-            notes.run(f"{group} {name}", check, group=group)
+        if number % task.parts == task.part:
+            try:
+                found += [(group, check) for check in checks()]
+            except Exception as problem:
+                notes.wrong(f"{group}: making unit {number}", problem, group=group)
+    notes.plan(len(found))
+    for group, (name, check) in found:
+        notes.run(f"{group} {name}", check, group=group)

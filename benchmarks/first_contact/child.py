@@ -72,7 +72,6 @@ def main(notes: Notes | None = None) -> int:
         work(notes)
     except Exception as problem:
         notes.wrong("the stage itself", problem)
-    notes.finish()
     return 0
 
 

@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def all_models() -> list[Model]:
 def run(notes: Notes) -> None:
     task = notes.task
     chosen = [model for model in all_models() if not task.rehearse or model.name in REHEARSED]
-    for index, model in enumerate(chosen):
-        if index % task.parts == task.part:
-            notes.run(model.name, lambda model=model: compare(model, task.rehearse, Path(task.work)))  # type: ignore[misc]
-            gc.collect()
+    mine = chosen[task.part :: task.parts]
+    notes.plan(len(mine) + (task.part == 0))
+    for model in mine:
+        notes.run(model.name, partial(compare, model, task.rehearse, Path(task.work)))
+        gc.collect()
     if task.part == 0:
         notes.run("every other GPU", lambda: other_gpus(task.rehearse))
 

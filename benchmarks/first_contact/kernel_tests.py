@@ -53,6 +53,7 @@ class Plugin:
                 mine = mine[:: max(1, len(mine) // 2)][:2]
             size = -(-len(mine) // task.parts)
             kept += mine[task.part * size : (task.part + 1) * size]
+        self.notes.plan(len(kept))
         items[:] = [item for item in kept if item.nodeid not in self.notes.begun]
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -79,10 +80,7 @@ class Plugin:
 
     def pytest_runtest_protocol(self, item: Any) -> bool | None:
         """Begin no test once the time is up."""
-        if self.notes.task.left > 1:
-            return None
-        self.notes.not_reached += 1
-        return True
+        return None if self.notes.task.left > 1 else True
 
     def _note(self, nodeid: str, text: str) -> None:
         package = missing_package(text)

@@ -1,7 +1,8 @@
 """How a stage's process says what it does and finds: a line of JSON each, in a file that the driver reads meanwhile.
 
-{"begin": ITEM} as an item begins, then {"item": ITEM, "ok": true, ...} with its figures. ok: false is wrong, with
-`why`; null is left out, with `why`. `say` is a line for the summary; `group` and `error` are summed up there.
+{"plan": 9}, where it is known how many items there are; {"begin": ITEM} as an item begins, then
+{"item": ITEM, "ok": true, ...} with its figures. ok: false is wrong, with `why`; null is left out, with `why`. `say` is
+a line for the summary, or several; `group` and `error` are summed up there.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class Notes:
         self.begun = (
             set(Path(task.done).read_text("utf-8").splitlines()) if Path(task.done).exists() else set()
         )
-        self.not_reached = 0
+
+    def plan(self, count: int) -> None:
+        """Say how many items there are, so that those which there is no time for are counted."""
+        self._write({"plan": count})
 
     def begin(self, item: str) -> None:
         self._write({"begin": item})
@@ -91,7 +95,6 @@ class Notes:
         if item in self.begun:
             return False
         if self.task.left < 1:
-            self.not_reached += 1
             return False
         self.begin(item)
         started = time.monotonic()
@@ -115,12 +118,6 @@ class Notes:
         if broken:
             self.write(f"{item}: the device", False, why=f"answers no more: {broken}"[:LONGEST_REASON])
             os._exit(BROKEN_DEVICE)
-
-    def finish(self) -> None:
-        if self.not_reached:
-            self.write(
-                "the rest", None, why=f"the time was up: {self.not_reached} not begun", count=self.not_reached
-            )
 
     def _write(self, row: dict[str, Any]) -> None:
         with open(self.task.rows, "a", encoding="utf-8") as file:  # one write a line, so that no two mix

@@ -42,7 +42,7 @@ class Part:
         self.current: str | None = None
         self.since = 0.0
         self.begun: set[str] = set()
-        self.told = self.garbage = self._offset = 0
+        self.told = self.garbage = self.planned = self._offset = 0
         self._rest = b""
         for path in (task.rows, task.done, self.log):
             Path(path).write_bytes(b"")
@@ -64,6 +64,12 @@ class Part:
 
     def poll(self) -> bool:
         """Read what is new; see to a process that has ended or hangs.  Returns whether one is still running."""
+        running = self._see_to_it()
+        if not running:
+            self._count_the_rest()
+        return running
+
+    def _see_to_it(self) -> bool:
         self._read()
         status = self.process.poll()
         if status is not None:
@@ -71,7 +77,7 @@ class Part:
             return self._ended(status)
         now = time.monotonic()
         if now > self.task.ends_at:
-            self.stop("the time of the stage was up")
+            self._stop("the time of the stage was up")
             return False
         limit = self.stage.each if self.current is not None else max(self.stage.each, START_SECONDS)
         if now - self.since > limit:
@@ -84,7 +90,18 @@ class Part:
         return True
 
     def stop(self, why: str) -> None:
-        """End the process; what it was in is left out for that reason."""
+        """End the process; what it was in, and what it has not begun, is left out for that reason."""
+        self._stop(why)
+        self._count_the_rest()
+
+    def _count_the_rest(self) -> None:
+        rest = self.planned - len(self.begun)
+        if rest > 0:
+            self.told += 1
+            why = f"{rest} of {self.planned} were not begun"
+            self.tell({"item": "the rest", "ok": None, "why": why, "count": rest})
+
+    def _stop(self, why: str) -> None:
         self._kill()
         self._read()
         if self.current is not None or self.told == 0:
@@ -128,6 +145,9 @@ class Part:
     def _take(self, line: bytes) -> None:
         try:
             row = json.loads(line)
+            if isinstance(row.get("plan"), int):
+                self.planned = max(self.planned, row["plan"])
+                return
             begins = row.get("begin")
             if not (
                 isinstance(begins, str) or (isinstance(row["item"], str) and row["ok"] in (True, False, None))

@@ -32,6 +32,7 @@ def run(notes: Notes) -> None:
     asked = list(itertools.product(TOKENS, SHAPES, KERNELS))
     if place.rehearse:
         asked = [(1, (128, 256), KERNELS[0])]
+    notes.plan(len(asked))
     for number, (tokens, shape, name) in enumerate(asked):
         deadline = time.monotonic() + (task.left - 1) / (len(asked) - number)
         item = f"{name}, {tokens} x {shape[0]} x {shape[1]}"

@@ -51,7 +51,7 @@ def verdicts(rows, stage):
     return {row["item"]: row["ok"] for row in rows if row["stage"] == stage}
 
 
-GOOD = stage("good", "notes.run('fine', lambda: {'say': 'it went well'}); notes.finish()")
+GOOD = stage("good", "notes.run('fine', lambda: {'say': 'it went well'})")
 
 
 def between_two(bad):
@@ -139,12 +139,13 @@ def test_a_broken_device_ends_the_process_and_another_goes_on_behind_it(contact)
 def test_the_time_of_a_stage_ends_it_with_all_that_it_began_and_the_next_has_its_own(contact, tmp_path):
     child = "subprocess.Popen(['sleep', '600']).pid"
     code = f"import subprocess; open({str(tmp_path / 'pid')!r}, 'w').write(str({child})); "
-    code += "notes.run('first', lambda: {}); notes.run('endless', lambda: threading.Event().wait())"
+    code += "notes.plan(5); notes.run('first', lambda: {}); notes.run('endless', lambda: threading.Event().wait())"
     status, rows, printed = contact((stage("slow", code),), (GOOD,), seconds=20.0)
     assert status == 0, "what there was no time for is not wrong"
-    assert verdicts(rows, "slow") == {"first": True, "endless": None} and verdicts(rows, "good") == {
-        "fine": True
-    }
+    assert verdicts(rows, "slow") == {"first": True, "endless": None, "the rest": None} and verdicts(
+        rows, "good"
+    ) == {"fine": True}
+    assert "left out slow: the rest: 3 of 5 were not begun" in printed
     assert "left out slow: endless: the time of the stage was up in the middle of it" in printed
     assert is_gone(int((tmp_path / "pid").read_text()))
 
