@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 900_000  # of a file: what is read by people, and sent about
+OWN = ("results.jsonl", "failures.txt", "summary.txt")
+OF_STAGES = ("environment.txt", "tables.md", "tables.json", "tiles.json")
 IN_FULL = ("trace",)  # what failures.txt has, and no line of the summary
 
 
@@ -15,7 +17,7 @@ class Results:
     """What all stages found, in memory and in `folder`.
 
     results.jsonl: every note.  failures.txt: what went wrong, with tracebacks and the end of the output.
-    summary.txt: see `summary.py`.  Stages may add files of their own.
+    summary.txt: see `summary.py`.  Stages add files of their own. Those of a run before this one are removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,7 +25,9 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self._sizes: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.jsonl", "failures.txt", "summary.txt"):
+        for name in OF_STAGES:
+            (folder / name).unlink(missing_ok=True)
+        for name in OWN:
             (folder / name).write_text("", encoding="utf-8")
 
     @property

@@ -63,9 +63,15 @@ HANGS = between_two("threading.Event().wait()")
 RAISES = between_two("{}['absent']")
 
 
-def test_what_is_right_ends_with_zero_and_its_words_are_in_the_summary(contact):
+def test_what_is_right_ends_with_zero_and_its_words_are_in_the_summary(contact, tmp_path):
+    (made(tmp_path / "out") / "tiles.json").write_text("of a run before")
     status, rows, printed = contact((GOOD,))
     assert status == 0 and verdicts(rows, "good") == {"fine": True}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.jsonl",
+        "failures.txt",
+        "summary.txt",
+    }
     assert "0 WRONG, 1 right, 0 left out" in printed and "  it went well" in printed
 
 
