@@ -1,9 +1,10 @@
 # `make demo` and `make demo-chat` show the program at work, `make test` tests it. All set up .venv by themselves, once.
 #
-#   PYTHON        the Python to build .venv with (3.10 or newer)
+#   PYTHON        the Python to build .venv with (3.10 or newer); of `make gpu`, the one that runs it
 #   PIP_ARGS      more arguments for pip install; see constraints.txt for torch without CUDA
 #   PYTEST_ARGS   more arguments for pytest: make test PYTEST_ARGS="-x tests/kernels"
 #   FUZZ_ARGS     arguments of python -m tests.fuzz: make fuzz FUZZ_ARGS="gguf --seconds 600 --seed 7"
+#   GPU_ARGS      arguments of python -m benchmarks.first_contact: make gpu GPU_ARGS="--stages 'env checks'"
 #   NATIVE        the C++ kernels: auto (build them if a compiler is there), required, off
 #   NATIVE_PYTHON build them for another Python, which has nanobind: make native NATIVE_PYTHON=/path/to/python
 
@@ -12,6 +13,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+GPU_ARGS ?=
 NATIVE ?= auto
 NATIVE_PYTHON ?= $(VENV)/bin/python
 
@@ -33,7 +35,7 @@ help:
 	@echo 'make demo    complete a line of Python with the shipped model, and say how fast'
 	@echo 'make demo-chat  fetch a small chat model (SmolLM2, 98 MB) and talk with it'
 	@echo 'make test    run the tests'
-	@echo 'make gpu     on a machine with a GPU: test, tune and measure its kernels'
+	@echo 'make gpu     on a machine with a GPU, by PYTHON, which has torch and triton: check its kernels, run models, measure'
 	@echo 'make lint    ruff, mypy, import-linter'
 	@echo 'make format  let ruff format the code and fix what it can'
 	@echo 'make native  build the C++ CPU kernels, and stop if that fails'
@@ -78,7 +80,7 @@ SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/
   tests/adapters/test_hostile_adapters.py tests/cli/chat tests/pages tests/real \
   tests/loading/test_packed_cache.py tests/loading/test_config_faults.py tests/loading/test_bad_values.py \
   tests/measuring tests/weights/test_hub.py tests/writing tests/searching tests/generic tests/hosts tests/checking \
-  tests/modules tests/examples
+  tests/modules tests/examples tests/first_contact
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
@@ -107,14 +109,9 @@ lint: $(VENV)/.stamp-lint
 	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy lint-imports; do \
 	  echo "*** $$check"; $(BIN)/$$check || status=1; done; exit $$status
 
-# On a machine with a GPU, and torch built for it: the tests compiled, the tiles tuned, the tables measured.
-gpu: $(VENV)/.stamp-test $(NATIVE_STAMP)
-	@$(BIN)/python -c "$$THIS_FOLDER"
-	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU: see docs/gpu.md"'
-	$(BIN)/python -m pytest -q tests/kernels/triton tests/kernels/test_hardware.py tests/engine/test_graphs.py $(PYTEST_ARGS)
-	$(BIN)/python -m pymllm kernels tune
-	@status=0; for table in gpu_linear gpu_moe gpu_attention gpu_elementwise gpu_decode; do \
-	  $(BIN)/python -m pymllm kernels table $$table || status=1; done; exit $$status
+# On a machine with a GPU: PYTHON has torch and triton; nothing is installed. Without a GPU: GPU_ARGS=--rehearse.
+gpu:
+	@$(PYTHON) -m benchmarks.first_contact $(GPU_ARGS)
 
 # The editable install names one folder, so that the VENV of another checkout would run and test that one's code.
 define THIS_FOLDER

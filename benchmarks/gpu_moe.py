@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for tokens in args.tokens:
             x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=where)
-            ids, weights = _routing(tokens, experts, top_k, where)
+            ids, weights = routing(tokens, experts, top_k, where)
             used = int(ids[0].unique().numel())
             run = TritonExperts().run
             makers = {
@@ -75,12 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
                     lambda calls=calls: calls,  # type: ignore[misc]
                     nbytes=used * expert_bytes + 2 * x.nbytes,
                     operations=6 * tokens * top_k * hidden * inner,
-                    expected=_reference(gate_up, down, x, ids[0], weights) if tokens <= 16 else None,
+                    expected=reference(gate_up, down, x, ids[0], weights) if tokens <= 16 else None,
                 )
     return table.finish()
 
 
-def _routing(tokens: int, experts: int, top_k: int, where: torch.device) -> tuple[list[Tensor], Tensor]:
+def routing(tokens: int, experts: int, top_k: int, where: torch.device) -> tuple[list[Tensor], Tensor]:
     """Make several routings, so that every call reads other experts, and the weights of each token's experts."""
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(tokens, experts, generator=generator) for _ in range(16)]
@@ -89,7 +89,7 @@ def _routing(tokens: int, experts: int, top_k: int, where: torch.device) -> tupl
     ).to(where)
 
 
-def _reference(gate_up, down, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def reference(gate_up, down, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
     activation = GatedActivation()
     floats = [
         LazyWeights(lambda e, w=w: w[e].dequantize(torch.float32).to(x.device), len(w))

@@ -222,7 +222,7 @@ def _table(args: argparse.Namespace) -> int:
     from pymllm.errors import ConfigError, nearest
 
     folder = Path(__file__).parents[2] / "benchmarks"
-    names = sorted(path.stem for path in folder.glob("*.py"))
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     if args.name not in names:
         raise ConfigError(
             f"there is no benchmark script {args.name!r}",

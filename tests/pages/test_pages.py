@@ -22,6 +22,7 @@ except ImportError:
     import tomli as tomllib
 
 import pymllm
+from benchmarks.first_contact.__main__ import read_settings
 
 from .blocks import LANGUAGES, Block, read_blocks
 from .commands import (
@@ -106,10 +107,15 @@ def run_line(
 ) -> None:
     """Run a command, or look only whether it is one."""
     words = shlex.split(command)
-    if words[0] == "python3":
+    if words[:3] == ["python3", "-m", "benchmarks.first_contact"]:
+        read_settings(words[3:])  # tests/first_contact runs it
+    elif words[0] == "python3":
         assert words[1:3] == ["-m", "venv"], f"{block.where}: {command}"  # what it makes is tested by hand
     elif words[0] == "make":
         assert set(word for word in words[1:] if "=" not in word) <= TARGETS, f"{block.where}: {command}"
+        for word in words:
+            if word.startswith("GPU_ARGS="):
+                read_settings(shlex.split(word.removeprefix("GPU_ARGS=")))
     elif words[:2] == ["pip", "install"]:
         assert_installs(block, words[2:])
     elif block.not_run is not None:

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks.first_contact.tables import SCRIPTS
 from pymllm.kernels.canonical import Fp8Weight, IntWeight
 from tests.attention.steps import make_case, make_problem
 
@@ -87,13 +88,11 @@ def test_a_script_that_hangs_writes_what_it_has_and_ends(tmp_path):
     assert (tmp_path / "rows").read_text() == "one row"
 
 
-def test_all_scripts_that_make_gpu_runs_end_within_eight_minutes():
-    roofline, names = importlib.import_module("gpu_roofline"), []
-    for line in (BENCHMARKS.parent / "Makefile").read_text().splitlines():
-        names += [name for name in line.split() if name.strip(";").startswith("gpu_")]
-    assert len(names) == 5
-    budgets = [importlib.import_module(name.strip(";")).BUDGET_S for name in names]
-    assert sum(budgets) + len(names) * roofline.GRACE_S < 480
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_that_make_gpu_runs_takes_its_budget_of_seconds(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main(["--dry-run", "--budget", "x"])
+    assert end.value.code == 2 and "--budget: invalid float value" in capsys.readouterr().err
 
 
 def test_torch_s_fp8_product_is_given_the_same_weight():
