@@ -272,7 +272,7 @@ class Runner:
             adapters = tuple(sorted(loaded_adapters(self.model)))
             if self.capture is None or any(r.adapter not in (None, *adapters) for r in requests):
                 return None
-        key = (rows, width, torch.get_num_threads(), *adapters)
+        key: tuple[int | str, ...] = (rows, width, torch.get_num_threads(), *adapters)
         batch = self._decoding.pop(key, None)
         if batch is None:
             longest = min(self.max_length, cache.num_pages * cache.page_size)

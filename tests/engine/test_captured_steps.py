@@ -47,9 +47,8 @@ def test_no_operation_of_a_captured_step_touches_the_host(kind, tmp_path, emulat
     runner = llm.engine.runner
     runner.capture = captured
     answers(llm, [[5], [9, 8]], 2)
-    assert runner.why_eager is None and [batch.replay is not None for batch in runner._decoding.values()] == [
-        True
-    ]
+    replays = [batch.replay for batch in runner._decoding.values()]
+    assert runner.why_eager is None and replays and None not in replays
 
 
 @pytest.mark.parametrize(
