@@ -151,7 +151,7 @@ def _scales_to_fours(scales: Tensor) -> Tensor:
 
 def _room(tensor: Tensor) -> int:
     """Return the number of elements from a tensor's first one to the end of its memory."""
-    return tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    return int(tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset())
 
 
 def _cuda_version() -> tuple[int, int] | None:
