@@ -61,7 +61,9 @@ def test_a_file_that_is_made_anew_leaves_the_old_one_to_who_has_mapped_it(folder
     before = file.stat().st_ino
     monkeypatch.setattr("pymllm.loading.packed_key._code", lambda: ("another build",))
     assert not taken(load(folder, cache))
-    assert files(cache) == [file] and file.stat().st_ino != before, "it takes the other's place, and is another"
+    assert files(cache) == [file] and file.stat().st_ino != before, (
+        "it takes the other's place, and is another"
+    )
     assert_same(model, load(folder, "off"))
 
 
@@ -72,7 +74,7 @@ def test_a_kept_file_is_not_to_be_written_to(folder, tmp_path):
     assert stat.S_IMODE(file.stat().st_mode) == 0o400
     if os.geteuid():
         with pytest.raises(PermissionError):
-            open(file, "r+b")
+            os.open(file, os.O_RDWR)
     assert taken(load(folder, tmp_path / "kept")), "its time of use is still set"
 
 
@@ -114,7 +116,7 @@ def test_processes_that_keep_and_take_at_once(folder, tmp_path):
         assert all(bool(kept) != bool(of) for kept, of in found), "each load keeps or takes"
         assert found[-1][1], "in the end there is one to take"
         assert "not kept" not in err and "not used" not in err
-    (file,) = files(cache)
+    assert len(files(cache)) == 1
     model = load(folder, cache)
     assert taken(model)
     assert_same(model, load(folder, "off"))
@@ -182,7 +184,8 @@ def test_another_users_folder_is_left_alone(folder, tmp_path, monkeypatch, caplo
     cache = tmp_path / "kept"
     load(folder, cache)
     before = [(path, path.stat().st_ino) for path in files(cache)]
-    monkeypatch.setattr(os, "getuid", lambda user=os.getuid() + 1: user)
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
     assert not taken(load(folder, cache))
     assert "belongs to user" in caplog.text
     assert [(path, path.stat().st_ino) for path in files(cache)] == before
