@@ -76,7 +76,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
             code="dtype-unknown",
             expected="auto or " + " or ".join(DTYPES),
             found=str(name),
-            fix=nearest(short.lower(), DTYPES),
+            fix=nearest(short.lower(), [*DTYPES, *SHORT_DTYPES]),
         )
     return DTYPES[short]
 

@@ -24,6 +24,7 @@ WRONG = [
     (lambda: pymllm.LLM(tensor_parallel_size="2"), "expected a whole number, found '2'."),
     (lambda: pymllm.LLM(device="gpu"), "A GPU is called cuda here."),
     (lambda: pymllm.LLM(dtype="BFLOAT16"), "Nearest: bfloat16"),
+    (lambda: pymllm.LLM(dtype="bf61"), "Nearest: bf16"),
     (lambda: pymllm.plan(quantt="x"), "plan has no argument 'quantt'. Nearest: quant."),
     (lambda: pymllm.plan(device=3), "device of plan is of the wrong kind; expected text, found 3."),
     (lambda: pymllm.verify(end_to_ned=True), "Nearest: end_to_end."),

@@ -154,6 +154,20 @@ def _check_content(name: str, content: Any) -> None:
         right, expected = isinstance(content, str) or ids, "a text, or a list of token ids"
     if not right:
         raise _wrong(f"the {name} cannot be asked", expected, reprlib.repr(content))
+    for place, message in enumerate(content if name == "messages" else ()):
+        _check_message(place, message)
+
+
+def _check_message(place: int, message: dict[str, Any]) -> None:
+    """Check the content of a message: a text, or parts of one.  An assistant's that calls tools may have none."""
+    role, content = message["role"], message.get("content")
+    calls = role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]
+    if not isinstance(content, (str, list)) and not (content is None and calls):
+        raise _wrong(
+            f"messages[{place}], of the role {role!r}, has no content",
+            "a text" + (", or tool_calls and null" if role == "assistant" else ""),
+            "null" if content is None else reprlib.repr(content),
+        )
 
 
 def _wrong(message: str, expected: str, found: str) -> PymllmError:

@@ -27,13 +27,17 @@ from pymllm.loading.reading import Reader, Reading
 from pymllm.loading.stored import check_placed, check_skipped
 from pymllm.models.language_model import LanguageModel
 from pymllm.weights.hub import download_weights
-from pymllm.weights.memory import is_out_of_memory, out_of_memory, return_freed_memory
+from pymllm.weights.memory import is_out_of_memory, keep_freed_memory, out_of_memory, return_freed_memory
 from pymllm.weights.module_loading import count_loader
 from pymllm.weights.report import LoadReport, TensorRecord
 from pymllm.weights.resolution import apply_resolved_weight
 from pymllm.weights.spec import ExpertsShape, LinearShape
 
 logger = logging.getLogger("pymllm")
+
+# Stored bytes that are loaded between two returns of freed memory: what a unit has freed serves the next, and each
+# page that is returned has to be touched anew.
+TRIM_BYTES = 128 << 20
 
 
 @names_files
@@ -79,6 +83,8 @@ def _load_units(prepared: Prepared, progress: bool | None) -> LoadReport:
     """Read, slice and pack every unit.  Returns the report."""
     report = LoadReport(tensors=list(prepared.records))
     started = time.perf_counter()
+    untrimmed = 0
+    keep_freed_memory()
     total = sum(placement.tensor.nbytes for unit in prepared.units for placement in unit.placements)
     show = False if prepared.parallel.rank else progress
     device = torch.device(prepared.execution.device)
@@ -101,8 +107,12 @@ def _load_units(prepared: Prepared, progress: bool | None) -> LoadReport:
                     else reading_checkpoint(prepared.checkpoint.config_file, counted=True)
                 ):
                     _load_unit(unit, following, prepared, report, reader)
-                return_freed_memory()
-                advance(sum(placement.tensor.nbytes for placement in unit.placements))
+                nbytes = sum(placement.tensor.nbytes for placement in unit.placements)
+                untrimmed += nbytes
+                if untrimmed >= TRIM_BYTES or following is None:
+                    return_freed_memory()
+                    untrimmed = 0
+                advance(nbytes)
         except CheckpointError as error:
             if error.tensor is not None:  # by its name in the file
                 error.tensor = prepared.checkpoint.stored_as.tensor(error.tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -154,9 +155,15 @@ class PackedCache:
                 "report": _write_report(report),
                 "model": os.path.abspath(self.prepared.checkpoint.path),
             }
-            own = self.path.with_name(f"{self.path.stem}.{os.getpid()}")
-            written = write_packed(own, self.key, found, account, self.threads)
-            os.replace(own, self.path)
+            # Processes of two containers that share the folder may have one number.
+            own = self.path.with_name(f"{self.path.stem}.{secrets.token_hex(8)}.tmp")
+            try:
+                written = write_packed(own, self.key, found, account, self.threads)
+                # Others may have it mapped for days: it is replaced and removed, but never written to.
+                os.chmod(own, 0o400)
+                os.replace(own, self.path)
+            finally:
+                own.unlink(missing_ok=True)
         except UnfitError as error:
             logger.warning("packed weights are not kept: %s", error)
         except (OSError, PymllmError) as error:

@@ -31,6 +31,10 @@ class ConvertedLinearMethod(LinearMethodBase):
     def fuses(self) -> bool:
         return self.source.fuses
 
+    @property
+    def by_outputs(self) -> bool:
+        return self.source.by_outputs and self.target.quantizes_by_outputs
+
     def weight_specs(self, shape: LinearShape) -> tuple[WeightSpec, ...]:
         return self.source.weight_specs(shape)
 

@@ -101,6 +101,16 @@ class LinearMethodBase(QuantizeMethodBase):
         """True if the integers of `quantize` can be stored with any scales: calibration chooses its own."""
         return True
 
+    @property
+    def by_outputs(self) -> bool:
+        """True if `to_canonical` converts each output by itself, so that a weight may be converted in slabs."""
+        return True
+
+    @property
+    def quantizes_by_outputs(self) -> bool:
+        """True if `quantize` rounds each output by itself: no scale is of several outputs."""
+        return False
+
     def describe(self) -> str:
         """Name the method with its options, for people."""
         return self.name
@@ -135,7 +145,7 @@ class LinearMethodBase(QuantizeMethodBase):
             stored = {name: getattr(layer, name).data for name in names}
             without_data = any(tensor.is_meta for tensor in stored.values())
             bound = None
-            if self.source_method() is self and not without_data:
+            if self.by_outputs and not without_data:
                 bound = bind_in_slabs(self, stored, shape, *bound_as(layer, "cpu"))
             weight = None if bound is not None else self.to_canonical(stored, shape)
             if without_data and weight is not None:  # no part of it may have data then

@@ -36,7 +36,9 @@ def bind_in_slabs(
     Returns None where the weight has to be packed as a whole: it is small, or its parts or its kernel do not divide so.
     """
     specs = method.weight_specs(shape)
-    rows = _rows_of_a_slab(specs, tensors, shape)
+    # A weight that is quantised anew is four bytes a code before, in each of several steps.
+    width = 1 if method.source_method() is method else 4
+    rows = _rows_of_a_slab(specs, tensors, shape, width)
     if rows is None:
         return None
     bound: BoundWeight | None = None
@@ -93,14 +95,14 @@ def _same_order(weight: CanonicalWeight, bound: BoundWeight) -> bool:
 
 
 def _rows_of_a_slab(
-    specs: Sequence[WeightSpec], tensors: Mapping[str, Tensor], shape: LinearShape
+    specs: Sequence[WeightSpec], tensors: Mapping[str, Tensor], shape: LinearShape, width: int
 ) -> int | None:
-    """Count the outputs of a slab; None where the tensors cannot be cut, or need not be."""
+    """Count the outputs of a slab, `width` bytes a code; None where the tensors cannot be cut, or need not be."""
     outputs, inputs = shape.out_features_local, shape.in_features_local
     whole = math.lcm(
         BLOCK_ROWS, *(dim.granule or 1 for spec in specs for dim in spec.dims if dim.axis is Axis.OUT)
     )
-    wanted = SLAB_BYTES * torch.get_num_threads() // max(inputs, 1)
+    wanted = SLAB_BYTES * torch.get_num_threads() // max(inputs * width, 1)
     rows = max(wanted // whole, 1) * whole
     if rows >= outputs or any(span.size % whole for span in shape.outputs[:-1]):
         return None

@@ -22,6 +22,9 @@ CGROUPS = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
 )
 
+# Bytes of the largest block that glibc may keep once it is freed: 32 MB, less its own head and what aligns it.
+LARGEST_KEPT = (32 << 20) - (64 << 10)
+
 # What torch's allocators say when there is no memory.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -119,6 +122,16 @@ def _cgroup_memory(group: Path) -> int | None:
             continue
         return max(limit - used + int(stat.get(cache, 0)), 0)
     return None
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed blocks of up to 32 MB for those that come, until `return_freed_memory`.
+
+    glibc maps large blocks one by one, so that each is touched anew, a fault a page: until it frees one of that size,
+    after which it takes smaller ones from what it has (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    if _malloc_trim() is not None:
+        torch.empty(LARGEST_KEPT, dtype=torch.uint8)
 
 
 def return_freed_memory() -> None:

@@ -13,6 +13,7 @@ import pymllm.api.llm
 from pymllm.api import LLM, shipped_model
 from pymllm.cli import main
 from pymllm.cli.run import why_cut
+from pymllm.cli.run_lines import read_lines
 from pymllm.engine.request import RequestOutput
 from pymllm.engine.sampling import SamplingParams
 from pymllm.errors import ConfigError
@@ -230,6 +231,13 @@ def test_an_interrupted_batch_goes_on(tmp_path, monkeypatch, capsys):
         ('{"promt": "x"}', "one prompt"),
         ('{"prompt": "x", "messages": []}', "one prompt"),
         ('{"messages": []}', "messages cannot be asked"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            "messages[0], of the role 'user', has no content",
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}', "messages[1]"),
+        ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', "tool_calls and null"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "found 3"),
         ('{"prompt": ["a"]}', "prompt cannot be asked"),
         ('{"prompt": "x", "max_token": 1}', "Nearest: max_tokens"),
         ('{"prompt": "x", "top_p": 2}', "top_p"),
@@ -243,6 +251,17 @@ def test_a_bad_line_is_named_before_a_tensor_is_read(line, needle, tmp_path, unr
     captured = main(["run", "--batch", str(tmp_path / "in.jsonl")]), capsys.readouterr()
     assert_one_error(*captured, needle)
     assert "in.jsonl, line 2" in captured[1].err
+
+
+def test_what_calls_tools_may_have_no_content():
+    calls = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "noon", "tool_call_id": "1"},
+    ]
+    (line,) = read_lines(json.dumps({"messages": messages}), "in.jsonl")
+    assert line.question.content == messages
 
 
 def test_a_share_of_the_memory_is_a_size_of_the_cache(llm):

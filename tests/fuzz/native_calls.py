@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from pymllm.kernels.canonical import CodebookWeight, DenseWeight, Fp8Weight
 from pymllm.kernels.experts import ExpertsBias
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem
+from pymllm.kernels.native.addresses import checked_address
 from pymllm.kernels.native.attention import NativeAttention, NativeKVStore
 from pymllm.kernels.native.codebook import NativeCodebook
 from pymllm.kernels.native.elementwise import NativeElementwise
 from pymllm.kernels.native.embedding import NativeFp4Embedding, NativeInt4Embedding, NativeInt8Embedding
+from pymllm.kernels.native.extension import native
 from pymllm.kernels.native.float_linear import NativeFloatLinear
 from pymllm.kernels.native.fp4 import NativeFp4
 from pymllm.kernels.native.fp8 import NativeFp8Linear
@@ -28,6 +31,7 @@ from pymllm.kernels.native.int4 import NativeInt4
 from pymllm.kernels.native.int8 import NativeInt8
 from pymllm.kernels.native.recurrence import NativeCausalConv, NativeGatedDelta, NativeMamba2Scan
 from pymllm.kernels.native.sampling import NativeSampling
+from pymllm.kernels.native.stored_codes import split_columns, split_fields, split_rows, splits_here
 from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.reference.causal_conv import ReferenceCausalConv
 from pymllm.kernels.reference.gated_delta import ReferenceGatedDelta
@@ -270,6 +274,78 @@ def _sampling(choose: bool) -> Call:
     )
 
 
+def _split(name: str, dtype: torch.dtype, native_split: Any, formula: Callable[[Tensor], Tensor]) -> Call:
+    """A split of stored codes, as formats ask for it: what lies otherwise in memory goes through torch."""
+    limits = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(1)
+    stored = torch.randint(limits.min, limits.max + 1, (67, 35), dtype=dtype, generator=generator)
+
+    def run(given: Tensors, _: Any) -> Tensor:
+        tensor = given[name]
+        plain = tensor.is_cpu and tensor.layout is torch.strided and tensor.shape == stored.shape
+        if plain and tensor.dtype is dtype and not splits_here(tensor):
+            return formula(tensor)
+        return native_split(tensor)
+
+    return Call({name: stored}, run, lambda given: formula(given[name]))
+
+
+def _fields(stored: Tensor, bits: int, count: int) -> Tensor:
+    """Take words apart, [*] -> [*, count], the lowest field first."""
+    return torch.stack([stored.long() >> bits * field & (1 << bits) - 1 for field in range(count)], -1)
+
+
+def _splits() -> dict[str, Callable[[], Call]]:
+    made: dict[str, Callable[[], Call]] = {}
+    for bits in (1, 2, 4):
+        for planes in (False, True):
+            made[f"split fields {bits}{' planes' if planes else ''}"] = lambda bits=bits, planes=planes: (
+                _split(
+                    "bytes",
+                    torch.uint8,
+                    lambda t: split_fields(t, bits, planes=planes),
+                    lambda t: _fields(t, bits, 8 // bits).transpose(1, 2 if planes else 1).flatten(1),
+                )
+            )
+    for bits in (2, 4, 8):
+        made[f"split rows {bits}"] = lambda bits=bits: _split(
+            "words",
+            torch.int32,
+            lambda t: split_rows(t, bits),
+            lambda t: _fields(t, bits, 32 // bits).permute(1, 0, 2).flatten(1),
+        )
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    places = [order.index(place) for place in range(8)]
+    made["split columns"] = lambda: _split(
+        "words",
+        torch.int32,
+        lambda t: split_columns(t, order),
+        lambda t: _fields(t, 4, 8)[..., places].permute(1, 2, 0).flatten(0, 1),
+    )
+    return made
+
+
+def _lane_sums() -> Call:
+    """The sums of kept weights, over bytes of no whole number of rows."""
+    data = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    def run(given: Tensors, _: Any) -> Tensor:
+        held = given["bytes"]
+        if held.shape == data.shape and held.layout is torch.strided and not held.is_contiguous():
+            held = held.contiguous()
+        where = checked_address("the bytes to sum", held, tuple(data.shape), torch.uint8)
+        return torch.frombuffer(bytearray(native().lane_sums(where, data.numel())), dtype=torch.uint8)
+
+    def exact(given: Tensors) -> Tensor:
+        raw = given["bytes"].contiguous().numpy().tobytes()
+        words = np.frombuffer(raw + bytes(-len(raw) % 64), dtype=np.uint64).reshape(-1, 8)
+        sums = np.cumsum(words, 0, dtype=np.uint64)
+        lanes = np.concatenate([sums[-1], sums.sum(0, dtype=np.uint64)])
+        return torch.from_numpy(lanes.view(np.uint8).copy())
+
+    return Call({"bytes": data}, run, exact, frozenset({"bytes"}))
+
+
 def calls() -> dict[str, Callable[[], Call]]:
     """Return the native calls by name."""
     made: dict[str, Callable[[], Call]] = {}
@@ -321,10 +397,12 @@ def calls() -> dict[str, Callable[[], Call]]:
     made["rotate"] = lambda: _elementwise("rotate", {"x": floats(4, 3, 32), **angles})
     pairs = (NativeGatedDelta, ReferenceGatedDelta), (NativeMamba2Scan, ReferenceMamba2Scan)
     pairs += ((NativeCausalConv, ReferenceCausalConv),)
-    for case, (native, reference) in zip(recurrence_cases.small_cases(6), pairs, strict=True):
-        made[case.operation] = lambda case=case, native=native, reference=reference: _recurrence(
-            native, reference, case
+    for case, (kernel, reference) in zip(recurrence_cases.small_cases(6), pairs, strict=True):
+        made[case.operation] = lambda case=case, kernel=kernel, reference=reference: _recurrence(
+            kernel, reference, case
         )
+    made |= _splits()
+    made["lane sums"] = _lane_sums
     made["sample"] = lambda: _sampling(True)
     made["log_probabilities"] = lambda: _sampling(False)
     return made

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pymllm.kernels.native import extension
+from pymllm.weights import memory
 
 from ..checkpoints import AWQ, SIZES
 from ..processes import python
@@ -94,6 +95,26 @@ def test_peak_memory_while_loading_is_the_packed_model_and_a_little(tmp_path):
     assert stored <= sizes["final"] <= (1.1 if extension.native_available() else 1.35) * stored
     assert sizes["peak"] <= 1.15 * sizes["final"] + CONSTANT
     assert sizes["resident"] <= sizes["final"] + (64 << 20), "what loading used is given back"
+
+
+@pytest.mark.skipif(memory._malloc_trim() is None, reason="glibc alone maps large blocks one by one")
+def test_what_one_step_of_loading_frees_serves_the_next():
+    code = """
+import resource, torch
+from pymllm.weights.memory import keep_freed_memory, return_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.empty(1 << 20, dtype=torch.uint8).fill_(1) for _ in range(20)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+print(*[faults() for _ in range(4)])
+return_freed_memory()
+print(faults())
+"""
+    done = python("-c", code, check=True, OMP_NUM_THREADS="1")
+    first, *again, returned = map(int, done.stdout.split())
+    assert sum(again) < first, "the same pages serve"
+    assert returned > first / 2, "which are the system's once they are returned"
 
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "triton", "fastapi")

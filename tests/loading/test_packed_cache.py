@@ -104,6 +104,7 @@ def test_each_damaged_byte_is_found(kept, caplog):
     (file,) = cache.glob("*.packed")
     whole = file.read_bytes()
     key = packed_file.read_header(file)[0]["key"]
+    file.chmod(0o600)
     for at in (0, 9, 20, len(whole) // 3, len(whole) // 2, len(whole) - 1, 4000):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(packed_file.UnfitError):

@@ -49,9 +49,26 @@ def readers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("pymllm-reads")]
 
 
-@pytest.mark.parametrize("rules", [None, {"**.mlp.**": "int8"}])
-@pytest.mark.parametrize("writer", [Plain(), AWQ(32), FP8()], ids=lambda writer: type(writer).__name__)
-def test_large_weights_are_packed_as_small_ones(tmp_path, monkeypatch, request, writer, rules):
+RULES = {
+    "stored": None,
+    "int8": {"**.mlp.**": "int8"},
+    "mse": {"**.layers.**": "int4:scale=mse,group_size=32"},
+    "hqq": {"**.layers.**": "int4:scale=hqq,group_size=32"},
+    "awq": {"**.layers.**": "awq:group_size=32"},
+    "gptq": {"**.layers.**": "gptq:group_size=32"},
+}
+
+
+CASES = {
+    **{f"plain-{name}": (Plain(), name) for name in RULES},
+    **{f"awq-{name}": (AWQ(32), name) for name in ("stored", "int8")},
+    **{f"fp8-{name}": (FP8(), name) for name in ("stored", "int8")},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_large_weights_are_packed_as_small_ones(tmp_path, monkeypatch, request, case):
+    writer, rules = CASES[case][0], RULES[CASES[case][1]]
     folder = write_checkpoint(tmp_path, "llama", writer).folder
     expected = packed_of(folder, quant=rules)
     request.getfixturevalue("large")
@@ -62,7 +79,7 @@ def test_large_weights_are_packed_as_small_ones(tmp_path, monkeypatch, request, 
 
 
 @needs_native
-def test_slabs_are_what_packs_large_integers(good, large, monkeypatch):
+def test_slabs_are_what_packs_large_integers(good, large, monkeypatch, tmp_path):
     sizes = []
     real = slabs.NativeIntegerLinear.pack
 
@@ -73,6 +90,10 @@ def test_slabs_are_what_packs_large_integers(good, large, monkeypatch):
 
     monkeypatch.setattr(slabs.NativeIntegerLinear, "pack", recording)
     packed_of(good.folder)
+    assert set(sizes) == {16}
+    # Also where they are quantised while they load: nothing of a whole weight's size is made of its floats.
+    sizes.clear()
+    packed_of(write_checkpoint(tmp_path, "llama", Plain()).folder, quant={"**.layers.**": "int8"})
     assert set(sizes) == {16}
 
 

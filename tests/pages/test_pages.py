@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -59,7 +60,18 @@ def test_a_page_says_what_its_blocks_are(page):
             assert block.text.startswith("$ "), f"{block.where} must begin with a command"
 
 
+@pytest.fixture
+def own_searches(tmp_path, monkeypatch):
+    """Keeps what searches have measured out of the home of the tester; the caches of other programs stay."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    others = {"HF_HOME": "huggingface", "PIP_CACHE_DIR": "pip", "PLAYWRIGHT_BROWSERS_PATH": "ms-playwright"}
+    for name, folder in others.items():
+        monkeypatch.setenv(name, os.environ.get(name) or str(cache / folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+@pytest.mark.usefixtures("own_searches")
 def test_a_page_does_what_it_shows(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     left_out, names = [], {"__name__": "__main__"}

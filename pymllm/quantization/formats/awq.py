@@ -93,6 +93,10 @@ class AWQLinearMethod(LinearMethodBase):
             codes, scales, unpack_columns(tensors["qzeros"]), 4, codes.shape[1] // scales.shape[1]
         )
 
+    @property
+    def quantizes_by_outputs(self) -> bool:
+        return True
+
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         group_size = group_within(self.group_size, weight.shape[1])
         return IntWeight.from_float(weight, bits=4, group_size=group_size, symmetric=not self.zero_point)

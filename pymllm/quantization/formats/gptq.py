@@ -117,6 +117,10 @@ class GPTQLinearMethod(LinearMethodBase):
             return None
         return f"zero points other than {2 ** (self.bits - 1)}, although the config says sym: true"
 
+    @property
+    def quantizes_by_outputs(self) -> bool:
+        return True
+
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         group_size = group_within(self.group_size, weight.shape[1])
         if weight.shape[1] % group_size:

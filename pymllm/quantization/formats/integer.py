@@ -58,6 +58,10 @@ class IntegerLinearMethod(LinearMethodBase):
         check_groups(self.group_size, shape, fix=fix)
         check_share(self.group_size, shape)
 
+    @property
+    def quantizes_by_outputs(self) -> bool:
+        return True
+
     def quantize(self, weight: Tensor, shape: LinearShape) -> CanonicalWeight:
         group_size = group_within(self.group_size, weight.shape[1])
         encode = {"minmax": round_to_nearest, "mse": search_scales, "hqq": refine_zeros}[self.scale]
