@@ -7,13 +7,13 @@ model whose kernels look at the host within a step cannot be captured, and runs 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from pymllm.engine.watch import is_hooked
+from pymllm.kernels.capturing import captured
 from pymllm.layers.held import Binder, weight_holders
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -65,39 +65,13 @@ def capture_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
                 run()
     finally:
         current.wait_stream(stream)
-    graph, result = _captured(run, stream)
+    graph, result = captured(run, stream)
 
     def replay() -> Tensor:
         graph.replay()
         return result
 
     return replay
-
-
-def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Capture a step.  Returns the graph, and the tensor that a replay fills.
-
-    stream: of this GPU; torch's own is of the first GPU that captured.
-    """
-    current, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
-    graph, failure = torch.cuda.CUDAGraph(), None
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            try:
-                result = run()
-            except BaseException as error:
-                failure = error
-                raise
-    except BaseException as error:
-        # Ending a capture that CUDA has given up raises an error of its own, which says less, and torch then leaves
-        # the capture's stream the current one, and its pool open to allocations.
-        torch.cuda.set_stream(current)
-        with contextlib.suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(current.device_index, pool)
-        raise failure or error from None
-    finally:
-        failure = None  # it has this frame, and so the step's tensors
-    return graph, result
 
 
 # Operations whose kernels say whether they are `capturable`.

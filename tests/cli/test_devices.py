@@ -92,9 +92,11 @@ def test_tiles_are_measured_on_the_gpu_that_is_named_and_kept_for_it(monkeypatch
 
     gpus, seen = FakeGPUs(monkeypatch, 2), []
 
-    def measure(kernel, example, outputs, inputs, tokens, device, *, where, clock):
+    def measure(kernel, example, outputs, inputs, tokens, device, *, where, keep, **limits):
         seen.append((gpus.current, str(where), device.name))
-        return f"{kernel.name} {outputs}x{inputs}", Tile(64, 16, 64), 1e-5, 2e-5
+        found = tune.Tuned(f"{kernel.name} {outputs}x{inputs}", Tile(64, 16, 64), {Tile(32, 16, 64): 1e-5})
+        keep(found.key, found.best)
+        return found
 
     monkeypatch.setattr(tune, "tune", measure)
     out = tmp_path / "tiles.json"

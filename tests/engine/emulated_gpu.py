@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pymllm.api import llm
 from pymllm.kernels import hardware, recurrence
 from pymllm.kernels.attention import AttentionStep
 from pymllm.kernels.triton.launch import Kernel
@@ -58,9 +59,10 @@ def emulated_gpu(monkeypatch):
     monkeypatch.setattr(recurrence, "_check_slots", lambda *_: None)
     monkeypatch.setattr(AttentionStep, "stored_slots", lambda step, *_: step.slot_mapping)
     monkeypatch.setattr(hardware, "Device", emulated_device)
-    hardware.probe_device.cache_clear()
+    monkeypatch.setattr(llm, "measure_cache", lambda plan, *_: plan)  # nobody tells how much memory is free
+    hardware._known_device.cache_clear()
     yield
-    hardware.probe_device.cache_clear()
+    hardware._known_device.cache_clear()
 
 
 class LooksAtTheHost(Exception):

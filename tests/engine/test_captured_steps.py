@@ -197,7 +197,8 @@ class Streams:
         class Capture:
             """torch.cuda.graph, whose end raises, before its stream is left, where the capture is broken."""
 
-            def __init__(self, graph, pool=None):
+            def __init__(self, graph, pool=None, stream=None):
+                assert stream.name == "side"
                 self.within = Within(Stream("capture"))
 
             def __enter__(self):

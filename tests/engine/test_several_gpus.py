@@ -36,7 +36,7 @@ def test_two_models_on_two_gpus_step_in_turn_in_threads_that_have_another_one_cu
 
     def step():
         for runner in runners:
-            runner.step([SimpleNamespace(adapter="one")], None)
+            runner.step([SimpleNamespace(rows=[])], None)
         assert gpus.current == 0
 
     step()
@@ -112,7 +112,7 @@ class Streams:
                 yield
 
         @contextmanager
-        def graph(graph, stream=None):
+        def graph(graph, pool=None, stream=None):
             # As torch does: its own stream is made once, on the GPU that captures first.
             if stream is None:
                 stream = self.own = getattr(self, "own", None) or Stream()
@@ -136,6 +136,7 @@ class Streams:
             "graph": graph,
             "CUDAGraph": graphs,
             "Event": Event,
+            "graph_pool_handle": lambda: (0, 1),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -153,12 +154,12 @@ def test_each_gpus_graphs_are_captured_on_a_stream_of_its_own(monkeypatch, captu
 
 def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
     gpus, launched = FakeGPUs(monkeypatch, 2), []
-    kernel = Kernel(lambda x: None)
+    kernel = Kernel(lambda x, n: None)
     kernel.__dict__["compiled"] = {(4,): lambda *arguments, **constants: launched.append(gpus.current)}
     for device in (1, 0, None):
         x = torch.ones(4)
         x.fake_device = device
-        kernel.launch((4,), 3, x)
+        kernel.launch((4,), x, 3)
     assert launched == [1, 0, 0] and gpus.current == 0
 
 

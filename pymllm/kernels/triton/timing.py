@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pymllm.kernels.capturing import captured
+
 WARM_UPS, REPLAYS = 2, 7
 
 
@@ -24,7 +26,7 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
         for _ in range(WARM_UPS):
             calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = _captured(calls, stream)
+    graph, _ = captured(lambda: [call() for call in calls], stream)
     graph.replay()
     times = []
     for _ in range(REPLAYS):
@@ -35,29 +37,6 @@ def seconds_each(calls: Sequence[Callable[[], object]]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
     return statistics.median(times)
-
-
-def _captured(calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """Capture the calls.  What one of them raises is raised after the capture has ended, so that none stays open.
-
-    stream: of this GPU; torch's own is of the first GPU that captured.
-    """
-    graph, failed = torch.cuda.CUDAGraph(), None
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            try:
-                for call in calls:
-                    call()
-            except Exception as error:
-                failed = error
-    except RuntimeError:
-        # A call that breaks its capture lets the end of the capture fail too: the call's own error says more.
-        if failed is None:
-            raise
-    if failed is not None:
-        graph.reset()
-        raise failed
-    return graph
 
 
 def sets_beyond_caches(nbytes: int) -> int:

@@ -1,14 +1,13 @@
 """Searching for tiles: what a GPU is too small for, what is wrong, what crashes, and what there is no time for."""
 
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from pymllm.errors import KernelError
-from pymllm.kernels.triton import timing, weight_only
+from pymllm.kernels.triton import weight_only
 from pymllm.kernels.triton.int_weights import TritonInt
 from pymllm.kernels.triton.tune import candidates, tune
 from pymllm.kernels.triton.tuning import Tile
@@ -156,43 +155,3 @@ def test_on_a_gpu_with_less_shared_memory_the_other_tiles_are_found():
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
-
-
-class Graph:
-    """A CUDA graph whose capture fails to end, as torch's does after a call that may not be captured."""
-
-    open = False
-
-    def reset(self):
-        pass
-
-    def replay(self):
-        pass
-
-
-@pytest.mark.parametrize("broken", (False, True))
-def test_a_call_that_fails_within_a_capture_is_raised_after_the_capture_has_ended(monkeypatch, broken):
-    states = []
-
-    @contextmanager
-    def capture(graph):
-        states.append("open")
-        yield
-        states.append("ended")
-        if broken:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-
-    def fails():
-        raise ValueError("the call's own")
-
-    with pytest.raises(ValueError, match="the call's own"):
-        timing._captured([fails])
-    assert states == ["open", "ended"]
-    if broken:
-        with pytest.raises(RuntimeError, match="previous error"):
-            timing._captured([lambda: None])
-    else:
-        assert isinstance(timing._captured([lambda: None]), Graph)
