@@ -17,8 +17,8 @@ from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import Coding, Operands, coder
-from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
-from pymllm.kernels.triton.words import pack_words, span_of, unpack_words
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
+from pymllm.kernels.triton.words import Order, pack_words, span_of, unpack_words
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -43,23 +43,19 @@ class TritonFp4(WeightOnlyLinear):
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, CodebookWeight)
-        span = span_of(weight.group_size)
-        assert span is not None
         packed = weight.tensors()
         del packed["codes"]
         return {
             **packed,
-            "words": pack_words(weight.codes, 4, span),
+            "words": pack_words(weight.codes, 4, order_of(problem)),
             "scales": _transposed(weight.scales),
         }
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, CodebookType)
-        span = span_of(kind.group_size)
-        assert span is not None
         return CodebookWeight(
-            unpack_words(packed["words"], 4, span),
+            unpack_words(packed["words"], 4, order_of(problem)),
             packed["table"],
             _transposed(packed["scales"]),
             kind.codebook,
@@ -77,7 +73,8 @@ class TritonFp4(WeightOnlyLinear):
     def coding(self, packed: Packed, problem: LinearProblem) -> str:
         kind = problem.weight
         assert isinstance(kind, CodebookType)
-        return f"fp4 {span_of(kind.group_size)} {kind.group_size} {SCALE_KINDS.get(packed['scales'].dtype, 'float')}"
+        order, scales = order_of(problem), SCALE_KINDS.get(packed["scales"].dtype, "float")
+        return f"fp4 {order.span} {order.beside} {kind.group_size} {scales}"
 
     def examples(self) -> Sequence[CanonicalWeight]:
         return [
@@ -106,8 +103,8 @@ def _transposed(scales: Tensor) -> Tensor:
 
 
 @coder("fp4")
-def fp4_coding(span: str, group: str, scale_kind: str) -> Coding:
-    return Coding(e2m1, 4, int(span), int(group), scale_kind=scale_kind)
+def fp4_coding(span: str, beside: str, group: str, scale_kind: str) -> Coding:
+    return Coding(e2m1, 4, Order(int(span), int(beside)), int(group), scale_kind=scale_kind)
 
 
 @inline

@@ -17,8 +17,8 @@ from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import WHOLE, Coding, coder
-from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
-from pymllm.kernels.triton.words import pack_words, span_of, unpack_words
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
+from pymllm.kernels.triton.words import Order, pack_words, span_of, unpack_words
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -34,16 +34,14 @@ class TritonFp8(WeightOnlyLinear):
         kind = problem.weight
         if not isinstance(kind, Fp8Type):
             return f"multiplies fp8 only, the weight is {kind}"
-        if _span(kind, problem.in_features) is None:
+        if span_of(math.gcd(kind.block[1], problem.in_features)) is None:
             return f"needs multiples of 16 inputs, the weight has {problem.in_features} in {kind}"
         return why_not_float_activations(problem, kind.activations)
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, Fp8Weight)
-        span = _span(weight.type, problem.in_features)
-        assert span is not None
         packed = {
-            "words": pack_words(weight.weight.view(torch.uint8), 8, span),
+            "words": pack_words(weight.weight.view(torch.uint8), 8, order_of(problem)),
             "scales": weight.scales.t().contiguous(),
         }
         if weight.input_scales is not None:
@@ -53,10 +51,8 @@ class TritonFp8(WeightOnlyLinear):
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, Fp8Type)
-        span = _span(kind, problem.in_features)
-        assert span is not None
         return Fp8Weight(
-            unpack_words(packed["words"], 8, span).view(torch.float8_e4m3fn),
+            unpack_words(packed["words"], 8, order_of(problem)).view(torch.float8_e4m3fn),
             packed["scales"].t().contiguous(),
             kind.block,
             kind.activations,
@@ -66,9 +62,8 @@ class TritonFp8(WeightOnlyLinear):
     def coding(self, packed: Packed, problem: LinearProblem) -> str:
         kind = problem.weight
         assert isinstance(kind, Fp8Type)
-        span = _span(kind, problem.in_features)
-        assert span is not None
-        return f"fp8 {span} {kind.block[1] or WHOLE} {kind.block[0] or WHOLE}"
+        order = order_of(problem)
+        return f"fp8 {order.span} {order.beside} {kind.block[1] or WHOLE} {kind.block[0] or WHOLE}"
 
     def examples(self) -> Sequence[CanonicalWeight]:
         blocks = ((*EVEN, (128, 128)), (*EVEN, (1, 0)), (*EVEN, (0, 0)), (*ODD, (128, 128)))
@@ -88,14 +83,9 @@ class TritonFp8(WeightOnlyLinear):
         ]
 
 
-def _span(kind: Fp8Type, in_features: int) -> int | None:
-    """Return the span of a row, or None.  It divides both a block and the last block, which may be shorter."""
-    return span_of(math.gcd(kind.block[1] or in_features, in_features))
-
-
 @coder("fp8")
-def fp8_coding(span: str, group: str, rows: str) -> Coding:
-    return Coding(e4m3, 8, int(span), int(group), int(rows))
+def fp8_coding(span: str, beside: str, group: str, rows: str) -> Coding:
+    return Coding(e4m3, 8, Order(int(span), int(beside)), int(group), int(rows))
 
 
 @inline

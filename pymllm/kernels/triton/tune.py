@@ -24,14 +24,12 @@ SETS = 8
 def candidates(tokens: int, default: Tile) -> Iterator[Tile]:
     """Yield the tiles worth trying for so many rows, the default one first."""
     yield default
-    splits = (1, 2, 4, 8)
-    if tokens == 1:
-        sizes = itertools.product((8, 16, 32), (32, 64, 128), splits, (2, 4, 8))
-        yield from (Tile(o, 1, depth, s, warps, 1) for o, depth, s, warps in sizes)
-    else:
-        rows = min(max(bucket(tokens), 16), 64)
-        more = itertools.product((32, 64, 128), (16, 32), splits, (4, 8), (1, 2, 3))
-        yield from (Tile(o, rows, depth, s, warps, stages) for o, depth, s, warps, stages in more)
+    sizes = {default.tokens, min(max(bucket(tokens), 16), 64)}
+    depths = (default.depth // 2, default.depth, 2 * default.depth)
+    for rows, depth, splits, stages in itertools.product(sizes, depths, (1, 2, 4, 8, 16), (1, 2, 3, 4)):
+        # A group of four warps multiplies 64 rows at once: more of them would decode the same weights.
+        for outputs, warps in ((64, 4), (128, 4), (128, 8)):
+            yield Tile(outputs, rows, depth, splits, warps, stages)
 
 
 def tune(

@@ -1,9 +1,9 @@
 """Multiplying by weights of few bits, the activations left as they are: the part that all such formats share.
 
-A format says how a code becomes a number (`decode`), and where scales and zero points lie. One row (`multiply_one`)
-takes no matrix unit: reading the weights is all it waits for. For up to a few hundred rows (`multiply_tile`), weights
-are expanded in registers, as the left operand, and the inner dimension is divided over blocks whose sums `add_splits`
-adds in order. For more rows, weights are expanded once (`expand`), and torch multiplies.
+A format says how a code becomes a number (`decode`), and where scales and zero points lie. For up to a few hundred rows
+(`multiply_tile`), codes are expanded in registers, as the left operand, to numbers that 16 bits hold exactly; sums of a
+group are multiplied by its scale. The inner dimension is divided over blocks whose sums `add_splits` adds in order. For
+more rows, weights are expanded once (`expand`), and torch multiplies.
 """
 
 # T tokens, O out_features, I in_features, W words a row, N codes a word, G inputs of a group, S splits
@@ -11,6 +11,7 @@ adds in order. For more rows, weights are expanded once (`expand`), and torch mu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,9 +22,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.hardware import Architecture, Device, probe_device
 from pymllm.kernels.triton.launch import Inline, interpreting
 from pymllm.kernels.triton.operators import operator
+from pymllm.kernels.triton.pair_assembly import Assemblies, Assembly, no_assembly
 from pymllm.kernels.triton.tuning import (
     Tile,
     architecture_of,
@@ -32,7 +34,8 @@ from pymllm.kernels.triton.tuning import (
     multiplies_from_registers,
     tuned,
 )
-from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_one, multiply_tile
+from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_tile
+from pymllm.kernels.triton.words import Order, span_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAMILY = "weight_only"
@@ -44,36 +47,50 @@ WHOLE = 1 << 30  # a group as long as any axis: kernels of whole-axis scales do 
 class Coding:
     """The way in which a format's words become numbers.
 
-    decode: (words, n) -> code n of each, as float32 plus `offset`.  bits: of a code.  span: see `words.py`.
-    group: inputs that share a scale.  rows: outputs that share one.  scale_kind: "float", "e8m0" or "e4m3" (bytes).
-    zero: the zero point where none is stored.
+    decode: (words, n) -> code n of each, as float32 plus `offset`.  bits: of a code.  order: of codes in a row.
+    group: inputs that share a scale.  rows: outputs that share one.  scale_kind: "float"; "e8m0" or "e4m3", as bytes;
+    "float16 and zero" or "bfloat16 and zero", the low and the high half of an int32.
+    zero: the zero point where none is stored.  assemblies: what decodes faster than `decode` on NVIDIA's GPUs.
     """
 
     decode: Inline
     bits: int
-    span: int
+    order: Order
     group: int = WHOLE
     rows: int = 1
     offset: float = 0.0
     zero: float = 0.0
     scale_kind: str = "float"
+    assemblies: Assemblies = no_assembly
 
     @property
     def per_word(self) -> int:
         return 32 // self.bits
+
+    @property
+    def span_words(self) -> int:
+        return self.order.span // self.per_word
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         return {
             "DECODE": self.decode,
             "N": self.per_word,
-            "SPAN_WORDS": self.span // self.per_word,
-            "GROUP_WORDS": self.group // self.per_word,
+            "SPAN": self.order.span,
+            "PIECE": span_of(math.gcd(self.group, self.order.span)),
+            "BESIDE": self.order.beside,
+            "GROUP": self.group,
             "GROUP_ROWS": self.rows,
             "OFFSET": self.offset,
             "ZERO": self.zero,
             "SCALE_KIND": self.scale_kind,
         }
+
+    def decoding(self, dtype: torch.dtype, architecture: Architecture | None) -> dict[str, Any]:
+        """Return the constants of decoding to this dtype."""
+        plain = interpreting() or architecture is None or not architecture.is_nvidia
+        found = Assembly() if plain or dtype.itemsize != 2 else self.assemblies(dtype)
+        return self.constants | {"ASSEMBLY": found.text, "BIAS": found.bias, "FACTOR": found.factor}
 
 
 _coders: dict[str, Callable[..., Coding]] = {}
@@ -144,7 +161,7 @@ def _multiply(x: Tensor, weight: Operands, bias: Tensor | None, coding: Coding, 
         if tile is None:
             _expand_and_multiply(rows, weight, bias, y, coding)
         else:
-            _multiply_tiled(rows, weight, bias, y, coding, tile)
+            _multiply_tiled(rows, weight, bias, y, coding, tile, device)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -177,37 +194,34 @@ def default_tile(device: Device, size: int, out_features: int, words: int, per_w
 
     size: a bucket of tokens.  None: as in `choose_tile`.
     """
-    processors, shared = device.processors, architecture_of(device).shared_bytes
-    if size == 1:
-        tile = Tile(outputs=16, tokens=1, depth=64, warps=4, stages=1)
-        blocks = divide(out_features, tile.outputs)
-        splits = _splits(words, 4 * tile.depth, 8 * processors, blocks)
-        return Tile(tile.outputs, 1, tile.depth, splits, tile.warps, tile.stages)
     if size < 512:
-        tokens = min(max(size, 16), 64)
-        blocks = divide(out_features, 64) * divide(size, 64)
-        depth = tile_depth(device, per_word)
-        splits = _splits(words, 4 * depth, 2 * processors, blocks)
-        stages = stages_within(shared, 64, tokens, depth, per_word)
-        return Tile(64, tokens, depth, splits, warps=8, stages=stages)
+        outputs, tokens, depth, warps = tile_shape(architecture_of(device), size, per_word)
+        blocks = divide(out_features, outputs) * divide(size, tokens)
+        splits = _splits(words, 4 * depth, 4 * device.processors, blocks)
+        stages = stages_within(architecture_of(device).shared_bytes, outputs, tokens, depth, per_word)
+        return Tile(outputs, tokens, depth, splits, warps=warps, stages=stages)
     return None
 
 
-def tile_depth(device: Device, per_word: int) -> int:
-    """Return the words of a step: as many as the registers of a block hold expanded, beside its sums."""
-    if per_word == 1:
-        return 64
-    # benchmarks/results/triton_aot.md shows what spills.
-    return 16 if per_word > 8 or multiplies_from_registers(architecture_of(device)) else 32
+def tile_shape(architecture: Architecture, size: int, per_word: int) -> tuple[int, int, int, int]:
+    """Return the outputs, tokens and words of a step of a tile for so many rows, and its warps.
+
+    benchmarks/results/gpu_instructions.md shows what they compile to. Each group of four warps has rows of its own:
+    with more warps, or fewer rows, several would decode the same weights.
+    """
+    step = 128 // per_word
+    if multiplies_from_registers(architecture):
+        # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16.
+        return 128, min(max(size, 16), 32), step, 4
+    if size > 64 and architecture.is_nvidia:
+        return 128, 128, step, 8
+    return 64, min(max(size, 16), 64), 2 * step if size <= 16 and per_word >= 8 else step, 4
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
-    """Return how many steps ahead a block may load into shared memory.
-
-    It is 1 to 3, and at most 2 where a step has many loads.
-    """
+    """Return how many steps ahead a block may load into shared memory: 1 to 3."""
     step = depth * (4 * outputs + 2 * per_word * tokens)
-    return max(1, min(2 if per_word > 8 else 3, (shared - 2048) // step))
+    return max(1, min(3, (shared - 2048) // step))
 
 
 def _splits(words: int, least: int, wanted: int, blocks: int) -> int:
@@ -219,54 +233,42 @@ def _splits(words: int, least: int, wanted: int, blocks: int) -> int:
 
 
 def _multiply_tiled(
-    x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding, tile: Tile
+    x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding, tile: Tile, device: Device
 ) -> None:
     tokens, out_features = y.shape
     words = weight.words.shape[1]
-    chunk = divide(divide(words, tile.splits), tile.depth) * tile.depth  # words of one split
+    depth = max(tile.depth, coding.span_words)
+    chunk = divide(divide(words, tile.splits), depth) * depth  # words of one split
     splits = divide(words, chunk)
     # The only workspace: its size follows from shapes alone, so a graph captures it.
     sums = y if splits == 1 else y.new_empty((splits, tokens, out_features), dtype=torch.float32)
     whole = splits == 1
-    common = {
-        **coding.constants,
-        "EVEN": words % tile.depth == 0,
-        "BLOCK_O": tile.outputs,
-        "BLOCK_W": tile.depth,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-    operands = (
+    multiply_tile.launch(
+        (divide(out_features, tile.outputs), divide(tokens, tile.tokens), splits),
+        x,
         weight.words,
         weight.scales,
         weight.zeros,
         weight.row_scales if whole else None,
         bias if whole else None,
+        sums,
+        None,
+        None,
+        tokens,
+        out_features,
+        words,
+        chunk,
+        x.stride(0),
+        **coding.decoding(x.dtype, device.architecture),
+        EVEN=words % depth == 0,
+        BLOCK_O=tile.outputs,
+        BLOCK_W=depth,
+        BLOCK_T=tile.tokens,
+        TOP_K=1,
+        UPCAST=interpreting(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    blocks = divide(out_features, tile.outputs)
-    if tile.tokens == 1:
-        multiply_one.launch(
-            (blocks, splits, 1), x, *operands, sums, None, out_features, words, chunk, 0, TOP_K=1, **common
-        )
-    else:
-        grid = (blocks, divide(tokens, tile.tokens), splits)
-        multiply_tile.launch(
-            grid,
-            x,
-            *operands,
-            sums,
-            None,
-            None,
-            tokens,
-            out_features,
-            words,
-            chunk,
-            x.stride(0),
-            BLOCK_T=tile.tokens,
-            TOP_K=1,
-            UPCAST=interpreting(),
-            **common,
-        )
     if not whole:
         block = 256
         add_splits.launch(
@@ -301,7 +303,7 @@ def expand_rows(weight: Operands, dense: Tensor, start: int, coding: Coding) -> 
     """Write the numbers of weight rows start, start + 1, ... to `dense`, [rows, I] in any float dtype."""
     words = weight.words.shape[1]
     expand.launch(
-        (divide(dense.shape[0], 32), divide(words, 64)),
+        (divide(dense.shape[0], 64), words // coding.span_words),
         weight.words,
         weight.scales,
         weight.zeros,
@@ -311,8 +313,7 @@ def expand_rows(weight: Operands, dense: Tensor, start: int, coding: Coding) -> 
         dense.shape[0],
         weight.words.shape[0],
         words,
-        BLOCK_O=32,
-        BLOCK_W=64,
+        BLOCK_O=64,
         num_warps=4,
-        **coding.constants,
+        **coding.decoding(dense.dtype, None),
     )
