@@ -23,7 +23,7 @@ from pymllm.kernels.triton.int_weights import TritonInt
 from pymllm.kernels.triton.launch import kernel
 from pymllm.kernels.triton.operators import operator
 from pymllm.kernels.triton.tuning import divide, next_power
-from pymllm.kernels.triton.weight_only import coding_of
+from pymllm.kernels.triton.weight_only import Operands, coding_of
 from pymllm.kernels.triton.weight_only_kernels import inputs_of_piece, load_scale_and_zero
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
 
@@ -63,6 +63,10 @@ class TritonIntEmbedding(_Gather, TritonInt):
 
 class TritonFp8Embedding(_Gather, TritonFp8):
     """A table of fp8."""
+
+    def operands(self, packed: Packed) -> Operands:
+        """Leave out what makes products of whole rows NaN: single numbers are."""
+        return Operands(packed["words"], packed["scales"])
 
 
 class TritonIntegerCodebookEmbedding(_Gather, TritonIntegerCodebook):
@@ -153,7 +157,7 @@ def gather_rows(
         if row_scales is not None:
             scale *= tl.load(row_scales + row)
         value = inputs_of_piece(
-            tile, zero, piece, tl.float32, DECODE, N, SPAN, PIECE, BESIDE, OFFSET, "", 0.0
+            tile, zero, piece, tl.float32, DECODE, N, SPAN, PIECE, BESIDE, OFFSET, "", 0.0, 0, True
         )
         inputs = start[:, None] + tl.arange(0, PIECE)[None, :]
         tl.store(

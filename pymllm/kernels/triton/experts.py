@@ -40,6 +40,7 @@ from pymllm.kernels.triton.weight_only import (
     Operands,
     coder,
     coding_of,
+    largest_tile,
     stages_within,
     tile_shape,
 )
@@ -139,7 +140,8 @@ class TritonExperts(LinearExperts):
             return y.zero_()
         x = x if x.stride(-1) == 1 else x.contiguous()
         ids = topk_ids.contiguous()
-        rows = sorted_slots(ids, problem.num_experts) if ids.numel() > FEW_SLOTS else None
+        most = largest_tile(architecture_of(problem.device))
+        rows = sorted_slots(ids, problem.num_experts, most) if ids.numel() > FEW_SLOTS else None
 
         def multiply(product: str, x: Tensor, bias: Tensor | None, top_k: int, dtype: torch.dtype) -> Tensor:
             linear = problem.products()[product]
@@ -219,7 +221,7 @@ def multiply_experts(
     # A few slots are a block each, of one row.
     block_tokens, order, block_experts = rows or (16, None, ids)
     architecture = architecture_of(device)
-    outputs, _, depth, warps = tile_shape(architecture, block_tokens, coding.per_word)
+    outputs, _, depth, warps = tile_shape(architecture, block_tokens, coding)
     depth = max(depth, coding.span_words)
     multiply_tile.launch(
         (divide(out_features, outputs), block_experts.numel(), 1),
@@ -249,14 +251,14 @@ def multiply_experts(
     )
 
 
-def sorted_slots(ids: Tensor, num_experts: int) -> tuple[int, Tensor, Tensor]:
+def sorted_slots(ids: Tensor, num_experts: int, largest: int = 64) -> tuple[int, Tensor, Tensor]:
     """Sort slots by expert, keep their order within one, and pad each expert's to whole blocks.
 
-    ids: [T, K] int64; below 0: no expert.  Returns the number of slots of a block; [blocks * that] int32 slots, S where
-    there is none; [blocks] int32 experts, below 0 for blocks that are not needed.
+    ids: [T, K] int64; below 0: no expert.  largest: number of slots of a block.  Returns the number of slots of a block;
+    [blocks * that] int32 slots, S where there is none; [blocks] int32 experts, below 0 for blocks that are not needed.
     """
     slots = ids.numel()
-    block = min(64, max(16, next_power(slots // num_experts)))
+    block = min(largest, max(16, next_power(slots // num_experts)))
     blocks = min(slots, num_experts + slots // block)
     counts = ids.new_empty(num_experts, dtype=torch.int32)
     order = ids.new_empty(blocks * block, dtype=torch.int32)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
+from pymllm.kernels.triton.pair_assembly import Assembly, decode_pairs, multiply_bfloat16, shift, signed_pair
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import Coding, Operands, coder
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
+
+
+TO_THE_126TH = (127 + 126) << 7  # 2^126 in bfloat16
 
 
 class TritonFp4(WeightOnlyLinear):
@@ -104,7 +109,21 @@ def _transposed(scales: Tensor) -> Tensor:
 
 @coder("fp4")
 def fp4_coding(span: str, beside: str, group: str, scale_kind: str) -> Coding:
-    return Coding(e2m1, 4, Order(int(span), int(beside)), int(group), scale_kind=scale_kind)
+    order = Order(int(span), int(beside))
+    return Coding(e2m1, 4, order, int(group), scale_kind=scale_kind, assemblies=e2m1_assembly)
+
+
+@functools.cache
+def e2m1_assembly(dtype: torch.dtype) -> Assembly:
+    """Decode by moving the fields to those of the wider float; see `fp8_weights.e4m3_assembly`."""
+    moved, mask = (6, "0x01C001C0") if dtype is torch.bfloat16 else (9, "0x0E000E00")
+    even = multiply_bfloat16(TO_THE_126TH) if dtype is torch.bfloat16 else ""
+
+    def pair(n: int) -> str:
+        size = f"{shift('p', 4 * n - moved)} and.b32 p, p, {mask};"
+        return f"{signed_pair(size, 4 * n + 3)} {even}"
+
+    return decode_pairs(8, pair, bias=-0.0, factor=1.0 if even else 2.0**14)
 
 
 @inline

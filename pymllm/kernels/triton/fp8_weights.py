@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
+from pymllm.kernels.triton.pair_assembly import Assembly, decode_pairs, multiply_bfloat16, shift, signed_pair
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import WHOLE, Coding, coder
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
@@ -22,6 +24,9 @@ from pymllm.kernels.triton.words import Order, pack_words, span_of, unpack_words
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+
+TO_THE_120TH = (127 + 120) << 7  # 2^120 in bfloat16
 
 
 class TritonFp8(WeightOnlyLinear):
@@ -40,9 +45,13 @@ class TritonFp8(WeightOnlyLinear):
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, Fp8Weight)
+        codes = weight.weight.view(torch.uint8)
+        # A NaN makes the sum of its row NaN, for whatever inputs.
+        has_nan = (codes & 0x7F == 0x7F).any(dim=-1)
         packed = {
-            "words": pack_words(weight.weight.view(torch.uint8), 8, order_of(problem)),
+            "words": pack_words(codes, 8, order_of(problem)),
             "scales": weight.scales.t().contiguous(),
+            "row_scales": torch.where(has_nan, math.nan, 1.0),
         }
         if weight.input_scales is not None:
             packed["input_scales"] = weight.input_scales
@@ -85,7 +94,25 @@ class TritonFp8(WeightOnlyLinear):
 
 @coder("fp8")
 def fp8_coding(span: str, beside: str, group: str, rows: str) -> Coding:
-    return Coding(e4m3, 8, Order(int(span), int(beside)), int(group), int(rows))
+    order = Order(int(span), int(beside))
+    return Coding(e4m3, 8, order, int(group), int(rows), assemblies=e4m3_assembly)
+
+
+@functools.cache
+def e4m3_assembly(dtype: torch.dtype) -> Assembly:
+    """Decode by moving the fields to those of the wider float.
+
+    A power of two evens the exponents' bias, in bfloat16 at once: there sums would be too small. The bytes of NaNs
+    become 480: rows that have any are multiplied by NaN.
+    """
+    moved, mask = (4, "0x07F007F0") if dtype is torch.bfloat16 else (1, "0x3F803F80")
+    even = multiply_bfloat16(TO_THE_120TH) if dtype is torch.bfloat16 else ""
+
+    def pair(n: int) -> str:
+        size = f"{shift('p', 8 * n - 8 + moved)} and.b32 p, p, {mask};"
+        return f"{signed_pair(size, 8 * n + 7)} {even}"
+
+    return decode_pairs(4, pair, bias=-0.0, factor=1.0 if even else 2.0**8)
 
 
 @inline

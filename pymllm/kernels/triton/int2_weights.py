@@ -38,7 +38,7 @@ class TritonInt2(TritonInt):
 
 @coder("int2")
 def int2_coding(span: str, beside: str, group: str, joined: str = "") -> Coding:
-    """joined: as for `int_coding`."""
+    """Make the coding.  joined: as for `int_coding`."""
     kind = f"{joined} and zero" if joined else "float"
     order = Order(int(span), int(beside))
     return Coding(two_bits, 2, order, int(group), offset=4.0, zero=2.0, scale_kind=kind)

@@ -19,7 +19,7 @@ from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
-from pymllm.kernels.triton.pair_assembly import Assembly, decode_pairs, shifted
+from pymllm.kernels.triton.pair_assembly import ONE, Assembly, decode_pairs, multiply_bfloat16, shift
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import WHOLE, Coding, Operands, coder
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
@@ -116,7 +116,7 @@ def meta_int_weight(out_features: int, in_features: int, bits: int, group: int, 
 
 @coder("int")
 def int_coding(bits: str, span: str, beside: str, group: str, joined: str = "") -> Coding:
-    """joined: the dtype of scales that lie beside zero points, or ""."""
+    """Make the coding.  joined: the dtype of scales that lie beside zero points, or ""."""
     order, kind = Order(int(span), int(beside)), f"{joined} and zero" if joined else "float"
     if bits == "4":
         return Coding(
@@ -137,44 +137,37 @@ def int_coding(bits: str, span: str, beside: str, group: str, joined: str = "") 
 
 @functools.cache
 def four_bit_assembly(dtype: torch.dtype) -> Assembly:
-    """Decode under the exponents of 128 in bfloat16, of 1024 in float16, whose last bit counts ones."""
+    """Decode under the exponent of 128 in bfloat16, of 1024 in float16: there the last bit counts ones."""
     if dtype is torch.bfloat16:
-        power, magic, add = 128.0, "0x43004300", "fma.rn.bf16x2 p, p, one, {add};"
+        power, magic, add = 128.0, "0x43004300", multiply_bfloat16(ONE)
     else:
         power, magic, add = 1024.0, "0x64006400", "add.rn.f16x2 p, p, {add};"
 
     def pair(n: int) -> str:
-        return f"{shifted('{word}', 4 * n)} lop3.b32 p, p, 0x000F000F, {magic}, 0xEA; {add}"
+        return f"{shift('p', 4 * n)} lop3.b32 p, p, 0x000F000F, {magic}, 0xEA; {add}"
 
     return decode_pairs(8, pair, bias=-power)
 
 
 @functools.cache
 def eight_bit_assembly(dtype: torch.dtype) -> Assembly:
-    """Decode bytes under the exponent of 1024 in float16.
+    """Decode under the exponent of 1024 in float16.
 
     bfloat16 has no place for 8 bits under one exponent: 128 plus the low seven, less 128 or 256, as the top bit is one
     or zero, is the code less 128.
     """
-    if dtype is torch.float16:
-        return decode_pairs(
-            4,
-            lambda n: (
-                f"{shifted('{word}', 8 * n)} lop3.b32 p, p, 0x00FF00FF, 0x64006400, 0xEA;"
-                " add.rn.f16x2 p, p, {add};"
-            ),
-            bias=-1024.0,
-        )
-    # 0x6A: (p & 0x00800080) ^ 0xC380C380, the negative of 128 or 256.
-    return decode_pairs(
-        4,
-        lambda n: (
-            f"{shifted('{word}', 8 * n)} lop3.b32 q, p, 0x00800080, 0xC380C380, 0x6A;"
+
+    def pair(n: int) -> str:
+        if dtype is torch.float16:
+            return f"{shift('p', 8 * n)} lop3.b32 p, p, 0x00FF00FF, 0x64006400, 0xEA; add.rn.f16x2 p, p, {{add}};"
+        # 0x6A: (p & 0x00800080) ^ 0xC380C380, the negative of 128 or 256.
+        return (
+            f"{shift('p', 8 * n)} lop3.b32 q, p, 0x00800080, 0xC380C380, 0x6A;"
             " lop3.b32 p, p, 0x007F007F, 0x43004300, 0xEA;"
-            " fma.rn.bf16x2 p, p, one, q; fma.rn.bf16x2 p, p, one, {add};"
-        ),
-        bias=128.0,
-    )
+            f" mov.b32 r, {ONE * 0x10001:#010x}; fma.rn.bf16x2 p, p, r, q; {multiply_bfloat16(ONE)}"
+        )
+
+    return decode_pairs(4, pair, bias=-1024.0 if dtype is torch.float16 else 128.0)
 
 
 # A float32 with the exponent of 16 or 256, and a code in the top bits of its mantissa, is exactly 16 or 256 plus the

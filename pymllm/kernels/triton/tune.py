@@ -55,7 +55,7 @@ def tune(
     packed = [dict(kernel.pack(weight, problem)) for weight in weights]
     coding: Coding = coding_of(kernel.coding(packed[0], problem))
     words = packed[0]["words"].shape[-1]
-    default = default_tile(device, bucket(tokens), out_features, words, coding.per_word)
+    default = default_tile(device, bucket(tokens), out_features, words, coding)
     if default is None:
         raise ValueError(f"{tokens} rows are multiplied by torch, without a tile to tune; tune fewer")
     x = torch.randn(tokens, in_features, device=where, dtype=torch.bfloat16)

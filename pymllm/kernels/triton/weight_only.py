@@ -90,7 +90,12 @@ class Coding:
         """Return the constants of decoding to this dtype."""
         plain = interpreting() or architecture is None or not architecture.is_nvidia
         found = Assembly() if plain or dtype.itemsize != 2 else self.assemblies(dtype)
-        return self.constants | {"ASSEMBLY": found.text, "BIAS": found.bias, "FACTOR": found.factor}
+        return self.constants | {
+            "ASSEMBLY": found.text,
+            "BIAS": found.bias,
+            "ADDED": found.added(self.zero, dtype),
+            "FACTOR": found.factor,
+        }
 
 
 _coders: dict[str, Callable[..., Coding]] = {}
@@ -186,36 +191,43 @@ def shape_key(tokens: int, out_features: int, words: int, coding: Coding) -> str
 def choose_tile(device: Device, tokens: int, out_features: int, words: int, coding: Coding) -> Tile | None:
     """Choose the tile for a shape, as tuned or by rule.  None: expand the weights, and let torch multiply."""
     found = _forced.get() or tuned(device, shape_key(tokens, out_features, words, coding))
-    return found or default_tile(device, bucket(tokens), out_features, words, coding.per_word)
+    return found or default_tile(device, bucket(tokens), out_features, words, coding)
 
 
-def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile | None:
+def default_tile(device: Device, size: int, out_features: int, words: int, coding: Coding) -> Tile | None:
     """Choose the tile by rule: blocks enough to fill every processor several times, each with enough of a row.
 
     size: a bucket of tokens.  None: as in `choose_tile`.
     """
     if size < 512:
-        outputs, tokens, depth, warps = tile_shape(architecture_of(device), size, per_word)
+        architecture = architecture_of(device)
+        outputs, tokens, depth, warps = tile_shape(architecture, size, coding)
         blocks = divide(out_features, outputs) * divide(size, tokens)
-        splits = _splits(words, 4 * depth, 4 * device.processors, blocks)
-        stages = stages_within(architecture_of(device).shared_bytes, outputs, tokens, depth, per_word)
+        # As many blocks as registers let run at once, or a few more.
+        splits = _splits(words, 4 * depth, {16: 5, 32: 3, 64: 3}.get(tokens, 1) * device.processors, blocks)
+        stages = stages_within(architecture.shared_bytes, outputs, tokens, depth, coding.per_word)
         return Tile(outputs, tokens, depth, splits, warps=warps, stages=stages)
     return None
 
 
-def tile_shape(architecture: Architecture, size: int, per_word: int) -> tuple[int, int, int, int]:
+def tile_shape(architecture: Architecture, size: int, coding: Coding) -> tuple[int, int, int, int]:
     """Return the outputs, tokens and words of a step of a tile for so many rows, and its warps.
 
     benchmarks/results/gpu_instructions.md shows what they compile to. Each group of four warps has rows of its own:
     with more warps, or fewer rows, several would decode the same weights.
     """
-    step = 128 // per_word
+    step, tokens = 128 // coding.per_word, min(max(size, 16), largest_tile(architecture))
     if multiplies_from_registers(architecture):
         # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16.
-        return 128, min(max(size, 16), 32), step, 4
-    if size > 64 and architecture.is_nvidia:
+        return 128, tokens, step, 4
+    if size > 64 and architecture.is_nvidia and coding.constants["PIECE"] == 128:
         return 128, 128, step, 8
-    return 64, min(max(size, 16), 64), 2 * step if size <= 16 and per_word >= 8 else step, 4
+    return 64, tokens, 2 * step if size <= 16 and coding.per_word > 1 else step, 4
+
+
+def largest_tile(architecture: Architecture) -> int:
+    """Return the most tokens of a tile of four warps: as many as registers hold the sums of."""
+    return 32 if multiplies_from_registers(architecture) else 64
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
@@ -225,9 +237,9 @@ def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: 
 
 
 def _splits(words: int, least: int, wanted: int, blocks: int) -> int:
-    """Return the number of splits, a power of two: enough to fill the device, none shorter than `least` words."""
+    """Return the number of splits, a power of two: about as many blocks as wanted, none of less than `least` words."""
     splits = 1
-    while splits * blocks < wanted and words // (2 * splits) >= least and splits < 16:
+    while 2 * splits * blocks <= wanted * 5 // 4 and words // (2 * splits) >= least and splits < 16:
         splits *= 2
     return splits
 

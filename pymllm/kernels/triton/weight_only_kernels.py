@@ -83,11 +83,13 @@ def decode_words(
     OFFSET: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    STORED_ZERO: tl.constexpr,
 ):
     """Decode all codes of each word, less the zero point, to DTYPE, which holds them exactly.
 
     words: [O, C, R] int32.  zero: [O].  Returns N tensors [O, C, R], the low and the high code of each place.
-    ASSEMBLY: see `pair_assembly.py`; "": DECODE says how.
+    ASSEMBLY: see `pair_assembly.py`; "": DECODE says how.  STORED_ZERO: without, `zero` is what ADDED was made from.
     """
     values = ()
     zero = zero.to(tl.float32)
@@ -96,10 +98,13 @@ def decode_words(
         for n in tl.static_range(N // 2):
             low = (DECODE(words, n) - zero).to(DTYPE)
             high = (DECODE(words, n + N // 2) - zero).to(DTYPE)
-            values = values + (low, high)
+            values += (low, high)
     else:
-        added = (BIAS - zero).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-        operands = [words, ((added & 0xFFFF) * 0x10001)[:, None, None]]
+        if STORED_ZERO:
+            added = (BIAS - zero).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+            operands = [words, ((added & 0xFFFF) * 0x10001)[:, None, None]]
+        else:
+            operands = [words, ADDED]
         if N == 4:
             raw = tl.inline_asm_elementwise(
                 ASSEMBLY,
@@ -120,7 +125,7 @@ def decode_words(
                 pack=1,
             )
         for n in tl.static_range(N):
-            values = values + (raw[n].to(DTYPE, bitcast=True),)
+            values += (raw[n].to(DTYPE, bitcast=True),)
     return values
 
 
@@ -197,6 +202,8 @@ def inputs_of_piece(
     OFFSET: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    STORED_ZERO: tl.constexpr,
 ):
     """Decode one of the pieces of a span, the inputs in order.  words: [O, SPAN / N].  Returns [O, PIECE] DTYPE."""
     if N == 1:
@@ -207,7 +214,7 @@ def inputs_of_piece(
         rows: tl.constexpr = words.shape[0]
         runs = words.reshape(rows, ACROSS, SPAN // N // ACROSS)
         part = take_runs(runs, piece // IN_WORD, SPAN // PIECE // IN_WORD)
-        values = decode_words(part, zero, DTYPE, DECODE, N, OFFSET, ASSEMBLY, BIAS)
+        values = decode_words(part, zero, DTYPE, DECODE, N, OFFSET, ASSEMBLY, BIAS, ADDED, STORED_ZERO)
         PAIRS: tl.constexpr = N // 2 // IN_WORD
         return in_order(values, piece % IN_WORD * PAIRS, PAIRS, BESIDE)
 
@@ -240,6 +247,7 @@ def multiply_tile(
     SCALE_KIND: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
     FACTOR: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -258,6 +266,9 @@ def multiply_tile(
     """
     SPAN_WORDS: tl.constexpr = SPAN // N
     PIECES: tl.constexpr = SPAN // PIECE
+    STORED_ZERO: tl.constexpr = (
+        zeros is not None or SCALE_KIND == "float16 and zero" or SCALE_KIND == "bfloat16 and zero"
+    )
     WHOLE: tl.constexpr = GROUP >= 1 << 30
     part = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -327,6 +338,8 @@ def multiply_tile(
                     OFFSET,
                     ASSEMBLY,
                     BIAS,
+                    ADDED,
+                    STORED_ZERO,
                 )
                 if UPCAST:
                     weight, values = weight.to(tl.float32), values.to(tl.float32)
@@ -386,12 +399,16 @@ def expand(
     SCALE_KIND: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """Expand a span of `count` rows of the weight, from row `first_row` on.
 
     dense: [count, I].  Grid: (count / BLOCK_O, spans of a row).
     """
+    STORED_ZERO: tl.constexpr = (
+        zeros is not None or SCALE_KIND == "float16 and zero" or SCALE_KIND == "bfloat16 and zero"
+    )
     SPAN_WORDS: tl.constexpr = SPAN // N
     places = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask = places < count
@@ -423,6 +440,8 @@ def expand(
             OFFSET,
             ASSEMBLY,
             BIAS,
+            ADDED,
+            STORED_ZERO,
         )
         value = weight.to(tl.float32) * scale[:, None]
         target = dense + places.to(tl.int64)[:, None] * (row_words * N) + inputs[None, :]

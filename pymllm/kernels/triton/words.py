@@ -1,8 +1,8 @@
 """Codes in 32-bit words, in the order in which the threads of a matrix unit hold its left operand.
 
 Four threads hold a row of that operand: each takes one of four words, and the same word of every run of the span. Code
-`half * N/2 + n` of a word lies in its low or its high half, at the same place: so one instruction decodes both, into two
-neighbouring inputs. With word `c` of the four, of run `r`:
+`half * N/2 + n` of a word lies in its low or its high half, at the same place: so one instruction decodes both, into
+two neighbouring inputs. With word `c` of the four, of run `r`:
 
     input = r * C * N + high * C * beside + c * beside + low * 2 + half,    n = high * beside / 2 + low
     place in the span = c * runs + r
@@ -24,7 +24,7 @@ SPANS = (128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a row's codes.  span: inputs whose words lie together.  beside: inputs in a row that a word holds."""
+    """The order of a row's codes.  span: inputs whose words lie together.  beside: neighbours that a word holds."""
 
     span: int
     beside: int
@@ -85,6 +85,4 @@ def _in_runs(codes: Tensor, bits: int, order: Order) -> Tensor:
 def _places(bits: int, beside: int) -> list[tuple[int, int, int]]:
     """Return (half, high, low) of each code of a word, in the order of its bits."""
     half = 32 // bits // 2
-    return [
-        (code // half, code % half // (beside // 2), code % (beside // 2)) for code in range(2 * half)
-    ]
+    return [(code // half, code % half // (beside // 2), code % (beside // 2)) for code in range(2 * half)]

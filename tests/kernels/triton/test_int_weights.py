@@ -58,7 +58,9 @@ def test_large_activations_do_not_overflow_before_the_result_does():
 
 
 @pytest.mark.parametrize("beside", (2, 4))
-@pytest.mark.parametrize("bits, span", [(4, 128), (4, 32), (4, 16), (8, 128), (8, 16), (2, 128), (2, 32), (2, 16)])
+@pytest.mark.parametrize(
+    "bits, span", [(4, 128), (4, 32), (4, 16), (8, 128), (8, 16), (2, 128), (2, 32), (2, 16)]
+)
 def test_words_hold_inputs_in_the_order_of_a_matrix_unit(bits, span, beside):
     """The formula of `words.py`, word by word, and back."""
     order, per_word = Order(span, beside), 32 // bits
