@@ -254,7 +254,7 @@ def multiply_experts(
 def sorted_slots(ids: Tensor, num_experts: int, largest: int = 64) -> tuple[int, Tensor, Tensor]:
     """Sort slots by expert, keep their order within one, and pad each expert's to whole blocks.
 
-    ids: [T, K] int64; below 0: no expert.  largest: number of slots of a block.  Returns the number of slots of a block;
+    ids: [T, K] int64; below 0: no expert.  largest: number of slots of a block.  Returns the slots of a block;
     [blocks * that] int32 slots, S where there is none; [blocks] int32 experts, below 0 for blocks that are not needed.
     """
     slots = ids.numel()
