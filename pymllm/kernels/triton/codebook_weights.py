@@ -18,7 +18,8 @@ from pymllm.kernels.triton.launch import Inline, inline
 from pymllm.kernels.triton.linear_cases import EVEN
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import Coding, coder
-from pymllm.kernels.triton.words import span_of
+from pymllm.kernels.triton.weight_only_linear import order_of
+from pymllm.kernels.triton.words import Order, span_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -40,8 +41,8 @@ class TritonIntegerCodebook(TritonFp4):
     def coding(self, packed: Packed, problem: LinearProblem) -> str:
         kind = problem.weight
         assert isinstance(kind, CodebookType)
-        scales = SCALE_KINDS.get(packed["scales"].dtype, "float")
-        return f"codebook {kind.codebook} {span_of(kind.group_size)} {kind.group_size} {scales}"
+        order, scales = order_of(problem), SCALE_KINDS.get(packed["scales"].dtype, "float")
+        return f"codebook {kind.codebook} {order.span} {order.beside} {kind.group_size} {scales}"
 
     def examples(self) -> Sequence[CanonicalWeight]:
         out_features, in_features = EVEN
@@ -96,5 +97,6 @@ DECODERS: dict[str, Inline] = {"iq4": iq4, "iq3_xxs": iq3_xxs, "iq3_s": iq3_s, "
 
 
 @coder("codebook")
-def codebook_coding(name: str, span: str, group: str, scale_kind: str) -> Coding:
-    return Coding(DECODERS[name], 4, int(span), int(group), scale_kind=scale_kind)
+def codebook_coding(name: str, span: str, beside: str, group: str, scale_kind: str) -> Coding:
+    order = Order(int(span), int(beside))
+    return Coding(DECODERS[name], 4, order, int(group), scale_kind=scale_kind)

@@ -23,8 +23,8 @@ from pymllm.kernels.triton.int_weights import TritonInt
 from pymllm.kernels.triton.launch import kernel
 from pymllm.kernels.triton.operators import operator
 from pymllm.kernels.triton.tuning import divide, next_power
-from pymllm.kernels.triton.weight_only import coding_of
-from pymllm.kernels.triton.weight_only_kernels import scales_and_zeros
+from pymllm.kernels.triton.weight_only import Operands, coding_of
+from pymllm.kernels.triton.weight_only_kernels import inputs_of_piece, load_scale_and_zero
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class TritonIntEmbedding(_Gather, TritonInt):
 class TritonFp8Embedding(_Gather, TritonFp8):
     """A table of fp8."""
 
+    def operands(self, packed: Packed) -> Operands:
+        """Leave out what makes products of whole rows NaN: single numbers are."""
+        return Operands(packed["words"], packed["scales"])
+
 
 class TritonIntegerCodebookEmbedding(_Gather, TritonIntegerCodebook):
     """A table of codes of a codebook of integers."""
@@ -93,9 +97,10 @@ def gather(
     rows, row_words = words.shape
     y = like.new_empty((*ids.shape, row_words * how.per_word))
     if ids.numel():
-        block = min(next_power(row_words), 256)
+        spans = row_words * how.per_word // how.order.span
+        block = min(next_power(spans), 16)
         gather_rows.launch(
-            (ids.numel(), divide(row_words, block)),
+            (ids.numel(), divide(spans, block)),
             ids.contiguous(),
             words,
             scales,
@@ -104,7 +109,7 @@ def gather(
             y,
             rows,
             row_words,
-            BLOCK_W=block,
+            BLOCK_S=block,
             num_warps=4,
             **how.constants,
         )
@@ -121,29 +126,42 @@ def gather_rows(
     y,
     out_features,
     row_words,
-    BLOCK_W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     DECODE: tl.constexpr,
     N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PIECE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
 ):
-    """Gather one block of a row, and expand it.  ids: [N].  words: [V, W].  y: [N, H].  Grid: (N, W / BLOCK_W)."""
+    """Gather some spans of a row, and expand them.
+
+    ids: [N].  words: [V, W].  y: [N, H].  Grid: (N, spans of a row / BLOCK_S).
+    """
+    SPAN_WORDS: tl.constexpr = SPAN // N
     place = tl.program_id(0).to(tl.int64)
-    rows = tl.load(ids + place) + tl.arange(0, 1)
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = (columns < row_words)[None, :]
-    tile = tl.load(words + rows[:, None] * row_words + columns[None, :], mask=mask, other=0)
-    scale, zero = scales_and_zeros(
-        scales, zeros, rows, columns, mask, out_features, GROUP_WORDS, GROUP_ROWS, OFFSET, ZERO, SCALE_KIND
-    )
-    if row_scales is not None:
-        scale *= tl.load(row_scales + rows)[:, None]
-    inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-    target = y + place * (row_words * N) + inputs[None, :]
-    for n in tl.static_range(N):
-        value = (DECODE(tile, n) - zero) * scale
-        tl.store(target + n * SPAN_WORDS, value.to(y.dtype.element_ty), mask=mask)
+    row = tl.load(ids + place)
+    first = (tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)) * SPAN_WORDS  # word of each span
+    mask = first < row_words
+    columns = first[:, None] + tl.arange(0, SPAN_WORDS)[None, :]
+    tile = tl.load(words + row * row_words + columns, mask=mask[:, None], other=0)
+    for piece in tl.static_range(SPAN // PIECE):
+        start = first * N + piece * PIECE
+        scale, zero = load_scale_and_zero(
+            scales, zeros, start // GROUP, row, mask, out_features, GROUP_ROWS, ZERO, SCALE_KIND
+        )
+        if row_scales is not None:
+            scale *= tl.load(row_scales + row)
+        value = inputs_of_piece(
+            tile, zero, piece, tl.float32, DECODE, N, SPAN, PIECE, BESIDE, OFFSET, "", 0.0, 0, True
+        )
+        inputs = start[:, None] + tl.arange(0, PIECE)[None, :]
+        tl.store(
+            y + place * (row_words * N) + inputs,
+            (value * scale[:, None]).to(y.dtype.element_ty),
+            mask=mask[:, None],
+        )

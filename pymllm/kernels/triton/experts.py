@@ -1,10 +1,9 @@
 """All routed experts of a layer in a few launches: weights of int4, int8, fp8, codebooks, 16 bits; 16-bit activations.
 
 Each expert is packed as the weight-only linear kernels pack a weight, and the experts are stacked. A slot is a token
-and one of its experts. A few slots each go through `multiply_one`; more are sorted by expert on the device, each
-expert's slots padded to whole blocks, and go through `multiply_tile`. The largest possible number of blocks follows
-from shapes alone, and blocks that are not needed end at once: nothing is read back, and a CUDA graph serves any
-routing.
+and one of its experts. A few slots are blocks of one row each; more are sorted by expert on the device, each expert's
+slots padded to whole blocks. The largest possible number of blocks follows from shapes alone, and blocks that are not
+needed end at once: nothing is read back, and a CUDA graph serves any routing.
 """
 
 # T tokens, K experts a token, S slots (T·K), E experts, H hidden size, I intermediate size, O out_features
@@ -41,11 +40,13 @@ from pymllm.kernels.triton.weight_only import (
     Operands,
     coder,
     coding_of,
+    largest_tile,
     stages_within,
-    tile_depth,
+    tile_shape,
 )
-from pymllm.kernels.triton.weight_only_kernels import multiply_one, multiply_tile
-from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
+from pymllm.kernels.triton.weight_only_kernels import multiply_tile
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
+from pymllm.kernels.triton.words import Order
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -78,7 +79,8 @@ class DenseWords(WeightOnlyLinear):
         return Operands(packed["weight"], None)
 
     def coding(self, packed: Packed, problem: LinearProblem) -> str:
-        return "dense"
+        order = order_of(problem)
+        return f"dense {order.span} {order.beside}"
 
     def examples(self) -> Sequence[CanonicalWeight]:
         return [DenseWeight(torch.empty((1024, 2048), dtype=torch.bfloat16, device="meta"))]
@@ -116,7 +118,7 @@ class TritonExperts(LinearExperts):
 
     def numerics(self, problem: ExpertsProblem) -> str:
         return (
-            f"weights rounded to the activations' dtype from {FEW_SLOTS} slots on, sums in float32, "
+            "numbers before scales exact in the activations' dtype, sums and scales in float32, "
             "the gated product rounded to the activations' dtype"
         )
 
@@ -138,7 +140,8 @@ class TritonExperts(LinearExperts):
             return y.zero_()
         x = x if x.stride(-1) == 1 else x.contiguous()
         ids = topk_ids.contiguous()
-        rows = sorted_slots(ids, problem.num_experts) if ids.numel() > FEW_SLOTS else None
+        most = largest_tile(architecture_of(problem.device))
+        rows = sorted_slots(ids, problem.num_experts, most) if ids.numel() > FEW_SLOTS else None
 
         def multiply(product: str, x: Tensor, bias: Tensor | None, top_k: int, dtype: torch.dtype) -> Tensor:
             linear = problem.products()[product]
@@ -215,36 +218,19 @@ def multiply_experts(
     """
     slots, out_features = y.shape
     words = weight.words.shape[-1]
-    # A word of one code is short: a step takes more of them, to read as many bytes of a row as of packed codes.
-    depth = 64 * max(1, 4 // coding.per_word)
-    operands = (weight.words, weight.scales, weight.zeros, weight.row_scales, bias)
-    if rows is None:
-        multiply_one.launch(
-            (divide(out_features, 16), 1, slots),
-            x,
-            *operands,
-            y,
-            ids,
-            out_features,
-            words,
-            divide(words, depth) * depth,
-            x.stride(0),
-            **coding.constants,
-            EVEN=words % depth == 0,
-            BLOCK_O=16,
-            BLOCK_W=depth,
-            TOP_K=top_k,
-            num_warps=4,
-            num_stages=1,
-        )
-        return
-    block_tokens, order, block_experts = rows
-    depth = tile_depth(device, coding.per_word)
-    shared = architecture_of(device).shared_bytes
+    # A few slots are a block each, of one row.
+    block_tokens, order, block_experts = rows or (16, None, ids)
+    architecture = architecture_of(device)
+    outputs, _, depth, warps = tile_shape(architecture, block_tokens, coding)
+    depth = max(depth, coding.span_words)
     multiply_tile.launch(
-        (divide(out_features, 64), block_experts.shape[0], 1),
+        (divide(out_features, outputs), block_experts.numel(), 1),
         x,
-        *operands,
+        weight.words,
+        weight.scales,
+        weight.zeros,
+        weight.row_scales,
+        bias,
         y,
         order,
         block_experts,
@@ -253,26 +239,26 @@ def multiply_experts(
         words,
         divide(words, depth) * depth,
         x.stride(0),
-        **coding.constants,
+        **coding.decoding(x.dtype, architecture),
         EVEN=words % depth == 0,
-        BLOCK_O=64,
+        BLOCK_O=outputs,
         BLOCK_W=depth,
         BLOCK_T=block_tokens,
         TOP_K=top_k,
         UPCAST=interpreting(),
-        num_warps=8,
-        num_stages=stages_within(shared, 64, block_tokens, depth, coding.per_word),
+        num_warps=warps,
+        num_stages=stages_within(architecture.shared_bytes, outputs, block_tokens, depth, coding.per_word),
     )
 
 
-def sorted_slots(ids: Tensor, num_experts: int) -> tuple[int, Tensor, Tensor]:
+def sorted_slots(ids: Tensor, num_experts: int, largest: int = 64) -> tuple[int, Tensor, Tensor]:
     """Sort slots by expert, keep their order within one, and pad each expert's to whole blocks.
 
-    ids: [T, K] int64; below 0: no expert.  Returns the number of slots of a block; [blocks * that] int32 slots, S where
-    there is none; [blocks] int32 experts, below 0 for blocks that are not needed.
+    ids: [T, K] int64; below 0: no expert.  largest: number of slots of a block.  Returns the slots of a block;
+    [blocks * that] int32 slots, S where there is none; [blocks] int32 experts, below 0 for blocks that are not needed.
     """
     slots = ids.numel()
-    block = min(64, max(16, next_power(slots // num_experts)))
+    block = min(largest, max(16, next_power(slots // num_experts)))
     blocks = min(slots, num_experts + slots // block)
     counts = ids.new_empty(num_experts, dtype=torch.int32)
     order = ids.new_empty(blocks * block, dtype=torch.int32)
@@ -297,8 +283,8 @@ def sorted_slots(ids: Tensor, num_experts: int) -> tuple[int, Tensor, Tensor]:
 
 
 @coder("dense")
-def dense_coding() -> Coding:
-    return Coding(as_float, 32, 16, WHOLE)
+def dense_coding(span: str, beside: str) -> Coding:
+    return Coding(as_float, 32, Order(int(span), int(beside)), WHOLE)
 
 
 @inline

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,20 @@ from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
+from pymllm.kernels.triton.pair_assembly import Assembly, decode_pairs, multiply_bfloat16, shift, signed_pair
 from pymllm.kernels.triton.requirements import why_not_float_activations
 from pymllm.kernels.triton.weight_only import Coding, Operands, coder
-from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
-from pymllm.kernels.triton.words import pack_words, span_of, unpack_words
+from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear, order_of
+from pymllm.kernels.triton.words import Order, pack_words, span_of, unpack_words
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
+
+
+TO_THE_126TH = (127 + 126) << 7  # 2^126 in bfloat16
 
 
 class TritonFp4(WeightOnlyLinear):
@@ -43,23 +48,19 @@ class TritonFp4(WeightOnlyLinear):
 
     def pack(self, weight: CanonicalWeight, problem: LinearProblem) -> Packed:
         assert isinstance(weight, CodebookWeight)
-        span = span_of(weight.group_size)
-        assert span is not None
         packed = weight.tensors()
         del packed["codes"]
         return {
             **packed,
-            "words": pack_words(weight.codes, 4, span),
+            "words": pack_words(weight.codes, 4, order_of(problem)),
             "scales": _transposed(weight.scales),
         }
 
     def unpack(self, packed: Packed, problem: LinearProblem) -> CanonicalWeight:
         kind = problem.weight
         assert isinstance(kind, CodebookType)
-        span = span_of(kind.group_size)
-        assert span is not None
         return CodebookWeight(
-            unpack_words(packed["words"], 4, span),
+            unpack_words(packed["words"], 4, order_of(problem)),
             packed["table"],
             _transposed(packed["scales"]),
             kind.codebook,
@@ -77,7 +78,8 @@ class TritonFp4(WeightOnlyLinear):
     def coding(self, packed: Packed, problem: LinearProblem) -> str:
         kind = problem.weight
         assert isinstance(kind, CodebookType)
-        return f"fp4 {span_of(kind.group_size)} {kind.group_size} {SCALE_KINDS.get(packed['scales'].dtype, 'float')}"
+        order, scales = order_of(problem), SCALE_KINDS.get(packed["scales"].dtype, "float")
+        return f"fp4 {order.span} {order.beside} {kind.group_size} {scales}"
 
     def examples(self) -> Sequence[CanonicalWeight]:
         return [
@@ -106,8 +108,22 @@ def _transposed(scales: Tensor) -> Tensor:
 
 
 @coder("fp4")
-def fp4_coding(span: str, group: str, scale_kind: str) -> Coding:
-    return Coding(e2m1, 4, int(span), int(group), scale_kind=scale_kind)
+def fp4_coding(span: str, beside: str, group: str, scale_kind: str) -> Coding:
+    order = Order(int(span), int(beside))
+    return Coding(e2m1, 4, order, int(group), scale_kind=scale_kind, assemblies=e2m1_assembly)
+
+
+@functools.cache
+def e2m1_assembly(dtype: torch.dtype) -> Assembly:
+    """Decode by moving the fields to those of the wider float; see `fp8_weights.e4m3_assembly`."""
+    moved, mask = (6, "0x01C001C0") if dtype is torch.bfloat16 else (9, "0x0E000E00")
+    even = multiply_bfloat16(TO_THE_126TH) if dtype is torch.bfloat16 else ""
+
+    def pair(n: int) -> str:
+        size = f"{shift('p', 4 * n - moved)} and.b32 p, p, {mask};"
+        return f"{signed_pair(size, 4 * n + 3)} {even}"
+
+    return decode_pairs(8, pair, bias=-0.0, factor=1.0 if even else 2.0**14)
 
 
 @inline

@@ -14,6 +14,7 @@ from pymllm.kernels.triton.int_weights import TritonInt, meta_int_weight
 from pymllm.kernels.triton.launch import inline
 from pymllm.kernels.triton.linear_cases import EVEN, ODD
 from pymllm.kernels.triton.weight_only import Coding, coder
+from pymllm.kernels.triton.words import Order
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -36,8 +37,11 @@ class TritonInt2(TritonInt):
 
 
 @coder("int2")
-def int2_coding(span: str, group: str) -> Coding:
-    return Coding(two_bits, 2, int(span), int(group), offset=4.0, zero=2.0)
+def int2_coding(span: str, beside: str, group: str, joined: str = "") -> Coding:
+    """Make the coding.  joined: as for `int_coding`."""
+    kind = f"{joined} and zero" if joined else "float"
+    order = Order(int(span), int(beside))
+    return Coding(two_bits, 2, order, int(group), offset=4.0, zero=2.0, scale_kind=kind)
 
 
 @inline

@@ -63,14 +63,11 @@ class Tuned:
 
 def candidates(tokens: int, default: Tile) -> Iterator[Tile]:
     """Yield the tiles worth trying for so many rows: the default one, then those that are most like it."""
-    splits = (1, 2, 4, 8)
-    if tokens == 1:
-        sizes = itertools.product((8, 16, 32), (32, 64, 128), splits, (2, 4, 8))
-        others = [Tile(o, 1, depth, s, warps, 1) for o, depth, s, warps in sizes]
-    else:
-        rows = min(max(bucket(tokens), 16), 64)
-        more = itertools.product((32, 64, 128), (16, 32), splits, (4, 8), (1, 2, 3))
-        others = [Tile(o, rows, depth, s, warps, stages) for o, depth, s, warps, stages in more]
+    sizes = {default.tokens, min(max(bucket(tokens), 16), 64)}
+    depths = (default.depth // 2, default.depth, 2 * default.depth)
+    # A group of four warps multiplies 64 rows at once: more of them would decode the same weights.
+    products = itertools.product(sizes, depths, (1, 2, 4, 8, 16), (1, 2, 3, 4), ((64, 4), (128, 4), (128, 8)))
+    others = [Tile(o, rows, depth, s, warps, stages) for rows, depth, s, stages, (o, warps) in products]
     yield default
     yield from sorted(others, key=lambda tile: _distance(tile, default))
 
@@ -110,7 +107,7 @@ def tune(
     packed = [dict(kernel.pack(weight, problem)) for weight in weights]
     coding: Coding = coding_of(kernel.coding(packed[0], problem))
     words = packed[0]["words"].shape[-1]
-    default = default_tile(device, bucket(tokens), out_features, words, coding.per_word)
+    default = default_tile(device, bucket(tokens), out_features, words, coding)
     x = torch.randn(tokens, in_features, device=where, dtype=torch.bfloat16)
     expected = x.float() @ weights[0].dequantize(torch.float32).t()
     del weights

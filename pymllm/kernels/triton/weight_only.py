@@ -1,10 +1,10 @@
 """Multiplying by weights of few bits, the activations left as they are: the part that all such formats share.
 
-A format says how a code becomes a number (`decode`), and where scales and zero points lie. One row (`multiply_one`)
-takes no matrix unit: reading the weights is all it waits for. For up to a few hundred rows (`multiply_tile`), weights
-are expanded in registers, as the left operand, and the inner dimension is divided over blocks whose sums `add_splits`
-adds in order. From `EXPAND_TOKENS` rows on, weights are expanded once (`expand`), in pieces that stay in the GPU's last
-cache, and torch multiplies.
+A format says how a code becomes a number (`decode`), and where scales and zero points lie. For up to `EXPAND_TOKENS`
+rows (`multiply_tile`), codes are expanded in registers, as the left operand, to numbers that 16 bits hold exactly; sums
+of a group are multiplied by its scale. The inner dimension is divided over blocks whose sums `add_splits` adds in
+order. From so many rows on, weights are expanded once (`expand`), in pieces that stay in the GPU's last cache, and
+torch multiplies.
 """
 
 # T tokens, O out_features, I in_features, W words a row, N codes a word, G inputs of a group, S splits
@@ -12,6 +12,7 @@ cache, and torch multiplies.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,9 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pymllm.kernels.hardware import Device, probe_device
+from pymllm.kernels.hardware import Architecture, Device, probe_device
 from pymllm.kernels.triton.launch import Inline, interpreting
 from pymllm.kernels.triton.operators import operator
+from pymllm.kernels.triton.pair_assembly import Assemblies, Assembly, no_assembly
 from pymllm.kernels.triton.tuning import (
     Tile,
     architecture_of,
@@ -33,7 +35,8 @@ from pymllm.kernels.triton.tuning import (
     multiplies_from_registers,
     tuned,
 )
-from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_one, multiply_tile
+from pymllm.kernels.triton.weight_only_kernels import add_splits, expand, multiply_tile
+from pymllm.kernels.triton.words import Order, span_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAMILY = "weight_only"
@@ -46,35 +49,54 @@ WHOLE = 1 << 30  # a group as long as any axis: kernels of whole-axis scales do 
 class Coding:
     """The way in which a format's words become numbers.
 
-    decode: (words, n) -> code n of each, as float32 plus `offset`.  bits: of a code.  span: see `words.py`.
-    group: inputs that share a scale.  rows: outputs that share one.  scale_kind: "float", "e8m0" or "e4m3" (bytes).
-    zero: the zero point where none is stored.
+    decode: (words, n) -> code n of each, as float32 plus `offset`.  bits: of a code.  order: of codes in a row.
+    group: inputs that share a scale.  rows: outputs that share one.  scale_kind: "float"; "e8m0" or "e4m3", as bytes;
+    "float16 and zero" or "bfloat16 and zero", the low and the high half of an int32.
+    zero: the zero point where none is stored.  assemblies: what decodes faster than `decode` on NVIDIA's GPUs.
     """
 
     decode: Inline
     bits: int
-    span: int
+    order: Order
     group: int = WHOLE
     rows: int = 1
     offset: float = 0.0
     zero: float = 0.0
     scale_kind: str = "float"
+    assemblies: Assemblies = no_assembly
 
     @property
     def per_word(self) -> int:
         return 32 // self.bits
+
+    @property
+    def span_words(self) -> int:
+        return self.order.span // self.per_word
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         return {
             "DECODE": self.decode,
             "N": self.per_word,
-            "SPAN_WORDS": self.span // self.per_word,
-            "GROUP_WORDS": self.group // self.per_word,
+            "SPAN": self.order.span,
+            "PIECE": span_of(math.gcd(self.group, self.order.span)),
+            "BESIDE": self.order.beside,
+            "GROUP": self.group,
             "GROUP_ROWS": self.rows,
             "OFFSET": self.offset,
             "ZERO": self.zero,
             "SCALE_KIND": self.scale_kind,
+        }
+
+    def decoding(self, dtype: torch.dtype, architecture: Architecture | None) -> dict[str, Any]:
+        """Return the constants of decoding to this dtype."""
+        plain = interpreting() or architecture is None or not architecture.is_nvidia
+        found = Assembly() if plain or dtype.itemsize != 2 else self.assemblies(dtype)
+        return self.constants | {
+            "ASSEMBLY": found.text,
+            "BIAS": found.bias,
+            "ADDED": found.added(self.zero, dtype),
+            "FACTOR": found.factor,
         }
 
 
@@ -146,7 +168,7 @@ def _multiply(x: Tensor, weight: Operands, bias: Tensor | None, coding: Coding, 
         if tile is None:
             _expand_and_multiply(rows, weight, bias, y, coding, device)
         else:
-            _multiply_tiled(rows, weight, bias, y, coding, tile)
+            _multiply_tiled(rows, weight, bias, y, coding, tile, device)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -178,103 +200,95 @@ def choose_tile(device: Device, tokens: int, out_features: int, words: int, codi
     if torch_multiplies(tokens):
         return _forced.get()
     found = _forced.get() or tuned(device, shape_key(tokens, out_features, words, coding))
-    return found or default_tile(device, bucket(tokens), out_features, words, coding.per_word)
+    return found or default_tile(device, bucket(tokens), out_features, words, coding)
 
 
 @functools.cache
-def default_tile(device: Device, size: int, out_features: int, words: int, per_word: int) -> Tile:
+def default_tile(device: Device, size: int, out_features: int, words: int, coding: Coding) -> Tile:
     """Choose the tile by rule: blocks enough to fill every processor several times, each with enough of a row.
 
     size: a bucket of tokens.
     """
-    processors, shared = device.processors, architecture_of(device).shared_bytes
-    if size == 1:
-        tile = Tile(outputs=16, tokens=1, depth=64, warps=4, stages=1)
-        blocks = divide(out_features, tile.outputs)
-        splits = _splits(words, 4 * tile.depth, 8 * processors, blocks)
-        return Tile(tile.outputs, 1, tile.depth, splits, tile.warps, tile.stages)
-    tokens = min(max(size, 16), 64)
-    blocks = divide(out_features, 64) * divide(size, 64)
-    depth = tile_depth(device, per_word)
-    splits = _splits(words, 4 * depth, 2 * processors, blocks)
-    stages = stages_within(shared, 64, tokens, depth, per_word)
-    return Tile(64, tokens, depth, splits, warps=8, stages=stages)
+    architecture = architecture_of(device)
+    outputs, tokens, depth, warps = tile_shape(architecture, size, coding)
+    blocks = divide(out_features, outputs) * divide(size, tokens)
+    # As many blocks as registers let run at once, or a few more.
+    splits = _splits(words, 4 * depth, {16: 5, 32: 3, 64: 3}.get(tokens, 1) * device.processors, blocks)
+    stages = stages_within(architecture.shared_bytes, outputs, tokens, depth, coding.per_word)
+    return Tile(outputs, tokens, depth, splits, warps=warps, stages=stages)
 
 
-def tile_depth(device: Device, per_word: int) -> int:
-    """Return the words of a step: as many as the registers of a block hold expanded, beside its sums."""
-    if per_word == 1:
-        return 64
-    # benchmarks/results/triton_aot.md shows what spills.
-    return 16 if per_word > 8 or multiplies_from_registers(architecture_of(device)) else 32
+def tile_shape(architecture: Architecture, size: int, coding: Coding) -> tuple[int, int, int, int]:
+    """Return the outputs, tokens and words of a step of a tile for so many rows, and its warps.
+
+    benchmarks/results/gpu_instructions.md shows what they compile to. Each group of four warps has rows of its own:
+    with more warps, or fewer rows, several would decode the same weights.
+    """
+    step, tokens = 128 // coding.per_word, min(max(size, 16), largest_tile(architecture))
+    if multiplies_from_registers(architecture):
+        # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16.
+        return 128, tokens, step, 4
+    if size > 64 and architecture.is_nvidia and coding.constants["PIECE"] == 128:
+        return 128, 128, step, 8
+    return 64, tokens, 2 * step if size <= 16 and coding.per_word > 1 else step, 4
+
+
+def largest_tile(architecture: Architecture) -> int:
+    """Return the most tokens of a tile of four warps: as many as registers hold the sums of."""
+    return 32 if multiplies_from_registers(architecture) else 64
 
 
 def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
-    """Return how many steps ahead a block may load into shared memory.
-
-    It is 1 to 3, and at most 2 where a step has many loads.
-    """
+    """Return how many steps ahead a block may load into shared memory: 1 to 3."""
     step = depth * (4 * outputs + 2 * per_word * tokens)
-    return max(1, min(2 if per_word > 8 else 3, (shared - 2048) // step))
+    return max(1, min(3, (shared - 2048) // step))
 
 
 def _splits(words: int, least: int, wanted: int, blocks: int) -> int:
-    """Return the number of splits, a power of two: enough to fill the device, none shorter than `least` words."""
+    """Return the number of splits, a power of two: about as many blocks as wanted, none of less than `least` words."""
     splits = 1
-    while splits * blocks < wanted and words // (2 * splits) >= least and splits < 16:
+    while 2 * splits * blocks <= wanted * 5 // 4 and words // (2 * splits) >= least and splits < 16:
         splits *= 2
     return splits
 
 
 def _multiply_tiled(
-    x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding, tile: Tile
+    x: Tensor, weight: Operands, bias: Tensor | None, y: Tensor, coding: Coding, tile: Tile, device: Device
 ) -> None:
     tokens, out_features = y.shape
     words = weight.words.shape[1]
-    chunk = divide(divide(words, tile.splits), tile.depth) * tile.depth  # words of one split
+    depth = max(tile.depth, coding.span_words)
+    chunk = divide(divide(words, tile.splits), depth) * depth  # words of one split
     splits = divide(words, chunk)
     # The only workspace: its size follows from shapes alone, so a graph captures it.
     sums = y if splits == 1 else y.new_empty((splits, tokens, out_features), dtype=torch.float32)
     whole = splits == 1
-    common = {
-        **coding.constants,
-        "EVEN": words % tile.depth == 0,
-        "BLOCK_O": tile.outputs,
-        "BLOCK_W": tile.depth,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-    operands = (
+    multiply_tile.launch(
+        (divide(out_features, tile.outputs), divide(tokens, tile.tokens), splits),
+        x,
         weight.words,
         weight.scales,
         weight.zeros,
         weight.row_scales if whole else None,
         bias if whole else None,
+        sums,
+        None,
+        None,
+        tokens,
+        out_features,
+        words,
+        chunk,
+        x.stride(0),
+        **coding.decoding(x.dtype, device.architecture),
+        EVEN=words % depth == 0,
+        BLOCK_O=tile.outputs,
+        BLOCK_W=depth,
+        BLOCK_T=tile.tokens,
+        TOP_K=1,
+        UPCAST=interpreting(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    blocks = divide(out_features, tile.outputs)
-    if tile.tokens == 1:
-        multiply_one.launch(
-            (blocks, splits, 1), x, *operands, sums, None, out_features, words, chunk, 0, TOP_K=1, **common
-        )
-    else:
-        grid = (blocks, divide(tokens, tile.tokens), splits)
-        multiply_tile.launch(
-            grid,
-            x,
-            *operands,
-            sums,
-            None,
-            None,
-            tokens,
-            out_features,
-            words,
-            chunk,
-            x.stride(0),
-            BLOCK_T=tile.tokens,
-            TOP_K=1,
-            UPCAST=interpreting(),
-            **common,
-        )
     if not whole:
         block = 256
         add_splits.launch(
@@ -323,7 +337,7 @@ def expand_rows(weight: Operands, dense: Tensor, start: int, coding: Coding) -> 
     """Write the numbers of weight rows start, start + 1, ... to `dense`, [rows, I] in any float dtype."""
     words = weight.words.shape[1]
     expand.launch(
-        (divide(dense.shape[0], 32), divide(words, 64)),
+        (divide(dense.shape[0], 64), words // coding.span_words),
         weight.words,
         weight.scales,
         weight.zeros,
@@ -333,8 +347,7 @@ def expand_rows(weight: Operands, dense: Tensor, start: int, coding: Coding) -> 
         dense.shape[0],
         weight.words.shape[0],
         words,
-        BLOCK_O=32,
-        BLOCK_W=64,
+        BLOCK_O=64,
         num_warps=4,
-        **coding.constants,
+        **coding.decoding(dense.dtype, None),
     )

@@ -1,6 +1,7 @@
 """Products of weights of few bits with activations that are left as they are, on the GPU; see `weight_only.py`."""
 
-# T tokens, O out_features, I in_features, W words a row, N codes a word, G inputs of a group, S splits, E experts
+# T tokens, O out_features, I in_features, W words a row, N codes a word, C words across threads, R runs of a span,
+# S splits, E experts
 
 from __future__ import annotations
 
@@ -38,129 +39,184 @@ def e4m3_value(byte):
 
 
 @inline
-def scales_and_zeros(
+def load_scale_and_zero(
     scales,
     zeros,
+    group,
     rows,
-    columns,
     mask,
     out_features,
-    GROUP_WORDS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
 ):
-    """Load, for each word of a tile, its scale and what to subtract from its decoded codes."""
-    group = (columns // GROUP_WORDS).to(tl.int64)
-    stride = (out_features + GROUP_ROWS - 1) // GROUP_ROWS
+    """Load the scales and the zero points of rows in a group, as float32.  group, rows and mask broadcast.
+
+    Scales are 1 where there are none; zero points are ZERO where none are stored.
+    """
+    zero = tl.full(mask.shape, ZERO, tl.float32)
     if scales is None:
-        scale = tl.full((rows.shape[0], columns.shape[0]), 1.0, tl.float32)
+        scale = tl.full(mask.shape, 1.0, tl.float32)
     else:
-        place = group[None, :] * stride + (rows // GROUP_ROWS)[:, None]
-        scale = scale_value(tl.load(scales + place, mask=mask, other=0), SCALE_KIND)
-    if zeros is None:
-        zero = tl.full(scale.shape, OFFSET + ZERO, tl.float32)
-    else:
-        stored = tl.load(zeros + group[None, :] * out_features + rows[:, None], mask=mask, other=0)
-        zero = stored.to(tl.float32) + OFFSET
+        stride = (out_features + GROUP_ROWS - 1) // GROUP_ROWS
+        stored = tl.load(scales + group * stride + rows // GROUP_ROWS, mask=mask, other=0)
+        if SCALE_KIND == "float16 and zero":
+            scale = stored.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            zero = (stored >> 16).to(tl.float32)
+        elif SCALE_KIND == "bfloat16 and zero":
+            scale = (stored << 16).to(tl.float32, bitcast=True)
+            zero = (stored >> 16).to(tl.float32)
+        else:
+            scale = scale_value(stored, SCALE_KIND)
+    if zeros is not None:
+        zero = tl.load(zeros + group * out_features + rows, mask=mask, other=0).to(tl.float32)
     return scale, zero
 
 
-@kernel(varying=("experts",))
-def multiply_one(
-    x,
+@inline
+def decode_words(
     words,
-    scales,
-    zeros,
-    row_scales,
-    bias,
-    y,
-    experts,
-    out_features,
-    row_words,
-    chunk,
-    x_stride,
+    zero,
+    DTYPE: tl.constexpr,
     DECODE: tl.constexpr,
     N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
     OFFSET: tl.constexpr,
-    ZERO: tl.constexpr,
-    SCALE_KIND: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    TOP_K: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    STORED_ZERO: tl.constexpr,
 ):
-    """Multiply one row by the weight, or each slot's row by its expert's weight.
+    """Decode all codes of each word, less the zero point, to DTYPE, which holds them exactly.
 
-    x: [I].  y: [O], or [S, O] float32.  Grid: (O / BLOCK_O, S, 1).
-    With experts, [slots] int64: x: [slots / TOP_K, I], words: [E, O, W], ...; y: [slots, O].  Grid: (.., S, slots).
+    words: [O, C, R] int32.  zero: [O].  Returns N tensors [O, C, R], the low and the high code of each place.
+    ASSEMBLY: see `pair_assembly.py`; "": DECODE says how.  STORED_ZERO: without, `zero` is what ADDED was made from.
     """
-    part, slot = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row_mask = rows < out_features
-    if experts is not None:
-        expert = tl.load(experts + slot)
-        if expert < 0:
-            return
-        x += slot // TOP_K * x_stride
-        groups = (row_words + GROUP_WORDS - 1) // GROUP_WORDS
-        words += expert * out_features * row_words
-        # Not in a function: Triton 3.6 has none that returns a None.
-        if scales is not None:
-            scales += expert * groups * ((out_features + GROUP_ROWS - 1) // GROUP_ROWS)
-        if zeros is not None:
-            zeros += expert * groups * out_features
-        if row_scales is not None:
-            row_scales += expert * out_features
-        if bias is not None:
-            bias += expert * out_features
-    total = tl.zeros((BLOCK_O, BLOCK_W), tl.float32)
-    for start in range(part * chunk, tl.minimum((part + 1) * chunk, row_words), BLOCK_W):
-        columns = start + tl.arange(0, BLOCK_W)
-        if EVEN:
-            mask = row_mask[:, None]
-            inside = tl.full((BLOCK_W,), True, tl.int1)
+    values = ()
+    zero = zero.to(tl.float32)
+    if ASSEMBLY == "":
+        zero = (zero + OFFSET)[:, None, None]
+        for n in tl.static_range(N // 2):
+            low = (DECODE(words, n) - zero).to(DTYPE)
+            high = (DECODE(words, n + N // 2) - zero).to(DTYPE)
+            values += (low, high)
+    else:
+        if STORED_ZERO:
+            added = (BIAS - zero).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+            operands = [words, ((added & 0xFFFF) * 0x10001)[:, None, None]]
         else:
-            inside = columns < row_words
-            mask = row_mask[:, None] & inside[None, :]
-        tile = tl.load(
-            words + rows.to(tl.int64)[:, None] * row_words + columns[None, :],
-            mask=mask,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-        dot = tl.zeros((BLOCK_O, BLOCK_W), tl.float32)
-        seen = tl.zeros((BLOCK_W,), tl.float32)
+            operands = [words, ADDED]
+        if N == 4:
+            raw = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=h,=h,=h,=h,r,r",
+                operands,
+                dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            tl.static_assert(N == 8)
+            raw = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+                operands,
+                dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+                is_pure=True,
+                pack=1,
+            )
         for n in tl.static_range(N):
-            value = tl.load(x + inputs + n * SPAN_WORDS, mask=inside, other=0.0).to(tl.float32)
-            dot += DECODE(tile, n) * value[None, :]
-            seen += value
-        scale, zero = scales_and_zeros(
-            scales,
-            zeros,
-            rows,
-            columns,
-            mask,
-            out_features,
-            GROUP_WORDS,
-            GROUP_ROWS,
-            OFFSET,
-            ZERO,
-            SCALE_KIND,
+            values += (raw[n].to(DTYPE, bitcast=True),)
+    return values
+
+
+@inline
+def take_runs(words, index: tl.constexpr, COUNT: tl.constexpr):
+    """Take one of COUNT equal parts of the runs.  words: [O, C, R].  Returns [O, C, R / COUNT]."""
+    for level in tl.static_range(3):
+        if COUNT >> (level + 1) > 0:
+            halves = words.reshape(words.shape[0], words.shape[1], 2, words.shape[2] // 2)
+            first, second = tl.split(halves.permute(0, 1, 3, 2))
+            if index // (COUNT >> (level + 1)) % 2 == 0:
+                words = first
+            else:
+                words = second
+    return words
+
+
+@inline
+def in_order(values, first: tl.constexpr, PAIRS: tl.constexpr, BESIDE: tl.constexpr):
+    """Lay decoded codes out as inputs in order: PAIRS pairs of them, from pair `first` on.
+
+    values: of `decode_words`, each [O, C, R].  Returns [O, R * PAIRS * C * 2].
+    """
+    pair: tl.constexpr = 2 * first
+    if PAIRS == 1:
+        joined = tl.join(values[pair], values[pair + 1])  # [O, C, R, half]
+        laid = joined.permute(0, 2, 1, 3)
+    elif PAIRS == 2:
+        joined = tl.join(  # [O, C, R, half, n]
+            tl.join(values[pair], values[pair + 1]), tl.join(values[pair + 2], values[pair + 3])
         )
-        total += scale * (dot - zero * seen[None, :])
-    result = tl.sum(total, axis=1)
-    if row_scales is not None:
-        result *= tl.load(row_scales + rows, mask=row_mask, other=0.0)
-    if bias is not None:
-        result += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
-    place = (part.to(tl.int64) * tl.num_programs(2) + slot) * out_features
-    tl.store(y + place + rows, result.to(y.dtype.element_ty), mask=row_mask)
+        if BESIDE == 2:
+            laid = joined.permute(0, 2, 4, 1, 3)
+        else:
+            laid = joined.permute(0, 2, 1, 4, 3)
+    elif PAIRS == 4:
+        even = tl.join(  # n = 0 and 2
+            tl.join(values[pair], values[pair + 1]), tl.join(values[pair + 4], values[pair + 5])
+        )
+        odd = tl.join(
+            tl.join(values[pair + 2], values[pair + 3]), tl.join(values[pair + 6], values[pair + 7])
+        )
+        joined = tl.join(even, odd)  # [O, C, R, half, n / 2, n % 2]
+        if BESIDE == 2:
+            laid = joined.permute(0, 2, 4, 5, 1, 3)
+        else:
+            laid = joined.permute(0, 2, 4, 1, 5, 3)
+    else:
+        tl.static_assert(PAIRS == 8)
+        n0 = tl.join(tl.join(values[0], values[1]), tl.join(values[8], values[9]))
+        n1 = tl.join(tl.join(values[2], values[3]), tl.join(values[10], values[11]))
+        n2 = tl.join(tl.join(values[4], values[5]), tl.join(values[12], values[13]))
+        n3 = tl.join(tl.join(values[6], values[7]), tl.join(values[14], values[15]))
+        joined = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [O, C, R, half, n / 4, n / 2 % 2, n % 2]
+        if BESIDE == 2:
+            laid = joined.permute(0, 2, 4, 5, 6, 1, 3)
+        else:
+            laid = joined.permute(0, 2, 4, 5, 1, 6, 3)
+    words = values[0]
+    return laid.reshape(words.shape[0], words.shape[1] * words.shape[2] * PAIRS * 2)
+
+
+@inline
+def inputs_of_piece(
+    words,
+    zero,
+    piece: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DECODE: tl.constexpr,
+    N: tl.constexpr,
+    SPAN: tl.constexpr,
+    PIECE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    STORED_ZERO: tl.constexpr,
+):
+    """Decode one of the pieces of a span, the inputs in order.  words: [O, SPAN / N].  Returns [O, PIECE] DTYPE."""
+    if N == 1:
+        return words.to(DTYPE)
+    else:
+        ACROSS: tl.constexpr = 4 if SPAN // N >= 4 else SPAN // N
+        IN_WORD: tl.constexpr = ACROSS * N // PIECE if ACROSS * N > PIECE else 1
+        rows: tl.constexpr = words.shape[0]
+        runs = words.reshape(rows, ACROSS, SPAN // N // ACROSS)
+        part = take_runs(runs, piece // IN_WORD, SPAN // PIECE // IN_WORD)
+        values = decode_words(part, zero, DTYPE, DECODE, N, OFFSET, ASSEMBLY, BIAS, ADDED, STORED_ZERO)
+        PAIRS: tl.constexpr = N // 2 // IN_WORD
+        return in_order(values, piece % IN_WORD * PAIRS, PAIRS, BESIDE)
 
 
 @kernel(varying=("slots", "block_experts", "tokens"))
@@ -173,7 +229,7 @@ def multiply_tile(
     bias,
     y,
     slots,
-    block_experts,
+    experts,
     tokens,
     out_features,
     row_words,
@@ -181,12 +237,18 @@ def multiply_tile(
     x_stride,
     DECODE: tl.constexpr,
     N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PIECE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    FACTOR: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -197,20 +259,30 @@ def multiply_tile(
     """Multiply a tile of rows by the weight, or a tile of slots by their expert's weight.
 
     x: [T, I].  y: [T, O], or [S, T, O] float32.  Grid: (O / BLOCK_O, T / BLOCK_T, S).
-    With experts, T counts slots.  slots: [blocks * BLOCK_T] int32, those of each block's expert, T where there is none.
-    block_experts: [blocks] int32, below 0 for blocks that are not needed.  x: [T / TOP_K, I].  words: [E, O, W].
-    UPCAST: multiply in float32, for the interpreter, which has no bfloat16 arithmetic; values are rounded all the same.
+    With experts, T counts slots.  experts: [blocks], that of each block, below 0 for blocks that are not needed.
+    slots: [blocks * BLOCK_T] int32, T where there is none; None: block i has slot i alone.
+    x: [T / TOP_K, I].  words: [E, O, W].
+    UPCAST: multiply in float32, for the interpreter, which has no bfloat16 arithmetic; values are exact all the same.
     """
+    SPAN_WORDS: tl.constexpr = SPAN // N
+    PIECES: tl.constexpr = SPAN // PIECE
+    STORED_ZERO: tl.constexpr = (
+        zeros is not None or SCALE_KIND == "float16 and zero" or SCALE_KIND == "bfloat16 and zero"
+    )
+    WHOLE: tl.constexpr = GROUP >= 1 << 30
     part = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row_mask = rows < out_features
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    if block_experts is not None:
-        expert = tl.load(block_experts + tl.program_id(1)).to(tl.int64)
+    if experts is not None:
+        expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
         if expert < 0:
             return
-        token = tl.load(slots + token)
-        groups = (row_words + GROUP_WORDS - 1) // GROUP_WORDS
+        if slots is None:
+            token = tl.where(tl.arange(0, BLOCK_T) == 0, tl.program_id(1), tokens)
+        else:
+            token = tl.load(slots + token)
+        groups = (row_words * N + GROUP - 1) // GROUP
         words += expert * out_features * row_words
         # Not in a function: Triton 3.6 has none that returns a None.
         if scales is not None:
@@ -224,47 +296,63 @@ def multiply_tile(
     token_mask = token < tokens
     x_rows = (token // TOP_K).to(tl.int64)[None, :] * x_stride
     total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+    if WHOLE:
+        scale, zero = load_scale_and_zero(
+            scales, zeros, 0, rows, row_mask, out_features, GROUP_ROWS, ZERO, SCALE_KIND
+        )
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, row_words), BLOCK_W):
-        columns = start + tl.arange(0, BLOCK_W)
-        if EVEN:
-            mask = row_mask[:, None]
-            x_mask = token_mask[None, :]
-        else:
-            inside = columns < row_words
-            mask = row_mask[:, None] & inside[None, :]
-            x_mask = token_mask[None, :] & inside[:, None]
-        tile = tl.load(
-            words + rows.to(tl.int64)[:, None] * row_words + columns[None, :],
-            mask=mask,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        scale, zero = scales_and_zeros(
-            scales,
-            zeros,
-            rows,
-            columns,
-            mask,
-            out_features,
-            GROUP_WORDS,
-            GROUP_ROWS,
-            OFFSET,
-            ZERO,
-            SCALE_KIND,
-        )
-        inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-        for n in tl.static_range(N):
-            values = tl.load(
-                x + x_rows + (inputs + n * SPAN_WORDS)[:, None],
-                mask=x_mask,
-                other=0.0,
+        for span in tl.static_range(BLOCK_W // SPAN_WORDS):
+            first = start + span * SPAN_WORDS
+            mask = row_mask
+            x_mask = token_mask
+            if not EVEN:
+                mask = row_mask & (first < row_words)
+                x_mask = token_mask & (first < row_words)
+            columns = first + tl.arange(0, SPAN_WORDS)
+            tile = tl.load(
+                words + rows.to(tl.int64)[:, None] * row_words + columns[None, :],
+                mask=mask[:, None],
+                other=0,
+                eviction_policy="evict_first",
             )
-            weight = ((DECODE(tile, n) - zero) * scale).to(x.dtype.element_ty)
-            if UPCAST:
-                weight, values = weight.to(tl.float32), values.to(tl.float32)
-            total = tl.dot(weight, values, total)
+            for piece in tl.static_range(PIECES):
+                inputs = first * N + piece * PIECE + tl.arange(0, PIECE)
+                values = tl.load(x + x_rows + inputs[:, None], mask=x_mask[None, :], other=0.0)
+                if not WHOLE:
+                    group = (first * N + piece * PIECE) // GROUP
+                    if not EVEN:
+                        group = tl.where(first < row_words, group, 0)
+                    scale, zero = load_scale_and_zero(
+                        scales, zeros, group, rows, row_mask, out_features, GROUP_ROWS, ZERO, SCALE_KIND
+                    )
+                weight = inputs_of_piece(
+                    tile,
+                    zero,
+                    piece,
+                    x.dtype.element_ty,
+                    DECODE,
+                    N,
+                    SPAN,
+                    PIECE,
+                    BESIDE,
+                    OFFSET,
+                    ASSEMBLY,
+                    BIAS,
+                    ADDED,
+                    STORED_ZERO,
+                )
+                if UPCAST:
+                    weight, values = weight.to(tl.float32), values.to(tl.float32)
+                if WHOLE:
+                    total = tl.dot(weight, values, total)
+                else:
+                    total += scale[:, None] * tl.dot(weight, values)
+    if WHOLE:
+        total *= scale[:, None]
     if row_scales is not None:
         total *= tl.load(row_scales + rows, mask=row_mask, other=0.0)[:, None]
+    if FACTOR != 1.0:
+        total *= FACTOR
     if bias is not None:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     places = (part.to(tl.int64) * tokens + token)[None, :] * out_features + rows[:, None]
@@ -294,37 +382,67 @@ def expand(
     zeros,
     row_scales,
     dense,
-    first,
+    first_row,
     count,
     out_features,
     row_words,
     BLOCK_O: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     DECODE: tl.constexpr,
     N: tl.constexpr,
-    SPAN_WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PIECE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_KIND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
-    """Expand `count` rows of the weight, from row `first` on.
+    """Expand a span of `count` rows of the weight, from row `first_row` on.
 
-    dense: [count, I].  Grid: (count / BLOCK_O, W / BLOCK_W).
+    dense: [count, I].  Grid: (count / BLOCK_O, spans of a row).
     """
-    places = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    rows = first + places
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = (places < count)[:, None] & (columns < row_words)[None, :]
-    tile = tl.load(words + rows.to(tl.int64)[:, None] * row_words + columns[None, :], mask=mask, other=0)
-    scale, zero = scales_and_zeros(
-        scales, zeros, rows, columns, mask, out_features, GROUP_WORDS, GROUP_ROWS, OFFSET, ZERO, SCALE_KIND
+    STORED_ZERO: tl.constexpr = (
+        zeros is not None or SCALE_KIND == "float16 and zero" or SCALE_KIND == "bfloat16 and zero"
     )
-    if row_scales is not None:
-        scale *= tl.load(row_scales + rows, mask=places < count, other=0.0)[:, None]
-    inputs = (columns // SPAN_WORDS) * (SPAN_WORDS * N) + columns % SPAN_WORDS
-    target = dense + places.to(tl.int64)[:, None] * (row_words * N) + inputs[None, :]
-    for n in tl.static_range(N):
-        value = (DECODE(tile, n) - zero) * scale
-        tl.store(target + n * SPAN_WORDS, value.to(dense.dtype.element_ty), mask=mask)
+    SPAN_WORDS: tl.constexpr = SPAN // N
+    places = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    mask = places < count
+    rows = first_row + places
+    first = tl.program_id(1) * SPAN_WORDS
+    columns = first + tl.arange(0, SPAN_WORDS)
+    tile = tl.load(
+        words + rows.to(tl.int64)[:, None] * row_words + columns[None, :], mask=mask[:, None], other=0
+    )
+    for piece in tl.static_range(SPAN // PIECE):
+        inputs = first * N + piece * PIECE + tl.arange(0, PIECE)
+        group = (first * N + piece * PIECE) // GROUP
+        scale, zero = load_scale_and_zero(
+            scales, zeros, group, rows, mask, out_features, GROUP_ROWS, ZERO, SCALE_KIND
+        )
+        scale *= FACTOR
+        if row_scales is not None:
+            scale *= tl.load(row_scales + rows, mask=mask, other=0.0)
+        weight = inputs_of_piece(
+            tile,
+            zero,
+            piece,
+            dense.dtype.element_ty,
+            DECODE,
+            N,
+            SPAN,
+            PIECE,
+            BESIDE,
+            OFFSET,
+            ASSEMBLY,
+            BIAS,
+            ADDED,
+            STORED_ZERO,
+        )
+        value = weight.to(tl.float32) * scale[:, None]
+        target = dense + places.to(tl.int64)[:, None] * (row_words * N) + inputs[None, :]
+        tl.store(target, value.to(dense.dtype.element_ty), mask=mask[:, None])

@@ -16,6 +16,12 @@ from pymllm.kernels.registry import Packed
 from pymllm.kernels.triton.ahead_of_time import Case
 from pymllm.kernels.triton.linear_cases import linear_cases
 from pymllm.kernels.triton.weight_only import Operands, weight_only_linear
+from pymllm.kernels.triton.words import Order, order_for
+
+
+def order_of(problem: LinearProblem) -> Order:
+    """Return the order in which the words of a weight lie on the problem's device."""
+    return order_for(problem.in_features, problem.device.architecture)
 
 
 class WeightOnlyLinear(ABC):
@@ -43,7 +49,7 @@ class WeightOnlyLinear(ABC):
         """Make weights on meta, one for each thing that makes kernels differ: these are compiled ahead of time."""
 
     def numerics(self, problem: LinearProblem) -> str:
-        return "weights rounded to the activations' dtype from two rows on, sums in float32"
+        return "numbers before scales exact in the activations' dtype, sums and scales in float32"
 
     def operands(self, packed: Packed) -> Operands:
         """Return the packed tensors as kernels read them; those of several experts at once too."""

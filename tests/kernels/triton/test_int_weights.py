@@ -15,7 +15,7 @@ from pymllm.kernels.triton.int2_weights import TritonInt2
 from pymllm.kernels.triton.int_weights import TritonInt, int_coding
 from pymllm.kernels.triton.tune import tune
 from pymllm.kernels.triton.tuning import Tile
-from pymllm.kernels.triton.words import pack_words, unpack_words
+from pymllm.kernels.triton.words import Order, pack_words, unpack_words
 
 from .gpu import DEVICE, FLOATS, HERE, moved, randn
 from .linear_checks import check_products, check_round_trip, problem_for
@@ -57,15 +57,26 @@ def test_large_activations_do_not_overflow_before_the_result_does():
     check_products(TritonInt(), make(4, 32, 96, False), torch.bfloat16, magnitude=1e4)
 
 
-def test_words_hold_codes_so_that_a_shift_gives_neighbouring_inputs():
-    """Code n of word j of a span is input n * (span / per_word) + j."""
-    codes = torch.arange(64, dtype=torch.uint8)[None] % 16
-    words = pack_words(codes, 4, 32)
-    for word in range(8):
-        for n in range(8):
-            span, j = divmod(word, 4)
-            assert (int(words[0, word]) >> (4 * n)) & 15 == int(codes[0, span * 32 + n * 4 + j])
-    assert torch.equal(unpack_words(words, 4, 32), codes)
+@pytest.mark.parametrize("beside", (2, 4))
+@pytest.mark.parametrize(
+    "bits, span", [(4, 128), (4, 32), (4, 16), (8, 128), (8, 16), (2, 128), (2, 32), (2, 16)]
+)
+def test_words_hold_inputs_in_the_order_of_a_matrix_unit(bits, span, beside):
+    """The formula of `words.py`, word by word, and back."""
+    order, per_word = Order(span, beside), 32 // bits
+    across = min(4, span // per_word)
+    runs = span // per_word // across
+    inputs = 3 * span
+    codes = randn(2, inputs, seed=span).cpu().view(torch.int32).remainder(2**bits).to(torch.uint8)
+    words = pack_words(codes, bits, order)
+    assert words.shape == (2, inputs // per_word) and words.dtype is torch.int32
+    for place, code in itertools.product(range(inputs // per_word), range(per_word)):
+        start, (word, run) = place * per_word // span * span, divmod(place % (span // per_word), runs)
+        half, n = divmod(code, per_word // 2)
+        high, low = divmod(n, beside // 2)
+        at = start + run * across * per_word + high * across * beside + word * beside + low * 2 + half
+        assert (int(words[1, place]) >> (bits * code)) % 2**bits == int(codes[1, at])
+    assert torch.equal(unpack_words(words, bits, order), codes)
 
 
 def test_torch_compile_keeps_the_kernel_as_one_operator():
@@ -118,7 +129,7 @@ def test_a_tuned_tile_is_found_kept_and_used_without_changing_results(tmp_path, 
         tiles=lambda tokens, default: iter((default, wanted)),
     )
     assert found.best == wanted and found.seconds == {found.default: 9.0, wanted: 8.0}
-    assert weight_only.choose_tile(DEVICE, 3, 70, 64, int_coding("4", "128", "128")) == wanted
+    assert weight_only.choose_tile(DEVICE, 3, 70, 64, int_coding("4", "128", "2", "128")) == wanted
     assert torch.allclose(before, TritonInt().run(packed, problem, x, None), rtol=2e-3, atol=2e-3)
 
 
