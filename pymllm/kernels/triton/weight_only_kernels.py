@@ -219,7 +219,7 @@ def inputs_of_piece(
         return in_order(values, piece % IN_WORD * PAIRS, PAIRS, BESIDE)
 
 
-@kernel(varying=("slots", "block_experts", "tokens"))
+@kernel(varying=("slots", "experts", "tokens"))
 def multiply_tile(
     x,
     words,
@@ -375,7 +375,7 @@ def add_splits(sums, row_scales, bias, y, tokens, out_features, SPLITS: tl.const
     tl.store(y + token * out_features + rows, result.to(y.dtype.element_ty), mask=mask)
 
 
-@kernel(varying=("first", "count"))
+@kernel(varying=("first_row", "count"))
 def expand(
     words,
     scales,
