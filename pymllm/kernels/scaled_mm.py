@@ -139,7 +139,7 @@ def _to_fours(codes: Tensor) -> Tensor:
 
 
 def _scales_to_fours(scales: Tensor) -> Tensor:
-    """Do the same for scales, [T, G].  Returns them with the rows of a group side by side."""
+    """Return scales, [T, G], for as many rows as `_to_fours` returns, those of a group side by side."""
     tokens, groups = scales.shape
     rows = _up_to_fours(tokens)
     if scales.stride() == (1, rows) and _room(scales) >= rows * groups:

@@ -68,7 +68,7 @@ class Groups:
 
     @property
     def whole(self) -> bool:
-        """Whether a row of activations, and one of the weight, has one scale."""
+        """Tell whether a row of activations, and one of the weight, has one scale."""
         return self.x_inputs == WHOLE and self.inputs == WHOLE
 
     def scaling(self, one_scale: bool) -> Scaling | None:
