@@ -72,7 +72,7 @@ def encoded(
     return code
 
 
-@kernel
+@kernel(varying=("scale_stride",))
 def quantise_rows(
     x,
     static,
@@ -110,7 +110,7 @@ def quantise_rows(
     tl.store(scales + group.to(tl.int64) * scale_stride + token, scale)
 
 
-@kernel(varying=("tokens",))
+@kernel(varying=("tokens", "x_scale_stride"))
 def multiply_scaled(
     x,
     x_scales,

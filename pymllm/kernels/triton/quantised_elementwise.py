@@ -182,7 +182,7 @@ def store_codes(
     tl.store(scales + group.to(tl.int64) * scale_stride, scale, mask=group < groups)
 
 
-@kernel
+@kernel(varying=("scale_stride",))
 def norm_rows_to_codes(
     x,
     residual,
@@ -245,7 +245,7 @@ def norm_rows_to_codes(
     )
 
 
-@kernel
+@kernel(varying=("scale_stride",))
 def gate_rows_to_codes(
     x,
     codes,

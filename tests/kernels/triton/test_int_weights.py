@@ -156,19 +156,19 @@ def test_pieces_cover_the_weight_evenly_and_lie_in_half_of_the_cache_where_that_
 
 
 def test_from_which_row_on_weights_are_expanded_is_one_number_for_running_and_tuning():
-    coding = int_coding("4", "128", "128")
+    coding = int_coding("4", "128", "2", "128")
     tiles = [
         weight_only.choose_tile(DEVICE, tokens, 4096, 512, coding) for tokens in (1, 191, 192, 256, 257, 4096)
     ]
     assert [tile is None for tile in tiles] == [False, False, True, True, True, True]
     for tokens in (192, 256, 511):
         with pytest.raises(ValueError, match=f"{tokens} rows are multiplied by torch"):
-            tune(TritonInt(), TritonInt().examples()[1], 70, 512, tokens, DEVICE, where=HERE, clock=len)
+            tune(TritonInt(), TritonInt().examples()[1], 70, 512, tokens, DEVICE, where=HERE, clock=len, keep=print)
 
 
 def test_a_tile_tuned_for_fewer_rows_of_a_bucket_is_not_used_where_torch_multiplies(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    coding, wanted = int_coding("4", "128", "128"), Tile(outputs=16, tokens=64, depth=16)
+    coding, wanted = int_coding("4", "128", "2", "128"), Tile(outputs=16, tokens=64, depth=16)
     tuning.write_tuned(
         tuning.device_file(DEVICE), {weight_only.shape_key(150, 70, 64, coding): wanted}, DEVICE
     )

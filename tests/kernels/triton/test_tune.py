@@ -8,7 +8,7 @@ import torch
 
 from pymllm.errors import KernelError
 from pymllm.kernels.triton import weight_only
-from pymllm.kernels.triton.int_weights import TritonInt
+from pymllm.kernels.triton.int_weights import TritonInt, int_coding
 from pymllm.kernels.triton.tune import candidates, tune
 from pymllm.kernels.triton.tuning import Tile
 
@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-DEFAULT = weight_only.default_tile(DEVICE, 4, 64, 16, 8)
+INT4 = int_coding("4", "128", "2", "128")
+DEFAULT = weight_only.default_tile(DEVICE, 4, 64, 16, INT4)
 SMALL, LARGE, OTHER = (Tile(o, 16, 16, warps=4, stages=1) for o in (32, 64, 128))
 REFUSALS = {
     "out of shared memory": OutOfResources(2, 1, "shared memory"),
@@ -139,7 +140,7 @@ def test_no_more_tiles_are_tried_than_the_limit():
 
 @pytest.mark.parametrize("tokens", (1, 16, 64))
 def test_the_tile_by_rule_comes_first_and_then_those_like_it(tokens):
-    default = weight_only.default_tile(DEVICE, tokens, 4096, 512, 8)
+    default = weight_only.default_tile(DEVICE, tokens, 4096, 512, INT4)
     found = list(dict.fromkeys(candidates(tokens, default)))
     assert found[0] == default and len(found) > 100
 
