@@ -20,7 +20,8 @@ from torch import Tensor
 from pymllm.kernels.aten.attention import TorchAttention
 from pymllm.kernels.attention import AttentionKernel, AttentionProblem, AttentionStep, KVType, PagedKV
 from pymllm.kernels.reference.attention import ReferenceAttention
-from pymllm.kernels.triton.attention import TritonGroupedAttention, TritonKVStore
+from pymllm.kernels.triton.attention import TritonGroupedAttention
+from pymllm.kernels.triton.kv_store import TritonKVStore
 
 Case = tuple[Tensor, Tensor, Tensor, AttentionStep, PagedKV]
 KINDS = (KVType(torch.bfloat16), KVType(torch.float8_e4m3fn, "static"), KVType(torch.int8, "token"))

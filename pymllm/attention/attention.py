@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from pymllm.kernels.native.addresses import unfit
 from pymllm.kernels.reference.attention import ReferenceAttention
 from pymllm.kernels.registry import Selection, select
 from pymllm.layers.held import Binder, Description, WeightHolder, weight_holders
-from pymllm.layers.step import fetch_attn_metadata
+from pymllm.layers.rotary_embedding import RotaryEmbedding
+from pymllm.layers.step import current_attn_metadata, fetch_attn_metadata
 from pymllm.parallel import current_parallel
 from pymllm.quantization.base import QuantizationConfig
 from pymllm.quantization.kv_cache import KVCacheMethodBase, QuantizedKVCacheMethod, UnquantizedKVCacheMethod
@@ -144,10 +145,39 @@ class Attention(WeightHolder):
         """Spread the loaded scales over this rank's heads."""
         self.quant_method.process_weights_after_loading(self)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def rotates_as(self, rotary: nn.Module) -> TypeGuard[RotaryEmbedding]:
+        """Tell whether `forward` can rotate q and k as `rotary` does: in one kernel with the store of this step."""
+        if not hasattr(self.store_selection.kernel, "rotate_and_store"):
+            return False
+        if not isinstance(rotary, RotaryEmbedding) or type(rotary).forward is not RotaryEmbedding.forward:
+            return False
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (self, rotary)):  # which look at q and k
+            return False
+        step = current_attn_metadata()
+        return (
+            step is not None
+            and step.page_tables is not None
+            and step.need_kv_cache_store
+            and (step.causal or self.problem.block_causal)
+            and self.cache is not None
+            and self.quant_method.stores_in_place
+            and rotary.head_size == self.head_dim
+            and getattr(rotary.kernel, "rotates_in_store", False)
+            and getattr(self.selection.kernel, "reads_pages", False)
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Store this step's keys and values, and attend to all that the requests have.
 
         q: [T, H·D] or [T, H, D]; k: [T, Hkv·D] and v: [T, Hkv·Dv], or by heads; sinks: [H].
+        rotation: the cosines and sines, [T, R/2], by which q and k are to be rotated first, if `rotates_as` allows it.
         Returns [T, H·Dv] or [T, H, Dv], as q came.
         """
         flat = isinstance(q, Tensor) and q.ndim == 2
@@ -158,7 +188,10 @@ class Attention(WeightHolder):
             result = q.new_empty((0, self.num_heads, self.value_head_dim))
             return result.flatten(1) if flat else result
         step = fetch_attn_metadata()
-        result = self.quant_method.apply(self, q, k, v, step, sinks)
+        if rotation is None:
+            result = self.quant_method.apply(self, q, k, v, step, sinks)
+        else:
+            result = self.quant_method.apply(self, q, k, v, step, sinks, rotation)
         return result.flatten(1) if flat else result
 
 

@@ -40,5 +40,4 @@ class GatedAttention(SelfAttention):
         gated, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
         q, gate = gated.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         q, k, v = self.before_rotary(q.flatten(1), k, v)
-        q, k = self.rotary(positions, q, k)
-        return self.o_proj(self.attn(q, k, v, self.sinks_here()) * torch.sigmoid(gate.flatten(1)))
+        return self.o_proj(self.attend(positions, q, k, v) * torch.sigmoid(gate.flatten(1)))

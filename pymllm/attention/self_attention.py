@@ -113,8 +113,18 @@ class SelfAttention(nn.Module):
         """Attend.  positions: [T]; hidden: [T, hidden_size] or in `input_codes`.  Returns [T, hidden_size]."""
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.local_sizes, dim=-1)
         q, k, v = self.before_rotary(q, k, v)
+        return self.o_proj(self.attend(positions, q, k, v))
+
+    def attend(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate q and k, and attend.
+
+        q, k, v: [T, this rank's features of all heads], from `before_rotary`.  Returns the shape of q.
+        """
+        rotary = self.rotary
+        if self.attn.rotates_as(rotary):
+            return self.attn(q, k, v, self.sinks_here(), rotary.angles(positions))
         q, k = self.rotary(positions, q, k)
-        return self.o_proj(self.attn(q, k, v, self.sinks_here()))
+        return self.attn(q, k, v, self.sinks_here())
 
     def before_rotary(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise each head of q and k, where there are norms.

@@ -429,4 +429,8 @@ class KVStoreKernel(Protocol):
     def run(
         self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
     ) -> None:
-        """Store k, [T, Hkv, D], and v, [T, Hkv, Dv], in the slots of step.slot_mapping; below 0 nowhere."""
+        """Store k, [T, Hkv, D], and v, [T, Hkv, Dv], in the slots of step.slot_mapping; below 0 nowhere.
+
+        A kernel may have `rotate_and_store`, too, which does the work of `rotate` of the elementwise kernels before. It
+        is called where those have `rotates_in_store`, and the attention kernel has `reads_pages` and so needs no k.
+        """

@@ -85,7 +85,7 @@ KERNELS: dict[Operation, tuple[str, ...]] = {
         "pymllm.kernels.reference.attention:ReferenceAttention",
     ),
     "kv_store": (
-        "pymllm.kernels.triton.attention:TritonKVStore",
+        "pymllm.kernels.triton.kv_store:TritonKVStore",
         "pymllm.kernels.native.attention:NativeKVStore",
         "pymllm.kernels.aten.kv_store:TorchKVStore",
     ),

@@ -71,17 +71,19 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self._table(length, positions.device)
         return cos[positions], sin[positions]
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `cos_sin` does, which all layers of a step with the same positions share."""
+        step = current_attn_metadata()
+        if step is None:
+            return self.cos_sin(positions)
+        return step.once((self, id(positions)), lambda: self.cos_sin(positions), positions)
+
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate query and key by the angles of their positions.
 
         positions: [T]; query, key: [T, heads * D] or [T, heads, D].  Returns both, in their shapes.
         """
-        # All layers of a step have the same positions, so that they share cosines and sines.
-        step = current_attn_metadata()
-        if step is None:
-            cos, sin = self.cos_sin(positions)
-        else:
-            cos, sin = step.once((self, id(positions)), lambda: self.cos_sin(positions), positions)
+        cos, sin = self.angles(positions)
         return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -126,16 +126,32 @@ class KVCacheMethodBase(QuantizeMethodBase):
         """Read slots [N] of the flattened pages, in the activations' dtype.  Returns [N, Hkv, D] and [N, Hkv, Dv]."""
         return layer.cache.read(slots, layer.problem.dtype)
 
+    @property
+    def stores_in_place(self) -> bool:
+        """True where nothing but the layer's kernel takes part in storing, so that `apply` may get a `rotation`."""
+        own, ours = type(self), KVCacheMethodBase
+        return own.apply is ours.apply and own.store is ours.store
+
     def apply(  # type: ignore[override]
-        self, layer: Any, q: Tensor, k: Tensor, v: Tensor, step: AttentionStep, sinks: Tensor | None = None
+        self,
+        layer: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: AttentionStep,
+        sinks: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Store the step's keys and values, then attend.  Shapes as of `AttentionKernel.run`.  Returns [T, H, Dv].
 
         A step that caches nothing attends to keys and values that are rounded as the cache would round them.
+        rotation: cosines and sines by which the kernel that stores rotates q and k; see `Attention.rotates_as`.
         """
         problem, kernel = layer.problem, layer.selection.kernel
         cache = None if step.page_tables is None else layer.cache
-        if cache is not None and step.need_kv_cache_store:
+        if rotation is not None:
+            q = layer.store_selection.kernel.rotate_and_store(problem, q, k, v, cache, step, *rotation)
+        elif cache is not None and step.need_kv_cache_store:
             self.store(layer, k, v, step)
         elif cache is None and not problem.kv.keeps(k.dtype):
             k, v = self.as_stored(layer, k, v)

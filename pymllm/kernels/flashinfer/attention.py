@@ -74,6 +74,8 @@ class FlashInferAttention:
             _why_not_installed() if why is None else f"leaves decoding to {self.decoding.name}, which {why}"
         )
 
+    reads_pages = True  # not k and v, where there is a cache
+
     def run(
         self,
         problem: AttentionProblem,

@@ -1,8 +1,10 @@
 """Paged attention in Triton: decoding divided over the keys, prompts in blocks of tokens, every kind of cache.
 
 Heads that share a key head are rows of one tile ("triton_grouped"), so keys and values are read once for all of them;
-"triton" takes each head by itself. The host does not wait for the device: the numbers of blocks and splits follow from
-`max_seqlen_q`, `max_seqlen_k` and the number of requests alone, so a CUDA graph serves any requests within these.
+"triton" takes each head by itself. Products over 8-bit caches are of float16, in which codes are exact: bfloat16
+queries are rounded to it, each row scaled by a power of two. The host does not wait for the device: the numbers of
+blocks and splits follow from `max_seqlen_q`, `max_seqlen_k` and the number of requests alone, so a CUDA graph serves
+any requests within these.
 """
 
 # R requests, T tokens of this step, H query heads, Hkv key heads, D head size, Dv value head size
@@ -17,13 +19,20 @@ import torch
 from torch import Tensor
 
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, PagedKV
-from pymllm.kernels.canonical import E4M3_MAX
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.triton.ahead_of_time import Case
-from pymllm.kernels.triton.attention_kernels import attend, join_splits, store
+from pymllm.kernels.triton.attention_kernels import attend, join_splits
 from pymllm.kernels.triton.launch import interpreting
 from pymllm.kernels.triton.requirements import FLOATS, why_not_device
-from pymllm.kernels.triton.tuning import Tile, architecture_of, bucket, divide, next_power, tuned
+from pymllm.kernels.triton.tuning import (
+    Tile,
+    architecture_of,
+    bucket,
+    divide,
+    multiplies_from_registers,
+    next_power,
+    tuned,
+)
 
 FAMILY = "attention"
 LARGEST_HEAD = 256
@@ -39,6 +48,7 @@ class TritonGroupedAttention:
     name = "triton_grouped"
     device_type = "cuda"  # the only one it runs on
     capturable = True
+    reads_pages = True  # not k and v, where there is a cache
 
     def group(self, problem: AttentionProblem) -> int:
         """Return the number of query heads in one tile."""
@@ -91,9 +101,12 @@ class TritonGroupedAttention:
         else:
             keys, values = (pages_of.flatten(0, 1) for pages_of in (cache.k, cache.v))
             key_scale, value_scale = cache.k_scale, cache.v_scale
-        as_bytes = keys.dtype is torch.float8_e4m3fn
-        if as_bytes:
+        words = _in_words(keys, problem.head_dim) and _in_words(values, dv)
+        codes = _codes_of(problem, keys.dtype, words)
+        if keys.dtype is torch.float8_e4m3fn:
             keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+        if words:
+            keys, values = keys.view(torch.int32), values.view(torch.int32)
         scaling = "none" if cache is None else cache.type.scaling
         grid = (requests, divide(max(step.max_seqlen_q, 1), block_tokens), heads // group * splits)
         attend.launch(
@@ -134,7 +147,8 @@ class TritonGroupedAttention:
             WINDOW=problem.sliding_window or 0,
             CAPPED=problem.soft_cap is not None,
             SCALING=scaling,
-            BYTES=as_bytes,
+            CODES=codes,
+            WORDS=words,
             BLOCKS=problem.bidirectional or not step.causal,
             PREFIX_CAUSAL=step.prefix_causal and not problem.bidirectional,
             SPLITS=splits,
@@ -203,7 +217,7 @@ class TritonGroupedAttention:
             max_seqlen_q=new,
             max_seqlen_k=length,
         )
-        q, k, v, cache = _meta_tensors(problem, requests * new, requests * length)
+        q, k, v, cache = meta_tensors(problem, requests * new, requests * length)
         sinks = torch.empty(problem.num_heads, dtype=problem.dtype, device="meta") if problem.sinks else None
         self.run(problem, q, k, v, step, cache, sinks)
 
@@ -218,81 +232,6 @@ class TritonAttention(TritonGroupedAttention):
 
     def cases(self, device: Device) -> Iterator[Case]:
         return iter(list(super().cases(device))[:3])
-
-
-class TritonKVStore:
-    """A KV store that scales, rounds and writes one head of a token in each block.
-
-    Tokens with a slot below 0 are skipped on the device.
-    """
-
-    name = "triton"
-    device_type = "cuda"  # the only one it runs on
-    capturable = True
-
-    def why_not(self, problem: AttentionProblem) -> str | None:
-        if problem.kv.dtype not in (*FLOATS, torch.float32, *EIGHT_BIT):
-            return f"writes floats, fp8 and int8, not {problem.kv}"
-        return why_not_device(problem.device)
-
-    def run(
-        self, problem: AttentionProblem, k: Tensor, v: Tensor, cache: PagedKV, step: AttentionStep
-    ) -> None:
-        slots = step.slot_mapping
-        if k.is_cpu:  # as for attention
-            slots = step.stored_slots(k.shape[0], cache.k.shape[0] * cache.k.shape[1])
-        assert slots is not None
-        kind, architecture = cache.type, architecture_of(problem.device)
-        hardware = architecture.fp8 and not interpreting()
-        for new, pages, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
-            size = new.shape[-1]
-            as_bytes = kind.dtype is torch.float8_e4m3fn
-            if new.stride(-1) != 1:
-                new = new.contiguous()
-            store.launch(
-                (new.shape[0], new.shape[1]),
-                new,
-                pages.view(torch.uint8) if as_bytes and not hardware else pages,
-                scales,
-                slots,
-                new.stride(0),
-                new.stride(1),
-                new.shape[1],
-                D=size,
-                LARGEST=E4M3_MAX if as_bytes else 127.0,
-                SCALING=kind.scaling,
-                INTEGER=kind.dtype is torch.int8,
-                BYTES=as_bytes,
-                HARDWARE=hardware,
-                BLOCK_D=next_power(size),
-                num_warps=1,
-            )
-
-    def cases(self, device: Device) -> Iterator[Case]:
-        kinds = (
-            KVType(torch.bfloat16),
-            KVType(torch.float8_e4m3fn, "static"),
-            KVType(torch.float8_e4m3fn, "token"),
-            KVType(torch.int8, "token"),
-        )
-        for kind in kinds:
-            problem = AttentionProblem(
-                num_heads=32,
-                num_kv_heads=8,
-                head_dim=128,
-                value_head_dim=128,
-                scale=0.1,
-                dtype=torch.bfloat16,
-                device=device,
-                kv=kind,
-            )
-
-            def run(problem: AttentionProblem = problem) -> None:
-                _, k, v, cache = _meta_tensors(problem, 64, 1024)
-                slots = torch.empty(64, dtype=torch.int64, device="meta")
-                self.run(problem, k, v, cache, AttentionStep(slot_mapping=slots))
-
-            yield Case(f"{kind} cache", run)
 
 
 def choose_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> Tile:
@@ -310,13 +249,14 @@ def choose_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> T
 
 
 def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) -> Tile:
-    shared = architecture_of(problem.device).shared_bytes
+    architecture = architecture_of(problem.device)
+    shared = architecture.shared_bytes
     widths = next_power(problem.head_dim) + next_power(problem.value_head_dim)
     wide = widths > 256
     members = next_power(group)
     if step.max_seqlen_q <= 1:
         # 64 keys spill on large Blackwells (benchmarks/results/triton_aot.md).
-        narrow = 32 if architecture_of(problem.device).name == "sm100" else 64
+        narrow = 32 if architecture.name == "sm100" else 64
         rows, depth, warps = max(16, members), 16 if wide else narrow, 8 if wide else 4
         blocks = step.num_reqs * (problem.num_heads // group)
         keys = min(bucket(step.max_seqlen_k), problem.sliding_window or bucket(step.max_seqlen_k))
@@ -328,13 +268,35 @@ def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) ->
         ):
             splits *= 2
     else:
-        # Larger tiles of decoded keys or padded heads do not fit the registers (benchmarks/results/triton_aot.md).
-        small = wide or problem.kv.dtype in EIGHT_BIT or problem.head_dim != next_power(problem.head_dim)
-        small = small or not architecture_of(problem.device).is_nvidia
+        # Larger tiles of padded or wide heads do not fit the registers, nor do 64 keys of codes that warps expand for
+        # themselves (benchmarks/results/triton_aot.md).
+        from_registers = multiplies_from_registers(architecture)
+        small = wide or problem.head_dim != next_power(problem.head_dim) or not architecture.is_nvidia
         rows = max(members, min(next_power(step.max_seqlen_q) * members, 64 if small else 128), 16)
-        depth, warps, splits = 32 if small else 64, 8 if rows >= 64 else 4, 1
+        codes = problem.kv.dtype is torch.int8 or (problem.kv.dtype in EIGHT_BIT and from_registers)
+        depth, splits = 32 if small or codes else 64, 1
+        # A warp has 16 rows whole: where warps divide columns, each expands all codes, and sums change their layout.
+        warps = 8 if wide and from_registers and rows >= 64 else max(4, rows // 16)
     stages = max(1, min(3, (shared - 2 * rows * widths) // (2 * depth * widths)))
     return Tile(group, rows, depth, splits, warps, stages)
+
+
+def _in_words(stored: Tensor, size: int) -> bool:
+    """Tell whether 8-bit codes of a head can be read four at a time."""
+    places = (size, *stored.stride()[:-1], stored.storage_offset())
+    return (
+        stored.dtype in EIGHT_BIT and stored.stride(-1) == 1 and size >= 64 and not any(n % 4 for n in places)
+    )
+
+
+def _codes_of(problem: AttentionProblem, dtype: torch.dtype, words: bool) -> str:
+    """Name the codes as `word_values` and `stored_value` know them; "" for floats."""
+    if dtype is torch.float8_e4m3fn:
+        architecture = architecture_of(problem.device)
+        if not words or not architecture.fp8 or interpreting():
+            return "fp8"
+        return "ptx" if architecture.is_nvidia else "converted"
+    return "int8" if dtype is torch.int8 else ""
 
 
 def _on_device(step: AttentionStep, device: torch.device) -> tuple[Tensor | None, ...]:
@@ -354,7 +316,7 @@ def _on_device(step: AttentionStep, device: torch.device) -> tuple[Tensor | None
     return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
 
 
-def _meta_tensors(
+def meta_tensors(
     problem: AttentionProblem, tokens: int, slots: int
 ) -> tuple[Tensor, Tensor, Tensor, PagedKV]:
     """Make q, k and v of one step, and a cache, on meta."""

@@ -24,6 +24,7 @@ from pymllm.kernels.triton.requirements import FLOATS, why_not_device
 from pymllm.kernels.triton.tuning import divide, next_power
 
 LONGEST_ROW = 1 << 15
+MANY_TOKENS = 64  # fill a GPU with blocks of several warps
 
 
 class TritonElementwise:
@@ -31,6 +32,7 @@ class TritonElementwise:
 
     name = "triton"
     device_type = "cuda"  # the only one it runs on
+    rotates_in_store = True  # `TritonKVStore.rotate_and_store` gives the same bits
 
     def why_not(self, problem: ElementwiseProblem) -> str | None:
         if problem.dtype not in (*FLOATS, torch.float32):
@@ -173,17 +175,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
         half = cos.shape[-1]
         block = next_power(max(half, size - 2 * half))
+        together, warps = heads_of_a_block(tokens, heads, 2 * block)
         rotate_heads.launch(
-            (tokens, heads),
+            (tokens, divide(heads, together)),
             x,
             cos.contiguous(),
             sin.contiguous(),
             y,
             x.stride(0),
             x.stride(1),
+            HEADS=heads,
             SIZE=size,
             HALF=half,
+            BLOCK_H=together,
             BLOCK=block,
-            num_warps=1,
+            num_warps=warps,
         )
     return y
+
+
+def heads_of_a_block(tokens: int, heads: int, size: int) -> tuple[int, int]:
+    """Return how many heads of `size` a block takes, and its warps: 16 elements a thread, one warp for few tokens."""
+    warps = 1 if tokens < MANY_TOKENS else 4
+    return max(1, min(next_power(heads), 512 * warps // size)), warps

@@ -90,28 +90,49 @@ def gate_rows(x, y, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(y + row * size + columns, gated(gate, up, ACTIVATION), mask=mask)
 
 
+@inline
+def rotated_halves(source, cos, sin, token, lanes, head_mask, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Rotate the first 2 * HALF elements of heads.  Returns both halves, and the elements after them, in their dtype.
+
+    source: pointers to the first elements of heads, [heads, lanes].  cos, sin: [T, HALF].
+    """
+    mask = (lanes < HALF)[None, :]
+    first = tl.load(source, mask=head_mask & mask, other=0.0)
+    second = tl.load(source + HALF, mask=head_mask & mask, other=0.0)
+    c = tl.load(cos + token * HALF + lanes, mask=lanes < HALF, other=0.0)[None, :]
+    s = tl.load(sin + token * HALF + lanes, mask=lanes < HALF, other=0.0)[None, :]
+    one, other = first.to(tl.float32), second.to(tl.float32)
+    rest = first
+    if SIZE > 2 * HALF:
+        rest = tl.load(source + 2 * HALF, mask=head_mask & (lanes < SIZE - 2 * HALF)[None, :], other=0.0)
+    return (one * c - other * s).to(first.dtype), (other * c + one * s).to(first.dtype), rest
+
+
 @kernel
 def rotate_heads(
-    x, cos, sin, y, stride, head_stride, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    cos,
+    sin,
+    y,
+    stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Rotate the first 2 * HALF elements of one head, and copy the rest.
+    """Rotate the first 2 * HALF elements of BLOCK_H heads of a token, and copy the rest.
 
-    x: [T, heads, SIZE].  cos, sin: [T, HALF].  y: [T, heads, SIZE].  Grid: (T, heads).
+    x: [T, HEADS, SIZE].  cos, sin: [T, HALF].  y: [T, HEADS, SIZE].  Grid: (T, HEADS / BLOCK_H).
     """
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, heads = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     lanes = tl.arange(0, BLOCK)
-    mask = lanes < HALF
-    source = x + token * stride + head * head_stride
-    target = y + (token * tl.num_programs(1) + head) * SIZE
-    first = tl.load(source + lanes, mask=mask, other=0.0)
-    second = tl.load(source + HALF + lanes, mask=mask, other=0.0)
-    c = tl.load(cos + token * HALF + lanes, mask=mask, other=0.0)
-    s = tl.load(sin + token * HALF + lanes, mask=mask, other=0.0)
-    one, other = first.to(tl.float32), second.to(tl.float32)
-    tl.store(target + lanes, (one * c - other * s).to(first.dtype), mask=mask)
-    tl.store(target + HALF + lanes, (other * c + one * s).to(first.dtype), mask=mask)
+    mask = heads < HEADS
+    source = x + token * stride + heads * head_stride + lanes[None, :]
+    first, second, rest = rotated_halves(source, cos, sin, token, lanes, mask, SIZE, HALF)
+    target = y + (token * HEADS + heads) * SIZE + lanes[None, :]
+    tl.store(target, first, mask=mask & (lanes < HALF)[None, :])
+    tl.store(target + HALF, second, mask=mask & (lanes < HALF)[None, :])
     if SIZE > 2 * HALF:
-        rest = lanes < SIZE - 2 * HALF
-        tl.store(
-            target + 2 * HALF + lanes, tl.load(source + 2 * HALF + lanes, mask=rest, other=0.0), mask=rest
-        )
+        tl.store(target + 2 * HALF, rest, mask=mask & (lanes < SIZE - 2 * HALF)[None, :])

@@ -163,7 +163,17 @@ def test_from_which_row_on_weights_are_expanded_is_one_number_for_running_and_tu
     assert [tile is None for tile in tiles] == [False, False, True, True, True, True]
     for tokens in (192, 256, 511):
         with pytest.raises(ValueError, match=f"{tokens} rows are multiplied by torch"):
-            tune(TritonInt(), TritonInt().examples()[1], 70, 512, tokens, DEVICE, where=HERE, clock=len, keep=print)
+            tune(
+                TritonInt(),
+                TritonInt().examples()[1],
+                70,
+                512,
+                tokens,
+                DEVICE,
+                where=HERE,
+                clock=len,
+                keep=print,
+            )
 
 
 def test_a_tile_tuned_for_fewer_rows_of_a_bucket_is_not_used_where_torch_multiplies(tmp_path, monkeypatch):
