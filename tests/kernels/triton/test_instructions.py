@@ -23,7 +23,9 @@ def listing(*lines):
 
 def test_a_loop_goes_from_its_label_to_the_branch_that_names_it():
     code = read_code(
-        listing("S2R R0, SR_TID.X", ".L_x_0:", "LDG.E R2, [R4]", "FADD R1, R1, R2", "@P0 BRA `(.L_x_0)", "EXIT")
+        listing(
+            "S2R R0, SR_TID.X", ".L_x_0:", "LDG.E R2, [R4]", "FADD R1, R1, R2", "@P0 BRA `(.L_x_0)", "EXIT"
+        )
     )
     assert code.loops == ((1, 3),)
     assert code.main_loop == ("LDG.E R2, [R4]", "FADD R1, R1, R2", "BRA `(.L_x_0)")
@@ -50,7 +52,9 @@ def test_the_longest_innermost_loop_is_the_main_one():
 
 
 def test_predicates_and_branches_ahead_make_no_loop():
-    code = read_code(listing("@!UP0 BRA `(.L_x_5)", "@P3 FADD R1, R1, R2", ".L_x_5:", "EXIT", ".L_x_6:", "BRA `(.L_x_6)"))
+    code = read_code(
+        listing("@!UP0 BRA `(.L_x_5)", "@P3 FADD R1, R1, R2", ".L_x_5:", "EXIT", ".L_x_6:", "BRA `(.L_x_6)")
+    )
     assert code.loops == ()  # what fills the end of a kernel is none either
     assert code.main_loop == ("BRA `(.L_x_5)", "FADD R1, R1, R2", "EXIT")
 
@@ -73,4 +77,4 @@ def test_products_of_int4_by_a_few_rows_take_few_instructions_and_no_stack():
         tokens = title.split()[-2]
         assert float(per_weight) <= limits[tokens], (title, architecture)
         assert stack == "0", (title, architecture)
-        assert warps == "4" or tokens == "128" and int(weights) >= 128 * 128, (title, architecture)
+        assert warps == "4" or (tokens == "128" and int(weights) >= 128 * 128), (title, architecture)
