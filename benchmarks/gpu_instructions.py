@@ -24,11 +24,14 @@ import torch
 
 from pymllm.kernels.attention import AttentionProblem, KVType
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Weight, IntWeight
+from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
+from pymllm.kernels.gated_activation import GatedActivation
 from pymllm.kernels.hardware import ARCHITECTURES, Device, probe_device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import select
 from pymllm.kernels.triton.ahead_of_time import Case, tasks_of
 from pymllm.kernels.triton.attention import TritonGroupedAttention
+from pymllm.kernels.triton.experts import TritonExperts
 from pymllm.kernels.triton.fp4_weights import TritonFp4
 from pymllm.kernels.triton.instructions import Count, count
 from pymllm.kernels.triton.int_weights import meta_int_weight
@@ -95,6 +98,7 @@ def cases(device: Device) -> Iterator[Counted]:
             yield Counted(
                 f"{title}, {rows} rows", kernel.name, partial(kernel.run, packed, problem, x, None), bits
             )
+    yield from _experts(device)
     for kind in (KVType(torch.bfloat16), KVType(torch.float8_e4m3fn, "static"), KVType(torch.int8, "token")):
         problem = AttentionProblem(
             num_heads=32,
@@ -110,6 +114,23 @@ def cases(device: Device) -> Iterator[Counted]:
         for requests, new, length in ((16, 1, 4096), (2, 512, 2048)):
             run = partial(kernel._on_meta, problem, requests, new, length)
             yield Counted(f"attention, {kind} cache, {requests} x {new} tokens of {length}", kernel.name, run)
+
+
+def _experts(device: Device) -> Iterator[Counted]:
+    """Yield 128 experts of 768, eight a token, in int4: a few slots, one row each, and many, sorted by expert."""
+    kernel = TritonExperts()
+    weights = [meta_int_weight(*shape, 4, 128, False) for shape in ((2 * 768, 2048), (2048, 768))]
+    first, second = (
+        LinearProblem(weight.type, weight.shape[1], weight.shape[0], torch.bfloat16, device)
+        for weight in weights
+    )
+    problem = ExpertsProblem((first,), second, 128, GatedActivation())
+    packed = kernel.pack(ExpertsWeight(([weights[0]] * 128,), [weights[1]] * 128), problem)
+    for tokens in (1, 16, 512):
+        x = torch.empty((tokens, 2048), dtype=torch.bfloat16, device="meta")
+        ids = torch.empty((tokens, 8), dtype=torch.int64, device="meta")
+        run = partial(kernel.run, packed, problem, x, ids, ids.float(), ExpertsBias())
+        yield Counted(f"experts of int4, {tokens} rows", kernel.name, run, 4)
 
 
 def _weights(device: Device) -> Iterator[tuple[str, CanonicalWeight, float, Any]]:

@@ -52,7 +52,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Count:
-    """What was counted of one launch.
+    """Figures that were counted of one launch.
 
     registers, stack: of a thread, the latter in bytes.  shared: bytes of a block.  loop: instructions of a thread in a
     step of the main loop.  weights: that a block reads in a step, 0 where the kernel reads none.  blocks: of the grid.
@@ -79,7 +79,7 @@ class Count:
 
     @property
     def waves(self) -> float:
-        """How often the grid fills the GPU."""
+        """The number of times that the grid fills the GPU."""
         return self.blocks / (self.resident * self.processors)
 
 

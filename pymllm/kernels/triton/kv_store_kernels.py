@@ -77,7 +77,7 @@ def keep(
     put(at, values, scale, mask, SCALING, LARGEST, INTEGER, BYTES, HARDWARE)
 
 
-@kernel
+@kernel(varying=("slots",))
 def store_tokens(
     q,
     k,

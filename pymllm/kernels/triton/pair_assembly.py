@@ -31,8 +31,6 @@ class Assembly:
 
     def added(self, zero: float, dtype: torch.dtype) -> int:
         """Return the bits of the pair to add, where all numbers have this zero point."""
-        if dtype.itemsize != 2:
-            return 0
         half = int(torch.tensor(self.bias - zero, dtype=dtype).view(torch.int16)) & 0xFFFF
         pair = half * 0x10001
         return pair - (1 << 32) if pair >> 31 else pair

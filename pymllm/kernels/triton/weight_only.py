@@ -89,15 +89,20 @@ class Coding:
         }
 
     def decoding(self, dtype: torch.dtype, architecture: Architecture | None) -> dict[str, Any]:
-        """Return the constants of decoding to this dtype."""
-        plain = interpreting() or architecture is None or not architecture.is_nvidia
-        found = Assembly() if plain or dtype.itemsize != 2 else self.assemblies(dtype)
-        return self.constants | {
-            "ASSEMBLY": found.text,
-            "BIAS": found.bias,
-            "ADDED": found.added(self.zero, dtype),
-            "FACTOR": found.factor,
-        }
+        """Return the constants of decoding to this dtype.  architecture: None: any."""
+        return _decoding(self, dtype, architecture)
+
+
+@functools.cache
+def _decoding(coding: Coding, dtype: torch.dtype, architecture: Architecture | None) -> dict[str, Any]:
+    plain = interpreting() or architecture is None or not architecture.is_nvidia or dtype.itemsize != 2
+    assembly = Assembly() if plain else coding.assemblies(dtype)
+    return coding.constants | {
+        "ASSEMBLY": assembly.text,
+        "BIAS": assembly.bias,
+        "ADDED": 0 if plain else assembly.added(coding.zero, dtype),
+        "FACTOR": assembly.factor,
+    }
 
 
 _coders: dict[str, Callable[..., Coding]] = {}
@@ -213,7 +218,8 @@ def default_tile(device: Device, size: int, out_features: int, words: int, codin
     outputs, tokens, depth, warps = tile_shape(architecture, size, coding)
     blocks = divide(out_features, outputs) * divide(size, tokens)
     # As many blocks as registers let run at once, or a few more.
-    splits = _splits(words, 4 * depth, {16: 5, 32: 3, 64: 3}.get(tokens, 1) * device.processors, blocks)
+    wanted = {16: 5, 32: 3, 64: 3}.get(tokens, 1) * device.processors
+    splits = _splits(words, 512 // coding.per_word, wanted, blocks)
     stages = stages_within(architecture.shared_bytes, outputs, tokens, depth, coding.per_word)
     return Tile(outputs, tokens, depth, splits, warps=warps, stages=stages)
 

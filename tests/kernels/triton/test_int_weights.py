@@ -1,6 +1,7 @@
 """Integer weights on the GPU: every bit width, group length and kind of zero point."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pymllm.kernels.triton.tune import tune
 from pymllm.kernels.triton.tuning import Tile
 from pymllm.kernels.triton.words import Order, pack_words, unpack_words
 
-from .gpu import DEVICE, FLOATS, HERE, moved, randn
+from .gpu import DEVICE, FLOATS, HERE, UNIT, moved, randn
 from .linear_checks import check_products, check_round_trip, problem_for
 
 KINDS = [(4, 32, 96), (4, 128, 256), (4, 48, 144), (4, 544, 544), (8, 64, 192), (8, 320, 320)]
@@ -51,6 +52,58 @@ def test_long_rows_are_summed_in_float32_in_the_same_order_every_time():
     packed, x = moved(TritonInt().pack(weight, problem)), randn(2, 8192, dtype=torch.float16)
     first = TritonInt().run(packed, problem, x, None)
     assert torch.equal(first, TritonInt().run(packed, problem, x, None))
+
+
+@pytest.mark.parametrize("device", ("cuda:sm80", "hip:gfx942"))
+@pytest.mark.parametrize("bits", (4, 8))
+def test_the_order_of_other_matrix_units_gives_the_same_products(device, bits):
+    """sm_80's threads hold four neighbours, Hopper's two: words are packed and read in either order."""
+    weight = make(bits, 32, 160, False, out_features=40)
+    problem = LinearProblem(weight.type, 160, 40, torch.float16, probe_device(device))
+    there = problem_for(weight, torch.float16)
+    packed, hopper = (TritonInt().pack(weight, each) for each in (problem, there))
+    assert not torch.equal(packed["words"], hopper["words"])
+    assert torch.equal(TritonInt().unpack(packed, problem).codes, weight.codes)
+    x = randn(5, 160, dtype=torch.float16)
+    result = TritonInt().run(moved(packed), problem, x, None)
+    expected = TritonInt().run(moved(hopper), there, x, None)
+    assert torch.allclose(result, expected, rtol=2e-3, atol=2e-3)
+
+
+def biased(kind, count, inputs, dtype):
+    noise = randn(count, inputs, seed=5)
+    values = {
+        "far from zero": 1000 + noise,
+        "constant": torch.full_like(noise, 333.0),
+        "one giant": noise.index_fill(1, torch.tensor([7], device=HERE), 3e3),
+    }
+    return values[kind].to(dtype)
+
+
+@pytest.mark.parametrize("kind", ("far from zero", "constant", "one giant"))
+@pytest.mark.parametrize("bits", (4, 8))
+def test_inputs_far_from_zero_cancel_nothing(kind, bits):
+    """Codes are offsets from their zero point before they are multiplied: sums hold nothing that is subtracted later.
+
+    Beside random rows, one is of zeros, and one of the smallest step either way: their sums are small, or nothing.
+    """
+    weight = make(bits, 64, 256, False, out_features=20)
+    zeros = weight.zeros.repeat_interleave(64, dim=1)
+    codes = weight.codes.clone()
+    codes[3] = zeros[3]
+    codes[4, ::2], codes[4, 1::2] = zeros[4, ::2].clamp(max=2**bits - 2) + 1, zeros[4, 1::2].clamp(min=1) - 1
+    weight = replace(weight, codes=codes)
+    exact = weight.dequantize(torch.float64).to(HERE)
+    for dtype in FLOATS:
+        problem = problem_for(weight, dtype)
+        packed = moved(TritonInt().pack(weight, problem))
+        for count in (1, 3):
+            x = biased(kind, count, 256, dtype)
+            result, expected = TritonInt().run(packed, problem, x, None).double(), x.double() @ exact.t()
+            size = x.double().abs() @ exact.t().abs()
+            bound = 2 * UNIT[dtype] * expected.abs() + 256 * 2.0**-24 * size
+            assert ((result - expected).abs() <= bound).all()
+            assert (result[:, 3] == 0).all()
 
 
 def test_large_activations_do_not_overflow_before_the_result_does():
