@@ -232,8 +232,9 @@ def tile_shape(architecture: Architecture, size: int, coding: Coding) -> tuple[i
     """
     step, tokens = 128 // coding.per_word, min(max(size, 16), largest_tile(architecture))
     if multiplies_from_registers(architecture):
-        # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16.
-        return 128, tokens, step, 4
+        # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16. Groups of 16
+        # have too many scales for that.
+        return 64 if coding.constants["PIECE"] == 16 else 128, tokens, step, 4
     if size > 64 and architecture.is_nvidia and coding.constants["PIECE"] == 128:
         return 128, 128, step, 8
     return 64, tokens, 2 * step if size <= 16 and coding.per_word > 1 else step, 4
