@@ -37,7 +37,7 @@ TOO_LARGE = ("PassManager::run failed", "too many resources", "invalid argument"
 
 @dataclass
 class Tuned:
-    """What is known of one shape's tiles.
+    """Findings about one shape's tiles.
 
     key: the shape's, by which tiles are found.  default: the tile by rule.  seconds: of the tiles that were timed, in
     order.  skipped: how many tiles were not, by reason.  wrong: tiles with wrong results, and by how much.

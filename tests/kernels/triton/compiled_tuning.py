@@ -32,7 +32,7 @@ class Answered(TritonInt):
 def test_a_tile_of_more_shared_memory_than_the_gpu_has_is_skipped_and_one_of_too_many_threads():
     tiles = [Tile(64, 16, 16, warps=4, stages=1), Tile(128, 64, 32, warps=4, stages=3)]
     tiles.append(Tile(64, 16, 16, warps=8, stages=1))
-    with fake_driver("cuda", 86, ARCHITECTURES["sm86"].shared_bytes) as driver:
+    with fake_driver("cuda", 86, ARCHITECTURES["sm86"].shared_bytes // 2) as driver:
         found = tune(
             Answered(),
             TritonInt().examples()[1],

@@ -18,7 +18,7 @@ from pymllm.kernels.registry import KERNELS, kernels_for
 from pymllm.kernels.routing import Routing
 from pymllm.kernels.triton import linear_cases
 from pymllm.kernels.triton.ahead_of_time import Case, Pointer, Task, tasks_of
-from pymllm.kernels.triton.attention import _meta_tensors
+from pymllm.kernels.triton.attention import meta_tensors
 from pymllm.kernels.triton.experts import TritonExperts
 from pymllm.kernels.triton.launch import kernel
 
@@ -66,15 +66,17 @@ def attention(kernel):
     for problem in (ATTENTION, replace(ATTENTION, kv=KVType(torch.float8_e4m3fn, "static"))):
         for count in COUNTS:
             for step in steps(count):
-                q, k, v, cache = _meta_tensors(problem, count, 4096)
+                q, k, v, cache = meta_tensors(problem, count, 4096)
                 yield partial(kernel.run, problem, q, k, v, step, cache)
 
 
 def kv_store(kernel):
     for count in COUNTS:
         for step in steps(count):
-            _, k, v, cache = _meta_tensors(ATTENTION, count, 4096)
+            q, k, v, cache = meta_tensors(ATTENTION, count, 4096)
             yield partial(kernel.run, ATTENTION, k, v, cache, step)
+            angles = meta(count, ATTENTION.head_dim // 2, dtype=torch.float32)
+            yield partial(kernel.rotate_and_store, ATTENTION, q, k, v, cache, step, angles, angles)
 
 
 def routing(kernel):
