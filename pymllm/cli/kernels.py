@@ -104,6 +104,7 @@ def _tune(args: argparse.Namespace) -> int:
     from pymllm.kernels.triton.timing import seconds_each
     from pymllm.kernels.triton.tune import tune
     from pymllm.kernels.triton.tuning import device_file, write_tuned
+    from pymllm.kernels.triton.weight_only import EXPAND_TOKENS
 
     device = probe_device(args.device)
     if device.type == "cpu" or not device.present:
@@ -113,6 +114,14 @@ def _tune(args: argparse.Namespace) -> int:
             expected="--device cuda, or cuda:N with a GPU's number",
             found=args.device,
         )
+    for tokens in args.tokens:
+        if not 0 < tokens < EXPAND_TOKENS:
+            raise ConfigError(
+                "so many rows have no tile to tune",
+                code="tokens",
+                expected=f"--tokens from 1 to {EXPAND_TOKENS - 1}; from {EXPAND_TOKENS} on torch multiplies",
+                found=str(tokens),
+            )
     path = args.out or device_file(device)
     print(f"on {device.describe()}")
     weights = [kernel for kernel in WEIGHTS if kernel.name != "dense"]

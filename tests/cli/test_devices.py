@@ -86,6 +86,14 @@ def test_tiles_are_measured_on_a_gpu_that_is_here_alone(monkeypatch, capsys, dev
     assert "tiles are measured on a GPU that is here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokens", ("0", "192", "4096"))
+def test_rows_that_have_no_tile_are_refused_before_any_is_tuned(monkeypatch, capsys, tokens):
+    FakeGPUs(monkeypatch, 1)
+    assert main(["kernels", "tune", "--tokens", "1", tokens]) == 1
+    said = capsys.readouterr().err
+    assert "--tokens from 1 to 191" in said and tokens in said
+
+
 def test_tiles_are_measured_on_the_gpu_that_is_named_and_kept_for_it(monkeypatch, capsys, tmp_path):
     from pymllm.kernels.triton import tune
     from pymllm.kernels.triton.tuning import Tile
