@@ -1,6 +1,6 @@
 """Count the instructions of the kernels that decoding waits for, as compiled for GPUs that need not be here.
 
-    python benchmarks/gpu_instructions.py [--arch sm90 sm80] [--only int4] [--dry-run]
+    python benchmarks/gpu_instructions.py [--arch sm90 sm80] [--only int4] [--before FILE] [--dry-run]
 
 Instructions of a thread for each weight bound a product of a few rows; registers, shared memory and waves say how many
 blocks run at once. Nothing is timed. The script writes results/gpu_instructions.json and .md.
@@ -58,12 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options.add_argument("--arch", nargs="+", default=["sm90", "sm80"], choices=_nvidia())
     options.add_argument("--only", default="", metavar="TEXT", help="only rows with TEXT in their title")
+    options.add_argument(
+        "--before", type=Path, metavar="FILE", help="a gpu_instructions.json of other code, to stand beside"
+    )
     options.add_argument("--dry-run", action="store_true", help="write nothing")
     args = options.parse_args(arguments)
     rows = []
+    before = {} if args.before is None else _by_work(json.loads(args.before.read_text())["rows"])
     for name in args.arch:
         for found in counts(name, args.only):
-            rows.append(vars(found) | {"per_weight": found.per_weight, "waves": found.waves})
+            row = vars(found) | {"per_weight": found.per_weight, "waves": found.waves}
+            row |= {"before": before.get((found.title, name)) if found.function not in BESIDE else None}
+            rows.append(row)
             print(_line(rows[-1]), flush=True)
     if not args.dry_run:
         import triton
@@ -73,9 +79,18 @@ def main(arguments: list[str] | None = None) -> int:
             json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
         )
         head = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-        said = f"Compiled by Triton {triton.__version__}; nothing ran."
+        said = f"Compiled by Triton {triton.__version__}; nothing ran. Before: a weight, or a step of no weights."
         (RESULTS / "gpu_instructions.md").write_text("\n".join([said, "", *head, *map(_line, rows)]) + "\n")
     return 0
+
+
+def _by_work(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the figures of the kernel that does most of each work, by the work and the architecture."""
+    return {
+        (row["title"], row["architecture"]): {key: row[key] for key in ("loop", "per_weight", "registers")}
+        for row in rows
+        if row["function"] not in BESIDE
+    }
 
 
 def counts(architecture: str, only: str = "") -> Iterator[Count]:
@@ -99,6 +114,11 @@ def cases(device: Device) -> Iterator[Counted]:
                 f"{title}, {rows} rows", kernel.name, partial(kernel.run, packed, problem, x, None), bits
             )
     yield from _experts(device)
+    yield from _attention(device)
+
+
+def _attention(device: Device) -> Iterator[Counted]:
+    """Yield attention of decoding and of prompts, and the storing of rotated keys, for each kind of cache."""
     for kind in (KVType(torch.bfloat16), KVType(torch.float8_e4m3fn, "static"), KVType(torch.int8, "token")):
         problem = AttentionProblem(
             num_heads=32,
@@ -150,16 +170,29 @@ def _weights(device: Device) -> Iterator[tuple[str, CanonicalWeight, float, Any]
     yield "int8 by int8", IntWeight(bytes_, rows, None, 8, SIDE, activations="token"), 8, "auto"
 
 
+# Kernels that are launched beside the one that does the work.
+BESIDE = ("add_splits", "join_splits", "quantise_rows")
+
 COLUMNS = (
-    *("work", "kernel", "GPU", "instructions", "weights a step", "a weight"),
+    *("work", "kernel", "GPU", "instructions", "weights a step", "a weight", "before"),
     *("registers", "stack", "shared", "warps", "waves"),
 )
 
 
 def _line(row: dict[str, Any]) -> str:
     a_weight = f"{row['per_weight']:.2f}" if row["weights"] else ""
+    then = row["before"]
+    before = "" if then is None else f"{then['per_weight']:.2f}" if row["weights"] else str(then["loop"])
     cells = (
-        *(row["title"], row["function"], row["architecture"], row["loop"], row["weights"] or "", a_weight),
+        *(
+            row["title"],
+            row["function"],
+            row["architecture"],
+            row["loop"],
+            row["weights"] or "",
+            a_weight,
+            before,
+        ),
         *(row["registers"], row["stack"], row["shared"], row["warps"], f"{row['waves']:.2f}"),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
