@@ -98,7 +98,7 @@ def decode_words(
         for n in tl.static_range(N // 2):
             low = (DECODE(words, n) - zero).to(DTYPE)
             high = (DECODE(words, n + N // 2) - zero).to(DTYPE)
-            values += (low, high)
+            values += (low, high)  # type: ignore[assignment]
     else:
         if STORED_ZERO:
             added = (BIAS - zero).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
@@ -125,7 +125,7 @@ def decode_words(
                 pack=1,
             )
         for n in tl.static_range(N):
-            values += (raw[n].to(DTYPE, bitcast=True),)
+            values += (raw[n].to(DTYPE, bitcast=True),)  # type: ignore[assignment]
     return values
 
 
