@@ -11,6 +11,7 @@ any requests within these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -101,6 +102,7 @@ class TritonGroupedAttention:
         else:
             keys, values = (pages_of.flatten(0, 1) for pages_of in (cache.k, cache.v))
             key_scale, value_scale = cache.k_scale, cache.v_scale
+        q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
         words = _in_words(keys, problem.head_dim) and _in_words(values, dv)
         codes = _codes_of(problem, keys.dtype, words)
         if keys.dtype is torch.float8_e4m3fn:
@@ -111,9 +113,9 @@ class TritonGroupedAttention:
         grid = (requests, divide(max(step.max_seqlen_q, 1), block_tokens), heads // group * splits)
         attend.launch(
             grid,
-            q if q.stride(-1) == 1 else q.contiguous(),
-            keys if keys.stride(-1) == 1 else keys.contiguous(),
-            values if values.stride(-1) == 1 else values.contiguous(),
+            q,
+            keys,
+            values,
             key_scale,
             value_scale,
             sinks,
@@ -149,6 +151,7 @@ class TritonGroupedAttention:
             SCALING=scaling,
             CODES=codes,
             WORDS=words,
+            STEP=math.gcd(16, *keys.stride()[:-1], *values.stride()[:-1]),
             BLOCKS=problem.bidirectional or not step.causal,
             PREFIX_CAUSAL=step.prefix_causal and not problem.bidirectional,
             SPLITS=splits,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pymllm.kernels.triton.launch import inline, kernel
-from pymllm.kernels.triton.weight_only_kernels import e4m3_value
+from pymllm.kernels.triton.weight_only_kernels import e4m3_value, whole_steps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -158,6 +158,7 @@ def attend(
     SCALING: tl.constexpr,
     CODES: tl.constexpr,
     WORDS: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCKS: tl.constexpr,
     PREFIX_CAUSAL: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -172,10 +173,13 @@ def attend(
 
     q: [T, H, D].  k, v: flattened pages [slots, Hkv, D], or with PAGE 0 this step's own, [T, Hkv, D].
     CODES: what k and v hold, "" for floats; with WORDS they come as int32 words of four codes: see `word_values`.
+    STEP: what all strides of k and v are multiples of.
     y: [T, H, Dv]; with SPLITS above 1: [S, T, H, Dv] float32, beside partial_max and partial_sum [S, T, H].
     Grid: (R, new tokens / BLOCK_T, H / GROUP · S).
     """
     LATE_SUMS: tl.constexpr = BLOCK_T * BLOCK_G < 64
+    k_stride, k_head_stride = whole_steps(k_stride, STEP), whole_steps(k_head_stride, STEP)
+    v_stride, v_head_stride = whole_steps(v_stride, STEP), whole_steps(v_head_stride, STEP)
     request, block = tl.program_id(0), tl.program_id(1)
     part, head_block = tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
     first = tl.load(query_starts + request)

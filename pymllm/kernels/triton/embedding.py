@@ -24,7 +24,7 @@ from pymllm.kernels.triton.launch import kernel
 from pymllm.kernels.triton.operators import operator
 from pymllm.kernels.triton.tuning import divide, next_power
 from pymllm.kernels.triton.weight_only import Operands, coding_of
-from pymllm.kernels.triton.weight_only_kernels import inputs_of_piece, load_scale_and_zero
+from pymllm.kernels.triton.weight_only_kernels import inputs_of_piece, load_scale_and_zero, whole_steps
 from pymllm.kernels.triton.weight_only_linear import WeightOnlyLinear
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def gather_rows(
     ids: [N].  words: [V, W].  y: [N, H].  Grid: (N, spans of a row / BLOCK_S).
     """
     SPAN_WORDS: tl.constexpr = SPAN // N
+    row_words = whole_steps(row_words, SPAN_WORDS)
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + place)
     first = (tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)) * SPAN_WORDS  # word of each span

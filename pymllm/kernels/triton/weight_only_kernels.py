@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 
 @inline
+def whole_steps(length, STEP: tl.constexpr):
+    """Return a length, a multiple of STEP, so that the compiler knows it to be one: addresses then are, too.
+
+    Of an argument Triton knows no more than whether it is a multiple of 16.
+    """
+    return length // STEP * STEP
+
+
+@inline
 def scale_value(stored, KIND: tl.constexpr):
     """Convert a stored scale to float32.  KIND: as `Coding.scale_kind`."""
     # e8m0 is 2^(byte - 127); byte 0 is 2^-127, which only a subnormal holds.
@@ -270,6 +279,7 @@ def multiply_tile(
         zeros is not None or SCALE_KIND == "float16 and zero" or SCALE_KIND == "bfloat16 and zero"
     )
     WHOLE: tl.constexpr = GROUP >= 1 << 30
+    row_words, chunk = whole_steps(row_words, SPAN_WORDS), whole_steps(chunk, BLOCK_W)
     part = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row_mask = rows < out_features
@@ -410,6 +420,7 @@ def expand(
         zeros is not None or SCALE_KIND == "float16 and zero" or SCALE_KIND == "bfloat16 and zero"
     )
     SPAN_WORDS: tl.constexpr = SPAN // N
+    row_words = whole_steps(row_words, SPAN_WORDS)
     places = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask = places < count
     rows = first_row + places

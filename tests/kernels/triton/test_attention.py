@@ -170,6 +170,15 @@ def test_without_a_cache_the_new_tokens_are_all():
     assert float((found.double() - expected).abs().max() / expected.abs().max()) <= 2e-3
 
 
+def test_elements_of_a_head_that_do_not_lie_side_by_side_are_read_as_what_they_are():
+    case = make_case(make_problem(dtype=torch.float16), [(0, 23), (0, 16)])
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.q, case.k, case.v)]
+    assert all(t.stride(-1) > 1 for t in apart)
+    step, problem = replace(case.step, page_tables=None), replace(case.problem, device=DEVICE)
+    found = GROUPED.run(problem, *map(moved, apart), step).cpu()
+    assert float((found.double() - case.expected()).abs().max() / case.expected().abs().max()) <= 2e-3
+
+
 @pytest.mark.parametrize("kv", KV)
 def test_keys_and_values_are_stored_as_torch_stores_them_and_slots_below_zero_are_skipped(kv):
     problem = make_problem(dtype=torch.float16, kv=KV[kv], head_dim=20)

@@ -78,3 +78,10 @@ def test_products_of_int4_by_a_few_rows_take_few_instructions_and_no_stack():
         assert float(per_weight) <= limits[tokens], (title, architecture)
         assert stack == "0", (title, architecture)
         assert warps == "4" or (tokens == "128" and int(weights) >= 128 * 128), (title, architecture)
+
+
+def test_loads_are_wide_where_16_divides_sizes_in_part():
+    """In a process of its own, as above."""
+    file = Path(__file__).with_name("compiled_loads.py")
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, check=True, TRITON_INTERPRET="0")
+    assert "skipped" not in done.stdout
