@@ -204,11 +204,11 @@ def _architecture_of(properties: object) -> Architecture | None:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one of this thread for a `with` block; for a CPU do nothing.
+    """Make a GPU the current one of this thread for a `with` block; for a CPU, or "cuda" alone, do nothing.
 
     Streams, graphs and Triton's launches go to the current GPU, and every thread has its own, at first GPU 0.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
 
 
 def on_own_device(method: Method) -> Method:
