@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from pymllm.engine.graphs import BUCKETS
+from pymllm.engine.graphs import graph_sizes
 from pymllm.engine.runner import Runner
 from pymllm.engine.scheduler import MAX_REQUESTS, STEP_TOKENS
 from pymllm.kernels.hardware import current
@@ -45,16 +45,25 @@ def estimate_step_bytes(tokens: int, widest: int, itemsize: int) -> int:
     return tokens * widest * itemsize * ASSUMED_LIVE
 
 
-def working_bytes(step_bytes: int, tokens: int, vocabulary: int, *, captured: bool, width: int = 1) -> int:
+def working_bytes(
+    step_bytes: int,
+    tokens: int,
+    vocabulary: int,
+    *,
+    captured: bool,
+    exact: bool = False,
+    width: int = 1,
+) -> int:
     """Return what has to stay free beside weights and cache.
 
     step_bytes: what the largest step takes, of so many tokens.  captured: whether decoding steps become graphs.
+    exact: whether these have no spare rows, so that there is one for each number of requests.
     width: how many tokens of a request a decoding step has.
     """
     needed = step_bytes + MAX_REQUESTS * width * vocabulary * CHOOSING_BYTES
     if captured:
-        rows, row_bytes = sum(BUCKETS) * width, step_bytes // tokens + vocabulary * KEPT_LOGIT_BYTES
-        needed += rows * row_bytes + len(BUCKETS) * GRAPH_BYTES
+        sizes, row_bytes = graph_sizes(exact), step_bytes // tokens + vocabulary * KEPT_LOGIT_BYTES
+        needed += sum(sizes) * width * row_bytes + len(sizes) * GRAPH_BYTES
     return needed
 
 
