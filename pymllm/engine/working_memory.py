@@ -7,6 +7,8 @@ GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pymllm.engine.graphs import graph_sizes
@@ -52,18 +54,18 @@ def working_bytes(
     *,
     captured: bool,
     exact: bool = False,
-    width: int = 1,
+    widths: Sequence[int] = (1,),
 ) -> int:
     """Return what has to stay free beside weights and cache.
 
     step_bytes: what the largest step takes, of so many tokens.  captured: whether decoding steps become graphs.
     exact: whether these have no spare rows, so that there is one for each number of requests.
-    width: how many tokens of a request a decoding step has.
+    widths: how many tokens of each request a decoding step may have: `Strategy.widths`.
     """
-    needed = step_bytes + MAX_REQUESTS * width * vocabulary * CHOOSING_BYTES
+    needed = step_bytes + MAX_REQUESTS * max(widths) * vocabulary * CHOOSING_BYTES
     if captured:
         sizes, row_bytes = graph_sizes(exact), step_bytes // tokens + vocabulary * KEPT_LOGIT_BYTES
-        needed += sum(sizes) * width * row_bytes + len(sizes) * GRAPH_BYTES
+        needed += sum(widths) * sum(sizes) * row_bytes + len(widths) * len(sizes) * GRAPH_BYTES
     return needed
 
 

@@ -104,5 +104,5 @@ def _working(prepared: Prepared, step_bytes: int, tokens: int, captured: bool, e
         model.config.size("vocab_size"),
         captured=captured,
         exact=exact,
-        width=model.strategy.block_length,
+        widths=model.strategy.widths,
     )

@@ -162,7 +162,17 @@ def test_what_has_to_stay_free_grows_with_what_is_captured_and_with_the_vocabula
     # 64 graphs, of 1 to 64 rows, where there are no spare ones.
     exact = working_bytes(1000, 10, 50, captured=True, exact=True)
     assert exact == eager + 2080 * (100 + 50 * 8) + 64 * (32 << 20)
-    assert working_bytes(1000, 10, 50, captured=False, width=4) == 1000 + 4 * 64 * 50 * 64
+    assert working_bytes(1000, 10, 50, captured=False, widths=(4,)) == 1000 + 4 * 64 * 50 * 64
+    drafting = working_bytes(1000, 10, 50, captured=True, widths=(1, 4))
+    assert drafting == 1000 + 4 * 64 * 50 * 64 + 5 * 199 * (100 + 50 * 8) + 2 * 9 * (32 << 20)
+
+
+def test_a_plan_leaves_room_for_steps_with_drafts(gpus, monkeypatch):
+    asked = []
+    monkeypatch.setattr(room, "working_bytes", lambda *sizes, **how: asked.append(how["widths"]) or 10**6)
+    for strategy in (None, "prompt_lookup:drafts=5", "block_diffusion:block_length=4,mask_token_id=3"):
+        plan(shipped_model(), device="cuda:0", strategy=strategy)
+    assert asked == [(1,), (1, 6), (4,)]
 
 
 @pytest.mark.parametrize(
