@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 from pymllm.errors import ConfigError, counted
 
 NAMED = re.compile(r"cuda:(0|[1-9][0-9]*)")
+
+# What torch was built for: code of an architecture, "sm_90a", or PTX, "compute_120".
+BUILT_FOR = re.compile(r"\b(sm|compute)_([0-9]+)([0-9])[a-z]?\b")
+
+# What leaves GPUs out, or reorders them; AMD's driver and runtime have a variable each.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def named_gpu(device: str) -> int | None:
@@ -29,11 +36,28 @@ def count_gpus() -> int:
 
 def describe_gpus() -> str:
     """Say how many GPUs there are, their names, and what has left others out."""
-    count, visible = count_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = count_gpus()
+    visible = ", ".join(f"{name}={os.environ[name]}" for name in VISIBLE if name in os.environ)
     names = {0: "", 1: ", cuda:0"}.get(count, f", cuda:0 to cuda:{count - 1}")
-    return f"{counted(count, 'GPU')}{names}" + (
-        "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
-    )
+    return f"{counted(count, 'GPU')}{names}" + (f" ({visible})" if visible else "")
+
+
+def why_torch_cannot(properties: Any) -> str | None:
+    """Return why this build of torch runs nothing on a GPU that it sees, an old one mostly, or None.
+
+    properties: as torch tells them.  Code runs on its architecture and later ones of the same major number, PTX on all
+    later ones; of AMD's GPUs torch does not say.
+    """
+    import torch
+
+    built = torch.cuda.get_arch_list() if torch.version.hip is None else []
+    targets = [(kind, (int(major), int(minor))) for kind, major, minor in BUILT_FOR.findall(" ".join(built))]
+    own = (properties.major, properties.minor)
+    if not targets or any(
+        target <= own and (kind == "compute" or target[0] == own[0]) for kind, target in targets
+    ):
+        return None
+    return f"this build of torch has no code for capability {own[0]}.{own[1]}, only for {', '.join(built)}"
 
 
 def local_rank() -> int | None:

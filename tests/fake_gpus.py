@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pymllm.gpus import VISIBLE
 from pymllm.kernels import hardware
 
 
@@ -22,6 +23,8 @@ class FakeGPUs:
         self.count, self.total = count, memory
         self.free = [memory // (index + 1) for index in range(count)]
         self.reserved, self.allocated, self.peak = [0] * count, [0] * count, [0] * count
+        # Two kinds, so that it shows which one was asked.
+        self.capabilities = [(9, 0), (8, 0)]
         self.asked: list[tuple[str, int]] = []
         self._thread = threading.local()
         answers = {
@@ -37,12 +40,13 @@ class FakeGPUs:
             "memory_allocated": lambda device=None: self.allocated[self._ask("memory_allocated", device)],
             "max_memory_allocated": lambda device=None: self.peak[self._ask("max_memory_allocated", device)],
             "reset_peak_memory_stats": lambda device=None: self._ask("reset_peak_memory_stats", device),
+            "get_arch_list": lambda: ["sm_80", "sm_86", "sm_90", "sm_120", "compute_120"],
             "synchronize": lambda device=None: self._ask("synchronize", device),
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(hardware, "_known_device", hardware._known_device.__wrapped__)
-        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", *VISIBLE):
             monkeypatch.delenv(name, raising=False)
 
     @property
@@ -78,8 +82,8 @@ class FakeGPUs:
 
     def _properties(self, device: Any) -> SimpleNamespace:
         index = self._ask("get_device_properties", device)
-        # Two kinds, so that it shows which one was asked.
-        major, minor, processors = ((9, 0, 132), (8, 0, 108))[index % 2]
+        processors = (132, 108)[index % 2]
+        major, minor = self.capabilities[index % len(self.capabilities)]
         return SimpleNamespace(
             name=f"Fake {'H' if index % 2 == 0 else 'A'}100 number {index}",
             major=major,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pymllm.engine.warm_up import launches_of_steps
 from pymllm.kernels.attention import PAGE_SIZE
-from pymllm.kernels.hardware import probe_device
+from pymllm.kernels.hardware import current, probe_device
 from pymllm.kernels.triton.compile_launches import compile_launches, distinct
 from pymllm.kernels.triton.launch import interpreting
 from pymllm.kernels.triton.requirements import triton_installed
@@ -48,7 +48,9 @@ def compile_kernels(prepare_again: Callable[[], Prepared], plan: Plan, progress:
         logger.warning("kernels are compiled when first launched: %s: %s", type(error).__name__, error)
         return 0
     logger.info("compiling %d kernels", len(launches))
-    with progress_bar("Compiling kernels", len(launches), progress, unit=" kernels") as advance:
+    bar = progress_bar("Compiling kernels", len(launches), progress, unit=" kernels")
+    # Triton compiles for the thread's current GPU.
+    with bar as advance, current(probe_device(again.execution.device).torch_device):
         failed = compile_launches(launches, advance=advance)
     if failed:
         text = "%d of %d kernels were not compiled; the first request that needs one says why"

@@ -16,6 +16,7 @@ from typing import Any
 from pymllm.cli.options import add_common_options
 from pymllm.cli.output import print_json
 from pymllm.errors import install_command
+from pymllm.gpus import why_torch_cannot
 
 SCHEMA_VERSION = 1
 CORE = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
@@ -149,6 +150,9 @@ def _examine_gpus(problems: list[str]) -> list[dict[str, Any]]:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = [properties.major, properties.minor]
+        reason = why_torch_cannot(properties)
+        if reason is not None:
+            problems.append(f"cuda:{index} ({properties.name}) cannot be used: {reason}")
         gpus.append(
             {
                 "device": f"cuda:{index}",

@@ -7,7 +7,7 @@ model whose kernels look at the host within a step cannot be captured, and runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,20 @@ def bucket_of(requests: int, exact: bool = False) -> int | None:
 
     exact: without spare rows, so that there are as many buckets as numbers of requests.
     """
-    if exact:
-        return requests if requests <= BUCKETS[-1] else None
-    return next((size for size in BUCKETS if size >= requests), None)
+    return next((size for size in graph_sizes(exact) if size >= requests), None)
 
 
-def scales_span_rows(model: nn.Module) -> bool:
-    """Tell whether a scale of activations follows from all rows of a step: spare ones would change the others."""
-    selections = (selection for _, holder in weight_holders(model) for selection in holder.selections())
+def graph_sizes(exact: bool = False) -> Sequence[int]:
+    """Return the rows of every graph that steps of one width may have.  exact: as for `bucket_of`."""
+    return range(1, BUCKETS[-1] + 1) if exact else BUCKETS
+
+
+def scales_span_rows(model: nn.Module, binder: Binder | None = None) -> bool:
+    """Tell whether a scale of activations follows from all rows of a step: spare ones would change the others.
+
+    binder: plans the kernels of a model that is not loaded.
+    """
+    selections = (selection for _, holder in weight_holders(model) for selection in holder.selections(binder))
     problems = (
         problem
         for selection in selections

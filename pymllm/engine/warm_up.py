@@ -9,6 +9,7 @@ computed, and what its kernels would launch is noted.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -21,6 +22,7 @@ from pymllm.engine.states import StatePool
 from pymllm.engine.strategies import make_strategy
 from pymllm.kernels.triton.launch import Launch, recording
 from pymllm.models.language_model import LanguageModel
+from pymllm.models.strategy import Strategy
 
 META = torch.device("meta")
 # The longest piece of a prompt for which tiles differ from those of shorter ones.
@@ -34,15 +36,17 @@ class StepsWithoutData:
     """
 
     def __init__(self, model: LanguageModel, max_length: int, cache_pages: int, state_slots: int) -> None:
-        self.model, self.strategy = model, make_strategy(model.strategy)
+        # Steps with drafts are those without, but for their tokens; what drafts may be a second model, with data.
+        self.model, self.widths = model, model.strategy.widths
+        self.strategy = make_strategy(Strategy() if model.strategy.drafts else model.strategy)
         block = self.strategy.block_length
         self.max_length = -(-max_length // block) * block
         self.runner = Runner(model, META, self.max_length, self.strategy)
         self.cache = PagedKVCache(model, cache_pages, META)
         self.runner.states = StatePool.of(model, state_slots, META)
 
-    def decode(self, rows: int) -> None:
-        """Run a step of `rows` requests as one that is captured."""
+    def decode(self, rows: int, width: int) -> None:
+        """Run a step of `rows` requests, of `width` tokens each, as one that is captured."""
         batch = DecodingBatch(
             rows,
             self.cache.pages_for(min(self.max_length, self.cache.num_pages * self.cache.page_size)),
@@ -50,7 +54,7 @@ class StepsWithoutData:
             self.max_length,
             META,
             has_states=self.runner.states is not None,
-            width=self.strategy.block_length,
+            width=width,
             strategy=self.strategy,
         )
         self.runner._forward_decoding(batch)
@@ -93,15 +97,15 @@ def launches_of_steps(
     captured = why_not_captured(model) is None and not model.why_not_repeated
     longest = min(steps.max_length, steps.cache.num_pages * steps.cache.page_size)
     with recording() as launches:
-        for rows in BUCKETS:
+        for width, rows in product(steps.widths, BUCKETS):
             if captured:
-                steps.decode(rows)
+                steps.decode(rows, width)
             else:
-                steps.run(*[(1, longest)] * rows)
+                steps.run(*[(min(width, longest), longest)] * rows)
         if not captured:
             # How many splits attention makes of the keys follows from how many there are.
-            for length in sizes(longest):
-                steps.run((1, length))
+            for width, length in product(steps.widths, sizes(longest)):
+                steps.run((min(width, length), length))
         for size in sizes(min(longest, LONGEST_PIECE)):
             steps.run((size, size))
     return launches

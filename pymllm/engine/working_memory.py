@@ -7,9 +7,11 @@ GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from pymllm.engine.graphs import BUCKETS
+from pymllm.engine.graphs import graph_sizes
 from pymllm.engine.runner import Runner
 from pymllm.engine.scheduler import MAX_REQUESTS, STEP_TOKENS
 from pymllm.kernels.hardware import current
@@ -45,16 +47,25 @@ def estimate_step_bytes(tokens: int, widest: int, itemsize: int) -> int:
     return tokens * widest * itemsize * ASSUMED_LIVE
 
 
-def working_bytes(step_bytes: int, tokens: int, vocabulary: int, *, captured: bool, width: int = 1) -> int:
+def working_bytes(
+    step_bytes: int,
+    tokens: int,
+    vocabulary: int,
+    *,
+    captured: bool,
+    exact: bool = False,
+    widths: Sequence[int] = (1,),
+) -> int:
     """Return what has to stay free beside weights and cache.
 
     step_bytes: what the largest step takes, of so many tokens.  captured: whether decoding steps become graphs.
-    width: how many tokens of a request a decoding step has.
+    exact: whether these have no spare rows, so that there is one for each number of requests.
+    widths: how many tokens of each request a decoding step may have: `Strategy.widths`.
     """
-    needed = step_bytes + MAX_REQUESTS * width * vocabulary * CHOOSING_BYTES
+    needed = step_bytes + MAX_REQUESTS * max(widths) * vocabulary * CHOOSING_BYTES
     if captured:
-        rows, row_bytes = sum(BUCKETS) * width, step_bytes // tokens + vocabulary * KEPT_LOGIT_BYTES
-        needed += rows * row_bytes + len(BUCKETS) * GRAPH_BYTES
+        sizes, row_bytes = graph_sizes(exact), step_bytes // tokens + vocabulary * KEPT_LOGIT_BYTES
+        needed += sum(widths) * sum(sizes) * row_bytes + len(widths) * len(sizes) * GRAPH_BYTES
     return needed
 
 

@@ -20,7 +20,8 @@ def captured(run: Callable[[], T], stream: torch.cuda.Stream) -> tuple[torch.cud
     current, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     graph, failure = torch.cuda.CUDAGraph(), None
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # Other threads may take memory meanwhile, or ask for events: for another model, or as NCCL's watch does.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 result = run()
             except BaseException as error:

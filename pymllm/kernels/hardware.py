@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from pymllm.errors import ConfigError, nearest, unknown_name
-from pymllm.gpus import count_gpus, describe_gpus, named_gpu, own_gpu
+from pymllm.gpus import count_gpus, describe_gpus, named_gpu, own_gpu, why_torch_cannot
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -110,14 +110,16 @@ class Device:
 def probe_device(device: str = "auto") -> Device:
     """Find the device that a name means on this machine.
 
-    device: "auto" (the GPU that "cuda" means where torch has one, else the CPU), "cpu", "cuda:1" for a GPU by its
+    device: "auto" (the GPU that "cuda" means where torch can use it, else the CPU), "cpu", "cuda:1" for a GPU by its
     number, or "cuda": under torchrun the GPU of LOCAL_RANK, else the current one of the calling thread; or, for a plan,
     the name of an architecture such as "cuda:sm90" or "hip:gfx942", which means any GPU of it.
     Raises ConfigError "device" for a device that torch cannot use, or an unknown architecture; "rank-devices" where
     LOCAL_RANK has no GPU.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu"
+        if torch.cuda.is_available() and not why_torch_cannot(torch.cuda.get_device_properties(own_gpu())):
+            device = "cuda"
     if device == "cuda" and torch.cuda.is_available():
         device = f"cuda:{own_gpu()}"
     return _known_device(device)
@@ -135,6 +137,15 @@ def _known_device(device: str) -> Device:
         return Device("cpu", info.brand, isa=info.best_path if native_available() else None)
     if index is not None and index < count_gpus():
         properties = torch.cuda.get_device_properties(index)
+        reason = why_torch_cannot(properties)
+        if reason is not None:
+            raise ConfigError(
+                f"torch cannot compute on {device}, {properties.name}",
+                code="device",
+                expected="a GPU that torch was built for",
+                found=reason,
+                fix="Install a build of torch for this GPU (https://pytorch.org), or run on the CPU: --device cpu.",
+            )
         architecture = _architecture_of(properties)
         return Device(
             "cuda",
@@ -204,11 +215,11 @@ def _architecture_of(properties: object) -> Architecture | None:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one of this thread for a `with` block; for a CPU do nothing.
+    """Make a GPU the current one of this thread for a `with` block; for a CPU, or "cuda" alone, do nothing.
 
     Streams, graphs and Triton's launches go to the current GPU, and every thread has its own, at first GPU 0.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
 
 
 def on_own_device(method: Method) -> Method:

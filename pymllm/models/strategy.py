@@ -69,6 +69,16 @@ class Strategy:
         """The number of tokens that see one another; 1: each sees what came before it."""
         return int(self.settings["block_length"]) if self.name == "block_diffusion" else 1
 
+    @property
+    def drafts(self) -> int:
+        """The most tokens that are drafted; 0: none ever."""
+        return int(self.settings.get("drafts", 0))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of tokens that each request of a decoding step may have, the most last."""
+        return (1, 1 + self.drafts) if self.drafts else (self.block_length,)
+
     def __str__(self) -> str:
         settings = (f"{key} {value} ({self.sources[key]})" for key, value in self.settings.items())
         return ", ".join((self.name, *settings))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymllm.arguments import checked
 from pymllm.embedding.settings import read_settings
-from pymllm.engine.graphs import why_not_captured
+from pymllm.engine.graphs import scales_span_rows, why_not_captured
 from pymllm.errors import ConfigError, PymllmError, counted
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.refusals import explain
@@ -126,10 +126,11 @@ def make_plan(
         totals["kv_cache_bytes_per_token"] += draft.totals["kv_cache_bytes_per_token"]
     device = probe_device(prepared.execution.device)
     on_gpu = device.type != "cpu" and prepared.model.why_no_text is None
-    eager = why_not_captured(prepared.model, binder) if on_gpu else None
+    eager = (prepared.model.why_not_repeated or why_not_captured(prepared.model, binder)) if on_gpu else None
     cache = {}
     if prepared.model.why_no_text is None:
-        room = assume_room(prepared, weight_bytes, layers, max_model_len, captured=eager is None)
+        exact = on_gpu and scales_span_rows(prepared.model, binder)
+        room = assume_room(prepared, weight_bytes, layers, max_model_len, eager is None, exact)
         cache = asdict(size_cache(prepared, totals, room, max_model_len, kv_memory))
     elif max_model_len is not None or kv_memory is not None:
         raise ConfigError(

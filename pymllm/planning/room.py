@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from pymllm.engine.graphs import why_not_captured
+from pymllm.engine.graphs import scales_span_rows, why_not_captured
 from pymllm.engine.kv_memory import CacheSize, choose_cache_size
 from pymllm.engine.working_memory import (
     estimate_step_bytes,
@@ -36,9 +36,11 @@ def assume_room(
     layers: Iterable[PlannedLayer],
     max_model_len: int | None,
     captured: bool,
+    exact: bool,
 ) -> Room:
     """Return the room beside weights that are not loaded yet: what is free now, less what they will take.
 
+    captured, exact: of decoding steps, as for `working_bytes`.
     It is not known of another machine's device, nor where the weights do not fit, which loading refuses.
     """
     execution, model = prepared.execution, prepared.model
@@ -49,7 +51,7 @@ def assume_room(
     tokens = largest_step(model, max_model_len)
     widest = max((sum(layer.shape_local[-2:]) for layer in layers if layer.kind == "linear"), default=0)
     step = estimate_step_bytes(tokens, widest, execution.dtype.itemsize)
-    return Room(left, _working(prepared, step, tokens, captured))
+    return Room(left, _working(prepared, step, tokens, captured, exact))
 
 
 def measure_cache(
@@ -62,9 +64,11 @@ def measure_cache(
     device = probe_device(prepared.execution.device)
     if device.type == "cpu" or prepared.model.why_no_text is not None:
         return plan
-    tokens = largest_step(prepared.model, max_model_len)
-    step = measure_step_bytes(prepared.model, device.torch_device, tokens)
-    working = _working(prepared, step, tokens, why_not_captured(prepared.model) is None)
+    model = prepared.model
+    tokens = largest_step(model, max_model_len)
+    step = measure_step_bytes(model, device.torch_device, tokens)
+    captured = (model.why_not_repeated or why_not_captured(model)) is None
+    working = _working(prepared, step, tokens, captured, scales_span_rows(model))
     rooms = [Room(*room) for room in prepared.parallel.exchange([available_memory(device.spec), working])]
     least = min(rooms, key=lambda room: (room.available or 0) - room.working)
     size = size_cache(prepared, plan.totals, least, max_model_len, kv_memory)
@@ -92,12 +96,13 @@ def size_cache(
     )
 
 
-def _working(prepared: Prepared, step_bytes: int, tokens: int, captured: bool) -> int:
+def _working(prepared: Prepared, step_bytes: int, tokens: int, captured: bool, exact: bool) -> int:
     model = prepared.model
     return working_bytes(
         step_bytes,
         tokens,
         model.config.size("vocab_size"),
         captured=captured,
-        width=model.strategy.block_length,
+        exact=exact,
+        widths=model.strategy.widths,
     )

@@ -197,8 +197,9 @@ class Streams:
         class Capture:
             """torch.cuda.graph, whose end raises, before its stream is left, where the capture is broken."""
 
-            def __init__(self, graph, pool=None, stream=None):
-                assert stream.name == "side"
+            def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
+                # In the global mode a thread that allocates for another model would break the capture, and fail.
+                assert stream.name == "side" and capture_error_mode == "thread_local"
                 self.within = Within(Stream("capture"))
 
             def __enter__(self):

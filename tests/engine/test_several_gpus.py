@@ -10,6 +10,7 @@ import torch
 
 from pymllm import LLM
 from pymllm.api import llm as api
+from pymllm.api import warming
 from pymllm.engine.engine import Engine
 from pymllm.engine.graphs import capture_cuda_graph
 from pymllm.engine.runner import Runner
@@ -112,7 +113,7 @@ class Streams:
                 yield
 
         @contextmanager
-        def graph(graph, pool=None, stream=None):
+        def graph(graph, pool=None, stream=None, capture_error_mode=None):
             # As torch does: its own stream is made once, on the GPU that captures first.
             if stream is None:
                 stream = self.own = getattr(self, "own", None) or Stream()
@@ -161,6 +162,18 @@ def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
         x.fake_device = device
         kernel.launch((4,), x, 3)
     assert launched == [1, 0, 0] and gpus.current == 0
+
+
+def test_kernels_are_compiled_for_the_gpu_of_the_model_before_the_first_request(monkeypatch):
+    llm = LLM(device="cpu", progress=False)
+    gpus, compiled = FakeGPUs(monkeypatch, 2), []
+    again = SimpleNamespace(execution=SimpleNamespace(device="cuda:1"), units=(), model=None)
+    monkeypatch.setattr(warming, "launches_of_steps", lambda *sizes: [])
+    monkeypatch.setattr(
+        warming, "compile_launches", lambda launches, advance: compiled.append(gpus.current) or 0
+    )
+    warming.compile_kernels(lambda: again, llm.plan)
+    assert compiled == [1] and gpus.current == 0
 
 
 def test_a_weight_says_which_gpu_it_is_on():

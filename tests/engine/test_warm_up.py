@@ -52,7 +52,7 @@ def test_no_later_step_needs_a_kernel_that_the_warm_up_has_not_compiled(twin):
     steps, draw = StepsWithoutData(twin, MAX_LENGTH, PAGES, SLOTS), random.Random(5)
     with recording() as launches:
         for requests in range(1, 65):
-            steps.decode(bucket_of(requests))
+            steps.decode(bucket_of(requests), steps.widths[-1])
         for tokens in (*range(2, 40), 127, 128, 129, 255, 257, 777, 1000, 1025, 2047, 3333, 4095):
             steps.run((tokens, min(tokens + draw.randrange(99), MAX_LENGTH)))
         for _ in range(20):
@@ -70,6 +70,29 @@ def test_steps_that_are_not_captured_are_compiled_for_every_length_of_the_keys(t
         for _ in range(60):
             steps.run(*[(1, draw.randrange(2, MAX_LENGTH))] * draw.randrange(1, 65))
     assert {key for key in map(binary_key, launches) if key not in built} == set()
+
+
+@pytest.mark.parametrize(
+    "strategy", ("prompt_lookup:drafts=5", f"draft_model:path={shipped_model()},drafts=5")
+)
+def test_steps_with_drafts_are_compiled_too_without_what_drafts(strategy):
+    """After each draft a token may be chosen: steps of 64 requests have 384 tokens."""
+
+    def of(**options):
+        return launches_of_steps(
+            ready(shipped_model(), {"quant": "**=int4", **options}), MAX_LENGTH, PAGES, SLOTS
+        )
+
+    plain, found = ({binary_key(launch) for launch in launches} for launches in (of(), of(strategy=strategy)))
+    assert plain and plain <= found
+    steps = StepsWithoutData(
+        ready(shipped_model(), {"quant": "**=int4", "strategy": strategy}), MAX_LENGTH, PAGES, SLOTS
+    )
+    assert steps.widths == (1, 6)
+    with recording() as launches:
+        for requests in (1, 3, 20, 64):
+            steps.decode(bucket_of(requests), 6)
+    assert {binary_key(launch) for launch in launches} <= found
 
 
 @pytest.mark.parametrize("longest", (1, 2, 15, 16, 17, 24, 100, 8192))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pymllm.api import load_model, shipped_model
+from pymllm.cli import doctor
 from pymllm.errors import ConfigError
 from pymllm.kernels.hardware import ARCHITECTURES, _cache_bytes, current, on_own_device, probe_device
 from pymllm.planning.make_plan import plan
@@ -140,6 +141,48 @@ def test_visible_devices_are_counted_as_torch_counts_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert probe_device("cuda").spec == "cuda:0"
     with pytest.raises(ConfigError, match=r"1 GPU, cuda:0 \(CUDA_VISIBLE_DEVICES=3\)"):
+        probe_device("cuda:3")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), "sm_80 sm_90", True),
+        ((9, 0), "sm_80 sm_90a", True),
+        ((8, 9), "sm_80 sm_86", True),
+        ((10, 3), "sm_90 sm_100", True),
+        ((12, 1), "sm_90 compute_90", True),
+        ((12, 1), "sm_90", False),
+        ((7, 0), "sm_75 sm_80 sm_120 compute_120", False),
+        ((8, 0), "sm_86 sm_90", False),
+        ((6, 1), "", True),  # nobody knows
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_not_chosen_and_is_refused_where_it_is_named(
+    monkeypatch, capability, built, runs
+):
+    gpus = FakeGPUs(monkeypatch, 1)
+    gpus.capabilities = [capability]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    problems = []
+    assert len(doctor._examine_gpus(problems)) == 1
+    assert probe_device("auto").type == ("cuda" if runs else "cpu")
+    if runs:
+        assert probe_device("cuda:0").capability == capability and not problems
+        return
+    said = f"no code for capability {capability[0]}.{capability[1]}, only for sm_"
+    assert "cuda:0 (Fake H100 number 0) cannot be used" in problems[0] and said in problems[0]
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(ConfigError, match=f"{said}.*--device cpu") as error:
+            probe_device(name)
+        assert error.value.code == "device"
+
+
+@pytest.mark.parametrize("variable", ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"))
+def test_what_leaves_out_gpus_of_amd_is_named_too(monkeypatch, variable):
+    FakeGPUs(monkeypatch, 1)
+    monkeypatch.setenv(variable, "3")
+    with pytest.raises(ConfigError, match=rf"1 GPU, cuda:0 \({variable}=3\)"):
         probe_device("cuda:3")
 
 

@@ -73,12 +73,37 @@ def test_the_cache_is_measured_again_once_the_weights_are_there(gpus, monkeypatc
     gpus.free[1] = 900 * 10**6  # whatever else has come meanwhile
     after = room.measure_cache(before, prepared, None, "100%")
     assert ran == [(torch.device("cuda", 1), min(1024, prepared.model.max_length))]
-    working = room._working(prepared, 10**7, ran[0][1], captured=before.decoding_graph["captured"])
+    working = room._working(prepared, 10**7, ran[0][1], before.decoding_graph["captured"], exact=False)
     page = 16 * before.totals["kv_cache_bytes_per_token"]
     assert after.kv_cache["bytes"] == (900 * 10**6 - working) // page * page < before.kv_cache["bytes"] * 10
     assert replace(after, kv_cache=before.kv_cache) == before
     with pytest.raises(ConfigError, match="kv_memory is more than the GPU has left"):
         room.measure_cache(before, prepared, None, "899MB")
+
+
+@pytest.mark.parametrize(("rows", "exact"), [("token", False), ("tensor", True)])
+def test_graphs_without_spare_rows_have_their_room_in_the_plan_and_when_it_is_measured(
+    gpus, monkeypatch, rows, exact
+):
+    asked = []
+    monkeypatch.setattr(room, "working_bytes", lambda *sizes, **how: asked.append(how["exact"]) or 10**6)
+    monkeypatch.setattr(room, "measure_step_bytes", lambda model, device, tokens: 10**7)
+    quant = {"**": f"fp8:granularity=tensor,activations={rows}"}
+    prepared = prepare(shipped_model(), quant, device="cuda:0")
+    planned = make_plan(prepared)
+    for unit in prepared.units:
+        unit.holder.finish()
+    room.measure_cache(planned, prepared, None, None)
+    assert asked == [exact, exact]
+
+
+def test_a_plan_says_that_a_model_cannot_be_captured_as_the_runner_does(gpus, monkeypatch):
+    prepared = prepare(shipped_model(), device="cuda:0")
+    assert make_plan(prepared).decoding_graph == {"captured": True, "why_not": None}
+    monkeypatch.setattr(type(prepared.model), "why_not_repeated", "each request has a cache of its own")
+    planned = make_plan(prepared)
+    assert planned.decoding_graph == {"captured": False, "why_not": "each request has a cache of its own"}
+    assert "each request has a cache of its own" in str(planned)
 
 
 def test_ranks_take_the_room_of_the_one_that_has_least(gpus, monkeypatch):
@@ -134,7 +159,20 @@ def test_what_has_to_stay_free_grows_with_what_is_captured_and_with_the_vocabula
     assert eager == 1000 + 64 * 50 * 64
     # 199 rows of nine graphs.
     assert working_bytes(1000, 10, 50, captured=True) == eager + 199 * (100 + 50 * 8) + 9 * (32 << 20)
-    assert working_bytes(1000, 10, 50, captured=False, width=4) == 1000 + 4 * 64 * 50 * 64
+    # 64 graphs, of 1 to 64 rows, where there are no spare ones.
+    exact = working_bytes(1000, 10, 50, captured=True, exact=True)
+    assert exact == eager + 2080 * (100 + 50 * 8) + 64 * (32 << 20)
+    assert working_bytes(1000, 10, 50, captured=False, widths=(4,)) == 1000 + 4 * 64 * 50 * 64
+    drafting = working_bytes(1000, 10, 50, captured=True, widths=(1, 4))
+    assert drafting == 1000 + 4 * 64 * 50 * 64 + 5 * 199 * (100 + 50 * 8) + 2 * 9 * (32 << 20)
+
+
+def test_a_plan_leaves_room_for_steps_with_drafts(gpus, monkeypatch):
+    asked = []
+    monkeypatch.setattr(room, "working_bytes", lambda *sizes, **how: asked.append(how["widths"]) or 10**6)
+    for strategy in (None, "prompt_lookup:drafts=5", "block_diffusion:block_length=4,mask_token_id=3"):
+        plan(shipped_model(), device="cuda:0", strategy=strategy)
+    assert asked == [(1,), (1, 6), (4,)]
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,11 @@ class Kernel(DeviceFunction):
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch over the grid.  arguments: a tensor first.  constants: all that are known when compiling."""
-        recorded = _recorded.get()
+        # Asked when recording, too, so that every launch that is compiled ahead of time is known to have it.
+        is_meta, recorded = arguments[0].is_meta, _recorded.get()
         if recorded is not None:
             recorded.append(Launch(self, grid, arguments, constants))
-        elif not arguments[0].is_meta:
+        elif not is_meta:
             with torch.cuda.device_of(arguments[0]):  # Triton launches on the thread's current GPU
                 self.bound.launch(grid, arguments, constants)
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pymllm.cli import doctor
 from pymllm.kernels.triton.bound import why_not_bound
-from pymllm.kernels.triton.launch import kernel
+from pymllm.kernels.triton.launch import kernel, recording
 
 from ...processes import python
 
@@ -53,3 +54,14 @@ def test_what_varies_must_be_an_argument():
 
         @kernel(varying=("tokenz",))
         def made(x, tokens): ...
+
+
+def test_a_launch_has_a_tensor_first_when_it_is_recorded_too():
+    @kernel
+    def made(x, y): ...
+
+    with recording() as found:
+        made.launch((1,), torch.empty(1, device="meta"), None)
+        with pytest.raises(AttributeError, match="is_meta"):
+            made.launch((1,), None, torch.empty(1, device="meta"))
+    assert len(found) == 1
