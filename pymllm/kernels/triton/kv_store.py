@@ -94,9 +94,9 @@ class TritonKVStore:
         together, warps = heads_of_a_block(tokens, max(heads, kv_heads), widest)
         store_tokens.launch(
             (tokens, divide(heads, together) + 2 * divide(kv_heads, together)),
-            q,
             k,
             v,
+            q,
             y,
             *pages,
             cache.k_scale,

@@ -79,9 +79,9 @@ def keep(
 
 @kernel(varying=("slots",))
 def store_tokens(
-    q,
     k,
     v,
+    q,
     y,
     k_pages,
     v_pages,
