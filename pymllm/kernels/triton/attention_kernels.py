@@ -229,11 +229,12 @@ def attend(
 
     most = tl.full((BLOCK_T * BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T * BLOCK_G,), tl.float32)
-    # The first split counts the sinks.
+    # Weights and their total are 2^15 times softmax's: few are then subnormal in float16, which some matrix units take
+    # for 0. The first split counts the sinks.
     if sinks is not None:
         sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * 1.4426950408889634
         most = tl.where(part == 0, sink, most)
-        total = tl.where(part == 0, 1.0, total)
+        total = tl.where(part == 0, 32768.0, total)
     if SCALING == "static":
         row_scale *= tl.load(k_scale + kv_head)
     if WORDS and CODES == "fp8":
@@ -281,7 +282,7 @@ def attend(
         scores = tl.where(seen & inside[None, :] & row_mask[:, None], scores, float("-inf"))
         above = tl.maximum(most, tl.max(scores, axis=1))
         known = tl.where(above == float("-inf"), 0.0, above)
-        weights = tl.exp2(scores - known[:, None])
+        weights = tl.exp2(scores - (known - 15.0)[:, None])
         fade = tl.exp2(most - known)
         if LATE_SUMS:
             total = total * fade[:, None] + weights
