@@ -296,6 +296,8 @@ def _codes_of(problem: AttentionProblem, dtype: torch.dtype, words: bool) -> str
     """Name the codes as `word_values` and `stored_value` know them; "" for floats."""
     if dtype is torch.float8_e4m3fn:
         architecture = architecture_of(problem.device)
+        if words and architecture.name == "gfx90a":
+            return "normal"  # its matrix units take subnormal numbers for 0
         if not words or not architecture.fp8 or interpreting():
             return "fp8"
         return "ptx" if architecture.is_nvidia else "converted"

@@ -50,8 +50,9 @@ def halves_of(pairs):
 def word_values(words, CODES: tl.constexpr):
     """Return the codes of words [N, W], as float16 [N, 4 W].
 
-    CODES: "ptx" or "converted", fp8 that the GPU converts; "fp8", which comes as 2^-8 of its value, or "int8": of these
-    two the second and the third of every four change places.
+    CODES: "ptx" or "converted", fp8 that the GPU converts; "fp8", which comes as 2^-8 of its value; "normal", fp8 as it
+    is, of which none is subnormal in float16; or "int8": of these three the second and the third of every four change
+    places.
     """
     words = words.to(tl.uint32, bitcast=True)
     rows: tl.constexpr = words.shape[0]
@@ -76,9 +77,11 @@ def word_values(words, CODES: tl.constexpr):
         odd = tl.join((words >> 8).to(tl.uint8), (words >> 24).to(tl.uint8))
         codes = tl.reshape(tl.join(even, odd), (rows, columns))
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    elif CODES == "fp8":
+    elif CODES == "fp8" or CODES == "normal":
         even, odd = halves_of(e4m3_pairs(words << 8)), halves_of(e4m3_pairs(words))
         values = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 2)), (rows, columns))
+        if CODES == "normal":
+            values *= 256.0
     else:
         # 0x6400 + n is 1024 + n in float16; n, a code whose sign bit is turned, is 128 above it.
         even = halves_of((words & 0x00FF00FF) ^ 0x64806480)
@@ -90,7 +93,7 @@ def word_values(words, CODES: tl.constexpr):
 @inline
 def in_order(columns, CODES: tl.constexpr, WORDS: tl.constexpr):
     """Return the elements that columns of loaded keys or values hold."""
-    if WORDS and (CODES == "fp8" or CODES == "int8"):
+    if WORDS and (CODES == "fp8" or CODES == "normal" or CODES == "int8"):
         columns = (columns & -4) | ((columns & 1) << 1) | ((columns >> 1) & 1)
     return columns
 
@@ -226,11 +229,12 @@ def attend(
 
     most = tl.full((BLOCK_T * BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T * BLOCK_G,), tl.float32)
-    # The first split counts the sinks.
+    # Weights and their total are 2^15 times softmax's: few are then subnormal in float16, which some matrix units take
+    # for 0. The first split counts the sinks.
     if sinks is not None:
         sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * 1.4426950408889634
         most = tl.where(part == 0, sink, most)
-        total = tl.where(part == 0, 1.0, total)
+        total = tl.where(part == 0, 32768.0, total)
     if SCALING == "static":
         row_scale *= tl.load(k_scale + kv_head)
     if WORDS and CODES == "fp8":
@@ -278,7 +282,7 @@ def attend(
         scores = tl.where(seen & inside[None, :] & row_mask[:, None], scores, float("-inf"))
         above = tl.maximum(most, tl.max(scores, axis=1))
         known = tl.where(above == float("-inf"), 0.0, above)
-        weights = tl.exp2(scores - known[:, None])
+        weights = tl.exp2(scores - (known - 15.0)[:, None])
         fade = tl.exp2(most - known)
         if LATE_SUMS:
             total = total * fade[:, None] + weights
