@@ -174,8 +174,8 @@ def _weights(device: Device) -> Iterator[tuple[str, CanonicalWeight, float, Any]
 BESIDE = ("add_splits", "join_splits", "quantise_rows")
 
 COLUMNS = (
-    *("work", "kernel", "GPU", "instructions", "weights a step", "a weight", "before"),
-    *("registers", "stack", "shared", "warps", "waves"),
+    *("work", "kernel", "GPU", "instructions", "weights a step", "a weight"),
+    *("registers", "stack", "shared", "warps", "waves", "before"),
 )
 
 
@@ -184,16 +184,8 @@ def _line(row: dict[str, Any]) -> str:
     then = row["before"]
     before = "" if then is None else f"{then['per_weight']:.2f}" if row["weights"] else str(then["loop"])
     cells = (
-        *(
-            row["title"],
-            row["function"],
-            row["architecture"],
-            row["loop"],
-            row["weights"] or "",
-            a_weight,
-            before,
-        ),
-        *(row["registers"], row["stack"], row["shared"], row["warps"], f"{row['waves']:.2f}"),
+        *(row["title"], row["function"], row["architecture"], row["loop"], row["weights"] or "", a_weight),
+        *(row["registers"], row["stack"], row["shared"], row["warps"], f"{row['waves']:.2f}", before),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -285,4 +285,4 @@ def block_logits(model: Any, ids: Tensor, block_length: int) -> Tensor:
     )
     runner = Runner(model, torch.device("cpu"))
     with torch.no_grad():
-        return runner._forward(ids.tolist(), list(range(count)), metadata, None, [None], [count])
+        return runner._forward(ids, torch.arange(count), metadata, [None] * count)
