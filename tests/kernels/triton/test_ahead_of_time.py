@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 def test_cases_launch_what_real_runs_launch_and_each_binary_counts_once():
     tasks = gather_tasks(["sm90"], only="triton_int")
-    functions = {task.launch.kernel.name for task in tasks if "w8a8" not in task.kernel}
-    assert functions == {"multiply_tile", "add_splits", "expand", "gather_rows"}
+    functions = {task.launch.kernel.name for task in tasks}
+    assert {"multiply_tile", "add_splits", "expand", "gather_rows"} <= functions
     assert len({task.key for task in tasks}) == len(tasks)
 
 
