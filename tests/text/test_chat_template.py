@@ -13,7 +13,6 @@ import threading
 import time
 
 import pytest
-from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pymllm.errors import CheckpointError, ConfigError, PymllmError, RequestError
@@ -70,15 +69,8 @@ CONSTRUCTS = {
 
 def by_transformers(source, messages, tools=None, prompt=True, final=False, **variables):
     kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    if not hasattr(
-        chat_template_utils, "_REASONING_FIELDS"
-    ):  # before 5.21, it left the names of reasoning alone
-        kept = [
-            {"thinking": message["reasoning_content"], **message}
-            if "reasoning_content" in message
-            else message
-            for message in kept
-        ]
+    # Before 5.21 transformers left the names of reasoning alone.
+    kept = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in kept]
     return render_jinja_template(
         [kept],
         tools=tools,
