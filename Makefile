@@ -73,14 +73,20 @@ demo: $(VENV)/.stamp-core $(NATIVE_STAMP)
 
 # What takes seconds each, apart, so that `make test` stays under ten minutes: servers and ranks that are killed and come
 # back, crowds of clients, the page in a browser, disks that are full, models that are edited under way, attacks that were
-# mended, checkpoints that are written, every decoder of transformers, other programs that run our methods.
+# mended, checkpoints that are written, every decoder of transformers, other programs that run our methods, GPU kernels
+# that are compiled, and steps of whole models in Triton's interpreter.
 SERVED = tests/page tests/cli/test_serve.py tests/cli/test_serve_ranks.py tests/parallel/test_led.py \
   tests/parallel/test_follower.py tests/parallel/test_torchrun.py tests/moe/test_torchrun.py tests/server/test_crowds.py \
   tests/server/test_slow_clients.py tests/faults tests/attacks tests/fuzz tests/engine/test_stale_recordings.py \
   tests/adapters/test_hostile_adapters.py tests/cli/chat tests/pages tests/real \
   tests/loading/test_packed_cache.py tests/loading/test_config_faults.py tests/loading/test_bad_values.py \
   tests/measuring tests/weights/test_hub.py tests/writing tests/searching tests/generic tests/hosts tests/checking \
-  tests/modules tests/examples tests/first_contact
+  tests/modules tests/examples tests/first_contact \
+  tests/engine/test_captured_steps.py tests/engine/test_captured_adapters.py tests/engine/test_warm_up.py \
+  tests/kernels/triton/test_gpu_tables.py tests/kernels/triton/test_float_weights.py \
+  tests/kernels/triton/test_specialisation.py tests/kernels/triton/test_instructions.py \
+  tests/kernels/triton/test_attention_instructions.py tests/kernels/triton/test_launch.py \
+  tests/kernels/triton/test_tune.py tests/kernels/triton/test_ahead_of_time.py
 
 # Two workers share the cores, so each gets one torch thread, unless you say otherwise.
 test: $(VENV)/.stamp-test $(NATIVE_STAMP)
