@@ -258,8 +258,9 @@ def _default_tile(problem: AttentionProblem, step: AttentionStep, group: int) ->
     wide = widths > 256
     members = next_power(group)
     if step.max_seqlen_q <= 1:
-        # 64 keys spill on large Blackwells (benchmarks/results/triton_aot.md).
-        narrow = 32 if architecture.name == "sm100" else 64
+        # 64 keys spill on Blackwells: on the small ones where a head has a tile of its own.
+        spills = architecture.name == "sm100" or (architecture.name == "sm120" and members == 1)
+        narrow = 32 if spills else 64
         rows, depth, warps = max(16, members), 16 if wide else narrow, 8 if wide else 4
         blocks = step.num_reqs * (problem.num_heads // group)
         keys = min(bucket(step.max_seqlen_k), problem.sliding_window or bucket(step.max_seqlen_k))

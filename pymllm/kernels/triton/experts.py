@@ -247,7 +247,7 @@ def multiply_experts(
         TOP_K=top_k,
         UPCAST=interpreting(),
         num_warps=warps,
-        num_stages=stages_within(architecture.shared_bytes, outputs, block_tokens, depth, coding.per_word),
+        num_stages=stages_within(architecture.shared_bytes, outputs, block_tokens, depth, coding),
     )
 
 

@@ -70,6 +70,11 @@ class Coding:
         return 32 // self.bits
 
     @property
+    def looked_up(self) -> bool:
+        """True if codes are looked up in a table, which takes many registers."""
+        return self.bits == 4 and self.assemblies is no_assembly
+
+    @property
     def span_words(self) -> int:
         return self.order.span // self.per_word
 
@@ -220,7 +225,9 @@ def default_tile(device: Device, size: int, out_features: int, words: int, codin
     # As many blocks as registers let run at once, or a few more.
     wanted = {16: 5, 32: 3, 64: 3}.get(tokens, 1) * device.processors
     splits = _splits(words, 512 // coding.per_word, wanted, blocks)
-    stages = stages_within(architecture.shared_bytes, outputs, tokens, depth, coding.per_word)
+    stages = stages_within(architecture.shared_bytes, outputs, tokens, depth, coding)
+    if coding.looked_up:
+        stages = min(stages, 2)  # three spill on sm86 and sm89 (benchmarks/results/triton_aot.md)
     return Tile(outputs, tokens, depth, splits, warps=warps, stages=stages)
 
 
@@ -232,9 +239,9 @@ def tile_shape(architecture: Architecture, size: int, coding: Coding) -> tuple[i
     """
     step, tokens = 128 // coding.per_word, min(max(size, 16), largest_tile(architecture))
     if multiplies_from_registers(architecture):
-        # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16. Groups of 16
-        # have too many scales for that.
-        return 64 if coding.constants["PIECE"] == 16 else 128, tokens, step, 4
+        # Each warp loads all activations of the tile: with 32 outputs a warp, half as often as with 16. For scales of
+        # groups of 16, and codes that are looked up, that takes too many registers.
+        return 64 if coding.looked_up or coding.constants["PIECE"] == 16 else 128, tokens, step, 4
     if size > 64 and architecture.is_nvidia and coding.constants["PIECE"] == 128:
         return 128, 128, step, 8
     return 64, tokens, 2 * step if size <= 16 and coding.per_word > 1 else step, 4
@@ -245,9 +252,9 @@ def largest_tile(architecture: Architecture) -> int:
     return 32 if multiplies_from_registers(architecture) else 64
 
 
-def stages_within(shared: int, outputs: int, tokens: int, depth: int, per_word: int) -> int:
+def stages_within(shared: int, outputs: int, tokens: int, depth: int, coding: Coding) -> int:
     """Return how many steps ahead a block may load into shared memory: 1 to 3."""
-    step = depth * (4 * outputs + 2 * per_word * tokens)
+    step = depth * (4 * outputs + 2 * coding.per_word * tokens)
     return max(1, min(3, (shared - 2048) // step))
 
 
