@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pymllm.kernels.attention import AttentionProblem, KVType
+from pymllm.kernels.attention import KVType
 from pymllm.kernels.canonical import CanonicalWeight, Fp8Weight, IntWeight
 from pymllm.kernels.experts import ExpertsBias, ExpertsProblem, ExpertsWeight
 from pymllm.kernels.gated_activation import GatedActivation
@@ -30,7 +30,7 @@ from pymllm.kernels.hardware import ARCHITECTURES, Device, probe_device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.registry import select
 from pymllm.kernels.triton.ahead_of_time import Case, tasks_of
-from pymllm.kernels.triton.attention import TritonGroupedAttention
+from pymllm.kernels.triton.attention import TritonGroupedAttention, example_problem
 from pymllm.kernels.triton.experts import TritonExperts
 from pymllm.kernels.triton.fp4_weights import TritonFp4
 from pymllm.kernels.triton.instructions import Count, count
@@ -118,18 +118,9 @@ def cases(device: Device) -> Iterator[Counted]:
 
 
 def _attention(device: Device) -> Iterator[Counted]:
-    """Yield attention of decoding and of prompts, and the storing of rotated keys, for each kind of cache."""
+    """Yield attention of decoding and of prompts, over each kind of cache."""
     for kind in (KVType(torch.bfloat16), KVType(torch.float8_e4m3fn, "static"), KVType(torch.int8, "token")):
-        problem = AttentionProblem(
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-            value_head_dim=128,
-            scale=0.1,
-            dtype=torch.bfloat16,
-            device=device,
-            kv=kind,
-        )
+        problem = example_problem(device, kind)
         kernel = TritonGroupedAttention()
         for requests, new, length in ((16, 1, 4096), (2, 512, 2048)):
             run = partial(kernel._on_meta, problem, requests, new, length)

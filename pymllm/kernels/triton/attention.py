@@ -185,16 +185,7 @@ class TritonGroupedAttention:
 
         Some have what models add: a window, a cap, sinks, odd head sizes.
         """
-        plain = AttentionProblem(
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-            value_head_dim=128,
-            scale=0.1,
-            dtype=torch.bfloat16,
-            device=device,
-            kv=KVType(torch.bfloat16),
-        )
+        plain = example_problem(device, KVType(torch.bfloat16))
         problems = {
             "bfloat16 cache": plain,
             "float16 cache": replace(plain, dtype=torch.float16, kv=KVType(torch.float16)),
@@ -320,6 +311,20 @@ def _on_device(step: AttentionStep, device: torch.device) -> tuple[Tensor | None
         step.padded_prefix_lens if hole else None,
     )
     return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
+
+
+def example_problem(device: Device, kv: KVType) -> AttentionProblem:
+    """Return attention as a model of 8 B has it, to compile and count."""
+    return AttentionProblem(
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        value_head_dim=128,
+        scale=0.1,
+        dtype=torch.bfloat16,
+        device=device,
+        kv=kv,
+    )
 
 
 def meta_tensors(

@@ -14,7 +14,7 @@ from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, Pa
 from pymllm.kernels.canonical import E4M3_MAX
 from pymllm.kernels.hardware import Device
 from pymllm.kernels.triton.ahead_of_time import Case
-from pymllm.kernels.triton.attention import EIGHT_BIT, meta_tensors
+from pymllm.kernels.triton.attention import EIGHT_BIT, example_problem, meta_tensors
 from pymllm.kernels.triton.elementwise import heads_of_a_block
 from pymllm.kernels.triton.kv_store_kernels import store_tokens
 from pymllm.kernels.triton.launch import interpreting
@@ -137,16 +137,7 @@ class TritonKVStore:
             KVType(torch.int8, "token"),
         )
         for kind in kinds:
-            problem = AttentionProblem(
-                num_heads=32,
-                num_kv_heads=8,
-                head_dim=128,
-                value_head_dim=128,
-                scale=0.1,
-                dtype=torch.bfloat16,
-                device=device,
-                kv=kind,
-            )
+            problem = example_problem(device, kind)
 
             def run(rotary: int, tokens: int, problem: AttentionProblem = problem) -> None:
                 q, k, v, cache = meta_tensors(problem, tokens, 1024)

@@ -11,11 +11,11 @@ from functools import partial
 import pytest
 import torch
 
-from pymllm.kernels.attention import AttentionProblem, KVType
+from pymllm.kernels.attention import KVType
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.triton.ahead_of_time import Case, compile_task, tasks_of
-from pymllm.kernels.triton.attention import TritonGroupedAttention
+from pymllm.kernels.triton.attention import TritonGroupedAttention, example_problem
 from pymllm.kernels.triton.instructions import disassemble
 from pymllm.kernels.triton.int_weights import TritonInt, meta_int_weight
 from pymllm.kernels.triton.launch import interpreting
@@ -42,16 +42,7 @@ def test_weights_of_rows_that_are_no_multiple_of_16_words_are_loaded_16_bytes_at
 
 @pytest.mark.parametrize("size", (64, 80, 96))
 def test_codes_of_keys_are_loaded_16_bytes_at_a_time_for_heads_of_any_multiple_of_16(size):
-    problem = AttentionProblem(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=128,
-        value_head_dim=128,
-        scale=0.1,
-        dtype=torch.bfloat16,
-        device=DEVICE,
-        kv=KVType(torch.float8_e4m3fn, "static"),
-    )
+    problem = example_problem(DEVICE, KVType(torch.float8_e4m3fn, "static"))
     problem = replace(problem, head_dim=size, value_head_dim=size)
     found = loads(partial(TritonGroupedAttention()._on_meta, problem, 16, 1, 4096), "attend")
     narrow = [name for name in found if not name.endswith(".128")]

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType
+from pymllm.kernels.attention import AttentionStep, KVType
 from pymllm.kernels.hardware import probe_device
 from pymllm.kernels.linear import LinearProblem
 from pymllm.kernels.quantised_rows import RowCodes
@@ -18,7 +18,7 @@ from pymllm.kernels.registry import KERNELS, kernels_for
 from pymllm.kernels.routing import Routing
 from pymllm.kernels.triton import linear_cases
 from pymllm.kernels.triton.ahead_of_time import Case, Pointer, Task, tasks_of
-from pymllm.kernels.triton.attention import meta_tensors
+from pymllm.kernels.triton.attention import example_problem, meta_tensors
 from pymllm.kernels.triton.experts import TritonExperts
 from pymllm.kernels.triton.launch import kernel
 
@@ -50,16 +50,7 @@ def steps(count):
     yield step_of(1, count, count, slot_mapping=meta(count, dtype=torch.int64))
 
 
-ATTENTION = AttentionProblem(
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    value_head_dim=128,
-    scale=0.1,
-    dtype=BFLOAT16,
-    device=DEVICE,
-    kv=KVType(BFLOAT16),
-)
+ATTENTION = example_problem(DEVICE, KVType(BFLOAT16))
 
 
 def attention(kernel):
