@@ -91,7 +91,6 @@ def scaled_mm(
         x_scales, scales = x_scales.flatten().unsqueeze(1), scales.flatten().unsqueeze(0)
     else:
         codes, x_scales = _to_fours(codes), _scales_to_fours(x_scales)
-        scales = scales if scales.stride() == (1, scales.shape[0]) else scales.t().contiguous().t()
     operands = (codes, weight, x_scales, scales, *(() if bias is None else (bias,)))
     if any(tensor.data_ptr() % 16 for tensor in operands):
         return None  # of this call alone: a tensor that lies within another
