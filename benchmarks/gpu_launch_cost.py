@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pymllm.kernels.attention import AttentionProblem, AttentionStep, KVType, PagedKV
 from pymllm.kernels.hardware import Device, probe_device
 from pymllm.kernels.linear import LinearProblem
-from pymllm.kernels.triton.attention import TritonGroupedAttention, TritonKVStore
+from pymllm.kernels.triton.attention import TritonGroupedAttention
 from pymllm.kernels.triton.bound import BoundLaunches
 from pymllm.kernels.triton.elementwise import TritonElementwise
 from pymllm.kernels.triton.int_weights import TritonInt
+from pymllm.kernels.triton.kv_store import TritonKVStore
 from pymllm.kernels.triton.launch import recording
 from pymllm.kernels.triton.linear_cases import random_like
 
@@ -46,7 +47,7 @@ HERE = torch.cuda.is_available()
 
 def calls_of_a_layer(device: Device, put: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], object]]:
     """Return the calls of one layer, by what they do, in order.  put: brings a tensor to where kernels read it."""
-    elementwise, dtype = TritonElementwise(), torch.bfloat16
+    elementwise, store, dtype = TritonElementwise(), TritonKVStore(), torch.bfloat16
 
     def floats(*shape: int) -> Tensor:
         return put(torch.zeros(shape, dtype=dtype))
@@ -84,9 +85,7 @@ def calls_of_a_layer(device: Device, put: Callable[[Tensor], Tensor]) -> dict[st
     return {
         "norm of a sum": lambda: elementwise.rms_norm(x, weight, 1e-6, x),
         "qkv": linear((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
-        "rotary q": lambda: elementwise.rotate(q, table, table),
-        "rotary k": lambda: elementwise.rotate(k, table, table),
-        "KV store": lambda: TritonKVStore().run(problem, k, v, cache, step),
+        "rotary and KV store": lambda: store.rotate_and_store(problem, q, k, v, cache, step, table, table),
         "attention": lambda: TritonGroupedAttention().run(problem, q, k, v, step, cache),
         "out": linear(HIDDEN, HEADS * HEAD),
         "second norm of a sum": lambda: elementwise.rms_norm(x, weight, 1e-6, x),
@@ -138,6 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batches", type=int, default=300)
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
     options = parser.parse_args()
     import triton
 
@@ -168,7 +168,7 @@ def main() -> None:
                         **take_turns({"ordinary": again, "bound": again}, options.batches),
                     }
                 )
-    _write(rows, info, triton.__version__)
+    _write(rows, info, triton.__version__, options.dry_run)
 
 
 def _plain(argument: Any) -> Any:
@@ -176,7 +176,7 @@ def _plain(argument: Any) -> Any:
     return argument.as_subclass(Tensor) if isinstance(argument, Tensor) else argument
 
 
-def _write(rows: list[dict[str, Any]], info: dict[str, Any], triton: str) -> None:
+def _write(rows: list[dict[str, Any]], info: dict[str, Any], triton: str, dry_run: bool) -> None:
     calls = [row for row in rows if "kernel" not in row]
     alone = [row for row in rows if "kernel" in row]
     where = (
@@ -202,10 +202,12 @@ def _write(rows: list[dict[str, Any]], info: dict[str, Any], triton: str) -> Non
     lines.append(
         f"| all | {len(alone)} | {total['ordinary']:.1f} | {total['bound']:.1f} | {means[0]:.1f} | {means[1]:.1f} |"
     )
+    print("\n".join(lines))
+    if dry_run:
+        return
     report = {"machine": info, "triton": triton, "gpu": HERE, "microseconds": rows}
     (roofline.RESULTS / "gpu_launch_cost.json").write_text(json.dumps(report, indent=1) + "\n")
     (roofline.RESULTS / "gpu_launch_cost.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

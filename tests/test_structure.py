@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -104,3 +105,19 @@ def test_the_counters_find_what_they_look_for():
     lazy = "def f():\n    import pymllm.b\nif TYPE_CHECKING:\n    import pymllm.c\n"
     trees = {"pymllm.a": ast.parse(lazy), "pymllm.b": ast.parse(""), "pymllm.c": ast.parse("")}
     assert structure.imports(trees)["pymllm.a"] == {"pymllm.b"}
+
+
+def test_what_scripts_outside_the_package_import_of_it_is_there():
+    """Linters read the package alone, and many scripts need a GPU or another program to run."""
+    missing = []
+    for script in (*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("docs/**/*.py")):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pymllm":
+                module = importlib.import_module(node.module)
+                for name in {alias.name for alias in node.names} - {"_native"}:
+                    if (
+                        not hasattr(module, name)
+                        and not (Path(module.__file__).parent / f"{name}.py").exists()
+                    ):
+                        missing.append(f"{script.relative_to(ROOT)}:{node.lineno} {node.module}.{name}")
+    assert missing == []

@@ -9,7 +9,7 @@ from pymllm.cli import doctor
 from pymllm.kernels.triton.bound import why_not_bound
 from pymllm.kernels.triton.launch import kernel, recording
 
-from ...processes import python
+from ...processes import ROOT, python
 
 pytest.importorskip("triton")
 
@@ -65,3 +65,13 @@ def test_a_launch_has_a_tensor_first_when_it_is_recorded_too():
         with pytest.raises(AttributeError, match="is_meta"):
             made.launch((1,), None, torch.empty(1, device="meta"))
     assert len(found) == 1
+
+
+def test_the_cost_of_launches_is_measured_for_every_call_of_a_layer():
+    """In a process of its own: this one may run Triton's interpreter, which launches nothing."""
+    command = ("benchmarks/gpu_launch_cost.py", "--batches", "1", "--dry-run")
+    printed = python(*(ROOT / command[0], *command[1:]), check=True, TRITON_INTERPRET=None).stdout
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
+    calls = {row[0]: int(row[1]) for row in rows}
+    assert {"norm of a sum", "qkv", "rotary and KV store", "attention", "down"} < calls.keys()
+    assert calls["rotary and KV store"] == 1 and calls.pop("all") == sum(calls.values())
